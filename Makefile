@@ -1,0 +1,45 @@
+# Two commands set everything up on a fresh Debian or Ubuntu machine with Python 3.11 and a C++ compiler:
+#   make bench    the kernel benchmark table of the hot paths on this machine
+#   make test     the test suite
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+# The CPU build of torch, unless a CUDA build is asked for with TORCH=... TORCH_INDEX=
+TRITON ?= triton==3.7.1
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install bench bench-full test lint aot demo cuda-check readme clean
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH) $(TRITON) numpy "setuptools>=77" wheel ninja packaging "pybind11>=2.12"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
+
+bench: $(STAMP)
+	$(BIN)/w2s-fast bench
+
+bench-full: $(STAMP)
+	$(BIN)/w2s-fast bench --full
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+demo: $(STAMP)
+	$(BIN)/w2s-fast demo
+
+readme: $(STAMP)
+	$(BIN)/w2s-fast bench --readme
+
+cuda-check:
+	bash .ci/cuda_check.sh .venv-cuda
+
+clean:
+	rm -rf $(VENV) .venv-cuda build *.egg-info w2s_fast/*.so w2s_fast/_build.json

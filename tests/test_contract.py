@@ -1,0 +1,111 @@
+"""Every op of the package keeps the contract: schema, fake kernel, gradient, reference, samples, bench case, docs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+import w2s_fast
+from w2s_fast.library import OPS
+from w2s_fast.testing.samples import all_samples
+
+SAMPLES = all_samples()
+PUBLIC = sorted({sample.op for sample in SAMPLES})
+#: raw ops that no public function has the name of: they are a part of another op, reached through its samples
+PARTS = {name for name in OPS if not hasattr(w2s_fast, name)}
+ROOT = Path(w2s_fast.__file__).parent
+
+
+def _public_ops() -> list[str]:
+    return [name for name in w2s_fast.__all__ if inspect.isfunction(getattr(w2s_fast, name)) and "ops" in
+            getattr(w2s_fast, name).__module__]
+
+
+def test_every_public_op_has_samples():
+    missing = [name for name in _public_ops() if name not in PUBLIC]
+    assert not missing, f"no samples in w2s_fast/testing/samples for {missing}"
+
+
+def test_every_part_is_reached_by_a_public_op(monkeypatch):
+    text = "\n".join(path.read_text() for path in (ROOT / "ops").rglob("*.py"))
+    for name in PARTS:
+        assert text.count(f'"{name}"') == 1, f"{name} is defined {text.count(name)} times"
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+@pytest.mark.parametrize("suffix", ["", "_on"])
+def test_registration(name, suffix):
+    qualified = f"w2s_fast::{name}{suffix}"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has(qualified, "CompositeExplicitAutograd"), "no default kernel"
+    assert has(qualified, "Meta"), "no fake kernel"
+    assert has(qualified, "Autograd"), "no gradient (a silent None otherwise)"
+    overload = getattr(torch.ops.w2s_fast, name + suffix).default
+    assert not overload._schema.is_mutable
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_reference_is_the_definition(name):
+    reference = OPS[name].reference
+    module = inspect.getmodule(reference)
+    assert module is not None and ".reference." in module.__name__, "the default kernel lives outside reference/"
+    assert reference.__doc__, "the reference states no definition"
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_has_a_kernel_for_cpu_and_gpu(name):
+    op = OPS[name]
+    assert op.triton is not None, f"{name} has no Triton kernel"
+    if w2s_fast.extension.ERROR is None:
+        assert op.has_cpp(), f"{name} has no C++ kernel"
+
+
+@pytest.mark.parametrize("name", _public_ops())
+def test_docstring(name):
+    doc = inspect.getdoc(getattr(w2s_fast, name)) or ""
+    for part in ("Args:", "Returns:", "Raises:", "Example:"):
+        assert part in doc, f"{name}: docstring has no {part}"
+    signature = inspect.signature(getattr(w2s_fast, name))
+    for parameter in signature.parameters:
+        assert parameter in doc, f"{name}: the docstring says nothing of {parameter}"
+    assert signature.return_annotation is not inspect.Signature.empty
+
+
+@pytest.mark.parametrize("name", _public_ops())
+def test_has_a_bench_case(name):
+    import importlib
+    import pkgutil
+
+    from w2s_fast.bench import cases
+
+    found = set()
+    for module in pkgutil.walk_packages(cases.__path__, cases.__name__ + "."):
+        found |= {case.op for case in getattr(importlib.import_module(module.name), "CASES", [])}
+    assert name in found, f"no case in bench/cases names {name}"
+
+
+def test_kernels_import_only_triton():
+    for path in (ROOT.parent / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            else:
+                continue
+            allowed = ("triton", "__future__", "typing", "collections", "dataclasses", "math", "os", "functools")
+            assert all(n.split(".")[0] in allowed for n in names), f"{path}: imports {names}"
+
+
+def test_imports_run_one_way():
+    order = ["integrations", "methods", "nn", "ops", "reference"]
+    for rank, layer in enumerate(order):
+        for path in (ROOT / layer).rglob("*.py"):
+            text = path.read_text()
+            for upper in order[:rank]:
+                assert f"w2s_fast.{upper}" not in text, f"{path} imports upward from {upper}"
+                assert f"from ..{upper}" not in text and f"from ...{upper}" not in text, f"{path} imports upward"

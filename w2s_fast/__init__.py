@@ -1,0 +1,33 @@
+"""w2s_fast: fused kernels for weak-to-strong, efficient and robust training."""
+
+import importlib.util as _util
+import os as _os
+
+_root = _os.path.dirname(_os.path.dirname(__file__))
+if _util.find_spec("w2s_fast.kernels") is None and _os.path.exists(_os.path.join(_root, "setup.py")):
+    # a source tree used in place: kernels/ and bench/ lie beside the package, not in it
+    __path__.append(_root)
+
+from .dispatch import Explanation, backend, explain, set_backend
+from .ops.logit_fusion.dynamic_weights import DynamicWeights, dynamic_fusion_weights
+from .ops.logit_fusion.fuse import fuse_logits
+from .ops.logit_fusion.log_softmax import fused_log_softmax
+from .ops.logit_fusion.sample import SampleOutput, fused_sample
+from .ops.logit_fusion.stats import FusedStats, fused_stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DynamicWeights",
+    "Explanation",
+    "FusedStats",
+    "SampleOutput",
+    "backend",
+    "dynamic_fusion_weights",
+    "explain",
+    "fuse_logits",
+    "fused_log_softmax",
+    "fused_sample",
+    "fused_stats",
+    "set_backend",
+]

@@ -1,0 +1,77 @@
+"""Argument checks with one form of message: ``w2s_fast.<op>: <arg> must be <requirement>, got <value>.``"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fail(op: str, argument: str, requirement: str, got: Any, hint: str = "", error: type[Exception] = ValueError) -> NoReturn:
+    """Raise the one error a bad argument gets."""
+    raise error(f"w2s_fast.{op}: {argument} must be {requirement}, got {got}." + (f" {hint}" if hint else ""))
+
+
+def is_tensor(op: str, argument: str, value: Any, requirement: str = "a tensor") -> Tensor:
+    """``value``, which must be a tensor."""
+    if not isinstance(value, Tensor):
+        fail(op, argument, requirement, type(value).__name__, error=TypeError)
+    return value
+
+
+def is_float_tensor(op: str, argument: str, value: Any) -> Tensor:
+    """``value``, which must be a floating-point tensor of a supported dtype."""
+    tensor = is_tensor(op, argument, value)
+    if tensor.dtype not in FLOATS:
+        fail(op, argument, "float32, bfloat16, float16 or float64", tensor.dtype, error=TypeError)
+    return tensor
+
+
+def number(op: str, argument: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
+           open_low: bool = False, requirement: str = "") -> float:
+    """``value`` as a float within ``[low, high]`` (``(low, high]`` if ``open_low``), finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(op, argument, requirement or "a number", f"{type(value).__name__} {value!r}", error=TypeError)
+    inside = math.isfinite(value) and (value > low if open_low else value >= low) and value <= high
+    if not inside:
+        fail(op, argument, requirement or f"in {'(' if open_low else '['}{low}, {high}]", value)
+    return float(value)
+
+
+def integer(op: str, argument: str, value: Any, *, low: int, high: int | None = None) -> int:
+    """``value`` as an int within ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail(op, argument, "an int", f"{type(value).__name__} {value!r}", error=TypeError)
+    if value < low or (high is not None and value > high):
+        fail(op, argument, f">= {low}" if high is None else f"in [{low}, {high}]", value)
+    return value
+
+
+def same_device(op: str, tensors: Sequence[tuple[str, Tensor | None]]) -> None:
+    """All given tensors must be on the device of the first."""
+    first_name, first = tensors[0]
+    assert first is not None
+    for name, tensor in tensors[1:]:
+        if tensor is not None and tensor.device != first.device:
+            fail(op, name, f"on the device of {first_name} ({first.device})", tensor.device)
+
+
+def choice(op: str, argument: str, value: Any, options: Sequence[str]) -> str:
+    """``value``, which must be one of ``options``."""
+    if value not in options:
+        fail(op, argument, "one of " + ", ".join(repr(option) for option in options), repr(value))
+    return str(value)
+
+
+def index_range(op: str, argument: str, index: Tensor, size: int) -> None:
+    """Every index must lie in ``[0, size)``; looked at on a CPU only, because a GPU would have to be waited for."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= size:
+        fail(op, argument, f"in [0, {size})", low if low < 0 else high)

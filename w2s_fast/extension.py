@@ -1,0 +1,56 @@
+"""Loads the compiled CPU/CUDA kernels (`_ops`), which are optional, and remembers why they are missing."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import warnings
+from typing import Any
+
+import torch
+
+_HERE = os.path.dirname(__file__)
+
+#: None when the kernels are loaded, otherwise the reason.
+ERROR: str | None = None
+#: The file that was loaded.
+PATH: str | None = None
+_warned = False
+
+
+def _load() -> None:
+    global ERROR, PATH
+    found = sorted(glob.glob(os.path.join(_HERE, "_ops*.so")))
+    if not found:
+        ERROR = "the C++ extension is not built"
+        return
+    try:
+        torch.ops.load_library(found[0])
+        PATH = found[0]
+    except Exception as error:  # a broken binary must not break `import w2s_fast`; the reason is kept
+        ERROR = f"the C++ extension does not load: {error}"
+
+
+def warn_once() -> None:
+    """Say, at the first call that loses speed by it, that the C++ kernels are missing."""
+    global _warned
+    if ERROR is not None and not _warned:
+        _warned = True
+        warnings.warn(
+            f"w2s_fast: {ERROR}; CPU calls run on plain PyTorch, many times slower. Build it with "
+            "`W2S_FAST_BUILD=require pip install --no-build-isolation -e .` (needs a C++20 compiler).",
+            stacklevel=3,
+        )
+
+
+def build_facts() -> dict[str, Any]:
+    """What setup.py recorded when it built the extension (compiler, flags, seconds); empty if it was not built."""
+    try:
+        with open(os.path.join(_HERE, "_build.json"), encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError):
+        return {}
+
+
+_load()

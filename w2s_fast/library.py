@@ -1,0 +1,245 @@
+"""How an op enters PyTorch: one `define` gives it a schema, a default kernel, a fake kernel and a gradient.
+
+Each op is two dispatcher ops: ``w2s_fast::<name>``, where PyTorch's own dispatch picks the kernel, and
+``w2s_fast::<name>_on``, the same schema and a trailing ``str backend``, for a backend the caller asked for.
+Both are opaque to the compiler and have the same fake kernel and gradient.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import dispatch, extension
+
+_LIBRARY = torch.library.Library("w2s_fast", "FRAGMENT")
+_LOG = logging.getLogger("w2s_fast")
+
+#: Every op, by name, in the order of definition.
+OPS: dict[str, Op] = {}
+
+
+class Kernel:
+    """A kernel written outside the reference: a launcher and the reason, if any, that it cannot serve a call.
+
+    Both are named ``"module:function"`` relative to ``w2s_fast`` and imported at first use, so that importing
+    the package does not import Triton. They take the op's positional arguments.
+    """
+
+    def __init__(self, launch: str, supports: str | None = None) -> None:
+        self._names = (launch, supports)
+        self._loaded: tuple[Callable[..., Any], Callable[..., str | None]] | None = None
+
+    def _load(self) -> tuple[Callable[..., Any], Callable[..., str | None]]:
+        if self._loaded is None:
+            launch, supports = (_resolve(name) if name else (lambda *_: None) for name in self._names)
+            self._loaded = (launch, supports)
+        return self._loaded
+
+    def why_not(self, args: Sequence[Any]) -> str | None:
+        """The reason this kernel cannot serve ``args``, or None."""
+        try:
+            return self._load()[1](*args)
+        except ImportError as error:
+            return f"import failed: {error}"
+
+    def __call__(self, *args: Any) -> Any:
+        return self._load()[0](*args)
+
+
+def _resolve(name: str) -> Callable[..., Any]:
+    module, function = name.split(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"w2s_fast.{module}"), function)
+    return found
+
+
+def _first_tensor(args: Sequence[Any]) -> torch.Tensor:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
+            return arg[0]
+    raise ValueError("w2s_fast: an op needs at least one tensor argument, got none.")
+
+
+class Op:
+    """One op of the package: call it to run on the current backend, or `on(backend)` to choose one."""
+
+    def __init__(
+        self, name: str, schema: str, reference: Callable[..., Any], triton: Kernel | None, cuda: Kernel | None
+    ) -> None:
+        self.name, self.schema, self.reference, self.triton, self.cuda = name, schema, reference, triton, cuda
+        self._auto: Any = None
+        self._forced: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        state = dispatch.STATE
+        if state == "auto":
+            return self._auto(*args)
+        if state == "explain":
+            raise dispatch.Explained(self.explain(args))
+        return self._forced(*args, state)
+
+    def on(self, backend: str) -> Callable[..., Any]:
+        """The op on one backend; ``"auto"`` leaves the choice to PyTorch's dispatch."""
+        if backend == "auto":
+            auto: Callable[..., Any] = self._auto
+            return auto
+        return lambda *args: self._forced(*args, backend)
+
+    def has_cpp(self) -> bool:
+        """Whether the loaded extension has a C++ kernel for this op on the CPU."""
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"w2s_fast::{self.name}", "CPU"))
+
+    def why_not(self, backend: str, args: Sequence[Any]) -> str | None:
+        """The reason ``backend`` cannot serve ``args``, or None."""
+        device = _first_tensor(args).device.type
+        if backend == "reference":
+            return None
+        if backend == "cpp":
+            if device != "cpu":
+                return f"C++ kernels serve CPU tensors, got {device}"
+            if extension.ERROR is not None:
+                return extension.ERROR
+            return None if self.has_cpp() else "this op has no C++ kernel"
+        kernel = self.triton if backend == "triton" else self.cuda
+        if kernel is None:
+            return f"this op has no {'Triton' if backend == 'triton' else 'CUDA C++'} kernel"
+        interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if device != "cuda" and not (interpreted and device == "cpu"):
+            return f"needs a CUDA tensor, got {device}" + (
+                " (the environment variable TRITON_INTERPRET=1 runs it on the CPU)" if backend == "triton" else ""
+            )
+        return kernel.why_not(args)
+
+    def explain(self, args: Sequence[Any]) -> dispatch.Explanation:
+        """The backend that `auto` takes for ``args`` and the reasons against the others."""
+        device = _first_tensor(args).device.type
+        order = {"cpu": ("cpp", "reference", "triton", "cuda"), "cuda": ("cuda", "triton", "reference", "cpp")}
+        chosen, rejected = "", []
+        for name in order.get(device, ("reference", "cpp", "triton", "cuda")):
+            reason = self.why_not(name, args)
+            if reason is None and not chosen:
+                chosen = name
+            else:
+                rejected.append((name, reason or f"{chosen} comes first on {device}"))
+        return dispatch.Explanation(self.name, chosen, tuple(rejected))
+
+    def _run_cuda(self, *args: Any) -> Any:
+        for backend, kernel in (("cuda", self.cuda), ("triton", self.triton)):
+            if kernel is not None and self.why_not(backend, args) is None:
+                return kernel(*args)
+        _LOG.warning("w2s_fast.%s: no GPU kernel serves this call, plain PyTorch does:\n%s", self.name, self.explain(args))
+        return self.reference(*args)
+
+    def _run_forced(self, *args: Any) -> Any:
+        *inputs, backend = args
+        reason = self.why_not(backend, inputs)
+        if reason is not None:
+            raise RuntimeError(
+                f"w2s_fast.{self.name}: backend {backend!r} cannot serve this call: {reason}. Use backend='auto'."
+            )
+        if backend == "reference":
+            return self.reference(*inputs)
+        if backend == "cpp":
+            return self._auto(*inputs)
+        kernel = self.triton if backend == "triton" else self.cuda
+        assert kernel is not None
+        return kernel(*inputs)
+
+    def _run_default(self, *args: Any) -> Any:
+        if _first_tensor(args).device.type == "cpu":
+            extension.warn_once()
+        return self.reference(*args)
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., dict[str, Any]] | None = None,
+    triton: Kernel | None = None,
+    cuda: Kernel | None = None,
+    differentiable: bool = True,
+) -> Op:
+    """Register op ``name``.
+
+    Args:
+        schema: arguments and returns, ``"(Tensor x, float eps) -> (Tensor y, Tensor z)"``.
+        reference: the op in plain PyTorch; its definition and the default kernel on every device.
+        fake: shapes and dtypes of the outputs (contiguous), for the compiler.
+        setup_context: ``(ctx, inputs, output)`` saves what backward needs. ``ctx.backend`` is already set.
+        backward: ``(ctx, *grads) -> {argument name: gradient}``; names left out get no gradient.
+            None with ``differentiable=True`` makes a gradient through the op an error (double backward).
+        differentiable: False for ops such as sampling, whose outputs never carry a gradient.
+    """
+    op = Op(name, schema, reference, triton, cuda)
+    arguments, returns = schema.rsplit(" -> ", 1)
+    names = re.findall(r"(\w+)(?:=[^,()]*)?(?=[,)])", arguments)
+    for suffix, text, kernel in (
+        ("", schema, op._run_default),
+        ("_on", f"{arguments[:-1]}, str backend) -> {returns}", op._run_forced),
+    ):
+        forced = suffix == "_on"
+        qualified = f"w2s_fast::{name}{suffix}"
+        _LIBRARY.define(f"{name}{suffix}{text}")
+        _LIBRARY.impl(f"{name}{suffix}", kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            qualified, (lambda *args: fake(*args[:-1])) if forced else fake, lib=_LIBRARY
+        )
+        torch.library.register_autograd(
+            qualified,
+            _make_backward(name, names, backward, forced),
+            setup_context=_make_setup(setup_context, differentiable, forced),
+            lib=_LIBRARY,
+        )
+    _LIBRARY.impl(name, op._run_cuda, "CUDA")
+    op._auto = getattr(torch.ops.w2s_fast, name).default
+    op._forced = getattr(torch.ops.w2s_fast, f"{name}_on").default
+    OPS[name] = op
+    return op
+
+
+def define_raw(name: str, schema: str) -> None:
+    """Declare an op that only the compiled extension implements and only another op's dispatch calls."""
+    _LIBRARY.define(f"{name}{schema}")
+
+
+def _make_setup(
+    setup_context: Callable[..., None] | None, differentiable: bool, forced: bool
+) -> Callable[[Any, tuple[Any, ...], Any], None]:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = inputs[-1] if forced else "auto"
+        inputs = inputs[:-1] if forced else inputs
+        # backward must return an empty list for an empty list argument, None for everything else
+        ctx.empty_lists = tuple(isinstance(value, (list, tuple)) and not value for value in inputs)
+        if not differentiable:
+            ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+        elif setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    return setup
+
+
+def _make_backward(
+    name: str, names: list[str], backward: Callable[..., dict[str, Any]] | None, forced: bool
+) -> Callable[..., Any]:
+    def run(ctx: Any, *grads: Any) -> Any:
+        if backward is None:
+            raise NotImplementedError(f"w2s_fast::{name}: double backward is not supported")
+        found = backward(ctx, *grads)
+        result: list[Any] = []
+        for argument, empty in zip(names, ctx.empty_lists, strict=True):
+            result.append([] if empty else found.get(argument))
+        return (*result, None) if forced else tuple(result)
+
+    return run

@@ -1,0 +1,1 @@
+"""The public ops: checks, schemas, fake kernels and gradients."""

@@ -1,0 +1,294 @@
+"""dynamic_fusion_weights: the weight of each expert solved anew for every row (Dynamic Logits Fusion)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.logit_fusion import backward as reference_backward
+from ...reference.logit_fusion import dynamic_weights as reference
+from .inputs import Logits, accumulate_dtype, logits
+
+#: The part of a schema that describes the solve; see `DynamicArguments`.
+DYN = (
+    "Tensor base, Tensor[] experts, Tensor[] anti, float alpha_max, int nodes, int first_candidate, float tol, "
+    "int multi, int direction_kind, Tensor? direction, bool average, Tensor? target_kl, int vocab_size"
+)
+MULTI = {"ray": 0, "decoupled": 1, "grid": 2}
+EXACT = -1
+
+
+class DynamicWeights(NamedTuple):
+    """Solved weights of one step.
+
+    Fields: alpha ``[..., K]``; target_kl ``[..., K]``, KL(Q_k || Q_0) in nats; achieved_kl, KL(P_alpha || P_L),
+    ``[...]`` (``[..., K]``, each expert alone, with ``multi="decoupled"``); saturated ``[..., K]``, True where the
+    target was out of reach and alpha is ``alpha_max``.
+    """
+
+    alpha: Tensor
+    target_kl: Tensor
+    achieved_kl: Tensor
+    saturated: Tensor
+
+
+class DynamicArguments(NamedTuple):
+    """Arguments of `DYN`, in order; first_candidate is `EXACT` or the first grid node (0 or 1)."""
+
+    base: Tensor
+    experts: list[Tensor]
+    anti: list[Tensor]
+    alpha_max: float
+    nodes: int
+    first_candidate: int
+    tol: float
+    multi: int
+    direction_kind: int
+    direction: Tensor | None
+    average: bool
+    target_kl: Tensor | None
+    vocab_size: int
+
+
+def fake_weights(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes of alpha, target_kl, achieved_kl, saturated."""
+    given = DynamicArguments(*args[:13])
+    rows, count = given.base.shape[0], len(given.experts)
+    acc = accumulate_dtype(args)
+    kls = count if given.multi == MULTI["decoupled"] else 1
+    return (
+        given.base.new_empty((rows, count), dtype=acc),
+        given.base.new_empty((rows, count), dtype=acc),
+        given.base.new_empty((rows, kls), dtype=acc),
+        given.base.new_empty((rows, count), dtype=torch.bool),
+    )
+
+
+def _fake_backward(
+    grad_alpha: Tensor, alpha: Tensor, saturated: Tensor, base: Tensor, experts: list[Tensor], anti: list[Tensor], *_: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    def like(t: Tensor) -> Tensor:
+        return t.new_empty(t.shape)
+
+    return like(base), [like(t) for t in experts], [like(t) for t in anti], like(alpha)
+
+
+BACKWARD = define(
+    "dynamic_fusion_weights_backward",
+    "(Tensor grad_alpha, Tensor alpha, Tensor saturated, Tensor base, Tensor[] experts, Tensor[] anti, int multi, "
+    "int direction_kind, Tensor? direction, bool average, bool has_target, int vocab_size) "
+    "-> (Tensor dbase, Tensor[] dexperts, Tensor[] danti, Tensor dtarget)",
+    reference=reference_backward.dynamic_fusion_weights_backward,
+    fake=_fake_backward,
+    triton=Kernel("kernels.logit_fusion.dynamic_weights_backward:launch_dynamic_fusion_weights_backward",
+                  "kernels.logit_fusion.dynamic_weights_backward:supports_dynamic_fusion_weights_backward"),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    given = DynamicArguments(*inputs)
+    alpha, target_kl, achieved_kl, saturated = output
+    # a KL is reported, not trained through; a grid's argmin is piecewise constant
+    piecewise = (alpha,) if given.first_candidate != EXACT else ()
+    ctx.mark_non_differentiable(target_kl, achieved_kl, saturated, *piecewise)
+    ctx.counts = (len(given.experts), len(given.anti))
+    ctx.numbers = (given.multi, given.direction_kind, given.average, given.target_kl is not None, given.vocab_size)
+    ctx.save_for_backward(alpha, saturated, given.base, *given.experts, *given.anti, given.direction)
+
+
+def _backward(ctx: Any, grad_alpha: Tensor, *_: Any) -> dict[str, Any]:
+    alpha, saturated, base, *rest = ctx.saved_tensors
+    experts, anti = ctx.counts
+    multi, kind, average, has_target, width = ctx.numbers
+    dbase, dexperts, danti, dtarget = BACKWARD.on(ctx.backend)(
+        grad_alpha, alpha, saturated, base, rest[:experts], rest[experts : experts + anti], multi, kind, rest[-1],
+        average, has_target, width,
+    )
+    return {"base": dbase, "experts": dexperts, "anti": danti, "target_kl": dtarget if has_target else None}
+
+
+DYNAMIC_FUSION_WEIGHTS = define(
+    "dynamic_fusion_weights",
+    f"({DYN}) -> (Tensor alpha, Tensor target_kl, Tensor achieved_kl, Tensor saturated)",
+    reference=reference.dynamic_fusion_weights,
+    fake=fake_weights,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton=Kernel("kernels.logit_fusion.dynamic_weights:launch_dynamic_fusion_weights",
+                  "kernels.logit_fusion.dynamic_weights:supports_dynamic_fusion_weights"),
+)
+
+
+def dynamic_arguments(
+    op: str,
+    base: Any,
+    experts: Any,
+    anti: Any,
+    *,
+    alpha_max: float = 2.0,
+    solver: str = "exact",
+    grid: Tensor | Sequence[float] | None = None,
+    nodes: int = 16,
+    tol: float = 1e-4,
+    multi: str = "ray",
+    direction: str | Sequence[float] | Tensor | None = None,
+    average: bool = False,
+    target_kl: Tensor | None = None,
+    vocab_size: int | None = None,
+    strict_vocab: bool = False,
+) -> tuple[DynamicArguments, Logits]:
+    """Check the arguments of a solve and bring them to the form of `DYN`."""
+    given = logits(op, base, experts, anti, vocab_size, strict_vocab, anti_required=True)
+    if not given.experts:
+        checks.fail(op, "experts", "at least one tensor", "none")
+    alpha_max = checks.number(op, "alpha_max", alpha_max, low=0.0, open_low=True)
+    nodes = checks.integer(op, "nodes", nodes, low=2, high=32)
+    tol = checks.number(op, "tol", tol, low=0.0, open_low=True)
+    checks.choice(op, "solver", solver, ("exact", "grid"))
+    checks.choice(op, "multi", multi, tuple(MULTI))
+    first = EXACT
+    if solver == "grid":
+        alpha_max, nodes, first = _grid(op, grid, alpha_max)
+    elif grid is not None:
+        checks.fail(op, "grid", 'None unless solver="grid"', "a grid")
+    elif multi == "grid":
+        checks.fail(op, "multi", '"ray" or "decoupled" unless solver="grid"', "'grid'")
+    kind, rows = _direction(op, direction, given)
+    target = _target(op, target_kl, given)
+    return DynamicArguments(
+        given.base, given.experts, given.anti, alpha_max, nodes, first, tol, MULTI[multi], kind, rows, bool(average),
+        target, given.vocab_size,
+    ), given
+
+
+def _grid(op: str, grid: Any, alpha_max: float) -> tuple[float, int, int]:
+    """alpha_max, number of intervals and first candidate of an equally spaced grid."""
+    if grid is None:
+        return alpha_max, 20, 1
+    values = [float(a) for a in (grid.tolist() if isinstance(grid, Tensor) else grid)]
+    step = values[1] - values[0] if len(values) > 1 else (values[0] if values else 0.0)
+    first = 0 if values and values[0] == 0 else 1
+    even = step > 0 and all(abs(a - step * (i + first)) <= 1e-5 * step * (i + 1) for i, a in enumerate(values))
+    if not even or len(values) < 2:
+        checks.fail(op, "grid", "equally spaced and start at its step or at 0", [round(a, 6) for a in values],
+                    "grid must be equally spaced")
+    intervals = len(values) - 1 + first
+    if intervals > 32:
+        checks.fail(op, "grid", "at most 32 intervals long", f"{intervals} intervals")
+    return values[-1], intervals, first
+
+
+def _direction(op: str, direction: Any, given: Logits) -> tuple[int, Tensor | None]:
+    if direction is None:
+        return 0, None
+    if isinstance(direction, str):
+        checks.choice(op, "direction", direction, ("target_kl",))
+        return 1, None
+    if not isinstance(direction, Tensor):
+        direction = given.base.new_tensor(list(direction), dtype=torch.float32)
+    count, rows = len(given.experts), given.base.shape[0]
+    try:
+        expanded = direction.expand(*given.batch, count).reshape(rows, count)
+    except RuntimeError:
+        checks.fail(op, "direction", f"of shape [{count}] or {[*given.batch, count]}", tuple(direction.shape))
+    checks.same_device(op, [("base", given.base), ("direction", direction)])
+    if direction.device.type == "cpu" and not torch.compiler.is_compiling() and bool(
+        (direction < 0).any() or (direction.amax(-1) <= 0).any()
+    ):
+        checks.fail(op, "direction", "nonnegative with a positive entry in every row", direction.tolist())
+    return 2, expanded.to(torch.promote_types(expanded.dtype, torch.float32))
+
+
+def _target(op: str, target_kl: Any, given: Logits) -> Tensor | None:
+    if target_kl is None:
+        return None
+    checks.is_float_tensor(op, "target_kl", target_kl)
+    checks.same_device(op, [("base", given.base), ("target_kl", target_kl)])
+    count, rows = len(given.experts), given.base.shape[0]
+    if target_kl.shape == given.batch:
+        target_kl = target_kl.unsqueeze(-1)
+    try:
+        expanded = target_kl.expand(*given.batch, count).reshape(rows, count)
+    except RuntimeError:
+        checks.fail(op, "target_kl", f"of shape {[*given.batch]} or {[*given.batch, count]}", tuple(target_kl.shape))
+    return expanded.to(torch.promote_types(expanded.dtype, torch.float32))
+
+
+def shaped(given: Logits, multi: int, alpha: Tensor, target: Tensor, achieved: Tensor, saturated: Tensor) -> DynamicWeights:
+    """Row results in the caller's leading shape."""
+    batch, count = given.batch, len(given.experts)
+    kls = achieved.reshape(*batch, count) if multi == MULTI["decoupled"] and count > 1 else achieved[:, 0].reshape(batch)
+    return DynamicWeights(
+        alpha.reshape(*batch, count), target.reshape(*batch, count), kls, saturated.reshape(*batch, count)
+    )
+
+
+def dynamic_fusion_weights(
+    base: Tensor,
+    experts: Tensor | Sequence[Tensor],
+    anti: Tensor | Sequence[Tensor],
+    *,
+    alpha_max: float = 2.0,
+    solver: Literal["exact", "grid"] = "exact",
+    grid: Tensor | Sequence[float] | None = None,
+    nodes: int = 16,
+    tol: float = 1e-4,
+    multi: Literal["ray", "decoupled", "grid"] = "ray",
+    direction: Literal["target_kl"] | Sequence[float] | Tensor | None = None,
+    average: bool = False,
+    target_kl: Tensor | None = None,
+    vocab_size: int | None = None,
+    strict_vocab: bool = False,
+) -> DynamicWeights:
+    """Weights that shift the large model as far as the small one was shifted, for every row.
+
+    Dynamic Logits Fusion (arXiv 2406.15480): with P_alpha = softmax(z_L + sum_k alpha_k (z_k - z_0)), choose
+    ``alpha = argmin [KL(P_alpha || P_L) - KL(Q_k || Q_0)]^2`` at every decoding step. The paper searches 20
+    candidates; here every candidate's KL comes from one read of the logits, and the exact minimiser by default.
+
+    Args:
+        base: z_L ``[..., V]``, logits of the large model.
+        experts: z_k, K tensors ``[..., V_k]`` or one ``[K, ..., V]``: the tuned small models.
+        anti: z_0, the untuned small model, one shared or one an expert. Required.
+        alpha_max: weights lie in ``[0, alpha_max]``.
+        solver: ``"exact"``: the root of KL(P_alpha || P_L) = target, to ``tol``; ``"grid"``: the paper's search.
+        grid: candidates for ``solver="grid"``: equally spaced, from 0 or from the step; default 0.1, 0.2, ..., 2.0
+            (20 steps up to ``alpha_max``). Ties go to the smaller weight.
+        nodes: equally spaced nodes of the one-pass sweep, 2 to 32; more are more exact and cost more arithmetic.
+        tol: allowed ``|KL - target|`` in nats, relative above 1; rows that miss it get Newton steps.
+        multi: several experts: ``"ray"`` solves the paper's summed objective exactly along ``direction``;
+            ``"decoupled"`` solves each expert alone; ``"grid"`` searches the product grid with plain PyTorch (cost
+            20^K, for comparison, only with ``solver="grid"``).
+        direction: of the ray: None for equal weights, ``"target_kl"`` for u_k proportional to KL(Q_k || Q_0), or
+            nonnegative numbers ``[K]`` or ``[..., K]``. A constant for the gradient.
+        average: with ``"decoupled"``, divide the weights by K.
+        target_kl: ``[...]`` or ``[..., K]`` replaces KL(Q_k || Q_0).
+        vocab_size, strict_vocab: see `fuse_logits`.
+
+    Returns:
+        `DynamicWeights`; float32 (float64 for float64 inputs). ``alpha`` is differentiable (``solver="exact"``) in the
+        logits and ``target_kl``, once. Logit differences are clamped to [-60, 60]; columns with z_L = -inf are
+        skipped; a row with NaN gives NaN for that row.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> zero = torch.zeros(1, 2)
+        >>> w2s_fast.dynamic_fusion_weights(zero, [torch.tensor([[1.0986123, 0.]])], zero).alpha.round(decimals=3)
+        tensor([[1.]])
+    """
+    args, given = dynamic_arguments(
+        "dynamic_fusion_weights", base, experts, anti, alpha_max=alpha_max, solver=solver, grid=grid, nodes=nodes, tol=tol,
+        multi=multi, direction=direction, average=average, target_kl=target_kl, vocab_size=vocab_size,
+        strict_vocab=strict_vocab,
+    )
+    # the product grid exists for comparison only, in the reference
+    op = DYNAMIC_FUSION_WEIGHTS.on("reference") if args.multi == MULTI["grid"] else DYNAMIC_FUSION_WEIGHTS
+    return shaped(given, args.multi, *op(*args))

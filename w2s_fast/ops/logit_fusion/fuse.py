@@ -1,0 +1,119 @@
+"""fuse_logits: z = (base_weight base + sum_k w_k (experts_k - anti_k)) / temperature in one read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ...library import Kernel, define
+from ...reference.logit_fusion import fuse as reference
+from .gradient import fusion_gradients, save_fusion, saved_fusion
+from .inputs import FUSE, accumulate_dtype, fusion
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    base, out_dtype, need_lse = args[0], args[11], args[12]
+    fused = base.new_empty((base.shape[0], args[10]), dtype=out_dtype)
+    return fused, base.new_empty((base.shape[0],) if need_lse else (0,), dtype=accumulate_dtype(args))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.has_lse = inputs[12]
+    save_fusion(ctx, inputs, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> dict[str, Any]:
+    given, (lse,) = saved_fusion(ctx)
+    row_a = grad_lse if ctx.has_lse else None
+    if not ctx.has_lse:
+        lse = lse.new_zeros(given.base.shape[0])  # its softmax gets the coefficient None, so no value is used
+    return fusion_gradients(ctx, given, lse, grad, row_a)
+
+
+FUSE_LOGITS = define(
+    "fuse_logits",
+    f"({FUSE}, ScalarType out_dtype, bool need_lse) -> (Tensor fused, Tensor lse)",
+    reference=reference.fuse_logits,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton=Kernel("kernels.logit_fusion.fuse:launch_fuse_logits", "kernels.logit_fusion.fuse:supports_fuse_logits"),
+)
+
+Weights = float | Sequence[float] | Tensor
+Plausible = tuple[Literal["min_p", "top_p"], float]
+
+
+@overload
+def fuse_logits(
+    base: Tensor, experts: Tensor | Sequence[Tensor], anti: Tensor | Sequence[Tensor] | None = ..., weights: Weights = ...,
+    *, base_weight: float = ..., temperature: float | Tensor = ..., plausible: Plausible | None = ...,
+    vocab_size: int | None = ..., out_dtype: torch.dtype | None = ..., return_lse: Literal[False] = ...,
+    strict_vocab: bool = ...,
+) -> Tensor: ...
+@overload
+def fuse_logits(
+    base: Tensor, experts: Tensor | Sequence[Tensor], anti: Tensor | Sequence[Tensor] | None = ..., weights: Weights = ...,
+    *, base_weight: float = ..., temperature: float | Tensor = ..., plausible: Plausible | None = ...,
+    vocab_size: int | None = ..., out_dtype: torch.dtype | None = ..., return_lse: Literal[True],
+    strict_vocab: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
+def fuse_logits(
+    base: Tensor,
+    experts: Tensor | Sequence[Tensor],
+    anti: Tensor | Sequence[Tensor] | None = None,
+    weights: Weights = 1.0,
+    *,
+    base_weight: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    plausible: Plausible | None = None,
+    vocab_size: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    return_lse: bool = False,
+    strict_vocab: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Combine the logits of a large model with those of small experts, in one read of each.
+
+    ``z = (base_weight * base + sum_k w_k (experts_k - anti_k)) / temperature``. Proxy-tuning (arXiv 2401.08565),
+    DExperts (2105.03023), contrastive decoding (2210.15097), DeRa (2402.02992), MOD (2406.18853) and GenARM
+    (2410.08193) are this sum with different weights.
+
+    Args:
+        base: ``[..., V]`` logits of the large model; float32, bfloat16, float16 or float64. The last dimension
+            should be contiguous (otherwise it is copied); leading strides are free, so ``logits[:, -1, :]`` is
+            read in place.
+        experts: K tensors ``[..., V_k]`` or one ``[K, ..., V]``; dtypes may differ, leading shapes broadcast.
+        anti: the untuned small model's logits, one shared or one an expert; absent means 0.
+        weights: a number, K numbers, or a tensor ``[K]`` or ``[..., K]``.
+        base_weight: weight of ``base``.
+        temperature: a number > 0 or a tensor of the leading shape (its values are not checked).
+        plausible: ``("min_p", x)`` keeps tokens with P_base >= x max P_base, ``("top_p", x)`` the base's nucleus;
+            the others get -inf. Decided on ``base`` before fusing.
+        vocab_size: columns that take part; default the smallest width. Others are never read.
+        out_dtype: dtype of the result; default that of ``base``.
+        return_lse: also return the row-wise log-sum-exp of ``z``.
+        strict_vocab: refuse differing widths unless ``vocab_size`` is given.
+
+    Returns:
+        ``z`` of shape ``[..., vocab_size]``; with ``return_lse`` also lse ``[...]`` in float32 (float64 for
+        float64 inputs). Differentiable in every tensor argument, once.
+
+    Arithmetic is float32 (float64 if any logits are). -inf in ``base`` stays -inf, NaN stays NaN. Deterministic.
+
+    Raises:
+        ValueError: shapes, widths or values that do not fit; TypeError: dtypes; the message names the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> base, expert, anti = torch.tensor([[1., 2.]]), torch.tensor([[3., 0.]]), torch.tensor([[1., 1.]])
+        >>> w2s_fast.fuse_logits(base, [expert], anti, weights=0.5)
+        tensor([[2.0000, 1.5000]])
+    """
+    given, batch = fusion("fuse_logits", base, experts, anti, weights, base_weight, temperature, plausible,
+                          vocab_size, strict_vocab)
+    fused, lse = FUSE_LOGITS(*given, out_dtype or base.dtype, return_lse)
+    fused = fused.reshape(*batch, given.vocab_size)
+    return (fused, lse.reshape(batch)) if return_lse else fused

@@ -1,0 +1,182 @@
+"""What the logit fusion ops have in common: the arguments that describe a fusion, checked and brought to one form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks
+
+#: The part of every schema that describes z = (base_weight base + sum_k w_k (experts_k - anti_k)) / temperature.
+FUSE = (
+    "Tensor base, Tensor[] experts, Tensor[] anti, Tensor? weights, float[] weight_values, float base_weight, "
+    "Tensor? temperature, float temperature_value, int plausible, float plausible_value, int vocab_size"
+)
+PLAUSIBLE = {"min_p": 1, "top_p": 2}
+
+
+class Fusion(NamedTuple):
+    """Arguments of `FUSE`, in order: rows flattened to [B, >= vocab_size], last stride 1."""
+
+    base: Tensor
+    experts: list[Tensor]
+    anti: list[Tensor]
+    weights: Tensor | None
+    weight_values: list[float]
+    base_weight: float
+    temperature: Tensor | None
+    temperature_value: float
+    plausible: int
+    plausible_value: float
+    vocab_size: int
+
+
+class Logits(NamedTuple):
+    """The models' logits as rows, and the leading shape they came with."""
+
+    base: Tensor
+    experts: list[Tensor]
+    anti: list[Tensor]
+    vocab_size: int
+    batch: torch.Size
+
+
+def as_list(op: str, name: str, value: Any, ndim: int) -> list[Tensor]:
+    """A list of tensors from a list, a stacked tensor [K, ..., V] (``ndim + 1`` dimensions), one tensor or None."""
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        return list(value.unbind(0)) if value.ndim == ndim + 1 else [value]
+    if not isinstance(value, (list, tuple)):
+        checks.fail(op, name, "a tensor or a list of tensors", type(value).__name__, error=TypeError)
+    return list(value)
+
+
+def _rows(op: str, name: str, tensor: Tensor, batch: torch.Size) -> Tensor:
+    if tensor.shape[:-1] != batch:
+        try:
+            tensor = tensor.expand(*batch, tensor.shape[-1])
+        except RuntimeError:
+            checks.fail(op, name, f"of leading shape {tuple(batch)} (that of base)", tuple(tensor.shape))
+    if tensor.ndim != 2:
+        tensor = tensor.reshape(batch.numel(), tensor.shape[-1])
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] <= 1 else tensor.contiguous()
+
+
+def logits(
+    op: str, base: Any, experts: Any, anti: Any, vocab_size: int | None, strict_vocab: bool, anti_required: bool = False
+) -> Logits:
+    """Check the logits tensors and bring them to rows; views wherever the strides allow it."""
+    checks.is_float_tensor(op, "base", base)
+    if base.ndim < 1:
+        checks.fail(op, "base", "of shape [..., V]", "a 0-dimensional tensor")
+    lists = {"experts": as_list(op, "experts", experts, base.ndim), "anti": as_list(op, "anti", anti, base.ndim)}
+    named: list[tuple[str, Tensor | None]] = [("base", base)]
+    for name, tensors in lists.items():
+        for index, tensor in enumerate(tensors):
+            checks.is_float_tensor(op, f"{name}[{index}]", tensor)
+            if tensor.ndim < 1 or tensor.ndim > base.ndim:
+                checks.fail(op, f"{name}[{index}]", f"of shape [..., V] with at most {base.ndim} dimensions",
+                            tuple(tensor.shape))
+            named.append((f"{name}[{index}]", tensor))
+    checks.same_device(op, named)
+    if anti_required and not lists["anti"]:
+        checks.fail(op, "anti", "the untuned small model's logits", "None", error=TypeError)
+    if len(lists["anti"]) not in (0, 1, len(lists["experts"])):
+        checks.fail(op, "anti", f"None, one tensor or {len(lists['experts'])} tensors (one an expert)",
+                    f"{len(lists['anti'])} tensors")
+    if lists["anti"] and not lists["experts"]:
+        checks.fail(op, "anti", "None when there are no experts", f"{len(lists['anti'])} tensors")
+    widths = [tensor.shape[-1] for _, tensor in named if tensor is not None]
+    width = min(widths)
+    if vocab_size is None:
+        if strict_vocab and max(widths) != width:
+            checks.fail(op, "vocab_size", f"given when the widths differ ({widths})", "None")
+        vocab_size = width
+    else:
+        checks.integer(op, "vocab_size", vocab_size, low=1, high=width)
+    if width < 1:
+        checks.fail(op, "base", "at least one column wide (V >= 1)", f"widths {widths}")
+    batch = base.shape[:-1]
+    return Logits(
+        _rows(op, "base", base, batch),
+        [_rows(op, f"experts[{i}]", t, batch) for i, t in enumerate(lists["experts"])],
+        [_rows(op, f"anti[{i}]", t, batch) for i, t in enumerate(lists["anti"])],
+        vocab_size,
+        batch,
+    )
+
+
+def weights_of(op: str, weights: Any, count: int, given: Logits) -> tuple[Tensor | None, list[float]]:
+    """Weights as a [B, K] tensor or as K floats, whichever the caller gave."""
+    if isinstance(weights, Tensor):
+        checks.is_float_tensor(op, "weights", weights)
+        checks.same_device(op, [("base", given.base), ("weights", weights)])
+        try:
+            rows = weights.expand(*given.batch, count).reshape(given.base.shape[0], count)
+        except RuntimeError:
+            checks.fail(op, "weights", f"a float, [{count}] or {[*given.batch, count]}", tuple(weights.shape))
+        return rows.to(torch.promote_types(rows.dtype, torch.float32)), []
+    if isinstance(weights, Sequence) and not isinstance(weights, str):
+        if len(weights) != count:
+            checks.fail(op, "weights", f"one number an expert ({count})", f"{len(weights)} numbers")
+        return None, [checks.number(op, f"weights[{i}]", w) for i, w in enumerate(weights)]
+    return None, [checks.number(op, "weights", weights)] * count
+
+
+def temperature_of(op: str, temperature: Any, given: Logits, zero_allowed: bool = False) -> tuple[Tensor | None, float]:
+    """Temperature as a [B] tensor or as a float. A tensor's values are not read (that would wait for the GPU)."""
+    if isinstance(temperature, Tensor):
+        checks.is_float_tensor(op, "temperature", temperature)
+        checks.same_device(op, [("base", given.base), ("temperature", temperature)])
+        try:
+            rows = temperature.expand(given.batch).reshape(given.base.shape[0])
+        except RuntimeError:
+            checks.fail(op, "temperature", f"a float or of shape {tuple(given.batch)}", tuple(temperature.shape))
+        return rows.to(torch.promote_types(rows.dtype, torch.float32)), 1.0
+    requirement = "a finite number >= 0" if zero_allowed else "a finite number > 0"
+    value = checks.number(op, "temperature", temperature, low=0.0, open_low=not zero_allowed, requirement=requirement)
+    return None, value
+
+
+def plausible_of(op: str, plausible: Any) -> tuple[int, float]:
+    """``None | ("min_p", x) | ("top_p", x)`` as the kernels' pair of numbers."""
+    if plausible is None:
+        return 0, 0.0
+    if not isinstance(plausible, (tuple, list)) or len(plausible) != 2 or plausible[0] not in PLAUSIBLE:
+        checks.fail(op, "plausible", 'None, ("min_p", x) or ("top_p", x)', repr(plausible))
+    kind, value = plausible
+    return PLAUSIBLE[kind], checks.number(op, f"plausible {kind}", value, low=0.0, high=1.0, open_low=kind == "top_p")
+
+
+def fusion(
+    op: str,
+    base: Any,
+    experts: Any,
+    anti: Any,
+    weights: Any,
+    base_weight: float,
+    temperature: Any,
+    plausible: Any,
+    vocab_size: int | None,
+    strict_vocab: bool,
+    zero_temperature: bool = False,
+) -> tuple[Fusion, torch.Size]:
+    """Every argument of `FUSE` checked, and the leading shape of the result."""
+    given = logits(op, base, experts, anti, vocab_size, strict_vocab)
+    rows, values = weights_of(op, weights, len(given.experts), given)
+    heat, heat_value = temperature_of(op, temperature, given, zero_temperature)
+    kind, level = plausible_of(op, plausible)
+    base_weight = checks.number(op, "base_weight", base_weight)
+    return Fusion(
+        given.base, given.experts, given.anti, rows, values, base_weight, heat, heat_value, kind, level, given.vocab_size
+    ), given.batch
+
+
+def accumulate_dtype(args: Sequence[Any]) -> torch.dtype:
+    """float64 if any of base, experts, anti (the first three of ``args``) is, otherwise float32."""
+    double = any(t.dtype == torch.float64 for t in (args[0], *args[1], *args[2]))
+    return torch.float64 if double else torch.float32

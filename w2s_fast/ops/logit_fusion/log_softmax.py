@@ -1,0 +1,85 @@
+"""fused_log_softmax: log softmax of the fused logits, without the fused logits in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.logit_fusion import log_softmax as reference
+from .fuse import Plausible, Weights
+from .gradient import fusion_gradients, save_fusion, saved_fusion
+from .inputs import FUSE, accumulate_dtype, fusion
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    base = args[0]
+    logp = base.new_empty((base.shape[0], args[10]), dtype=args[11])
+    return logp, base.new_empty((base.shape[0],), dtype=accumulate_dtype(args))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    save_fusion(ctx, inputs, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> dict[str, Any]:
+    given, (lse,) = saved_fusion(ctx)
+    return fusion_gradients(ctx, given, lse, grad, grad_lse, subtract_row_sum=True)
+
+
+FUSED_LOG_SOFTMAX = define(
+    "fused_log_softmax",
+    f"({FUSE}, ScalarType out_dtype) -> (Tensor logp, Tensor lse)",
+    reference=reference.fused_log_softmax,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton=Kernel("kernels.logit_fusion.fuse:launch_fused_log_softmax",
+                  "kernels.logit_fusion.fuse:supports_fused_log_softmax"),
+)
+
+
+def fused_log_softmax(
+    base: Tensor,
+    experts: Tensor | Sequence[Tensor],
+    anti: Tensor | Sequence[Tensor] | None = None,
+    weights: Weights = 1.0,
+    *,
+    base_weight: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    plausible: Plausible | None = None,
+    vocab_size: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    strict_vocab: bool = False,
+) -> Tensor:
+    """Log-probabilities of the fused distribution, ``z - logsumexp(z)``, in one op.
+
+    ``z`` and all arguments are those of `fuse_logits`; normalising the models one by one first is never needed,
+    since softmax(sum_i w_i log softmax(z_i)) = softmax(sum_i w_i z_i).
+
+    Args:
+        base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab: see `fuse_logits`.
+        out_dtype: dtype of the result; default float32 (float64 for float64 inputs).
+
+    Returns:
+        logp ``[..., vocab_size]``; -inf outside the plausible set. Differentiable in every tensor argument, once.
+
+    Raises:
+        ValueError, TypeError: see `fuse_logits`.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> w2s_fast.fused_log_softmax(torch.zeros(1, 2), [torch.tensor([[0., 1.0986123]])]).exp()
+        tensor([[0.2500, 0.7500]])
+    """
+    op = "fused_log_softmax"
+    given, batch = fusion(op, base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab)
+    out_dtype = out_dtype or accumulate_dtype(given)
+    if out_dtype not in checks.FLOATS:
+        checks.fail(op, "out_dtype", "float32, bfloat16, float16 or float64", out_dtype, error=TypeError)
+    logp, _ = FUSED_LOG_SOFTMAX(*given, out_dtype)
+    return logp.reshape(*batch, given.vocab_size)

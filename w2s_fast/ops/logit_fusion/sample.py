@@ -1,0 +1,170 @@
+"""fused_sample: one decoding step, from several models' logits to the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.logit_fusion import dynamic_sample as reference_dynamic
+from ...reference.logit_fusion import sample as reference
+from .dynamic_weights import DYN, MULTI, dynamic_arguments, fake_weights, shaped
+from .fuse import Plausible, Weights
+from .inputs import FUSE, accumulate_dtype, fusion, plausible_of, temperature_of
+
+_FILTERS = "Tensor uniform, int top_k, float top_p, float min_p"
+
+
+class SampleOutput(NamedTuple):
+    """One sampled token a row.
+
+    Fields: token ``[...]`` int64; logprob ``[...]``, its log-probability under the unfiltered, temperature-scaled
+    fused distribution; lse ``[...]`` of that distribution's logits; alpha ``[..., K]`` with dynamic weights, else
+    None; kept ``[...]`` int32, how many tokens the filters kept.
+    """
+
+    token: Tensor
+    logprob: Tensor
+    lse: Tensor
+    alpha: Tensor | None
+    kept: Tensor
+
+
+def _fake_rows(args: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    base, acc = args[0], accumulate_dtype(args)
+    rows = (base.shape[0],)
+    token, logprob, lse, kept = (base.new_empty(rows, dtype=t) for t in (torch.int64, acc, acc, torch.int32))
+    return token, logprob, lse, kept
+
+
+FUSED_SAMPLE = define(
+    "fused_sample",
+    f"({FUSE}, {_FILTERS}) -> (Tensor token, Tensor logprob, Tensor lse, Tensor kept)",
+    reference=reference.fused_sample,
+    fake=lambda *args: _fake_rows(args),
+    differentiable=False,
+    triton=Kernel("kernels.logit_fusion.sample:launch_fused_sample", "kernels.logit_fusion.sample:supports_fused_sample"),
+)
+
+_DYNAMIC_SCHEMA = (
+    f"({DYN}, Tensor? temperature, float temperature_value, int plausible, float plausible_value, {_FILTERS}) -> "
+    "(Tensor token, Tensor logprob, Tensor lse, Tensor kept, Tensor alpha, Tensor target_kl, Tensor achieved_kl, "
+    "Tensor saturated)"
+)
+
+
+def _fake_dynamic(*args: Any) -> tuple[Tensor, ...]:
+    return (*_fake_rows(args), *fake_weights(*args[:13]))
+
+
+DYNAMIC_SAMPLE = define(
+    "dynamic_sample",
+    _DYNAMIC_SCHEMA,
+    reference=reference_dynamic.dynamic_sample,
+    fake=_fake_dynamic,
+    differentiable=False,
+    triton=Kernel("kernels.logit_fusion.dynamic_sample:launch_dynamic_sample",
+                  "kernels.logit_fusion.dynamic_sample:supports_dynamic_sample"),
+    cuda=Kernel("ops.logit_fusion.cluster:launch_dynamic_sample", "ops.logit_fusion.cluster:supports_dynamic_sample"),
+)
+
+
+def fused_sample(
+    base: Tensor,
+    experts: Tensor | Sequence[Tensor] | None = None,
+    anti: Tensor | Sequence[Tensor] | None = None,
+    weights: Weights | Literal["dynamic"] = 1.0,
+    *,
+    base_weight: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    plausible: Plausible | None = None,
+    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
+    dynamic: dict[str, Any] | None = None,
+    vocab_size: int | None = None,
+    strict_vocab: bool = False,
+) -> SampleOutput:
+    """Fuse the logits, filter and draw the next token, with no sort and nothing of size ``[B, V]`` kept.
+
+    Order: plausible set (on ``base``), fusion, temperature, top-k, top-p (of the renormalised distribution), min-p,
+    draw. The fusion is that of `fuse_logits`, or with ``weights="dynamic"`` that of `dynamic_fusion_weights`.
+
+    Args:
+        base, experts, anti, weights, base_weight, plausible, vocab_size, strict_vocab: see `fuse_logits`.
+        temperature: number >= 0 or tensor of the leading shape; 0 takes the argmax (smallest index of ties) and uses
+            no randomness; such a row's logprob and lse are those at temperature 1.
+        top_k: keep the k largest (ties: smaller index first); 0 keeps all.
+        top_p: keep the shortest prefix, in descending order, whose mass reaches top_p; at least one; 1.0 costs nothing.
+        min_p: keep tokens with P >= min_p * max P; 0 keeps all.
+        generator: source of one uniform number a row when ``uniform`` is None; default PyTorch's.
+        uniform: numbers in [0, 1) of the leading shape. The token is then a pure function of the inputs: the first index
+            at which the cumulative mass over the kept tokens, in index order, exceeds ``uniform`` times their mass.
+        dynamic: with ``weights="dynamic"``, arguments of `dynamic_fusion_weights` (alpha_max, nodes, multi, ...).
+
+    Returns:
+        `SampleOutput`; not differentiable (use `fused_stats` with ``targets=token`` for a differentiable
+        log-probability). A row without a finite logit, or with NaN, gives token -1 and logprob NaN.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> out = w2s_fast.fused_sample(torch.tensor([[0., 1., 5.]]), temperature=0)
+        >>> out.token.item()
+        2
+    """
+    op = "fused_sample"
+    top_k = checks.integer(op, "top_k", top_k, low=0)
+    top_p = checks.number(op, "top_p", top_p, low=0.0, high=1.0, open_low=True)
+    min_p = checks.number(op, "min_p", min_p, low=0.0, high=1.0)
+    if isinstance(weights, str):
+        checks.choice(op, "weights", weights, ("dynamic",))
+        if base_weight != 1.0:
+            checks.fail(op, "base_weight", '1.0 with weights="dynamic"', base_weight)
+        return _dynamic(op, base, experts, anti, temperature, plausible, generator, uniform, top_k, top_p, min_p,
+                        {"vocab_size": vocab_size, "strict_vocab": strict_vocab, **(dynamic or {})})
+    if dynamic is not None:
+        checks.fail(op, "dynamic", 'None unless weights="dynamic"', repr(dynamic))
+    given, batch = fusion(op, base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab,
+                          zero_temperature=True)
+    draws = _uniform(op, uniform, generator, given.base, batch)
+    token, logprob, lse, kept = FUSED_SAMPLE(*given, draws, top_k, top_p, min_p)
+    return SampleOutput(token.reshape(batch), logprob.reshape(batch), lse.reshape(batch), None, kept.reshape(batch))
+
+
+def _dynamic(
+    op: str, base: Any, experts: Any, anti: Any, temperature: Any, plausible: Any, generator: Any, uniform: Any,
+    top_k: int, top_p: float, min_p: float, dynamic: dict[str, Any],
+) -> SampleOutput:
+    args, given = dynamic_arguments(op, base, experts, anti, **dynamic)
+    heat, heat_value = temperature_of(op, temperature, given, zero_allowed=True)
+    kind, level = plausible_of(op, plausible)
+    draws = _uniform(op, uniform, generator, given.base, given.batch)
+    run = DYNAMIC_SAMPLE.on("reference") if args.multi == MULTI["grid"] else DYNAMIC_SAMPLE
+    token, logprob, lse, kept, *solved = run(*args, heat, heat_value, kind, level, draws, top_k, top_p, min_p)
+    batch = given.batch
+    alpha = shaped(given, args.multi, *solved).alpha
+    return SampleOutput(token.reshape(batch), logprob.reshape(batch), lse.reshape(batch), alpha, kept.reshape(batch))
+
+
+def _uniform(op: str, uniform: Any, generator: Any, base: Tensor, batch: torch.Size) -> Tensor:
+    if uniform is None:
+        return torch.rand(base.shape[0], generator=generator, device=base.device)
+    checks.is_float_tensor(op, "uniform", uniform)
+    if uniform.shape != batch:
+        checks.fail(op, "uniform", f"of shape {tuple(batch)}", tuple(uniform.shape))
+    checks.same_device(op, [("base", base), ("uniform", uniform)])
+    rows: Tensor = uniform.reshape(-1)
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel() and not bool(
+        ((rows >= 0) & (rows < 1)).all()
+    ):
+        checks.fail(op, "uniform", "in [0, 1)", [rows.min().item(), rows.max().item()])
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
