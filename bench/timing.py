@@ -1,0 +1,124 @@
+"""Timing of callables side by side: warm-up by time, interleaved rounds, inputs that rotate past the cache."""
+
+from __future__ import annotations
+
+import glob
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_SETS = 256
+MAX_ROTATION_BYTES = 1 << 30
+
+
+class Quartiles(NamedTuple):
+    """Median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Median and quartiles (inclusive method; of one value, that value)."""
+    if len(values) < 2:
+        return Quartiles(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Quartiles(median, low, high)
+
+
+def ratios(peer: Sequence[float], ours: Sequence[float]) -> Quartiles:
+    """peer/ours round by round, then median and quartiles: a slow round slows both and cancels."""
+    return quartiles([p / o for p, o in zip(peer, ours, strict=True)])
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the largest cache (L2 on a GPU); 32 MiB where the system does not say."""
+    if device.type == "cuda":
+        return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 50 << 20))
+    sizes = [32 << 20]
+    for path in glob.glob("/sys/devices/system/cpu/cpu0/cache/index*/size"):
+        with open(path, encoding="ascii") as file:
+            text = file.read().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes[1:] or sizes)
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested tuples and lists."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (tuple, list)):
+        return sum(tensor_bytes(item) for item in value)
+    return 0
+
+
+def sets_needed(input_bytes: int, cache: int) -> int:
+    """How many sets of inputs cover the cache three times (1 where one set does)."""
+    if input_bytes <= 0:
+        return 1
+    wanted = math.ceil(3 * cache / input_bytes)
+    return max(1, min(wanted, MAX_SETS, MAX_ROTATION_BYTES // input_bytes))
+
+
+class Runner:
+    """Times one callable over rotating inputs on one device."""
+
+    def __init__(self, function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], device: torch.device) -> None:
+        self.function, self.inputs, self.cuda = function, inputs, device.type == "cuda"
+        self.position, self.calls = 0, 1
+
+    def run(self, calls: int) -> float:
+        """Seconds for each of ``calls`` calls."""
+        if self.cuda:
+            return self._run_cuda(calls)
+        function, inputs, count = self.function, self.inputs, len(self.inputs)
+        start = time.perf_counter()
+        for index in range(self.position, self.position + calls):
+            function(*inputs[index % count])
+        seconds = time.perf_counter() - start
+        self.position += calls
+        return seconds / calls
+
+    def _run_cuda(self, calls: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for index in range(self.position, self.position + calls):
+            self.function(*self.inputs[index % len(self.inputs)])
+        end.record()
+        end.synchronize()
+        self.position += calls
+        return float(begin.elapsed_time(end)) / 1e3 / calls
+
+    def warm_up(self, seconds: float, window: float) -> None:
+        """Run for ``seconds`` at least, then choose the calls of a round so that it lasts about ``window``."""
+        start, fastest = time.perf_counter(), math.inf
+        while True:
+            fastest = min(fastest, self.run(1))
+            if time.perf_counter() - start >= seconds:
+                break
+        self.calls = max(1, min(math.ceil(window / max(fastest, 1e-9)), 100_000))
+
+
+def interleave(runners: Mapping[str, Runner], rounds: int, budget: float, seed: int = 0) -> dict[str, list[float]]:
+    """Seconds per call of every runner in every round; the order inside a round is random.
+
+    Stops after ``rounds`` rounds, or after ``budget`` seconds once there are five.
+    """
+    order, shuffler = list(runners), random.Random(seed)
+    times: dict[str, list[float]] = {name: [] for name in order}
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done >= 5 and time.perf_counter() - start > budget:
+            break
+        shuffler.shuffle(order)
+        for name in order:
+            times[name].append(runners[name].run(runners[name].calls))
+    return times
