@@ -1,0 +1,1 @@
+"""Logit fusion in plain PyTorch."""

@@ -1,0 +1,87 @@
+"""One token a row from the fused, filtered distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..numerics import log_sum_exp, mass_before, unsort
+from .fuse import heat, summed
+
+
+def filtered(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """The kept set ``[B, V]`` of logits z: top-k, then top-p of what is left (renormalised), then min-p.
+
+    The order is by value descending, then by index ascending. Masses are summed in float64.
+    """
+    finite = z > -math.inf
+    ordered, order = torch.sort(z, dim=-1, descending=True, stable=True)
+    keep = finite.gather(1, order)
+    if 0 < top_k < z.shape[1]:
+        keep &= torch.arange(z.shape[1], device=z.device) < top_k
+    if top_p < 1.0:
+        mass = torch.where(keep, (ordered.double() - ordered[:, :1].double()).exp(), 0.0)
+        keep &= mass_before(mass) < top_p * mass.sum(-1, keepdim=True)
+    if min_p > 0.0:
+        keep &= ordered - ordered[:, :1] >= math.log(min_p)
+    return unsort(keep, order)
+
+
+def draw(z: Tensor, keep: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse distribution function in index order: the first kept index whose cumulative mass exceeds u total.
+
+    ``uniform`` is ``[B]`` in [0, 1). Never an index without mass; a product u total that rounds up to the total
+    gives the last index with mass.
+    """
+    top = torch.where(keep, z, -math.inf).amax(-1, keepdim=True)
+    mass = torch.where(keep, (z.double() - top.double()).exp(), 0.0)
+    positive = mass > 0
+    cumulative = mass.cumsum(-1)
+    hit = positive & (cumulative > uniform.double().unsqueeze(1) * cumulative[:, -1:])
+    last = z.shape[1] - 1 - positive.flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
+    return hit.scatter(1, last, True).to(torch.uint8).argmax(-1)
+
+
+def fused_sample(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    anti: Sequence[Tensor],
+    weights: Tensor | None,
+    weight_values: Sequence[float],
+    base_weight: float,
+    temperature: Tensor | None,
+    temperature_value: float,
+    plausible: int,
+    plausible_value: float,
+    vocab_size: int,
+    uniform: Tensor,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """token int64, logprob, lse and kept int32, each ``[B]``; z as in `fuse_logits`, filters as in `filtered`.
+
+    logprob = z[token] - lse and lse are those of the unfiltered z. Temperature 0 takes the largest s (smallest index
+    of ties), with logprob and lse at temperature 1 and kept 1. A row whose lse is not finite (no finite logit, NaN,
+    +inf) gives token -1, logprob NaN, kept 0.
+    """
+    s = summed(base, experts, anti, weights, weight_values, base_weight, plausible, plausible_value, vocab_size)
+    tau = heat(temperature, temperature_value, s)
+    greedy = torch.zeros_like(s[:, :1], dtype=torch.bool) | (torch.as_tensor(tau, device=s.device) == 0)
+    z = s / torch.where(greedy, 1.0, torch.as_tensor(tau, dtype=s.dtype, device=s.device))
+    lse = log_sum_exp(z)
+    best = s == s.amax(-1, keepdim=True)
+    first = best.to(torch.uint8).argmax(-1)
+    if temperature is None and temperature_value == 0:
+        token, kept = first, torch.ones_like(first)
+    else:
+        keep = filtered(z, top_k, top_p, min_p)
+        token = torch.where(greedy[:, 0], first, draw(z, keep, uniform))
+        kept = torch.where(greedy[:, 0], 1, keep.sum(-1))
+    logprob = z.gather(1, token.unsqueeze(1)).squeeze(1) - lse
+    fine = torch.isfinite(lse)
+    token, kept = torch.where(fine, token, -1), torch.where(fine, kept, 0)
+    return token, torch.where(fine, logprob, math.nan), lse, kept.to(torch.int32)
