@@ -27,7 +27,7 @@ CLAMP = 60.0
 class Tilts(NamedTuple):
     """What the solver needs of the logits, all float64.
 
-    Fields: logp ``[B, V]``, log softmax(base), -inf where masked; shift, K of ``[B, V]``; kl ``[B, K]``, KL(Q_k || Q_0).
+    Fields: logp ``[B, V]``, log softmax(base), -inf where masked; shift, K of ``[B, V]``; kl ``[B, K]`` = KL(Q_k||Q_0).
     """
 
     logp: Tensor
