@@ -52,7 +52,11 @@ def _record(monkeypatch: pytest.MonkeyPatch, sample: Sample, dtype: torch.dtype)
     return calls
 
 
-@pytest.mark.parametrize("sample", FIRST)
+#: opcheck compares outputs with NaN != NaN, so it cannot run on rows that have to be NaN
+WITHOUT_NAN = [case for case in FIRST if case.values[0].name not in ("nan", "masked")]
+
+
+@pytest.mark.parametrize("sample", WITHOUT_NAN)
 def test_opcheck(sample: Sample, monkeypatch: pytest.MonkeyPatch):
     for op, args in _record(monkeypatch, sample, torch.float32):
         args = torch.utils._pytree.tree_map_only(

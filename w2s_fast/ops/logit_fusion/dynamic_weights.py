@@ -272,8 +272,8 @@ def dynamic_fusion_weights(
 
     Returns:
         `DynamicWeights`; float32 (float64 for float64 inputs). ``alpha`` is differentiable (``solver="exact"``) in the
-        logits and ``target_kl``, once. Logit differences are clamped to [-60, 60]; columns with z_L = -inf are
-        skipped; a row with NaN gives NaN for that row.
+        logits and ``target_kl``, once. Columns with z_L = -inf are skipped; a token that the tuned and the untuned model
+        both mask keeps its logit, one that a single model masks is moved by 60; a row with NaN gives NaN for that row.
 
     Raises:
         ValueError, TypeError: naming the argument.

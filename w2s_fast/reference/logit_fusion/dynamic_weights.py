@@ -45,12 +45,16 @@ def log_probabilities(x: Tensor, vocab_size: int) -> Tensor:
     return x - log_sum_exp(x).unsqueeze(1)
 
 
+def _lse(x: Tensor, vocab_size: int) -> Tensor:
+    return log_sum_exp(x[:, :vocab_size].double())
+
+
 def tilts(base: Tensor, experts: Sequence[Tensor], anti: Sequence[Tensor], vocab_size: int) -> Tilts:
     """Log-probabilities, shifts and KL of each expert.
 
-    The shift is log Q_k - log Q_0 (d_k up to a constant, which changes nothing), clamped to [-60, 60]: this keeps a
-    token that one of the two models masks within finite arithmetic. A token that both mask, or that base masks, is
-    not shifted. A term of the KL with Q_k = 0 is 0; the KL is +inf where Q_k > 0 = Q_0.
+    The shift is log Q_k - log Q_0 (d_k up to a constant, which changes nothing); where it is infinite, because one of
+    the two models masks the token, it is -60 or 60. A token that both mask keeps its logit (z_k - z_0 = 0 as in
+    `fuse_logits`). A term of the KL with Q_k = 0 is 0; the KL is +inf where Q_k > 0 = Q_0.
     """
     logp = log_probabilities(base, vocab_size)
     shift, kl = [], []
@@ -58,9 +62,12 @@ def tilts(base: Tensor, experts: Sequence[Tensor], anti: Sequence[Tensor], vocab
     log_anti = [log_probabilities(a, vocab_size) for a in anti]
     for k, expert in enumerate(experts):
         logq = log_probabilities(expert, vocab_size)
-        d = difference(logq, log_anti[k if len(anti) > 1 else 0])
+        j = k if len(anti) > 1 else 0
+        offset = _lse(expert, vocab_size) - _lse(anti[j], vocab_size)
+        unmoved = (logq == -math.inf) & (log_anti[j] == -math.inf)
+        d = torch.where(unmoved, -offset.unsqueeze(1), difference(logq, log_anti[j]))
         kl.append(torch.where(logq == -math.inf, 0.0, logq.exp() * d).sum(-1).clamp_min(0.0))
-        shift.append(torch.where(masked, 0.0, d.clamp(-CLAMP, CLAMP)))
+        shift.append(torch.where(masked, 0.0, torch.where(d.isinf(), d.clamp(-CLAMP, CLAMP), d)))
     return Tilts(logp, shift, torch.stack(kl, 1))
 
 

@@ -35,7 +35,7 @@ def plausible_set(base: Tensor, plausible: int, value: float) -> Tensor | None:
         return None
     if plausible == 1:
         return ~(base - base.amax(-1, keepdim=True) < (math.log(value) if value > 0 else -math.inf))
-    ordered, order = base.sort(-1, descending=True, stable=True)
+    ordered, order = base.sort(dim=-1, descending=True, stable=True)
     return unsort(~(mass_before(ordered.double().softmax(-1)) >= value), order)
 
 
