@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..numerics import accumulate_dtype
-from .dynamic_weights import CLAMP, log_probabilities, tilted, tilts
+from .dynamic_weights import log_probabilities, tilted, tilts
 from .fuse import fused, heat, shifts
 
 
@@ -118,8 +118,9 @@ def dynamic_fusion_weights_backward(
         for k, u_k in parts.items():
             d_shift[k] -= _scaled(scale, t.unsqueeze(1) * u_k.unsqueeze(1) * lean)
             d_target[:, k] += scale[:, 0] / len(parts)
-    # a clamped shift does not move
-    d_experts = [torch.where(x.abs() == CLAMP, 0.0, d) for x, d in zip(shift, d_shift, strict=True)]
+    # a shift that is infinite does not move
+    moving = [torch.isfinite(d) for d in shifts(experts, anti, vocab_size, torch.float64)]
+    d_experts = [torch.where(mask, d, 0.0) for mask, d in zip(moving, d_shift, strict=True)]
     d_anti = [-d for d in d_experts]
     if not has_target:
         for k, (to_expert, to_anti) in enumerate(_target_gradients(experts, anti, vocab_size)):

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from ..numerics import accumulate_dtype, difference, log_sum_exp
+from .fuse import shifts
 
 #: KL below this is rounding error of the float64 evaluation: the shift is constant, or there is nothing to reach.
 FLOOR = 64 * 2.0**-52
-CLAMP = 60.0
+#: How far from the center an infinite shift is put.
+FAR = 60.0
 
 
 class Tilts(NamedTuple):
@@ -52,22 +54,21 @@ def _lse(x: Tensor, vocab_size: int) -> Tensor:
 def tilts(base: Tensor, experts: Sequence[Tensor], anti: Sequence[Tensor], vocab_size: int) -> Tilts:
     """Log-probabilities, shifts and KL of each expert.
 
-    The shift is log Q_k - log Q_0 (d_k up to a constant, which changes nothing); where it is infinite, because one of
-    the two models masks the token, it is -60 or 60. A token that both mask keeps its logit (z_k - z_0 = 0 as in
-    `fuse_logits`). A term of the KL with Q_k = 0 is 0; the KL is +inf where Q_k > 0 = Q_0.
+    The shift is d_k as `fuse_logits` takes it (0 for a token that both mask), but an infinite d_k, a token that one of
+    the two masks, stands 60 above or below the difference of their log-sum-exps, so that arithmetic stays finite. A
+    token that base masks is not shifted. A term of the KL with Q_k = 0 is 0; the KL is +inf where Q_k > 0 = Q_0.
     """
     logp = log_probabilities(base, vocab_size)
+    logq = [log_probabilities(t, vocab_size) for t in experts]
+    log0 = [log_probabilities(t, vocab_size) for t in anti]
     shift, kl = [], []
-    masked = logp == -math.inf
-    log_anti = [log_probabilities(a, vocab_size) for a in anti]
-    for k, expert in enumerate(experts):
-        logq = log_probabilities(expert, vocab_size)
-        j = k if len(anti) > 1 else 0
-        offset = _lse(expert, vocab_size) - _lse(anti[j], vocab_size)
-        unmoved = (logq == -math.inf) & (log_anti[j] == -math.inf)
-        d = torch.where(unmoved, -offset.unsqueeze(1), difference(logq, log_anti[j]))
-        kl.append(torch.where(logq == -math.inf, 0.0, logq.exp() * d).sum(-1).clamp_min(0.0))
-        shift.append(torch.where(masked, 0.0, torch.where(d.isinf(), d.clamp(-CLAMP, CLAMP), d)))
+    for k, d in enumerate(shifts(experts, anti, vocab_size, torch.float64)):
+        own = 0 if len(anti) == 1 else k
+        ratio = difference(logq[k], log0[own])
+        kl.append(torch.where(logq[k] == -math.inf, 0.0, logq[k].exp() * ratio).sum(-1).clamp_min(0.0))
+        center = log_sum_exp(experts[k][:, :vocab_size].double()) - log_sum_exp(anti[own][:, :vocab_size].double())
+        d = torch.where(d.isinf(), center.unsqueeze(1) + d.sign() * FAR, d)
+        shift.append(torch.where(logp == -math.inf, 0.0, d))
     return Tilts(logp, shift, torch.stack(kl, 1))
 
 
