@@ -93,8 +93,12 @@ def extensions() -> tuple[list[Extension], type | None]:
         say("no nvcc with a CUDA build of torch: the CUDA C++ kernels are left out")
     kind = CUDAExtension if cuda else CppExtension
     kernels = kind(
-        "w2s_fast._ops", sources("cpu", "cpp") + cuda, include_dirs=["csrc"], define_macros=define,
-        extra_compile_args=flags, py_limited_api=True,
+        "w2s_fast._ops",
+        sources("cpu", "cpp") + cuda,
+        include_dirs=["csrc"],
+        define_macros=define,
+        extra_compile_args=flags,
+        py_limited_api=True,
     )
     known = facts(torch, cuda, flags)
     modules = [kernels]
@@ -103,7 +107,10 @@ def extensions() -> tuple[list[Extension], type | None]:
 
         modules.append(
             Extension(
-                "w2s_fast._C", ["csrc/module.cpp"], include_dirs=["csrc", pybind11.get_include()], language="c++",
+                "w2s_fast._C",
+                ["csrc/module.cpp"],
+                include_dirs=["csrc", pybind11.get_include()],
+                language="c++",
                 extra_compile_args=[*flags["cxx"], *(f"-DW2S_{k.upper()}={macro(v)}" for k, v in known.items())],
             )
         )

@@ -21,8 +21,11 @@ ROOT = Path(w2s_fast.__file__).parent
 
 
 def _public_ops() -> list[str]:
-    return [name for name in w2s_fast.__all__ if inspect.isfunction(getattr(w2s_fast, name)) and "ops" in
-            getattr(w2s_fast, name).__module__]
+    return [
+        name
+        for name in w2s_fast.__all__
+        if inspect.isfunction(getattr(w2s_fast, name)) and "ops" in getattr(w2s_fast, name).__module__
+    ]
 
 
 def test_every_public_op_has_samples():

@@ -13,7 +13,9 @@ from w2s_fast.testing.samples import Sample, all_samples, tensors
 
 BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
 CASES = [
-    pytest.param(sample, dtype, id=f"{sample.id}-{str(dtype)[6:]}") for sample in all_samples() for dtype in sample.dtypes
+    pytest.param(sample, dtype, id=f"{sample.id}-{str(dtype)[6:]}")
+    for sample in all_samples()
+    for dtype in sample.dtypes
 ]
 FIRST = [pytest.param(sample, id=sample.id) for sample in all_samples()]
 
@@ -89,8 +91,11 @@ def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch):
     """A kernel that is off by a thousandth must be seen."""
     sample = next(s for s in all_samples() if s.id == "fuse_logits-plain")
     original = w2s_fast.fuse_logits
-    monkeypatch.setattr(w2s_fast, "fuse_logits",
-                        lambda *a, **k: original(*a, **k) * (1.001 if w2s_fast.dispatch.STATE == "auto" else 1.0))
+    monkeypatch.setattr(
+        w2s_fast,
+        "fuse_logits",
+        lambda *a, **k: original(*a, **k) * (1.001 if w2s_fast.dispatch.STATE == "auto" else 1.0),
+    )
     with pytest.raises(Mismatch):
         compare(sample, "auto", torch.float32)
 

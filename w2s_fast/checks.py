@@ -12,7 +12,9 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def fail(op: str, argument: str, requirement: str, got: Any, hint: str = "", error: type[Exception] = ValueError) -> NoReturn:
+def fail(
+    op: str, argument: str, requirement: str, got: Any, hint: str = "", error: type[Exception] = ValueError
+) -> NoReturn:
     """Raise the one error a bad argument gets."""
     raise error(f"w2s_fast.{op}: {argument} must be {requirement}, got {got}." + (f" {hint}" if hint else ""))
 
@@ -32,8 +34,16 @@ def is_float_tensor(op: str, argument: str, value: Any) -> Tensor:
     return tensor
 
 
-def number(op: str, argument: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
-           open_low: bool = False, requirement: str = "") -> float:
+def number(
+    op: str,
+    argument: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    requirement: str = "",
+) -> float:
     """``value`` as a float within ``[low, high]`` (``(low, high]`` if ``open_low``), finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(op, argument, requirement or "a number", f"{type(value).__name__} {value!r}", error=TypeError)

@@ -135,7 +135,9 @@ class Op:
         for backend, kernel in (("cuda", self.cuda), ("triton", self.triton)):
             if kernel is not None and self.why_not(backend, args) is None:
                 return kernel(*args)
-        _LOG.warning("w2s_fast.%s: no GPU kernel serves this call, plain PyTorch does:\n%s", self.name, self.explain(args))
+        _LOG.warning(
+            "w2s_fast.%s: no GPU kernel serves this call, plain PyTorch does:\n%s", self.name, self.explain(args)
+        )
         return self.reference(*args)
 
     def _run_forced(self, *args: Any) -> Any:
@@ -193,9 +195,7 @@ def define(
         qualified = f"w2s_fast::{name}{suffix}"
         _LIBRARY.define(f"{name}{suffix}{text}")
         _LIBRARY.impl(f"{name}{suffix}", kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(
-            qualified, (lambda *args: fake(*args[:-1])) if forced else fake, lib=_LIBRARY
-        )
+        torch.library.register_fake(qualified, (lambda *args: fake(*args[:-1])) if forced else fake, lib=_LIBRARY)
         torch.library.register_autograd(
             qualified,
             _make_backward(name, names, backward, forced),

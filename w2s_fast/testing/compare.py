@@ -41,7 +41,11 @@ def compare(sample: Sample, backend: str, dtype: torch.dtype, device: str = "cpu
 
 def _gradients(sample: Sample, backend: str, dtype: torch.dtype, args: Any, kwargs: Any) -> float:
     found = []
-    for name, inputs in ((backend, (args, kwargs)), ("reference", (args, kwargs)), ("reference", to_double((args, kwargs)))):
+    for name, inputs in (
+        (backend, (args, kwargs)),
+        ("reference", (args, kwargs)),
+        ("reference", to_double((args, kwargs))),
+    ):
         (a, k), leaves = with_grad(inputs)
         with use_backend(name):
             outputs = [t for t in tensors(sample.call(a, k)) if t.requires_grad]
@@ -53,11 +57,18 @@ def _gradients(sample: Sample, backend: str, dtype: torch.dtype, args: Any, kwar
             loss = loss + (torch.where(finite, output, 0.0).double() * upstream).sum()
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         found.append([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)])
-    return _worst(sample, "gradient", *found, dtype, "gradient")
+    ours, eager, exact = found
+    return _worst(sample, "gradient", ours, eager, exact, dtype, "gradient")
 
 
 def _worst(
-    sample: Sample, what: str, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], dtype: torch.dtype, kind: str
+    sample: Sample,
+    what: str,
+    ours: list[Tensor],
+    eager: list[Tensor],
+    exact: list[Tensor],
+    dtype: torch.dtype,
+    kind: str,
 ) -> float:
     worst = 0.0
     for index, (a, e, r) in enumerate(zip(ours, eager, exact, strict=True)):

@@ -70,7 +70,13 @@ def fake_weights(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _fake_backward(
-    grad_alpha: Tensor, alpha: Tensor, saturated: Tensor, base: Tensor, experts: list[Tensor], anti: list[Tensor], *_: Any
+    grad_alpha: Tensor,
+    alpha: Tensor,
+    saturated: Tensor,
+    base: Tensor,
+    experts: list[Tensor],
+    anti: list[Tensor],
+    *_: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     def like(t: Tensor) -> Tensor:
         return t.new_empty(t.shape)
@@ -85,8 +91,10 @@ BACKWARD = define(
     "-> (Tensor dbase, Tensor[] dexperts, Tensor[] danti, Tensor dtarget)",
     reference=reference_backward.dynamic_fusion_weights_backward,
     fake=_fake_backward,
-    triton=Kernel("kernels.logit_fusion.dynamic_weights_backward:launch_dynamic_fusion_weights_backward",
-                  "kernels.logit_fusion.dynamic_weights_backward:supports_dynamic_fusion_weights_backward"),
+    triton=Kernel(
+        "kernels.logit_fusion.dynamic_weights_backward:launch_dynamic_fusion_weights_backward",
+        "kernels.logit_fusion.dynamic_weights_backward:supports_dynamic_fusion_weights_backward",
+    ),
 )
 
 
@@ -106,8 +114,18 @@ def _backward(ctx: Any, grad_alpha: Tensor, *_: Any) -> dict[str, Any]:
     experts, anti = ctx.counts
     multi, kind, average, has_target, width = ctx.numbers
     dbase, dexperts, danti, dtarget = BACKWARD.on(ctx.backend)(
-        grad_alpha, alpha, saturated, base, rest[:experts], rest[experts : experts + anti], multi, kind, rest[-1],
-        average, has_target, width,
+        grad_alpha,
+        alpha,
+        saturated,
+        base,
+        rest[:experts],
+        rest[experts : experts + anti],
+        multi,
+        kind,
+        rest[-1],
+        average,
+        has_target,
+        width,
     )
     return {"base": dbase, "experts": dexperts, "anti": danti, "target_kl": dtarget if has_target else None}
 
@@ -119,8 +137,10 @@ DYNAMIC_FUSION_WEIGHTS = define(
     fake=fake_weights,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel("kernels.logit_fusion.dynamic_weights:launch_dynamic_fusion_weights",
-                  "kernels.logit_fusion.dynamic_weights:supports_dynamic_fusion_weights"),
+    triton=Kernel(
+        "kernels.logit_fusion.dynamic_weights:launch_dynamic_fusion_weights",
+        "kernels.logit_fusion.dynamic_weights:supports_dynamic_fusion_weights",
+    ),
 )
 
 
@@ -161,8 +181,19 @@ def dynamic_arguments(
     kind, rows = _direction(op, direction, given)
     target = _target(op, target_kl, given)
     return DynamicArguments(
-        given.base, given.experts, given.anti, alpha_max, nodes, first, tol, MULTI[multi], kind, rows, bool(average),
-        target, given.vocab_size,
+        given.base,
+        given.experts,
+        given.anti,
+        alpha_max,
+        nodes,
+        first,
+        tol,
+        MULTI[multi],
+        kind,
+        rows,
+        bool(average),
+        target,
+        given.vocab_size,
     ), given
 
 
@@ -175,8 +206,13 @@ def _grid(op: str, grid: Any, alpha_max: float) -> tuple[float, int, int]:
     first = 0 if values and values[0] == 0 else 1
     even = step > 0 and all(abs(a - step * (i + first)) <= 1e-5 * step * (i + 1) for i, a in enumerate(values))
     if not even or len(values) < 2:
-        checks.fail(op, "grid", "equally spaced and start at its step or at 0", [round(a, 6) for a in values],
-                    "grid must be equally spaced")
+        checks.fail(
+            op,
+            "grid",
+            "equally spaced and start at its step or at 0",
+            [round(a, 6) for a in values],
+            "grid must be equally spaced",
+        )
     intervals = len(values) - 1 + first
     if intervals > 32:
         checks.fail(op, "grid", "at most 32 intervals long", f"{intervals} intervals")
@@ -197,8 +233,10 @@ def _direction(op: str, direction: Any, given: Logits) -> tuple[int, Tensor | No
     except RuntimeError:
         checks.fail(op, "direction", f"of shape [{count}] or {[*given.batch, count]}", tuple(direction.shape))
     checks.same_device(op, [("base", given.base), ("direction", direction)])
-    if direction.device.type == "cpu" and not torch.compiler.is_compiling() and bool(
-        (direction < 0).any() or (direction.amax(-1) <= 0).any()
+    if (
+        direction.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and bool((direction < 0).any() or (direction.amax(-1) <= 0).any())
     ):
         checks.fail(op, "direction", "nonnegative with a positive entry in every row", direction.tolist())
     return 2, expanded.to(torch.promote_types(expanded.dtype, torch.float32))
@@ -216,13 +254,18 @@ def _target(op: str, target_kl: Any, given: Logits) -> Tensor | None:
         expanded = target_kl.expand(*given.batch, count).reshape(rows, count)
     except RuntimeError:
         checks.fail(op, "target_kl", f"of shape {[*given.batch]} or {[*given.batch, count]}", tuple(target_kl.shape))
-    return expanded.to(torch.promote_types(expanded.dtype, torch.float32))
+    rows_kl: Tensor = expanded.to(torch.promote_types(expanded.dtype, torch.float32))
+    return rows_kl
 
 
-def shaped(given: Logits, multi: int, alpha: Tensor, target: Tensor, achieved: Tensor, saturated: Tensor) -> DynamicWeights:
+def shaped(
+    given: Logits, multi: int, alpha: Tensor, target: Tensor, achieved: Tensor, saturated: Tensor
+) -> DynamicWeights:
     """Row results in the caller's leading shape."""
     batch, count = given.batch, len(given.experts)
-    kls = achieved.reshape(*batch, count) if multi == MULTI["decoupled"] and count > 1 else achieved[:, 0].reshape(batch)
+    kls = (
+        achieved.reshape(*batch, count) if multi == MULTI["decoupled"] and count > 1 else achieved[:, 0].reshape(batch)
+    )
     return DynamicWeights(
         alpha.reshape(*batch, count), target.reshape(*batch, count), kls, saturated.reshape(*batch, count)
     )
@@ -272,8 +315,9 @@ def dynamic_fusion_weights(
 
     Returns:
         `DynamicWeights`; float32 (float64 for float64 inputs). ``alpha`` is differentiable (``solver="exact"``) in the
-        logits and ``target_kl``, once. Columns with z_L = -inf are skipped; a token that the tuned and the untuned model
-        both mask keeps its logit, one that a single model masks is moved by 60; a row with NaN gives NaN for that row.
+        logits and ``target_kl``, once. Columns with z_L = -inf are skipped; a token that the tuned and the untuned
+        model both mask keeps its logit, one that a single model masks is moved by 60; a row with NaN gives NaN for
+        that row.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -285,8 +329,20 @@ def dynamic_fusion_weights(
         tensor([[1.]])
     """
     args, given = dynamic_arguments(
-        "dynamic_fusion_weights", base, experts, anti, alpha_max=alpha_max, solver=solver, grid=grid, nodes=nodes, tol=tol,
-        multi=multi, direction=direction, average=average, target_kl=target_kl, vocab_size=vocab_size,
+        "dynamic_fusion_weights",
+        base,
+        experts,
+        anti,
+        alpha_max=alpha_max,
+        solver=solver,
+        grid=grid,
+        nodes=nodes,
+        tol=tol,
+        multi=multi,
+        direction=direction,
+        average=average,
+        target_kl=target_kl,
+        vocab_size=vocab_size,
         strict_vocab=strict_vocab,
     )
     # the product grid exists for comparison only, in the reference

@@ -49,16 +49,32 @@ Plausible = tuple[Literal["min_p", "top_p"], float]
 
 @overload
 def fuse_logits(
-    base: Tensor, experts: Tensor | Sequence[Tensor], anti: Tensor | Sequence[Tensor] | None = ..., weights: Weights = ...,
-    *, base_weight: float = ..., temperature: float | Tensor = ..., plausible: Plausible | None = ...,
-    vocab_size: int | None = ..., out_dtype: torch.dtype | None = ..., return_lse: Literal[False] = ...,
+    base: Tensor,
+    experts: Tensor | Sequence[Tensor],
+    anti: Tensor | Sequence[Tensor] | None = ...,
+    weights: Weights = ...,
+    *,
+    base_weight: float = ...,
+    temperature: float | Tensor = ...,
+    plausible: Plausible | None = ...,
+    vocab_size: int | None = ...,
+    out_dtype: torch.dtype | None = ...,
+    return_lse: Literal[False] = ...,
     strict_vocab: bool = ...,
 ) -> Tensor: ...
 @overload
 def fuse_logits(
-    base: Tensor, experts: Tensor | Sequence[Tensor], anti: Tensor | Sequence[Tensor] | None = ..., weights: Weights = ...,
-    *, base_weight: float = ..., temperature: float | Tensor = ..., plausible: Plausible | None = ...,
-    vocab_size: int | None = ..., out_dtype: torch.dtype | None = ..., return_lse: Literal[True],
+    base: Tensor,
+    experts: Tensor | Sequence[Tensor],
+    anti: Tensor | Sequence[Tensor] | None = ...,
+    weights: Weights = ...,
+    *,
+    base_weight: float = ...,
+    temperature: float | Tensor = ...,
+    plausible: Plausible | None = ...,
+    vocab_size: int | None = ...,
+    out_dtype: torch.dtype | None = ...,
+    return_lse: Literal[True],
     strict_vocab: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def fuse_logits(
@@ -112,8 +128,9 @@ def fuse_logits(
         >>> w2s_fast.fuse_logits(base, [expert], anti, weights=0.5)
         tensor([[2.0000, 1.5000]])
     """
-    given, batch = fusion("fuse_logits", base, experts, anti, weights, base_weight, temperature, plausible,
-                          vocab_size, strict_vocab)
+    given, batch = fusion(
+        "fuse_logits", base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab
+    )
     fused, lse = FUSE_LOGITS(*given, out_dtype or base.dtype, return_lse)
     fused = fused.reshape(*batch, given.vocab_size)
     return (fused, lse.reshape(batch)) if return_lse else fused

@@ -37,8 +37,10 @@ FUSE_BACKWARD = define(
     "bool subtract_row_sum, bool need_params) -> (Tensor dz, Tensor dweights, Tensor dtemperature)",
     reference=reference.fuse_backward,
     fake=_fake,
-    triton=Kernel("kernels.logit_fusion.fuse_backward:launch_fuse_backward",
-                  "kernels.logit_fusion.fuse_backward:supports_fuse_backward"),
+    triton=Kernel(
+        "kernels.logit_fusion.fuse_backward:launch_fuse_backward",
+        "kernels.logit_fusion.fuse_backward:supports_fuse_backward",
+    ),
 )
 
 
@@ -46,8 +48,14 @@ def save_fusion(ctx: Any, inputs: tuple[Any, ...], *extra: Tensor) -> None:
     """Keep what `fusion_gradients` needs: the inputs (no copies) and ``extra`` row vectors."""
     given = Fusion(*inputs[:11])
     ctx.counts = (len(given.experts), len(given.anti))
-    ctx.numbers = (given.weight_values, given.base_weight, given.temperature_value, given.plausible,
-                   given.plausible_value, given.vocab_size)
+    ctx.numbers = (
+        given.weight_values,
+        given.base_weight,
+        given.temperature_value,
+        given.plausible,
+        given.plausible_value,
+        given.vocab_size,
+    )
     ctx.save_for_backward(given.base, *given.experts, *given.anti, given.weights, given.temperature, *extra)
 
 
@@ -57,8 +65,19 @@ def saved_fusion(ctx: Any) -> tuple[Fusion, tuple[Tensor, ...]]:
     experts, anti = ctx.counts
     values, base_weight, heat, kind, level, width = ctx.numbers
     weights, temperature, *extra = rest[experts + anti :]
-    given = Fusion(base, rest[:experts], rest[experts : experts + anti], weights, values, base_weight,
-                   temperature, heat, kind, level, width)
+    given = Fusion(
+        base,
+        rest[:experts],
+        rest[experts : experts + anti],
+        weights,
+        values,
+        base_weight,
+        temperature,
+        heat,
+        kind,
+        level,
+        width,
+    )
     return given, tuple(extra)
 
 

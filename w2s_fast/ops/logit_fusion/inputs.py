@@ -79,15 +79,23 @@ def logits(
         for index, tensor in enumerate(tensors):
             checks.is_float_tensor(op, f"{name}[{index}]", tensor)
             if tensor.ndim < 1 or tensor.ndim > base.ndim:
-                checks.fail(op, f"{name}[{index}]", f"of shape [..., V] with at most {base.ndim} dimensions",
-                            tuple(tensor.shape))
+                checks.fail(
+                    op,
+                    f"{name}[{index}]",
+                    f"of shape [..., V] with at most {base.ndim} dimensions",
+                    tuple(tensor.shape),
+                )
             named.append((f"{name}[{index}]", tensor))
     checks.same_device(op, named)
     if anti_required and not lists["anti"]:
         checks.fail(op, "anti", "the untuned small model's logits", "None", error=TypeError)
     if len(lists["anti"]) not in (0, 1, len(lists["experts"])):
-        checks.fail(op, "anti", f"None, one tensor or {len(lists['experts'])} tensors (one an expert)",
-                    f"{len(lists['anti'])} tensors")
+        checks.fail(
+            op,
+            "anti",
+            f"None, one tensor or {len(lists['experts'])} tensors (one an expert)",
+            f"{len(lists['anti'])} tensors",
+        )
     if lists["anti"] and not lists["experts"]:
         checks.fail(op, "anti", "None when there are no experts", f"{len(lists['anti'])} tensors")
     widths = [tensor.shape[-1] for _, tensor in named if tensor is not None]
@@ -172,7 +180,17 @@ def fusion(
     kind, level = plausible_of(op, plausible)
     base_weight = checks.number(op, "base_weight", base_weight)
     return Fusion(
-        given.base, given.experts, given.anti, rows, values, base_weight, heat, heat_value, kind, level, given.vocab_size
+        given.base,
+        given.experts,
+        given.anti,
+        rows,
+        values,
+        base_weight,
+        heat,
+        heat_value,
+        kind,
+        level,
+        given.vocab_size,
     ), given.batch
 
 

@@ -38,8 +38,9 @@ FUSED_LOG_SOFTMAX = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel("kernels.logit_fusion.fuse:launch_fused_log_softmax",
-                  "kernels.logit_fusion.fuse:supports_fused_log_softmax"),
+    triton=Kernel(
+        "kernels.logit_fusion.fuse:launch_fused_log_softmax", "kernels.logit_fusion.fuse:supports_fused_log_softmax"
+    ),
 )
 
 
@@ -77,9 +78,11 @@ def fused_log_softmax(
         tensor([[0.2500, 0.7500]])
     """
     op = "fused_log_softmax"
-    given, batch = fusion(op, base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab)
+    given, batch = fusion(
+        op, base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab
+    )
     out_dtype = out_dtype or accumulate_dtype(given)
     if out_dtype not in checks.FLOATS:
         checks.fail(op, "out_dtype", "float32, bfloat16, float16 or float64", out_dtype, error=TypeError)
-    logp, _ = FUSED_LOG_SOFTMAX(*given, out_dtype)
+    logp: Tensor = FUSED_LOG_SOFTMAX(*given, out_dtype)[0]
     return logp.reshape(*batch, given.vocab_size)

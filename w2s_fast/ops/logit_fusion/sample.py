@@ -47,7 +47,9 @@ FUSED_SAMPLE = define(
     reference=reference.fused_sample,
     fake=lambda *args: _fake_rows(args),
     differentiable=False,
-    triton=Kernel("kernels.logit_fusion.sample:launch_fused_sample", "kernels.logit_fusion.sample:supports_fused_sample"),
+    triton=Kernel(
+        "kernels.logit_fusion.sample:launch_fused_sample", "kernels.logit_fusion.sample:supports_fused_sample"
+    ),
 )
 
 _DYNAMIC_SCHEMA = (
@@ -67,8 +69,10 @@ DYNAMIC_SAMPLE = define(
     reference=reference_dynamic.dynamic_sample,
     fake=_fake_dynamic,
     differentiable=False,
-    triton=Kernel("kernels.logit_fusion.dynamic_sample:launch_dynamic_sample",
-                  "kernels.logit_fusion.dynamic_sample:supports_dynamic_sample"),
+    triton=Kernel(
+        "kernels.logit_fusion.dynamic_sample:launch_dynamic_sample",
+        "kernels.logit_fusion.dynamic_sample:supports_dynamic_sample",
+    ),
     cuda=Kernel("ops.logit_fusion.cluster:launch_dynamic_sample", "ops.logit_fusion.cluster:supports_dynamic_sample"),
 )
 
@@ -104,8 +108,9 @@ def fused_sample(
         top_p: keep the shortest prefix, in descending order, whose mass reaches top_p; at least one; 1.0 costs nothing.
         min_p: keep tokens with P >= min_p * max P; 0 keeps all.
         generator: source of one uniform number a row when ``uniform`` is None; default PyTorch's.
-        uniform: numbers in [0, 1) of the leading shape. The token is then a pure function of the inputs: the first index
-            at which the cumulative mass over the kept tokens, in index order, exceeds ``uniform`` times their mass.
+        uniform: numbers in [0, 1) of the leading shape. The token is then a pure function of the inputs: the first
+            index at which the cumulative mass over the kept tokens, in index order, exceeds ``uniform`` times their
+            mass.
         dynamic: with ``weights="dynamic"``, arguments of `dynamic_fusion_weights` (alpha_max, nodes, multi, ...).
 
     Returns:
@@ -129,20 +134,53 @@ def fused_sample(
         checks.choice(op, "weights", weights, ("dynamic",))
         if base_weight != 1.0:
             checks.fail(op, "base_weight", '1.0 with weights="dynamic"', base_weight)
-        return _dynamic(op, base, experts, anti, temperature, plausible, generator, uniform, top_k, top_p, min_p,
-                        {"vocab_size": vocab_size, "strict_vocab": strict_vocab, **(dynamic or {})})
+        return _dynamic(
+            op,
+            base,
+            experts,
+            anti,
+            temperature,
+            plausible,
+            generator,
+            uniform,
+            top_k,
+            top_p,
+            min_p,
+            {"vocab_size": vocab_size, "strict_vocab": strict_vocab, **(dynamic or {})},
+        )
     if dynamic is not None:
         checks.fail(op, "dynamic", 'None unless weights="dynamic"', repr(dynamic))
-    given, batch = fusion(op, base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab,
-                          zero_temperature=True)
+    given, batch = fusion(
+        op,
+        base,
+        experts,
+        anti,
+        weights,
+        base_weight,
+        temperature,
+        plausible,
+        vocab_size,
+        strict_vocab,
+        zero_temperature=True,
+    )
     draws = _uniform(op, uniform, generator, given.base, batch)
     token, logprob, lse, kept = FUSED_SAMPLE(*given, draws, top_k, top_p, min_p)
     return SampleOutput(token.reshape(batch), logprob.reshape(batch), lse.reshape(batch), None, kept.reshape(batch))
 
 
 def _dynamic(
-    op: str, base: Any, experts: Any, anti: Any, temperature: Any, plausible: Any, generator: Any, uniform: Any,
-    top_k: int, top_p: float, min_p: float, dynamic: dict[str, Any],
+    op: str,
+    base: Any,
+    experts: Any,
+    anti: Any,
+    temperature: Any,
+    plausible: Any,
+    generator: Any,
+    uniform: Any,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    dynamic: dict[str, Any],
 ) -> SampleOutput:
     args, given = dynamic_arguments(op, base, experts, anti, **dynamic)
     heat, heat_value = temperature_of(op, temperature, given, zero_allowed=True)
@@ -163,8 +201,11 @@ def _uniform(op: str, uniform: Any, generator: Any, base: Tensor, batch: torch.S
         checks.fail(op, "uniform", f"of shape {tuple(batch)}", tuple(uniform.shape))
     checks.same_device(op, [("base", base), ("uniform", uniform)])
     rows: Tensor = uniform.reshape(-1)
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel() and not bool(
-        ((rows >= 0) & (rows < 1)).all()
+    if (
+        rows.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and rows.numel()
+        and not bool(((rows >= 0) & (rows < 1)).all())
     ):
         checks.fail(op, "uniform", "in [0, 1)", [rows.min().item(), rows.max().item()])
     return rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()

@@ -33,8 +33,12 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
     base, targets, acc = args[0], args[11], accumulate_dtype(args)
     rows = (base.shape[0],)
     lse, top, entropy = (base.new_empty(rows, dtype=acc) for _ in range(3))
-    return lse, top, base.new_empty(rows, dtype=torch.int64), entropy, base.new_empty(
-        rows if targets is not None else (0,), dtype=acc
+    return (
+        lse,
+        top,
+        base.new_empty(rows, dtype=torch.int64),
+        entropy,
+        base.new_empty(rows if targets is not None else (0,), dtype=acc),
     )
 
 
@@ -104,16 +108,18 @@ def fused_stats(
         (0, 1.3863, -1.3863)
     """
     op = "fused_stats"
-    given, batch = fusion(op, base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab)
+    given, batch = fusion(
+        op, base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab
+    )
     if targets is not None:
         targets = _targets(op, targets, batch, given.base, given.vocab_size)
     lse, top, argmax, entropy, logp = FUSED_STATS(*given, targets)
-    rows = [t.reshape(batch) for t in (lse, top, argmax, entropy)]
-    return FusedStats(*rows, logp.reshape(batch) if targets is not None else None)
+    lse, top, argmax, entropy = (t.reshape(batch) for t in (lse, top, argmax, entropy))
+    return FusedStats(lse, top, argmax, entropy, logp.reshape(batch) if targets is not None else None)
 
 
-def _targets(op: str, targets: Any, batch: torch.Size, base: Tensor, vocab_size: int) -> Tensor:
-    checks.is_tensor(op, "targets", targets)
+def _targets(op: str, value: Any, batch: torch.Size, base: Tensor, vocab_size: int) -> Tensor:
+    targets = checks.is_tensor(op, "targets", value)
     if targets.dtype not in (torch.int64, torch.int32):
         checks.fail(op, "targets", "int64 or int32", targets.dtype, error=TypeError)
     if targets.shape != batch:

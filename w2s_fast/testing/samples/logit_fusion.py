@@ -28,7 +28,9 @@ def _plain(m: Make) -> Inputs:
 def _two_experts(m: Make) -> Inputs:
     (base, tuned, anti), _ = _three(m, 3, 257, experts=2)
     weights = torch.tensor([[0.5, -1.0], [1.5, 0.25], [0.0, 2.0]], device=base.device)
-    return (base, tuned, [anti, anti.flip(0)], weights), {"temperature": torch.tensor([0.7, 1.0, 2.5], device=base.device)}
+    return (base, tuned, [anti, anti.flip(0)], weights), {
+        "temperature": torch.tensor([0.7, 1.0, 2.5], device=base.device)
+    }
 
 
 def _last_position(m: Make) -> Inputs:
@@ -140,14 +142,16 @@ def _kl(base: Tensor, shift: Tensor) -> Tensor:
 
 def _verify_ray(args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Any) -> None:
     """Every row's weights meet the KL target to `tol`, or are at a bound for the right reason."""
-    base, experts, anti = args
+    base, experts, anti = args[:3]
     shifts = [(e - anti).clamp(-60, 60).nan_to_num(0.0) for e in experts]
     alpha, alpha_max = found.alpha.double(), kwargs.get("alpha_max", 2.0)
     assert bool(((alpha >= 0) & (alpha <= alpha_max * (1 + 1e-6))).all()), "alpha outside [0, alpha_max]"
     achieved = _kl(base, sum(alpha[..., k : k + 1] * s for k, s in enumerate(shifts)))  # type: ignore[arg-type]
     wanted = torch.stack([_kl(anti, e - anti) for e in experts], -1)
     error = (found.target_kl.double() - wanted).abs().max() if wanted.numel() else torch.zeros(())
-    assert float(error) <= 1e-5 * max(1.0, float(wanted.abs().max()) if wanted.numel() else 1.0), f"target_kl off by {error}"
+    assert float(error) <= 1e-5 * max(1.0, float(wanted.abs().max()) if wanted.numel() else 1.0), (
+        f"target_kl off by {error}"
+    )
     target, out = wanted.mean(-1), found.saturated[..., 0]
     allowed = kwargs.get("tol", 1e-4) * target.clamp_min(1.0)
     assert bool(((achieved - target).abs() <= allowed)[~out].all()), f"KL off: {achieved - target}"
@@ -160,9 +164,10 @@ def _verify_dynamic_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any], fou
     """The draw is the one that fixed weights `found.alpha` give, and those weights solve the row."""
     import w2s_fast
 
+    base, experts, anti = args
     settings = {name: value for name, value in kwargs.items() if name not in ("weights", "dynamic")}
     with w2s_fast.backend("reference"):
-        again = w2s_fast.fused_sample(*args, found.alpha.double(), **settings)
+        again = w2s_fast.fused_sample(base, experts, anti, found.alpha.double(), **settings)
         solved = w2s_fast.dynamic_fusion_weights(*args, **kwargs.get("dynamic", {}))
     assert torch.equal(found.token, again.token), "not the token that these weights give"
     assert torch.equal(found.kept, again.kept), "not the kept set that these weights give"
@@ -187,6 +192,11 @@ def _spikes(m: Make) -> Inputs:
     return (base, tuned, anti), {}
 
 
+def _masked_rows(m: Make) -> Inputs:
+    (base, tuned, anti), kwargs = _masked(m)
+    return (base[:3], [tuned[0][:3]], anti[:3]), kwargs
+
+
 SAMPLES: list[Sample] = [
     *(Sample("fuse_logits", name, make) for name, make in FUSIONS.items()),
     Sample("fuse_logits", "lse", _add(_plain, lambda m, i: {"return_lse": True})),
@@ -199,16 +209,15 @@ SAMPLES: list[Sample] = [
     Sample("fused_sample", "nucleus", _filters(top_p=0.9), grad=False),
     Sample("fused_sample", "min-p-filter", _filters(min_p=0.1), grad=False),
     Sample("fused_sample", "all-filters", _filters(top_k=50, top_p=0.8, min_p=0.02, temperature=0.7), grad=False),
-    Sample("fused_sample", "dynamic", _filters(weights="dynamic", top_p=0.95), grad=False, verify=_verify_dynamic_sample),
+    Sample(
+        "fused_sample", "dynamic", _filters(weights="dynamic", top_p=0.95), grad=False, verify=_verify_dynamic_sample
+    ),
     Sample("dynamic_fusion_weights", "plain", _plain, grad=False, verify=_verify_ray),
-    Sample("dynamic_fusion_weights", "two-experts", lambda m: _three(m, 3, 509, experts=2), grad=False, verify=_verify_ray),
-    Sample("dynamic_fusion_weights", "masked", lambda m: _masked_rows(m), grad=False, verify=_verify_ray),
+    Sample(
+        "dynamic_fusion_weights", "two-experts", lambda m: _three(m, 3, 509, experts=2), grad=False, verify=_verify_ray
+    ),
+    Sample("dynamic_fusion_weights", "masked", _masked_rows, grad=False, verify=_verify_ray),
     Sample("dynamic_fusion_weights", "spikes", _spikes, grad=False, verify=_verify_ray),
     Sample("dynamic_fusion_weights", "empty", _empty, grad=False),
     Sample("dynamic_fusion_weights", "grid", _grid, grad=False, dtypes=(torch.float32,)),
 ]
-
-
-def _masked_rows(m: Make) -> Inputs:
-    (base, tuned, anti), kwargs = _masked(m)
-    return (base[:3], [tuned[0][:3]], anti[:3]), kwargs
