@@ -1,0 +1,140 @@
+// One row of z in tiles. Included once a target (no include guard); see cpu/vec.h.
+//
+// A float32 row is read where it lies; other dtypes are widened tile by tile into L1. Only a row's last tile is copied
+// and padded, so the loops have no tails. A tile where NaN appears is done again by the exact scalar rules.
+
+// Columns outside {base > value} u {base = value, index <= last} are not plausible.
+template <class A>
+struct Cut {
+  bool active = false;
+  A value = 0;
+  int64_t last = 0;
+};
+
+template <class A>
+struct TileInfo {
+  A max;
+  bool nan;
+};
+
+// n columns from c of one tensor's row as A, padded with zeros if that is needed; `buffer` holds a tile.
+template <class A>
+W2S_INLINE const A* fetch(const Rows& r, int64_t row, int64_t c, int n, A* buffer) {
+  const void* p = r.at(row, c);
+  const bool same = (r.dtype == Dtype::f64) == (sizeof(A) == 8) && (r.dtype == Dtype::f32 || r.dtype == Dtype::f64);
+  if (same && n == padded(n)) return static_cast<const A*>(p);
+  widen<A>(p, r.dtype, n, A(0), buffer);
+  return buffer;
+}
+
+template <class A>
+struct FusedRow {
+  static constexpr int MAX_BUFFERED = 3;
+  const Fusion* f = nullptr;
+  int64_t row = 0;
+  A base_weight = 1, scale = 1;
+  const double* w = nullptr;
+  Cut<A> cut;
+  A buffer[MAX_BUFFERED][TILE];
+
+  void begin(const Fusion& fusion, int64_t r, double temperature, const Cut<A>& c) {
+    f = &fusion;
+    row = r;
+    base_weight = A(fusion.base_weight);
+    scale = A(1.0 / temperature);
+    w = fusion.weights.data() + r * fusion.K;
+    cut = c;
+  }
+
+  template <bool FIRST, bool EXPERT, bool ANTI, bool LAST>
+  W2S_INLINE void add(const A* base, const A* e, const A* a, A weight, int n, A* dst, TileInfo<A>& info) const {
+    using V = Vec<A>;
+    const V bw = V::set(base_weight), wk = V::set(weight), inverse = V::set(scale);
+    V top = V::set(-infinity<A>);
+    auto bad = V::Mask::none();
+    for (int i = 0; i < padded(n); i += V::W) {
+      V s = FIRST ? V::load(base + i) * bw : V::load(dst + i);
+      if constexpr (EXPERT) {
+        V d = V::load(e + i);
+        if constexpr (ANTI) d = d - V::load(a + i);
+        s = V::fma(wk, d, s);
+      }
+      if constexpr (LAST) {
+        bad = bad | V::nan(s);
+        s = s * inverse;
+        top = V::max(s, top);
+      }
+      s.store(dst + i);
+    }
+    if constexpr (LAST) info = {top.top(), bad.any()};
+  }
+
+  template <bool FIRST, bool LAST>
+  W2S_INLINE void add_expert(const A* base, int k, int64_t c, int n, A* dst, TileInfo<A>& info) {
+    const A* e = fetch(f->expert[size_t(k)], row, c, n, buffer[1]);
+    if (const Rows* r = f->anti_of(k)) {
+      add<FIRST, true, true, LAST>(base, e, fetch(*r, row, c, n, buffer[2]), A(w[k]), n, dst, info);
+    } else {
+      add<FIRST, true, false, LAST>(base, e, nullptr, A(w[k]), n, dst, info);
+    }
+  }
+
+  // z of columns [c, c + n) to dst[0, padded(n)), padding -inf.
+  TileInfo<A> tile(int64_t c, int n, A* dst) {
+    TileInfo<A> info{-infinity<A>, false};
+    const A* base = fetch(f->base, row, c, n, buffer[0]);
+    const int K = f->K;
+    if (K == 0) add<true, false, false, true>(base, nullptr, nullptr, A(0), n, dst, info);
+    else if (K == 1) add_expert<true, true>(base, 0, c, n, dst, info);
+    else {
+      add_expert<true, false>(base, 0, c, n, dst, info);
+      for (int k = 1; k + 1 < K; ++k) add_expert<false, false>(base, k, c, n, dst, info);
+      add_expert<false, true>(base, K - 1, c, n, dst, info);
+    }
+    if (info.nan || base_weight < 0) info = exact(base, c, n, dst);
+    if (cut.active) apply_cut(base, c, n, dst);
+    if (cut.active || n != padded(n)) {
+      for (int i = n; i < padded(n); ++i) dst[i] = -infinity<A>;
+      info.max = tile_max(dst, n);
+    }
+    return info;
+  }
+
+  // The rules for infinities: -inf - (-inf) = 0 in a difference; z = -inf where base = -inf.
+  __attribute__((noinline)) TileInfo<A> exact(const A* base, int64_t c, int n, A* dst) {
+    TileInfo<A> info{-infinity<A>, false};
+    for (int i = 0; i < n; ++i) dst[i] = base[i] * base_weight;
+    for (int k = 0; k < f->K; ++k) {
+      const A* e = fetch(f->expert[size_t(k)], row, c, n, buffer[1]);
+      const Rows* r = f->anti_of(k);
+      const A* a = r ? fetch(*r, row, c, n, buffer[2]) : nullptr;
+      for (int i = 0; i < n; ++i) dst[i] += A(w[k]) * difference(e[i], a ? a[i] : A(0));
+    }
+    for (int i = 0; i < n; ++i) {
+      if (base_weight != 0 && base[i] == -infinity<A>) dst[i] = -infinity<A>;
+      dst[i] *= scale;
+      info.nan |= dst[i] != dst[i];
+      info.max = dst[i] > info.max ? dst[i] : info.max;
+    }
+    return info;
+  }
+
+  static W2S_INLINE A difference(A e, A a) { return e == -infinity<A> && a == -infinity<A> ? A(0) : e - a; }
+
+  void apply_cut(const A* base, int64_t c, int n, A* dst) const {
+    using V = Vec<A>;
+    const V level = V::set(cut.value), out = V::set(-infinity<A>);
+    for (int i = 0; i < padded(n); i += V::W)
+      V::select(V::ge(V::load(base + i), level), V::load(dst + i), out).store(dst + i);
+    if (cut.last < c + n - 1)
+      for (int i = int(std::max<int64_t>(0, cut.last + 1 - c)); i < n; ++i)
+        if (base[i] == cut.value) dst[i] = -infinity<A>;
+  }
+};
+
+// (max, sum exp(z - max)) of a tile; +inf is a sum of infinity.
+template <class A>
+W2S_INLINE A exp_sum(const A* z, int n, const TileInfo<A>& info) {
+  if (info.nan) return std::numeric_limits<A>::quiet_NaN();
+  return info.max == infinity<A> ? A(1) : tile_exp_sum(z, n, info.max);
+}
