@@ -1,4 +1,4 @@
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/logit_fusion/sample.h"
 
 #define W2S_KERNEL "cpu/logit_fusion/fuse_kernel.h"
 #include "cpu/for_each_target.h"

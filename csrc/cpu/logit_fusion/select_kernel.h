@@ -12,6 +12,15 @@ struct Tiles {  // per tile of TILE columns: max, sum of exp(z - max), columns a
   std::vector<A> max, sum;
   std::vector<int32_t> count;
   explicit Tiles(int64_t V = 0) : max(size_t((V + TILE - 1) / TILE)), sum(max.size()), count(max.size()) {}
+  void set(int64_t t, const A* z, int n, const TileInfo<A>& info) {
+    using W = Vec<A>;
+    max[size_t(t)] = info.max;
+    sum[size_t(t)] = exp_sum(z, n, info);
+    int32_t columns = 0;
+    for (int i = 0; i < padded(n); i += W::W)
+      columns += __builtin_popcount(W::gt(W::load(z + i), W::set(-infinity<A>)).bits());
+    count[size_t(t)] = columns;
+  }
 };
 
 template <class A>
@@ -25,12 +34,6 @@ struct Candidates {
     z.reset(new A[size_t(room)]);
     index.reset(new int32_t[size_t(room)]);
   }
-};
-
-struct Filters {
-  int64_t top_k;
-  double top_p, min_p;
-  bool any(int64_t V) const { return (top_k > 0 && top_k < V) || top_p < 1 || min_p > 0; }
 };
 
 template <class A>
@@ -169,7 +172,7 @@ inline Selection<A> boundary(const Candidates<A>& c, A top, A level, int64_t k, 
 
 // The filters' kept set of a row of finite lse, and candidates among which it is. z: V contiguous values.
 template <class A>
-inline Selection<A> filter_row(const A* z, int64_t V, const Tiles<A>& tiles, const Filters& f, double lse,
+inline Selection<A> filter_row(const A* z, int64_t V, const Tiles<A>& tiles, const FilterValues& f, double lse,
                                Candidates<A>& found) {
   const A top = *std::max_element(tiles.max.begin(), tiles.max.end());
   const double total = std::exp(lse - double(top));
@@ -228,5 +231,5 @@ inline Cut<A> plausible_cut(const Fusion& f, int64_t r) {
   if (f.plausible == 1) return {true, A(total.max + std::log(f.level)), V};
   thread_local Candidates<A> found;
   const A* z = direct ? static_cast<const A*>(f.base.at(r, 0)) : copy.get();
-  return filter_row(z, V, tiles, Filters{0, f.level, 0}, total.value(), found).cut;
+  return filter_row(z, V, tiles, FilterValues{0, f.level, 0}, total.value(), found).cut;
 }
