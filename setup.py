@@ -95,7 +95,7 @@ def extensions() -> tuple[list[Extension], type | None]:
     kernels = kind(
         "w2s_fast._ops",
         sources("cpu", "cpp") + cuda,
-        include_dirs=["csrc"],
+        include_dirs=[os.path.join(HERE, "csrc")],
         define_macros=define,
         extra_compile_args=flags,
         py_limited_api=True,
@@ -109,7 +109,7 @@ def extensions() -> tuple[list[Extension], type | None]:
             Extension(
                 "w2s_fast._C",
                 ["csrc/module.cpp"],
-                include_dirs=["csrc", pybind11.get_include()],
+                include_dirs=[os.path.join(HERE, "csrc"), pybind11.get_include()],
                 language="c++",
                 extra_compile_args=[*flags["cxx"], *(f"-DW2S_{k.upper()}={macro(v)}" for k, v in known.items())],
             )
