@@ -1,0 +1,72 @@
+"""What this machine can do at best, measured in the same run: copy bandwidth and matrix-product rates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Ceilings(NamedTuple):
+    """Copy bandwidth in bytes/s (read + written) and GEMM rates in FLOP/s by dtype name."""
+
+    copy: float
+    gemm: dict[str, float]
+    copy_source: str
+
+    def floor_seconds(self, moved: float, flops: float, rate: str = "float32") -> float:
+        """The least time for ``moved`` bytes and ``flops`` operations, whichever of the two binds."""
+        return max(moved / self.copy, flops / self.gemm[rate])
+
+
+def _best(function: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    def once() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    best, end = once(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, once())
+    return best
+
+
+def _probe(megabytes: int, threads: int) -> float | None:
+    """Bytes per second by the extension's own copy loop, if it is built and has one."""
+    try:
+        from .. import _C  # type: ignore[attr-defined]
+
+        return float(_C.copy_bandwidth(megabytes, threads))
+    except (ImportError, AttributeError, TypeError):
+        return None
+
+
+def copy_bandwidth(device: torch.device, seconds: float = 0.5) -> tuple[float, str]:
+    """The best of torch's copy and the extension's probe, over buffers far larger than the cache."""
+    size = (1 << 30) if device.type == "cuda" else (256 << 20)
+    source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    best = 2 * size / _best(lambda: target.copy_(source), device, seconds)
+    probe = _probe(size >> 20, torch.get_num_threads()) if device.type == "cpu" else None
+    return (probe, "w2s_fast._C") if probe is not None and probe > best else (best, "torch copy")
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:
+    """FLOP/s of torch.mm on square matrices."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best(lambda: torch.mm(a, b), device, seconds)
+
+
+def measure(device: torch.device) -> Ceilings:
+    """All ceilings of ``device`` with the current number of threads."""
+    copy, source = copy_bandwidth(device)
+    names = ("float32", "bfloat16")
+    return Ceilings(copy, {name: gemm_rate(getattr(torch, name), device) for name in names}, source)

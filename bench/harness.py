@@ -1,0 +1,240 @@
+"""Runs cases: checks every provider against the reference, then times those that are right in interleaved rounds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import timing
+from .case import BACKENDS, Case, Unavailable
+from .ceilings import Ceilings
+from .memory import peak_bytes
+
+OURS = "ours"
+_LOG = logging.getLogger("w2s_fast.bench")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is done.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: CPU threads, fixed for the whole run.
+        rounds: interleaved rounds a case.
+        window: seconds one provider runs in one round.
+        warm_up: seconds each provider runs before the rounds.
+        budget: seconds of rounds a case, once there are five.
+        providers: names or kinds to run ("ours" is always run; a backend's name adds that backend); empty: all
+            baselines, and ours as `auto` serves it.
+    """
+
+    device: str = "cpu"
+    threads: int = 2
+    rounds: int = 15
+    window: float = 0.02
+    warm_up: float = 0.1
+    budget: float = 5.0
+    seed: int = 0
+    providers: tuple[str, ...] = ()
+
+
+@dataclass
+class Row:
+    """One provider on one case: a line of the table and of the JSON."""
+
+    op: str
+    case: str
+    mode: str
+    dtype: str
+    shape: dict[str, int]
+    provider: str
+    kind: str
+    status: str = "ok"  # ok | wrong | unavailable
+    reason: str = ""
+    backend: str = ""
+    error: float | None = None
+    ms: float | None = None
+    ms_low: float | None = None
+    ms_high: float | None = None
+    rounds: int = 0
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    target: float | None = None
+    met: bool | None = None
+    peak_bytes: int | None = None
+    floor_ms: float | None = None
+    share: float | None = None
+    prediction: str = ""
+
+
+@dataclass
+class _Candidate:
+    row: Row
+    call: Callable[..., Any]
+    context: Callable[[], Any] = nullcontext
+    runner: timing.Runner | None = field(default=None)
+
+
+def _backend(name: str) -> Callable[[], Any]:
+    from .. import dispatch
+
+    return lambda: dispatch.backend(name)
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    return (first if isinstance(error, Unavailable) else f"{type(error).__name__}: {first}")[:200]
+
+
+def _row(case: Case, provider: str, kind: str) -> Row:
+    return Row(case.op, case.name, case.mode, case.dtype, dict(case.shape), provider, kind)
+
+
+def serving_backend(case: Case, inputs: tuple[Any, ...], device: str) -> tuple[str, list[tuple[str, str]]]:
+    """The first backend in `auto`'s order that serves the case, and the reasons of those before it."""
+    rejected = []
+    for name in BACKENDS[device]:
+        try:
+            with _backend(name)():
+                case.ours(*inputs)
+            return name, rejected
+        except (RuntimeError, NotImplementedError) as error:
+            rejected.append((name, _reason(error)))
+    raise RuntimeError(f"bench case {case.id}: no backend serves it: {rejected}")
+
+
+def _candidates(case: Case, inputs: tuple[Any, ...], settings: Settings) -> list[_Candidate]:
+    asked = settings.providers
+    serving, rejected = serving_backend(case, inputs, settings.device)
+    first = _row(case, OURS, "ours")
+    first.backend, first.prediction = serving, case.prediction
+    found = [_Candidate(first, case.ours, _backend("auto"))]
+    for name in BACKENDS[settings.device]:
+        reasons = dict(rejected)
+        if name in reasons and (name in asked or not asked):
+            row = _row(case, f"{OURS} ({name})", "ours")
+            row.backend, row.status, row.reason = name, "unavailable", reasons[name]
+            found.append(_Candidate(row, case.ours))
+        elif name != serving and name in asked:
+            row = _row(case, f"{OURS} ({name})", "ours")
+            row.backend = name
+            found.append(_Candidate(row, case.ours, _backend(name)))
+    for name, provider in case.providers.items():
+        if asked and name not in asked and provider.kind not in asked:
+            continue
+        row = _row(case, name, provider.kind)
+        row.target = case.targets.get(name)
+        try:
+            found.append(_Candidate(row, provider.make()))
+        except Exception as error:
+            row.status, row.reason = "unavailable", _reason(error)
+            found.append(_Candidate(row, case.ours))
+    return found
+
+
+def _check(case: Case, candidate: _Candidate, inputs: tuple[Any, ...], expected: Any) -> None:
+    row = candidate.row
+    provider = case.providers.get(row.provider)
+    try:
+        with candidate.context():
+            actual = candidate.call(*inputs)
+    except Exception as error:  # a baseline that fails is reported, whatever it raises
+        row.status, row.reason = "unavailable", _reason(error)
+        return
+    try:
+        row.error = case.error(actual, expected, provider.compare if provider else None)
+    except Exception as error:
+        row.status, row.reason = "wrong", f"output cannot be compared: {_reason(error)}"
+        return
+    if not row.error <= 1.0:
+        row.status, row.reason = "wrong", f"error is {row.error:.3g} times the tolerance"
+
+
+def _time(candidates: Sequence[_Candidate], inputs: Sequence[tuple[Any, ...]], settings: Settings) -> None:
+    device = torch.device(settings.device)
+    runners: dict[str, timing.Runner] = {}
+    for candidate in candidates:
+        runners[candidate.row.provider] = timing.Runner(_within(candidate), inputs, device)
+        candidate.row.peak_bytes = peak_bytes(_within(candidate), inputs[0], device)
+        runners[candidate.row.provider].warm_up(settings.warm_up, settings.window)
+    times = timing.interleave(runners, settings.rounds, settings.budget, settings.seed)
+    for candidate in candidates:
+        row = candidate.row
+        row.ms, row.ms_low, row.ms_high = (1e3 * value for value in timing.quartiles(times[row.provider]))
+        row.rounds = len(times[row.provider])
+        if row.provider != OURS and OURS in times:
+            row.ratio, row.ratio_low, row.ratio_high = timing.ratios(times[row.provider], times[OURS])
+            row.met = None if row.target is None else row.ratio >= row.target
+
+
+def _within(candidate: _Candidate) -> Callable[..., Any]:
+    """The call inside its backend's context; `auto` is the state already, so ours is timed without a wrapper."""
+    if candidate.row.kind != OURS or candidate.row.provider == OURS:
+        return candidate.call
+
+    def call(*args: Any) -> Any:
+        with candidate.context():
+            return candidate.call(*args)
+
+    return call
+
+
+def run_case(case: Case, settings: Settings, ceilings: Ceilings | None = None) -> list[Row]:
+    """Check, measure and time one case; ours comes first in the rows.
+
+    A provider that is wrong or cannot run gets no time. If ours is wrong there are no ratios at all.
+    """
+    device = torch.device(settings.device)
+
+    def make(seed: int) -> tuple[Any, ...]:
+        return case.inputs(torch.Generator(device).manual_seed(settings.seed + seed), device)
+
+    first = make(0)
+    expected = case.reference(*first)
+    candidates = _candidates(case, first, settings)
+    for candidate in candidates:
+        if candidate.row.status == "ok":
+            _check(case, candidate, first, expected)
+    right = [candidate for candidate in candidates if candidate.row.status == "ok"]
+    del expected
+    count = timing.sets_needed(timing.tensor_bytes(first), timing.last_level_cache(device))
+    inputs = [first, *(make(seed) for seed in range(1, count))]
+    _time(right, inputs, settings)
+    ours = candidates[0].row
+    if ceilings is not None and ours.ms is not None:
+        _floor(case, ours, ceilings)
+    return [candidate.row for candidate in candidates]
+
+
+def _floor(case: Case, ours: Row, ceilings: Ceilings) -> None:
+    assert ours.ms is not None
+    ours.floor_ms = 1e3 * ceilings.floor_seconds(case.bytes, case.flops, case.floor_rate)
+    ours.share = ours.floor_ms / ours.ms
+    ours.target = case.targets.get("floor")
+    ours.met = None if ours.target is None else ours.ms <= ours.target * ours.floor_ms
+
+
+def run(
+    cases: Sequence[Case], settings: Settings, ceilings: Ceilings, progress: Callable[[Case], None] = lambda case: None
+) -> list[Row]:
+    """All cases; one that fails as a whole becomes one unavailable row with the reason, and the run goes on."""
+    torch.set_num_threads(settings.threads)
+    rows: list[Row] = []
+    for case in cases:
+        progress(case)
+        try:
+            rows += run_case(case, settings, ceilings)
+        except Exception as error:
+            _LOG.debug("bench case %s failed", case.id, exc_info=True)
+            row = _row(case, OURS, "ours")
+            row.status, row.reason, row.prediction = "unavailable", _reason(error), case.prediction
+            rows.append(row)
+    return rows
