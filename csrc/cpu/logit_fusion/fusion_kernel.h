@@ -17,13 +17,13 @@ struct TileInfo {
   bool nan;
 };
 
-// n columns from c of one tensor's row as A, padded with zeros if that is needed; `buffer` holds a tile.
+// n columns from c of one tensor's row as A, padded with `fill` if that is needed; `buffer` holds a tile.
 template <class A>
-W2S_INLINE const A* fetch(const Rows& r, int64_t row, int64_t c, int n, A* buffer) {
+W2S_INLINE const A* fetch(const Rows& r, int64_t row, int64_t c, int n, A* buffer, A fill = A(0)) {
   const void* p = r.at(row, c);
   const bool same = (r.dtype == Dtype::f64) == (sizeof(A) == 8) && (r.dtype == Dtype::f32 || r.dtype == Dtype::f64);
   if (same && n == padded(n)) return static_cast<const A*>(p);
-  widen<A>(p, r.dtype, n, A(0), buffer);
+  widen<A>(p, r.dtype, n, fill, buffer);
   return buffer;
 }
 

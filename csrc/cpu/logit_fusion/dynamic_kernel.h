@@ -1,0 +1,458 @@
+// dynamic_fusion_weights: alpha with KL(P_alpha || P_L) = T, P_alpha = softmax(z_L + sum_k alpha_k (z_k - z_0)).
+//
+// Node sweep. At nodes alpha_j = j h, exp(alpha_j x) = t^j with t = exp(h x): two exponentials an element give
+//     S_{j,r} = sum_v exp(z_L - m0) t^j x^r,    x = d - c,   c = (m1 - m0) / alpha_max,   m1 = max(z_L + alpha_max d),
+// at every node, and no exponent is positive (the maximum is convex in alpha, so it lies below the chord m0 + alpha c).
+// The same read forms T = E_{Q_k} d - (lse z_k - lse z_0). dynamic_solve.cpp turns the sums into alpha.
+//
+// Tiling: item = (row, segment of 8,192). One pass over the segment for the maxima (from memory to L2), one in tiles of
+// 1,024 for the sums: exponentials to L1, then four nodes at a time with their moments in registers; tile sums are added
+// by lane in float and leave the segment as doubles.
+// Floor: (K + 2) V reads; 4 exponentials and 4 (J + 1) FMA (grid: 2 (J + 1)) an element.
+#include "cpu/logit_fusion/fusion_kernel.h"
+
+template <class A>
+struct DynamicItem {
+  const Dynamic& d;
+  int64_t row;
+  A base_buffer[TILE], e_buffer[TILE], a_buffer[TILE];
+  A x[TILE], w[TILE], t[TILE], shift[TILE];
+
+  DynamicItem(const Dynamic& dynamic, int64_t r) : d(dynamic), row(r) {}
+
+  const A* base(int64_t c, int n) { return fetch(d.base, row, c, n, base_buffer, -infinity<A>); }
+  const A* expert(int k, int64_t c, int n) { return fetch(d.expert[size_t(k)], row, c, n, e_buffer, -infinity<A>); }
+  const A* anti(int k, int64_t c, int n) { return fetch(*d.anti_of(k), row, c, n, a_buffer, -infinity<A>); }
+
+  // z_k - z_0 of a tile; a column that both mask does not move, one that only one of them masks moves by far[0] (down)
+  // or far[1] (up). Returns whether there was one of the latter kind where the base has mass, up: anywhere.
+  struct Odd {
+    bool one_sided = false, up = false;
+  };
+  Odd difference(const A* zl, const A* e, const A* a, int n, const double* far, A* out) const {
+    using V = Vec<A>;
+    const V largest = V::set(std::numeric_limits<A>::max());
+    auto bad = V::Mask::none();
+    for (int i = 0; i < padded(n); i += V::W) {
+      const V x = V::load(e + i) - V::load(a + i);
+      bad = bad | V::nle(x.abs(), largest);
+      x.store(out + i);
+    }
+    Odd odd;
+    if (bad.any())
+      for (int i = 0; i < padded(n); ++i) {
+        if (e[i] == a[i] || e[i] != e[i] || a[i] != a[i]) out[i] = e[i] == a[i] ? A(0) : out[i];
+        else if (std::isinf(out[i])) {
+          odd.one_sided |= zl[i] != -infinity<A>;
+          odd.up |= a[i] == -infinity<A>;
+          out[i] = A(far ? far[out[i] > 0] : 0);
+        }
+        if (zl[i] == -infinity<A>) out[i] = 0;
+      }
+    return odd;
+  }
+
+  // Direction times difference, summed over the experts of a problem (k < 0: the ray).
+  Odd shifts(const A* zl, int64_t c, int n, int k, const double* u, const double (*far)[2], A* out) {
+    using V = Vec<A>;
+    Odd odd;
+    const int begin = k < 0 ? 0 : k, end = k < 0 ? d.K : k + 1;
+    for (int i = begin; i < end; ++i) {
+      A* dst = i == begin ? out : w;
+      const Odd o = difference(zl, expert(i, c, n), anti(i, c, n), n, far ? far[i] : nullptr, dst);
+      odd.one_sided |= o.one_sided;
+      odd.up |= o.up;
+      const V ui = V::set(A(k < 0 ? u[i] : 1));
+      if (i > begin)
+        for (int v = 0; v < padded(n); v += V::W) V::fma(ui, V::load(w + v), V::load(out + v)).store(out + v);
+      else if (k < 0 && u[i] != 1)
+        for (int v = 0; v < padded(n); v += V::W) (ui * V::load(out + v)).store(out + v);
+    }
+    return odd;
+  }
+};
+
+// Maxima of a segment.
+template <class A>
+struct Tops {
+  A m0 = -infinity<A>, m1 = -infinity<A>, expert = -infinity<A>, anti = -infinity<A>;
+  bool one_sided = false, up = false;
+};
+
+template <class A, int W, int MOMENTS>
+struct NodeLanes {
+  A lane[MAX_NODES + 3][MOMENTS][W];
+};
+
+// NG nodes from node j of a tile: p = w t^j on entry, w t^(j + NG) on exit.
+template <class A, int NG, int MOMENTS>
+W2S_INLINE void node_group(A* w, const A* t, const A* x, int n, int j, NodeLanes<A, Vec<A>::W, MOMENTS>& sums) {
+  using V = Vec<A>;
+  V s[NG][MOMENTS];
+#pragma GCC unroll 8
+  for (int g = 0; g < NG; ++g)
+#pragma GCC unroll 4
+    for (int r = 0; r < MOMENTS; ++r) s[g][r] = V::set(0);
+  for (int i = 0; i < padded(n); i += V::W) {
+    V p = V::load(w + i);
+    const V ti = V::load(t + i), x1 = V::load(x + i), x2 = x1 * x1, x3 = x2 * x1;
+#pragma GCC unroll 8
+    for (int g = 0; g < NG; ++g) {
+      s[g][0] = s[g][0] + p;
+      s[g][1] = V::fma(p, x1, s[g][1]);
+      if constexpr (MOMENTS > 2) {
+        s[g][2] = V::fma(p, x2, s[g][2]);
+        s[g][3] = V::fma(p, x3, s[g][3]);
+      }
+      p = p * ti;
+    }
+    p.store(w + i);
+  }
+#pragma GCC unroll 8
+  for (int g = 0; g < NG; ++g)
+#pragma GCC unroll 4
+    for (int r = 0; r < MOMENTS; ++r) (V::load(sums.lane[j + g][r]) + s[g][r]).store(sums.lane[j + g][r]);
+}
+
+template <class A, int MOMENTS>
+inline void all_nodes(A* w, const A* t, const A* x, int n, int count, NodeLanes<A, Vec<A>::W, MOMENTS>& sums) {
+  constexpr int NG = MOMENTS == 2 ? (Vec<A>::W == 16 ? 8 : 4) : (Vec<A>::W == 16 ? 4 : 2);
+  int j = 0;
+  for (; j + NG <= count; j += NG) node_group<A, NG, MOMENTS>(w, t, x, n, j, sums);
+  for (; j + 2 <= count; j += 2) node_group<A, 2, MOMENTS>(w, t, x, n, j, sums);
+  for (; j < count; ++j) node_group<A, 1, MOMENTS>(w, t, x, n, j, sums);
+}
+
+template <class A>
+struct DynamicRun {
+  const Dynamic& d;
+  DynamicResult& out;
+  const int64_t S;
+  const int P, L;  // problems; untuned models
+  const bool need_terms;
+  const double floor;
+  std::vector<Sums> sums;   // [B, S, P]
+  std::vector<Term> tuned;  // [B, S, K]
+  std::vector<Term> plain;  // [B, S, L]
+  std::vector<char> odd;    // [B, S]: one-sided masks
+  std::vector<char> up;     // [B, S, K]
+  std::vector<double> u;    // [B, K]
+
+  DynamicRun(const Dynamic& dynamic, DynamicResult& o)
+      : d(dynamic), out(o), S(segments(d.V)), P(d.problems()), L(int(d.anti.size())), need_terms(d.target.empty()),
+        floor(sizeof(A) == 8 ? 1.5e-14 : 4e-7), sums(size_t(d.B * S * P)), tuned(size_t(d.B * S * d.K)),
+        plain(size_t(d.B * S * L)), odd(size_t(d.B * S)), up(tuned.size()), u(size_t(d.B * d.K), 1.0) {}
+
+  // sum exp(z - max) of each small model and sum exp(z_k - max) (d - center), for one segment
+  void terms(int64_t i) {
+    using V = Vec<A>;
+    const int64_t row = i / S, begin = i % S * SEGMENT, end = std::min(d.V, begin + SEGMENT);
+    DynamicItem<A> item(d, row);
+    for (int k = 0; k < d.K; ++k) {
+      const bool own = L > 1 || k == 0;
+      const Rows& low = *d.anti_of(k);
+      A mk = -infinity<A>, m0 = mk;
+      for (int64_t c = begin; c < end; c += TILE) {
+        const int n = int(std::min<int64_t>(TILE, end - c));
+        mk = std::max(mk, tile_max(item.expert(k, c, n), n));
+        m0 = std::max(m0, tile_max(item.anti(k, c, n), n));
+      }
+      (void)low;
+      const A center = mk == -infinity<A> || m0 == -infinity<A> ? A(0) : mk - m0;
+      const V rk = V::set(mk == -infinity<A> ? A(0) : mk), r0 = V::set(m0 == -infinity<A> ? A(0) : m0), cc = V::set(center);
+      double sk = 0, qk = 0, s0 = 0;
+      bool rises = false;
+      for (int64_t c = begin; c < end; c += TILE) {
+        const int n = int(std::min<int64_t>(TILE, end - c));
+        const A *e = item.expert(k, c, n), *a = item.anti(k, c, n);
+        std::fill_n(item.base_buffer, TILE, A(0));  // every column counts here, whatever the base masks
+        rises |= item.difference(item.base_buffer, e, a, n, nullptr, item.shift).up;
+        V vk = V::set(0), vq = vk, v0 = vk;
+        for (int v = 0; v < padded(n); v += V::W) {
+          const V p = vexp(V::load(e + v) - rk);
+          vk = vk + p;
+          vq = V::fma(p, V::load(item.shift + v) - cc, vq);
+          if (own) v0 = v0 + vexp(V::load(a + v) - r0);
+        }
+        sk += vk.sum();
+        qk += vq.sum();
+        s0 += v0.sum();
+      }
+      tuned[size_t(i * d.K + k)] = {mk, sk, qk, center};
+      up[size_t(i * d.K + k)] = rises;
+      if (own) plain[size_t(i * L + (L > 1 ? k : 0))] = {m0, s0, 0, 0};
+    }
+  }
+
+  template <int MOMENTS>
+  void sweep(int64_t i) {
+    using V = Vec<A>;
+    const int64_t row = i / S, begin = i % S * SEGMENT, end = std::min(d.V, begin + SEGMENT);
+    DynamicItem<A> item(d, row);
+    const double* ur = u.data() + row * d.K;
+    const V reach = V::set(A(d.alpha_max));
+    for (int p = 0; p < P; ++p) {
+      const int k = d.multi == 1 ? p : -1;
+      V top0 = V::set(-infinity<A>), top1 = top0;
+      for (int64_t c = begin; c < end; c += TILE) {
+        const int n = int(std::min<int64_t>(TILE, end - c));
+        const A* zl = item.base(c, n);
+        odd[size_t(i)] |= item.shifts(zl, c, n, k, ur, nullptr, item.shift).one_sided;
+        for (int v = 0; v < padded(n); v += V::W) {
+          const V z = V::load(zl + v);
+          top0 = V::max(z, top0);
+          top1 = V::max(V::fma(reach, V::load(item.shift + v), z), top1);
+        }
+      }
+      Sums& s = sums[size_t(i * P + p)];
+      const A m0 = top0.top(), m1 = top1.top();
+      if (m0 == -infinity<A>) {  // nothing but masked columns, or NaN
+        for (int64_t c = begin; c < end; c += TILE) {
+          const int n = int(std::min<int64_t>(TILE, end - c));
+          s.moment[0][0] += tile_exp_sum(item.base(c, n), n, A(0));
+        }
+        continue;
+      }
+      const A line = (m1 - m0) / A(d.alpha_max);
+      NodeLanes<A, V::W, MOMENTS> lanes;
+      std::fill_n(&lanes.lane[0][0][0], sizeof(lanes) / sizeof(A), A(0));
+      A lost = -infinity<A>;
+      for (int64_t c = begin; c < end; c += TILE) {
+        const int n = int(std::min<int64_t>(TILE, end - c));
+        const A* zl = item.base(c, n);
+        item.shifts(zl, c, n, k, ur, nullptr, item.x);
+        weights(zl, item, n, m0, line, lost);
+        all_nodes<A, MOMENTS>(item.w, item.t, item.x, n, d.nodes + 1, lanes);
+      }
+      s.m0 = double(m0);
+      s.c = double(line);
+      s.lost = lost == -infinity<A> ? NONE : double(lost);
+      for (int j = 0; j <= d.nodes; ++j)
+        for (int r = 0; r < MOMENTS; ++r) {
+          double total = 0;
+          for (int v = 0; v < V::W; ++v) total += double(lanes.lane[j][r][v]);
+          s.moment[r][j] = total;
+        }
+    }
+  }
+
+  // w = exp(z_L - m0), t = exp(h x), x = shift - c of a tile
+  W2S_INLINE void weights(const A* zl, DynamicItem<A>& item, int n, A m0, A line, A& lost) const {
+    using V = Vec<A>;
+    const V r = V::set(m0), c = V::set(line), h = V::set(A(d.step())), most = V::set(A(sizeof(A) == 8 ? 600 : 80));
+    const V small = V::set(A(sizeof(A) == 8 ? -600 : -75)), none = V::set(-infinity<A>);
+    auto any = V::Mask::none();
+    for (int v = 0; v < padded(n); v += V::W) {
+      const V z = V::load(zl + v) - r, x = V::load(item.x + v) - c;
+      any = any | (V::gt(small, z) & V::gt(z, none));
+      vexp(z).store(item.w + v);
+      vexp(V::min(most, h * x)).store(item.t + v);
+      x.store(item.x + v);
+    }
+    if (any.any())
+      for (int v = 0; v < n; ++v)
+        if (zl[v] - m0 < (sizeof(A) == 8 ? -600 : -75)) lost = std::max(lost, zl[v] + A(d.alpha_max) * (item.x[v] + line));
+  }
+
+  Term merged(const std::vector<Term>& parts, int64_t row, int count, int k) const {
+    Term total;
+    for (int64_t s = 0; s < S; ++s) total.add(parts[size_t((row * S + s) * count + k)]);
+    return total;
+  }
+
+  // T_k = E_{Q_k} d - (lse z_k - lse z_0)
+  void targets(int64_t row) {
+    for (int k = 0; k < d.K; ++k) {
+      double& kl = out.target[size_t(row * d.K + k)];
+      if (!need_terms) {
+        kl = d.target[size_t(row * d.K + k)];
+        continue;
+      }
+      const Term q = merged(tuned, row, d.K, k), p = merged(plain, row, L, L > 1 ? k : 0);
+      bool rises = false;
+      for (int64_t s = 0; s < S; ++s) rises |= up[size_t((row * S + s) * d.K + k)] != 0;
+      kl = q.weighted / q.sum + q.center - (q.lse() - p.lse());
+      if (!(std::isfinite(q.lse()) && std::isfinite(p.lse()))) kl = std::numeric_limits<double>::quiet_NaN();
+      else if (rises) kl = std::numeric_limits<double>::infinity();
+      else if (kl < 0) kl = 0;
+    }
+  }
+
+  void directions(int64_t row) {
+    if (d.multi == 1 || d.kind == 0) return;
+    const double* from = d.kind == 1 ? out.target.data() + row * d.K : d.direction.data() + row * d.K;
+    double largest = -1;
+    for (int k = 0; k < d.K; ++k) largest = std::max(largest, from[k]);
+    for (int k = 0; k < d.K; ++k) {
+      double& uk = u[size_t(row * d.K + k)];
+      if (std::isinf(largest)) uk = std::isinf(from[k]);
+      else uk = largest == 0 ? (d.kind == 1 ? 1.0 : 0.0) : from[k] / largest;
+    }
+  }
+
+  void finish(int64_t row) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    bool one_sided = false;
+    for (int64_t s = 0; s < S; ++s) one_sided |= odd[size_t(row * S + s)] != 0;
+    const double* goals = out.target.data() + row * d.K;
+    for (int p = 0; p < P; ++p) {
+      const int moments = d.first >= 0 ? 2 : 4;
+      Sums s;
+      for (int64_t g = 0; g < S; ++g) s.add(sums[size_t((row * S + g) * P + p)], d.nodes, moments, d.alpha_max);
+      double goal = 0;
+      if (d.multi == 1) goal = goals[p];
+      else
+        for (int k = 0; k < d.K; ++k) goal += goals[k] / d.K;
+      Solved found;
+      if (std::isnan(goal) || !std::isfinite(s.m0) || !(s.moment[0][0] > 0) || !(s.moment[0][d.nodes] == s.moment[0][d.nodes])) {
+        found = {nan, nan, false, true};
+      } else {
+        found = solve_nodes(s, d, goal, floor);
+        if (one_sided || !found.sure) found = repair(row, p, s, goal, found);
+      }
+      report(row, p, found);
+    }
+  }
+
+  void report(int64_t row, int p, const Solved& found) {
+    out.achieved[size_t(row * P + p)] = std::max(0.0, found.kl) + (found.kl - found.kl);
+    for (int k = d.multi == 1 ? p : 0; k < (d.multi == 1 ? p + 1 : d.K); ++k) {
+      const size_t at = size_t(row * d.K + k);
+      out.alpha[at] = d.multi == 1 ? found.t / (d.average ? d.K : 1) : found.t * u[at];
+      out.saturated[at] = found.saturated;
+    }
+  }
+
+  // F(t), and Var_{P_t} x, by a pass over the row
+  struct At {
+    double kl, variance;
+  };
+  At evaluate(int64_t row, int p, double t, double center, double base_lse, const double (*far)[2]) const {
+    using V = Vec<A>;
+    DynamicItem<A> item(d, row);
+    double top = NONE, s0 = 0, s1 = 0, s2 = 0;
+    const V ct = V::set(A(center)), vt = V::set(A(t));
+    for (int64_t c = 0; c < d.V; c += TILE) {
+      const int n = int(std::min<int64_t>(TILE, d.V - c));
+      const A* zl = item.base(c, n);
+      item.shifts(zl, c, n, d.multi == 1 ? p : -1, u.data() + row * d.K, far, item.x);
+      V m = V::set(-infinity<A>);
+      for (int v = 0; v < padded(n); v += V::W) {
+        const V x = V::load(item.x + v) - ct, y = V::fma(vt, x, V::load(zl + v));
+        x.store(item.x + v);
+        y.store(item.t + v);
+        m = V::max(y, m);
+      }
+      const A mt = m.top();
+      if (mt == -infinity<A>) continue;
+      V a = V::set(0), b = a, q = a;
+      for (int v = 0; v < padded(n); v += V::W) {
+        const V e = vexp(V::load(item.t + v) - V::set(mt)), x = V::load(item.x + v), ex = e * x;
+        a = a + e;
+        b = b + ex;
+        q = V::fma(ex, x, q);
+      }
+      const double up_to = std::max(top, double(mt)), old = top == NONE ? 0 : std::exp(top - up_to), f = std::exp(mt - up_to);
+      s0 = s0 * old + f * a.sum();
+      s1 = s1 * old + f * b.sum();
+      s2 = s2 * old + f * q.sum();
+      top = up_to;
+    }
+    const double mean = s1 / s0;
+    return {std::max(0.0, t * mean - (std::log(s0) + top - base_lse)), std::max(0.0, s2 / s0 - mean * mean)};
+  }
+
+  // Newton on G = sqrt(2 F), which is close to linear in t, within a bracket; a step past the end tries the end once.
+  Solved repair(int64_t row, int p, const Sums& s, double goal, Solved start) {
+    double far[64][2];
+    const bool centered = centers(row, far);
+    const double center = s.moment[1][0] / s.moment[0][0] + s.c, base_lse = s.m0 + std::log(s.moment[0][0]);
+    const double(*ends)[2] = centered ? far : nullptr;
+    if (d.first >= 0) return search(row, p, goal, center, base_lse, ends);
+    const double allowed = std::max(d.tol * std::max(1.0, goal), sizeof(A) == 8 ? 1e-13 : 1e-6) * 0.5;
+    if (goal <= floor) return {};
+    double low = 0, high = d.alpha_max, t = std::min(std::max(start.t, 1e-3 * d.alpha_max), d.alpha_max);
+    bool end_tried = false;
+    At now{};
+    for (int pass = 0; pass < 40; ++pass) {
+      now = evaluate(row, p, t, center, base_lse, ends);
+      if (t >= d.alpha_max) {
+        end_tried = true;
+        if (now.kl <= floor) return {};
+        if (now.kl <= goal) return {t, now.kl, true, true};
+      }
+      if (std::abs(now.kl - goal) <= allowed || std::isnan(now.kl)) break;
+      (now.kl < goal ? low : high) = t;
+      if (high - low <= 1e-15 * d.alpha_max) break;
+      const double root = std::sqrt(2 * now.kl);
+      double next = t - (root - std::sqrt(2 * goal)) * root / (t * now.variance);
+      if (!(next > low)) next = (low + high) / 2;
+      else if (next >= high) next = end_tried ? (low + high) / 2 : d.alpha_max;
+      t = next;
+    }
+    return {t, now.kl, false, true};
+  }
+
+  // The grid by direct evaluation
+  Solved search(int64_t row, int p, double goal, double center, double base_lse, const double (*far)[2]) const {
+    Solved best;
+    double least = std::numeric_limits<double>::infinity(), end = 0;
+    for (int j = d.first; j <= d.nodes; ++j) {
+      const double t = j * d.step();
+      end = evaluate(row, p, t, center, base_lse, far).kl;
+      const double misfit = (end - goal) * (end - goal);
+      if (misfit < least || (goal > 1e300 && j == d.nodes)) {
+        least = misfit;
+        best.t = t;
+        best.kl = end;
+      }
+    }
+    best.saturated = end > floor && end <= goal;
+    return best;
+  }
+
+  // Where an infinite shift is put: 60 below and above the difference of the log-sum-exps.
+  bool centers(int64_t row, double (*far)[2]) {
+    bool any = false;
+    for (int64_t g = 0; g < S; ++g) any |= odd[size_t(row * S + g)] != 0;
+    if (!any || d.K > 64) return false;
+    if (!need_terms)
+      for (int64_t g = 0; g < S; ++g) terms(row * S + g);
+    for (int k = 0; k < d.K; ++k) {
+      const double gap = merged(tuned, row, d.K, k).lse() - merged(plain, row, L, L > 1 ? k : 0).lse();
+      far[k][0] = gap - 60;
+      far[k][1] = gap + 60;
+    }
+    return true;
+  }
+
+  void run() {
+    const int64_t items = d.B * S;
+    if (d.multi != 1 && d.kind == 1 && need_terms && d.K > 1) {  // the direction needs the targets first
+      parallel_items(items, 1, [this](int64_t i) { terms(i); });
+      for (int64_t r = 0; r < d.B; ++r) targets(r), directions(r);
+      parallel_items(items, 1, [this](int64_t i) { one(i, false); });
+    } else {
+      if (!need_terms || d.kind == 2)
+        for (int64_t r = 0; r < d.B; ++r) {
+          if (!need_terms) targets(r);
+          directions(r);
+        }
+      parallel_items(items, 1, [this](int64_t i) { one(i, need_terms); });
+      if (need_terms)
+        for (int64_t r = 0; r < d.B; ++r) targets(r);
+    }
+    parallel_items(d.B, 4, [this](int64_t r) { finish(r); });
+  }
+
+  void one(int64_t i, bool with_terms) {
+    if (with_terms) terms(i);
+    if (d.first >= 0) sweep<2>(i);
+    else sweep<4>(i);
+  }
+};
+
+inline void run_dynamic(const Dynamic& d, DynamicResult& out) {
+  if (d.f64) DynamicRun<double>(d, out).run();
+  else DynamicRun<float>(d, out).run();
+}
