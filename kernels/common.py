@@ -1,0 +1,163 @@
+"""What all Triton kernels share: tiles, small device helpers, launching, and the ahead-of-time cases.
+
+Ahead-of-time convention: a kernel module exposes ``aot_cases() -> list[AotCase]``; each case is a name and a function of
+no arguments that calls the module's launchers on `Meta` tensors, and the gate compiles every launch it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.runtime import driver
+
+INF = tl.constexpr(float("inf"))
+NO_INDEX = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def safe(x):
+    """x where it is finite, otherwise 0: a reference line that can be subtracted from anything."""
+    return tl.where(tl.abs(x) < INF, x, 0.0)
+
+
+@triton.jit
+def row_tile(tiles):
+    """This program's (row, tile); the grid is one axis, rows x tiles, because only the first axis is long."""
+    pid = tl.program_id(0)
+    return (pid // tiles).to(tl.int64), pid % tiles
+
+
+@triton.jit
+def ordered_key(x):
+    """int32 that orders like the float32 x; -0.0 and 0.0 get the same key."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def next_power(n: int) -> int:
+    """Smallest power of two that is at least n."""
+    return triton.next_power_of_2(max(n, 1))
+
+
+def tile_width(vocab_size: int) -> int:
+    """Columns of one program. A function of the vocabulary alone: results do not depend on the batch."""
+    return 1024 if vocab_size <= 65536 else 2048 if vocab_size <= 262144 else 8192
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def dtype(like: Any, name: str) -> Any:
+    """The dtype float32, float64, int64, int32 or bool as the tensor ``like`` spells it (kernels do not import torch)."""
+    empty = like.new_empty((0,))
+    return {"float32": empty.float, "float64": empty.double, "int64": empty.long, "int32": empty.int, "bool": empty.bool}[
+        name
+    ]().dtype
+
+
+def refuse_double(*tensors: Any) -> str | None:
+    """The reason against float64 logits: the kernels accumulate in float32."""
+    if any(str(t.dtype).endswith("float64") for t in tensors):
+        return "float64 logits are served by the reference; the Triton kernels accumulate in float32"
+    return None
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """A call the ahead-of-time gate records: ``run()`` launches on `Meta` tensors."""
+
+    name: str
+    run: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel, its arguments as given, and its compile-time options."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Meta:
+    """Stands for a tensor where only dtype, shape and strides matter."""
+
+    is_cuda = False
+
+    def __init__(self, shape: Sequence[int], dtype: str, strides: Sequence[int] | None = None) -> None:
+        self.shape, self.dtype = tuple(shape), f"torch.{dtype}"
+        contiguous, step = [], 1
+        for size in reversed(self.shape):
+            contiguous.append(step)
+            step *= max(size, 1)
+        self._strides = tuple(strides) if strides is not None else tuple(reversed(contiguous))
+
+    def stride(self, axis: int | None = None) -> Any:
+        return self._strides if axis is None else self._strides[axis]
+
+    def data_ptr(self) -> int:
+        return 0
+
+    def new_empty(self, shape: Any, dtype: str | None = None) -> Meta:
+        return Meta((shape,) if isinstance(shape, int) else shape, (dtype or self.dtype).split(".")[-1])
+
+    def new_zeros(self, shape: Any, dtype: str | None = None) -> Meta:
+        return self.new_empty(shape, dtype)
+
+    def float(self) -> Meta:
+        return Meta(self.shape, "float32")
+
+    def double(self) -> Meta:
+        return Meta(self.shape, "float64")
+
+    def long(self) -> Meta:
+        return Meta(self.shape, "int64")
+
+    def int(self) -> Meta:
+        return Meta(self.shape, "int32")
+
+    def bool(self) -> Meta:
+        return Meta(self.shape, "bool")
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Record launches instead of making them."""
+    global _recorded
+    previous, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = previous
+
+
+def launch(kernel: Any, programs: int, like: Any, *args: Any, num_warps: int = 4, **meta: Any) -> None:
+    """Start ``programs`` programs of ``kernel`` on the device of ``like``; none, and no error, for an empty grid."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, args, {"num_warps": num_warps, **meta}))
+        return
+    if programs == 0:
+        return
+    if not like.is_cuda:
+        kernel[(programs,)](*args, num_warps=num_warps, **meta)
+        return
+    # Triton launches on the current device, which need not be the tensor's
+    current, wanted = driver.active.get_current_device(), like.device.index
+    if current == wanted:
+        kernel[(programs,)](*args, num_warps=num_warps, **meta)
+        return
+    driver.active.set_current_device(wanted)
+    try:
+        kernel[(programs,)](*args, num_warps=num_warps, **meta)
+    finally:
+        driver.active.set_current_device(current)

@@ -1,0 +1,102 @@
+"""z = (base_weight base + sum_k w_k (experts_k - anti_k)) / temperature, on a block of columns of one row.
+
+Every kernel of the family takes a `fusion` tuple and forms z from the models' own tensors: no stack, no copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..common import INF, refuse_double
+
+
+@triton.jit
+def number(x):
+    """A number out of a tuple as a float32 scalar (the interpreter leaves those as Python floats)."""
+    return tl.full((), x, tl.float32)
+
+
+@triton.jit
+def load_row(tensor, stride, row, cols, mask):
+    """Columns of one row as float32 [BLOCK], -inf in masked lanes."""
+    return tl.load(tensor + row * stride + cols, mask=mask, other=-INF).to(tl.float32)
+
+
+@triton.jit
+def difference(expert, anti):
+    """expert - anti; -inf - (-inf) is 0: nobody moved."""
+    return tl.where((expert == -INF) & (anti == -INF), 0.0, expert - anti)
+
+
+@triton.jit
+def load_shift(fusion, k: tl.constexpr, row, cols, mask):
+    """d_k = experts_k - anti_k, [BLOCK]; 0 in masked lanes."""
+    d = tl.load(fusion[2][k] + row * fusion[3][k] + cols, mask=mask, other=0.0).to(tl.float32)
+    if len(fusion[4]) > 0:
+        j: tl.constexpr = k if len(fusion[4]) > 1 else 0
+        d = difference(d, tl.load(fusion[4][j] + row * fusion[5][j] + cols, mask=mask, other=0.0).to(tl.float32))
+    return d
+
+
+@triton.jit
+def load_weight(fusion, k: tl.constexpr, row):
+    """w_k of one row."""
+    if fusion[6] is not None:
+        w = tl.load(fusion[6] + row * fusion[7][0] + k * fusion[7][1]).to(tl.float32)
+    else:
+        w = number(fusion[8][k])
+    return w
+
+
+@triton.jit
+def load_sum(fusion, row, cols, mask):
+    """s, [BLOCK]: -inf where base is, outside the plausible set, and in masked lanes."""
+    base = load_row(fusion[0], fusion[1], row, cols, mask)
+    base_weight = number(fusion[9])
+    s = base * base_weight
+    for k in tl.static_range(len(fusion[2])):
+        s += load_weight(fusion, k, row) * load_shift(fusion, k, row, cols, mask)
+    # nested, because the interpreter cannot combine a block of booleans with a scalar one
+    s = tl.where(base == -INF, tl.where(base_weight != 0.0, -INF, s), s)
+    if fusion[10] is not None:
+        value, index = tl.load(fusion[10] + row), tl.load(fusion[11] + row)
+        s = tl.where((base > value) | ((base == value) & (cols <= index)) | (s != s), s, -INF)
+    return tl.where(mask, s, -INF)
+
+
+@triton.jit
+def load_temperature(fusion, row):
+    """The row's temperature; 0 asks for the argmax."""
+    if fusion[12] is not None:
+        tau = tl.load(fusion[12] + row * fusion[13]).to(tl.float32)
+    else:
+        tau = number(fusion[14])
+    return tau
+
+
+@triton.jit
+def load_fused(fusion, row, cols, mask):
+    """z, [BLOCK], -inf in masked lanes."""
+    tau = load_temperature(fusion, row)
+    return load_sum(fusion, row, cols, mask) / tl.where(tau == 0.0, 1.0, tau)
+
+
+def fusion_tuple(
+    base: Any, experts: Any, anti: Any, weights: Any, weight_values: Any, base_weight: float, temperature: Any,
+    temperature_value: float, cut: tuple[Any, Any] = (None, None),
+) -> tuple[Any, ...]:
+    """The `fusion` argument of the kernels; ``cut`` = (value [B] float32, index [B] int32) of the plausible set."""
+    return (
+        base, base.stride(0), tuple(experts), tuple(t.stride(0) for t in experts), tuple(anti),
+        tuple(t.stride(0) for t in anti), weights, () if weights is None else weights.stride(),
+        () if weights is not None else tuple(float(w) for w in weight_values), float(base_weight), *cut,
+        temperature, None if temperature is None else temperature.stride(0), float(temperature_value),
+    )
+
+
+def supports_fusion(base: Any, experts: Any, anti: Any, *_: Any) -> str | None:
+    """The reason the kernels cannot serve these logits, or None."""
+    return refuse_double(base, *experts, *anti)
