@@ -1,0 +1,1 @@
+"""What the methods share: text every machine has, small language models, a cache, progress on stderr."""

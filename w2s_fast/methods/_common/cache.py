@@ -1,0 +1,55 @@
+"""Where trained models and tokenizers are kept between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def cache_dir() -> Path:
+    """``$W2S_FAST_CACHE``, or ``w2s_fast`` in the user's cache directory of this system."""
+    if override := os.environ.get("W2S_FAST_CACHE"):
+        return Path(override).expanduser()
+    home = Path.home()
+    if sys.platform == "darwin":
+        parent = home / "Library" / "Caches"
+    elif sys.platform == "win32":
+        parent = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
+    else:
+        parent = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return parent / "w2s_fast"
+
+
+def digest(*parts: Any) -> str:
+    """A short key of everything a cached thing was made from (JSON types and their nestings)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def kept(name: str, key: str, make: Callable[[Path], None], fresh: bool = False) -> Path:
+    """Folder of the cache that holds ``name``; ``make(folder)`` fills it when it is missing or ``fresh``.
+
+    The folder appears in one rename, so that an interrupted or a concurrent run leaves nothing half written.
+    """
+    folder = cache_dir() / f"{name}-{key}"
+    if folder.is_dir() and not fresh:
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        make(made)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process finished the same thing first
+                raise
+    return folder

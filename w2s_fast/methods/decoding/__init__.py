@@ -1,0 +1,1 @@
+"""Decoding-time methods: a large model steered by small ones."""
