@@ -27,9 +27,9 @@ def fused_log_softmax(
 ) -> tuple[Tensor, Tensor]:
     """logp = z - lse ``[B, vocab_size]`` in ``out_dtype`` and lse ``[B]``; z as in `fuse_logits`.
 
-    A row without a finite logit has no distribution: its lse is -inf and its logp NaN, as in `torch.log_softmax`.
+    logp is taken as (z - max z) - log sum exp(z - max z): a rounded lse would cost digits of every entry. A row
+    without a finite logit has no distribution: its lse is -inf and its logp NaN, as in `torch.log_softmax`.
     """
     z = fused(base, experts, anti, weights, weight_values, base_weight, temperature, temperature_value, plausible,
               plausible_value, vocab_size)
-    lse = log_sum_exp(z)
-    return (z - lse.unsqueeze(1)).to(out_dtype), lse
+    return z.log_softmax(-1).to(out_dtype), log_sum_exp(z)

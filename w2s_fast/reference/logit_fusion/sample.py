@@ -64,9 +64,9 @@ def fused_sample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """token int64, logprob, lse and kept int32, each ``[B]``; z as in `fuse_logits`, filters as in `filtered`.
 
-    logprob = z[token] - lse and lse are those of the unfiltered z. Temperature 0 takes the largest s (smallest index
-    of ties), with logprob and lse at temperature 1 and kept 1. A row whose lse is not finite (no finite logit, NaN,
-    +inf) gives token -1, logprob NaN, kept 0.
+    logprob = log softmax(z)[token] and lse are those of the unfiltered z. Temperature 0 takes the largest s (the
+    smallest index of ties), with logprob and lse at temperature 1 and kept 1. A row whose lse is not finite (no finite
+    logit, NaN, +inf) gives token -1, logprob NaN, kept 0.
     """
     s = summed(base, experts, anti, weights, weight_values, base_weight, plausible, plausible_value, vocab_size)
     tau = heat(temperature, temperature_value, s)
@@ -81,7 +81,7 @@ def fused_sample(
         keep = filtered(z, top_k, top_p, min_p)
         token = torch.where(greedy[:, 0], first, draw(z, keep, uniform))
         kept = torch.where(greedy[:, 0], 1, keep.sum(-1))
-    logprob = z.gather(1, token.unsqueeze(1)).squeeze(1) - lse
+    logprob = z.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
     fine = torch.isfinite(lse)
     token, kept = torch.where(fine, token, -1), torch.where(fine, kept, 0)
     return token, torch.where(fine, logprob, math.nan), lse, kept.to(torch.int32)

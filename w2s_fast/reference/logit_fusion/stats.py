@@ -34,13 +34,9 @@ def fused_stats(
     """
     z = fused(base, experts, anti, weights, weight_values, base_weight, temperature, temperature_value, plausible,
               plausible_value, vocab_size)
-    lse = log_sum_exp(z)
-    top = z.amax(-1)
+    top, logp = z.amax(-1), z.log_softmax(-1)
     # argmax of a mask is its first True on every device; of floats, PyTorch promises no order among ties
     argmax = ((z == top.unsqueeze(1)) | z.isnan()).to(torch.uint8).argmax(-1)
-    surprise = lse.unsqueeze(1) - z
-    terms = torch.where(z == -math.inf, 0.0, surprise * torch.exp(-surprise))
-    entropy = torch.where(lse == -math.inf, math.nan, terms.sum(-1))
-    if targets is None:
-        return lse, top, argmax, entropy, z.new_empty(0)
-    return lse, top, argmax, entropy, z.gather(1, targets.unsqueeze(1)).squeeze(1) - lse
+    entropy = -torch.where(logp == -math.inf, 0.0, logp.exp() * logp).sum(-1)
+    target_logp = z.new_empty(0) if targets is None else logp.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return log_sum_exp(z), top, argmax, entropy, target_logp
