@@ -82,8 +82,8 @@ def extensions() -> tuple[list[Extension], type | None]:
         skip("no C++ compiler was found")
         return [], None
 
-    flags = {"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", f"-ffile-prefix-map={HERE}=.", "-Wall"]}
-    define = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030a0000")]
+    flags = {"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0", f"-ffile-prefix-map={HERE}=.", "-Wall"]}
+    define = [("TORCH_TARGET_VERSION", TORCH_TARGET)]
     cuda = cuda_sources(torch)
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)

@@ -1,0 +1,82 @@
+"""What a wheel holds and what importing the package does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _run(*command: str, cwd: Path, **variables: str) -> str:
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel without compiled kernels, from a copy of the sources (a build must not touch the tree)."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    names = _run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).split("\n")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    _run(
+        sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder), str(source),
+        cwd=folder, W2S_FAST_BUILD="skip",
+    )
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_wheel_contents(wheel: Path):
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names if "dist-info" not in name}
+    assert top == {"w2s_fast"}, f"the wheel would shadow other packages: {top}"
+    for wanted in ("w2s_fast/kernels/common.py", "w2s_fast/bench/harness.py", "w2s_fast/py.typed"):
+        assert wanted in names
+
+
+def test_installed_wheel_runs_without_a_compiler(wheel: Path, tmp_path: Path):
+    target = tmp_path / "site"
+    _run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
+    code = (
+        "import warnings, torch, w2s_fast\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(2): out = w2s_fast.fuse_logits(torch.zeros(1, 2), [torch.ones(1, 2)])\n"
+        "import w2s_fast.kernels.common, w2s_fast.bench.harness\n"
+        "print(w2s_fast.__file__, len([w for w in seen if 'not built' in str(w.message)]), out.tolist())"
+    )
+    printed = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    assert str(target) in printed, "another copy was imported"
+    assert "1 [[1.0, 1.0]]" in printed, "one warning about the missing kernels, and the right result"
+
+
+def test_import_is_light(tmp_path: Path):
+    code = "import sys, w2s_fast; print([m for m in ('triton', 'transformers', 'matplotlib', 'typer') if m in sys.modules])"
+    assert _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT)).strip().endswith("[]")
+
+
+def test_kernels_does_not_shadow_another_package(tmp_path: Path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("OTHER = True\n")
+    code = "import kernels; print(kernels.OTHER)"
+    printed = _run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    assert printed.strip().endswith("True")
+
+
+def test_two_commands_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("bench:", "test:", "demo:"):
+        assert f"\n{target}" in makefile
