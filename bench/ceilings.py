@@ -39,13 +39,10 @@ def _best(function: Callable[[], Any], device: torch.device, seconds: float) -> 
 
 
 def _probe(megabytes: int, threads: int) -> float | None:
-    """Bytes per second by the extension's own copy loop, if it is built and has one."""
-    try:
-        from .. import _C  # type: ignore[attr-defined]
+    """Bytes per second by the extension's own copy loop, if it is built."""
+    from .. import probes
 
-        return float(_C.copy_bandwidth(megabytes, threads))
-    except (ImportError, AttributeError, TypeError):
-        return None
+    return probes.copy_bandwidth(megabytes, threads) if probes.available() else None
 
 
 def copy_bandwidth(device: torch.device, seconds: float = 0.5) -> tuple[float, str]:

@@ -72,6 +72,8 @@ class Row:
     floor_ms: float | None = None
     share: float | None = None
     prediction: str = ""
+    hot: bool = False
+    run: int = 0  # index into the report's runs
 
 
 @dataclass
@@ -95,7 +97,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _row(case: Case, provider: str, kind: str) -> Row:
-    return Row(case.op, case.name, case.mode, case.dtype, dict(case.shape), provider, kind)
+    return Row(case.op, case.name, case.mode, case.dtype, dict(case.shape), provider, kind, hot=case.hot)
 
 
 def serving_backend(case: Case, inputs: tuple[Any, ...], device: str) -> tuple[str, list[tuple[str, str]]]:

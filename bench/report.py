@@ -1,0 +1,152 @@
+"""A run's results as data: what was measured, on what, and the JSON file that keeps it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .ceilings import Ceilings
+from .harness import Row, Settings
+
+#: Committed results, from which README is made. `w2s-fast bench` writes to the folder `local` in it.
+RESULTS = Path(__file__).parent / "results"
+SCHEMA = 1
+
+
+@dataclass
+class Report:
+    """All that is known of one device: rows, and the runs that measured them."""
+
+    device: str
+    slug: str
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    overhead: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write the JSON, one row a line so that a diff reads."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = {
+            "schema": SCHEMA,
+            "device": self.device,
+            "slug": self.slug,
+            "runs": self.runs,
+            "overhead": self.overhead,
+        }
+        text = json.dumps(head, indent=1, ensure_ascii=False)
+        lines = ",\n".join(json.dumps(_compact(row), ensure_ascii=False) for row in self.rows)
+        path.write_text(f'{text[:-2]},\n "rows": [\n{lines}\n]\n}}\n', encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read what `save` wrote."""
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"{path}: schema must be {SCHEMA}, got {data.get('schema')}. Run the benchmark again.")
+        known = {f.name for f in fields(Row)}
+        rows = [Row(**{k: v for k, v in row.items() if k in known}) for row in data["rows"]]
+        return cls(data["device"], data["slug"], data["runs"], data["overhead"], rows)
+
+    def merged(self, newer: Report) -> Report:
+        """These results with those of ``newer`` in place of the cases it measured again."""
+        again = {(row.op, row.case) for row in newer.rows}
+        kept = [row for row in self.rows if (row.op, row.case) not in again]
+        rows = [*(_moved(row, 0) for row in kept), *(_moved(row, len(self.runs)) for row in newer.rows)]
+        used = sorted({row.run for row in rows})
+        runs = [*self.runs, *newer.runs]
+        rows = [_moved(row, used.index(row.run) - row.run) for row in rows]
+        rows.sort(key=lambda row: (row.op, row.case))  # stable: providers keep their order
+        return Report(newer.device, newer.slug, [runs[i] for i in used], newer.overhead or self.overhead, rows)
+
+
+def _moved(row: Row, by: int) -> Row:
+    return Row(**{**asdict(row), "run": row.run + by})
+
+
+def _compact(row: Row) -> dict[str, Any]:
+    """The row without empty fields, floats to five digits."""
+    found = {}
+    for name, value in asdict(row).items():
+        if value is None or value == "":
+            continue
+        found[name] = float(f"{value:.5g}") if isinstance(value, float) else value
+    return found
+
+
+def device_name(device: str) -> str:
+    """What the hardware calls itself."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def slug(device: str, threads: int) -> str:
+    """File name for the device: ``cpu-amd-epyc-2t``, ``nvidia-h200``."""
+    name = re.sub(r"\((r|tm)\)|processor|cpu|\d+-core|@.*", " ", device_name(device).lower())
+    name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return name if device == "cuda" else f"cpu-{name}-{threads}t"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of everything that was timed; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for name in ("w2s_fast", "torch", "triton", "transformers", "flashinfer-python", "liger-kernel"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    from .. import __version__
+
+    found["w2s_fast"] = __version__
+    return found
+
+
+def commit() -> str | None:
+    """The source tree's commit, ``+`` if it has changes outside the results; None outside a repository."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, timeout=20)
+        if done.returncode:
+            raise OSError(done.stderr)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def new_report(rows: list[Row], settings: Settings, ceilings: Ceilings, overhead: dict[str, Any]) -> Report:
+    """One run as a report."""
+    from .. import extension
+
+    run = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "threads": settings.threads,
+        "rounds": settings.rounds,
+        "versions": versions(),
+        "extension": extension.ERROR or "built",
+        "ceilings": {
+            "copy_bytes_per_s": float(f"{ceilings.copy:.4g}"),
+            "copy_source": ceilings.copy_source,
+            "gemm_flop_per_s": {name: float(f"{rate:.4g}") for name, rate in ceilings.gemm.items()},
+        },
+    }
+    name = device_name(settings.device)
+    return Report(name, slug(settings.device, settings.threads), [run], overhead, rows)
