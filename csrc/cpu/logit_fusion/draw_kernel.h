@@ -32,7 +32,7 @@ struct RowDraw {
         token = anywhere(total, draws.uniform[size_t(row)], z);
       }
     }
-    out.write(row, token, double(z) - lse, lse, kept);
+    out.write(row, token, (double(z) - total.max) - total.log_sum(), lse, kept);
   }
 
   // z of one tile again

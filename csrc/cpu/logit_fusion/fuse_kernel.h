@@ -15,7 +15,7 @@ struct FuseRun {
   std::vector<Cut<A>> cut;
   std::vector<LogSumExp> part;  // [B, segments]
   std::vector<char> nan;
-  std::vector<double> lse;
+  std::vector<LogSumExp> lse;
   int64_t S;
 
   FuseRun(const Fusion& fusion, const Tensor& o, bool with_lse)
@@ -25,7 +25,7 @@ struct FuseRun {
   static constexpr Dtype mine() { return sizeof(A) == 8 ? Dtype::f64 : Dtype::f32; }
 
   // z (minus `less`) of one item to the output; `write` is off when only the sums are wanted.
-  void item(int64_t i, bool write, bool sums, A less) {
+  void item(int64_t i, bool write, bool sums, bool normalise) {
     const int64_t row = i / S, begin = (i % S) * SEGMENT, end = std::min(f.V, begin + SEGMENT);
     FusedRow<A> z;
     z.begin(f, row, f.temperature[size_t(row)], cut[size_t(row)]);
@@ -39,30 +39,33 @@ struct FuseRun {
       nan[size_t(i)] |= info.nan;
       if (sums) sum.add(info.max, exp_sum(dst, n, info));
       if (!write) continue;
-      if (less != 0) subtract(dst, n, less);
+      if (normalise) subtract(dst, n, lse[size_t(row)]);
       if (!direct) narrow(dst, n, out.dtype, out.at(row, c));
     }
     if (sums) part[size_t(i)] = sum;
   }
 
-  static void subtract(A* z, int n, A less) {
+  // (z - max) - log sum: at large offsets max is exact where lse is not
+  static void subtract(A* z, int n, const LogSumExp& total) {
     using V = Vec<A>;
-    const V x = V::set(less);
+    const double log_sum = total.log_sum();
+    const A top = A(total.reference()), rest = A(log_sum);
+    const V a = V::set(top), b = V::set(rest);
     int i = 0;
-    for (; i + V::W <= n; i += V::W) (V::load(z + i) - x).store(z + i);
-    for (; i < n; ++i) z[i] -= less;
+    for (; i + V::W <= n; i += V::W) (V::load(z + i) - a - b).store(z + i);
+    for (; i < n; ++i) z[i] = z[i] - top - rest;
   }
 
   void subtract_item(int64_t i) {
     const int64_t row = i / S, begin = (i % S) * SEGMENT, end = std::min(f.V, begin + SEGMENT);
-    subtract(static_cast<A*>(out.at(row, begin)), int(end - begin), A(lse[size_t(row)]));
+    subtract(static_cast<A*>(out.at(row, begin)), int(end - begin), lse[size_t(row)]);
   }
 
   void merge_rows() {
     for (int64_t r = 0; r < f.B; ++r) {
       LogSumExp sum;
       for (int64_t s = 0; s < S; ++s) sum.add(part[size_t(r * S + s)].max, part[size_t(r * S + s)].sum);
-      lse[size_t(r)] = sum.value();
+      lse[size_t(r)] = sum;
     }
   }
 
@@ -72,7 +75,7 @@ struct FuseRun {
       if (nan[size_t(i)] && cut[size_t(i / S)].active) {
         const int64_t r = i / S;
         cut[size_t(r)].active = false;
-        for (int64_t s = 0; s < S; ++s) item(r * S + s, write, sums, A(0));
+        for (int64_t s = 0; s < S; ++s) item(r * S + s, write, sums, false);
       }
   }
 
@@ -80,22 +83,24 @@ struct FuseRun {
     const int64_t items = f.B * S;
     if (f.plausible) parallel_items(f.B, 1, [this](int64_t r) { cut[size_t(r)] = plausible_cut<A>(f, r); });
     const bool twice = log_softmax && out.dtype != mine();
-    parallel_items(items, 1, [this, twice](int64_t i) { item(i, !twice, need_lse, A(0)); });
+    parallel_items(items, 1, [this, twice](int64_t i) { item(i, !twice, need_lse, false); });
     if (f.plausible) uncut_nan_rows(!twice, need_lse);
     if (need_lse) merge_rows();
     if (!log_softmax) return;
-    if (twice) parallel_items(items, 1, [this](int64_t i) { item(i, true, false, A(lse[size_t(i / S)])); });
+    if (twice) parallel_items(items, 1, [this](int64_t i) { item(i, true, false, true); });
     else parallel_items(items, 1, [this](int64_t i) { subtract_item(i); });
   }
 };
 
-inline std::vector<double> run_fuse(const Fusion& f, const Tensor& out, bool need_lse, bool log_softmax) {
-  if (f.f64) {
-    FuseRun<double> run(f, out, need_lse);
-    run.run(log_softmax);
-    return run.lse;
-  }
-  FuseRun<float> run(f, out, need_lse);
+template <class A>
+inline std::vector<double> fuse_as(const Fusion& f, const Tensor& out, bool need_lse, bool log_softmax) {
+  FuseRun<A> run(f, out, need_lse);
   run.run(log_softmax);
-  return run.lse;
+  std::vector<double> lse;
+  for (const LogSumExp& row : run.lse) lse.push_back(row.value());
+  return lse;
+}
+
+inline std::vector<double> run_fuse(const Fusion& f, const Tensor& out, bool need_lse, bool log_softmax) {
+  return f.f64 ? fuse_as<double>(f, out, need_lse, log_softmax) : fuse_as<float>(f, out, need_lse, log_softmax);
 }

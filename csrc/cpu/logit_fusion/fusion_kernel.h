@@ -32,7 +32,7 @@ struct FusedRow {
   static constexpr int MAX_BUFFERED = 3;
   const Fusion* f = nullptr;
   int64_t row = 0;
-  A base_weight = 1, scale = 1;
+  A base_weight = 1, scale = 1, heat = 1;
   const double* w = nullptr;
   Cut<A> cut;
   A buffer[MAX_BUFFERED][TILE];
@@ -42,6 +42,7 @@ struct FusedRow {
     row = r;
     base_weight = A(fusion.base_weight);
     scale = A(1.0 / temperature);
+    heat = A(temperature);
     w = fusion.weights.data() + r * fusion.K;
     cut = c;
   }
@@ -61,7 +62,8 @@ struct FusedRow {
       }
       if constexpr (LAST) {
         bad = bad | V::nan(s);
-        s = s * inverse;
+        if constexpr (sizeof(A) == 8) s = V{s.v / V::set(heat).v};
+        else s = s * inverse;
         top = V::max(s, top);
       }
       s.store(dst + i);
@@ -112,7 +114,7 @@ struct FusedRow {
     }
     for (int i = 0; i < n; ++i) {
       if (base_weight != 0 && base[i] == -infinity<A>) dst[i] = -infinity<A>;
-      dst[i] *= scale;
+      dst[i] = sizeof(A) == 8 ? dst[i] / heat : dst[i] * scale;
       info.nan |= dst[i] != dst[i];
       info.max = dst[i] > info.max ? dst[i] : info.max;
     }
