@@ -18,6 +18,8 @@ def filtered(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     The order is by value descending, then by index ascending. Masses are summed in float64.
     """
     finite = z > -math.inf
+    if not 0 < top_k < z.shape[1] and top_p >= 1.0:  # nothing that needs an order
+        return finite & (z - z.amax(-1, keepdim=True) >= math.log(min_p)) if min_p > 0.0 else finite
     ordered, order = torch.sort(z, dim=-1, descending=True, stable=True)
     keep = finite.gather(1, order)
     if 0 < top_k < z.shape[1]:
