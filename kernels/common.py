@@ -6,6 +6,7 @@ no arguments that calls the module's launchers on `Meta` tensors, and the gate c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from triton.runtime import driver
 
 INF = tl.constexpr(float("inf"))
 NO_INDEX = tl.constexpr(2**31 - 1)
+#: The interpreter runs a custom reduction one element at a time.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
