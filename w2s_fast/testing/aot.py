@@ -1,0 +1,167 @@
+"""Compiles every production launch of every kernel for GPUs that need not be there, and reads what it costs.
+
+    python -m w2s_fast.testing.aot --write     # renew tests/golden/aot.csv
+
+A kernel module's ``aot_cases()`` runs its own launchers on `kernels.common.Meta` tensors; the launches they make are
+recorded, specialised by Triton's own binder (so that alignment and integer specialisation are those of a real call) and
+compiled with the bundled ptxas. Not for a process with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ARCHITECTURES = (80, 90, 100)
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+GOLDEN = KERNELS.parent / "tests" / "golden" / "aot.csv"
+MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+class Row(NamedTuple):
+    """Resources of one compiled kernel: registers a thread, bytes of spills and stack, bytes of shared memory."""
+
+    module: str
+    case: str
+    kernel: str
+    launch: int
+    arch: int
+    warps: int
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    mma: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int, int]:
+        """What names a row of the table."""
+        return self.module, self.case, self.kernel, self.launch, self.arch
+
+
+class Job(NamedTuple):
+    """One recorded launch of a case."""
+
+    module: str
+    case: str
+    launch: int
+    recorded: Any
+
+
+def modules() -> list[str]:
+    """Kernel modules that have ahead-of-time cases, as paths below ``kernels`` with dots."""
+    found = []
+    for path in sorted(KERNELS.rglob("*.py")):
+        if "def aot_cases" in path.read_text():
+            found.append(".".join(path.relative_to(KERNELS).with_suffix("").parts))
+    return found
+
+
+def jobs(names: Iterable[str] | None = None) -> list[Job]:
+    """Every launch of every case, each distinct specialisation once a case."""
+    found = []
+    for name in modules() if names is None else names:
+        module = importlib.import_module(f"w2s_fast.kernels.{name}")
+        common = importlib.import_module("w2s_fast.kernels.common")
+        for case in module.aot_cases():
+            with common.recording() as launches:
+                case.run()
+            found += [Job(name, case.name, index, launched) for index, launched in enumerate(launches)]
+    return found
+
+
+def _bind(recorded: Any, target: Any) -> tuple[Any, dict[str, Any]]:
+    """The source and options that a real call of the recorded launch would compile on ``target``."""
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, backend = recorded.kernel, make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*recorded.args, **recorded.options, debug=False)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
+    return ASTSource(kernel, signature, constexprs, attrs), options.__dict__
+
+
+def compile_one(job: Job, arch: int) -> Row:
+    """Compile one launch for ``sm_<arch>`` and read its resources from ptxas."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, options = _bind(job.recorded, GPUTarget("cuda", arch, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spills, stack = _resources(compiled.asm["ptx"], arch)
+    mma = re.search(r"wgmma|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
+    return Row(job.module, job.case, job.recorded.kernel.fn.__name__, job.launch, arch, job.recorded.options["num_warps"],
+               registers, spills, stack, compiled.metadata.shared, mma.group(0) if mma else "")
+
+
+def _resources(ptx: str, arch: int) -> tuple[int, int, int]:
+    from triton import knobs
+
+    ptxas = (knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas).path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        target = re.search(r"\.target (sm_\w+)", ptx)
+        assert target is not None
+        command = [ptxas, "-v", f"--gpu-name={target.group(1)}", str(path), "-o", str(Path(folder) / "kernel.cubin")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
+    stores = max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
+    stack = max(int(n) for n in re.findall(r"(\d+) bytes stack frame", report))
+    return registers, stores, stack
+
+
+def table(found: list[Job], architectures: Iterable[int] = ARCHITECTURES, workers: int = 2) -> Iterator[Row]:
+    """Compile every job for every architecture."""
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda pair: compile_one(*pair), [(job, arch) for job in found for arch in architectures])
+
+
+def read(path: Path = GOLDEN) -> list[Row]:
+    """The committed table."""
+    with path.open(newline="") as file:
+        return [Row(**{name: (value if Row.__annotations__[name] == "str" else int(value))  # type: ignore[arg-type]
+                       for name, value in line.items()}) for line in csv.DictReader(file)]
+
+
+def write(rows: Iterable[Row], path: Path = GOLDEN) -> None:
+    """Write the table, in order."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(sorted(rows))
+
+
+def main() -> None:
+    """Print the table; ``--write`` renews the golden file, ``--module`` keeps the other modules' rows."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--module", action="append")
+    parser.add_argument("--arch", type=int, action="append")
+    chosen = parser.parse_args()
+    rows = []
+    for row in table(jobs(chosen.module), chosen.arch or ARCHITECTURES):
+        print(*row, sep=",", flush=True)
+        rows.append(row)
+    if chosen.write:
+        new = {row.key: row for row in rows}
+        kept = [r for r in read() if chosen.module and r.module not in chosen.module] if GOLDEN.exists() else []
+        write([*kept, *new.values()])
+    bad = [row for row in rows if row.spills]
+    if bad:
+        sys.exit(f"{len(bad)} kernels spill: {[row.key for row in bad]}")
+
+
+if __name__ == "__main__":
+    main()
