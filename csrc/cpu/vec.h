@@ -139,6 +139,7 @@ struct VectorExtension {
   W2S_INLINE VectorExtension operator+(VectorExtension o) const { return {v + o.v}; }
   W2S_INLINE VectorExtension operator-(VectorExtension o) const { return {v - o.v}; }
   W2S_INLINE VectorExtension operator*(VectorExtension o) const { return {v * o.v}; }
+  W2S_INLINE VectorExtension operator/(VectorExtension o) const { return {v / o.v}; }
   // a * b + c, rounded once where the machine can
   static W2S_INLINE VectorExtension fma(VectorExtension a, VectorExtension b, VectorExtension c) { return {a.v * b.v + c.v}; }
   // a > b ? a : b: a NaN in `a` is dropped, one in `b` stays

@@ -22,6 +22,7 @@ struct Float {
   W2S_INLINE Float operator+(Float o) const { return {_mm512_add_ps(v, o.v)}; }
   W2S_INLINE Float operator-(Float o) const { return {_mm512_sub_ps(v, o.v)}; }
   W2S_INLINE Float operator*(Float o) const { return {_mm512_mul_ps(v, o.v)}; }
+  W2S_INLINE Float operator/(Float o) const { return {_mm512_div_ps(v, o.v)}; }
   static W2S_INLINE Float fma(Float a, Float b, Float c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static W2S_INLINE Float max(Float a, Float b) { return {_mm512_max_ps(a.v, b.v)}; }
   static W2S_INLINE Float min(Float a, Float b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -76,6 +77,7 @@ struct Float {
   W2S_INLINE Float operator+(Float o) const { return {_mm256_add_ps(v, o.v)}; }
   W2S_INLINE Float operator-(Float o) const { return {_mm256_sub_ps(v, o.v)}; }
   W2S_INLINE Float operator*(Float o) const { return {_mm256_mul_ps(v, o.v)}; }
+  W2S_INLINE Float operator/(Float o) const { return {_mm256_div_ps(v, o.v)}; }
   static W2S_INLINE Float fma(Float a, Float b, Float c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static W2S_INLINE Float max(Float a, Float b) { return {_mm256_max_ps(a.v, b.v)}; }
   static W2S_INLINE Float min(Float a, Float b) { return {_mm256_min_ps(a.v, b.v)}; }

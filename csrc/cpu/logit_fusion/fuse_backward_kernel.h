@@ -85,9 +85,9 @@ struct BackwardRun {
       const int n = int(std::min<int64_t>(TILE, end - c));
       fused.tile(c, n, z);
       gradient(row, c, n, z, A(a), g);
-      const V inverse = V::set(A(1 / heat));
+      const V tau = V::set(A(heat));
       if (heat != 1)
-        for (int v = 0; v < padded(n); v += V::W) (V::load(g + v) * inverse).store(g + v);
+        for (int v = 0; v < padded(n); v += V::W) (V::load(g + v) / tau).store(g + v);
       narrow(g, n, out.dtype, out.at(row, c));
       if (up.need_params) parameters(i, row, c, n, z, g, e, low);
     }

@@ -32,7 +32,7 @@ struct FusedRow {
   static constexpr int MAX_BUFFERED = 3;
   const Fusion* f = nullptr;
   int64_t row = 0;
-  A base_weight = 1, scale = 1, heat = 1;
+  A base_weight = 1, heat = 1;
   const double* w = nullptr;
   Cut<A> cut;
   A buffer[MAX_BUFFERED][TILE];
@@ -41,7 +41,6 @@ struct FusedRow {
     f = &fusion;
     row = r;
     base_weight = A(fusion.base_weight);
-    scale = A(1.0 / temperature);
     heat = A(temperature);
     w = fusion.weights.data() + r * fusion.K;
     cut = c;
@@ -50,7 +49,7 @@ struct FusedRow {
   template <bool FIRST, bool EXPERT, bool ANTI, bool LAST>
   W2S_INLINE void add(const A* base, const A* e, const A* a, A weight, int n, A* dst, TileInfo<A>& info) const {
     using V = Vec<A>;
-    const V bw = V::set(base_weight), wk = V::set(weight), inverse = V::set(scale);
+    const V bw = V::set(base_weight), wk = V::set(weight);
     V top = V::set(-infinity<A>);
     auto bad = V::Mask::none();
     for (int i = 0; i < padded(n); i += V::W) {
@@ -62,8 +61,6 @@ struct FusedRow {
       }
       if constexpr (LAST) {
         bad = bad | V::nan(s);
-        if constexpr (sizeof(A) == 8) s = V{s.v / V::set(heat).v};
-        else s = s * inverse;
         top = V::max(s, top);
       }
       s.store(dst + i);
@@ -94,12 +91,20 @@ struct FusedRow {
       add_expert<false, true>(base, K - 1, c, n, dst, info);
     }
     if (info.nan || base_weight < 0) info = exact(base, c, n, dst);
+    else if (heat != 1) divide(dst, n, info);
     if (cut.active) apply_cut(base, c, n, dst);
     if (cut.active || n != padded(n)) {
       for (int i = n; i < padded(n); ++i) dst[i] = -infinity<A>;
       info.max = tile_max(dst, n);
     }
     return info;
+  }
+
+  // A true division: the reciprocal's rounding would show in z. It is monotone, so the maximum divides along.
+  void divide(A* dst, int n, TileInfo<A>& info) const {
+    using V = Vec<A>;
+    for (int i = 0; i < padded(n); i += V::W) (V::load(dst + i) / V::set(heat)).store(dst + i);
+    info.max /= heat;
   }
 
   // The rules for infinities: -inf - (-inf) = 0 in a difference; z = -inf where base = -inf.
@@ -114,7 +119,7 @@ struct FusedRow {
     }
     for (int i = 0; i < n; ++i) {
       if (base_weight != 0 && base[i] == -infinity<A>) dst[i] = -infinity<A>;
-      dst[i] = sizeof(A) == 8 ? dst[i] / heat : dst[i] * scale;
+      dst[i] /= heat;
       info.nan |= dst[i] != dst[i];
       info.max = dst[i] > info.max ? dst[i] : info.max;
     }

@@ -4,13 +4,16 @@
 #include "cpu/for_each_target.h"
 
 namespace w2s {
+
+void draw_rows(const Fusion& f, const Draws& draws, SampleOutput& out) { W2S_DISPATCH(run_sample)(f, draws, out); }
+
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_sample(W2S_FUSE_PARAMETERS, Tensor uniform, int64_t top_k, double top_p,
                                                         double min_p) {
   const Fusion f(W2S_FUSE_ARGUMENTS);
   SampleOutput out(f);
-  W2S_DISPATCH(run_sample)(f, Draws{numbers(uniform), {top_k, top_p, min_p}}, out);
+  draw_rows(f, Draws{numbers(uniform), {top_k, top_p, min_p}}, out);
   return {out.token, out.logprob, out.lse, out.kept};
 }
 

@@ -29,4 +29,7 @@ struct SampleOutput {
   }
 };
 
+// Draws a token for every row (sample.cpp chooses the instruction set).
+void draw_rows(const Fusion& f, const Draws& draws, SampleOutput& out);
+
 }  // namespace w2s

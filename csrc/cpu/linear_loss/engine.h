@@ -1,0 +1,240 @@
+// The engine of every loss over a vocabulary: tiles of logits z = (1/temperature) sum_i w_i cap(W_i h_i + b_i), made by
+// the library's matrix product, [vocabulary tile] x [rows], never [rows] x [vocabulary].
+//
+// The n products run into one accumulator with w_i / temperature folded into the rows of h_i; with a softcap each model
+// has a tile of its own. Rows with the ignored target are left out from the start (gathered), so they cost nothing.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include "cpu/logit_fusion/fusion.h"
+
+#define W2S_KERNEL "cpu/linear_loss/tile_kernel.h"
+#include "cpu/for_each_target.h"
+
+namespace w2s {
+namespace linear {
+
+constexpr int64_t CHUNK = 128;  // vocabulary rows of one piece of row-kernel work; also the unit a draw computes again
+constexpr int64_t BLOCK = 512;  // rows of a block
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t pieces(int64_t n, int64_t of) { return (n + of - 1) / of; }
+
+template <class A>
+constexpr ScalarType scalar = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+template <class A>
+constexpr Dtype own = sizeof(A) == 8 ? Dtype::f64 : Dtype::f32;
+
+template <class A>
+struct Matrix {  // a view; strides in elements
+  A* data;
+  int64_t rows, columns, down, across;
+  Matrix t() const { return {data, columns, rows, across, down}; }
+  Tensor tensor() const {
+    const int64_t sizes[] = {rows, columns}, strides[] = {down, across};
+    return torch::stable::from_blob(const_cast<std::remove_const_t<A>*>(data), {sizes, 2}, {strides, 2},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), scalar<A>);
+  }
+};
+
+// c = a b, or c += a b
+template <class A>
+inline void product(const Matrix<A>& c, const Matrix<A>& a, const Matrix<A>& b, bool add) {
+  if (c.rows == 0 || c.columns == 0) return;
+  Tensor out = c.tensor(), left = a.tensor(), right = b.tensor();
+  if (add) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+  }
+}
+
+#define W2S_LINEAR_PARAMETERS                                                                                 \
+  Tensors hiddens, Tensors heads, Tensors biases, std::optional<Tensor> weights, std::vector<double> weight_values, \
+      double temperature, double softcap, int64_t vocab_size
+#define W2S_LINEAR_ARGUMENTS hiddens, heads, biases, weights, weight_values, temperature, softcap, vocab_size
+
+inline bool wants_double(const Tensors& hiddens, const Tensors& heads) {
+  for (const Tensors* list : {&hiddens, &heads})
+    for (const Tensor& t : *list)
+      if (t.scalar_type() == ScalarType::Double) return true;
+  return false;
+}
+
+template <class A>
+struct Engine {
+  int n;
+  int64_t T, V, M, Mp, width = 0;  // rows given; vocabulary; rows that count; that, padded; sum of D_i
+  double temperature;
+  A cap;
+  std::vector<int64_t> D, offset, index;  // per model; rows that count
+  std::vector<Rows> head;
+  std::vector<std::vector<A>> bias, coef;  // [V]; w_i / temperature, [Mp]
+  Tensors hiddens, keep;                   // inputs; scratch that must live as long as this
+  A* h = nullptr;                          // [M, width]; scaled by coef without a softcap
+  // the current tile of the heads
+  int64_t v0 = 0, nv = 0, tile = 0, shares = 0;
+  std::vector<A*> narrow_tile;  // heads narrower than A, widened
+
+  Engine(W2S_LINEAR_PARAMETERS, const int64_t* target, int64_t ignore_index)
+      : n(int(hiddens.size())), T(hiddens[0].size(0)), V(vocab_size), temperature(temperature), cap(A(softcap)), hiddens(hiddens) {
+    for (int64_t t = 0; t < T; ++t)
+      if (!target || target[t] != ignore_index) index.push_back(t);
+    M = int64_t(index.size());
+    Mp = round_up(M, 16);
+    for (int i = 0; i < n; ++i) {
+      head.emplace_back(heads[size_t(i)]);
+      head.back().stride = heads[size_t(i)].stride(0) * head.back().bytes;
+      D.push_back(hiddens[size_t(i)].size(1));
+      offset.push_back(width);
+      width += D.back();
+    }
+    set_weights(weights, weight_values);
+    for (const Tensor& b : biases) {
+      bias.emplace_back(size_t(V));
+      W2S_DISPATCH(widen_row<A>)(b.data_ptr(), dtype_of(b.scalar_type()), V, A(1), bias.back().data());
+    }
+    gather();
+  }
+
+  void set_weights(const std::optional<Tensor>& weights, const std::vector<double>& values) {
+    const std::vector<double> w = numbers(weights);
+    for (int i = 0; i < n; ++i) {
+      coef.emplace_back(size_t(Mp), A(0));
+      for (int64_t m = 0; m < M; ++m)
+        coef.back()[size_t(m)] = A((weights ? w[size_t(index[size_t(m)] * n + i)] : values[size_t(i)]) / temperature);
+    }
+  }
+
+  void gather() {
+    h = scratch(M * width);
+    parallel_items(M, 16, [&](int64_t m) {
+      for (int i = 0; i < n; ++i)
+        W2S_DISPATCH(widen_row<A>)(Rows(hiddens[size_t(i)]).at(index[size_t(m)], 0), dtype_of(hiddens[size_t(i)].scalar_type()),
+                                   D[size_t(i)], cap ? A(1) : coef[size_t(i)][size_t(m)], h + m * width + offset[size_t(i)]);
+    });
+  }
+
+  A* scratch(int64_t elements) {
+    keep.push_back(torch::stable::new_empty(hiddens[0], {std::max<int64_t>(elements, 1)}, scalar<A>));
+    return static_cast<A*>(keep.back().data_ptr());
+  }
+  Tensor output(std::vector<int64_t> shape) const { return torch::stable::new_empty(hiddens[0], shape, scalar<A>); }
+  bool narrower(int i) const { return head[size_t(i)].dtype != own<A>; }
+
+  // Chooses the height of a vocabulary tile, so that all scratch of a tile with `columns` tokens and `shared` further
+  // elements a vocabulary row is about 1/20 of [T, V], within [1 MiB, 8 MiB].
+  void plan(int64_t columns, int64_t shared) {
+    for (int i = 0; i < n; ++i) shared += narrower(i) ? D[size_t(i)] : 0;
+    const int64_t budget = std::clamp<int64_t>(T * V * int64_t(sizeof(A)) / 20, 1 << 20, 8 << 20);
+    const int64_t rows = budget / int64_t(sizeof(A)) / std::max<int64_t>(round_up(columns, 16) + shared, 1);
+    tile = std::clamp<int64_t>(rows / CHUNK * CHUNK, CHUNK, std::min<int64_t>(4096, round_up(V, CHUNK)));
+    narrow_tile.assign(size_t(n), nullptr);
+    for (int i = 0; i < n; ++i)
+      if (narrower(i)) narrow_tile[size_t(i)] = scratch(tile * D[size_t(i)]);
+  }
+
+  void load(int64_t first) {  // makes [first, first + tile) the current tile
+    v0 = first;
+    nv = std::min(tile, V - first);
+    for (int i = 0; i < n; ++i)
+      if (narrower(i))
+        parallel_items(nv, 64, [&](int64_t v) {
+          W2S_DISPATCH(widen_row<A>)(head[size_t(i)].at(v0 + v, 0), head[size_t(i)].dtype, D[size_t(i)], A(1),
+                                     narrow_tile[size_t(i)] + v * D[size_t(i)]);
+        });
+  }
+
+  Matrix<A> W(int i) const {  // [nv, D_i] of the current tile
+    const int64_t d = D[size_t(i)];
+    if (narrower(i)) return {narrow_tile[size_t(i)], nv, d, d, 1};
+    return {static_cast<A*>(head[size_t(i)].at(v0, 0)), nv, d, head[size_t(i)].stride / int64_t(sizeof(A)), 1};
+  }
+  Matrix<A> H(int i, int64_t r0, int64_t rows) const {
+    return {h + r0 * width + offset[size_t(i)], rows, D[size_t(i)], width, 1};
+  }
+
+  // work(chunk, first row, rows) for every chunk of the current tile, in parallel
+  template <class F>
+  void chunks(const F& work) const {
+    parallel_items(pieces(nv, CHUNK), 1, [&](int64_t c) { work(c, c * CHUNK, std::min(CHUNK, nv - c * CHUNK)); });
+  }
+
+  // z[v * ld + t], v in the current tile, t in [r0, r0 + rows). With a softcap parts[i] holds model i's capped logits.
+  void logits(int64_t r0, int64_t rows, A* z, int64_t ld, A* const* parts) const {
+    for (int i = 0; i < n; ++i) {
+      A* out = cap ? parts[i] : z;
+      product<A>({out, nv, rows, ld, 1}, W(i), H(i, r0, rows).t(), !cap && i > 0);
+      const A* c = coef[size_t(i)].data() + r0;
+      const A* b = bias.empty() ? nullptr : bias[size_t(i)].data() + v0;
+      if (cap) {
+        chunks([&](int64_t, int64_t v, int64_t count) {
+          W2S_DISPATCH(chunk_cap<A>)(out + v * ld, count, ld, b ? b + v : nullptr, cap);
+          W2S_DISPATCH(chunk_add<A>)(z + v * ld, out + v * ld, count, ld, c, i == 0);
+        });
+      } else if (b) {
+        // z may be a few columns of a wider tile (ld), so only this block's are touched
+        const int64_t columns = round_up(rows, 16);
+        chunks([&](int64_t, int64_t v, int64_t count) { W2S_DISPATCH(chunk_bias<A>)(z + v * ld, count, ld, columns, b + v, c); });
+      }
+    }
+  }
+};
+
+// Online log-sum-exp and target logit of every row that counts.
+template <class A>
+struct Statistics {
+  const Engine<A>& e;
+  const int64_t* target;
+  std::vector<A> ref, at_target, newest, total, tops, sums;
+  std::vector<double> sum;
+
+  Statistics(const Engine<A>& engine, const int64_t* target)
+      : e(engine), target(target), ref(size_t(e.Mp), -std::numeric_limits<A>::infinity()), at_target(size_t(e.Mp)),
+        newest(size_t(e.Mp)), total(size_t(e.Mp)), sum(size_t(e.Mp)) {
+    tops.resize(size_t(pieces(e.tile, CHUNK) * e.Mp));
+    sums.resize(tops.size());
+  }
+
+  void pick(int64_t r0, int64_t rows, const A* z, int64_t ld) {
+    if (!target) return;
+    for (int64_t t = r0; t < r0 + rows; ++t) {
+      const int64_t v = target[e.index[size_t(t)]] - e.v0;
+      if (v >= 0 && v < e.nv) at_target[size_t(t)] = z[v * ld + t - r0];
+    }
+  }
+
+  // a tile of logits: adds its mass; the chunks' (max, sum) stay in tops, sums
+  void add(int64_t r0, int64_t rows, A* z, int64_t ld) {
+    pick(r0, rows, z, ld);
+    e.chunks([&](int64_t c, int64_t v, int64_t count) {
+      W2S_DISPATCH(chunk_stats<A>)(z + v * ld, count, ld, &tops[size_t(c * ld)], &sums[size_t(c * ld)]);
+    });
+    W2S_DISPATCH(merge_chunks<A>)(tops.data(), sums.data(), pieces(e.nv, CHUNK), ld, &ref[size_t(r0)], newest.data(), total.data());
+    for (int64_t t = 0; t < rows; ++t) {
+      A& r = ref[size_t(r0 + t)];
+      double& s = sum[size_t(r0 + t)];
+      if (newest[size_t(t)] > r) s *= std::exp(double(r) - double(newest[size_t(t)]));
+      r = newest[size_t(t)];
+      s += double(total[size_t(t)]);
+    }
+  }
+
+  double lse(int64_t m) const {
+    const double r = double(ref[size_t(m)]), s = sum[size_t(m)];
+    return r == -std::numeric_limits<double>::infinity() ? r + s : r + std::log(s);
+  }
+};
+
+// Rows that count put back among all rows; the others get 0.
+template <class A, class F>
+inline Tensor scattered(const Engine<A>& e, const F& value) {
+  Tensor out = e.output({e.T});
+  A* p = static_cast<A*>(out.data_ptr());
+  std::fill(p, p + e.T, A(0));
+  for (int64_t m = 0; m < e.M; ++m) p[e.index[size_t(m)]] = A(value(m));
+  return out;
+}
+
+}  // namespace linear
+}  // namespace w2s
