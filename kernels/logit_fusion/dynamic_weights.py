@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..common import INF, AotCase, Meta, dtype, launch, next_power
-from .fusion import difference, fusion_tuple, load_row, supports_fusion
+from .fusion import difference, fusion_tuple, load_pair, load_row, supports_fusion
 from .sweep import merge_nodes, merge_target, node_power, sweep
 
 FLOOR = tl.constexpr(3e-7)  # a KL below it is rounding error of the float32 sums
@@ -93,10 +93,8 @@ def clamped_shift(models, direction, centers, row, cols, mask, SOLVE: tl.constex
     x = tl.zeros(cols.shape, tl.float32)
     for k in tl.static_range(count):
         if SOLVE < 0 or SOLVE == k:
-            j: tl.constexpr = k if len(models[4]) > 1 else 0
-            expert = load_row(models[2][k], models[3][k], row, cols, mask)
-            d = difference(expert, load_row(models[4][j], models[5][j], row, cols, mask))
-            d = d - tl.load(centers + row * count + k)
+            expert, anti = load_pair(models, k, row, cols, mask)
+            d = difference(expert, anti) - tl.load(centers + row * count + k)
             d = tl.where(d > CLAMP, CLAMP, tl.where(d < -CLAMP, -CLAMP, d))
             if SOLVE < 0 and direction is not None:
                 d = d * tl.load(direction + row * count + k)

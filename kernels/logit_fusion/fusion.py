@@ -32,6 +32,14 @@ def difference(expert, anti):
 
 
 @triton.jit
+def load_pair(fusion, k: tl.constexpr, row, cols, mask):
+    """experts_k and its anti, float32 [BLOCK], -inf in masked lanes."""
+    j: tl.constexpr = k if len(fusion[4]) > 1 else 0
+    expert = load_row(fusion[2][k], fusion[3][k], row, cols, mask)
+    return expert, load_row(fusion[4][j], fusion[5][j], row, cols, mask)
+
+
+@triton.jit
 def load_shift(fusion, k: tl.constexpr, row, cols, mask):
     """d_k = experts_k - anti_k, [BLOCK]; 0 in masked lanes."""
     d = tl.load(fusion[2][k] + row * fusion[3][k] + cols, mask=mask, other=0.0).to(tl.float32)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..common import INF, INTERPRETED, cdiv, launch, next_power, row_tile, safe
-from .fusion import difference, load_row
+from .fusion import difference, load_pair, load_row
 from .partials import tile_max
 
 DROP = tl.constexpr(-80.0)  # exponents below it at both ends of the range carry no mass at any node
@@ -94,9 +94,7 @@ def _sweep_kernel(
     base = load_row(models[0], models[1], row, cols, mask)  # [BLOCK]
     x = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(count):
-        j: tl.constexpr = k if len(models[4]) > 1 else 0
-        expert = load_row(models[2][k], models[3][k], row, cols, mask)
-        anti = load_row(models[4][j], models[5][j], row, cols, mask)
+        expert, anti = load_pair(models, k, row, cols, mask)
         d = difference(expert, anti)
         if o_targets is not None:
             target_sums(expert, anti, d, mask, base, o_targets + (row * count + k) * 7 * tiles + tile, tiles)
@@ -137,10 +135,9 @@ def merge_target(partial, tiles, TILES: tl.constexpr):
 @triton.jit
 def merge_nodes(nodes, lines, tiles, alpha_max, NODES: tl.constexpr, NP: tl.constexpr, TILES: tl.constexpr):
     """Per node, float64 [NP]: A, m, variance, third central moment; and log sum exp of base."""
-    i = tl.arange(0, TILES)
-    lows = tl.load(lines + i, mask=i < tiles, other=-INF)
-    highs = tl.load(lines + tiles + i, mask=i < tiles, other=-INF)
-    low, high = tile_max(lows), tile_max(highs)
+    every = tl.arange(0, TILES)
+    low = tile_max(tl.load(lines + every, mask=every < tiles, other=-INF))
+    high = tile_max(tl.load(lines + tiles + every, mask=every < tiles, other=-INF))
     c = (high.to(tl.float64) - low.to(tl.float64)) / alpha_max
     j = tl.arange(0, NP)
     alpha = tl.minimum(j, NODES).to(tl.float64) * (alpha_max / NODES)

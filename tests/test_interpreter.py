@@ -1,0 +1,181 @@
+"""Triton kernels on CPU tensors, in a process of their own: TRITON_INTERPRET=1 acts when a kernel is decorated.
+
+In a process without it this file is one test, which runs the rest in a child.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import w2s_fast
+from w2s_fast.library import OPS
+from w2s_fast.testing.compare import compare
+from w2s_fast.testing.samples import Sample, all_samples, tensors
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interp = [pytest.mark.interp, pytest.mark.skipif(not INTERPRETED, reason="runs in the child process")]
+NAN, INF = float("nan"), float("inf")
+
+
+def _samples() -> list[Sample]:
+    return [s for s in all_samples() if s.op not in OPS or OPS[s.op].triton is not None]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the child")
+def test_in_a_process_of_its_own():
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore::RuntimeWarning", __file__], env=env, capture_output=True,
+        text=True, timeout=900, check=False,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+pytestmark: list[pytest.MarkDecorator] = []
+
+
+def interpreted(test):
+    for mark in interp:
+        test = mark(test)
+    return test
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("sample", _samples(), ids=lambda s: s.id)
+def test_accuracy(sample: Sample, dtype: torch.dtype):
+    if dtype not in sample.dtypes:
+        pytest.skip("not a dtype of this sample")
+    compare(sample, "triton", dtype)
+
+
+def _inside_nan(x: torch.Tensor, rows: int = 2, columns: int = 37) -> torch.Tensor:
+    """x as the middle of a larger tensor of NaN: what a kernel reads past its rows or columns shows."""
+    whole = torch.full((x.shape[0] + 2 * rows, x.shape[1] + 2 * columns), NAN, dtype=x.dtype)
+    whole[rows:-rows, columns:-columns] = x
+    return whole[rows:-rows, columns:]
+
+
+def _logits(rows: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    anti = torch.randn(rows, width, generator=generator) * 3
+    base = 0.7 * anti + torch.randn(rows, width, generator=generator) * 2
+    return base, anti + torch.randn(rows, width, generator=generator), anti
+
+
+def _calls(base: torch.Tensor, expert: torch.Tensor, anti: torch.Tensor, width: int) -> list[torch.Tensor]:
+    u = torch.linspace(0.05, 0.95, base.shape[0])
+    with w2s_fast.backend("triton"):
+        return tensors([
+            w2s_fast.fuse_logits(base, [expert], anti, vocab_size=width, return_lse=True),
+            w2s_fast.fused_log_softmax(base, [expert], anti, vocab_size=width, plausible=("top_p", 0.9)),
+            w2s_fast.fused_stats(base, [expert], anti, vocab_size=width),
+            w2s_fast.fused_sample(base, [expert], anti, vocab_size=width, uniform=u, top_k=30, top_p=0.9, min_p=0.01),
+            w2s_fast.fused_sample(base, [expert], anti, "dynamic", vocab_size=width, uniform=u),
+            w2s_fast.dynamic_fusion_weights(base, [expert], anti, vocab_size=width, nodes=8),
+        ])
+
+
+@interpreted
+def test_reads_no_column_and_no_row_beyond():
+    base, expert, anti = _logits(3, 1100)
+    expected = _calls(base, expert, anti, 1100)
+    for got, want in zip(_calls(*(_inside_nan(x) for x in (base, expert, anti)), 1100), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@interpreted
+def test_a_row_does_not_depend_on_its_batch():
+    rows = _logits(3, 1100)
+    expected = _calls(*rows, 1100)
+    u = torch.linspace(0.05, 0.95, 3)
+    for b in range(3):
+        base, expert, anti = (x[b : b + 1] for x in rows)
+        with w2s_fast.backend("triton"):
+            z = w2s_fast.fused_log_softmax(base, [expert], anti, plausible=("top_p", 0.9))
+            drawn = w2s_fast.fused_sample(base, [expert], anti, "dynamic", uniform=u[b : b + 1])
+        torch.testing.assert_close(z[0], expected[2][b], rtol=0, atol=0)
+        assert any(torch.equal(drawn.token[0], e[b]) for e in expected if e.dtype == torch.int64)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "filters, kept",
+    [({"top_p": 0.49}, 1), ({"top_p": 0.51}, 2), ({"top_p": 0.79}, 2), ({"top_p": 0.81}, 3), ({"min_p": 0.29}, 3),
+     ({"min_p": 0.31}, 2), ({"min_p": 0.61}, 1), ({"top_k": 2}, 2), ({"top_k": 3, "top_p": 0.85}, 3), ({}, 4)],
+)
+def test_filters_by_hand(filters: dict, kept: int):
+    z = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    with w2s_fast.backend("triton"):
+        out = [w2s_fast.fused_sample(z, uniform=torch.tensor([u]), **filters) for u in (0.0, 1 - 2**-24)]
+    assert [o.kept.item() for o in out] == [kept, kept]
+    assert [o.token.item() for o in out] == [0, kept - 1]
+
+
+@interpreted
+@pytest.mark.parametrize("filters, kept", [({"top_k": 7}, 7), ({"top_p": 0.0099}, 10), ({"top_k": 1000}, 1000)])
+def test_ties_are_cut_by_index(filters: dict, kept: int):
+    z = torch.zeros(1, 1024)
+    z[0, 1000:] = -INF
+    with w2s_fast.backend("triton"):
+        out = w2s_fast.fused_sample(z, uniform=torch.tensor([1 - 2**-24]), **filters)
+    assert (out.kept.item(), out.token.item()) == (kept, kept - 1)
+
+
+LN3 = math.log(3.0)
+CASES = [
+    ((0, 0), (0, 0), (LN3, 0), 1.0, False),
+    ((0, LN3), (0, 0), (LN3, 0), 0.9558364618, False),
+    ((LN3, 0), (0, 0), (LN3, 0), 1.5456362573, False),
+    ((0, 0, 0, 0), (0, 0, 0, 0), (LN3, 0, 0, 0), 1.0, False),
+    ((0, 0, 0, 0), (0, 5, 5, 5), (20, 0, 0, 0), 2.0, True),
+    ((1, 2, 3), (0, 1, 0), (7, 8, 7), 0.0, False),
+    ((1, 2, 3, 0, -1), (1.5, 2.5, 3.5, 0.5, -0.5), (0, 3, 1, 2, -2), 1.0, False),
+    ((10, 0, 0), (0, 0, 0), (-3, 1, 2), 1.4723213, False),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("base, anti, expert, alpha, saturated", CASES)
+@pytest.mark.parametrize("shift", [(0.0, 0.0, 0.0), (3.7, -120.0, 55.0)], ids=["plain", "shifted"])
+def test_closed_forms(base, anti, expert, alpha, saturated, shift):
+    rows = [torch.tensor([x], dtype=torch.float32) + s for x, s in zip((base, anti, expert), shift, strict=True)]
+    with w2s_fast.backend("triton"):
+        found = w2s_fast.dynamic_fusion_weights(rows[0], [rows[2]], rows[1], tol=1e-6)
+    assert abs(found.alpha.item() - alpha) < 2e-4 and found.saturated.item() == saturated
+
+
+@interpreted
+def test_infinite_shifts():
+    """-inf in one small model is a clamped shift, an infinite target ends at alpha_max, NaN stays in its row."""
+    base, expert, anti = _logits(4, 300)
+    expert[0, :5], anti[1, :5], base[2, 3] = -INF, -INF, NAN
+    with w2s_fast.backend("triton"):
+        found = w2s_fast.dynamic_fusion_weights(base, [expert], anti)
+    with w2s_fast.backend("reference"):
+        expected = w2s_fast.dynamic_fusion_weights(base.double(), [expert.double()], anti.double())
+    torch.testing.assert_close(found.alpha.double(), expected.alpha, rtol=0, atol=2e-3, equal_nan=True)
+    assert torch.equal(found.saturated, expected.saturated)
+    assert found.target_kl[1].item() == INF and found.alpha[2].isnan().all() and not found.alpha[3].isnan().any()
+
+
+@interpreted
+@pytest.mark.parametrize("multi, direction", [("ray", "target_kl"), ("ray", [1.0, 0.25]), ("decoupled", None)])
+def test_two_experts(multi, direction):
+    base, first, anti = _logits(3, 300)
+    _, second, _ = _logits(3, 300, seed=1)
+    second = anti + (second - second.mean()) * 0.2
+    kwargs = {"multi": multi, "direction": direction, "average": multi == "decoupled"}
+    with w2s_fast.backend("triton"):
+        found = w2s_fast.dynamic_fusion_weights(base, [first, second], anti, **kwargs)
+    with w2s_fast.backend("reference"):
+        expected = w2s_fast.dynamic_fusion_weights(base.double(), [first.double(), second.double()], anti.double(), **kwargs)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), want.double(), rtol=1e-3, atol=1e-3)
