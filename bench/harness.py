@@ -102,7 +102,7 @@ def _row(case: Case, provider: str, kind: str) -> Row:
 
 def serving_backend(case: Case, inputs: tuple[Any, ...], device: str) -> tuple[str, list[tuple[str, str]]]:
     """The first backend in `auto`'s order that serves the case, and the reasons of those before it."""
-    rejected = []
+    rejected: list[tuple[str, str]] = []
     for name in BACKENDS[device]:
         try:
             with _backend(name)():

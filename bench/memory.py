@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces every start and stop on stderr otherwise
 
 
 def peak_bytes(function: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device) -> int | None:

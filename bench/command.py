@@ -1,0 +1,113 @@
+"""What `w2s-fast bench` does, without the terminal: options to settings, cases, a report, files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import ceilings, harness, readme
+from . import overhead as overheads
+from .case import BACKENDS, KINDS, Case, load
+from .report import RESULTS, Report, new_report
+
+#: where results of this machine go that are not meant to be committed
+LOCAL = RESULTS / "local"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's options as given."""
+
+    ops: tuple[str, ...] = ()
+    full: bool = False
+    providers: str = ""
+    device: str = "auto"
+    threads: int = 0
+    rounds: int = 15
+    out: Path | None = None
+    overhead: bool = True
+
+    def settings(self) -> harness.Settings:
+        """Checked settings. Raises ValueError naming the option."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device not in BACKENDS:
+            raise ValueError(f"--device must be cpu, cuda or auto, got {device!r}")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU here")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = self.threads or min(2, cores)
+        if threads > cores:
+            raise ValueError(f"--threads must be at most the number of cores, {cores}, got {threads}")
+        names = tuple(name.strip() for name in self.providers.split(",") if name.strip())
+        return harness.Settings(device=device, threads=threads, rounds=self.rounds, providers=names)
+
+    def cases(self, settings: harness.Settings) -> list[Case]:
+        """The cases asked for. Raises ValueError if there are none, or if a provider's name fits nothing."""
+        found = load(settings.device, ops=self.ops, full=self.full)
+        if not found:  # a case named explicitly may lie outside the hot set
+            found = load(settings.device, ops=self.ops, full=True) if self.ops else []
+        if not found:
+            known = sorted({case.op for case in load(settings.device, full=True)})
+            raise ValueError(f"--op {', '.join(self.ops)}: no such case; ops with cases are {', '.join(known)}")
+        usable = {*KINDS, *BACKENDS[settings.device], harness.OURS, *(n for case in found for n in case.providers)}
+        unknown = [name for name in settings.providers if name not in usable]
+        if unknown:
+            raise ValueError(f"--providers {', '.join(unknown)}: none of {', '.join(sorted(usable))}")
+        return found
+
+
+def intention(cases: list[Case], settings: harness.Settings) -> str:
+    """One line on what is about to run."""
+    where = f"{settings.threads} CPU threads" if settings.device == "cpu" else torch.cuda.get_device_name()
+    return f"{len(cases)} cases on {where}, up to {settings.rounds} interleaved rounds each"
+
+
+def measure(
+    cases: list[Case],
+    settings: harness.Settings,
+    options: Options,
+    step: Callable[[str], None] = lambda what: None,
+    advance: Callable[[], None] = lambda: None,
+) -> Report:
+    """Ceilings, cases, overheads: a report. ``step`` hears what begins, ``advance`` is called when it is done."""
+    torch.set_num_threads(settings.threads)
+    found = ceilings.measure(torch.device(settings.device))
+
+    def progress(case: Case) -> None:
+        advance()
+        step(case.id)
+
+    rows = harness.run(cases, settings, found, progress)
+    step("overhead")
+    overhead = overheads.measure() if options.overhead and not options.ops else {}
+    advance()
+    return new_report(rows, settings, found, overhead)
+
+
+def path_for(report: Report, out: Path | None) -> Path:
+    """The file results go to: ``out`` itself if it ends in .json, else ``<slug>.json`` in it."""
+    folder = LOCAL if out is None else out
+    return folder if folder.suffix == ".json" else folder / f"{report.slug}.json"
+
+
+def save(report: Report, options: Options) -> Path:
+    """Write the report, merged into what the file already holds of other cases."""
+    path = path_for(report, options.out)
+    merged = Report.load(path).merged(report) if path.exists() else report
+    merged.save(path)
+    return path
+
+
+def write_readme() -> str:
+    """Rewrite README's tables and charts from the committed results; says what happened."""
+    for report in readme.reports():
+        from .plots import draw
+
+        draw(report, RESULTS)
+    return f"README.md {'rewritten' if readme.write() else 'unchanged'}, from {len(readme.reports())} result files"

@@ -1,0 +1,181 @@
+"""`w2s-fast`: info, check, bench, demo. Heavy imports happen inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Fused kernels for weak-to-strong training: what they do here."
+)
+out, err = Console(), Console(stderr=True)
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    err.print(f"[red]w2s-fast:[/red] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=err, transient=True)
+
+
+def _pairs(title: str, pairs: list[tuple[str, str]]) -> None:
+    out.print(f"[bold]{title}[/bold]")
+    for name, value in pairs:
+        out.print(f"  {escape(name)}: {escape(value)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def info() -> None:
+    """Print what belongs in a bug report: versions, machine, build, which backend serves which op and why."""
+    from . import info as facts
+
+    _pairs("versions", facts.versions())
+    _pairs("machine", facts.machine())
+    _pairs("build", facts.build())
+    _pairs("environment", facts.environment() or [("(none of ours)", "unset")])
+    out.print("[bold]ops[/bold]")
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for row in facts.served():
+        alike.setdefault((row.device, row.backend, row.rejected), []).append(row.op)
+    for (device, backend, rejected), ops in alike.items():
+        out.print(f"  {device}, {backend} serves {', '.join(ops)}", soft_wrap=True, highlight=False)
+        for name, reason in rejected:
+            out.print(f"    not {name}: {escape(reason)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def check(
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
+) -> None:
+    """Run every op here against its float64 reference; exit status 1 if one breaks the accuracy policy."""
+    import warnings
+
+    from . import check as checks
+    from .testing.samples import all_samples
+
+    known = {sample.op for sample in all_samples()}
+    unknown = sorted(set(op or ()) - known)
+    if unknown:
+        _fail(f"no op named {', '.join(unknown)}; there are {', '.join(sorted(known))}", code=2)
+    work = checks.plan(op or ())
+    with _progress() as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        task = progress.add_task("checking", total=len(work))
+        results = checks.run(op or (), lambda: progress.advance(task))
+    for result in results:
+        where = f"{result.op} {result.backend} {result.device}"
+        if result.skipped:
+            out.print(f"[dim]skip[/dim]  {where}: {escape(result.skipped)}", soft_wrap=True, highlight=False)
+        elif result.ok:
+            share = f"worst error {result.worst:.2f} of the allowed"
+            out.print(f"[green]ok[/green]    {where}: {result.ran} runs, {share}", soft_wrap=True, highlight=False)
+        else:
+            out.print(f"[red]FAIL[/red]  {where}: {len(result.failures)} of {result.ran} runs", highlight=False)
+            for failure in result.failures:
+                err.print(f"      {escape(failure)}", soft_wrap=True, highlight=False)
+    note = checks.gpu_is_idle_note()
+    if note:
+        out.print(note)
+    failed = sum(not result.ok for result in results)
+    if failed:
+        _fail(f"{failed} of {len(results)} op and backend pairs break the policy; the runs are listed above")
+    out.print(f"all {sum(bool(result.ran) for result in results)} op and backend pairs hold")
+
+
+@app.command()
+def bench(
+    op: Annotated[list[str] | None, typer.Option(help="Only this op, or cases whose id contains this.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every case, not only the hot paths.")] = False,
+    providers: Annotated[
+        str, typer.Option(help="Comma-separated names, kinds (eager, compile, official, peer) or backends to run.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes the smaller of 2 and the cores.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds a case.")] = 15,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="Result file, or a folder for it; default bench/results/local.")
+    ] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="Also draw the charts beside the results.")] = False,
+    overhead: Annotated[bool, typer.Option(help="Also measure import and call overhead.")] = True,
+    readme: Annotated[bool, typer.Option("--readme", help="Measure nothing; rewrite README's tables.")] = False,
+) -> None:
+    """Time our ops against eager PyTorch, torch.compile, the papers' forms and installed libraries."""
+    from .bench import command
+
+    if readme:
+        out.print(command.write_readme())
+        return
+    options = command.Options(tuple(op or ()), full, providers, device, threads, rounds, to, overhead)
+    try:
+        settings = options.settings()
+        cases = options.cases(settings)
+    except ValueError as error:
+        _fail(str(error), code=2)
+    out.print(command.intention(cases, settings))
+    with _progress() as progress:
+        task = progress.add_task("measuring ceilings", total=len(cases) + 1)
+
+        def step(what: str) -> None:
+            progress.update(task, description=what)
+
+        report = command.measure(cases, settings, options, step, lambda: progress.advance(task))
+    _print_report(report)
+    path = command.save(report, options)
+    out.print(f"results: {path}", soft_wrap=True, highlight=False)
+    if plots:
+        _draw(report, path.parent)
+    wrong = [f"{row.op}/{row.case} {row.provider}: {row.reason}" for row in report.rows if row.status == "wrong"]
+    for line in wrong:
+        err.print(f"[red]wrong[/red] {escape(line)}", soft_wrap=True, highlight=False)
+    if any(row.kind == "ours" and row.status != "ok" and row.provider == "ours" for row in report.rows):
+        _fail("a case of ours failed, see above")
+
+
+def _print_report(report: Any) -> None:
+    from .bench import tables
+
+    table = Table(*tables.HEADER, show_lines=True)
+    for rows in tables.grouped(report.rows):
+        table.add_row(*(escape("\n".join(cell)) for cell in tables.cells(rows)))
+    out.print(tables.machine(report), highlight=False)
+    out.print(table)
+    for what, value in tables.overhead(report):
+        out.print(f"{what}: {value}", highlight=False)
+    missing = tables.unavailable(report.rows)
+    if missing:
+        out.print("not run here: " + escape("; ".join(missing)), highlight=False)
+
+
+def _draw(report: Any, folder: Path) -> None:
+    from .bench.plots import draw
+
+    try:
+        for path in draw(report, folder):
+            out.print(f"chart: {path}", soft_wrap=True, highlight=False)
+    except ImportError:
+        _fail('charts need matplotlib: pip install "w2s_fast[plot]"')
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def demo(context: typer.Context) -> None:
+    """Logit fusion on real text: small models trained here, decoding with them against the fine-tuned large one."""
+    try:
+        from .methods.decoding.demo import main
+    except ImportError as error:
+        _fail(f'the demo cannot be imported ({error}); it needs transformers: pip install "w2s_fast[demo]"')
+    code = main(context.args)
+    if code:
+        raise typer.Exit(int(code))
+
+
+if __name__ == "__main__":
+    app()

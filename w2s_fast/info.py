@@ -1,0 +1,108 @@
+"""What a bug report needs: versions, machine, build, and which backend serves which op here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import dispatch, extension, probes
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "flashinfer-python")
+VARIABLES = (
+    "W2S_FAST_BACKEND",
+    "W2S_FAST_CPU",
+    "W2S_FAST_BUILD",
+    "W2S_FAST_CACHE",
+    "TRITON_INTERPRET",
+    "TORCH_CUDA_ARCH_LIST",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
+
+
+class Served(NamedTuple):
+    """One op on one device: the backend that serves a call, and why each other one does not."""
+
+    op: str
+    device: str
+    backend: str
+    rejected: tuple[tuple[str, str], ...]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> list[tuple[str, str]]:
+    """Our version, Python's and those of the packages that matter."""
+    from . import __version__
+
+    ours = [("w2s_fast", __version__), ("python", platform.python_version()), ("system", platform.platform())]
+    return ours + [(name, _version(name)) for name in PACKAGES] + [("torch's CUDA", str(torch.version.cuda))]
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def machine() -> list[tuple[str, str]]:
+    """CPU and its vector features, threads, GPUs and their compute capabilities."""
+    found = [("CPU", _cpu_name()), ("CPU capability (torch)", torch.backends.cpu.get_cpu_capability())]
+    if probes.available():
+        have = [name for name, there in probes.cpu_features().items() if there]
+        found.append(("CPU features", " ".join(have) or "none"))
+    found.append(("threads (torch)", str(torch.get_num_threads())))
+    if not torch.cuda.is_available():
+        return [*found, ("GPU", "none visible to torch")]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        found.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"))
+    return found
+
+
+def build() -> list[tuple[str, str]]:
+    """The compiled kernels: loaded from where, built how, or why not."""
+    name = None if extension.PATH is None else os.path.basename(extension.PATH)
+    found = [("kernels (_ops)", f"loaded, {name}" if extension.ERROR is None else f"missing: {extension.ERROR}")]
+    found.append(("probes (_C)", "loaded" if probes.available() else "missing"))
+    facts: dict[str, Any] = extension.build_facts()
+    return found + [(key, str(value)) for key, value in facts.items() if value is not None]
+
+
+def environment() -> list[tuple[str, str]]:
+    """The variables that change what we do, where set."""
+    return [(name, os.environ[name]) for name in VARIABLES if name in os.environ]
+
+
+def devices() -> list[str]:
+    """Kinds of device here: "cpu", and "cuda" if there is one."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def served() -> list[Served]:
+    """Every public op on every device here, judged on its first float32 sample; nothing is computed."""
+    from .testing.samples import all_samples
+
+    first = {sample.op: sample for sample in reversed(all_samples())}
+    found = []
+    for op, sample in reversed(first.items()):
+        for device in devices():
+            args, kwargs = sample.inputs(torch.float32, device)
+            try:
+                chosen = dispatch.explain(lambda a=args, k=kwargs, s=sample: s.call(a, k))
+            except ValueError:  # a function over several ops or none: no single backend to name
+                continue
+            found.append(Served(op, device, chosen.backend, chosen.rejected))
+    return found
