@@ -212,7 +212,8 @@ def test_ray(backend, count, direction):
     found = w2s_fast.dynamic_fusion_weights(*m, direction=direction, tol=1e-5)
     goal = _target(m)
     assert found.alpha.shape == found.saturated.shape == (8, count) and found.achieved_kl.shape == (8,)
-    u = torch.ones(8, count) if direction is None else goal if direction == "target_kl" else torch.tensor([direction] * 8)
+    given = {None: torch.ones(8, count), "target_kl": goal}
+    u = torch.tensor([direction] * 8) if isinstance(direction, list) else given[direction]
     u = (u / u.amax(1, keepdim=True)).float()
     torch.testing.assert_close(found.alpha, found.alpha.amax(1, keepdim=True) * u, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(found.target_kl.double(), goal, atol=1e-5, rtol=1e-5)
