@@ -15,6 +15,7 @@ from ._logits import grid_loop, grid_vec, inv_cdf, models
 
 #: the certificate asks for 1e-4 nats; float32 rows of 150,000 terms, evaluated in float64 here, get twice that
 TOL = 2e-4
+Solver = Literal["exact", "grid"]
 
 PREDICTION = (
     "One read of three tensors and two exponentials plus 5 (J + 1) multiply-adds an element replace 20 passes: "
@@ -22,7 +23,7 @@ PREDICTION = (
 )
 
 
-def _ours(nodes: int, solver: Literal["exact", "grid"] = "exact") -> Any:
+def _ours(nodes: int, solver: Solver = "exact") -> Any:
     grid = torch.linspace(0.1, 2.0, 20) if solver == "grid" else None
 
     def call(base: Tensor, *small: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def _ours(nodes: int, solver: Literal["exact", "grid"] = "exact") -> Any:
 
 
 def weights_case(
-    rows: int, width: int, dtype: torch.dtype, *, count: int = 1, nodes: int = 16, solver: Literal["exact", "grid"] = "exact",
+    rows: int, width: int, dtype: torch.dtype, *, count: int = 1, nodes: int = 16, solver: Solver = "exact",
     targets: dict[str, float] | None = None, vectorised: bool = True, hot: bool = False,
 ) -> Case:  # fmt: skip
     """One shape of the weights alone."""

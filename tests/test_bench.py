@@ -1,0 +1,253 @@
+"""The benchmark harness: what is wrong gets no time, ratios are medians of rounds, README is made from the JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from w2s_fast.bench import command, harness, readme, report, tables, timing
+from w2s_fast.bench.case import Case, Provider, Unavailable, eager, load, official, peer, relative_error
+from w2s_fast.bench.ceilings import Ceilings
+from w2s_fast.bench.memory import peak_bytes
+
+QUICK = harness.Settings(threads=1, rounds=5, window=1e-4, warm_up=1e-3, budget=0.2)
+CEILINGS = Ceilings(1e10, {"float32": 1e11, "bfloat16": 1e11}, "torch copy")
+
+
+def _missing():
+    raise Unavailable("not for this machine")
+
+
+def _not_installed():
+    import w2s_fast_no_such_library  # noqa: F401
+
+
+def _fails(x):
+    raise ValueError("no such shape")
+
+
+def _slow(x):
+    time.sleep(2e-3)
+    return x * 2
+
+
+def fake_case(**changes) -> Case:
+    fields = {
+        "op": "double",
+        "name": "N64",
+        "dtype": "float32",
+        "shape": {"N": 64},
+        "bytes": 512.0,
+        "flops": 64.0,
+        "prediction": "as fast as a multiplication",
+        "inputs": lambda generator, device: (torch.randn(64, generator=generator, device=device),),
+        "ours": lambda x: x * 2,
+        "reference": lambda x: x.double() * 2,
+        "providers": {
+            "slow": eager(_slow),
+            "wrong": official(lambda x: x * 2.01),
+            "missing": peer(_missing),
+            "not installed": peer(_not_installed),
+            "fails": eager(_fails),
+        },
+        "targets": {"slow": 5.0},
+        "hot": True,
+    }
+    return Case(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {row.provider: row for row in harness.run([fake_case()], QUICK, CEILINGS)}
+
+
+def test_ours_is_timed_and_held_to_the_floor(rows):
+    ours = rows["ours"]
+    assert ours.status == "ok" and ours.backend in ("cpp", "reference") and ours.rounds == 5
+    assert ours.floor_ms == pytest.approx(1e3 * max(512 / 1e10, 64 / 1e11))
+    assert ours.share == pytest.approx(ours.floor_ms / ours.ms)
+
+
+def test_a_slower_provider_has_a_ratio_and_a_verdict(rows):
+    slow = rows["slow"]
+    assert slow.status == "ok" and slow.ratio > 5 and slow.met is True
+    assert slow.ratio_low <= slow.ratio <= slow.ratio_high
+
+
+def test_a_wrong_provider_is_reported_wrong_and_not_timed(rows):
+    wrong = rows["wrong"]
+    assert wrong.status == "wrong" and "times the tolerance" in wrong.reason and wrong.error > 1
+    assert wrong.ms is None and wrong.ratio is None
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [("missing", "not for this machine"), ("not installed", "w2s_fast_no_such_library"), ("fails", "no such shape")],
+)
+def test_what_cannot_run_says_why(rows, name, reason):
+    assert rows[name].status == "unavailable" and reason in rows[name].reason and rows[name].ms is None
+
+
+def test_without_ours_right_there_is_no_ratio():
+    found = {row.provider: row for row in harness.run([fake_case(ours=lambda x: x * 3)], QUICK, CEILINGS)}
+    assert found["ours"].status == "wrong" and found["ours"].ms is None
+    assert found["slow"].ms > 0 and found["slow"].ratio is None and found["slow"].met is None
+
+
+def test_a_case_that_breaks_does_not_end_the_run():
+    broken = fake_case(name="broken", inputs=_fails)
+    found = harness.run([broken, fake_case()], QUICK, CEILINGS)
+    assert found[0].status == "unavailable" and any(row.case == "N64" and row.ratio for row in found)
+
+
+def test_a_missed_target_is_said():
+    case = fake_case(targets={"slow": 1e9})
+    slow = next(row for row in harness.run([case], QUICK, CEILINGS) if row.provider == "slow")
+    assert slow.met is False and "missed: ≥ 1e+09" in tables.ratio(slow)
+
+
+def test_only_the_providers_asked_for():
+    found = harness.run([fake_case()], replace(QUICK, providers=("official", "reference")), CEILINGS)
+    names = {row.provider for row in found}
+    assert {"ours", "wrong"} <= names and not names & {"slow", "missing"}
+
+
+def test_ratios_are_medians_of_round_ratios():
+    peers, ours = [10.0, 20.0, 33.0, 40.0, 500.0], [1.0, 2.0, 3.0, 4.0, 1.0]
+    found = timing.ratios(peers, ours)  # 10, 10, 11, 10, 500
+    assert found.median == 10 and found.low == 10 and found.high == 11
+    assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
+
+
+def test_rotation_covers_the_cache_three_times():
+    assert timing.sets_needed(1 << 20, 32 << 20) == 96
+    assert timing.sets_needed(1 << 30, 32 << 20) == 1
+    assert timing.sets_needed(16, 32 << 20) == timing.MAX_SETS
+    assert timing.tensor_bytes((torch.zeros(4), [torch.zeros(2, dtype=torch.int64)], 3)) == 32
+
+
+def test_runner_rotates_inputs():
+    seen: list[int] = []
+    runner = timing.Runner(seen.append, [(0,), (1,), (2,)], torch.device("cpu"))
+    runner.run(4)
+    runner.run(2)
+    assert seen == [0, 1, 2, 0, 1, 2]
+
+
+def test_peak_memory_counts_temporaries():
+    x = torch.randn(1000, 1000)
+    found = peak_bytes(lambda x: (x + 1) * 2, (x,), torch.device("cpu"))
+    assert found is None or 8_000_000 <= found < 8_100_000
+
+
+@pytest.mark.parametrize(
+    "actual, wrong",
+    [
+        (torch.tensor([1.0, float("nan")]), False),
+        (torch.tensor([1.0, 2.0]), True),
+        (torch.tensor([float("nan"), float("nan")]), True),
+        (torch.tensor([1.0]), True),
+    ],
+)
+def test_relative_error_sees_patterns(actual, wrong):
+    expected = torch.tensor([1.0, float("nan")], dtype=torch.float64)
+    assert (relative_error((actual,), (expected,), 1e-6, 1e-6) > 1) is wrong
+
+
+def test_a_case_needs_a_prediction_and_known_targets():
+    with pytest.raises(ValueError, match="prediction"):
+        fake_case(prediction="")
+    with pytest.raises(ValueError, match="do not exist"):
+        fake_case(targets={"nobody": 2.0})
+    with pytest.raises(ValueError, match="kind"):
+        fake_case(providers={"x": Provider("other", lambda: _slow)}, targets={})
+
+
+def _report(rows) -> report.Report:
+    return report.new_report(list(rows), QUICK, CEILINGS, {})
+
+
+def test_json_round_trip(rows, tmp_path: Path):
+    saved = _report(rows.values())
+    saved.save(tmp_path / "a.json")
+    loaded = report.Report.load(tmp_path / "a.json")
+    assert [(row.provider, row.status, row.reason) for row in loaded.rows] == [
+        (row.provider, row.status, row.reason) for row in saved.rows
+    ]
+    assert loaded.rows[1].ratio == pytest.approx(saved.rows[1].ratio, rel=1e-4)
+    assert loaded.runs == saved.runs and loaded.runs[0]["threads"] == 1
+    loaded.save(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    (tmp_path / "old.json").write_text(json.dumps({"schema": 0}))
+    with pytest.raises(ValueError, match="schema"):
+        report.Report.load(tmp_path / "old.json")
+
+
+def test_merging_replaces_what_was_measured_again(rows):
+    first, second = _report(rows.values()), _report(rows.values())
+    other = [replace(row, case="N128") for row in rows.values()]
+    both = first.merged(_report(other))
+    assert len(both.rows) == 2 * len(first.rows) and len(both.runs) == 2
+    assert {row.run for row in both.rows if row.case == "N64"} == {0}
+    assert {row.run for row in both.rows if row.case == "N128"} == {1}
+    again = first.merged(second)
+    assert len(again.rows) == len(first.rows) and len(again.runs) == 1 and {row.run for row in again.rows} == {0}
+
+
+def test_readme_section_shows_wrong_and_missing(rows, tmp_path: Path):
+    _report(rows.values()).save(tmp_path / "machine.json")
+    body = readme.text(tmp_path)
+    assert "wrong: wrong" in body and "missing: unavailable" in body and "Not run here: missing" in body
+    page = f"# title\n{readme.BEGIN}\nold\n{readme.END}\nrest\n"
+    once = readme.updated(page, body)
+    assert "old" not in once and once.endswith("rest\n") and readme.updated(once, body) == once
+    with pytest.raises(ValueError, match="markers"):
+        readme.updated("# title", body)
+
+
+def test_readme_is_what_the_committed_results_say():
+    if not readme.README.exists():
+        pytest.skip("README.md is not part of an installed package")
+    text = readme.README.read_text(encoding="utf-8")
+    if readme.reports():
+        assert text == readme.updated(text, readme.text()), "run `w2s-fast bench --readme`"
+
+
+def test_charts(rows, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from w2s_fast.bench.plots import draw
+
+    paths = draw(_report(rows.values()), tmp_path)
+    assert len(paths) == 4 and all(path.stat().st_size > 1000 for path in paths)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_registry(device):
+    every, hot = load(device, full=True), load(device)
+    assert 0 < len(hot) < len(every) and {case.id for case in hot} <= {case.id for case in every}
+    assert all(case.bytes > 0 and case.flops >= 0 for case in every)
+
+
+def test_inputs_are_seeded_and_not_zero():
+    device = torch.device("cpu")
+    for case in load("cpu", ops=["V32000-B1"], full=True):
+        first, again, other = (case.inputs(torch.Generator().manual_seed(s), device) for s in (0, 0, 1))
+        for a, b, c in zip(first, again, other, strict=True):
+            assert torch.equal(a, b) and not torch.equal(a, c) and bool(a.any())
+
+
+def test_options_name_what_is_wrong(tmp_path: Path):
+    with pytest.raises(ValueError, match="--device must be"):
+        command.Options(device="tpu").settings()
+    with pytest.raises(ValueError, match="--threads must be at most"):
+        command.Options(threads=4096).settings()
+    settings = command.Options().settings()
+    with pytest.raises(ValueError, match="no such case"):
+        command.Options(ops=("nothing",)).cases(settings)
+    with pytest.raises(ValueError, match="--providers nobody"):
+        command.Options(providers="nobody").cases(replace(settings, providers=("nobody",)))
+    assert command.path_for(_report([]), tmp_path / "x.json") == tmp_path / "x.json"

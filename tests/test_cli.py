@@ -1,0 +1,112 @@
+"""The command line: output, exit status, errors on stderr, and that it starts without loading torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import w2s_fast
+from w2s_fast import check as checks
+from w2s_fast import cli
+from w2s_fast.testing.samples import all_samples
+
+ROOT = Path(w2s_fast.__file__).parent.parent
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    def call(*words: str):
+        from rich.console import Console
+
+        runner = CliRunner()
+        # the consoles look up sys.stdout and sys.stderr at each print, so the runner captures them
+        monkeypatch.setattr(cli, "out", Console(width=200))
+        monkeypatch.setattr(cli, "err", Console(width=200, stderr=True))
+        return runner.invoke(cli.app, list(words))
+
+    return call
+
+
+def test_info(run):
+    found = run("info")
+    assert found.exit_code == 0
+    for word in ("w2s_fast: ", "torch: ", "CPU: ", "kernels (_ops): ", "serves", "fused_sample", "not triton: "):
+        assert word in found.stdout
+
+
+def test_info_names_the_variables_that_are_set(run, monkeypatch):
+    monkeypatch.setenv("W2S_FAST_CACHE", "somewhere")
+    assert "W2S_FAST_CACHE: somewhere" in run("info").stdout
+
+
+def test_check_passes(run):
+    found = run("check", "--op", "fuse_logits")
+    assert found.exit_code == 0, found.output
+    assert "ok    fuse_logits reference cpu" in found.stdout and "op and backend pairs hold" in found.stdout
+
+
+def test_check_fails_on_a_wrong_kernel(run, monkeypatch):
+    def wrong(sample, backend, dtype, device):
+        raise checks.Mismatch(f"{sample.id} {dtype} output 0: 40 times the allowed error")
+
+    monkeypatch.setattr(checks, "compare", wrong)
+    found = run("check", "--op", "fuse_logits")
+    assert found.exit_code == 1 and "FAIL" in found.stdout
+    assert "40 times the allowed error" in found.stderr and "break the policy" in found.stderr
+
+
+def test_check_says_why_a_backend_is_left_out(monkeypatch):
+    monkeypatch.setattr(w2s_fast.extension, "ERROR", "the C++ extension is not built")
+    results = {(r.op, r.backend): r for r in checks.run(["fused_stats"])}
+    assert "not built" in results["fused_stats", "cpp"].skipped and results["fused_stats", "cpp"].ok
+    assert results["fused_stats", "reference"].ran > 0
+
+
+def test_check_covers_every_op_with_samples():
+    assert {sample.op for sample, _, _ in checks.plan()} == {sample.op for sample in all_samples()}
+
+
+def test_check_refuses_an_unknown_op(run):
+    found = run("check", "--op", "no_such_op")
+    assert found.exit_code == 2 and "no op named no_such_op" in found.stderr and not found.stdout
+
+
+@pytest.mark.slow
+def test_bench_writes_results(run, tmp_path: Path):
+    words = [
+        "--op",
+        "fuse_logits/V32000-B1",
+        "--providers",
+        "eager",
+        "--rounds",
+        "5",
+        "--out",
+        str(tmp_path),
+        "--plots",
+    ]
+    found = run("bench", *words)
+    assert found.exit_code == 0, found.output
+    assert "1 cases on" in found.stdout and "eager" in found.stdout and "results: " in found.stdout
+    assert len(list(tmp_path.glob("*.json"))) == 1 and list(tmp_path.glob("*.png"))
+
+
+def test_bench_refuses_what_it_does_not_know(run):
+    for words, text in ((("--op", "nothing"), "no such case"), (("--device", "tpu"), "--device must be")):
+        found = run("bench", *words)
+        assert found.exit_code == 2 and text in found.stderr and not found.stdout
+
+
+def test_demo_without_transformers_says_what_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "w2s_fast.methods.decoding.demo", None)
+    found = run("demo")
+    assert found.exit_code == 1 and "w2s_fast[demo]" in found.stderr
+
+
+def test_the_module_loads_no_kernels_library():
+    code = "import sys, w2s_fast.cli; print(*(m in sys.modules for m in ('triton', 'matplotlib', 'transformers')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["False", "False", "False"]
