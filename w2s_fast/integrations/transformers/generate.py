@@ -104,7 +104,8 @@ def generate(
         ]
         made = w2s_fast.fused_sample(
             **fuser.arguments(rows[0], rows[1 : 1 + count], rows[1 + count :]), temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, generator=generator, uniform=None if uniform is None else uniform[:, step].to(device),
+            top_p=top_p, min_p=min_p, generator=generator,
+            uniform=None if uniform is None else uniform[:, step].to(device),
         )  # fmt: skip
         drawn = alive & (made.token >= 0)  # -1: a row whose logits are NaN or all -inf ends here, logprob NaN
         token = torch.where(drawn, made.token, pad)

@@ -33,7 +33,7 @@ METHODS = {
                           "student_temperature, arXiv 2210.15097"),
     "dera": Method((1, None), False, 1.0, None, "z_ref + w (z_aligned - z_ref), arXiv 2402.02992; z_ref is z_L"),
     "genarm": Method((1, None), False, 1.0, None, "z_L + sum_k w_k z_k, arXiv 2410.08193"),
-    "dynamic": Method((1, None), True, 1.0, None, "z_L + sum_k a_k (z_k - z_0), a solved for every token, arXiv 2406.15480"),
+    "dynamic": Method((1, None), True, 1.0, None, "z_L + sum_k a_k (z_k - z_0), a_k solved by token, arXiv 2406.15480"),
 }  # fmt: skip
 
 

@@ -1,16 +1,18 @@
-"""Text that every machine with Python has: its standard library, as three kinds of documents.
+"""Text that every machine with Python has, its standard library, as three kinds of documents.
 
-``general``: source files as they are. ``code``: files without comments and docstrings. ``prose``: docstrings and the
-language reference of `help`. Files are dealt to the kinds and splits by a hash of their names, so that no file serves
-two purposes: 50% general training, 40% domain training, 10% validation.
+``general``: docstrings and comments, and the code of a few modules. ``code``: modules without comments and docstrings.
+``prose``: the language reference that `help` shows. A document's split depends on a hash of its name, and validation
+modules give no other text: 10% of everything is for validation, the code of another 10% of the modules is general.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import os
 import sysconfig
+import tokenize
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +26,7 @@ SKIPPED = {
     "__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages",
     "test", "tests", "tkinter", "turtledemo",
 }  # fmt: skip
+VALIDATION, GENERAL_CODE = 9, 0  # buckets
 
 
 def standard_library() -> Iterator[tuple[str, str]]:
@@ -31,9 +34,19 @@ def standard_library() -> Iterator[tuple[str, str]]:
     root = sysconfig.get_paths()["stdlib"]
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in SKIPPED and not f.startswith("config-"))
-        for file in sorted(f for f in files if f.endswith(".py")):
+        # _sysconfigdata is generated and describes one machine
+        for file in sorted(f for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")):
             path = Path(folder) / file
             yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8", errors="ignore")
+
+
+def reference_topics() -> Iterator[tuple[str, str]]:
+    """Sections of the language reference that `help()` shows; none where a distribution leaves them out."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return
+    yield from sorted((f"topics/{name}", text) for name, text in topics.items())
 
 
 def bucket(name: str) -> int:
@@ -41,25 +54,20 @@ def bucket(name: str) -> int:
     return hashlib.sha256(name.encode()).digest()[0] % 10
 
 
-def split_source(source: str) -> tuple[str, list[str]]:
-    """A module's code without comments and docstrings, and its docstrings."""
+def split_source(source: str) -> tuple[str, str]:
+    """A module's code without comments and docstrings, and its docstrings and comments."""
     tree = ast.parse(source)
-    docstrings = []
+    words = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if text := ast.get_docstring(node):
-                docstrings.append(text)
+            text = ast.get_docstring(node)
+            if text:
+                words.append(text + "\n")
                 node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree), docstrings
-
-
-def reference_topics() -> Iterator[tuple[str, str]]:
-    """Sections of the language reference that `help()` shows; empty where a distribution leaves them out."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        return
-    yield from sorted((f"topics/{name}", text) for name, text in topics.items())
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            words.append(token.string.lstrip("#!: "))
+    return ast.unparse(tree), "\n".join(words)
 
 
 @lru_cache(maxsize=1)
@@ -68,25 +76,20 @@ def documents() -> dict[tuple[Domain, Split], list[str]]:
     found: dict[tuple[Domain, Split], list[str]] = {
         (domain, split): [] for domain in ("general", "code", "prose") for split in ("train", "valid")
     }
+    topics = list(reference_topics())
     for name, source in standard_library():
         part = bucket(name)
-        if part < 5:
-            found["general", "train"].append(source)
-            continue
+        split: Split = "valid" if part == VALIDATION else "train"
         try:
-            code, docstrings = split_source(source)
-        except (SyntaxError, RecursionError):
+            code, words = split_source(source)
+        except (SyntaxError, RecursionError, tokenize.TokenError):
             continue
-        split: Split = "valid" if part == 9 else "train"
-        if part == 9:
-            found["general", "valid"].append(source)
-        found["code", split].append(code)
-        if docstrings:
-            found["prose", split].append("\n\n".join(docstrings))
-    for name, text in reference_topics():
-        part = bucket(name)
-        found[("general", "train") if part < 5 else ("prose", "valid" if part == 9 else "train")].append(text)
-    return found
+        found["general" if part == GENERAL_CODE else "code", split].append(code)
+        # where the reference is missing, the documentation of some modules takes its place
+        found["prose" if not topics and part > 5 else "general", split].append(words)
+    for name, text in topics:
+        found["prose", "valid" if bucket(name) == VALIDATION else "train"].append(text)
+    return {key: [t for t in texts if t.strip()] for key, texts in found.items()}
 
 
 def fingerprint() -> str:

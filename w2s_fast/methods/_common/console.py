@@ -1,0 +1,47 @@
+"""Progress and messages: on stderr, so that a method's output can be piped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def stderr_console() -> Any:
+    """The console for everything that is not the result."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[Callable[[str, int], Callable[[float], None]]]:
+    """Yields ``start(description, steps)``, which returns ``tick(loss)``: one bar a training run."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(), console=stderr_console(), disable=quiet,
+    ) as bars:  # fmt: skip
+
+        def start(description: str, steps: int) -> Callable[[float], None]:
+            task = bars.add_task(description, total=steps, note="")
+            return lambda loss: bars.update(task, advance=1, note=f"loss {loss:.3f}")
+
+        yield start
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers' own bars and warnings off (loading a model of one megabyte needs no bar)."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
