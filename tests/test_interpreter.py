@@ -179,3 +179,28 @@ def test_two_experts(multi, direction):
         expected = w2s_fast.dynamic_fusion_weights(base.double(), [first.double(), second.double()], anti.double(), **kwargs)
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got.double(), want.double(), rtol=1e-3, atol=1e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("multi, average", [("ray", False), ("decoupled", True)])
+@pytest.mark.parametrize("own_target", [False, True])
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradient_of_the_weights(multi: str, average: bool, own_target: bool, shared: bool):
+    base, first, anti = _logits(3, 140)
+    _, second, other = _logits(3, 150, seed=1)
+    second = torch.cat([anti + 0.4 * (second[:, :140] - other[:, :140]), torch.full((3, 10), NAN)], 1)
+    leaves = [base, first, second, anti] + ([] if shared else [anti + 0.1 * other[:, :140]])
+    if own_target:
+        leaves.append(torch.tensor([[0.1, 0.2], [0.05, 0.1], [0.2, 0.1]]))
+    upstream = torch.tensor([[1.0, -0.5], [0.25, 2.0], [1.0, 1.0]])
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        inputs = [x.to(dtype).requires_grad_() for x in leaves]
+        with w2s_fast.backend(backend):
+            out = w2s_fast.dynamic_fusion_weights(
+                inputs[0], inputs[1:3], inputs[3 : 4 if shared else 5], multi=multi, average=average, tol=1e-5,
+                target_kl=inputs[-1] if own_target else None,
+            )
+        found.append(torch.autograd.grad((out.alpha * upstream.to(dtype)).sum(), inputs))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=2e-4 * float(want.abs().max()))

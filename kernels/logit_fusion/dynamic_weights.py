@@ -45,7 +45,7 @@ def hermite_kl(u, ratio, a0, a1, a2, a3, c0, c1, c2, c3):
 def invert(goal, ratio, a0, a1, a2, a3, c0, c1, c2, c3):
     """(u, F(u)) with F(u) = goal on [0, 1]: three rounds of 128 points, then a line."""
     i = tl.arange(0, WAYS)
-    low, width = goal * 0.0, goal * 0.0 + 1.0
+    low, width = tl.full((), 0.0, tl.float64), tl.full((), 1.0, tl.float64)
     for _ in range(3):
         f = hermite_kl(low + width * (i + 1).to(tl.float64) / WAYS, ratio, a0, a1, a2, a3, c0, c1, c2, c3)
         n = tl.min(tl.where((f >= goal) | (i == WAYS - 1), i, WAYS), 0)
@@ -133,11 +133,11 @@ def newton(
     models, vocab, direction, centers, row, log_base, goal, alpha_max, allowed, SOLVE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """(t, F(t), saturated) by repeated passes over the row."""
-    end = goal * 0.0 + alpha_max
+    end = tl.full((), 0.0, tl.float64) + alpha_max
     reach, _ = tilted(models, vocab, direction, centers, row, end, log_base, SOLVE, BLOCK)
     flat = (goal <= FLOOR) | (reach <= FLOOR)
     saturated = (reach <= goal) & (goal > FLOOR) & (reach > FLOOR)
-    low, high = goal * 0.0, end
+    low, high = tl.full((), 0.0, tl.float64), end
     t = tl.where(saturated, end, tl.where(flat, 0.0, tl.minimum(end * 0.5, 1.0)))
     found = tl.where(saturated, reach, 0.0)
     left = tl.where(flat | saturated | (reach != reach) | (goal != goal), 0, STEPS)
@@ -159,9 +159,10 @@ def grid_by_passes(
     SOLVE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The candidate closest to the goal, one pass a candidate."""
-    best, t, achieved, found = goal * 0.0 + INF, goal * 0.0, goal * 0.0, goal * 0.0
+    zero = tl.full((), 0.0, tl.float64)
+    best, t, achieved, found = zero + INF, zero, zero, zero
     for j in range(FIRST, NODES + 1):
-        here = (goal * 0.0 + alpha_max) * j / NODES
+        here = (zero + alpha_max) * j / NODES
         found, _ = tilted(models, vocab, direction, centers, row, here, log_base, SOLVE, BLOCK)
         misfit = tl.where(goal == INF, 0.0 * found - j, (found - goal) * (found - goal))
         better = misfit < best
@@ -177,7 +178,7 @@ def solve(
     """(t, F(t), saturated) of one problem of one row."""
     a, m, v, k, log_base = merge_nodes(nodes, lines, tiles, alpha_max, NODES, NP, TILES)
     j = tl.arange(0, NP)
-    h = (goal * 0.0 + alpha_max) / NODES
+    h = (tl.full((), 0.0, tl.float64) + alpha_max) / NODES
     f = tl.minimum(j, NODES).to(tl.float64) * h * m - a  # [NP]
     f = tl.where(f < 0, 0.0, f)
     reach = pick(f, j, NODES)
@@ -215,7 +216,7 @@ def _solve_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     count: tl.constexpr = len(models[2])
-    goal = tl.sum(tl.zeros((1,), tl.float64), 0)
+    goal = tl.full((), 0.0, tl.float64)
     wild = goal > 1.0
     for k in tl.static_range(count):
         kl, center, low, high = merge_target(i_targets + (row * count + k) * 7 * tiles, tiles, TILES)
@@ -256,7 +257,7 @@ def _solve_kernel(
 def _direction_kernel(tiles, i_targets, source, o_direction, ONES: tl.constexpr, COUNT: tl.constexpr, TILES: tl.constexpr):
     """u, largest entry 1, from given numbers or from T_k; a row of zeros gives ones (ONES) or zeros."""
     row = tl.program_id(0).to(tl.int64)
-    largest = tl.sum(tl.zeros((1,), tl.float64), 0)
+    largest = tl.full((), 0.0, tl.float64)
     for twice in tl.static_range(2):
         for k in tl.static_range(COUNT):
             if source is not None:
