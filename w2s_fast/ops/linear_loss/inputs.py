@@ -1,0 +1,179 @@
+"""What the linear losses have in common: hidden states and heads of n models, checked and brought to one form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks
+
+#: The part of every schema that describes z_t = (1 / temperature) sum_i w_ti cap(W_i h_ti + b_i); see `Linear`.
+LINEAR = (
+    "Tensor[] hiddens, Tensor[] heads, Tensor[] biases, Tensor? weights, float[] weight_values, float temperature, "
+    "float softcap, int vocab_size"
+)
+Weights = Sequence[float] | Tensor
+
+
+class Linear(NamedTuple):
+    """Arguments of `LINEAR`, in order.
+
+    hiddens: n of [T, D_i]; heads: n of [>= vocab_size, D_i]; last strides 1. biases: none or n. weights: [T, n] or None
+    (then weight_values). softcap 0 is none.
+    """
+
+    hiddens: list[Tensor]
+    heads: list[Tensor]
+    biases: list[Tensor]
+    weights: Tensor | None
+    weight_values: list[float]
+    temperature: float
+    softcap: float
+    vocab_size: int
+
+    @property
+    def rows(self) -> int:
+        """T."""
+        return self.hiddens[0].shape[0]
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """float64 if any hidden or head is, otherwise float32."""
+        return accumulate_dtype(self)
+
+    def needs(self, tensors: Sequence[Tensor]) -> int:
+        """Bit i says that tensor i will get a gradient."""
+        if not torch.is_grad_enabled():
+            return 0
+        return sum(1 << i for i, t in enumerate(tensors) if t.requires_grad)
+
+
+def accumulate_dtype(args: Sequence[Any]) -> torch.dtype:
+    """float64 if any of hiddens, heads (the first two of ``args``) is, otherwise float32."""
+    double = any(t.dtype == torch.float64 for t in (*args[0], *args[1]))
+    return torch.float64 if double else torch.float32
+
+
+def _list(op: str, name: str, value: Any) -> list[Any]:
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, (list, tuple)) or not value:
+        checks.fail(op, name, "a nonempty list of tensors", type(value).__name__, error=TypeError)
+    return list(value)
+
+
+def _unit_stride(t: Tensor) -> Tensor:
+    fine = t.stride(-1) == 1 or t.shape[-1] <= 1
+    return t if fine and (t.ndim < 2 or t.stride(0) >= t.shape[1]) else t.contiguous()
+
+
+def linear(
+    op: str, hiddens: Any, lm_heads: Any, weights: Any, biases: Any, temperature: Any, softcap: Any, vocab_size: Any,
+    zero_temperature: bool = False,
+) -> tuple[Linear, torch.Size]:
+    """Every argument of `LINEAR` checked, and the leading shape of the rows."""
+    hiddens, heads = _list(op, "hiddens", hiddens), _list(op, "lm_heads", lm_heads)
+    if len(heads) != len(hiddens):
+        checks.fail(op, "lm_heads", f"one a hidden ({len(hiddens)})", f"{len(heads)} tensors")
+    named: list[tuple[str, Tensor | None]] = []
+    for i, (h, head) in enumerate(zip(hiddens, heads, strict=True)):
+        named += _pair(op, i, h, head, hiddens[0])
+    batch = hiddens[0].shape[:-1]
+    width = min(head.shape[0] for head in heads)
+    vocab_size = width if vocab_size is None else checks.integer(op, "vocab_size", vocab_size, low=1, high=width)
+    rows = [_unit_stride(h.reshape(batch.numel(), h.shape[-1])) for h in hiddens]
+    offsets = _biases(op, biases, heads, vocab_size, rows)
+    checks.same_device(op, [*named, *((f"biases[{i}]", b) for i, b in enumerate(offsets))])
+    values, given = _weights(op, weights, len(heads), batch, rows[0])
+    heat = checks.number(op, "temperature", temperature, low=0.0, open_low=not zero_temperature,
+                         requirement="a finite number " + (">= 0" if zero_temperature else "> 0"))
+    cap = 0.0 if softcap is None else checks.number(op, "softcap", softcap, low=0.0, open_low=True)
+    return Linear(rows, [_unit_stride(w) for w in heads], offsets, given, values, heat, cap, vocab_size), batch
+
+
+def _pair(op: str, i: int, h: Any, head: Any, first: Tensor) -> list[tuple[str, Tensor | None]]:
+    checks.is_float_tensor(op, f"hiddens[{i}]", h)
+    checks.is_float_tensor(op, f"lm_heads[{i}]", head)
+    if h.ndim < 1 or h.shape[:-1] != first.shape[:-1]:
+        checks.fail(op, f"hiddens[{i}]", f"of leading shape {tuple(first.shape[:-1])} (that of hiddens[0])", tuple(h.shape))
+    if head.ndim != 2 or head.shape[1] != h.shape[-1] or head.shape[1] < 1:
+        checks.fail(op, f"lm_heads[{i}]", f"of shape [V, {h.shape[-1]}]", tuple(head.shape))
+    if head.shape[0] < 1:
+        checks.fail(op, f"lm_heads[{i}]", "at least one row long (V >= 1)", tuple(head.shape))
+    if head.dtype != h.dtype:
+        checks.fail(op, f"lm_heads[{i}]", f"of the dtype of hiddens[{i}] ({h.dtype})", head.dtype, error=TypeError)
+    return [(f"hiddens[{i}]", h), (f"lm_heads[{i}]", head)]
+
+
+def _biases(op: str, biases: Any, heads: list[Tensor], vocab_size: int, rows: list[Tensor]) -> list[Tensor]:
+    if biases is None:
+        return []
+    biases = _list(op, "biases", biases)
+    if len(biases) != len(heads):
+        checks.fail(op, "biases", f"one a head ({len(heads)})", f"{len(biases)} tensors")
+    found = []
+    for i, bias in enumerate(biases):
+        if bias is None:
+            bias = rows[i].new_zeros(heads[i].shape[0])
+        checks.is_float_tensor(op, f"biases[{i}]", bias)
+        if bias.shape != heads[i].shape[:1]:
+            checks.fail(op, f"biases[{i}]", f"of shape [{heads[i].shape[0]}]", tuple(bias.shape))
+        found.append(_unit_stride(bias))
+    return found if any(b is not None for b in biases) else []
+
+
+def _weights(op: str, weights: Any, count: int, batch: torch.Size, like: Tensor) -> tuple[list[float], Tensor | None]:
+    if weights is None:
+        return [1.0] * count, None
+    if isinstance(weights, Tensor):
+        checks.is_float_tensor(op, "weights", weights)
+        checks.same_device(op, [("hiddens[0]", like), ("weights", weights)])
+        try:
+            rows = weights.expand(*batch, count).reshape(like.shape[0], count)
+        except RuntimeError:
+            checks.fail(op, "weights", f"{count} numbers, or of shape [{count}] or {[*batch, count]}", tuple(weights.shape))
+        return [], rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+    if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) != count:
+        checks.fail(op, "weights", f"one number a model ({count})", repr(weights))
+    return [checks.number(op, f"weights[{i}]", w) for i, w in enumerate(weights)], None
+
+
+def targets(op: str, target: Any, batch: torch.Size, given: Linear, ignore_index: Any) -> Tensor:
+    """``target`` as int64 ``[T]``; its range is looked at on a CPU only."""
+    checks.is_tensor(op, "target", target)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        checks.fail(op, "ignore_index", "an int", repr(ignore_index), error=TypeError)
+    if target.dtype not in (torch.int64, torch.int32):
+        checks.fail(op, "target", "int64 or int32", target.dtype, error=TypeError)
+    if target.shape != batch:
+        checks.fail(op, "target", f"of shape {tuple(batch)}", tuple(target.shape))
+    checks.same_device(op, [("hiddens[0]", given.hiddens[0]), ("target", target)])
+    if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
+        bad = ((target < 0) | (target >= given.vocab_size)) & (target != ignore_index)
+        if bool(bad.any()):
+            checks.fail(op, "target", f"in [0, {given.vocab_size}) or ignore_index ({ignore_index})",
+                        int(target[bad][0]))
+    return target.reshape(-1).to(torch.int64).contiguous()
+
+
+class _Once(torch.autograd.Function):
+    """Identity whose gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, x: Tensor) -> Tensor:
+        ctx.name = name
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(f"w2s_fast::{ctx.name}: double backward is not supported")
+
+
+def once(name: str, *grads: Tensor) -> list[Tensor]:
+    """The gradients of a backward made of plain PyTorch; differentiating them again raises NotImplementedError."""
+    if not torch.is_grad_enabled():
+        return list(grads)
+    return [_Once.apply(name, g.detach().requires_grad_()) for g in grads]

@@ -1,0 +1,158 @@
+"""linear_fusion_logprobs: the log-probability of each target token under fused heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...library import Kernel, define
+from ...reference.linear_loss import fusion as reference
+from .gradient import LINEAR_FUSION_BACKWARD, bits, by_name
+from .inputs import LINEAR, Linear, Weights, linear, once, targets
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given, (need_rows, need_logits) = Linear(*args[:8]), args[10:]
+    first, rows, acc = given.hiddens[0], given.rows, given.accumulate
+    width = sum(h.shape[1] for h in given.hiddens)
+    return (
+        first.new_empty((rows,), dtype=acc),
+        first.new_empty((rows,), dtype=acc),
+        first.new_empty((rows, width) if need_rows else (0,), dtype=acc),
+        first.new_empty((rows, len(given.hiddens)) if need_logits else (0,), dtype=acc),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    given, (target, ignore_index, need_rows, need_logits) = Linear(*inputs[:8]), inputs[8:]
+    _, lse, rows, logits = output
+    ctx.mark_non_differentiable(rows, logits)
+    ctx.counts = (len(given.hiddens), len(given.biases))
+    ctx.numbers = (given.weight_values, given.temperature, given.softcap, given.vocab_size, ignore_index)
+    ctx.kept = (need_rows, need_logits)
+    ctx.save_for_backward(*given.hiddens, *given.heads, *given.biases, given.weights, target, lse, rows, logits)
+
+
+def _backward(ctx: Any, grad_logp: Tensor, grad_lse: Tensor, *_: Any) -> dict[str, Any]:
+    n, biased = ctx.counts
+    saved = ctx.saved_tensors
+    values, heat, cap, width, ignore_index = ctx.numbers
+    weights, target, lse, rows, logits = saved[2 * n + biased :]
+    given = Linear(list(saved[:n]), list(saved[n : 2 * n]), list(saved[2 * n : 2 * n + biased]), weights, values, heat,
+                   cap, width)
+    hiddens, heads, biases, weight = ctx.needs_input_grad[:4]
+    need = (bits(hiddens), bits(heads), bits(biases), bool(weight and weights is not None))
+    kept_rows, kept_logits = ctx.kept
+    if need[1] or need[2] or not kept_rows or (need[3] and not kept_logits):
+        grads = LINEAR_FUSION_BACKWARD.on(ctx.backend)(
+            *given, target, ignore_index, lse, grad_logp, grad_lse - grad_logp, *need
+        )
+        return by_name(grads, need, weights)
+    return _from_expectations(given, target, ignore_index, rows, logits, grad_logp, grad_lse, need)
+
+
+def _from_expectations(
+    given: Linear, target: Tensor, ignore_index: int, rows: Tensor, logits: Tensor, grad_logp: Tensor, grad_lse: Tensor,
+    need: tuple[int, int, int, bool],
+) -> dict[str, Any]:
+    """Frozen heads: d logp_t / d h_i = scale_i (W_i[y] - E_p W_i) needs the kept expectations only, no pass over V."""
+    keep = target != ignore_index
+    y = torch.where(keep, target, 0)
+    a = torch.where(keep, grad_logp, 0.0).unsqueeze(1)
+    b = torch.where(keep, grad_lse - grad_logp, 0.0).unsqueeze(1)
+    dhiddens: list[Tensor | None] = []
+    at_target, start = [], 0
+    for i, (h, head) in enumerate(zip(given.hiddens, given.heads, strict=True)):
+        own = head[y].to(rows.dtype)
+        mean, start = rows[:, start : start + h.shape[1]], start + h.shape[1]
+        if need[3] or given.softcap:
+            part = (h.to(own.dtype) * own).sum(1, keepdim=True)
+            part = part + given.biases[i][y].to(own.dtype).unsqueeze(1) if given.biases else part
+            if given.softcap:
+                unit = torch.tanh(part / given.softcap)
+                part, own = given.softcap * unit, own * (1 - unit.square())
+            at_target.append(part)
+        scale = (given.weight_values[i] if given.weights is None else given.weights[:, i : i + 1].to(own.dtype))
+        wanted = need[0] >> i & 1
+        grad = ((a * own + b * mean) * (scale / given.temperature)).to(h.dtype) if wanted else None
+        dhiddens.append(once("linear_fusion_logprobs", grad)[0] if grad is not None else None)
+    dweights = None
+    if need[3] and given.weights is not None:
+        dweights = (a * torch.cat(at_target, 1) + b * logits) / given.temperature
+        dweights = once("linear_fusion_logprobs", dweights.to(given.weights.dtype))[0]
+    return {"hiddens": dhiddens, "heads": [None] * len(given.heads), "biases": [None] * len(given.biases),
+            "weights": dweights}
+
+
+LINEAR_FUSION_LOGPROBS = define(
+    "linear_fusion_logprobs",
+    f"({LINEAR}, Tensor target, int ignore_index, bool need_rows, bool need_logits) "
+    "-> (Tensor logp, Tensor lse, Tensor mean_rows, Tensor mean_logits)",
+    reference=reference.linear_fusion_logprobs,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton=Kernel("kernels.linear_loss.fusion:launch_linear_fusion_logprobs",
+                  "kernels.linear_loss.fusion:supports_linear_fusion_logprobs"),
+)
+
+
+def logprobs(given: Linear, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """logp and lse of checked rows; keeps what a backward with frozen heads needs, and only if there will be one."""
+    weights = [] if given.weights is None else [given.weights]
+    frozen = not (given.needs(given.heads) or given.needs(given.biases))
+    rows = frozen and bool(given.needs(given.hiddens) or given.needs(weights))
+    logp, lse, _, _ = LINEAR_FUSION_LOGPROBS(*given, target, ignore_index, rows, rows and bool(given.needs(weights)))
+    return logp, lse
+
+
+def linear_fusion_logprobs(
+    hiddens: Sequence[Tensor],
+    lm_heads: Sequence[Tensor],
+    target: Tensor,
+    weights: Weights | None = None,
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target under the fusion of n heads; the ``[T, V]`` logits are never formed.
+
+    ``z_t = (1 / temperature) sum_i w_i (W_i h_i + b_i)``, ``logp_t = z_t[target] - lse_t``. The n products run into one
+    accumulator, with no concatenated copy of the heads. With one model this is the score that preference losses and
+    weak-to-strong search (arXiv 2405.19262) sum over tokens.
+
+    Args:
+        hiddens: n final hidden states ``[..., D_i]``.
+        lm_heads: n heads ``[V_i, D_i]`` of the dtype of their hidden: float32, bfloat16, float16 or float64.
+        target: token ids of the leading shape, int64 or int32.
+        weights: n numbers or a tensor ``[n]`` or ``[..., n]``, any sign; default all 1.
+        biases: None or n of ``[V_i]`` (None for a model without).
+        temperature: a number > 0.
+        softcap: s replaces each model's logits x by ``s tanh(x / s)``.
+        ignore_index: rows with this target cost nothing: logp and lse are 0, gradients are 0.
+        vocab_size: columns that take part; default the smallest V_i. Others are never read.
+
+    Returns:
+        (logp, lse), each of the leading shape, float32 (float64 for float64 inputs). Differentiable, once, in hiddens,
+        heads, biases and weights. With frozen heads forward keeps E_p[W] (T x sum D_i numbers) and backward does no
+        pass over the vocabulary; with no gradient wanted, no gradient work is done. Deterministic.
+
+    Raises:
+        ValueError, TypeError: naming the argument; on a CPU also for a target out of range.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> logp, lse = w2s_fast.linear_fusion_logprobs([torch.ones(1, 2)], [torch.zeros(4, 2)], torch.tensor([1]))
+        >>> round(logp.item(), 4), round(lse.item(), 4)
+        (-1.3863, 1.3863)
+    """
+    op = "linear_fusion_logprobs"
+    given, batch = linear(op, hiddens, lm_heads, weights, biases, temperature, softcap, vocab_size)
+    logp, lse = logprobs(given, targets(op, target, batch, given, ignore_index), ignore_index)
+    return logp.reshape(batch), lse.reshape(batch)

@@ -1,0 +1,86 @@
+"""linear_fusion_sample: the next token from hidden states and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.linear_loss import fusion as reference
+from ..logit_fusion.sample import SampleOutput
+from .inputs import LINEAR, Linear, Weights, linear
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = Linear(*args[:8])
+    first, rows, acc = given.hiddens[0], (given.rows,), given.accumulate
+    token, logprob, lse, kept = (first.new_empty(rows, dtype=t) for t in (torch.int64, acc, acc, torch.int32))
+    return token, logprob, lse, kept
+
+
+LINEAR_FUSION_SAMPLE = define(
+    "linear_fusion_sample",
+    f"({LINEAR}, Tensor uniform) -> (Tensor token, Tensor logprob, Tensor lse, Tensor kept)",
+    reference=reference.linear_fusion_sample,
+    fake=_fake,
+    differentiable=False,
+    triton=Kernel("kernels.linear_loss.sample:launch_linear_fusion_sample",
+                  "kernels.linear_loss.sample:supports_linear_fusion_sample"),
+)
+
+
+def linear_fusion_sample(
+    hiddens: Sequence[Tensor],
+    lm_heads: Sequence[Tensor],
+    weights: Weights | None = None,
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    uniform: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
+) -> SampleOutput:
+    """Draw one token a row from the fusion of n heads; the ``[T, V]`` logits are never formed.
+
+    One pass keeps the maximum and mass of short runs of the vocabulary; the uniform number chooses a run, and that run
+    alone is computed again. The draw is that of `fused_sample`: the first index at which the cumulative mass, in index
+    order, exceeds ``uniform`` times the total.
+
+    Args:
+        hiddens, lm_heads, weights, biases, softcap, vocab_size: see `linear_fusion_logprobs`.
+        temperature: a number >= 0; 0 takes the argmax (smallest index of ties) and reports logprob and lse at 1.
+        uniform: numbers in [0, 1) of the leading shape; default drawn from ``generator``.
+        generator: source of the uniform numbers; default PyTorch's.
+
+    Returns:
+        `SampleOutput` with alpha None and kept the number of tokens with a finite logit (1 at temperature 0); not
+        differentiable. A row without a finite logit, or with NaN, gives token -1 and logprob NaN.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> head = torch.tensor([[0.], [3.], [1.]])
+        >>> w2s_fast.linear_fusion_sample([torch.ones(1, 1)], [head], temperature=0).token.item()
+        1
+    """
+    op = "linear_fusion_sample"
+    given, batch = linear(op, hiddens, lm_heads, weights, biases, temperature, softcap, vocab_size, zero_temperature=True)
+    if uniform is None:
+        draws = torch.rand(given.rows, generator=generator, device=given.hiddens[0].device)
+    else:
+        checks.is_float_tensor(op, "uniform", uniform)
+        if uniform.shape != batch:
+            checks.fail(op, "uniform", f"of shape {tuple(batch)}", tuple(uniform.shape))
+        checks.same_device(op, [("hiddens[0]", given.hiddens[0]), ("uniform", uniform)])
+        draws = uniform.reshape(-1).to(torch.promote_types(uniform.dtype, torch.float32)).contiguous()
+        if draws.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((draws < 0) | (draws >= 1)).any()):
+            checks.fail(op, "uniform", "in [0, 1)", [draws.min().item(), draws.max().item()])
+    token, logprob, lse, kept = LINEAR_FUSION_SAMPLE(*given, draws)
+    return SampleOutput(token.reshape(batch), logprob.reshape(batch), lse.reshape(batch), None, kept.reshape(batch))

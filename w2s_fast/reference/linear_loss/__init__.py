@@ -1,0 +1,1 @@
+"""Linear losses in plain PyTorch: definitions, oracle and fallback."""
