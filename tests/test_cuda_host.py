@@ -80,7 +80,9 @@ def filters_agree(host, got, base, experts, anti, uniform, **settings):
                         settings.get("plausible", 0), settings.get("plausible_value", 0.0), base.shape[1], uniform,
                         settings.get("top_k", 0), settings.get("top_p", 1.0), settings.get("min_p", 0.0))
     for name, value in zip(NAMES[:4], want, strict=True):
-        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=2e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name], value, rtol=1e-5, atol=2e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 FILTERS = [
@@ -112,7 +114,7 @@ def test_ties_are_cut_by_index(host, settings):
     base, experts, anti, uniform = models(6, 203)
     base = base.div(2).round()
     experts = [anti[0].clone()]  # alpha 0: the fused logits tie as base does
-    got, want = run(host, base, experts, anti, uniform, **settings)
+    got, _ = run(host, base, experts, anti, uniform, **settings)
     assert bool((got["alpha"] == 0).all())
     filters_agree(host, got, base, experts, anti, uniform, **settings)
 

@@ -45,6 +45,7 @@ struct Scratch {
   alignas(16) unsigned char box[kSlot];
 };
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // clusters; for older targets the kernel is empty
 struct ClusterTeam {
   Scratch& scratch;
   int thread, threads, rank, ranks;
@@ -135,6 +136,8 @@ struct ClusterTeam {
     return {found.before + earlier, found.total};
   }
 };
+
+#endif
 
 // ---- loads: four neighbours, by one 16- or 8-byte access where the address allows it ------------------------------
 

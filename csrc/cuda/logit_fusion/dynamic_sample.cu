@@ -11,9 +11,11 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -27,10 +29,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kLargestCluster = 16;         // above 8 is not portable: the driver may refuse it, see fitting()
-constexpr int kLeastSlice = 2048;           // columns below which another block costs more than it saves
+constexpr int kPortableCluster = 8, kLargestCluster = 16;
+constexpr int kLeastSlice = 2048;  // columns below which another block costs more than it saves (an estimate)
 constexpr int64_t kSharedMemory = 227 * 1024;
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 struct Team : ClusterTeam {
   using ClusterTeam::ClusterTeam;
   template <class T>
@@ -44,6 +47,7 @@ struct Team : ClusterTeam {
     f(__nv_bfloat16{});
   }
 };
+#endif
 
 struct Memory {
   Scratch scratch;
@@ -71,53 +75,56 @@ int slice_of(int width, int blocks) { return ((width + blocks - 1) / blocks + 3)
 
 struct Launch {
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute{};
+  cudaLaunchAttribute cluster{};
+  Launch(int64_t rows, int blocks, int64_t bytes, cudaStream_t stream) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(blocks);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(rows * blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  Launch(const Launch&) = delete;  // config points at cluster
 };
 
-bool fitting(Launch& launch, Arguments& a, int64_t rows, int blocks, cudaStream_t stream) {
-  a.slice = slice_of(a.width, blocks);
-  const int64_t bytes = shared_bytes(a.experts, a.slice);
-  if (bytes > kSharedMemory) return false;
-  launch.config.gridDim = dim3(static_cast<unsigned>(rows * blocks));
-  launch.config.blockDim = dim3(kThreads);
-  launch.config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  launch.config.stream = stream;
-  launch.attribute.id = cudaLaunchAttributeClusterDimension;
-  launch.attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
-  launch.attribute.val.clusterDim.y = launch.attribute.val.clusterDim.z = 1;
-  launch.config.attrs = &launch.attribute;
-  launch.config.numAttrs = 1;
-  if (blocks <= 8) return true;
-  int clusters = 0;  // 16 blocks need 16 free multiprocessors in one cluster of them; not every part has that
-  const bool known = cudaOccupancyMaxActiveClusters(&clusters, dynamic_sample_kernel, &launch.config) == cudaSuccess;
-  if (!known) (void)cudaGetLastError();
-  return known && clusters > 0;
+void allow_large_clusters() {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(dynamic_sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(dynamic_sample_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+}
+
+// Blocks of the largest cluster that the device runs: 16 need as many multiprocessors in one of its groups.
+int largest_cluster(int device) {
+  static std::atomic<int> known[64] = {};  // the query costs as much as a launch
+  if (known[device % 64] != 0) return known[device % 64];
+  allow_large_clusters();
+  int clusters = 0;
+  const Launch launch(1, kLargestCluster, kSharedMemory, nullptr);
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, dynamic_sample_kernel, &launch.config);
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return known[device % 64] = error == cudaSuccess && clusters > 0 ? kLargestCluster : kPortableCluster;
 }
 
 // The smallest cluster that holds the row, made larger while multiprocessors would idle.
-int wanted_blocks(const Arguments& a, int64_t rows, int multiprocessors) {
+int blocks_for(const Arguments& a, int64_t rows, int multiprocessors, int largest) {
   int blocks = 1;
-  while (blocks < kLargestCluster && shared_bytes(a.experts, slice_of(a.width, blocks)) > kSharedMemory) blocks *= 2;
-  while (blocks < kLargestCluster && 2 * blocks * rows <= multiprocessors && a.width / (2 * blocks) >= kLeastSlice)
-    blocks *= 2;
+  while (blocks < largest && shared_bytes(a.experts, slice_of(a.width, blocks)) > kSharedMemory) blocks *= 2;
+  while (blocks < largest && 2 * blocks * rows <= multiprocessors && a.width / (2 * blocks) >= kLeastSlice) blocks *= 2;
   return blocks;
 }
 
 void launch(Arguments& a, int64_t rows, int device, cudaStream_t stream) {
-  const auto kernel = dynamic_sample_kernel;
   int multiprocessors = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory));
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  Launch to;
-  int blocks = wanted_blocks(a, rows, multiprocessors);
-  if (!fitting(to, a, rows, blocks, stream)) {
-    blocks = 8;
-    STD_TORCH_CHECK(fitting(to, a, rows, blocks, stream),
-                    "w2s_fast.dynamic_sample: vocab_size must be small enough for the shared memory of a cluster that "
-                    "this GPU can run, got ", a.width, " columns and ", a.experts, " experts. Use backend='triton'.");
-  }
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&to.config, kernel, static_cast<const Arguments&>(a)));
+  const int blocks = blocks_for(a, rows, multiprocessors, largest_cluster(device));
+  a.slice = slice_of(a.width, blocks);
+  const int64_t bytes = shared_bytes(a.experts, a.slice);
+  STD_TORCH_CHECK(bytes <= kSharedMemory, "w2s_fast.dynamic_sample_cuda: ", a.width, " columns of ", 1 + a.experts,
+                  " rows do not fit the shared memory of ", blocks, " blocks");
+  const Launch to(rows, blocks, bytes, stream);
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&to.config, dynamic_sample_kernel, static_cast<const Arguments&>(a)));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -199,7 +206,15 @@ Outputs dynamic_sample(Tensor base, std::vector<Tensor> experts, std::vector<Ten
   return out;
 }
 
+int64_t dynamic_sample_blocks(Tensor on) {
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  return largest_cluster(on.get_device_index());
+}
+
 }  // namespace
 }  // namespace w2s::fusion
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CUDA, m) { m.impl("dynamic_sample_cuda", TORCH_BOX(&w2s::fusion::dynamic_sample)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CUDA, m) {
+  m.impl("dynamic_sample_cuda", TORCH_BOX(&w2s::fusion::dynamic_sample));
+  m.impl("dynamic_sample_cuda_blocks", TORCH_BOX(&w2s::fusion::dynamic_sample_blocks));
+}
