@@ -146,11 +146,14 @@ def test_filters_on_language_models(backend):
                     {"plausible": ("min_p", 0.05), "top_p": 0.9}, {"plausible": ("top_p", 0.9), "top_k": 30}):
         found = w2s_fast.fused_sample(*m, temperature=0.9, uniform=uniform, **filters)
         keep = _kept(m.base.double(), z, filters)
-        assert found.kept.tolist() == keep.sum(-1).tolist(), filters
+        # float32 logits decide the last token of a nucleus up to 1e-6 of mass, hundreds of tokens at 0.999
+        levels = [{"top_p": filters["top_p"] * (1 + e)} if "top_p" in filters else {} for e in (-1e-6, 1e-6)]
+        fewest, most = (_kept(m.base.double(), z, {**filters, **level}) for level in levels)
+        assert bool(((fewest.sum(-1) <= found.kept) & (found.kept <= most.sum(-1))).all()), filters
         mass = torch.where(keep, z, -INF).softmax(-1)
         cumulative = mass.cumsum(-1)
         at = found.token.unsqueeze(1)
-        assert bool(keep.gather(1, at).all())
+        assert bool(most.gather(1, at).all())
         # u lies within the token's own interval, up to the rounding of float32 sums
         assert bool((cumulative.gather(1, at)[:, 0] >= uniform - 1e-5).all())
         assert bool((cumulative.gather(1, at) - mass.gather(1, at) <= uniform.unsqueeze(1) + 1e-5).all())
