@@ -112,6 +112,7 @@ struct VectorExtension {
   typedef T Raw __attribute__((vector_size(N * sizeof(T))));
   typedef Int IntRaw __attribute__((vector_size(N * sizeof(T))));
   static constexpr int W = N;
+  static constexpr bool scale_underflows = false;
   struct Mask {
     IntRaw m;
     W2S_INLINE Mask operator|(Mask o) const { return {m | o.m}; }

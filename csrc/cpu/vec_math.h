@@ -7,7 +7,7 @@ constexpr int TILE = 1024;  // elements; a few tiles of float stay in L1
 template <class V>
 W2S_INLINE V vexp(V x) {
   if constexpr (sizeof(typename V::Scalar) == 4) {
-    const V low = V::set(-87.33654f);
+    const V low = V::set(V::scale_underflows ? -104.0f : -87.33654f);
     const V clamped = V::max(low, x);
     const V n = (clamped * V::set(1.44269504f)).round();
     V r = V::fma(n, V::set(-0.693145751953125f), clamped);
@@ -19,7 +19,8 @@ W2S_INLINE V vexp(V x) {
     p = V::fma(p, r, V::set(0.4999999403953552f));
     p = V::fma(p, r, V::set(1.0f));
     p = V::fma(p, r, V::set(1.0f));
-    return V::select(V::gt(low, x), V::set(0.0f), V::scale(p, n));
+    if constexpr (V::scale_underflows) return V::scale(p, n);
+    else return V::select(V::gt(low, x), V::set(0.0f), V::scale(p, n));
   } else {
     constexpr double c[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
                             1.0 / 5040,       1.0 / 720,       1.0 / 120,      1.0 / 24,      1.0 / 6,      0.5, 1.0, 1.0};

@@ -7,6 +7,7 @@ namespace w2s::avx512 {
 struct Float {
   using Scalar = float;
   static constexpr int W = 16;
+  static constexpr bool scale_underflows = true;  // scale() rounds to 0 past the exponent's range
   struct Mask {
     __mmask16 m;
     W2S_INLINE Mask operator|(Mask o) const { return {__mmask16(m | o.m)}; }
@@ -62,6 +63,7 @@ namespace w2s::avx2 {
 struct Float {
   using Scalar = float;
   static constexpr int W = 8;
+  static constexpr bool scale_underflows = false;
   struct Mask {
     __m256 m;
     W2S_INLINE Mask operator|(Mask o) const { return {_mm256_or_ps(m, o.m)}; }
