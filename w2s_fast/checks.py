@@ -47,7 +47,8 @@ def number(
     """``value`` as a float within ``[low, high]`` (``(low, high]`` if ``open_low``), finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(op, argument, requirement or "a number", f"{type(value).__name__} {value!r}", error=TypeError)
-    inside = math.isfinite(value) and (value > low if open_low else value >= low) and value <= high
+    # NaN and infinities fail value - value == 0; math.isfinite would break the graph of a symbolic float
+    inside = value - value == 0 and (value > low if open_low else value >= low) and value <= high
     if not inside:
         fail(op, argument, requirement or f"in {'(' if open_low else '['}{low}, {high}]", value)
     return float(value)
