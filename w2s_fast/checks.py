@@ -26,11 +26,18 @@ def is_tensor(op: str, argument: str, value: Any, requirement: str = "a tensor")
     return value
 
 
+def float_dtype(op: str, argument: str, value: Any) -> torch.dtype:
+    """``value``, which must be a supported floating-point dtype."""
+    if value not in FLOATS:
+        fail(op, argument, "float32, bfloat16, float16 or float64", value, error=TypeError)
+    dtype: torch.dtype = value
+    return dtype
+
+
 def is_float_tensor(op: str, argument: str, value: Any) -> Tensor:
     """``value``, which must be a floating-point tensor of a supported dtype."""
     tensor = is_tensor(op, argument, value)
-    if tensor.dtype not in FLOATS:
-        fail(op, argument, "float32, bfloat16, float16 or float64", tensor.dtype, error=TypeError)
+    float_dtype(op, argument, tensor.dtype)
     return tensor
 
 

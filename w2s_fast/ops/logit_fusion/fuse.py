@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...library import Kernel, define
 from ...reference.logit_fusion import fuse as reference
 from .gradient import fusion_gradients, save_fusion, saved_fusion
@@ -131,6 +132,6 @@ def fuse_logits(
     given, batch = fusion(
         "fuse_logits", base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab
     )
-    fused, lse = FUSE_LOGITS(*given, out_dtype or base.dtype, return_lse)
+    fused, lse = FUSE_LOGITS(*given, checks.float_dtype("fuse_logits", "out_dtype", out_dtype or base.dtype), return_lse)
     fused = fused.reshape(*batch, given.vocab_size)
     return (fused, lse.reshape(batch)) if return_lse else fused

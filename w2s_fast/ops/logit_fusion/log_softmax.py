@@ -81,8 +81,6 @@ def fused_log_softmax(
     given, batch = fusion(
         op, base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab
     )
-    out_dtype = out_dtype or accumulate_dtype(given)
-    if out_dtype not in checks.FLOATS:
-        checks.fail(op, "out_dtype", "float32, bfloat16, float16 or float64", out_dtype, error=TypeError)
+    out_dtype = checks.float_dtype(op, "out_dtype", out_dtype or accumulate_dtype(given))
     logp: Tensor = FUSED_LOG_SOFTMAX(*given, out_dtype)[0]
     return logp.reshape(*batch, given.vocab_size)

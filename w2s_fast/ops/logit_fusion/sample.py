@@ -163,7 +163,7 @@ def fused_sample(
         strict_vocab,
         zero_temperature=True,
     )
-    draws = _uniform(op, uniform, generator, given.base, batch)
+    draws = _uniform(op, uniform, generator, given.base, batch, temperature)
     token, logprob, lse, kept = FUSED_SAMPLE(*given, draws, top_k, top_p, min_p)
     return SampleOutput(token.reshape(batch), logprob.reshape(batch), lse.reshape(batch), None, kept.reshape(batch))
 
@@ -185,7 +185,7 @@ def _dynamic(
     args, given = dynamic_arguments(op, base, experts, anti, **dynamic)
     heat, heat_value = temperature_of(op, temperature, given, zero_allowed=True)
     kind, level = plausible_of(op, plausible)
-    draws = _uniform(op, uniform, generator, given.base, given.batch)
+    draws = _uniform(op, uniform, generator, given.base, given.batch, temperature)
     run = DYNAMIC_SAMPLE.on("reference") if args.multi == MULTI["grid"] else DYNAMIC_SAMPLE
     token, logprob, lse, kept, *solved = run(*args, heat, heat_value, kind, level, draws, top_k, top_p, min_p)
     batch = given.batch
@@ -193,8 +193,10 @@ def _dynamic(
     return SampleOutput(token.reshape(batch), logprob.reshape(batch), lse.reshape(batch), alpha, kept.reshape(batch))
 
 
-def _uniform(op: str, uniform: Any, generator: Any, base: Tensor, batch: torch.Size) -> Tensor:
+def _uniform(op: str, uniform: Any, generator: Any, base: Tensor, batch: torch.Size, temperature: Any) -> Tensor:
     if uniform is None:
+        if not isinstance(temperature, Tensor) and temperature == 0:
+            return torch.zeros(base.shape[0], device=base.device)  # the argmax draws nothing
         return torch.rand(base.shape[0], generator=generator, device=base.device)
     checks.is_float_tensor(op, "uniform", uniform)
     if uniform.shape != batch:
