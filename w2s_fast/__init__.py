@@ -9,6 +9,11 @@ if _util.find_spec("w2s_fast.kernels") is None and _os.path.exists(_os.path.join
     __path__.append(_root)
 
 from .dispatch import Explanation, backend, explain, set_backend
+from .ops.linear_loss.arm import ArmLoss, arm_loss, linear_arm_loss
+from .ops.linear_loss.cross_entropy import linear_fusion_cross_entropy
+from .ops.linear_loss.dynamic_weights import linear_dynamic_weights
+from .ops.linear_loss.logprobs import linear_fusion_logprobs
+from .ops.linear_loss.sample import linear_fusion_sample
 from .ops.logit_fusion.dynamic_weights import DynamicWeights, dynamic_fusion_weights
 from .ops.logit_fusion.fuse import fuse_logits
 from .ops.logit_fusion.log_softmax import fused_log_softmax
@@ -18,10 +23,12 @@ from .ops.logit_fusion.stats import FusedStats, fused_stats
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArmLoss",
     "DynamicWeights",
     "Explanation",
     "FusedStats",
     "SampleOutput",
+    "arm_loss",
     "backend",
     "dynamic_fusion_weights",
     "explain",
@@ -29,5 +36,10 @@ __all__ = [
     "fused_log_softmax",
     "fused_sample",
     "fused_stats",
+    "linear_arm_loss",
+    "linear_dynamic_weights",
+    "linear_fusion_cross_entropy",
+    "linear_fusion_logprobs",
+    "linear_fusion_sample",
     "set_backend",
 ]
