@@ -62,6 +62,19 @@ class Options:
         return found
 
 
+def load_average() -> float:
+    """Processes that ran or waited during the last minute; 0 where the system does not say."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0
+
+
+def busy() -> str:
+    """A warning if others use this machine's cores, which no interleaving repairs; empty if it is quiet."""
+    load = load_average()
+    if load <= 0.5:
+        return ""
+    return f"the load average is {load}: other processes are running, times and even ratios will be off"
+
+
 def intention(cases: list[Case], settings: harness.Settings) -> str:
     """One line on what is about to run."""
     where = f"{settings.threads} CPU threads" if settings.device == "cpu" else torch.cuda.get_device_name()
@@ -77,6 +90,7 @@ def measure(
 ) -> Report:
     """Ceilings, cases, overheads: a report. ``step`` hears what begins, ``advance`` is called when it is done."""
     torch.set_num_threads(settings.threads)
+    load = load_average()
     found = ceilings.measure(torch.device(settings.device))
 
     def progress(case: Case) -> None:
@@ -87,7 +101,7 @@ def measure(
     step("overhead")
     overhead = overheads.measure() if options.overhead and not options.ops else {}
     advance()
-    return new_report(rows, settings, found, overhead)
+    return new_report(rows, settings, found, overhead, load)
 
 
 def path_for(report: Report, out: Path | None) -> Path:

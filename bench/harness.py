@@ -39,7 +39,7 @@ class Settings:
     rounds: int = 15
     window: float = 0.02
     warm_up: float = 0.1
-    budget: float = 5.0
+    budget: float = 4.0
     seed: int = 0
     providers: tuple[str, ...] = ()
 

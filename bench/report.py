@@ -131,8 +131,10 @@ def commit() -> str | None:
         return None
 
 
-def new_report(rows: list[Row], settings: Settings, ceilings: Ceilings, overhead: dict[str, Any]) -> Report:
-    """One run as a report."""
+def new_report(
+    rows: list[Row], settings: Settings, ceilings: Ceilings, overhead: dict[str, Any], load: float
+) -> Report:
+    """One run as a report; ``load`` is the machine's load average before it."""
     from .. import extension
 
     run = {
@@ -142,6 +144,7 @@ def new_report(rows: list[Row], settings: Settings, ceilings: Ceilings, overhead
         "rounds": settings.rounds,
         "versions": versions(),
         "extension": extension.ERROR or "built",
+        "load": load,
         "ceilings": {
             "copy_bytes_per_s": float(f"{ceilings.copy:.4g}"),
             "copy_source": ceilings.copy_source,

@@ -34,9 +34,12 @@ def milliseconds(value: float) -> str:
     return f"{value * 1e3:.3g} µs" if value < 1 else f"{value:.3g} ms"
 
 
-def megabytes(value: int) -> str:
-    """Bytes as MB with the digits that matter."""
-    return f"{value / 1e6:.3g} MB"
+def amount(value: int) -> str:
+    """Bytes in the unit that fits, three digits."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value} B"
 
 
 def verdict(row: Row) -> str:
@@ -54,6 +57,22 @@ def ratio(row: Row) -> str:
     if row.ratio is None or row.ratio_low is None or row.ratio_high is None:
         return f"{row.provider}: no ratio"
     return f"{row.provider} {row.ratio:.3g}× ({row.ratio_low:.3g}–{row.ratio_high:.3g}){verdict(row)}"
+
+
+def lines(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
+    """One case for the terminal: (provider, time, ratio or share of the floor, verdict, memory) a provider."""
+    found = []
+    for row in rows:
+        name = f"{row.provider} ({row.backend})" if row.provider == OURS and row.backend else row.provider
+        if row.status != "ok" or row.ms is None:
+            found.append((name, row.status, "", "", ""))
+            continue
+        against = "" if row.share is None else f"{row.share:.0%} of the floor"
+        if row.ratio is not None and row.ratio_low is not None and row.ratio_high is not None:
+            against = f"{row.ratio:.3g}× ({row.ratio_low:.3g}–{row.ratio_high:.3g})"
+        memory = "" if row.peak_bytes is None else amount(row.peak_bytes)
+        found.append((name, milliseconds(row.ms), against, verdict(row).strip(" []"), memory))
+    return found
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -74,10 +93,10 @@ def _memory(ours: Row, others: Sequence[Row]) -> list[str]:
     if ours.peak_bytes is None:
         return []
     theirs = [row for row in others if row.kind != OURS and row.peak_bytes is not None]
-    found = [megabytes(ours.peak_bytes)]
+    found = [amount(ours.peak_bytes)]
     if theirs:
         least = min(theirs, key=lambda row: row.peak_bytes or 0)
-        found.append(f"least other: {megabytes(least.peak_bytes or 0)} ({least.provider})")
+        found.append(f"least other: {amount(least.peak_bytes or 0)} ({least.provider})")
     return found
 
 

@@ -168,7 +168,7 @@ def test_a_case_needs_a_prediction_and_known_targets():
 
 
 def _report(rows) -> report.Report:
-    return report.new_report(list(rows), QUICK, CEILINGS, {})
+    return report.new_report(list(rows), QUICK, CEILINGS, {}, load=0.0)
 
 
 def test_json_round_trip(rows, tmp_path: Path):

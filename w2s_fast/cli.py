@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Fused kernels for weak-to-strong training: what they do here."
@@ -121,6 +120,8 @@ def bench(
     except ValueError as error:
         _fail(str(error), code=2)
     out.print(command.intention(cases, settings))
+    if command.busy():
+        err.print(f"[yellow]note:[/yellow] {command.busy()}", soft_wrap=True)
     with _progress() as progress:
         task = progress.add_task("measuring ceilings", total=len(cases) + 1)
 
@@ -143,11 +144,13 @@ def bench(
 def _print_report(report: Any) -> None:
     from .bench import tables
 
-    table = Table(*tables.HEADER, show_lines=True)
-    for rows in tables.grouped(report.rows):
-        table.add_row(*(escape("\n".join(cell)) for cell in tables.cells(rows)))
     out.print(tables.machine(report), highlight=False)
-    out.print(table)
+    out.print("(ratio: their time / our time, median and quartiles of the rounds; last column: peak memory)")
+    for rows in tables.grouped(report.rows):
+        out.print(f"[bold]{rows[0].op}[/bold] {escape(rows[0].case)}", highlight=False)
+        for name, took, ratio, demand, memory in tables.lines(rows):
+            text = f"  {name:<30} {took:>9}  {ratio:<20} {memory:>8}  {demand}".rstrip()
+            out.print(escape(text), soft_wrap=True, highlight=False)
     for what, value in tables.overhead(report):
         out.print(f"{what}: {value}", highlight=False)
     missing = tables.unavailable(report.rows)
