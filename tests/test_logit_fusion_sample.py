@@ -1,4 +1,4 @@
-"""fused_sample: the law of the draw, the filters by hand, reproducibility, dynamic weights, rows that go wrong."""
+"""fused_sample: the law of the draw, the filters by hand, reproducibility, rows that go wrong."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import w2s_fast
 from w2s_fast.testing.accuracy import assert_accurate
+from w2s_fast.testing.calls import Calls
 from w2s_fast.testing.synthetic import CPU_BACKENDS, language_models, plain_fusion
 
 INF, NAN = math.inf, math.nan
@@ -247,36 +247,18 @@ def test_without_experts_it_is_a_plain_sampler(backend):
 # layouts
 
 
-class _Calls(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, list[int]]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        leaves = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
-        self.seen.append((str(func), [t.data_ptr() for t in leaves]))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("weights", [0.5, "dynamic"])
 def test_a_slice_is_read_in_place(backend, weights):
     whole = [torch.randn(3, 5, 257) for _ in range(3)]
     last = [t[:, -1, :] for t in whole]
     uniform = torch.rand(3)
-    with _Calls() as calls:
+    with Calls() as calls:
         found = w2s_fast.fused_sample(last[0], [last[1]], last[2], weights, uniform=uniform)
-    ours = [pointers for op, pointers in calls.seen if op.startswith("w2s_fast.")]
+    ours = calls.ours()
     assert len(ours) == 1 and ours[0][:3] == [t.data_ptr() for t in last]
-    assert not _copies(calls, whole), "a copy in front of the kernel"
+    assert not calls.copies(whole), "a copy in front of the kernel"
     copy = [t.contiguous() for t in last]
     _same(found, w2s_fast.fused_sample(copy[0], [copy[1]], copy[2], weights, uniform=uniform))
-
-
-def _copies(calls: _Calls, whole: list[torch.Tensor]) -> list[str]:
-    """Ops of a copying kind that read from one of the tensors."""
-    words, spans = ("copy", "clone", "contiguous", "_to"), [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in whole]
-    return [op for op, pointers in calls.seen if any(word in op for word in words)
-            and any(low <= p < high for p in pointers for low, high in spans)]
 
 
 @pytest.mark.parametrize("weights", [0.5, "dynamic"])
@@ -338,36 +320,3 @@ def test_rows_without_a_distribution(backend, filters):
     assert found.token[3].item() == 0 and found.logprob[3].item() == 0.0 and found.kept[3].item() == 1
     clean = w2s_fast.fused_sample(base[[0, 4]], uniform=torch.full((2,), 0.5), **filters)
     _same([t if t is None else t[[0, 4]] for t in found], clean)
-
-
-# dynamic weights
-
-
-@pytest.mark.parametrize("settings", [
-    {}, {"solver": "grid"}, {"multi": "decoupled", "average": True}, {"direction": "target_kl"}, {"alpha_max": 0.5},
-    {"solver": "grid", "multi": "grid", "grid": [0.5, 1.0, 1.5]},
-], ids=str)  # fmt: skip
-def test_dynamic_weights_then_sample(backend, settings):
-    """One op for both: the weights of dynamic_fusion_weights, and the token that those weights give."""
-    m = language_models(12, 2003, 2, shift=0.7, seed=12)
-    uniform = torch.rand(12, generator=torch.Generator().manual_seed(5))
-    sampling = {"uniform": uniform, "temperature": 0.8, "top_p": 0.95, "plausible": ("min_p", 1e-4)}
-    found = w2s_fast.fused_sample(*m, "dynamic", dynamic={"tol": 1e-6, **settings}, **sampling)
-    solved = w2s_fast.dynamic_fusion_weights(*m, tol=1e-6, **settings)
-    torch.testing.assert_close(found.alpha, solved.alpha, atol=2e-4, rtol=0)
-    again = w2s_fast.fused_sample(*m, found.alpha, **sampling)
-    assert torch.equal(found.token, again.token) and torch.equal(found.kept, again.kept)
-    torch.testing.assert_close(found.logprob, again.logprob, atol=2e-6, rtol=1e-6)
-    torch.testing.assert_close(found.lse, again.lse, atol=2e-6, rtol=1e-6)
-
-
-def test_dynamic_greedy_and_bad_rows(backend):
-    m = language_models(4, 301, seed=13)
-    base = m.base.clone()
-    base[1], base[2, 7] = -INF, NAN
-    found = w2s_fast.fused_sample(base, m.experts, m.anti, "dynamic", temperature=0)
-    assert found.token[1:3].tolist() == [-1, -1] and bool(found.logprob[1:3].isnan().all())
-    assert found.alpha.isnan()[:, 0].tolist() == [False, True, True, False]
-    solved = w2s_fast.dynamic_fusion_weights(*m)
-    z = plain_fusion(*m, solved.alpha, dtype=torch.float64)
-    assert found.token[[0, 3]].tolist() == z.argmax(-1)[[0, 3]].tolist()

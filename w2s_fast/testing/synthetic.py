@@ -75,3 +75,14 @@ def tilted_kl(base: Tensor, shift: Tensor) -> Tensor:
     """KL(softmax(base + shift) || softmax(base)) ``[B]`` in float64 as its defining sum; finite logits."""
     p, q = base.double().log_softmax(-1), (base.double() + shift.double()).log_softmax(-1)
     return (q.exp() * (q - p)).sum(-1)
+
+
+def targets_of(m: Models) -> Tensor:
+    """KL(softmax(expert_k) || softmax(anti)) ``[B, K]`` in float64."""
+    return torch.stack([tilted_kl(m.anti, e.double() - m.anti.double()) for e in m.experts], -1)
+
+
+def kl_at(m: Models, alpha: Tensor) -> Tensor:
+    """KL of the distribution fused with weights ``alpha [B, K]`` to that of base, ``[B]`` in float64."""
+    shifts = torch.stack([e.double() - m.anti.double() for e in m.experts], 1)
+    return tilted_kl(m.base, (alpha.double().unsqueeze(-1) * shifts).sum(1))
