@@ -42,7 +42,8 @@ for extra in README.md LICENSE; do if [ -e "$extra" ]; then cp "$extra" "$source
 report=$(pwd)/tests/cuda/resources.py
 golden=$(pwd)/tests/golden/cuda_resources.csv
 cd "$source"
-"$python" setup.py --quiet build_ext --inplace
+log="$directory/build.log"
+"$python" setup.py build_ext --inplace >"$log" 2>&1 || { grep -m 20 -iE 'error|FAILED' "$log"; tail -n 40 "$log"; exit 1; }
 "$python" - <<'PY'
 import torch
 import w2s_fast
