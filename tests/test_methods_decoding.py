@@ -94,12 +94,27 @@ def test_plain_step_agrees_with_the_op_on_the_grid():
 
 
 def test_demo_writes_figure_and_numbers(tiny, tmp_path):
-    report = demo.main(tmp_path, settings=dlf.TINY, quiet=True, windows=2, new_tokens=6)
+    report = demo.run_demo(tmp_path, settings=dlf.TINY, quiet=True, windows=2, new_tokens=6)
     assert json.loads((tmp_path / "demo.json").read_text())["scores"] == report["scores"]
     assert [s["domain"] for s in report["scores"]] == ["code", "prose"]
     assert all(row["plain"] > 0 and row["fused"] > 0 for row in report["speed"]["rows"])
     assert all(len(s["alphas"]) == 6 for s in report["samples"].values())
     assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+def test_demo_command(monkeypatch, capsys, tmp_path):
+    given = {}
+    monkeypatch.setattr(demo, "run_demo", lambda out, **settings: given.update(out=out, **settings))
+    assert demo.main(["--out", "x", "--seed", "3", "--fresh"]) == 0
+    assert given == {"out": "x", "seed": 3, "fresh": True}
+
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(demo, "run_demo", full)
+    assert demo.main([]) == 1
+    printed = capsys.readouterr()
+    assert "disk full" in printed.err and not printed.out
 
 
 def test_pairs_prefer_what_they_say(tiny):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,7 @@ def speed_table(speed: Speed) -> Any:
     return table
 
 
-def main(
+def run_demo(
     out: str | Path = "w2s_fast_demo", *, seed: int = 0, fresh: bool = False, quiet: bool = False,
     settings: dlf.Settings | None = None, windows: int = 24, new_tokens: int = 60,
 ) -> dict[str, Any]:
@@ -144,5 +146,23 @@ def _escaped(words: str) -> str:
     return escape(words)
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`w2s-fast demo [--out FOLDER] [--seed N] [--fresh]`; 0 when it went well."""
+    parser = argparse.ArgumentParser(prog="w2s-fast demo", description=__doc__)
+    parser.add_argument("--out", default="w2s_fast_demo", help="folder of demo.png and demo.json (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the models and the samples (default %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="train anew, not from the cache")
+    given = parser.parse_args(arguments)
+    try:
+        run_demo(given.out, seed=given.seed, fresh=given.fresh)
+    except KeyboardInterrupt:
+        stderr_console().print("[yellow]stopped; models that were finished are kept.[/yellow]")
+        return 130
+    except OSError as error:
+        stderr_console().print(f"[red]w2s-fast demo:[/red] {_escaped(str(error))}")
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
