@@ -110,6 +110,7 @@ def generate(
         drawn = alive & (made.token >= 0)  # -1: a row whose logits are NaN or all -inf ends here, logprob NaN
         token = torch.where(drawn, made.token, pad)
         tokens.append(token[:, None])
+        assert made.logprob is not None  # only return_logprob=False leaves it out
         logprobs.append(torch.where(alive, made.logprob, 0.0))
         if made.alpha is not None:
             alphas.append(torch.where(alive[:, None], made.alpha, 0.0))

@@ -132,6 +132,8 @@ def fuse_logits(
     given, batch = fusion(
         "fuse_logits", base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab
     )
-    fused, lse = FUSE_LOGITS(*given, checks.float_dtype("fuse_logits", "out_dtype", out_dtype or base.dtype), return_lse)
+    fused, lse = FUSE_LOGITS(
+        *given, checks.float_dtype("fuse_logits", "out_dtype", out_dtype or base.dtype), return_lse
+    )
     fused = fused.reshape(*batch, given.vocab_size)
     return (fused, lse.reshape(batch)) if return_lse else fused

@@ -23,12 +23,12 @@ class SampleOutput(NamedTuple):
     """One sampled token a row.
 
     Fields: token ``[...]`` int64; logprob ``[...]``, its log-probability under the unfiltered, temperature-scaled
-    fused distribution; lse ``[...]`` of that distribution's logits; alpha ``[..., K]`` with dynamic weights, else
+    fused distribution (None if it was not wanted); lse ``[...]`` of that distribution's logits; alpha ``[..., K]`` with dynamic weights, else
     None; kept ``[...]`` int32, how many tokens the filters kept.
     """
 
     token: Tensor
-    logprob: Tensor
+    logprob: Tensor | None
     lse: Tensor
     alpha: Tensor | None
     kept: Tensor
@@ -93,6 +93,7 @@ def fused_sample(
     uniform: Tensor | None = None,
     dynamic: dict[str, Any] | None = None,
     vocab_size: int | None = None,
+    return_logprob: bool = True,
     strict_vocab: bool = False,
 ) -> SampleOutput:
     """Fuse the logits, filter and draw the next token, with no sort and nothing of size ``[B, V]`` kept.
@@ -111,6 +112,7 @@ def fused_sample(
         uniform: numbers in [0, 1) of the leading shape. The token is then a pure function of the inputs: the first
             index at which the cumulative mass over the kept tokens, in index order, exceeds ``uniform`` times their
             mass.
+        return_logprob: False leaves ``logprob`` None; it comes with the draw and costs next to nothing.
         dynamic: with ``weights="dynamic"``, arguments of `dynamic_fusion_weights` (alpha_max, nodes, multi, ...).
 
     Returns:
@@ -134,7 +136,7 @@ def fused_sample(
         checks.choice(op, "weights", weights, ("dynamic",))
         if base_weight != 1.0:
             checks.fail(op, "base_weight", '1.0 with weights="dynamic"', base_weight)
-        return _dynamic(
+        found = _dynamic(
             op,
             base,
             experts,
@@ -148,6 +150,7 @@ def fused_sample(
             min_p,
             {"vocab_size": vocab_size, "strict_vocab": strict_vocab, **(dynamic or {})},
         )
+        return found if return_logprob else found._replace(logprob=None)
     if dynamic is not None:
         checks.fail(op, "dynamic", 'None unless weights="dynamic"', repr(dynamic))
     given, batch = fusion(
@@ -165,7 +168,8 @@ def fused_sample(
     )
     draws = _uniform(op, uniform, generator, given.base, batch, temperature)
     token, logprob, lse, kept = FUSED_SAMPLE(*given, draws, top_k, top_p, min_p)
-    return SampleOutput(token.reshape(batch), logprob.reshape(batch), lse.reshape(batch), None, kept.reshape(batch))
+    wanted = logprob.reshape(batch) if return_logprob else None
+    return SampleOutput(token.reshape(batch), wanted, lse.reshape(batch), None, kept.reshape(batch))
 
 
 def _dynamic(
