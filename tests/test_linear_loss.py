@@ -44,15 +44,24 @@ def test_gradcheck(backend, reduction, softcap, frozen):
 
     def call(*flat):
         return w2s_fast.linear_fusion_cross_entropy(
-            list(flat[:3]), list(flat[3:6]), target, flat[9], biases=list(flat[6:9]), temperature=0.7, softcap=softcap,
-            reduction=reduction)
+            list(flat[:3]),
+            list(flat[3:6]),
+            target,
+            flat[9],
+            biases=list(flat[6:9]),
+            temperature=0.7,
+            softcap=softcap,
+            reduction=reduction,
+        )
 
     with w2s_fast.backend(backend):
         assert torch.autograd.gradcheck(call, (*hiddens, *heads, *biases, weights))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rows, vocab, sizes", [(1, 1000, (33,)), (129, 1000, (33, 64, 17)), (70, 3201, (64, 16)), (600, 517, (16,))])
+@pytest.mark.parametrize(
+    "rows, vocab, sizes", [(1, 1000, (33,)), (129, 1000, (33, 64, 17)), (70, 3201, (64, 16)), (600, 517, (16,))]
+)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_equals_the_concatenated_product(backend, rows, vocab, sizes, frozen):
     hiddens, heads, _, target, _ = models(rows, vocab, sizes)
@@ -77,8 +86,9 @@ def test_equals_the_concatenated_product(backend, rows, vocab, sizes, frozen):
 def test_expert_equal_to_anti_expert_gives_the_single_model(backend):
     hiddens, heads, _, target, _ = models(dtype=torch.float32)
     with w2s_fast.backend(backend):
-        three = w2s_fast.linear_fusion_cross_entropy([hiddens[0], hiddens[1], hiddens[1]], [heads[0], heads[1], heads[1]],
-                                                     target, (1, 1, -1))
+        three = w2s_fast.linear_fusion_cross_entropy(
+            [hiddens[0], hiddens[1], hiddens[1]], [heads[0], heads[1], heads[1]], target, (1, 1, -1)
+        )
         one = w2s_fast.linear_fusion_cross_entropy(hiddens[:1], heads[:1], target)
     torch.testing.assert_close(three, one, rtol=1e-5, atol=1e-5)
 

@@ -236,7 +236,7 @@ std::vector<std::vector<Segment>> stashed(const Engine<A>& e, Need need) {
     group.push_back({r0, rows, i});
     r0 += rows;
   }
-  if (2 * r0 < e.M) return blocks(e);
+  if (2 * r0 < e.M || e.M == 0) return blocks(e);
   if (r0 < e.M) group.push_back({r0, e.M - r0, -1});
   return {group};
 }

@@ -57,8 +57,12 @@ def arm_loss(
     for name, value in (("chosen_logps", chosen_logps), ("rejected_logps", rejected_logps)):
         checks.is_float_tensor(op, name, value)
     if chosen_logps.ndim != 1 or rejected_logps.shape != chosen_logps.shape:
-        checks.fail(op, "rejected_logps", "one number a pair, like chosen_logps",
-                    f"shapes {tuple(rejected_logps.shape)} and {tuple(chosen_logps.shape)}")
+        checks.fail(
+            op,
+            "rejected_logps",
+            "one number a pair, like chosen_logps",
+            f"shapes {tuple(rejected_logps.shape)} and {tuple(chosen_logps.shape)}",
+        )
     checks.same_device(op, [("chosen_logps", chosen_logps), ("rejected_logps", rejected_logps)])
     wide = torch.promote_types(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype), torch.float32)
     chosen, rejected = chosen_logps.to(wide), rejected_logps.to(wide)
@@ -113,7 +117,9 @@ def linear_arm_loss(
     checks.is_tensor(op, "labels", labels)
     if labels.shape != hidden.shape[:2]:
         checks.fail(op, "labels", f"of shape {tuple(hidden.shape[:2])}", tuple(labels.shape))
-    given, batch = linear(op, [hidden[:, :-1]], [lm_head], None, None if bias is None else [bias], 1.0, softcap, vocab_size)
+    given, batch = linear(
+        op, [hidden[:, :-1]], [lm_head], None, None if bias is None else [bias], 1.0, softcap, vocab_size
+    )
     logp, _ = logprobs(given, targets(op, labels[:, 1:], batch, given, ignore_index), ignore_index)
     sums = logp.reshape(batch).sum(1)
     pairs = hidden.shape[0] // 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ... import checks
@@ -48,8 +47,10 @@ LINEAR_FUSION_CROSS_ENTROPY = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel("kernels.linear_loss.fusion:launch_linear_fusion_cross_entropy",
-                  "kernels.linear_loss.fusion:supports_linear_fusion_cross_entropy"),
+    triton=Kernel(
+        "kernels.linear_loss.fusion:launch_linear_fusion_cross_entropy",
+        "kernels.linear_loss.fusion:supports_linear_fusion_cross_entropy",
+    ),
 )
 
 

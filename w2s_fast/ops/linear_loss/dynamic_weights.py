@@ -85,12 +85,20 @@ def linear_dynamic_weights(
     for start in range(0, max(rows, 1), chunk):
         part = slice(start, start + chunk)
         base, anti, *experts = (_logits(given, i, part) for i in range(len(given.hiddens)))
-        found.append(dynamic_fusion_weights(
-            base, experts, anti, target_kl=None if target_kl is None else target_kl[part],
-            direction=direction[part] if per_chunk else direction, **settings,
-        ))
+        found.append(
+            dynamic_fusion_weights(
+                base,
+                experts,
+                anti,
+                target_kl=None if target_kl is None else target_kl[part],
+                direction=direction[part] if per_chunk else direction,
+                **settings,
+            )
+        )
     alpha, target, achieved, saturated = (torch.cat(parts) for parts in zip(*found, strict=True))
     return DynamicWeights(
-        alpha.reshape(*batch, count), target.reshape(*batch, count), achieved.reshape(*batch, *achieved.shape[1:]),
+        alpha.reshape(*batch, count),
+        target.reshape(*batch, count),
+        achieved.reshape(*batch, *achieved.shape[1:]),
         saturated.reshape(*batch, count),
     )

@@ -30,8 +30,10 @@ LINEAR_FUSION_BACKWARD = define(
     f"({LINEAR}, Tensor target, int ignore_index, Tensor lse, Tensor coef_target, Tensor coef_lse, {NEED}) -> ({GRADIENTS})",
     reference=reference.linear_fusion_backward,
     fake=lambda *args: fake_gradients(Linear(*args[:8]), args[13:]),
-    triton=Kernel("kernels.linear_loss.fusion:launch_linear_fusion_backward",
-                  "kernels.linear_loss.fusion:supports_linear_fusion_backward"),
+    triton=Kernel(
+        "kernels.linear_loss.fusion:launch_linear_fusion_backward",
+        "kernels.linear_loss.fusion:supports_linear_fusion_backward",
+    ),
 )
 
 

@@ -71,7 +71,14 @@ def _unit_stride(t: Tensor) -> Tensor:
 
 
 def linear(
-    op: str, hiddens: Any, lm_heads: Any, weights: Any, biases: Any, temperature: Any, softcap: Any, vocab_size: Any,
+    op: str,
+    hiddens: Any,
+    lm_heads: Any,
+    weights: Any,
+    biases: Any,
+    temperature: Any,
+    softcap: Any,
+    vocab_size: Any,
     zero_temperature: bool = False,
 ) -> tuple[Linear, torch.Size]:
     """Every argument of `LINEAR` checked, and the leading shape of the rows."""
@@ -88,8 +95,14 @@ def linear(
     offsets = _biases(op, biases, heads, vocab_size, rows)
     checks.same_device(op, [*named, *((f"biases[{i}]", b) for i, b in enumerate(offsets))])
     values, given = _weights(op, weights, len(heads), batch, rows[0])
-    heat = checks.number(op, "temperature", temperature, low=0.0, open_low=not zero_temperature,
-                         requirement="a finite number " + (">= 0" if zero_temperature else "> 0"))
+    heat = checks.number(
+        op,
+        "temperature",
+        temperature,
+        low=0.0,
+        open_low=not zero_temperature,
+        requirement="a finite number " + (">= 0" if zero_temperature else "> 0"),
+    )
     cap = 0.0 if softcap is None else checks.number(op, "softcap", softcap, low=0.0, open_low=True)
     return Linear(rows, [_unit_stride(w) for w in heads], offsets, given, values, heat, cap, vocab_size), batch
 
@@ -98,7 +111,9 @@ def _pair(op: str, i: int, h: Any, head: Any, first: Tensor) -> list[tuple[str, 
     checks.is_float_tensor(op, f"hiddens[{i}]", h)
     checks.is_float_tensor(op, f"lm_heads[{i}]", head)
     if h.ndim < 1 or h.shape[:-1] != first.shape[:-1]:
-        checks.fail(op, f"hiddens[{i}]", f"of leading shape {tuple(first.shape[:-1])} (that of hiddens[0])", tuple(h.shape))
+        checks.fail(
+            op, f"hiddens[{i}]", f"of leading shape {tuple(first.shape[:-1])} (that of hiddens[0])", tuple(h.shape)
+        )
     if head.ndim != 2 or head.shape[1] != h.shape[-1] or head.shape[1] < 1:
         checks.fail(op, f"lm_heads[{i}]", f"of shape [V, {h.shape[-1]}]", tuple(head.shape))
     if head.shape[0] < 1:
@@ -134,7 +149,9 @@ def _weights(op: str, weights: Any, count: int, batch: torch.Size, like: Tensor)
         try:
             rows = weights.expand(*batch, count).reshape(like.shape[0], count)
         except RuntimeError:
-            checks.fail(op, "weights", f"{count} numbers, or of shape [{count}] or {[*batch, count]}", tuple(weights.shape))
+            checks.fail(
+                op, "weights", f"{count} numbers, or of shape [{count}] or {[*batch, count]}", tuple(weights.shape)
+            )
         return [], rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
     if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) != count:
         checks.fail(op, "weights", f"one number a model ({count})", repr(weights))
@@ -154,8 +171,9 @@ def targets(op: str, target: Any, batch: torch.Size, given: Linear, ignore_index
     if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
         bad = ((target < 0) | (target >= given.vocab_size)) & (target != ignore_index)
         if bool(bad.any()):
-            checks.fail(op, "target", f"in [0, {given.vocab_size}) or ignore_index ({ignore_index})",
-                        int(target[bad][0]))
+            checks.fail(
+                op, "target", f"in [0, {given.vocab_size}) or ignore_index ({ignore_index})", int(target[bad][0])
+            )
     return target.reshape(-1).to(torch.int64).contiguous()
 
 

@@ -41,8 +41,9 @@ def _backward(ctx: Any, grad_logp: Tensor, grad_lse: Tensor, *_: Any) -> dict[st
     saved = ctx.saved_tensors
     values, heat, cap, width, ignore_index = ctx.numbers
     weights, target, lse, rows, logits = saved[2 * n + biased :]
-    given = Linear(list(saved[:n]), list(saved[n : 2 * n]), list(saved[2 * n : 2 * n + biased]), weights, values, heat,
-                   cap, width)
+    given = Linear(
+        list(saved[:n]), list(saved[n : 2 * n]), list(saved[2 * n : 2 * n + biased]), weights, values, heat, cap, width
+    )
     hiddens, heads, biases, weight = ctx.needs_input_grad[:4]
     need = (bits(hiddens), bits(heads), bits(biases), bool(weight and weights is not None))
     kept_rows, kept_logits = ctx.kept
@@ -55,7 +56,13 @@ def _backward(ctx: Any, grad_logp: Tensor, grad_lse: Tensor, *_: Any) -> dict[st
 
 
 def _from_expectations(
-    given: Linear, target: Tensor, ignore_index: int, rows: Tensor, logits: Tensor, grad_logp: Tensor, grad_lse: Tensor,
+    given: Linear,
+    target: Tensor,
+    ignore_index: int,
+    rows: Tensor,
+    logits: Tensor,
+    grad_logp: Tensor,
+    grad_lse: Tensor,
     need: tuple[int, int, int, bool],
 ) -> dict[str, Any]:
     """Frozen heads: d logp_t / d h_i = scale_i (W_i[y] - E_p W_i) needs the kept expectations only, no pass over V."""
@@ -75,7 +82,7 @@ def _from_expectations(
                 unit = torch.tanh(part / given.softcap)
                 part, own = given.softcap * unit, own * (1 - unit.square())
             at_target.append(part)
-        scale = (given.weight_values[i] if given.weights is None else given.weights[:, i : i + 1].to(own.dtype))
+        scale = given.weight_values[i] if given.weights is None else given.weights[:, i : i + 1].to(own.dtype)
         wanted = need[0] >> i & 1
         grad = ((a * own + b * mean) * (scale / given.temperature)).to(h.dtype) if wanted else None
         dhiddens.append(once("linear_fusion_logprobs", grad)[0] if grad is not None else None)
@@ -83,8 +90,12 @@ def _from_expectations(
     if need[3] and given.weights is not None:
         dweights = (a * torch.cat(at_target, 1) + b * logits) / given.temperature
         dweights = once("linear_fusion_logprobs", dweights.to(given.weights.dtype))[0]
-    return {"hiddens": dhiddens, "heads": [None] * len(given.heads), "biases": [None] * len(given.biases),
-            "weights": dweights}
+    return {
+        "hiddens": dhiddens,
+        "heads": [None] * len(given.heads),
+        "biases": [None] * len(given.biases),
+        "weights": dweights,
+    }
 
 
 LINEAR_FUSION_LOGPROBS = define(
@@ -95,8 +106,10 @@ LINEAR_FUSION_LOGPROBS = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel("kernels.linear_loss.fusion:launch_linear_fusion_logprobs",
-                  "kernels.linear_loss.fusion:supports_linear_fusion_logprobs"),
+    triton=Kernel(
+        "kernels.linear_loss.fusion:launch_linear_fusion_logprobs",
+        "kernels.linear_loss.fusion:supports_linear_fusion_logprobs",
+    ),
 )
 
 

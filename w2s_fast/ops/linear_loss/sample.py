@@ -28,8 +28,10 @@ LINEAR_FUSION_SAMPLE = define(
     reference=reference.linear_fusion_sample,
     fake=_fake,
     differentiable=False,
-    triton=Kernel("kernels.linear_loss.sample:launch_linear_fusion_sample",
-                  "kernels.linear_loss.sample:supports_linear_fusion_sample"),
+    triton=Kernel(
+        "kernels.linear_loss.sample:launch_linear_fusion_sample",
+        "kernels.linear_loss.sample:supports_linear_fusion_sample",
+    ),
 )
 
 
@@ -71,7 +73,9 @@ def linear_fusion_sample(
         1
     """
     op = "linear_fusion_sample"
-    given, batch = linear(op, hiddens, lm_heads, weights, biases, temperature, softcap, vocab_size, zero_temperature=True)
+    given, batch = linear(
+        op, hiddens, lm_heads, weights, biases, temperature, softcap, vocab_size, zero_temperature=True
+    )
     if uniform is None:
         draws = torch.rand(given.rows, generator=generator, device=given.hiddens[0].device)
     else:
@@ -80,7 +84,11 @@ def linear_fusion_sample(
             checks.fail(op, "uniform", f"of shape {tuple(batch)}", tuple(uniform.shape))
         checks.same_device(op, [("hiddens[0]", given.hiddens[0]), ("uniform", uniform)])
         draws = uniform.reshape(-1).to(torch.promote_types(uniform.dtype, torch.float32)).contiguous()
-        if draws.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((draws < 0) | (draws >= 1)).any()):
+        if (
+            draws.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and bool(((draws < 0) | (draws >= 1)).any())
+        ):
             checks.fail(op, "uniform", "in [0, 1)", [draws.min().item(), draws.max().item()])
     token, logprob, lse, kept = LINEAR_FUSION_SAMPLE(*given, draws)
     return SampleOutput(token.reshape(batch), logprob.reshape(batch), lse.reshape(batch), None, kept.reshape(batch))

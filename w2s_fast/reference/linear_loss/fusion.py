@@ -138,7 +138,9 @@ def linear_fusion_backward(
     for i, (h, head) in enumerate(zip(hiddens, heads, strict=True)):
         scale = found.scale[:, i : i + 1]
         own = g if found.slopes is None else g * found.slopes[i]
-        dhiddens.append((scale * (own @ head[:vocab_size].to(g.dtype))).to(h.dtype) if need_hiddens >> i & 1 else h.new_empty(0))
+        dhiddens.append(
+            (scale * (own @ head[:vocab_size].to(g.dtype))).to(h.dtype) if need_hiddens >> i & 1 else h.new_empty(0)
+        )
         scaled = scale * own if need_heads >> i & 1 or need_biases >> i & 1 else own
         dheads.append(_padded(scaled.t() @ h.to(g.dtype), head) if need_heads >> i & 1 else head.new_empty(0))
         if biases:
@@ -212,5 +214,8 @@ def linear_fusion_sample(
     logprob = z.gather(1, token.unsqueeze(1)).squeeze(1) - lse
     fine = torch.isfinite(lse)
     return (
-        torch.where(fine, token, -1), torch.where(fine, logprob, torch.nan), lse, torch.where(fine, kept, 0).to(torch.int32)
+        torch.where(fine, token, -1),
+        torch.where(fine, logprob, torch.nan),
+        lse,
+        torch.where(fine, kept, 0).to(torch.int32),
     )

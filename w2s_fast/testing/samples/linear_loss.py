@@ -13,14 +13,22 @@ from . import Make, Sample
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _models(m: Make, rows: int, vocab: int, sizes: tuple[int, ...], scale: float = 2.0) -> tuple[list[Tensor], list[Tensor]]:
+def _models(
+    m: Make, rows: int, vocab: int, sizes: tuple[int, ...], scale: float = 2.0
+) -> tuple[list[Tensor], list[Tensor]]:
     """Hidden states and heads whose logits have standard deviation ``scale``."""
     hiddens = [m.logits(rows, d, scale=1.0) for d in sizes]
     return hiddens, [m.logits(vocab, d, scale=scale / d**0.5) for d in sizes]
 
 
 def _loss(
-    rows: int, vocab: int, sizes: tuple[int, ...], scale: float = 2.0, weights: Any = None, ignored: int = 0, **kwargs: Any
+    rows: int,
+    vocab: int,
+    sizes: tuple[int, ...],
+    scale: float = 2.0,
+    weights: Any = None,
+    ignored: int = 0,
+    **kwargs: Any,
 ) -> Callable[[Make], Inputs]:
     def make(m: Make) -> Inputs:
         hiddens, heads = _models(m, rows, vocab, sizes, scale)
@@ -40,7 +48,10 @@ def _layouts(m: Make) -> Inputs:
     heads = [m.logits(131, 33, scale=0.3), m.logits(140, 32, scale=0.3)[:, 8:24]]
     heads = [heads[0], torch.cat((heads[1][:131], torch.full_like(heads[1][131:], float("nan"))))]
     biases = [m.logits(131, scale=0.5), None]
-    weights = torch.tensor([[0.5, -1.0]] * 9, device=hiddens[0].device) * torch.arange(1, 10, device=hiddens[0].device)[:, None]
+    weights = (
+        torch.tensor([[0.5, -1.0]] * 9, device=hiddens[0].device)
+        * torch.arange(1, 10, device=hiddens[0].device)[:, None]
+    )
     return (hiddens, heads, m.integers(131, 9), weights), {"biases": biases, "temperature": 0.8, "vocab_size": 131}
 
 
@@ -100,7 +111,10 @@ def _arm(m: Make) -> Inputs:
     labels = m.integers(67, 4, 9)
     labels[:, :3] = -100
     labels[1, 6:] = -100
-    return (m.logits(4, 9, 16, scale=1.0), m.logits(67, 16, scale=0.4), labels, 0.1), {"gamma": 0.2, "label_smoothing": 0.1}
+    return (m.logits(4, 9, 16, scale=1.0), m.logits(67, 16, scale=0.4), labels, 0.1), {
+        "gamma": 0.2,
+        "label_smoothing": 0.1,
+    }
 
 
 def _pairs(m: Make) -> Inputs:
@@ -112,7 +126,10 @@ SAMPLES: list[Sample] = [
     Sample("linear_fusion_cross_entropy", "none", _with(LOSSES["three"], reduction="none")),
     Sample("linear_fusion_cross_entropy", "sum-lse", _with(LOSSES["three"], reduction="sum", return_lse=True)),
     *(Sample("linear_fusion_logprobs", name, make) for name, make in LOSSES.items()),
-    *(Sample("linear_fusion_sample", name, _draws(LOSSES[name]), grad=False) for name in ("plain", "three", "layouts", "empty")),
+    *(
+        Sample("linear_fusion_sample", name, _draws(LOSSES[name]), grad=False)
+        for name in ("plain", "three", "layouts", "empty")
+    ),
     Sample("linear_fusion_sample", "greedy", _draws(LOSSES["three"], temperature=0), grad=False),
     Sample("linear_dynamic_weights", "plain", _dynamic, grad=False, verify=_verify_dynamic),
     Sample("arm_loss", "plain", _pairs, dtypes=(torch.float32,)),
