@@ -1,7 +1,7 @@
 """What all Triton kernels share: tiles, small device helpers, launching, and the ahead-of-time cases.
 
-Ahead-of-time convention: a kernel module exposes ``aot_cases() -> list[AotCase]``; each case is a name and a function of
-no arguments that calls the module's launchers on `Meta` tensors, and the gate compiles every launch it makes.
+Ahead-of-time convention: a kernel module exposes ``aot_cases() -> list[AotCase]``; a case is a name and a function
+without arguments that calls the module's launchers on `Meta` tensors. The gate compiles every `launch` it makes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def next_power(n: int) -> int:
 
 def tile_width(vocab_size: int) -> int:
     """Columns of one program. A function of the vocabulary alone: results do not depend on the batch."""
-    return 1024 if vocab_size <= 65536 else 2048 if vocab_size <= 262144 else 8192
+    return 1024 if vocab_size <= 65536 else 2048 if vocab_size <= 262144 else 4096
 
 
 def cdiv(a: int, b: int) -> int:
@@ -58,11 +58,10 @@ def cdiv(a: int, b: int) -> int:
 
 
 def dtype(like: Any, name: str) -> Any:
-    """The dtype float32, float64, int64, int32 or bool as the tensor ``like`` spells it (kernels do not import torch)."""
+    """The dtype of that name as the tensor ``like`` spells it, because kernels do not import torch."""
     empty = like.new_empty((0,))
-    return {"float32": empty.float, "float64": empty.double, "int64": empty.long, "int32": empty.int, "bool": empty.bool}[
-        name
-    ]().dtype
+    methods = {"float32": "float", "float64": "double", "int64": "long", "int32": "int", "bool": "bool"}
+    return getattr(empty, methods[name])().dtype
 
 
 def refuse_double(*tensors: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Ahead-of-time gate: every production launch of every Triton kernel compiles for sm_80, sm_90 and sm_100, without a GPU.
+"""Ahead-of-time gate: every production launch of every Triton kernel compiles for sm_80, sm_90, sm_100.
 
 The resources are held to the machine's limits and to tests/golden/aot.csv; a change there is a change to review
 (`python -m w2s_fast.testing.aot --write` renews it).

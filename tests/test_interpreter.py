@@ -32,8 +32,8 @@ def test_in_a_process_of_its_own():
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore::RuntimeWarning", __file__], env=env, capture_output=True,
-        text=True, timeout=900, check=False,
+        [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore::RuntimeWarning", __file__], env=env,
+        capture_output=True, text=True, timeout=900, check=False,
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
@@ -153,14 +153,15 @@ def test_closed_forms(base, anti, expert, alpha, saturated, shift):
 
 
 @interpreted
-def test_infinite_shifts():
+@pytest.mark.parametrize("solver", ["exact", "grid"])
+def test_infinite_shifts(solver: str):
     """-inf in one small model is a clamped shift, an infinite target ends at alpha_max, NaN stays in its row."""
     base, expert, anti = _logits(4, 300)
     expert[0, :5], anti[1, :5], base[2, 3] = -INF, -INF, NAN
     with w2s_fast.backend("triton"):
-        found = w2s_fast.dynamic_fusion_weights(base, [expert], anti)
+        found = w2s_fast.dynamic_fusion_weights(base, [expert], anti, solver=solver)
     with w2s_fast.backend("reference"):
-        expected = w2s_fast.dynamic_fusion_weights(base.double(), [expert.double()], anti.double())
+        expected = w2s_fast.dynamic_fusion_weights(base.double(), [expert.double()], anti.double(), solver=solver)
     torch.testing.assert_close(found.alpha.double(), expected.alpha, rtol=0, atol=2e-3, equal_nan=True)
     assert torch.equal(found.saturated, expected.saturated)
     assert found.target_kl[1].item() == INF and found.alpha[2].isnan().all() and not found.alpha[3].isnan().any()
@@ -176,7 +177,8 @@ def test_two_experts(multi, direction):
     with w2s_fast.backend("triton"):
         found = w2s_fast.dynamic_fusion_weights(base, [first, second], anti, **kwargs)
     with w2s_fast.backend("reference"):
-        expected = w2s_fast.dynamic_fusion_weights(base.double(), [first.double(), second.double()], anti.double(), **kwargs)
+        exact = [x.double() for x in (base, first, second, anti)]
+        expected = w2s_fast.dynamic_fusion_weights(exact[0], exact[1:3], exact[3], **kwargs)
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got.double(), want.double(), rtol=1e-3, atol=1e-3)
 

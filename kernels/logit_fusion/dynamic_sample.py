@@ -1,8 +1,8 @@
 """dynamic_sample: the weights of every row solved, the logits fused with them, and one token drawn.
 
 Two reads of the logits, the second from the L2 cache where a step's logits fit: the sweep over tiles and the solve over
-rows (dynamic_weights.py), then partials over tiles and the draw over rows (sample.py) with weights = alpha, which stays on
-the device. Floor: K + 2 logit tensors read once.
+rows (dynamic_weights.py), then partials over tiles and the draw over rows (sample.py) with weights = alpha, which
+stays on the device. Floor: K + 2 logit tensors read once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .sample import draw
 
 def launch_dynamic_sample(*args: Any) -> tuple[Any, ...]:
     """Arguments of `dynamic_sample` -> (token, logprob, lse, kept, alpha, target_kl, achieved_kl, saturated)."""
-    solver, (temperature, temperature_value, plausible, plausible_value, uniform, top_k, top_p, min_p) = args[:13], args[13:]
+    solver, (temperature, temperature_value, plausible, plausible_value, uniform, *filters) = args[:13], args[13:]
     base, experts, anti, vocab_size = *solver[:3], solver[12]
     solved = launch_dynamic_fusion_weights(*solver)
     fusion = plausible_fusion(
         base, experts, anti, solved[0], (), 1.0, temperature, temperature_value, plausible, plausible_value, vocab_size
     )
-    return (*draw(fusion, vocab_size, uniform, top_k, top_p, min_p), *solved)
+    return (*draw(fusion, vocab_size, uniform, *filters), *solved)
 
 
 supports_dynamic_sample = supports_dynamic_fusion_weights

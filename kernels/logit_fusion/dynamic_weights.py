@@ -1,9 +1,9 @@
 """dynamic_fusion_weights: t with F(t) = KL(softmax(z_L + t x) || softmax(z_L)) = T for every row.
 
-The sweep (sweep.py) gives A, A', A'', A''' at J + 1 nodes from one read; between two nodes A is the degree-7 Hermite
-polynomial P and F(t_j + u h) = (t_j / h + u) P'(u) - P(u) is inverted by a 128-way search. The degree-5 polynomial differs
-from P by u^3 (1 - u)^3 (a + b u), which bounds the interpolation error; where the bound exceeds the tolerance, or a shift
-leaves [-60, 60] (it is clamped then), the row's program iterates safeguarded Newton on sqrt(2 F), one pass a step.
+The sweep (sweep.py) gives A and three derivatives at J + 1 nodes from one read; between two nodes A is the degree-7
+Hermite polynomial P, and F(t_j + u h) = (t_j / h + u) P'(u) - P(u) is inverted by a 128-way search. The degree-5
+polynomial differs from P by u^3 (1 - u)^3 (a + b u), which bounds the interpolation error; where the bound exceeds the
+tolerance, or a shift leaves [-60, 60] (it is clamped then), the row's program iterates (newton.py), a pass a step.
 
 One program a row merges and solves, scalars in float64. Floor: K + 2 logit tensors read once.
 """
@@ -16,13 +16,11 @@ import triton
 import triton.language as tl
 
 from ..common import INF, AotCase, Meta, dtype, launch, next_power
-from .fusion import difference, fusion_tuple, load_pair, load_row, supports_fusion
+from .fusion import fusion_tuple, supports_fusion
+from .newton import CLAMP, FLOOR, grid_by_passes, newton
 from .sweep import merge_nodes, merge_target, node_power, sweep
 
-FLOOR = tl.constexpr(3e-7)  # a KL below it is rounding error of the float32 sums
-CLAMP = tl.constexpr(60.0)
 WAYS = tl.constexpr(128)
-STEPS = tl.constexpr(40)
 
 
 @triton.jit
@@ -87,93 +85,10 @@ def between_nodes(goal, f, a, m, v, k, j, h, NODES: tl.constexpr):
 
 
 @triton.jit
-def clamped_shift(models, direction, centers, row, cols, mask, SOLVE: tl.constexpr):
-    """x of one problem with every d_k clamped to 60 around its centre lse_k - lse_0, [BLOCK]."""
-    count: tl.constexpr = len(models[2])
-    x = tl.zeros(cols.shape, tl.float32)
-    for k in tl.static_range(count):
-        if SOLVE < 0 or SOLVE == k:
-            expert, anti = load_pair(models, k, row, cols, mask)
-            d = difference(expert, anti) - tl.load(centers + row * count + k)
-            d = tl.where(d > CLAMP, CLAMP, tl.where(d < -CLAMP, -CLAMP, d))
-            if SOLVE < 0 and direction is not None:
-                d = d * tl.load(direction + row * count + k)
-            x += d
-    return x
-
-
-@triton.jit
-def tilted(models, vocab, direction, centers, row, t, log_base, SOLVE: tl.constexpr, BLOCK: tl.constexpr):
-    """(F(t), variance of x under P_t) by one pass, float64; running maxima and sums a lane."""
-    peak = tl.full((BLOCK,), -INF, tl.float32)
-    s0 = tl.zeros((BLOCK,), tl.float32)
-    s1, s2 = s0, s0
-    for start in range(0, vocab, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        mask = cols < vocab
-        base = load_row(models[0], models[1], row, cols, mask)
-        x = tl.where(base == -INF, 0.0, clamped_shift(models, direction, centers, row, cols, mask, SOLVE))
-        e = base + t.to(tl.float32) * x
-        top = tl.where((e > peak) | (e != e), e, peak)
-        line = tl.where(top == -INF, 0.0, top)
-        keep, w = tl.exp(peak - line), tl.exp(e - line)
-        s0, s1, s2 = s0 * keep + w, s1 * keep + w * x, s2 * keep + w * x * x
-        peak = top
-    top = tl.max(peak, 0)
-    f = tl.exp(peak - top).to(tl.float64)
-    z0 = tl.sum(s0 * f, 0)
-    m = tl.sum(s1 * f, 0) / z0
-    variance = tl.sum(s2 * f, 0) / z0 - m * m
-    kl = t.to(tl.float32).to(tl.float64) * m - (tl.log(z0) + top.to(tl.float64) - log_base)
-    return tl.where(kl < 0, 0.0, kl), variance
-
-
-@triton.jit
-def newton(
-    models, vocab, direction, centers, row, log_base, goal, alpha_max, allowed, SOLVE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(t, F(t), saturated) by repeated passes over the row."""
-    end = tl.full((), 0.0, tl.float64) + alpha_max
-    reach, _ = tilted(models, vocab, direction, centers, row, end, log_base, SOLVE, BLOCK)
-    flat = (goal <= FLOOR) | (reach <= FLOOR)
-    saturated = (reach <= goal) & (goal > FLOOR) & (reach > FLOOR)
-    low, high = tl.full((), 0.0, tl.float64), end
-    t = tl.where(saturated, end, tl.where(flat, 0.0, tl.minimum(end * 0.5, 1.0)))
-    found = tl.where(saturated, reach, 0.0)
-    left = tl.where(flat | saturated | (reach != reach) | (goal != goal), 0, STEPS)
-    while left > 0:
-        found, variance = tilted(models, vocab, direction, centers, row, t, log_base, SOLVE, BLOCK)
-        done = (tl.abs(found - goal) <= allowed) | (left == 1)
-        low, high = tl.where(found < goal, t, low), tl.where(found < goal, high, t)
-        root = tl.sqrt(2.0 * found)
-        step = t - (root - tl.sqrt(2.0 * goal)) * root / (t * variance)
-        step = tl.where((step > low) & (step < high), step, 0.5 * (low + high))
-        t = tl.where(done, t, step)
-        left = tl.where(done, 0, left - 1)
-    return t, tl.where(reach == reach, found, reach), saturated
-
-
-@triton.jit
-def grid_by_passes(
-    models, vocab, direction, centers, row, log_base, goal, alpha_max, FIRST: tl.constexpr, NODES: tl.constexpr,
-    SOLVE: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """The candidate closest to the goal, one pass a candidate."""
-    zero = tl.full((), 0.0, tl.float64)
-    best, t, achieved, found = zero + INF, zero, zero, zero
-    for j in range(FIRST, NODES + 1):
-        here = (zero + alpha_max) * j / NODES
-        found, _ = tilted(models, vocab, direction, centers, row, here, log_base, SOLVE, BLOCK)
-        misfit = tl.where(goal == INF, 0.0 * found - j, (found - goal) * (found - goal))
-        better = misfit < best
-        best, t, achieved = tl.where(better, misfit, best), tl.where(better, here, t), tl.where(better, found, achieved)
-    return tl.where(found == found, t, found), tl.where(found == found, achieved, found), (found > FLOOR) & (found <= goal)
-
-
-@triton.jit
 def solve(
     models, vocab, tiles, direction, centers, nodes, lines, row, goal, wild, alpha_max, tol,
-    SOLVE: tl.constexpr, NODES: tl.constexpr, NP: tl.constexpr, FIRST: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    SOLVE: tl.constexpr, NODES: tl.constexpr, NP: tl.constexpr, FIRST: tl.constexpr, TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """(t, F(t), saturated) of one problem of one row."""
     a, m, v, k, log_base = merge_nodes(nodes, lines, tiles, alpha_max, NODES, NP, TILES)
@@ -212,7 +127,8 @@ def solve(
 def _solve_kernel(
     models, vocab, tiles, i_targets, i_nodes, i_lines, given, direction, alpha_max, tol, scale,
     o_centers, o_alpha, o_target, o_achieved, o_saturated,
-    SOLVES: tl.constexpr, NODES: tl.constexpr, NP: tl.constexpr, FIRST: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    SOLVES: tl.constexpr, NODES: tl.constexpr, NP: tl.constexpr, FIRST: tl.constexpr, TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     count: tl.constexpr = len(models[2])
@@ -229,7 +145,8 @@ def _solve_kernel(
             tl.debug_barrier()
             at = row * SOLVES + k
             t, found, saturated = solve(
-                models, vocab, tiles, direction, o_centers, i_nodes + at * 4 * (NODES + 1) * tiles, i_lines + at * 2 * tiles,
+                models, vocab, tiles, direction, o_centers, i_nodes + at * 4 * (NODES + 1) * tiles,
+                i_lines + at * 2 * tiles,
                 row, kl, beyond, alpha_max, tol, k, NODES, NP, FIRST, TILES, BLOCK,
             )
             tl.store(o_alpha + at, (t * scale).to(tl.float32))
@@ -241,7 +158,8 @@ def _solve_kernel(
     if SOLVES == 1:
         tl.debug_barrier()
         t, found, saturated = solve(
-            models, vocab, tiles, direction, o_centers, i_nodes + row * 4 * (NODES + 1) * tiles, i_lines + row * 2 * tiles,
+            models, vocab, tiles, direction, o_centers, i_nodes + row * 4 * (NODES + 1) * tiles,
+            i_lines + row * 2 * tiles,
             row, goal, wild, alpha_max, tol, -1, NODES, NP, FIRST, TILES, BLOCK,
         )
         tl.store(o_achieved + row, found.to(tl.float32))
@@ -254,7 +172,9 @@ def _solve_kernel(
 
 
 @triton.jit
-def _direction_kernel(tiles, i_targets, source, o_direction, ONES: tl.constexpr, COUNT: tl.constexpr, TILES: tl.constexpr):
+def _direction_kernel(
+    tiles, i_targets, source, o_direction, ONES: tl.constexpr, COUNT: tl.constexpr, TILES: tl.constexpr
+):
     """u, largest entry 1, from given numbers or from T_k; a row of zeros gives ones (ONES) or zeros."""
     row = tl.program_id(0).to(tl.int64)
     largest = tl.full((), 0.0, tl.float64)
@@ -297,8 +217,9 @@ def launch_dynamic_fusion_weights(
     achieved = base.new_empty((rows, solves), dtype=f32)
     saturated = base.new_empty((rows, count), dtype=dtype(base, "bool"))
     launch(
-        _solve_kernel, rows, base, models, vocab_size, tiles, targets, sums, lines, given, u, float(alpha_max), float(tol),
-        1.0 / count if average and multi == 1 else 1.0, centers, alpha, target, achieved, saturated, SOLVES=solves,
+        _solve_kernel, rows, base, models, vocab_size, tiles, targets, sums, lines, given, u, float(alpha_max),
+        float(tol), 1.0 / count if average and multi == 1 else 1.0, centers, alpha, target, achieved, saturated,
+        SOLVES=solves,
         NODES=nodes, NP=node_power(nodes), FIRST=first_candidate, TILES=next_power(tiles), BLOCK=1024,
     )
     return alpha, target, achieved, saturated

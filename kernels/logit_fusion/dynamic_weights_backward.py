@@ -4,9 +4,9 @@
     dz_L = -s (t P (x - m) - P + p),   dx = -s t^2 P (x - m),   dT = s
     dT_k/dz_k = Q_k (d_k - E_{Q_k} d_k),   dT_k/dz_0 = Q_0 - Q_k
 
-Ray: t = max_k alpha_k, u = alpha / t constant, T = mean T_k; decoupled: one problem an expert. Tiles write partials twice
-(the targets, whose centres place the clamp; then the moments under P_t), one program a row merges each time, and tiles
-write the gradients. Floor: K + 2 logit tensors read once and their gradients written; read three times here.
+Ray: t = max_k alpha_k, u = alpha / t constant, T = mean T_k; decoupled: one problem an expert. Tiles write partials
+twice (the targets, whose centres place the clamp; then the moments under P_t), one program a row merges each time, and
+tiles write the gradients. Floor: K + 2 logit tensors read once, their gradients written; three reads here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from ..common import INF, AotCase, Meta, cdiv, dtype, launch, next_power, row_tile, safe
-from .dynamic_weights import CLAMP
 from .fusion import difference, fusion_tuple, load_pair, load_row, supports_fusion
+from .newton import CLAMP
 from .partials import tile_max
 from .sweep import merge_target, sweep, sweep_width
 
@@ -94,7 +94,8 @@ def shift_of(models, rows, alpha, row, s: tl.constexpr, t, scale, cols, mask, ba
 
 @triton.jit
 def _moments_kernel(
-    models, vocab, tiles, i_rows, alpha, scale, o_moments, COUNT: tl.constexpr, SOLVES: tl.constexpr, BLOCK: tl.constexpr
+    models, vocab, tiles, i_rows, alpha, scale, o_moments, COUNT: tl.constexpr, SOLVES: tl.constexpr,
+    BLOCK: tl.constexpr
 ):
     row, tile = row_tile(tiles)
     cols = tile * BLOCK + tl.arange(0, BLOCK)
@@ -199,7 +200,8 @@ def _write_kernel(
         d_expert = tl.where(factor == 0.0, 0.0, -factor * t * u * lean * free)
         d_anti = -d_expert
         if TARGETS:
-            to_expert, to_anti = target_terms(models, i_rows, row, k, cols, mask, factor / (COUNT if SOLVES == 1 else 1))
+            share = factor / (COUNT if SOLVES == 1 else 1)
+            to_expert, to_anti = target_terms(models, i_rows, row, k, cols, mask, share)
             d_expert += tl.where(mask, to_expert, 0.0)
             d_anti += tl.where(mask, to_anti, 0.0)
         store_row(o_experts[k], row, cols, tl.where(mask, d_expert, 0.0))
@@ -227,7 +229,10 @@ def launch_dynamic_fusion_weights_backward(
     scale = float(count) if average and multi == 1 else 1.0
     step, shape = (alpha, *alpha.stride()), {"COUNT": count, "SOLVES": solves}
     moments = base.new_empty((rows, solves, 6, tiles), dtype=f32)
-    launch(_moments_kernel, rows * tiles, base, models, vocab_size, tiles, per_row, step, scale, moments, BLOCK=block, **shape)
+    launch(
+        _moments_kernel, rows * tiles, base, models, vocab_size, tiles, per_row, step, scale, moments,
+        BLOCK=block, **shape,
+    )
     scales, dtarget = base.new_empty((rows, solves, 4), dtype=f32), base.new_empty((rows, count), dtype=f32)
     launch(
         _scales_kernel, rows, base, tiles, moments, step, (saturated, *saturated.stride()),

@@ -71,7 +71,8 @@ def equal_index(fusion, row, vocab, limit, limit_index, wanted, rank, BLOCK: tl.
 def prefix_end(fusion, row, vocab, top, limit, limit_index, need, MASS: tl.constexpr, BLOCK: tl.constexpr):
     """(key, index) of the last element of the shortest prefix with W >= need; the limit itself if there is none."""
     j = tl.arange(0, THRESHOLDS)
-    w = weights_from(fusion, row, vocab, top, limit, limit_index, ordered_key(top - 0.5 * (j + 1)).to(tl.int64), MASS, BLOCK)
+    keys = ordered_key(top - 0.5 * (j + 1)).to(tl.int64)
+    w = weights_from(fusion, row, vocab, top, limit, limit_index, keys, MASS, BLOCK)
     n = tl.sum((w < need).to(tl.int32), 0)  # thresholds still too high
     low = tl.where(n < THRESHOLDS, ordered_key(top - 0.5 * (n + 1)), BOTTOM).to(tl.int64)
     high = tl.where(n > 0, ordered_key(top - 0.5 * n), ordered_key(top) + 1).to(tl.int64)
@@ -107,7 +108,8 @@ def _cut_kernel(
     if tl.abs(top) < INF:  # otherwise nothing to filter, or NaN
         limit, limit_index = row * 0 + LOWEST, index
         if TOP_K:
-            limit, limit_index = prefix_end(fusion, row, vocab, top, limit, limit_index, top_k.to(tl.float64), False, BLOCK)
+            need = top_k.to(tl.float64)
+            limit, limit_index = prefix_end(fusion, row, vocab, top, limit, limit_index, need, False, BLOCK)
         if TOP_P:
             mass = total.to(tl.float64)
             if TOP_K:
@@ -130,7 +132,9 @@ def _relative_cut_kernel(tiles, i_partial, log_level, o_value, o_index, TILES: t
     tl.store(o_index + row, NO_INDEX)
 
 
-def find_cut(fusion: tuple[Any, ...], vocab_size: int, partial: Any, tiles: int, top_k: int, top_p: float) -> tuple[Any, Any]:
+def find_cut(
+    fusion: tuple[Any, ...], vocab_size: int, partial: Any, tiles: int, top_k: int, top_p: float
+) -> tuple[Any, Any]:
     """(value [B] float32, index [B] int32): the end of the kept prefix of every row."""
     rows = partial.shape[0]
     value, index = partial.new_empty((rows,)), partial.new_empty((rows,), dtype=dtype(partial, "int32"))

@@ -14,10 +14,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import INF, AotCase, Meta, cdiv, dtype, launch, next_power, row_tile, safe, tile_width
+from ..common import INF, AotCase, Meta, cdiv, dtype, launch, next_power, row_tile, tile_width
 from .filters import plausible_fusion
 from .fusion import load_fused, supports_fusion
-from .partials import merge_sums, merged_lse, tile_stats
+from .partials import merge_sums, merged_lse, row_lse, tile_stats
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _fuse_kernel(fusion, vocab, tiles, o_out, i_partial, o_lse, TILES: tl.conste
     z = load_fused(fusion, row, cols, cols < vocab)  # [BLOCK]
     if i_partial is not None:
         top, total, _, _ = merge_sums(i_partial, row, tiles, TILES)
-        lse = tl.log(total) + safe(top)
+        lse = row_lse(top, total)
         # a row of -inf alone has no distribution: -inf - (-inf) is NaN there, as in torch.log_softmax
         z = tl.where(z == -INF, tl.where(lse > -INF, -INF, float("nan")), z - lse)
         tl.store(o_lse + row, lse, mask=tile == 0)

@@ -1,7 +1,7 @@
 """The gradient of fuse_logits, fused_log_softmax and fused_stats.
 
-    g_v = grad_v + P_v (a + b z_v - [subtract] sum_u grad_u) + sum_j c_j [v = index_j],   P = softmax(z),   g_v = 0 where z_v = -inf
-    dz = g / temperature,   dw_k = sum_v dz_v d_k,v,   dtemperature = -sum_v dz_v z_v
+    g_v = grad_v + P_v (a + b z_v - [subtract] sum_u grad_u) + sum_j c_j [v = index_j],   P = softmax(z)
+    dz = g / temperature, 0 where z = -inf,   dw_k = sum_v dz_v d_k,v,   dtemperature = -sum_v dz_v z_v
 
 One program a tile of a row recomputes z and writes dz; the row sum of grad and the parameter gradients go through
 per-tile partials and one small launch each, no atomics. Floor: K + 2 logit tensors and grad read, dz written.
@@ -137,14 +137,16 @@ def aot_cases() -> list[AotCase]:
         base, expert, anti, grad = (Meta((8, 151936), "bfloat16") for _ in range(4))
         row = Meta((8,), "float32")
         launch_fuse_backward(
-            base, [expert], [anti], None, [1.0], 1.0, None, 1.0, 0, 0.0, 151936, grad, row, row, None, None, None, True, False
+            base, [expert], [anti], None, [1.0], 1.0, None, 1.0, 0, 0.0, 151936, grad, row, row, None, None, None,
+            True, False
         )
 
     def stats() -> None:
         base, *rest = (Meta((8, 32000), "float32") for _ in range(5))
         row, index, coef = Meta((8,), "float32"), Meta((8, 2), "int64"), Meta((8, 2), "float32")
         launch_fuse_backward(
-            base, rest[:2], rest[2:], Meta((8, 2), "float32"), [], 1.0, row, 1.0, 0, 0.0, 32000, None, row, row, row, index,
+            base, rest[:2], rest[2:], Meta((8, 2), "float32"), [], 1.0, row, 1.0, 0, 0.0, 32000, None, row, row, row,
+            index,
             coef, False, True,
         )
 

@@ -37,14 +37,14 @@ def _tile_stats_kernel(fusion, vocab, tiles, i_partial, i_index, BLOCK: tl.const
     cols = tile * BLOCK + tl.arange(0, BLOCK)
     z = load_fused(fusion, row, cols, cols < vocab)  # [BLOCK]
     top = tile_max(z)
-    x = z - safe(top)
-    e = tl.exp(x)
     out = i_partial + row * 4 * tiles + tile
     tl.store(out, top)
+    tl.store(i_index + row * tiles + tile, first_index(z, top, cols))
+    x = z - safe(top)
+    e = tl.exp(x)
     tl.store(out + tiles, tl.sum(e, 0))
     tl.store(out + 2 * tiles, tl.sum(tl.where(x == -INF, 0.0, e * x), 0))
     tl.store(out + 3 * tiles, tl.sum((z > -INF).to(tl.float32), 0))
-    tl.store(i_index + row * tiles + tile, first_index(z, top, cols))
 
 
 @triton.jit
@@ -59,14 +59,20 @@ def merge_sums(partial, row, tiles, TILES: tl.constexpr):
 
 
 @triton.jit
+def row_lse(top, total):
+    """log sum exp of a row; float64 inside, so that it is rounded once."""
+    return (tl.log(total.to(tl.float64)) + safe(top).to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def _merge_lse_kernel(tiles, i_partial, o_lse, TILES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     top, total, _, _ = merge_sums(i_partial, row, tiles, TILES)
-    tl.store(o_lse + row, tl.log(total) + safe(top))
+    tl.store(o_lse + row, row_lse(top, total))
 
 
 def tile_stats(fusion: tuple[Any, ...], rows: int, vocab_size: int) -> tuple[Any, Any, int]:
-    """Per-tile partials [B, 4, tiles] float32 (max, sum, moment, count), argmax [B, tiles] int32, and the number of tiles."""
+    """Partials [B, 4, tiles] float32 (max, sum, moment, count), argmax [B, tiles] int32, the number of tiles."""
     base, block = fusion[0], tile_width(vocab_size)
     tiles = cdiv(vocab_size, block)
     partial = base.new_empty((rows, 4, tiles), dtype=dtype(base, "float32"))

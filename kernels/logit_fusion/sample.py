@@ -19,7 +19,7 @@ import triton.language as tl
 from ..common import INF, NO_INDEX, AotCase, Meta, cdiv, dtype, launch, next_power, row_tile, safe, tile_width
 from .filters import find_cut, plausible_fusion
 from .fusion import load_fused, load_temperature, supports_fusion
-from .partials import merge_sums, tile_stats
+from .partials import merge_sums, row_lse, tile_stats
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _draw_kernel(
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, TILES)
     top, total, tops, masses = merge_sums(i_partial, row, tiles, TILES)
-    lse = tl.log(total) + safe(top)
+    lse = row_lse(top, total)
     counts = i_partial + row * 4 * tiles + 3 * tiles
     if i_kept is not None:
         masses = tl.load(i_kept + row * 2 * tiles + i, mask=i < tiles, other=0.0)
@@ -113,8 +113,8 @@ def draw(
     logprob, lse = partial.new_empty((rows,)), partial.new_empty((rows,))
     count = base.new_empty((rows,), dtype=dtype(base, "int32"))
     launch(
-        _draw_kernel, rows, base, fusion, vocab_size, tiles, partial, index, kept, *cut, level, uniform, uniform.stride(0),
-        token, logprob, lse, count, **shape,
+        _draw_kernel, rows, base, fusion, vocab_size, tiles, partial, index, kept, *cut, level, uniform,
+        uniform.stride(0), token, logprob, lse, count, **shape,
     )
     return token, logprob, lse, count
 

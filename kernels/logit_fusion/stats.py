@@ -16,7 +16,7 @@ import triton.language as tl
 from ..common import INF, NO_INDEX, AotCase, Meta, dtype, launch, next_power, safe
 from .filters import plausible_fusion
 from .fusion import load_fused, supports_fusion
-from .partials import first_index, merge_sums, tile_stats
+from .partials import first_index, merge_sums, row_lse, tile_stats
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _merge_stats_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     top, total, tops, sums = merge_sums(i_partial, row, tiles, TILES)
-    lse = tl.log(total) + safe(top)
+    lse = row_lse(top, total)
     tl.store(o_lse + row, lse)
     i = tl.arange(0, TILES)
     firsts = tl.load(i_index + row * tiles + i, mask=i < tiles, other=NO_INDEX)
@@ -36,7 +36,7 @@ def _merge_stats_kernel(
     moments = moments * tl.exp(safe(tops) - safe(top)) + sums * (safe(tops) - safe(top))
     tl.store(o_max + row, top)
     tl.store(o_argmax + row, first.to(tl.int64))
-    tl.store(o_entropy + row, tl.log(total) - tl.sum(moments, 0) / total)
+    tl.store(o_entropy + row, (tl.log(total.to(tl.float64)) - tl.sum(moments.to(tl.float64), 0) / total).to(tl.float32))
     if targets is not None:
         target = tl.load(targets + row * target_stride)
         lanes = tl.arange(0, 16)
@@ -75,4 +75,8 @@ def aot_cases() -> list[AotCase]:
         heat, weights = Meta((8,), "float32"), Meta((8, 2), "float32")
         launch_fused_stats(base, rest[:2], rest[2:], weights, [], 1.0, heat, 1.0, 0, 0.0, 32000, None)
 
-    return [AotCase("bf16-k1-v151936", bf16), AotCase("fp32-k2-v32000", fp32)]
+    def many() -> None:
+        base, *rest = (Meta((8, 400000), "bfloat16") for _ in range(17))
+        launch_fused_stats(base, rest[:8], rest[8:], Meta((8, 8), "float32"), [], 1.0, None, 1.0, 0, 0.0, 400000, None)
+
+    return [AotCase("bf16-k1-v151936", bf16), AotCase("fp32-k2-v32000", fp32), AotCase("bf16-k8-v400000", many)]

@@ -1,12 +1,13 @@
 """One pass over the vocabulary for Dynamic Logits Fusion: KL targets, and the tilted sums at every node.
 
-    T_k = KL(Q_k || Q_0),   S_{j,r} = sum_v exp(z_v - M_0 + alpha_j y_v) y_v^r,   y = x - c,   x = sum_k u_k d_k,   r = 0..3
+    T_k = KL(Q_k || Q_0),   S_{j,r} = sum_v exp(z_v - M_0 + alpha_j y_v) y_v^r, r = 0..3,   y = x - c, x = sum_k u_k d_k
 
-at alpha_j = j alpha_max / J. M_0 = max z, M_1 = max(z + alpha_max x), c = (M_1 - M_0) / alpha_max: the exponents are linear
-in alpha and at most 0 at both ends, so nothing overflows. exp(alpha_j y) = t^j with t = exp(h y), one multiplication a node.
+at alpha_j = j alpha_max / J, with M_0 = max z, M_1 = max(z + alpha_max x), c = (M_1 - M_0) / alpha_max: the exponents
+are linear in alpha and at most 0 at both ends, so nothing overflows. exp(alpha_j y) = t^j, t = exp(h y): one
+multiplication a node.
 
-One program a tile of a row; the tile stays in registers for all nodes. Partials are tile-local (own M_0, c) and merged in
-float64 with f = exp(M_0 - M_0' + alpha_j delta), delta = c - c'. Floor: K + 2 logit tensors read once.
+One program a tile of a row; the tile stays in registers for all nodes. Partials are tile-local (own M_0, c) and merged
+in float64 with f = exp(M_0 - M_0' + alpha_j delta), delta = c - c'. Floor: K + 2 logit tensors read once.
 """
 
 from __future__ import annotations
@@ -99,16 +100,15 @@ def _sweep_kernel(
         if o_targets is not None:
             target_sums(expert, anti, d, mask, base, o_targets + (row * count + k) * 7 * tiles + tile, tiles)
         if SOLVES > 1:
-            solve = row * SOLVES + k
-            node_sums(base, d, alpha_max, o_nodes + solve * 4 * (NODES + 1) * tiles + tile, o_lines + solve * 2 * tiles + tile,
-                      tiles, NODES)
+            sums = o_nodes + (row * SOLVES + k) * 4 * (NODES + 1) * tiles + tile
+            node_sums(base, d, alpha_max, sums, o_lines + (row * SOLVES + k) * 2 * tiles + tile, tiles, NODES)
         elif direction is not None:
             x += tl.where(d == 0.0, 0.0, tl.load(direction + row * count + k) * d)
         else:
             x += d
     if SOLVES == 1:
-        node_sums(base, x, alpha_max, o_nodes + row * 4 * (NODES + 1) * tiles + tile, o_lines + row * 2 * tiles + tile, tiles,
-                  NODES)
+        all_sums = o_nodes + row * 4 * (NODES + 1) * tiles + tile
+        node_sums(base, x, alpha_max, all_sums, o_lines + row * 2 * tiles + tile, tiles, NODES)
 
 
 @triton.jit
@@ -149,7 +149,8 @@ def merge_nodes(nodes, lines, tiles, alpha_max, NODES: tl.constexpr, NP: tl.cons
         lows = tl.load(lines + i, mask=i < tiles, other=-INF)
         highs = tl.load(lines + tiles + i, mask=i < tiles, other=-INF)
         delta = tl.where(lows > -INF, (safe(highs).to(tl.float64) - safe(lows).to(tl.float64)) / alpha_max - c, 0.0)
-        f = tl.exp(((lows - low).to(tl.float64)[None, :] + alpha[:, None] * delta[None, :]).to(tl.float32)).to(tl.float64)
+        exponent = (lows - low).to(tl.float64)[None, :] + alpha[:, None] * delta[None, :]
+        f = tl.exp(exponent.to(tl.float32)).to(tl.float64)
         at = nodes + j[:, None] * tiles + i[None, :]
         stride = (NODES + 1) * tiles
         t0 = tl.load(at, mask=m, other=0.0).to(tl.float64) * f

@@ -100,7 +100,8 @@ def compile_one(job: Job, arch: int) -> Row:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills, stack = _resources(compiled.asm["ptx"], arch)
     mma = re.search(r"wgmma|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
-    return Row(job.module, job.case, job.recorded.kernel.fn.__name__, job.launch, arch, job.recorded.options["num_warps"],
+    kernel, warps = job.recorded.kernel.fn.__name__, job.recorded.options["num_warps"]
+    return Row(job.module, job.case, kernel, job.launch, arch, warps,
                registers, spills, stack, compiled.metadata.shared, mma.group(0) if mma else "")
 
 
