@@ -56,6 +56,7 @@ def check(
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
 ) -> None:
     """Run every op here against its float64 reference; exit status 1 if one breaks the accuracy policy."""
+    import faulthandler
     import warnings
 
     from . import check as checks
@@ -65,6 +66,7 @@ def check(
     unknown = sorted(set(op or ()) - known)
     if unknown:
         _fail(f"no op named {', '.join(unknown)}; there are {', '.join(sorted(known))}", code=2)
+    faulthandler.enable()  # a kernel that crashes the process is then at least named
     work = checks.plan(op or ())
     with _progress() as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
