@@ -24,9 +24,8 @@ struct RowDraw {
         token = first_of(A(total.max), z);
       } else if (draws.filters.any(f.V)) {
         thread_local Candidates<A> found;
-        keep(filter_row(stage, f.V, tiles, draws.filters, lse, found), found);
-        kept = found.n;
-        token = among(found, A(total.max), draws.uniform[size_t(row)], z);
+        kept = keep(filter_row(stage, f.V, tiles, draws.filters, lse, found), found);
+        token = among(found, draws.uniform[size_t(row)], z);
       } else {
         kept = columns;
         token = anywhere(total, draws.uniform[size_t(row)], z);
@@ -92,33 +91,31 @@ struct RowDraw {
     return int64_t(chosen) * TILE + i;
   }
 
-  static int64_t among(const Candidates<A>& c, A top, double u, A& value) {
+  static int64_t among(const Candidates<A>& c, double u, A& value) {
+    using V = Vec<A>;
     std::vector<double> part(size_t((c.n + TILE - 1) / TILE));
     double total = 0;
-    using V = Vec<A>;
+    size_t last = 0;
     for (size_t p = 0; p < part.size(); ++p) {
+      V sum = V::set(0);
       const int64_t end = std::min<int64_t>(c.n, int64_t(p + 1) * TILE);
-      A e[V::W];
-      for (int64_t i = int64_t(p) * TILE; i < end; i += V::W) {
-        vexp(V::load(c.z.get() + i) - V::set(top)).store(e);
-        for (int64_t j = 0; j < std::min<int64_t>(V::W, end - i); ++j) part[p] += double(e[j]);
-      }
+      for (int64_t i = int64_t(p) * TILE; i < end; i += V::W) sum = sum + V::load(c.mass.get() + i);
+      part[p] = double(sum.sum());
       total += part[p];
+      if (part[p] > 0) last = p;
     }
     const double goal = u * total;
     double before = 0;
     size_t p = 0;
-    for (; p + 1 < part.size() && before + part[p] <= goal; ++p) before += part[p];
-    int64_t i = -1;
-    for (;; --p) {  // a part that is all zeros is passed over backwards
-      const int64_t begin = int64_t(p) * TILE;
-      i = scan(c.z.get() + begin, std::min<int64_t>(TILE, c.n - begin), top, before, goal);
-      if (i >= 0 || p == 0) {
-        i = begin + std::max<int64_t>(i, 0);
-        break;
-      }
+    for (; p < last && before + part[p] <= goal; ++p) before += part[p];
+    int64_t chosen = int64_t(p) * TILE;
+    for (int64_t i = chosen; i < std::min<int64_t>(c.n, int64_t(p + 1) * TILE); ++i) {
+      if (!(c.mass[size_t(i)] > 0)) continue;
+      chosen = i;
+      before += double(c.mass[size_t(i)]);
+      if (before > goal) break;
     }
-    value = c.z[size_t(i)];
-    return c.index[size_t(i)];
+    value = c.z[size_t(chosen)];
+    return c.index[size_t(chosen)];
   }
 };
