@@ -66,7 +66,7 @@ def peer(make: Callable[[], Callable[..., Any]], **options: Any) -> Provider:
     return Provider("peer", make, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One op at one shape.
 

@@ -57,6 +57,7 @@ def check(
 ) -> None:
     """Run every op here against its float64 reference; exit status 1 if one breaks the accuracy policy."""
     import faulthandler
+    import sys
     import warnings
 
     from . import check as checks
@@ -66,7 +67,7 @@ def check(
     unknown = sorted(set(op or ()) - known)
     if unknown:
         _fail(f"no op named {', '.join(unknown)}; there are {', '.join(sorted(known))}", code=2)
-    faulthandler.enable()  # a kernel that crashes the process is then at least named
+    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a kernel that crashes the process is then at least named
     work = checks.plan(op or ())
     with _progress() as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
