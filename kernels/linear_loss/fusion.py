@@ -1,8 +1,8 @@
 """linear_fusion_logprobs, its gradient and linear_fusion_cross_entropy on a GPU.
 
-Forward: one sweep that writes (max, sum) of every tile and a merge; [T, V / 64] floats, never [T, V]. Gradient: chunks of
-rows; the tile kernel computes the logits again and writes dz for the chunk (bounded scratch), the library's products
-turn it into dh_i = scale_i dz W_i and dW_i = dz^T (scale_i h_i).
+Forward: one sweep that writes (max, sum) of every tile and a merge; [T, V / 64] floats, never [T, V]. Gradient: chunks
+of rows; the tile kernel computes the logits again and writes dz for the chunk (bounded scratch), the library's
+products turn it into dh_i = scale_i dz W_i and dW_i = dz^T (scale_i h_i).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""linear_fusion_sample on a GPU: one sweep writes (max, sum) of every tile of 128 tokens; one program a row picks the tile
-by its mass, computes that tile's logits again and draws inside it. Prefix masses are float64."""
+"""linear_fusion_sample on a GPU: one sweep writes (max, sum) of every tile of 128 tokens; one program a row picks the
+tile by its mass, computes that tile's logits again and draws inside it. Prefix masses are float64."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def config(rows: int, double_bytes: bool) -> dict[str, Any]:
         "BLOCK_T": 16 if rows <= 16 else 64,
         "BLOCK_V": BLOCK_V,
         "BLOCK_K": 32 if double_bytes else 64,
-        "num_warps": 4 if rows <= 16 else 8,
+        "num_warps": 8,
     }
 
 

@@ -25,6 +25,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     _, dhiddens, dheads, dbiases, dweights = output
     grads = (*dhiddens, *dheads, *dbiases, dweights)
     ctx.mark_non_differentiable(*grads)
+    ctx.set_materialize_grads(False)  # or autograd makes zeros of the size of all heads for the other outputs
     ctx.counts = (len(given.hiddens), len(given.biases))
     ctx.save_for_backward(*grads, given.weights)
 
@@ -32,7 +33,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> dict[str, Any]:
     n, biased = ctx.counts
     *found, weights = ctx.saved_tensors
-    # the usual upstream gradient of a loss is 1: then the gradients go out as they are (a tracer's tensor is a subclass)
+    # the usual upstream gradient is 1: then the gradients go out as they are (a tracer's tensor is a subclass)
     if not (type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0):
         found = [g * grad.to(g.dtype) if g.numel() else g for g in found]
     found = once("linear_fusion_cross_entropy", *found)
@@ -82,8 +83,8 @@ def linear_fusion_cross_entropy(
 
     Returns:
         loss, a scalar or of the leading shape, float32 (float64 for float64 inputs); with ``return_lse`` also lse.
-        Differentiable, once, in hiddens, heads, biases and weights. Trainable heads with ``"mean"`` or ``"sum"`` get their
-        gradients in the forward pass, whose logits lie for a moment in the memory of the heads' gradients.
+        Differentiable, once, in hiddens, heads, biases and weights. Trainable heads with ``"mean"`` or ``"sum"`` get
+        their gradients in the forward pass, whose logits lie for a moment in the memory of the heads' gradients.
 
     Raises:
         ValueError, TypeError: naming the argument; on a CPU also for a target out of range.

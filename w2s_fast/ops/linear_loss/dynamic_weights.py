@@ -46,22 +46,23 @@ def linear_dynamic_weights(
     """`dynamic_fusion_weights` from hidden states and heads, in chunks of rows of bounded memory.
 
     Args:
-        hiddens: final hidden states ``[..., D_i]`` in the order large model, untuned small model, expert 1, ..., expert K.
+        hiddens: final hidden states ``[..., D_i]``: large model, untuned small model, expert 1, ..., expert K.
         lm_heads: their heads ``[V_i, D_i]``.
         biases, softcap, vocab_size: see `linear_fusion_logprobs`.
         target_kl, direction: see `dynamic_fusion_weights`.
         settings: alpha_max, solver, grid, nodes, tol, multi, average of `dynamic_fusion_weights`.
 
     Returns:
-        `DynamicWeights`. At most 64 MiB of logits (one row of each model, if that is more) exist at a time; decoding a few
-        rows needs one chunk. Differentiable as `dynamic_fusion_weights` is, but then every chunk's logits are kept.
+        `DynamicWeights`. At most 64 MiB of logits (one row of each model, if that is more) exist at a time; decoding a
+        few rows needs one chunk. Differentiable as `dynamic_fusion_weights` is, but then every chunk's logits are kept.
 
     Raises:
         ValueError, TypeError: naming the argument.
 
     Example:
         >>> import torch, w2s_fast
-        >>> one, heads = torch.ones(1, 1), [torch.tensor([[0.], [0.]]), torch.tensor([[0.], [0.]]), torch.tensor([[1.], [0.]])]
+        >>> one, flat = torch.ones(1, 1), torch.zeros(2, 1)
+        >>> heads = [flat, flat, torch.tensor([[1.], [0.]])]
         >>> w2s_fast.linear_dynamic_weights([one, one, one], heads).alpha.round(decimals=3)
         tensor([[1.]])
     """

@@ -27,7 +27,8 @@ def fake_gradients(given: Linear, need: tuple[Any, ...]) -> tuple[list[Tensor], 
 
 LINEAR_FUSION_BACKWARD = define(
     "linear_fusion_backward",
-    f"({LINEAR}, Tensor target, int ignore_index, Tensor lse, Tensor coef_target, Tensor coef_lse, {NEED}) -> ({GRADIENTS})",
+    f"({LINEAR}, Tensor target, int ignore_index, Tensor lse, Tensor coef_target, Tensor coef_lse, "
+    f"{NEED}) -> ({GRADIENTS})",
     reference=reference.linear_fusion_backward,
     fake=lambda *args: fake_gradients(Linear(*args[:8]), args[13:]),
     triton=Kernel(

@@ -30,6 +30,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     given, (target, ignore_index, need_rows, need_logits) = Linear(*inputs[:8]), inputs[8:]
     _, lse, rows, logits = output
     ctx.mark_non_differentiable(rows, logits)
+    ctx.set_materialize_grads(False)
     ctx.counts = (len(given.hiddens), len(given.biases))
     ctx.numbers = (given.weight_values, given.temperature, given.softcap, given.vocab_size, ignore_index)
     ctx.kept = (need_rows, need_logits)
@@ -41,6 +42,8 @@ def _backward(ctx: Any, grad_logp: Tensor, grad_lse: Tensor, *_: Any) -> dict[st
     saved = ctx.saved_tensors
     values, heat, cap, width, ignore_index = ctx.numbers
     weights, target, lse, rows, logits = saved[2 * n + biased :]
+    grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     given = Linear(
         list(saved[:n]), list(saved[n : 2 * n]), list(saved[2 * n : 2 * n + biased]), weights, values, heat, cap, width
     )

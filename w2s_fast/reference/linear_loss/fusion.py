@@ -1,4 +1,4 @@
-"""Losses of fused linear heads: z_t = (1 / temperature) sum_i w_ti cap(W_i h_ti + b_i), cap(x) = softcap tanh(x / softcap).
+"""Fused linear heads: z_t = (1/temperature) sum_i w_ti cap(W_i h_ti + b_i), cap(x) = softcap tanh(x / softcap).
 
 These are definitions: they hold the whole [T, V] matrix that the kernels never form.
 """
@@ -126,8 +126,8 @@ def linear_fusion_backward(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
     """Gradients of sum_t (coef_target_t z_t,y + coef_lse_t lse_t): dz_tv = coef_target_t [v = y_t] + coef_lse_t p_tv.
 
-    Bit i of ``need_hiddens``, ``need_heads``, ``need_biases`` asks for model i's gradient, in the dtype and shape of its
-    tensor (zero past ``vocab_size``); those not asked for have shape ``[0]``. dweights is ``[T, n]`` or ``[0]``.
+    Bit i of ``need_hiddens``, ``need_heads``, ``need_biases`` asks for model i's gradient, in the dtype and shape of
+    its tensor (zero past ``vocab_size``); those not asked for have shape ``[0]``. dweights is ``[T, n]`` or ``[0]``.
     """
     found = fused(hiddens, heads, biases, weights, weight_values, temperature, softcap, vocab_size)
     keep = target != ignore_index
