@@ -95,14 +95,12 @@ struct DynamicRun {
     DynamicItem<A> item(d, row);
     for (int k = 0; k < d.K; ++k) {
       const bool own = L > 1 || k == 0;
-      const Rows& low = *d.anti_of(k);
       A mk = -infinity<A>, m0 = mk;
       for (int64_t c = begin; c < end; c += TILE) {
         const int n = int(std::min<int64_t>(TILE, end - c));
         mk = std::max(mk, tile_max(item.expert(k, c, n), n));
         m0 = std::max(m0, tile_max(item.anti(k, c, n), n));
       }
-      (void)low;
       const A center = mk == -infinity<A> || m0 == -infinity<A> ? A(0) : mk - m0;
       const V rk = V::set(mk == -infinity<A> ? A(0) : mk), r0 = V::set(m0 == -infinity<A> ? A(0) : m0), cc = V::set(center);
       double sk = 0, qk = 0, s0 = 0;

@@ -54,6 +54,13 @@ struct Hermite {
   }
 };
 
+// How far the two polynomials differ over the interval: at the root alone they may happen to cross.
+double disagreement(const Hermite& fine, const Hermite& coarse, int j) {
+  double worst = 0;
+  for (int i = 1; i < 8; ++i) worst = std::max(worst, std::abs(fine.kl(j, i / 8.0) - coarse.kl(j, i / 8.0)));
+  return worst;
+}
+
 // Columns whose weight underflowed at node 0 may count at node j: a bound on their share of S_j.
 bool mass_lost(const Sums& s, const Dynamic& d, int j) {
   if (s.moment[0][j] < (d.f64 ? 1e-280 : 1e-30)) return true;
@@ -109,7 +116,7 @@ Solved solve_nodes(const Sums& s, const Dynamic& d, double goal, double floor) {
   found.kl = fine.kl(j, u);
   const double allowed = d.tol * std::max(1.0, goal);
   found.sure = !mass_lost(s, d, j) && !mass_lost(s, d, j + 1) && allowed >= (d.f64 ? 1e-12 : 1e-5) &&
-               std::abs(coarse.kl(j, u) - goal) <= allowed && std::abs(found.kl - goal) <= 0.1 * allowed;
+               disagreement(fine, coarse, j) <= allowed && std::abs(found.kl - goal) <= 0.1 * allowed;
   return found;
 }
 

@@ -107,11 +107,12 @@ struct FusedRow {
     info.max /= heat;
   }
 
-  // The rules for infinities: -inf - (-inf) = 0 in a difference; z = -inf where base = -inf.
+  // The rules for infinities: -inf - (-inf) = 0 in a difference; z = -inf where base = -inf; weight 0 adds exactly 0.
   __attribute__((noinline)) TileInfo<A> exact(const A* base, int64_t c, int n, A* dst) {
     TileInfo<A> info{-infinity<A>, false};
-    for (int i = 0; i < n; ++i) dst[i] = base[i] * base_weight;
+    for (int i = 0; i < n; ++i) dst[i] = base_weight != 0 ? base[i] * base_weight : A(0);
     for (int k = 0; k < f->K; ++k) {
+      if (w[k] == 0) continue;
       const A* e = fetch(f->expert[size_t(k)], row, c, n, buffer[1]);
       const Rows* r = f->anti_of(k);
       const A* a = r ? fetch(*r, row, c, n, buffer[2]) : nullptr;

@@ -126,8 +126,14 @@ inline Above boundary(const Candidates<A>& c, A top, A level, double goal, Cut<A
     middle = next;
   }
   std::vector<std::pair<A, int32_t>> items;
-  for (int64_t i = 0; i < c.n; ++i)
-    if (c.z[size_t(i)] >= low && c.z[size_t(i)] < high) items.emplace_back(-c.z[size_t(i)], c.index[size_t(i)]);
+  using V = Vec<A>;
+  for (int64_t i = 0; i < c.n; i += V::W) {
+    const V z = V::load(c.z.get() + i);
+    for (uint32_t in = (V::ge(z, V::set(low)) & V::gt(V::set(high), z)).bits(); in; in &= in - 1) {
+      const size_t at = size_t(i + __builtin_ctz(in));
+      items.emplace_back(-c.z[at], c.index[at]);
+    }
+  }
   std::sort(items.begin(), items.end());
   Above at = at_high;
   for (const auto& [negative, index] : items) {
