@@ -65,6 +65,12 @@ def row_lse(top, total):
 
 
 @triton.jit
+def log_probability(z, top, total):
+    """z - lse without the rounding of lse, which is large next to it where the logits are."""
+    return ((z - safe(top)).to(tl.float64) - tl.log(total.to(tl.float64))).to(tl.float32)
+
+
+@triton.jit
 def _merge_lse_kernel(tiles, i_partial, o_lse, TILES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     top, total, _, _ = merge_sums(i_partial, row, tiles, TILES)

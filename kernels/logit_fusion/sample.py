@@ -19,7 +19,7 @@ import triton.language as tl
 from ..common import INF, NO_INDEX, AotCase, Meta, cdiv, dtype, launch, next_power, row_tile, safe, tile_width
 from .filters import find_cut, plausible_fusion
 from .fusion import load_fused, load_temperature, supports_fusion
-from .partials import merge_sums, row_lse, tile_stats
+from .partials import log_probability, merge_sums, row_lse, tile_stats
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _draw_kernel(
         kept = kept * 0 + 1
     fine = tl.abs(lse) < INF
     tl.store(o_token + row, tl.where(fine, token, -1).to(tl.int64))
-    tl.store(o_logprob + row, tl.where(fine, z_token - lse, float("nan")))
+    tl.store(o_logprob + row, tl.where(fine, log_probability(z_token, top, total), float("nan")))
     tl.store(o_lse + row, lse)
     tl.store(o_kept + row, tl.where(fine, kept, 0))
 

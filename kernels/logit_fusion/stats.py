@@ -16,7 +16,7 @@ import triton.language as tl
 from ..common import INF, NO_INDEX, AotCase, Meta, dtype, launch, next_power, safe
 from .filters import plausible_fusion
 from .fusion import load_fused, supports_fusion
-from .partials import first_index, merge_sums, row_lse, tile_stats
+from .partials import first_index, log_probability, merge_sums, row_lse, tile_stats
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _merge_stats_kernel(
         target = tl.load(targets + row * target_stride)
         lanes = tl.arange(0, 16)
         z = load_fused(fusion, row, target + lanes, lanes < tl.where(target < 0, 0, tl.minimum(vocab - target, 1)))
-        tl.store(o_logp + row, tl.max(tl.where(z == z, z, -INF), 0) - lse)
+        tl.store(o_logp + row, log_probability(tl.max(tl.where(z == z, z, -INF), 0), top, total))
 
 
 def launch_fused_stats(*args: Any) -> tuple[Any, Any, Any, Any, Any]:

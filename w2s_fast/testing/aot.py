@@ -130,9 +130,10 @@ def table(found: list[Job], architectures: Iterable[int] = ARCHITECTURES, worker
 
 def read(path: Path = GOLDEN) -> list[Row]:
     """The committed table."""
+    texts = ("module", "case", "kernel", "mma")
     with path.open(newline="") as file:
-        return [Row(**{name: (value if Row.__annotations__[name] == "str" else int(value))  # type: ignore[arg-type]
-                       for name, value in line.items()}) for line in csv.DictReader(file)]
+        lines = [{n: v if n in texts else int(v) for n, v in line.items()} for line in csv.DictReader(file)]
+    return [Row(**line) for line in lines]  # type: ignore[arg-type]
 
 
 def write(rows: Iterable[Row], path: Path = GOLDEN) -> None:
