@@ -85,7 +85,7 @@ def verdict(scores: list[dlf.DomainScore]) -> str:
         lines.append(f"{s.domain}: {better} weights beat {worse} ones ({getattr(s, better):.2f} against "
                      f"{getattr(s, worse):.2f}); dynamic fusion closes {s.dynamic_share:.0%} of the gap.")
     if all(abs(s.mean_alpha - 1) < 0.1 for s in scores):
-        lines.append("Large and small model read the same text, so the solved weights scatter around 1, the static weight.")
+        lines.append("Large and small model read the same text, so the solved weights scatter around 1.")
     return "\n".join(lines)
 
 
