@@ -29,11 +29,13 @@ class Kernel:
     """A kernel written outside the reference: a launcher and the reason, if any, that it cannot serve a call.
 
     Both are named ``"module:function"`` relative to ``w2s_fast`` and imported at first use, so that importing
-    the package does not import Triton. They take the op's positional arguments.
+    the package does not import Triton. They take the op's positional arguments. ``opt_in`` is a reason why `auto` does
+    not take this kernel although it could serve; asking for its backend still runs it.
     """
 
-    def __init__(self, launch: str, supports: str | None = None) -> None:
+    def __init__(self, launch: str, supports: str | None = None, opt_in: str | None = None) -> None:
         self._names = (launch, supports)
+        self.opt_in = opt_in
         self._loaded: tuple[Callable[..., Any], Callable[..., str | None]] | None = None
 
     def _load(self) -> tuple[Callable[..., Any], Callable[..., str | None]]:
@@ -118,13 +120,17 @@ class Op:
             )
         return kernel.why_not(args)
 
+    def _opt_in(self, backend: str) -> str | None:
+        kernel = {"triton": self.triton, "cuda": self.cuda}.get(backend)
+        return kernel.opt_in if kernel is not None else None
+
     def explain(self, args: Sequence[Any]) -> dispatch.Explanation:
         """The backend that `auto` takes for ``args`` and the reasons against the others."""
         device = _first_tensor(args).device.type
         order = {"cpu": ("cpp", "reference", "triton", "cuda"), "cuda": ("cuda", "triton", "reference", "cpp")}
         chosen, rejected = "", []
         for name in order.get(device, ("reference", "cpp", "triton", "cuda")):
-            reason = self.why_not(name, args)
+            reason = self.why_not(name, args) or self._opt_in(name)
             if reason is None and not chosen:
                 chosen = name
             else:
@@ -133,7 +139,7 @@ class Op:
 
     def _run_cuda(self, *args: Any) -> Any:
         for backend, kernel in (("cuda", self.cuda), ("triton", self.triton)):
-            if kernel is not None and self.why_not(backend, args) is None:
+            if kernel is not None and kernel.opt_in is None and self.why_not(backend, args) is None:
                 return kernel(*args)
         _LOG.warning(
             "w2s_fast.%s: no GPU kernel serves this call, plain PyTorch does:\n%s", self.name, self.explain(args)

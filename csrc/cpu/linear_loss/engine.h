@@ -43,9 +43,9 @@ inline void product(const Matrix<A>& c, const Matrix<A>& a, const Matrix<A>& b, 
   if (c.rows == 0 || c.columns == 0) return;
   Tensor out = c.tensor(), left = a.tensor(), right = b.tensor();
   if (add) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
   }
 }
 

@@ -73,7 +73,11 @@ DYNAMIC_SAMPLE = define(
         "kernels.logit_fusion.dynamic_sample:launch_dynamic_sample",
         "kernels.logit_fusion.dynamic_sample:supports_dynamic_sample",
     ),
-    cuda=Kernel("ops.logit_fusion.cluster:launch_dynamic_sample", "ops.logit_fusion.cluster:supports_dynamic_sample"),
+    cuda=Kernel(
+        "ops.logit_fusion.cluster:launch_dynamic_sample",
+        "ops.logit_fusion.cluster:supports_dynamic_sample",
+        opt_in='not measured on a GPU yet, so Triton comes first; `with w2s_fast.backend("cuda")` takes it',
+    ),
 )
 
 
