@@ -65,7 +65,7 @@ def _case(rows: int, vocab: int, sizes: tuple[int, ...], trainable: bool) -> Cas
         shape={"T": rows, "V": vocab, "D": width},
         bytes=moved,
         flops=2.0 * products * rows * vocab * width,
-        prediction=f"{products} products of T V D at the library's rate and a few percent of row kernels; the baselines "
+        prediction=f"{products} products of T V D at the library's rate and a few percent of row work; the baselines "
         "add passes over [T, V] (and over the concatenated heads)",
         inputs=_inputs(rows, vocab, sizes),
         ours=_with_gradients(_fused, trainable),

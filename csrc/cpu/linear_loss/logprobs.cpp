@@ -127,11 +127,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(Engine<A>& e, const int64_t* targ
       else s.add(r0, rows, z, ld);
     }
   }
-  Tensor none = e.output({0}), mean_logits = none;
+  Tensor mean_logits = e.output({0});
   if (means) mean_logits = means->finish();
   return {scattered(e, [&](int64_t m) { return double(s.at_target[size_t(m)]) - s.lse(m); }),
-          scattered(e, [&](int64_t m) { return s.lse(m); }), need_rows ? means->all_rows() : none,
-          need_logits ? mean_logits : none};
+          scattered(e, [&](int64_t m) { return s.lse(m); }), need_rows ? means->all_rows() : e.output({0}),
+          need_logits ? mean_logits : e.output({0})};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_fusion_logprobs(

@@ -30,9 +30,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.save_for_backward(*grads, given.weights)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> dict[str, Any]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
     n, biased = ctx.counts
     *found, weights = ctx.saved_tensors
+    if grad is None:
+        return by_name((found[:n], found[n : 2 * n], found[2 * n : 2 * n + biased], found[-1]), (0, 0, 0, False), None)
     # the usual upstream gradient is 1: then the gradients go out as they are (a tracer's tensor is a subclass)
     if not (type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0):
         found = [g * grad.to(g.dtype) if g.numel() else g for g in found]
@@ -101,9 +103,9 @@ def linear_fusion_cross_entropy(
     trainable = given.needs(given.heads), given.needs(given.biases)
     if any(trainable) and reduction != "none" and not return_lse:
         gates = bool(given.weights is not None and given.needs([given.weights]))
-        loss, *_ = LINEAR_FUSION_CROSS_ENTROPY(
+        loss: Tensor = LINEAR_FUSION_CROSS_ENTROPY(
             *given, target, ignore_index, reduction == "mean", given.needs(given.hiddens), *trainable, gates
-        )
+        )[0]
         return loss
     logp, lse = logprobs(given, target, ignore_index)
     if reduction == "none":

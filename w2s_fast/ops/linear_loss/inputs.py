@@ -174,7 +174,8 @@ def targets(op: str, target: Any, batch: torch.Size, given: Linear, ignore_index
             checks.fail(
                 op, "target", f"in [0, {given.vocab_size}) or ignore_index ({ignore_index})", int(target[bad][0])
             )
-    return target.reshape(-1).to(torch.int64).contiguous()
+    rows: Tensor = target.reshape(-1).to(torch.int64).contiguous()
+    return rows
 
 
 class _Once(torch.autograd.Function):

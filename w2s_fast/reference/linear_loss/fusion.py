@@ -85,7 +85,7 @@ def linear_fusion_logprobs(
     keep = target != ignore_index
     lse = log_sum_exp(found.z)
     logp = found.z.gather(1, torch.where(keep, target, 0).unsqueeze(1)).squeeze(1) - lse
-    rows = logits = found.z.new_empty(0)
+    rows, logits = found.z.new_empty(0), found.z.new_empty(0)
     if need_rows or need_logits:
         p = torch.where(keep.unsqueeze(1), probabilities(found.z, lse), 0.0)
         if need_rows:
