@@ -14,7 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import INF, AotCase, Meta, cdiv, dtype, launch, next_power, row_tile, tile_width
+from ..common import INF, AotCase, Meta, cdiv, dtype, launch, next_power, row_tile, safe, tile_width
 from .filters import plausible_fusion
 from .fusion import load_fused, supports_fusion
 from .partials import merge_sums, merged_lse, row_lse, tile_stats
@@ -29,7 +29,9 @@ def _fuse_kernel(fusion, vocab, tiles, o_out, i_partial, o_lse, TILES: tl.conste
         top, total, _, _ = merge_sums(i_partial, row, tiles, TILES)
         lse = row_lse(top, total)
         # a row of -inf alone has no distribution: -inf - (-inf) is NaN there, as in torch.log_softmax
-        z = tl.where(z == -INF, tl.where(lse > -INF, -INF, float("nan")), z - lse)
+        # max and log sum subtracted in turn: at an offset of 1e4 the rounding of lse would be 5e-4
+        logp = z - safe(top) - tl.log(total)
+        z = tl.where(z == -INF, tl.where(lse > -INF, -INF, float("nan")), logp)
         tl.store(o_lse + row, lse, mask=tile == 0)
     tl.store(o_out + row * vocab + cols, z.to(o_out.dtype.element_ty), mask=cols < vocab)
 
