@@ -99,7 +99,7 @@ def test_kernels_import_only_triton():
 
 
 def test_imports_run_one_way():
-    order = ["integrations", "methods", "nn", "ops", "reference"]
+    order = ["methods", "integrations", "nn", "ops", "reference"]
     for rank, layer in enumerate(order):
         for path in (ROOT / layer).rglob("*.py"):
             text = path.read_text()
