@@ -32,7 +32,7 @@ def test_in_a_process_of_its_own():
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore::RuntimeWarning", __file__], env=env,
+        [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", __file__], env=env,
         capture_output=True, text=True, timeout=900, check=False,
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -53,6 +53,10 @@ def interpreted(test):
 def test_accuracy(sample: Sample, dtype: torch.dtype):
     if dtype not in sample.dtypes:
         pytest.skip("not a dtype of this sample")
+    if "triton" in sample.refused_by:
+        with pytest.raises(RuntimeError, match="backend 'triton' cannot serve this call"):
+            compare(sample, "triton", dtype)
+        return
     compare(sample, "triton", dtype)
 
 

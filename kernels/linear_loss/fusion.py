@@ -41,15 +41,20 @@ def _sweep(given: tuple, target: Any, ignore_index: int, lse: Any, a: Any, b: An
 
 def launch_linear_fusion_logprobs(*args: Any) -> tuple[Any, Any, Any, Any]:
     """Arguments of `linear_fusion_logprobs` -> (logp, lse, mean_rows, mean_logits)."""
+    return _forward(*args)[:4]
+
+
+def _forward(*args: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """Outputs of `linear_fusion_logprobs` and unit of `log_probabilities`."""
     given, (target, ignore_index, need_rows, need_logits) = args[:8], args[8:]
     hiddens, heads, biases, weights, values, temperature, _, vocab_size = given
     models, options = prepare(hiddens, heads, biases, weights, values, temperature)
-    logp, lse = log_probabilities(models, options, vocab_size, target, ignore_index)
+    logp, lse, unit = log_probabilities(models, options, vocab_size, target, ignore_index)
     rows, count = hiddens[0].shape[0], len(hiddens)
     mean_rows = lse.new_zeros((rows, sum(h.shape[1] for h in hiddens)) if need_rows or need_logits else (0,))
     mean_logits = lse.new_zeros((rows, count) if need_logits else (0,))
     if need_rows or need_logits:
-        for first, size, p in _sweep(given, target, ignore_index, lse, lse.new_zeros((rows,)), lse.new_ones((rows,))):
+        for first, size, p in _sweep(given, target, ignore_index, lse, lse.new_zeros((rows,)), unit):
             part, start = slice(first, first + size), 0
             for i, (h, head) in enumerate(zip(hiddens, heads, strict=True)):
                 mean = p.to(head.dtype).matmul(head[:vocab_size]).float()
@@ -57,7 +62,7 @@ def launch_linear_fusion_logprobs(*args: Any) -> tuple[Any, Any, Any, Any]:
                 start += h.shape[1]
                 if need_logits:
                     mean_logits[part, i] = (mean * h[part].float()).sum(1) + _dot(p, biases, i, vocab_size)
-    return logp, lse, mean_rows if need_rows else lse.new_empty((0,)), mean_logits
+    return logp, lse, mean_rows if need_rows else lse.new_empty((0,)), mean_logits, unit
 
 
 def _dot(g: Any, biases: Any, i: int, vocab_size: int) -> Any:
@@ -100,10 +105,10 @@ def launch_linear_fusion_backward(*args: Any) -> tuple[list[Any], list[Any], lis
 def launch_linear_fusion_cross_entropy(*args: Any) -> tuple[Any, ...]:
     """Arguments of `linear_fusion_cross_entropy` -> (loss, dhiddens, dheads, dbiases, dweights)."""
     given, (target, ignore_index, mean, *need) = args[:8], args[8:]
-    logp, lse, _, _ = launch_linear_fusion_logprobs(*given, target, ignore_index, False, False)
+    logp, lse, _, _, unit = _forward(*given, target, ignore_index, False, False)
     keep = (target != ignore_index).to(lse.dtype)
     coef = keep / keep.sum().clamp_min(1) if mean else keep
-    grads = launch_linear_fusion_backward(*given, target, ignore_index, lse, -coef, coef, *need)
+    grads = launch_linear_fusion_backward(*given, target, ignore_index, lse, -coef, coef * unit, *need)
     return (-(logp * coef).sum(), *grads)
 
 

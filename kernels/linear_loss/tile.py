@@ -91,7 +91,7 @@ def _stats_kernel(
 
 
 @triton.jit
-def _merge_kernel(count, tiles, i_max, i_sum, target, ignored, i_target, o_logp, o_lse, BLOCK: tl.constexpr):
+def _merge_kernel(count, tiles, i_max, i_sum, target, ignored, i_target, o_logp, o_lse, o_unit, BLOCK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < count
     top = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -103,11 +103,14 @@ def _merge_kernel(count, tiles, i_max, i_sum, target, ignored, i_target, o_logp,
         total = total * tl.exp(safe(top) - safe(new)) * (top > -float("inf")) + s * tl.exp(safe(m) - safe(new))
         top = new
     lse = tl.log(total) + safe(top)
+    # exp(z - lse) unit = exp(z - top) / total: undoes the rounding of lse, whose absolute error grows with |lse|
+    unit = tl.where(total > 0, tl.exp(lse - safe(top)) / total, 1.0)
     y = tl.load(target + rows, mask=mask, other=0)
     keep = y != ignored
     z = tl.load(i_target + rows, mask=mask & keep, other=0.0)
     tl.store(o_lse + rows, tl.where(keep, lse, 0.0), mask=mask)
-    tl.store(o_logp + rows, tl.where(keep, z - lse, 0.0), mask=mask)
+    tl.store(o_logp + rows, tl.where(keep, (z - safe(top)) - tl.log(total), 0.0), mask=mask)
+    tl.store(o_unit + rows, unit, mask=mask)
 
 
 @triton.jit
@@ -206,11 +209,11 @@ def statistics(models: tuple, options: dict[str, Any], vocab_size: int, target: 
 
 def log_probabilities(
     models: tuple, options: dict[str, Any], vocab_size: int, target: Any, ignore_index: int
-) -> tuple[Any, Any]:
-    """logp and lse ``[T]``, 0 in ignored rows."""
+) -> tuple[Any, Any, Any]:
+    """logp and lse ``[T]``, 0 in ignored rows, and unit ``[T]``: P = unit exp(z - lse) to the last digits."""
     top, total, at_target = statistics(models, options, vocab_size, target)
     tiles, rows = top.shape
-    logp, lse = (top.new_empty((rows,)) for _ in range(2))
+    logp, lse, unit = (top.new_empty((rows,)) for _ in range(3))
     launch(
         _merge_kernel,
         cdiv(rows, 64),
@@ -224,9 +227,10 @@ def log_probabilities(
         at_target,
         logp,
         lse,
+        unit,
         BLOCK=64,
     )
-    return logp, lse
+    return logp, lse, unit
 
 
 def gradient_tile(

@@ -4,7 +4,7 @@ With r the reference in float64 from the same rounded inputs, e the reference in
 
 1. the same NaN and infinity pattern as r;
 2. max|a - r| <= k max|e - r| + 2 eps max(1, max|r|), with k = 2 forward and 3 for gradients;
-3. rms(a - r) <= 1.5 (1 + 3 / sqrt(2 n)) rms(e - r) + eps rms(r) over n entries.
+3. rms(a - r) <= (1 + 3 / sqrt(2 n)) (1.5 rms(e - r) + eps rms(r)) over n entries.
 
 The bracket of the third rule is three standard errors of an rms estimated from n rounding errors: without it two
 computations of equal quality differ by more than 1.5 in a vector of three entries as often as not.
@@ -53,7 +53,7 @@ def measure(actual: Tensor, eager: Tensor, reference: Tensor, dtype: torch.dtype
         max_error=_max(ours),
         max_allowed=FACTOR[kind] * _max(theirs) + 2 * eps * max(1.0, _max(r)),
         rms_error=_rms(ours),
-        rms_allowed=1.5 * (1 + 3 / math.sqrt(2 * max(1, r.numel()))) * _rms(theirs) + eps * _rms(r),
+        rms_allowed=(1 + 3 / math.sqrt(2 * max(1, r.numel()))) * (1.5 * _rms(theirs) + eps * _rms(r)),
         pattern_ok=pattern_ok,
     )
 

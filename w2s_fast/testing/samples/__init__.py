@@ -52,7 +52,7 @@ class Sample:
         grad: whether gradients in its floating-point inputs are compared too.
         verify: ``(args64, kwargs64, outputs) -> None`` replaces the comparison with the reference where the op's
             contract is another one than rounding error (the solver's tolerance on the KL, for instance).
-        exact: compare outputs bit for bit (integer outputs always are).
+        refused_by: backends that say, with a reason, that they cannot serve this call.
     """
 
     op: str
@@ -61,6 +61,7 @@ class Sample:
     dtypes: tuple[torch.dtype, ...] = LOW
     grad: bool = True
     verify: Callable[[tuple[Any, ...], Mapping[str, Any], Any], None] | None = None
+    refused_by: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:

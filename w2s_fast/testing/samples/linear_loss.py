@@ -121,13 +121,28 @@ def _pairs(m: Make) -> Inputs:
     return (m.logits(5), m.logits(5), 0.5), {"gamma": 1.0, "label_smoothing": 0.1}
 
 
+#: a softcap needs an accumulator a model, biases a second table: plain PyTorch serves both on a GPU
+REFUSED = {"softcap": ("triton",)}
+
 SAMPLES: list[Sample] = [
-    *(Sample("linear_fusion_cross_entropy", name, make) for name, make in LOSSES.items()),
+    *(
+        Sample("linear_fusion_cross_entropy", name, make, refused_by=REFUSED.get(name, ()))
+        for name, make in LOSSES.items()
+    ),
     Sample("linear_fusion_cross_entropy", "none", _with(LOSSES["three"], reduction="none")),
     Sample("linear_fusion_cross_entropy", "sum-lse", _with(LOSSES["three"], reduction="sum", return_lse=True)),
-    *(Sample("linear_fusion_logprobs", name, make) for name, make in LOSSES.items()),
     *(
-        Sample("linear_fusion_sample", name, _draws(LOSSES[name]), grad=False)
+        Sample("linear_fusion_logprobs", name, make, refused_by=REFUSED.get(name, ()))
+        for name, make in LOSSES.items()
+    ),
+    *(
+        Sample(
+            "linear_fusion_sample",
+            name,
+            _draws(LOSSES[name]),
+            grad=False,
+            refused_by=("triton",) if name == "layouts" else (),
+        )
         for name in ("plain", "three", "layouts", "empty")
     ),
     Sample("linear_fusion_sample", "greedy", _draws(LOSSES["three"], temperature=0), grad=False),
