@@ -23,8 +23,8 @@ class SampleOutput(NamedTuple):
     """One sampled token a row.
 
     Fields: token ``[...]`` int64; logprob ``[...]``, its log-probability under the unfiltered, temperature-scaled
-    fused distribution (None if it was not wanted); lse ``[...]`` of that distribution's logits; alpha ``[..., K]`` with dynamic weights, else
-    None; kept ``[...]`` int32, how many tokens the filters kept.
+    fused distribution (None if it was not wanted); lse ``[...]`` of that distribution's logits; alpha
+    ``[..., K]`` with dynamic weights, else None; kept ``[...]`` int32, how many tokens the filters kept.
     """
 
     token: Tensor
