@@ -83,7 +83,11 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         state = dispatch.STATE
         if state == "auto":
-            return self._auto(*args)
+            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+                return self._auto(*args)
+            # no gradient is wanted: past the Python autograd kernel, which costs a small call as much as the op
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._auto(*args)
         if state == "explain":
             raise dispatch.Explained(self.explain(args))
         return self._forced(*args, state)

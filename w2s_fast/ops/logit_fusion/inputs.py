@@ -55,6 +55,14 @@ def as_list(op: str, name: str, value: Any, ndim: int) -> list[Tensor]:
     return list(value)
 
 
+def _refuse(op: str, name: str, tensor: Any, base: Tensor) -> None:
+    """The error of a tensor that `logits` cannot take (the checks are made one by one only here: they cost)."""
+    checks.is_float_tensor(op, name, tensor)
+    if tensor.ndim < 1 or tensor.ndim > base.ndim:
+        checks.fail(op, name, f"of shape [..., V] with at most {base.ndim} dimensions", tuple(tensor.shape))
+    checks.same_device(op, [("base", base), (name, tensor)])
+
+
 def _rows(op: str, name: str, tensor: Tensor, batch: torch.Size) -> Tensor:
     if tensor.shape[:-1] != batch:
         try:
@@ -73,20 +81,13 @@ def logits(
     checks.is_float_tensor(op, "base", base)
     if base.ndim < 1:
         checks.fail(op, "base", "of shape [..., V]", "a 0-dimensional tensor")
-    lists = {"experts": as_list(op, "experts", experts, base.ndim), "anti": as_list(op, "anti", anti, base.ndim)}
-    named: list[tuple[str, Tensor | None]] = [("base", base)]
+    ndim, device = base.ndim, base.device
+    lists = {"experts": as_list(op, "experts", experts, ndim), "anti": as_list(op, "anti", anti, ndim)}
     for name, tensors in lists.items():
         for index, tensor in enumerate(tensors):
-            checks.is_float_tensor(op, f"{name}[{index}]", tensor)
-            if tensor.ndim < 1 or tensor.ndim > base.ndim:
-                checks.fail(
-                    op,
-                    f"{name}[{index}]",
-                    f"of shape [..., V] with at most {base.ndim} dimensions",
-                    tuple(tensor.shape),
-                )
-            named.append((f"{name}[{index}]", tensor))
-    checks.same_device(op, named)
+            fits = isinstance(tensor, Tensor) and tensor.dtype in checks.FLOATS and 1 <= tensor.ndim <= ndim
+            if not fits or tensor.device != device:
+                _refuse(op, f"{name}[{index}]", tensor, base)
     if anti_required and not lists["anti"]:
         checks.fail(op, "anti", "the untuned small model's logits", "None", error=TypeError)
     if len(lists["anti"]) not in (0, 1, len(lists["experts"])):
@@ -98,7 +99,8 @@ def logits(
         )
     if lists["anti"] and not lists["experts"]:
         checks.fail(op, "anti", "None when there are no experts", f"{len(lists['anti'])} tensors")
-    widths = [tensor.shape[-1] for _, tensor in named if tensor is not None]
+    tensors = [base, *lists["experts"], *lists["anti"]]
+    widths = [tensor.shape[-1] for tensor in tensors]
     width = min(widths)
     if vocab_size is None:
         if strict_vocab and max(widths) != width:
@@ -109,6 +111,8 @@ def logits(
     if width < 1:
         checks.fail(op, "base", "at least one column wide (V >= 1)", f"widths {widths}")
     batch = base.shape[:-1]
+    if ndim == 2 and all(t.ndim == 2 and t.shape[0] == batch[0] and t.stride(1) == 1 for t in tensors):
+        return Logits(base, lists["experts"], lists["anti"], vocab_size, batch)
     return Logits(
         _rows(op, "base", base, batch),
         [_rows(op, f"experts[{i}]", t, batch) for i, t in enumerate(lists["experts"])],
