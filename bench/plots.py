@@ -49,7 +49,7 @@ def ratio_chart(report: Report, folder: Path) -> list[Path]:
     axes.set_xlabel("their time / our time (black tick: what the project demands)")
     axes.set_title(report.device)
     present = [kind for kind in COLORS if any(row.kind == kind for row in rows)]
-    axes.legend([axes.barh(0, 0, color=COLORS[kind]) for kind in present], present, fontsize=7, loc="lower right")
+    axes.legend([axes.barh(0, 0, color=COLORS[kind]) for kind in present], present, fontsize=7, loc="upper right")
     return _save(figure, folder, f"{report.slug}-ratios")
 
 

@@ -12,7 +12,7 @@ from ... import checks
 from ...library import Kernel, define
 from ...reference.logit_fusion import backward as reference_backward
 from ...reference.logit_fusion import dynamic_weights as reference
-from .inputs import Logits, accumulate_dtype, logits
+from .inputs import Logits, accumulate_dtype, logits, unflatten
 
 #: The part of a schema that describes the solve; see `DynamicArguments`.
 DYN = (
@@ -262,13 +262,9 @@ def shaped(
     given: Logits, multi: int, alpha: Tensor, target: Tensor, achieved: Tensor, saturated: Tensor
 ) -> DynamicWeights:
     """Row results in the caller's leading shape."""
-    batch, count = given.batch, len(given.experts)
-    kls = (
-        achieved.reshape(*batch, count) if multi == MULTI["decoupled"] and count > 1 else achieved[:, 0].reshape(batch)
-    )
-    return DynamicWeights(
-        alpha.reshape(*batch, count), target.reshape(*batch, count), kls, saturated.reshape(*batch, count)
-    )
+    kls = achieved if multi == MULTI["decoupled"] and len(given.experts) > 1 else achieved[:, 0]
+    alpha, target, kls, saturated = (unflatten(t, given.batch) for t in (alpha, target, kls, saturated))
+    return DynamicWeights(alpha, target, kls, saturated)
 
 
 def dynamic_fusion_weights(

@@ -12,7 +12,7 @@ from ... import checks
 from ...library import Kernel, define
 from ...reference.logit_fusion import fuse as reference
 from .gradient import fusion_gradients, save_fusion, saved_fusion
-from .inputs import FUSE, accumulate_dtype, fusion
+from .inputs import FUSE, accumulate_dtype, fusion, unflatten
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -135,5 +135,5 @@ def fuse_logits(
     fused, lse = FUSE_LOGITS(
         *given, checks.float_dtype("fuse_logits", "out_dtype", out_dtype or base.dtype), return_lse
     )
-    fused = fused.reshape(*batch, given.vocab_size)
-    return (fused, lse.reshape(batch)) if return_lse else fused
+    fused = unflatten(fused, batch)
+    return (fused, unflatten(lse, batch)) if return_lse else fused

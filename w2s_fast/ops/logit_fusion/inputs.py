@@ -55,6 +55,11 @@ def as_list(op: str, name: str, value: Any, ndim: int) -> list[Tensor]:
     return list(value)
 
 
+def unflatten(rows: Tensor, batch: torch.Size) -> Tensor:
+    """``rows`` [B, ...] in the caller's leading shape (nothing to do, and nothing done, for the usual [B])."""
+    return rows if len(batch) == 1 else rows.reshape([*batch, *rows.shape[1:]])
+
+
 def _refuse(op: str, name: str, tensor: Any, base: Tensor) -> None:
     """The error of a tensor that `logits` cannot take (the checks are made one by one only here: they cost)."""
     checks.is_float_tensor(op, name, tensor)

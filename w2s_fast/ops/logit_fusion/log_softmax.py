@@ -13,7 +13,7 @@ from ...library import Kernel, define
 from ...reference.logit_fusion import log_softmax as reference
 from .fuse import Plausible, Weights
 from .gradient import fusion_gradients, save_fusion, saved_fusion
-from .inputs import FUSE, accumulate_dtype, fusion
+from .inputs import FUSE, accumulate_dtype, fusion, unflatten
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -83,4 +83,4 @@ def fused_log_softmax(
     )
     out_dtype = checks.float_dtype(op, "out_dtype", out_dtype or accumulate_dtype(given))
     logp: Tensor = FUSED_LOG_SOFTMAX(*given, out_dtype)[0]
-    return logp.reshape(*batch, given.vocab_size)
+    return unflatten(logp, batch)

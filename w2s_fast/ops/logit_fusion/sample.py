@@ -14,7 +14,7 @@ from ...reference.logit_fusion import dynamic_sample as reference_dynamic
 from ...reference.logit_fusion import sample as reference
 from .dynamic_weights import DYN, MULTI, dynamic_arguments, fake_weights, shaped
 from .fuse import Plausible, Weights
-from .inputs import FUSE, accumulate_dtype, fusion, plausible_of, temperature_of
+from .inputs import FUSE, accumulate_dtype, fusion, plausible_of, temperature_of, unflatten
 
 _FILTERS = "Tensor uniform, int top_k, float top_p, float min_p"
 
@@ -172,8 +172,8 @@ def fused_sample(
     )
     draws = _uniform(op, uniform, generator, given.base, batch, temperature)
     token, logprob, lse, kept = FUSED_SAMPLE(*given, draws, top_k, top_p, min_p)
-    wanted = logprob.reshape(batch) if return_logprob else None
-    return SampleOutput(token.reshape(batch), wanted, lse.reshape(batch), None, kept.reshape(batch))
+    wanted = unflatten(logprob, batch) if return_logprob else None
+    return SampleOutput(unflatten(token, batch), wanted, unflatten(lse, batch), None, unflatten(kept, batch))
 
 
 def _dynamic(
@@ -198,7 +198,9 @@ def _dynamic(
     token, logprob, lse, kept, *solved = run(*args, heat, heat_value, kind, level, draws, top_k, top_p, min_p)
     batch = given.batch
     alpha = shaped(given, args.multi, *solved).alpha
-    return SampleOutput(token.reshape(batch), logprob.reshape(batch), lse.reshape(batch), alpha, kept.reshape(batch))
+    return SampleOutput(
+        unflatten(token, batch), unflatten(logprob, batch), unflatten(lse, batch), alpha, unflatten(kept, batch)
+    )
 
 
 def _uniform(op: str, uniform: Any, generator: Any, base: Tensor, batch: torch.Size, temperature: Any) -> Tensor:

@@ -13,7 +13,7 @@ from ...library import Kernel, define
 from ...reference.logit_fusion import stats as reference
 from .fuse import Plausible, Weights
 from .gradient import fusion_gradients, save_fusion, saved_fusion
-from .inputs import FUSE, accumulate_dtype, fusion
+from .inputs import FUSE, accumulate_dtype, fusion, unflatten
 
 
 class FusedStats(NamedTuple):
@@ -114,8 +114,8 @@ def fused_stats(
     if targets is not None:
         targets = _targets(op, targets, batch, given.base, given.vocab_size)
     lse, top, argmax, entropy, logp = FUSED_STATS(*given, targets)
-    lse, top, argmax, entropy = (t.reshape(batch) for t in (lse, top, argmax, entropy))
-    return FusedStats(lse, top, argmax, entropy, logp.reshape(batch) if targets is not None else None)
+    lse, top, argmax, entropy = (unflatten(t, batch) for t in (lse, top, argmax, entropy))
+    return FusedStats(lse, top, argmax, entropy, unflatten(logp, batch) if targets is not None else None)
 
 
 def _targets(op: str, value: Any, batch: torch.Size, base: Tensor, vocab_size: int) -> Tensor:
