@@ -57,8 +57,15 @@ def number(
     # NaN and infinities fail value - value == 0; math.isfinite would break the graph of a symbolic float
     inside = value - value == 0 and (value > low if open_low else value >= low) and value <= high
     if not inside:
-        fail(op, argument, requirement or f"in {'(' if open_low else '['}{low}, {high}]", value)
+        fail(op, argument, requirement or _range(low, high, open_low), value)
     return float(value)
+
+
+def _range(low: float, high: float, open_low: bool) -> str:
+    """``"a finite number"`` and its bounds, as far as there are any."""
+    if high != math.inf:
+        return f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+    return "a finite number" + (f" {'>' if open_low else '>='} {low:g}" if low != -math.inf else "")
 
 
 def integer(op: str, argument: str, value: Any, *, low: int, high: int | None = None) -> int:

@@ -398,7 +398,7 @@ struct DynamicRun {
       now = evaluate(row, p, t, center, base_lse, ends);
       if (t >= d.alpha_max) {
         end_tried = true;
-        if (now.kl <= floor) return {};
+        if (now.kl <= floor && !d.target.empty()) return {};
         if (now.kl <= goal) return {t, now.kl, true, true};
       }
       if (std::abs(now.kl - goal) <= allowed || std::isnan(now.kl)) break;
@@ -427,7 +427,7 @@ struct DynamicRun {
         best.kl = end;
       }
     }
-    best.saturated = end > floor && end <= goal;
+    best.saturated = goal > floor && end <= goal && (end > floor || d.target.empty());
     return best;
   }
 

@@ -83,7 +83,7 @@ Solved search_grid(const Sums& s, const Dynamic& d, double goal, double floor) {
     }
     end = kl;
   }
-  best.saturated = end > floor && end <= goal;
+  best.saturated = goal > floor && end <= goal && (end > floor || d.target.empty());
   return best;
 }
 
@@ -95,7 +95,8 @@ Solved solve_nodes(const Sums& s, const Dynamic& d, double goal, double floor) {
   const int J = d.nodes;
   const double end = node_at(s, J, 2).kl(d.alpha_max);
   found.sure = !mass_lost(s, d, J);
-  if (found.sure && (goal <= floor || end <= floor)) return found;
+  // a shift that changes nothing has T = 0 too, unless the caller gave the target
+  if (found.sure && (goal <= floor || (end <= floor && !d.target.empty()))) return found;
   if (end <= goal) {
     found.t = d.alpha_max;
     found.kl = end;

@@ -80,7 +80,10 @@ def linear_dynamic_weights(
             checks.fail(op, "target_kl", f"of shape {[*batch]} or {[*batch, count]}", tuple(target_kl.shape))
         target_kl = target_kl.expand(*batch, count).reshape(rows, count)
     if isinstance(direction, Tensor) and direction.ndim > 1:
-        direction = direction.expand(*batch, count).reshape(rows, count)
+        try:
+            direction = direction.expand(*batch, count).reshape(rows, count)
+        except RuntimeError:
+            checks.fail(op, "direction", f"of shape [{count}] or {[*batch, count]}", tuple(direction.shape))
     per_chunk = isinstance(direction, Tensor) and direction.ndim > 1
     found = []
     for start in range(0, max(rows, 1), chunk):

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks
 from ...library import Kernel, define
 from ...reference.linear_loss import fusion as reference
-from ..logit_fusion.sample import SampleOutput
+from ..logit_fusion.sample import SampleOutput, uniform_of
 from .inputs import LINEAR, Linear, Weights, linear
 
 
@@ -76,19 +75,6 @@ def linear_fusion_sample(
     given, batch = linear(
         op, hiddens, lm_heads, weights, biases, temperature, softcap, vocab_size, zero_temperature=True
     )
-    if uniform is None:
-        draws = torch.rand(given.rows, generator=generator, device=given.hiddens[0].device)
-    else:
-        checks.is_float_tensor(op, "uniform", uniform)
-        if uniform.shape != batch:
-            checks.fail(op, "uniform", f"of shape {tuple(batch)}", tuple(uniform.shape))
-        checks.same_device(op, [("hiddens[0]", given.hiddens[0]), ("uniform", uniform)])
-        draws = uniform.reshape(-1).to(torch.promote_types(uniform.dtype, torch.float32)).contiguous()
-        if (
-            draws.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and bool(((draws < 0) | (draws >= 1)).any())
-        ):
-            checks.fail(op, "uniform", "in [0, 1)", [draws.min().item(), draws.max().item()])
+    draws = uniform_of(op, uniform, generator, ("hiddens[0]", given.hiddens[0]), batch, temperature)
     token, logprob, lse, kept = LINEAR_FUSION_SAMPLE(*given, draws)
     return SampleOutput(token.reshape(batch), logprob.reshape(batch), lse.reshape(batch), None, kept.reshape(batch))

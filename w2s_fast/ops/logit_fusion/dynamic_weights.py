@@ -201,11 +201,12 @@ def _grid(op: str, grid: Any, alpha_max: float) -> tuple[float, int, int]:
     """alpha_max, number of intervals and first candidate of an equally spaced grid."""
     if grid is None:
         return alpha_max, 20, 1
-    values = [float(a) for a in (grid.tolist() if isinstance(grid, Tensor) else grid)]
-    step = values[1] - values[0] if len(values) > 1 else (values[0] if values else 0.0)
-    first = 0 if values and values[0] == 0 else 1
+    values = _numbers(op, "grid", grid)
+    if len(values) < 2:
+        checks.fail(op, "grid", "at least two candidates", values)
+    step, first = values[1] - values[0], 0 if values[0] == 0 else 1
     even = step > 0 and all(abs(a - step * (i + first)) <= 1e-5 * step * (i + 1) for i, a in enumerate(values))
-    if not even or len(values) < 2:
+    if not even:
         checks.fail(
             op,
             "grid",
@@ -219,6 +220,14 @@ def _grid(op: str, grid: Any, alpha_max: float) -> tuple[float, int, int]:
     return values[-1], intervals, first
 
 
+def _numbers(op: str, name: str, value: Any) -> list[float]:
+    """A list of numbers or a 1-D tensor as floats."""
+    listed = value.tolist() if isinstance(value, Tensor) else value
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(a, (int, float)) for a in listed):
+        checks.fail(op, name, "a list of numbers or a 1-D tensor", repr(value), error=TypeError)
+    return [float(a) for a in listed]
+
+
 def _direction(op: str, direction: Any, given: Logits) -> tuple[int, Tensor | None]:
     if direction is None:
         return 0, None
@@ -226,7 +235,7 @@ def _direction(op: str, direction: Any, given: Logits) -> tuple[int, Tensor | No
         checks.choice(op, "direction", direction, ("target_kl",))
         return 1, None
     if not isinstance(direction, Tensor):
-        direction = given.base.new_tensor(list(direction), dtype=torch.float32)
+        direction = given.base.new_tensor(_numbers(op, "direction", direction), dtype=torch.float32)
     count, rows = len(given.experts), given.base.shape[0]
     try:
         expanded = direction.expand(*given.batch, count).reshape(rows, count)
@@ -236,9 +245,9 @@ def _direction(op: str, direction: Any, given: Logits) -> tuple[int, Tensor | No
     if (
         direction.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and bool((direction < 0).any() or (direction.amax(-1) <= 0).any())
+        and not bool(((direction >= 0) & (direction < float("inf"))).all() and (direction.amax(-1) > 0).all())
     ):
-        checks.fail(op, "direction", "nonnegative with a positive entry in every row", direction.tolist())
+        checks.fail(op, "direction", "finite and nonnegative with a positive entry in every row", direction.tolist())
     return 2, expanded.to(torch.promote_types(expanded.dtype, torch.float32))
 
 
@@ -262,7 +271,9 @@ def shaped(
     given: Logits, multi: int, alpha: Tensor, target: Tensor, achieved: Tensor, saturated: Tensor
 ) -> DynamicWeights:
     """Row results in the caller's leading shape."""
-    kls = achieved if multi == MULTI["decoupled"] and len(given.experts) > 1 else achieved[:, 0]
+    kls = achieved if multi == MULTI["decoupled"] and len(given.experts) > 1 else achieved.squeeze(1)
+    if len(given.batch) == 1:
+        return DynamicWeights(alpha, target, kls, saturated)
     alpha, target, kls, saturated = (unflatten(t, given.batch) for t in (alpha, target, kls, saturated))
     return DynamicWeights(alpha, target, kls, saturated)
 

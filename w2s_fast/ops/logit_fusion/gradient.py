@@ -95,8 +95,13 @@ def fusion_gradients(
     """Gradients by name of every tensor of ``given``; ctx.needs_input_grad says which are wanted."""
     need_base, need_experts, need_anti, need_weights = ctx.needs_input_grad[:4]
     need_heat = ctx.needs_input_grad[6]
+    # dz comes in base's dtype: widen base for that pass where a wider input wants its gradient
+    wide = given.base.dtype
+    for tensor, need in zip([*given.experts, *given.anti], [*need_experts, *need_anti], strict=True):
+        wide = torch.promote_types(wide, tensor.dtype) if need else wide
+    widened = given if wide == given.base.dtype else given._replace(base=given.base[:, : given.vocab_size].to(wide))
     dz, dweights, dheat = FUSE_BACKWARD.on(ctx.backend)(
-        *given, grad, lse, row_a, row_b, index, index_coef, subtract_row_sum, bool(need_weights or need_heat)
+        *widened, grad, lse, row_a, row_b, index, index_coef, subtract_row_sum, bool(need_weights or need_heat)
     )
     count = len(given.experts)
     scales: list[Any] = given.weight_values if given.weights is None else list(given.weights.unbind(1))

@@ -163,7 +163,7 @@ def plausible_of(op: str, plausible: Any) -> tuple[int, float]:
     """``None | ("min_p", x) | ("top_p", x)`` as the kernels' pair of numbers."""
     if plausible is None:
         return 0, 0.0
-    if not isinstance(plausible, (tuple, list)) or len(plausible) != 2 or plausible[0] not in PLAUSIBLE:
+    if not isinstance(plausible, (tuple, list)) or len(plausible) != 2 or str(plausible[0]) not in PLAUSIBLE:
         checks.fail(op, "plausible", 'None, ("min_p", x) or ("top_p", x)', repr(plausible))
     kind, value = plausible
     return PLAUSIBLE[kind], checks.number(op, f"plausible {kind}", value, low=0.0, high=1.0, open_low=kind == "top_p")

@@ -19,6 +19,10 @@ from .inputs import FUSE, accumulate_dtype, fusion, plausible_of, temperature_of
 _FILTERS = "Tensor uniform, int top_k, float top_p, float min_p"
 
 
+#: what the dict `dynamic` may hold
+_SOLVER = {"alpha_max", "solver", "grid", "nodes", "tol", "multi", "direction", "average", "target_kl"}
+
+
 class SampleOutput(NamedTuple):
     """One sampled token a row.
 
@@ -138,6 +142,9 @@ def fused_sample(
     min_p = checks.number(op, "min_p", min_p, low=0.0, high=1.0)
     if isinstance(weights, str):
         checks.choice(op, "weights", weights, ("dynamic",))
+        unknown = set(dynamic or {}) - _SOLVER
+        if unknown or not isinstance(dynamic, (dict, type(None))):
+            checks.fail(op, "dynamic", f"a dict with keys among {sorted(_SOLVER)}", repr(dynamic))
         if base_weight != 1.0:
             checks.fail(op, "base_weight", '1.0 with weights="dynamic"', base_weight)
         found = _dynamic(
@@ -170,7 +177,7 @@ def fused_sample(
         strict_vocab,
         zero_temperature=True,
     )
-    draws = _uniform(op, uniform, generator, given.base, batch, temperature)
+    draws = uniform_of(op, uniform, generator, ("base", given.base), batch, temperature)
     token, logprob, lse, kept = FUSED_SAMPLE(*given, draws, top_k, top_p, min_p)
     wanted = unflatten(logprob, batch) if return_logprob else None
     return SampleOutput(unflatten(token, batch), wanted, unflatten(lse, batch), None, unflatten(kept, batch))
@@ -193,7 +200,7 @@ def _dynamic(
     args, given = dynamic_arguments(op, base, experts, anti, **dynamic)
     heat, heat_value = temperature_of(op, temperature, given, zero_allowed=True)
     kind, level = plausible_of(op, plausible)
-    draws = _uniform(op, uniform, generator, given.base, given.batch, temperature)
+    draws = uniform_of(op, uniform, generator, ("base", given.base), given.batch, temperature)
     run = DYNAMIC_SAMPLE.on("reference") if args.multi == MULTI["grid"] else DYNAMIC_SAMPLE
     token, logprob, lse, kept, *solved = run(*args, heat, heat_value, kind, level, draws, top_k, top_p, min_p)
     batch = given.batch
@@ -203,21 +210,21 @@ def _dynamic(
     )
 
 
-def _uniform(op: str, uniform: Any, generator: Any, base: Tensor, batch: torch.Size, temperature: Any) -> Tensor:
+def uniform_of(
+    op: str, uniform: Any, generator: Any, like: tuple[str, Tensor], batch: torch.Size, temperature: Any
+) -> Tensor:
+    """One number in [0, 1) a row: the caller's, or drawn on the device of ``like`` (a named argument)."""
+    device = like[1].device
     if uniform is None:
         if not isinstance(temperature, Tensor) and temperature == 0:
-            return torch.zeros(base.shape[0], device=base.device)  # the argmax draws nothing
-        return torch.rand(base.shape[0], generator=generator, device=base.device)
+            return torch.zeros(batch.numel(), device=device)  # the argmax draws nothing
+        return torch.rand(batch.numel(), generator=generator, device=device)
     checks.is_float_tensor(op, "uniform", uniform)
     if uniform.shape != batch:
         checks.fail(op, "uniform", f"of shape {tuple(batch)}", tuple(uniform.shape))
-    checks.same_device(op, [("base", base), ("uniform", uniform)])
+    checks.same_device(op, [like, ("uniform", uniform)])
     rows: Tensor = uniform.reshape(-1)
-    if (
-        rows.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and rows.numel()
-        and not bool(((rows >= 0) & (rows < 1)).all())
-    ):
+    looked_at = rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel() > 0
+    if looked_at and not bool(((rows >= 0) & (rows < 1)).all()):
         checks.fail(op, "uniform", "in [0, 1)", [rows.min().item(), rows.max().item()])
     return rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
