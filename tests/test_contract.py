@@ -33,7 +33,7 @@ def test_every_public_op_has_samples():
     assert not missing, f"no samples in w2s_fast/testing/samples for {missing}"
 
 
-def test_every_part_is_reached_by_a_public_op(monkeypatch):
+def test_every_part_is_reached_by_a_public_op():
     text = "\n".join(path.read_text() for path in (ROOT / "ops").rglob("*.py"))
     for name in PARTS:
         assert text.count(f'"{name}"') == 1, f"{name} is defined {text.count(name)} times"

@@ -272,8 +272,6 @@ def shaped(
 ) -> DynamicWeights:
     """Row results in the caller's leading shape."""
     kls = achieved if multi == MULTI["decoupled"] and len(given.experts) > 1 else achieved.squeeze(1)
-    if len(given.batch) == 1:
-        return DynamicWeights(alpha, target, kls, saturated)
     alpha, target, kls, saturated = (unflatten(t, given.batch) for t in (alpha, target, kls, saturated))
     return DynamicWeights(alpha, target, kls, saturated)
 
