@@ -19,6 +19,9 @@ from .ops.logit_fusion.fuse import fuse_logits
 from .ops.logit_fusion.log_softmax import fused_log_softmax
 from .ops.logit_fusion.sample import SampleOutput, fused_sample
 from .ops.logit_fusion.stats import FusedStats, fused_stats
+from .ops.sparse_lowrank.linear import sparse_lowrank_linear, sparse_lowrank_materialize
+from .ops.sparse_lowrank.products import sddmm, spmm
+from .ops.sparse_lowrank.support import SparseSupport, random_support
 
 __version__ = "0.1.0"
 
@@ -28,6 +31,7 @@ __all__ = [
     "Explanation",
     "FusedStats",
     "SampleOutput",
+    "SparseSupport",
     "arm_loss",
     "backend",
     "dynamic_fusion_weights",
@@ -41,5 +45,10 @@ __all__ = [
     "linear_fusion_cross_entropy",
     "linear_fusion_logprobs",
     "linear_fusion_sample",
+    "random_support",
+    "sddmm",
     "set_backend",
+    "sparse_lowrank_linear",
+    "sparse_lowrank_materialize",
+    "spmm",
 ]

@@ -224,14 +224,18 @@ def define_raw(name: str, schema: str) -> None:
     _LIBRARY.define(f"{name}{schema}")
 
 
+def _is_tensor_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in value)
+
+
 def _make_setup(
     setup_context: Callable[..., None] | None, differentiable: bool, forced: bool
 ) -> Callable[[Any, tuple[Any, ...], Any], None]:
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.backend = inputs[-1] if forced else "auto"
         inputs = inputs[:-1] if forced else inputs
-        # backward must return an empty list for an empty list argument, None for everything else
-        ctx.empty_lists = tuple(isinstance(value, (list, tuple)) and not value for value in inputs)
+        # backward must return a list as long as a list of tensors (of None where there is no gradient)
+        ctx.lists = tuple(len(value) if _is_tensor_list(value) else None for value in inputs)
         if not differentiable:
             ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
         elif setup_context is not None:
@@ -248,8 +252,8 @@ def _make_backward(
             raise NotImplementedError(f"w2s_fast::{name}: double backward is not supported")
         found = backward(ctx, *grads)
         result: list[Any] = []
-        for argument, empty in zip(names, ctx.empty_lists, strict=True):
-            result.append([] if empty else found.get(argument))
+        for argument, length in zip(names, ctx.lists, strict=True):
+            result.append(found.get(argument, None if length is None else [None] * length))
         return (*result, None) if forced else tuple(result)
 
     return run

@@ -1,0 +1,295 @@
+"""sparse_lowrank_linear: y = x (scale B A + S)^T + bias without the dense matrix; and that matrix, for deployment."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.sparse_lowrank import linear as reference
+from ...reference.sparse_lowrank.support import gathered
+from .support import SUPPORT, SparseSupport, Support, _check_values
+
+MODES = ("auto", "factored", "materialize")
+_LINEAR = f"Tensor x, Tensor A, Tensor B, Tensor values, Tensor? scale, float scale_value, Tensor? bias, {SUPPORT}"
+Mode = Literal["auto", "factored", "materialize"]
+
+
+class LinearArguments(NamedTuple):
+    """Arguments of sparse_lowrank_linear's schema, in order. x [N, I], A [r, I], B [O, r]: last strides 1."""
+
+    x: Tensor
+    A: Tensor
+    B: Tensor
+    values: Tensor
+    scale: Tensor | None
+    scale_value: float
+    bias: Tensor | None
+    row_ptr: Tensor
+    cols: Tensor
+    plan: list[Tensor]
+    rows: int
+    columns: int
+    block: int
+    per_block: int
+    materialize: bool
+    need_h: bool
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    given = LinearArguments(*args)
+    x, dtype = given.x, reference.wide(given.x, given.A, given.B, given.values)
+    h = (x.shape[0], given.A.shape[0]) if given.need_h else (0,)
+    return x.new_empty((x.shape[0], given.rows)), x.new_empty(h, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    given = LinearArguments(*inputs)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.numbers = (given.scale_value, *given[10:15])
+    ctx.save_for_backward(given.x, given.A, given.B, given.values, given.scale, given.bias, given.row_ptr, given.cols,
+                          output[1] if given.need_h else None, *given.plan)  # fmt: skip
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Any) -> dict[str, Any]:
+    if grad is None:
+        return {}
+    x, A, B, values, scale, bias, row_ptr, cols, h, *plan = ctx.saved_tensors
+    scale_value, *sizes, materialize = ctx.numbers
+    need = dict(zip(LinearArguments._fields, ctx.needs_input_grad, strict=False))
+    names = ("x", "A", "B", "values", "scale")
+    grad = _rows(grad)
+    grads = BACKWARD.on(ctx.backend)(
+        grad, x, A, B, values, scale, scale_value, h, row_ptr, cols, plan, *sizes, materialize,
+        *(bool(need[name]) for name in names),
+    )  # fmt: skip
+    found: dict[str, Any] = {name: g if need[name] else None for name, g in zip(names, grads, strict=True)}
+    if bias is not None and need["bias"]:
+        found["bias"] = grad.sum(0, dtype=reference.wide(grad, bias)).to(bias.dtype)
+    return found
+
+
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    tensors, need = args[1:6], args[-5:]
+    return tuple(
+        args[1].new_empty(0) if t is None else t.new_empty(t.shape if wanted else (0,))
+        for t, wanted in zip(tensors, need, strict=True)
+    )
+
+
+SPARSE_LOWRANK_LINEAR = define(
+    "sparse_lowrank_linear",
+    f"({_LINEAR}, bool materialize, bool need_h) -> (Tensor y, Tensor h)",
+    reference=reference.sparse_lowrank_linear,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton=Kernel(
+        "kernels.sparse_lowrank.linear:launch_sparse_lowrank_linear",
+        "kernels.sparse_lowrank.linear:supports_sparse_lowrank_linear",
+    ),
+)
+BACKWARD = define(
+    "sparse_lowrank_backward",
+    "(Tensor grad, Tensor x, Tensor A, Tensor B, Tensor values, Tensor? scale, float scale_value, Tensor? h, "
+    f"{SUPPORT}, bool materialize, bool need_x, bool need_A, bool need_B, bool need_values, bool need_scale) "
+    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dvalues, Tensor dscale)",
+    reference=reference.sparse_lowrank_backward,
+    fake=_fake_backward,
+    triton=Kernel(
+        "kernels.sparse_lowrank.backward:launch_sparse_lowrank_backward",
+        "kernels.sparse_lowrank.backward:supports_sparse_lowrank_backward",
+    ),
+)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """A matrix whose rows are contiguous (copied once if they are not)."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _factors(op: str, A: Any, B: Any, values: Any, support: Any, scale: Any) -> tuple[Support, Tensor | None, float]:
+    if not isinstance(support, SparseSupport):
+        checks.fail(op, "support", "a SparseSupport", type(support).__name__, error=TypeError)
+    rows, columns = support.shape
+    for name, value in (("A", A), ("B", B), ("values", values)):
+        checks.is_float_tensor(op, name, value)
+    if A.ndim != 2 or A.shape[1] != columns:
+        checks.fail(op, "A", f"of shape [rank, {columns}], the support's columns", tuple(A.shape))
+    if B.ndim != 2 or B.shape != (rows, A.shape[0]):
+        checks.fail(op, "B", f"of shape [{rows}, {A.shape[0]}], the support's rows and A's rank", tuple(B.shape))
+    _check_values(op, support, values)
+    same = [("A", A), ("B", B), ("values", values), ("support", support.cols)]
+    if isinstance(scale, Tensor):
+        checks.is_float_tensor(op, "scale", scale)
+        if scale.numel() != 1:
+            checks.fail(op, "scale", "a number or a tensor of one element", tuple(scale.shape))
+        checks.same_device(op, [*same, ("scale", scale)])
+        return support.arguments(op), scale, 1.0
+    checks.same_device(op, same)
+    return support.arguments(op), None, checks.number(op, "scale", scale)
+
+
+def materializes(mode: str, device: str, n: int, rows: int, columns: int, rank: int, nnz: int) -> bool:
+    """Whether W is formed: what ``mode`` says, and for ``"auto"`` what costs less.
+
+    In units of one dense product 2 n O I, forward: materialize 1 + r / n, factored r (I + O) / (O I) + density / e, with
+    e the rate of the sparse kernels over that of the dense product: 0.3 on a CPU. A GPU's sparse kernels reach a few
+    percent of its tensor cores, so that rows decide: materialize from 1000 on.
+    """
+    if mode != "auto":
+        return mode == "materialize"
+    if device != "cpu":
+        return n >= 1000 and rank > 0
+    size = max(rows * columns, 1)
+    return n > 8 and rank * (rows + columns) / size + nnz / size / 0.3 > 1 + rank / n
+
+
+def sparse_lowrank_linear(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    values: Tensor,
+    support: SparseSupport,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    mode: Mode = "auto",
+) -> Tensor:
+    """A linear layer whose weight is low rank plus sparse: ``y = x (scale B A + S)^T + bias``.
+
+    SLTrain (arXiv 2406.02214), W = scale B A + S with S's support fixed. ``factored`` computes
+    ``scale (x A^T) B^T + x S^T``; its gradients come from ``t = scale g B``: ``dx = t A + g S``, ``dA = t^T x``,
+    ``dB = scale g^T (x A^T)``, ``dv_k = sum_n g[n, row_k] x[n, col_k]``. ``materialize`` forms W, a panel of rows at a
+    time. Neither allocates the O x I matrix on a CPU, forward or backward.
+
+    Args:
+        x: ``[..., I]``; float32, bfloat16, float16 or float64. Leading strides are free.
+        A: ``[r, I]``; r = 0 is a sparse matrix alone.
+        B: ``[O, r]``.
+        values: ``[K]``, the nonzeros of S in the support's order; K = 0 is low rank alone.
+        support: `SparseSupport` of shape (O, I), layout csr16, csr32 or balanced.
+        scale: a number, or a tensor of one element (trainable scaling); the paper's alpha / r.
+        bias: ``[O]`` or None.
+        mode: ``"factored"``, ``"materialize"`` or ``"auto"``, the cheaper one by count (see `materializes`).
+
+    Returns:
+        y ``[..., O]`` in the dtype of x (under autocast, its dtype). Differentiable, once, in x, A, B, values, scale and
+        bias; gradients have their tensors' dtypes. Saved for backward: x and, if B or scale needs a gradient, x A^T.
+
+    Sums are float32 (float64 if any operand is). Deterministic; on a CPU independent of the number of threads.
+
+    Raises:
+        ValueError: shapes that do not fit; TypeError: dtypes; the message names the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> support = w2s_fast.SparseSupport.from_flat(torch.tensor([0, 3]), (2, 2))
+        >>> A, B, values = torch.ones(1, 2), torch.ones(2, 1), torch.tensor([10.0, 20.0])
+        >>> w2s_fast.sparse_lowrank_linear(torch.tensor([[1.0, 2.0]]), A, B, values, support, scale=0.5)
+        tensor([[11.5000, 41.5000]])
+    """
+    op = "sparse_lowrank_linear"
+    checks.is_float_tensor(op, "x", x)
+    checks.choice(op, "mode", mode, MODES)
+    given, scale, scale_value = _factors(op, A, B, values, support, scale)
+    if x.ndim < 1 or x.shape[-1] != given.columns:
+        checks.fail(op, "x", f"of shape [..., {given.columns}], the support's columns", tuple(x.shape))
+    if bias is not None and (not isinstance(bias, Tensor) or bias.shape != (given.rows,)):
+        checks.fail(op, "bias", f"of shape [{given.rows}]", tuple(bias.shape) if isinstance(bias, Tensor) else bias)
+    checks.same_device(op, [("x", x), ("A", A), ("bias", bias)])
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    flat = _rows(x.reshape(-1, given.columns)) if x.ndim != 2 else _rows(x)
+    dense = materializes(mode, kind, flat.shape[0], given.rows, given.columns, A.shape[0], support.nnz)
+    trained = B.requires_grad or (scale is not None and scale.requires_grad)
+    y: Tensor = SPARSE_LOWRANK_LINEAR(
+        flat, _rows(A), _rows(B), values.contiguous(), scale, scale_value, None if bias is None else bias.contiguous(),
+        *given, dense, trained and not dense and torch.is_grad_enabled(),
+    )[0]  # fmt: skip
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], given.rows)
+
+
+def _fake_materialize(*args: Any) -> Tensor:
+    return args[0].new_empty((args[8], args[9]), dtype=args[-1])  # type: ignore[no-any-return]
+
+
+def _materialize_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    A, B, values, scale, ctx.scale_value, row_ptr, cols = inputs[:7]
+    ctx.sizes = inputs[8:12]
+    ctx.save_for_backward(A, B, values, scale, row_ptr, cols)
+
+
+def _materialize_backward(ctx: Any, grad: Tensor) -> dict[str, Any]:
+    A, B, values, scale, row_ptr, cols = ctx.saved_tensors
+    need_A, need_B, need_values, need_scale = ctx.needs_input_grad[:4]
+    dtype = reference.wide(A, B, values)
+    g = grad.to(dtype)
+    s: Any = ctx.scale_value if scale is None else scale.to(dtype)
+    found: dict[str, Any] = {}
+    through = g @ A.to(dtype).t() if need_B or need_scale else None  # dW A^T
+    if need_A:
+        found["A"] = (B.to(dtype).t() @ g * s).to(A.dtype)
+    if through is not None:
+        found["B"] = (through * s).to(B.dtype) if need_B else None
+        if need_scale:
+            found["scale"] = (through * B.to(dtype)).sum().to(scale.dtype).reshape(scale.shape)
+    if need_values:
+        found["values"] = gathered(g, row_ptr, cols, *ctx.sizes).to(values.dtype)
+    return found
+
+
+SPARSE_LOWRANK_MATERIALIZE = define(
+    "sparse_lowrank_materialize",
+    f"(Tensor A, Tensor B, Tensor values, Tensor? scale, float scale_value, {SUPPORT}, ScalarType out_dtype) "
+    "-> Tensor W",
+    reference=reference.sparse_lowrank_materialize,
+    fake=_fake_materialize,
+    setup_context=_materialize_context,
+    backward=_materialize_backward,
+    triton=Kernel(
+        "kernels.sparse_lowrank.materialize:launch_sparse_lowrank_materialize",
+        "kernels.sparse_lowrank.materialize:supports_sparse_lowrank_materialize",
+    ),
+)
+
+
+def sparse_lowrank_materialize(
+    A: Tensor,
+    B: Tensor,
+    values: Tensor,
+    support: SparseSupport,
+    scale: float | Tensor = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``W = scale B A + S`` [O, I] in one pass: the sparse values are added to the product while it is in cache.
+
+    Args:
+        A, B, values, support, scale: see `sparse_lowrank_linear`.
+        out_dtype: default that of B.
+
+    Returns:
+        W, rounded once from float32 (the official form rounds B A and then the sum). Differentiable in A, B, values and
+        scale.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> support = w2s_fast.SparseSupport.from_flat(torch.tensor([0, 3]), (2, 2))
+        >>> w2s_fast.sparse_lowrank_materialize(torch.ones(1, 2), torch.ones(2, 1), torch.tensor([1.0, 2.0]), support)
+        tensor([[2., 1.],
+                [1., 3.]])
+    """
+    op = "sparse_lowrank_materialize"
+    given, scale, scale_value = _factors(op, A, B, values, support, scale)
+    dtype = checks.float_dtype(op, "out_dtype", out_dtype or B.dtype)
+    w: Tensor = SPARSE_LOWRANK_MATERIALIZE(
+        _rows(A), _rows(B), values.contiguous(), scale, scale_value, *given, dtype
+    )
+    return w

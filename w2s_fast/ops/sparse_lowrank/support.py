@@ -1,0 +1,351 @@
+"""SparseSupport: where the values of a sparse matrix stand; drawn, imported, checked, converted."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ... import checks
+from ...reference.sparse_lowrank import support as reference
+from . import plan
+
+LAYOUTS = ("csr16", "csr32", "balanced", "flat64")
+#: The part of every schema that describes a support; see `Support`.
+SUPPORT = "Tensor row_ptr, Tensor cols, Tensor[] plan, int rows, int columns, int block, int per_block"
+
+
+class Support(NamedTuple):
+    """Arguments of `SUPPORT`, in order. csr: block 0; balanced: an empty row_ptr. plan: `plan.build`'s, or empty."""
+
+    row_ptr: Tensor
+    cols: Tensor
+    plan: list[Tensor]
+    rows: int
+    columns: int
+    block: int
+    per_block: int
+
+
+class SparseSupport(nn.Module):
+    """The positions of a sparse matrix's nonzeros, which never change (SLTrain, arXiv 2406.02214, section 3).
+
+    ============  ==========================================================  ============  =======================
+    layout        index                                                       bytes a value values are stored
+    ============  ==========================================================  ============  =======================
+    ``csr16``     row_ptr int32 [O + 1], cols uint16 [K]; I <= 65536          2             row by row
+    ``csr32``     row_ptr int32 [O + 1], cols int32 [K]                       4             row by row
+    ``balanced``  cols uint8 [K]: ``per_block`` values of every row in every  1             [block][row][value]
+                  block of ``block`` columns
+    ``flat64``    int64 [K], sorted positions row * I + column                8             row by row
+    ============  ==========================================================  ============  =======================
+
+    ``flat64`` is what official SLTrain checkpoints hold; it is for import and export, the ops refuse it. A module only so
+    that its index tensors are buffers: they move with ``.to(device)`` and stand in ``state_dict()``. On a CPU a csr
+    support also holds a walking order for the kernels (5.5 bytes a value, not in the state dict).
+
+    Args:
+        shape: (O, I) of the matrix.
+        layout: one of the above.
+        cols: index tensor of the layout.
+        row_ptr: csr only.
+        block, per_block: balanced only; 1 <= per_block <= block <= 256.
+        validate: check the index (a wait for the device on CUDA).
+
+    Attributes: ``shape``, ``nnz``, ``layout``, ``row_ptr``, ``cols``, ``block``, ``per_block``.
+
+    Raises:
+        ValueError, TypeError: an index that is out of range, unsorted, has duplicates or the wrong length, naming it.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> support = w2s_fast.SparseSupport.from_flat(torch.tensor([1, 3, 5]), (2, 3))
+        >>> support.to_dense(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([[0., 1., 0.],
+                [2., 0., 3.]])
+    """
+
+    row_ptr: Tensor
+    cols: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        layout: str,
+        cols: Tensor,
+        row_ptr: Tensor | None = None,
+        *,
+        block: int = 0,
+        per_block: int = 0,
+        validate: bool = True,
+    ) -> None:
+        super().__init__()
+        self.shape = _shape(shape)
+        self.layout = checks.choice("SparseSupport", "layout", layout, LAYOUTS)
+        self.block, self.per_block = int(block), int(per_block)
+        self.register_buffer("cols", checks.is_tensor("SparseSupport", "cols", cols))
+        empty = torch.empty(0, dtype=torch.int32, device=cols.device)
+        self.register_buffer("row_ptr", empty if row_ptr is None else row_ptr)
+        self._plan: list[Tensor] = []
+        _check_form(self)
+        if validate:
+            _check_index(self)
+        self._make_plan()
+
+    @classmethod
+    def from_flat(
+        cls, index: Tensor, shape: tuple[int, int], layout: str = "csr16", *, validate: bool = True
+    ) -> SparseSupport:
+        """From sorted positions row * I + column, int64 [K]; see `to_layout` for ``layout``."""
+        flat = cls(shape, "flat64", index, validate=validate)
+        return flat if layout == "flat64" else flat.to_layout(layout)
+
+    @property
+    def nnz(self) -> int:
+        """K, the number of stored values."""
+        return self.cols.shape[0]
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index tensors."""
+        return self.cols.nbytes + self.row_ptr.nbytes
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Row and column of every value, int64 [K] each, in the order of the values."""
+        if self.layout == "flat64":
+            return self.cols // max(self.shape[1], 1), self.cols % max(self.shape[1], 1)
+        return reference.positions(self.row_ptr, self.cols, *self.shape, self.block, self.per_block)
+
+    def flat_indices(self) -> Tensor:
+        """Sorted positions row * I + column, int64 [K]: the ``sparse_index`` of official checkpoints."""
+        row, column = self.positions()
+        flat = row * self.shape[1] + column
+        return flat.sort().values if self.layout == "balanced" else flat
+
+    def value_order(self) -> Tensor:
+        """int64 [K]: ``values[value_order()]`` are in the order of `flat_indices`."""
+        row, column = self.positions()
+        return (row * self.shape[1] + column).argsort()
+
+    def to_dense(self, values: Tensor) -> Tensor:
+        """S [O, I] of ``values`` [K]; differentiable."""
+        _check_values("SparseSupport.to_dense", self, values)
+        return values.new_zeros(self.shape).index_put(self.positions(), values)
+
+    def to_layout(self, layout: str, *, block: int = 0, per_block: int = 0) -> SparseSupport:
+        """The same positions in another layout. Values move by `convert_values`.
+
+        ``"balanced"`` needs ``block`` and ``per_block``, and positions that have exactly so many in every row and block.
+        """
+        checks.choice("SparseSupport.to_layout", "layout", layout, LAYOUTS)
+        if layout == self.layout and (layout != "balanced" or (block, per_block) in ((0, 0), self._blocks())):
+            return self
+        flat, (rows, columns) = self.flat_indices(), self.shape
+        if layout == "flat64":
+            return SparseSupport(self.shape, layout, flat, validate=False)
+        row, column = flat // max(columns, 1), flat % max(columns, 1)
+        if layout == "balanced":
+            return _balanced(self.shape, row, column, block, per_block)
+        if layout == "csr16" and columns > 65536:
+            checks.fail("SparseSupport.to_layout", "layout", "csr32 for more than 65536 columns", "csr16")
+        row_ptr = torch.searchsorted(row, torch.arange(rows + 1, device=row.device)).int()
+        cols = column.to(torch.uint16 if layout == "csr16" else torch.int32)
+        return SparseSupport(self.shape, layout, cols, row_ptr, validate=False)
+
+    def convert_values(self, values: Tensor, to: SparseSupport) -> Tensor:
+        """Values [K] of this support in the order of ``to``, a support of the same positions."""
+        _check_values("SparseSupport.convert_values", self, values)
+        if to.shape != self.shape or to.nnz != self.nnz:
+            checks.fail("SparseSupport.convert_values", "to", "a support of the same positions", repr(to))
+        found = values[self.value_order()]
+        back = torch.empty_like(found)
+        back[to.value_order()] = found
+        return back
+
+    def extra_repr(self) -> str:
+        """Shape, layout, count and density."""
+        blocks = f", block={self.block}, per_block={self.per_block}" if self.block else ""
+        size = max(self.shape[0] * self.shape[1], 1)
+        return f"{self.shape[0]}x{self.shape[1]}, {self.layout}, nnz={self.nnz} ({self.nnz / size:.3%}){blocks}"
+
+    def arguments(self, op: str) -> Support:
+        """What the dispatcher ops take. Raises ValueError for ``flat64``."""
+        if self.layout == "flat64":
+            checks.fail(op, "support", "csr16, csr32 or balanced", "flat64", "Use support.to_layout('csr16').")
+        return Support(self.row_ptr, self.cols, self._plan, *self.shape, self.block, self.per_block)
+
+    def _blocks(self) -> tuple[int, int]:
+        return self.block, self.per_block
+
+    def _make_plan(self) -> None:
+        walks = self.layout in ("csr16", "csr32") and self.cols.device.type == "cpu" and self.nnz > 0
+        self._plan = plan.build(self.row_ptr, self.cols, *self.shape) if walks else []
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseSupport:
+        before = self.cols.device
+        super()._apply(fn, recurse)
+        if self.cols.device != before:
+            self._make_plan()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        _check_form(self)
+        _check_index(self)
+        self._make_plan()
+
+
+def _shape(shape: Any) -> tuple[int, int]:
+    if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) != 2:
+        checks.fail("SparseSupport", "shape", "(out_features, in_features)", shape)
+    return (
+        checks.integer("SparseSupport", "shape[0]", shape[0], low=0),
+        checks.integer("SparseSupport", "shape[1]", shape[1], low=0),
+    )
+
+
+_INDEX = {"csr16": torch.uint16, "csr32": torch.int32, "balanced": torch.uint8, "flat64": torch.int64}
+
+
+def _check_form(s: SparseSupport) -> None:
+    """Dtypes and lengths."""
+    op, (rows, columns) = "SparseSupport", s.shape
+    if s.cols.dtype != _INDEX[s.layout]:
+        checks.fail(op, "cols", f"{_INDEX[s.layout]} for {s.layout}", s.cols.dtype, error=TypeError)
+    if s.cols.ndim != 1:
+        checks.fail(op, "cols", "of one dimension", tuple(s.cols.shape))
+    if s.nnz >= 2**31:
+        checks.fail(op, "cols", "fewer than 2^31 values", s.nnz)
+    if s.layout == "csr16" and columns > 65536:
+        checks.fail(op, "layout", "csr32 for more than 65536 columns", "csr16")
+    if s.layout in ("csr16", "csr32"):
+        if s.row_ptr.dtype != torch.int32 or s.row_ptr.shape != (rows + 1,):
+            checks.fail(op, "row_ptr", f"int32 of length {rows + 1}", f"{s.row_ptr.dtype} {tuple(s.row_ptr.shape)}")
+    elif s.row_ptr.numel():
+        checks.fail(op, "row_ptr", f"left out for {s.layout}", tuple(s.row_ptr.shape))
+    if s.layout == "balanced":
+        checks.integer(op, "block", s.block, low=1, high=256)
+        checks.integer(op, "per_block", s.per_block, low=1, high=s.block)
+        wanted = rows * reference.row_values(columns, s.block, s.per_block)
+        if s.nnz != wanted:
+            checks.fail(op, "cols", f"of length {wanted} (rows times values a row)", s.nnz)
+
+
+def _check_index(s: SparseSupport) -> None:
+    """Ranges, order and duplicates."""
+    op, (rows, columns) = "SparseSupport", s.shape
+    if s.layout in ("csr16", "csr32"):
+        ptr = s.row_ptr.long()
+        if int(ptr[0]) != 0 or int(ptr[-1]) != s.nnz or bool((ptr[1:] < ptr[:-1]).any()):
+            checks.fail(op, "row_ptr", f"ascending from 0 to {s.nnz}", f"{int(ptr[0])} to {int(ptr[-1])}, unordered"
+                        if int(ptr[0]) == 0 and int(ptr[-1]) == s.nnz else f"{int(ptr[0])} to {int(ptr[-1])}")  # fmt: skip
+    if not s.nnz:
+        return
+    limit = rows * columns if s.layout == "flat64" else columns
+    row, column = s.positions()
+    index = s.cols if s.layout == "flat64" else column
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= limit:
+        checks.fail(op, "cols", f"in [0, {limit})", low if low < 0 else high)
+    if s.layout == "balanced" and bool((s.cols.long() >= s.block).any()):
+        checks.fail(op, "cols", f"in [0, {s.block}) within a block", int(s.cols.max()))
+    flat = row * columns + column
+    if s.layout == "balanced":
+        first = torch.div(column, s.block, rounding_mode="floor") * rows + row  # ascending: (block, row)
+        flat = first * s.block + s.cols.long()
+    step = flat[1:] - flat[:-1]
+    if bool((step == 0).any()):
+        checks.fail(op, "cols", "without duplicates", f"the same position twice at value {int((step == 0).int().argmax())}")
+    if bool((step < 0).any()):
+        checks.fail(op, "cols", "sorted", f"a smaller position after value {int((step < 0).int().argmax())}")
+
+
+def _check_values(op: str, s: SparseSupport, values: Any) -> None:
+    if not isinstance(values, Tensor) or values.shape != (s.nnz,):
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        checks.fail(op, "values", f"of shape [{s.nnz}], one a position of the support", got)
+
+
+def _balanced(shape: tuple[int, int], row: Tensor, column: Tensor, block: int, per_block: int) -> SparseSupport:
+    op, (rows, columns) = "SparseSupport.to_layout", shape
+    checks.integer(op, "block", block, low=1, high=256)
+    checks.integer(op, "per_block", per_block, low=1, high=block)
+    wanted = reference.row_values(columns, block, per_block) * rows
+    order = torch.sort(column // block * max(rows, 1) + row, stable=True).indices
+    if row.shape[0] == wanted:
+        cols = (column[order] % block).to(torch.uint8)
+        found = SparseSupport(shape, "balanced", cols, block=block, per_block=per_block, validate=False)
+        again_row, again_column = found.positions()
+        if torch.equal(again_row, row[order]) and torch.equal(again_column, column[order]):
+            return found
+    checks.fail(op, "layout", f"possible: {per_block} values in every row and block of {block} columns", "other positions")
+
+
+def random_support(
+    out_features: int,
+    in_features: int,
+    density: float,
+    layout: str = "csr16",
+    generator: torch.Generator | None = None,
+) -> SparseSupport:
+    """Draw a fixed random support, as SLTrain does before training (arXiv 2406.02214).
+
+    ``csr16``, ``csr32`` and ``flat64``: the first ``floor(density O I)`` entries of ``torch.randperm(O I)``, sorted:
+    uniform over the whole matrix, and for the same torch seed the positions the official code draws. ``balanced``: in
+    every row and every block of 128 (or 256) columns, ``per_block`` positions without replacement, ``per_block / block``
+    as close to ``density`` as it gets: a stratified variant, the fastest layout.
+
+    Args:
+        out_features, in_features: O and I.
+        density: in (0, 1).
+        layout: ``"csr16"`` (up to 65536 columns), ``"csr32"``, ``"balanced"`` or ``"flat64"``.
+        generator: a CPU generator; default torch's own.
+
+    Returns:
+        `SparseSupport` on the CPU.
+
+    Raises:
+        ValueError, TypeError: naming the argument; also where the density leaves no value.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> w2s_fast.random_support(64, 256, 0.03, generator=torch.Generator().manual_seed(0)).nnz
+        491
+    """
+    op = "random_support"
+    rows = checks.integer(op, "out_features", out_features, low=1)
+    columns = checks.integer(op, "in_features", in_features, low=1)
+    density = checks.number(op, "density", density, low=0.0, high=1.0, open_low=True, requirement="in (0, 1)")
+    if density == 1.0:
+        checks.fail(op, "density", "in (0, 1)", density)
+    checks.choice(op, "layout", layout, LAYOUTS)
+    if layout == "balanced":
+        return _random_balanced(rows, columns, density, generator)
+    count = int(density * rows * columns)
+    if not count:
+        checks.fail(op, "density", f"at least {1 / (rows * columns):.3g}, one value in the matrix", density)
+    index = torch.randperm(rows * columns, generator=generator)[:count].sort().values
+    return SparseSupport.from_flat(index, (rows, columns), layout, validate=False)
+
+
+def balanced_blocks(density: float) -> tuple[int, int]:
+    """(block, per_block): 128 columns if that comes within 5 % of the density, otherwise 256."""
+    for block in (128, 256):
+        per_block = max(1, round(density * block))
+        if abs(per_block / block - density) <= 0.05 * density:
+            break
+    return block, per_block
+
+
+def _random_balanced(rows: int, columns: int, density: float, generator: torch.Generator | None) -> SparseSupport:
+    block, per_block = balanced_blocks(density)
+    parts = []
+    for first in range(0, columns, block):
+        width = min(block, columns - first)
+        count = per_block if first + block < columns else reference.last_per_block(columns, block, per_block)
+        keys = torch.rand(rows, width, generator=generator)
+        parts.append(keys.topk(count, dim=1, sorted=False).indices.sort(1).values.reshape(-1).to(torch.uint8))
+    if not sum(part.numel() for part in parts):
+        checks.fail("random_support", "density", "large enough for one value in a block of columns", density)
+    return SparseSupport((rows, columns), "balanced", torch.cat(parts), block=block, per_block=per_block, validate=False)
