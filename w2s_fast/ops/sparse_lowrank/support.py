@@ -68,6 +68,8 @@ class SparseSupport(nn.Module):
 
     row_ptr: Tensor
     cols: Tensor
+    _arguments: Support
+    _decoding: Support
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class SparseSupport(nn.Module):
         self.register_buffer("cols", checks.is_tensor("SparseSupport", "cols", cols))
         empty = torch.empty(0, dtype=torch.int32, device=cols.device)
         self.register_buffer("row_ptr", empty if row_ptr is None else row_ptr)
-        self._plan: list[Tensor] = []
+        self._collect([])
         _check_form(self)
         if validate:
             _check_index(self)
@@ -104,7 +106,7 @@ class SparseSupport(nn.Module):
     @property
     def nnz(self) -> int:
         """K, the number of stored values."""
-        return self.cols.shape[0]
+        return self._arguments.cols.shape[0]
 
     @property
     def index_bytes(self) -> int:
@@ -173,24 +175,31 @@ class SparseSupport(nn.Module):
         """What the dispatcher ops take. Raises ValueError for ``flat64``."""
         if self.layout == "flat64":
             checks.fail(op, "support", "csr16, csr32 or balanced", "flat64", "Use support.to_layout('csr16').")
-        return Support(self.row_ptr, self.cols, self._plan, *self.shape, self.block, self.per_block)
+        return self._arguments
 
     def _blocks(self) -> tuple[int, int]:
         return self.block, self.per_block
 
+    def _collect(self, walk: list[Tensor]) -> None:
+        # kept as a tuple: looking up four buffers of a module costs a small call a microsecond
+        self._arguments = Support(self.row_ptr, self.cols, walk, *self.shape, self.block, self.per_block)
+        self._decoding = self._arguments._replace(plan=[])  # few tokens are walked row by row: five tensors less to pass
+
     def _make_plan(self) -> None:
         walks = self.layout in ("csr16", "csr32") and self.cols.device.type == "cpu" and self.nnz > 0
-        self._plan = plan.build(self.row_ptr, self.cols, *self.shape) if walks else []
+        self._collect(plan.build(self.row_ptr, self.cols, *self.shape) if walks else [])
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseSupport:
         before = self.cols.device
         super()._apply(fn, recurse)
+        self._collect(self._arguments.plan)
         if self.cols.device != before:
             self._make_plan()
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._collect([])
         _check_form(self)
         _check_index(self)
         self._make_plan()
