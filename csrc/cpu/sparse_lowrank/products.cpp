@@ -16,7 +16,7 @@ namespace w2s::sparse {
 
 namespace {
 
-constexpr int64_t FEW_TOKENS = 128;  // below: threads share blocks or tiles rather than tokens
+constexpr int64_t FEW_TOKENS = 128, LONG_ROWS = 96;  // fewer tokens, or longer rows: threads share blocks, not tokens
 enum Slot { X_PANEL = 2, Y_TILE = 3, DX_PANEL = 4, SUMS = 5, SHARED = 6 };
 
 int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
@@ -125,7 +125,8 @@ template <class A>
 void multiply_back(const Pattern& s, const Operand& g, const Operand& x, const A* values, A* dx, int64_t ld, bool add, A* dv) {
   s.needs_plan();
   const int64_t N = g.rows, step = 2 * W2S_DISPATCH(vector_width<A>)();
-  if (N < FEW_TOKENS) {
+  // long rows pay for turning g once a thread, and need no second copy of dv, which for them is large
+  if (N < FEW_TOKENS || s.nnz > LONG_ROWS * s.rows) {
     const int64_t items = std::min(s.blocks, 2 * threads());
     parallel_items(items, 1, [&](int64_t item) {
       const int64_t b0 = item * s.blocks / items, b1 = (item + 1) * s.blocks / items;

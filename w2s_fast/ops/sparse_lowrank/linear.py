@@ -138,9 +138,9 @@ def _factors(op: str, A: Any, B: Any, values: Any, support: Any, scale: Any) -> 
 def materializes(mode: str, device: str, n: int, rows: int, columns: int, rank: int, nnz: int) -> bool:
     """Whether W is formed: what ``mode`` says, and for ``"auto"`` what costs less.
 
-    In units of one dense product 2 n O I, forward: materialize 1 + r / n, factored r (I + O) / (O I) + density / e, with
-    e the rate of the sparse kernels over that of the dense product: 0.3 on a CPU. A GPU's sparse kernels reach a few
-    percent of its tensor cores, so that rows decide: materialize from 1000 on.
+    In units of one dense product 2 n O I, forward: materialize 1 + r / n, factored r (I + O) / (O I) + density / e,
+    with e the rate of the sparse kernels over that of the dense product: 0.3 on a CPU. A GPU's sparse kernels reach a
+    few percent of its tensor cores, so that rows decide: materialize from 1000 on.
     """
     if mode != "auto":
         return mode == "materialize"
@@ -178,8 +178,8 @@ def sparse_lowrank_linear(
         mode: ``"factored"``, ``"materialize"`` or ``"auto"``, the cheaper one by count (see `materializes`).
 
     Returns:
-        y ``[..., O]`` in the dtype of x (under autocast, its dtype). Differentiable, once, in x, A, B, values, scale and
-        bias; gradients have their tensors' dtypes. Saved for backward: x and, if B or scale needs a gradient, x A^T.
+        y ``[..., O]`` in the dtype of x (under autocast, its dtype). Differentiable, once, in x, A, B, values, scale
+        and bias; gradients have their tensors' dtypes. Saved for backward: x and, if B or scale needs a gradient, x A^T.
 
     Sums are float32 (float64 if any operand is). Deterministic; on a CPU independent of the number of threads.
 
@@ -209,10 +209,9 @@ def sparse_lowrank_linear(
     if kind == "cpu" and flat.shape[0] <= DECODE and not torch.is_grad_enabled():
         given = support._decoding
     trained = torch.is_grad_enabled() and (B.requires_grad or (factor is not None and factor.requires_grad))
-    y: Tensor = SPARSE_LOWRANK_LINEAR(
-        _rows(flat), _rows(A), _rows(B), values.contiguous(), factor, number, None if bias is None else bias.contiguous(),
-        *given, dense, trained and not dense,
-    )[0]  # fmt: skip
+    bias = None if bias is None else bias.contiguous()
+    factors = (_rows(flat), _rows(A), _rows(B), values.contiguous())
+    y: Tensor = SPARSE_LOWRANK_LINEAR(*factors, factor, number, bias, *given, dense, trained and not dense)[0]
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], given.rows)
 
 
@@ -221,7 +220,7 @@ def _plain(x: Any, A: Any, B: Any, values: Any, support: Any, scale: Any, bias: 
 
     All that `_checked` looks at costs a decoding step on a small layer as much as the product.
     """
-    if type(support) is not SparseSupport or type(scale) is not float or not scale - scale == 0 or type(x) is not Tensor:
+    if type(support) is not SparseSupport or type(x) is not Tensor or type(scale) is not float or scale - scale != 0:
         return None
     given, dtype = support._arguments, x.dtype
     plain = (
