@@ -65,11 +65,11 @@ def _case(rows: int, vocab: int, sizes: tuple[int, ...], trainable: bool) -> Cas
         shape={"T": rows, "V": vocab, "D": width},
         bytes=moved,
         flops=2.0 * products * rows * vocab * width,
-        # Measured: 89 to 94 % of the floor, so 1.25 against one product a model is at the edge of what the products
-        # leave (that baseline itself is within 1.32 of the floor): 1.15 to 1.32 over the runs. Lost on the way:
-        # row-major logits tiles (20 % slower products), tiles of 512 and 1,024 columns (5 %), rescaling the
-        # accumulator at every new maximum instead of past a margin of 8.
-        prediction=f"{products} products of T V D at the library's rate and a few percent of row work; the baselines "
+        # Measured with torch.mm's product: 89 to 94 % of its rate, 1.15 to 1.32 against one product a model. With
+        # csrc/cpu/gemm.cpp, which runs AVX-512 where MKL runs AVX2 (AMD): 2.1, two thirds of the FMA peak; the rest is
+        # row work. Lost on the way: row-major logits tiles (20 % slower products), tiles of 512 and 1,024 columns
+        # (5 %), rescaling the accumulator at every new maximum instead of past a margin of 8.
+        prediction=f"{products} products of T V D at the rate of our product and a few percent of row work; the baselines "
         "add passes over [T, V] (and over the concatenated heads)",
         inputs=_inputs(rows, vocab, sizes),
         ours=_with_gradients(_fused, trainable),

@@ -1,12 +1,11 @@
 // The engine of every loss over a vocabulary: tiles of logits z = (1/temperature) sum_i w_i cap(W_i h_i + b_i), made by
-// the library's matrix product, [vocabulary tile] x [rows], never [rows] x [vocabulary].
+// gemm, [vocabulary tile] x [rows], never [rows] x [vocabulary].
 //
 // The n products run into one accumulator with w_i / temperature folded into the rows of h_i; with a softcap each model
 // has a tile of its own. Rows with the ignored target are left out from the start (gathered), so they cost nothing.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
+#include "cpu/gemm.h"
 #include "cpu/logit_fusion/fusion.h"
 
 #define W2S_KERNEL "cpu/linear_loss/tile_kernel.h"
@@ -30,23 +29,13 @@ struct Matrix {  // a view; strides in elements
   A* data;
   int64_t rows, columns, down, across;
   Matrix t() const { return {data, columns, rows, across, down}; }
-  Tensor tensor() const {
-    const int64_t sizes[] = {rows, columns}, strides[] = {down, across};
-    return torch::stable::from_blob(const_cast<std::remove_const_t<A>*>(data), {sizes, 2}, {strides, 2},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), scalar<A>);
-  }
+  Operand operand() const { return {data, own<A>, rows, columns, down, across}; }
 };
 
 // c = a b, or c += a b
 template <class A>
 inline void product(const Matrix<A>& c, const Matrix<A>& a, const Matrix<A>& b, bool add) {
-  if (c.rows == 0 || c.columns == 0) return;
-  Tensor out = c.tensor(), left = a.tensor(), right = b.tensor();
-  if (add) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
-  } else {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
-  }
+  gemm(a.operand(), b.operand(), Target<A>{c.data, c.down, c.across}, A(1), add);
 }
 
 #define W2S_LINEAR_PARAMETERS                                                                                 \

@@ -179,7 +179,8 @@ def sparse_lowrank_linear(
 
     Returns:
         y ``[..., O]`` in the dtype of x (under autocast, its dtype). Differentiable, once, in x, A, B, values, scale
-        and bias; gradients have their tensors' dtypes. Saved for backward: x and, if B or scale needs a gradient, x A^T.
+        and bias; gradients have their tensors' dtypes. Saved for backward: x and, if B or scale needs a gradient,
+        x A^T.
 
     Sums are float32 (float64 if any operand is). Deterministic; on a CPU independent of the number of threads.
 

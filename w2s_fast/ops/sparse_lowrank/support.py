@@ -250,8 +250,8 @@ def _check_index(s: SparseSupport) -> None:
     if s.layout in ("csr16", "csr32"):
         ptr = s.row_ptr.long()
         if int(ptr[0]) != 0 or int(ptr[-1]) != s.nnz or bool((ptr[1:] < ptr[:-1]).any()):
-            checks.fail(op, "row_ptr", f"ascending from 0 to {s.nnz}", f"{int(ptr[0])} to {int(ptr[-1])}, unordered"
-                        if int(ptr[0]) == 0 and int(ptr[-1]) == s.nnz else f"{int(ptr[0])} to {int(ptr[-1])}")  # fmt: skip
+            unordered = ", unordered" if int(ptr[0]) == 0 and int(ptr[-1]) == s.nnz else ""
+            checks.fail(op, "row_ptr", f"ascending from 0 to {s.nnz}", f"{int(ptr[0])} to {int(ptr[-1])}{unordered}")
     if not s.nnz:
         return
     limit = rows * columns if s.layout == "flat64" else columns
@@ -268,7 +268,8 @@ def _check_index(s: SparseSupport) -> None:
         flat = first * s.block + s.cols.long()
     step = flat[1:] - flat[:-1]
     if bool((step == 0).any()):
-        checks.fail(op, "cols", "without duplicates", f"the same position twice at value {int((step == 0).int().argmax())}")
+        place = int((step == 0).int().argmax())
+        checks.fail(op, "cols", "without duplicates", f"the same position twice at value {place}")
     if bool((step < 0).any()):
         checks.fail(op, "cols", "sorted", f"a smaller position after value {int((step < 0).int().argmax())}")
 
