@@ -188,6 +188,19 @@ struct VectorExtension {
     }
     return n;
   }
+  static W2S_INLINE VectorExtension row_sums(const T* rows) {  // lane i: the sum of rows[i N .. i N + N)
+    VectorExtension r;
+    for (int i = 0; i < N; ++i) r.v[i] = load(rows + i * N).sum();
+    return r;
+  }
+  static W2S_INLINE void transpose(VectorExtension (&r)[N]) {  // rows become columns
+    for (int i = 0; i < N; ++i)
+      for (int j = 0; j < i; ++j) {
+        const T x = r[i].v[j];
+        r[i].v[j] = r[j].v[i];
+        r[j].v[i] = x;
+      }
+  }
   static W2S_INLINE VectorExtension load_bf16(const uint16_t* p) {
     VectorExtension r;
     for (int i = 0; i < N; ++i) r.v[i] = T(bf16_to_float(p[i]));

@@ -45,6 +45,39 @@ struct Float {
     _mm512_storeu_si512(index, _mm512_maskz_compress_epi32(m.m, _mm512_add_epi32(lane, _mm512_set1_epi32(first))));
     return __builtin_popcount(m.m);
   }
+  static W2S_INLINE Float row_sums(const float* rows) {  // lane i: the sum of rows[16 i .. 16 i + 16)
+    __m512 pair[8], four[4];
+    for (int i = 0; i < 8; ++i) {  // rows i and i + 8, in pairs of lanes
+      const __m512 a = _mm512_loadu_ps(rows + 16 * i), b = _mm512_loadu_ps(rows + 16 * (i + 8));
+      pair[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    for (int i = 0; i < 4; ++i)  // rows i, i + 4, i + 8, i + 12: one 128-bit lane each
+      four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(pair[i], pair[i + 4], 0x88), _mm512_shuffle_f32x4(pair[i], pair[i + 4], 0xdd));
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(four[0], four[1]), _mm512_unpackhi_ps(four[0], four[1]));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(four[2], four[3]), _mm512_unpackhi_ps(four[2], four[3]));
+    const __m512 sum = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    // lanes hold rows 0-3, 8-11, 4-7, 12-15
+    return {_mm512_shuffle_f32x4(sum, sum, 0xd8)};
+  }
+  static W2S_INLINE void transpose(Float (&r)[16]) {  // rows become columns: within 128-bit lanes, then the lanes
+    __m512 t[16];
+    for (int i = 0; i < 16; i += 4) {
+      const __m512 a = _mm512_unpacklo_ps(r[i].v, r[i + 1].v), b = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+      const __m512 c = _mm512_unpacklo_ps(r[i + 2].v, r[i + 3].v), d = _mm512_unpackhi_ps(r[i + 2].v, r[i + 3].v);
+      t[i] = _mm512_shuffle_ps(a, c, 0x44);
+      t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+      t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+      t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+      const __m512 c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+      r[i].v = _mm512_shuffle_f32x4(a, c, 0x88);
+      r[i + 4].v = _mm512_shuffle_f32x4(b, d, 0x88);
+      r[i + 8].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+      r[i + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+  }
   static W2S_INLINE Float load_bf16(const uint16_t* p) {
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
@@ -115,6 +148,31 @@ struct Float {
       index[n] = first + i;
     }
     return n;
+  }
+  static W2S_INLINE Float row_sums(const float* rows) {  // lane i: the sum of rows[8 i .. 8 i + 8)
+    __m256 pair[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m256 a = _mm256_loadu_ps(rows + 8 * i), b = _mm256_loadu_ps(rows + 8 * (i + 4));
+      pair[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    const __m256 a = _mm256_add_ps(_mm256_unpacklo_ps(pair[0], pair[1]), _mm256_unpackhi_ps(pair[0], pair[1]));
+    const __m256 b = _mm256_add_ps(_mm256_unpacklo_ps(pair[2], pair[3]), _mm256_unpackhi_ps(pair[2], pair[3]));
+    return {_mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee))};
+  }
+  static W2S_INLINE void transpose(Float (&r)[8]) {  // rows become columns: within 128-bit lanes, then the lanes
+    __m256 t[8];
+    for (int i = 0; i < 8; i += 4) {
+      const __m256 a = _mm256_unpacklo_ps(r[i].v, r[i + 1].v), b = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+      const __m256 c = _mm256_unpacklo_ps(r[i + 2].v, r[i + 3].v), d = _mm256_unpackhi_ps(r[i + 2].v, r[i + 3].v);
+      t[i] = _mm256_shuffle_ps(a, c, 0x44);
+      t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+      t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      r[i].v = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+      r[i + 4].v = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+    }
   }
   static W2S_INLINE Float load_bf16(const uint16_t* p) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

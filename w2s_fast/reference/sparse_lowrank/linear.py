@@ -78,21 +78,31 @@ def sparse_lowrank_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dA, dB, dvalues (dtypes of their tensors) and dscale; those not asked for have shape [0].
 
-    With g the gradient of y and t = s g B: dx = t A + g S, dA = t^T x, dB = s g^T h, dv_k = sum_n g[n, row_k]
-    x[n, col_k], ds = sum h o (g B).
+    With g the gradient of y and t = g B: dx = s t A + g S, dA = s t^T x, dB = s g^T h, dv_k = sum_n g[n, row_k]
+    x[n, col_k], ds = sum h o t. With ``materialize`` the same through W and dW = g^T x: dx = g W, dA = s B^T dW,
+    dB = s dW A^T, dv = dW at the support, ds = sum B o dW A^T.
     """
     dtype = wide(x, A, B, values)
     g, xw, a, b = (t.to(dtype) for t in (grad, x, A, B))
     s = _factor(scale, scale_value, dtype)
-    h = xw @ a.t() if h is None else h.to(dtype)
-    through = g @ b
-    none = g.new_empty(0)
     support = (row_ptr, cols, rows, columns, block, per_block)
-    dx = (through * s @ a + g @ dense(values.to(dtype), *support)).to(x.dtype) if need_x else x.new_empty(0)
-    da = ((through * s).t() @ xw).to(A.dtype) if need_A else A.new_empty(0)
-    db = (g.t() @ h * s).to(B.dtype) if need_B else B.new_empty(0)
-    dv = gathered(g.t() @ xw, *support).to(values.dtype) if need_values else values.new_empty(0)
-    ds = none if scale is None or not need_scale else (h * through).sum().to(scale.dtype).reshape(scale.shape)
+    sparse = dense(values.to(dtype), *support)
+    dw = g.t() @ xw if need_values or materialize else None
+    if materialize:
+        assert dw is not None
+        dx, da, db = g @ (b @ a * s + sparse), b.t() @ dw * s, dw @ a.t()
+        ds = (b * db).sum()
+    else:
+        h = xw @ a.t() if h is None else h.to(dtype)
+        t = g @ b
+        dx, da, db = t * s @ a + g @ sparse, t.t() @ xw * s, g.t() @ h
+        ds = (h * t).sum()
+    found = (dx, da, db * s, None if dw is None else gathered(dw, *support), ds)
+    tensors, need = (x, A, B, values, x if scale is None else scale), (need_x, need_A, need_B, need_values, need_scale)
+    dx, da, db, dv, ds = (
+        value.to(like.dtype).reshape(like.shape) if wanted and value is not None else like.new_empty(0)
+        for value, like, wanted in zip(found, tensors, need, strict=True)
+    )
     return dx, da, db, dv, ds
 
 

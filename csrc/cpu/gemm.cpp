@@ -1,0 +1,203 @@
+// Blocking of the dense product (see gemm.h): depth in pieces whose packed rows of a stay in L2 and panels of b in L1.
+//
+// Three ways: both operands packed (many rows); few rows times a row-major b, read in place; few rows times a b whose
+// depth is contiguous (x W^T), where W's rows are broadcast in place and the few rows are the vector.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "cpu/gemm.h"
+
+namespace w2s {
+struct Tile {
+  int rows, columns;
+};
+}  // namespace w2s
+
+#define W2S_KERNEL "cpu/gemm_kernel.h"
+#include "cpu/for_each_target.h"
+
+namespace w2s {
+
+void* scratch(int slot, int64_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    int64_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffers[SCRATCH_SLOTS];
+  Buffer& b = buffers[slot];
+  if (bytes > b.size) {
+    std::free(b.data);
+    b.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+    b.data = std::aligned_alloc(64, size_t(b.size));
+    if (!b.data) {
+      b.size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return b.data;
+}
+
+namespace {
+
+constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048, FEW = 32;
+
+template <class F>
+void parallel(int64_t count, const F& work) {
+  torch::stable::parallel_for(0, count, 1, [&work](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(i);
+  });
+}
+
+int64_t up(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+template <class A>
+struct Product {
+  Operand a, b;
+  Target<A> c;
+  A alpha;
+  bool add;
+  int64_t M, N, K;
+  Tile shape;
+
+  static int64_t bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+  static const void* at(const Operand& x, int64_t i, int64_t j) {
+    return static_cast<const char*>(x.data) + (i * x.down + j * x.across) * bytes(x.dtype);
+  }
+  Target<A> out(int64_t i, int64_t j) const { return {c.data + i * c.down + j * c.across, c.down, c.across}; }
+
+  // dst[tile][k][height]: rows of a from `first`, `tiles` tiles
+  void pack_rows(int64_t first, int64_t tiles, int height, int64_t k0, int64_t depth, A* dst) const {
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t row = first + t * height;
+      W2S_DISPATCH(pack<A>)(at(a, row, k0), a.dtype, a.across, a.down, depth, std::min<int64_t>(height, M - row), height,
+                            dst + t * depth * height);
+    }
+  }
+  void pack_columns(int64_t first, int64_t k0, int64_t depth, int64_t width, A* dst) const {
+    W2S_DISPATCH(pack<A>)(at(b, k0, first), b.dtype, b.down, b.across, depth, std::min<int64_t>(width, N - first), width, dst);
+  }
+
+  int height_for(int64_t rows) const {  // equal tiles of an even height
+    const int64_t tiles = up(rows, shape.rows), height = up(rows, tiles);
+    return int(height == 1 ? 1 : (height + 1) / 2 * 2);
+  }
+
+  void many() const {
+    const int height = height_for(M), width = shape.columns;
+    const int64_t tiles = up(M, height), threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    const int64_t pieces = up(K, DEPTH), depth0 = up(K, pieces);
+    const int64_t per_block = std::max<int64_t>(1, ROWS / height);
+    const int64_t blocks = std::min(tiles, up(up(tiles, per_block), threads) * threads);
+    A* right = scratch_of<A>(0, depth0 * std::min(up(N, width) * width, COLUMNS) + 64);
+    for (int64_t j0 = 0; j0 < N; j0 += COLUMNS) {
+      const int64_t columns = std::min(COLUMNS, N - j0), panels = up(columns, width);
+      // with few row blocks the columns are shared out as well
+      const int64_t groups = blocks >= threads ? 1 : std::min(panels, up(threads, blocks));
+      for (int64_t k0 = 0; k0 < K; k0 += depth0) {
+        const int64_t depth = std::min(depth0, K - k0);
+        const bool adds = add || k0 > 0;
+        parallel(panels, [&](int64_t p) { pack_columns(j0 + p * width, k0, depth, width, right + p * width * depth); });
+        parallel(blocks * groups, [&](int64_t item) {
+          const int64_t block = item / groups, group = item % groups;
+          const int64_t t0 = block * tiles / blocks, t1 = (block + 1) * tiles / blocks;
+          const int64_t p0 = group * panels / groups, p1 = (group + 1) * panels / groups;
+          A* left = scratch_of<A>(1, (t1 - t0) * height * depth + 64);
+          pack_rows(t0 * height, t1 - t0, height, k0, depth, left);
+          for (int64_t p = p0; p < p1; ++p)
+            for (int64_t t = t0; t < t1; ++t)
+              W2S_DISPATCH(run_tile<A>)(height, depth, left + (t - t0) * height * depth, height, 1, right + p * width * depth,
+                                        width, std::min<int64_t>(height, M - t * height),
+                                        std::min<int64_t>(width, columns - p * width), out(t * height, j0 + p * width), alpha, adds);
+        });
+      }
+    }
+  }
+
+  // Few rows; b's columns are contiguous and of our type: b is read in place, 32 rows of it at a time.
+  void few_times_rows() const {
+    const int height = height_for(M), width = shape.columns;
+    const int64_t tiles = up(M, height), panels = up(N, width), depth0 = 32;
+    const int64_t apart = height * K + 64;  // packing writes a little past a tile
+    A* left = scratch_of<A>(0, tiles * apart);
+    parallel(tiles, [&](int64_t t) { pack_rows(t * height, 1, height, 0, K, left + t * apart); });
+    const int64_t items = std::min(panels, 4 * std::max<int64_t>(1, torch::stable::get_num_threads()));
+    parallel(items, [&](int64_t item) {
+      const int64_t p0 = item * panels / items, p1 = (item + 1) * panels / items;
+      A* tail = scratch_of<A>(1, depth0 * width + 64);
+      for (int64_t k0 = 0; k0 < K; k0 += depth0) {
+        const int64_t depth = std::min(depth0, K - k0);
+        for (int64_t p = p0; p < p1; ++p) {
+          const int64_t columns = std::min<int64_t>(width, N - p * width);
+          const A* right = static_cast<const A*>(at(b, k0, p * width));
+          int64_t ldb = b.down;
+          if (columns < width) {
+            pack_columns(p * width, k0, depth, width, tail);
+            right = tail, ldb = width;
+          }
+          for (int64_t t = 0; t < tiles; ++t)
+            W2S_DISPATCH(run_tile<A>)(height, depth, left + t * apart + k0 * height, height, 1, right, ldb,
+                                      std::min<int64_t>(height, M - t * height), columns, out(t * height, p * width), alpha,
+                                      add || k0 > 0);
+        }
+      }
+    });
+  }
+
+  // Few rows (the vector now); b's depth is contiguous and of our type: its columns are broadcast in place.
+  void few_times_columns() const {
+    const int64_t width = M <= shape.columns / 2 ? shape.columns / 2 : shape.columns, panels = up(M, width);
+    const int height = shape.rows > 8 ? 8 : shape.rows;
+    A* right = scratch_of<A>(0, panels * width * K + 64);
+    parallel(panels, [&](int64_t p) {
+      W2S_DISPATCH(pack<A>)(at(a, p * width, 0), a.dtype, a.across, a.down, K, std::min(width, M - p * width), width,
+                            right + p * width * K);
+    });
+    parallel(up(N, height), [&](int64_t t) {
+      const int64_t n0 = t * height, rows = std::min<int64_t>(height, N - n0);
+      const A* left = static_cast<const A*>(at(b, 0, n0));
+      A* copy = nullptr;
+      if (rows < height) {  // a tile reads all its rows
+        copy = scratch_of<A>(1, K * height + 64);
+        pack_columns(n0, 0, K, height, copy);
+      }
+      for (int64_t p = 0; p < panels; ++p)
+        W2S_DISPATCH(run_tile<A>)(height, K, copy ? copy : left, copy ? height : 1, copy ? 1 : b.across, right + p * width * K,
+                                  width, rows, std::min(width, M - p * width),
+                                  Target<A>{c.data + n0 * c.across + p * width * c.down, c.across, c.down}, alpha, add);
+    });
+  }
+
+  void run() {
+    M = a.rows, N = b.columns, K = a.columns;
+    if (M == 0 || N == 0) return;
+    shape = W2S_DISPATCH(tile_shape<A>)();
+    if (K == 0) {
+      if (!add)
+        for (int64_t i = 0; i < M; ++i)
+          for (int64_t j = 0; j < N; ++j) c.data[i * c.down + j * c.across] = 0;
+      return;
+    }
+    const bool ours = b.dtype == (sizeof(A) == 4 ? Dtype::f32 : Dtype::f64);
+    if (M <= FEW && ours && b.across == 1) return few_times_rows();
+    if (M <= FEW && ours && b.down == 1) return few_times_columns();
+    many();
+  }
+};
+
+template <class A>
+void product(const Operand& a, const Operand& b, Target<A> c, A alpha, bool add) {
+  // vectors run along c's columns
+  if (c.across == 1) Product<A>{a, b, c, alpha, add, 0, 0, 0, {}}.run();
+  else Product<A>{b.t(), a.t(), {c.data, c.across, c.down}, alpha, add, 0, 0, 0, {}}.run();
+}
+
+}  // namespace
+
+void gemm(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) { product<float>(a, b, c, alpha, add); }
+void gemm(const Operand& a, const Operand& b, Target<double> c, double alpha, bool add) { product<double>(a, b, c, alpha, add); }
+
+}  // namespace w2s

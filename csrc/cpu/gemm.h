@@ -1,0 +1,44 @@
+// c = alpha a b, or c += alpha a b, for matrices of any strides: the one dense product of the CPU kernels.
+//
+// Why not the library's: torch.mm calls MKL, which runs AVX2 code on AMD (235 of 530 GFLOP/s on two Zen 5 cores), takes
+// one dtype only, and a bfloat16 product rounds its result to bfloat16. Here operands are widened while they are packed,
+// sums are in the type of c, and their order depends on the shapes alone, not on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/vec.h"
+
+namespace w2s {
+
+struct Operand {  // a view of a matrix; strides in elements
+  const void* data;
+  Dtype dtype;
+  int64_t rows, columns, down, across;
+  Operand t() const { return {data, dtype, columns, rows, across, down}; }
+  Operand part(int64_t row, int64_t count) const {  // rows [row, row + count)
+    const int64_t bytes = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+    return {static_cast<const char*>(data) + row * down * bytes, dtype, count, columns, down, across};
+  }
+};
+
+template <class A>
+struct Target {  // where a product goes; strides in elements
+  A* data;
+  int64_t down, across;
+};
+
+// a.rows x b.columns; a.columns == b.rows. Calls torch's parallel_for: not for use inside one.
+void gemm(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add);
+void gemm(const Operand& a, const Operand& b, Target<double> c, double alpha, bool add);
+
+// Memory of this thread that stays allocated between calls (fresh pages cost as much as the work). 64-byte aligned; the
+// content is lost at the next call with the same slot.
+constexpr int SCRATCH_SLOTS = 8;  // 0 and 1 are gemm's
+void* scratch(int slot, int64_t bytes);
+template <class A>
+inline A* scratch_of(int slot, int64_t elements) {
+  return static_cast<A*>(scratch(slot, elements * int64_t(sizeof(A))));
+}
+
+}  // namespace w2s

@@ -1,0 +1,120 @@
+// y = x (s B A + S)^T + bias and W itself.
+//
+// Factored: h = x A^T, y = s h B^T by gemm, then x S^T is added panel by panel. Materialized: W in panels of 512 rows,
+// each multiplied while it is in cache. FLOPs: 2 N r (I + O) + 2 N K, against 2 r O I + 2 N O I.
+#include "cpu/sparse_lowrank/output.h"
+
+namespace w2s::sparse {
+namespace {
+
+constexpr int64_t CHUNK = 512;  // tokens whose sums exist at a time where y is narrower than they are
+
+// y[rows, O] of x's rows, factored; h [rows, r] is filled
+template <class A>
+void factored(const Pattern& s, const Operand& x, const Operand& a, const Operand& b, double scale, const A* values,
+              const std::vector<A>& bias, A* h, A* y) {
+  const int64_t r = a.rows, O = s.rows;
+  gemm(x, a.t(), Target<A>{h, r, 1}, A(1), false);
+  const Operand left{h, sizeof(A) == 8 ? Dtype::f64 : Dtype::f32, x.rows, r, r, 1};
+  gemm(left, b.t(), Target<A>{y, O, 1}, A(scale), false);
+  if (s.nnz) return multiply<A>(s, x, values, bias.empty() ? nullptr : bias.data(), y, O, true);
+  if (!bias.empty())
+    parallel_items(x.rows, 16, [&](int64_t n) {
+      for (int64_t o = 0; o < O; ++o) y[n * O + o] += bias[size_t(o)];
+    });
+}
+
+template <class A>
+Tensor materialized(const Pattern& s, const Tensor& x, const Operand& a, const Operand& b, double scale, const Tensor& values,
+                    const std::vector<A>& bias) {
+  const int64_t N = x.size(0), panel = std::min(TILE, s.rows);
+  Output<A> y(x, {N, s.rows});
+  Tensor keep = torch::stable::new_empty(x, {std::max<int64_t>(panel * s.columns, 1)}, wide_type<A>);
+  A* w = static_cast<A*>(keep.data_ptr());
+  for (int64_t row = 0; row < s.rows && N; row += panel) {
+    const int64_t count = std::min(panel, s.rows - row);
+    form_rows<A>(s, a, b, scale, values, row, count, w);
+    const Operand right{w, sizeof(A) == 8 ? Dtype::f64 : Dtype::f32, s.columns, count, 1, s.columns};
+    gemm(operand(x), right, Target<A>{y.sums + row, s.rows, 1}, A(1), false);
+  }
+  if (!bias.empty())
+    parallel_items(N, 16, [&](int64_t n) {
+      for (int64_t o = 0; o < s.rows; ++o) y.sums[n * s.rows + o] += bias[size_t(o)];
+    });
+  y.store();
+  return y.tensor;
+}
+
+using Two = std::tuple<Tensor, Tensor>;
+
+template <class A>
+Two linear_as(const Tensor& x, const Tensor& A_, const Tensor& B, const Tensor& values, double scale, const std::optional<Tensor>& bias,
+              const Pattern& s, bool materialize, bool need_h) {
+  const int64_t N = x.size(0), r = A_.size(0);
+  const Operand a = operand(A_), b = operand(B);
+  const std::vector<A> shift = widened<A>(bias);
+  const Tensor none = torch::stable::new_empty(x, {0}, wide_type<A>);
+  if (materialize) return {materialized<A>(s, x, a, b, scale, values, shift), none};
+  const Values<A> v(values, s);
+  Tensor h = torch::stable::new_empty(x, {N, r}, wide_type<A>);
+  A* ph = static_cast<A*>(h.data_ptr());
+  Tensor y = torch::stable::new_empty(x, {N, s.rows});
+  const bool own = is_own<A>(y);
+  const int64_t chunk = own ? std::max<int64_t>(N, 1) : CHUNK;
+  Tensor keep = own ? y : torch::stable::new_empty(x, {std::min(chunk, N), s.rows}, wide_type<A>);
+  const Dtype dtype = dtype_of(y.scalar_type());
+  for (int64_t n = 0; n < N; n += chunk) {
+    const int64_t count = std::min(chunk, N - n);
+    A* sums = static_cast<A*>(keep.data_ptr());
+    factored<A>(s, operand(x).part(n, count), a, b, scale, v.data, shift, ph + n * r, sums);
+    if (own) break;
+    char* to = static_cast<char*>(y.data_ptr()) + n * s.rows * bytes_of(dtype);
+    torch::stable::parallel_for(0, count * s.rows, 1 << 14, [&](int64_t begin, int64_t end) {
+      narrow(sums + begin, end - begin, dtype, to + begin * bytes_of(dtype));
+    });
+  }
+  return {y, need_h ? h : none};
+}
+
+Two linear(Tensor x, Tensor A, Tensor B, Tensor values, std::optional<Tensor> scale, double scale_value, std::optional<Tensor> bias,
+           W2S_SUPPORT_PARAMETERS, bool materialize, bool need_h) {
+  const Pattern s(W2S_SUPPORT_ARGUMENTS);
+  const double factor = scale_of(scale, scale_value);
+  if (wants_double({&x, &A, &B, &values})) return linear_as<double>(x, A, B, values, factor, bias, s, materialize, need_h);
+  return linear_as<float>(x, A, B, values, factor, bias, s, materialize, need_h);
+}
+
+template <class A>
+Tensor materialize_as(const Tensor& A_, const Tensor& B, const Tensor& values, double scale, const Pattern& s, ScalarType type) {
+  Tensor w = torch::stable::new_empty(B, {s.rows, s.columns}, type);
+  const bool own = is_own<A>(w);
+  const Dtype dtype = dtype_of(type);
+  Tensor keep = own ? w : torch::stable::new_empty(B, {std::min(TILE, s.rows), s.columns}, wide_type<A>);
+  for (int64_t row = 0; row < s.rows; row += TILE) {
+    const int64_t count = std::min(TILE, s.rows - row);
+    A* sums = static_cast<A*>(keep.data_ptr()) + (own ? row * s.columns : 0);
+    form_rows<A>(s, operand(A_), operand(B), scale, values, row, count, sums);
+    if (own) continue;
+    char* to = static_cast<char*>(w.data_ptr()) + row * s.columns * bytes_of(dtype);
+    torch::stable::parallel_for(0, count * s.columns, 1 << 14, [&](int64_t begin, int64_t end) {
+      narrow(sums + begin, end - begin, dtype, to + begin * bytes_of(dtype));
+    });
+  }
+  return w;
+}
+
+Tensor materialize(Tensor A, Tensor B, Tensor values, std::optional<Tensor> scale, double scale_value, W2S_SUPPORT_PARAMETERS,
+                   ScalarType out_dtype) {
+  const Pattern s(W2S_SUPPORT_ARGUMENTS);
+  const double factor = scale_of(scale, scale_value);
+  if (wants_double({&A, &B, &values})) return materialize_as<double>(A, B, values, factor, s, out_dtype);
+  return materialize_as<float>(A, B, values, factor, s, out_dtype);
+}
+
+}  // namespace
+}  // namespace w2s::sparse
+
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
+  m.impl("sparse_lowrank_linear", TORCH_BOX(&w2s::sparse::linear));
+  m.impl("sparse_lowrank_materialize", TORCH_BOX(&w2s::sparse::materialize));
+}

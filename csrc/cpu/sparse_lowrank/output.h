@@ -1,0 +1,64 @@
+// Results that are summed in A and handed out in a tensor's own dtype.
+#pragma once
+
+#include "cpu/sparse_lowrank/products.h"
+
+namespace w2s::sparse {
+
+template <class A>
+constexpr ScalarType wide_type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+
+template <class A>
+inline bool is_own(const Tensor& t) { return t.scalar_type() == wide_type<A>; }
+
+inline bool wants_double(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors)
+    if (t->scalar_type() == ScalarType::Double) return true;
+  return false;
+}
+
+template <class A>
+inline void narrow(const A* from, int64_t count, Dtype dtype, void* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (dtype == Dtype::f32) static_cast<float*>(to)[i] = float(from[i]);
+    else if (dtype == Dtype::f64) static_cast<double*>(to)[i] = double(from[i]);
+    else if (dtype == Dtype::bf16) static_cast<uint16_t*>(to)[i] = float_to_bf16(float(from[i]));
+    else static_cast<uint16_t*>(to)[i] = float_to_half(float(from[i]));
+  }
+}
+
+// A contiguous [rows, columns] result: `sums` is its own memory where the dtype is A's, else scratch to `store` from.
+template <class A>
+struct Output {
+  Tensor tensor, wide;
+  A* sums = nullptr;
+  int64_t columns;
+  Output(const Tensor& like, std::vector<int64_t> shape) : tensor(torch::stable::new_empty(like, shape)) {
+    columns = shape.empty() ? 1 : shape.back();
+    wide = is_own<A>(tensor) ? tensor : torch::stable::new_empty(like, shape, wide_type<A>);
+    sums = static_cast<A*>(wide.data_ptr());
+  }
+  void store() const {
+    if (is_own<A>(tensor)) return;
+    const Dtype dtype = dtype_of(tensor.scalar_type());
+    char* to = static_cast<char*>(tensor.data_ptr());
+    torch::stable::parallel_for(0, tensor.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+      narrow(sums + begin, end - begin, dtype, to + begin * bytes_of(dtype));
+    });
+  }
+};
+
+template <class A>
+inline std::vector<A> widened(const std::optional<Tensor>& t) {  // a vector
+  std::vector<A> found;
+  if (!t) return found;
+  for (double x : numbers(*t)) found.push_back(A(x));
+  return found;
+}
+
+inline double scale_of(const std::optional<Tensor>& scale, double value) {
+  if (!scale) return value;
+  return number_at<double>(scale->data_ptr(), dtype_of(scale->scalar_type()), 0);
+}
+
+}  // namespace w2s::sparse

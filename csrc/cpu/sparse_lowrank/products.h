@@ -1,0 +1,44 @@
+// Sparse products on plain matrices of A (float or double), for the ops of the family.
+#pragma once
+
+#include "cpu/sparse_lowrank/pattern.h"
+
+namespace w2s::sparse {
+
+// The values in walking order as A: a copy only where they are not so already.
+template <class A>
+struct Values {
+  const A* data = nullptr;
+  Tensor keep;
+  Values(const Tensor& values, const Pattern& s);
+};
+
+// y [N, O] += x S^T + bias; stored instead of added where `add` is false. x: any dtype, columns contiguous.
+template <class A>
+void multiply(const Pattern& s, const Operand& x, const A* values, const A* bias, A* y, int64_t ld, bool add);
+
+// Gradients. dx [N, I] (+)= g S (may be null); dv [K], in walking order, += g^T x at the support (may be null).
+template <class A>
+void multiply_back(const Pattern& s, const Operand& g, const Operand& x, const A* values, A* dx, int64_t ld, bool add, A* dv);
+
+// Values in walking order into a tensor in storage order, rounded to its dtype.
+template <class A>
+void store_values(const Pattern& s, const A* walked, const Tensor& out);
+
+// Rows [row, row + count) of W = scale B A + S into w [count, I]; the sparse values join while the panel is in cache.
+template <class A>
+void form_rows(const Pattern& s, const Operand& a, const Operand& b, double scale, const Tensor& values, int64_t row, int64_t count, A* w);
+
+template <class A>
+inline A number_at(const void* p, Dtype dtype, int64_t k) {
+  if (dtype == Dtype::f32) return A(static_cast<const float*>(p)[k]);
+  if (dtype == Dtype::f64) return A(static_cast<const double*>(p)[k]);
+  const uint16_t x = static_cast<const uint16_t*>(p)[k];
+  return A(dtype == Dtype::bf16 ? bf16_to_float(x) : half_to_float(x));
+}
+
+inline Operand operand(const Tensor& t) {
+  return {t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+}  // namespace w2s::sparse
