@@ -92,7 +92,7 @@ def test_degenerate_sizes():
         ({"in_features": 0}, "in_features must be >= 1, got 0"),
         ({"rank": -1}, "rank must be >= 0, got -1"),
         ({"density": 1.5}, r"density must be in \[0, 1\), got 1.5"),
-        ({"density": 1.0}, r"density must be in \(0, 1\), got 1.0"),
+        ({"density": 1.0}, r"density must be in \[0, 1\), got 1.0"),
         ({"alpha": 0.0}, "alpha must be a finite number > 0, got 0.0"),
         ({"layout": "coo"}, "layout must be one of"),
     ],
@@ -133,6 +133,12 @@ def test_repr():
     assert "in_features=256, out_features=128, rank=32, density=0.03, scale=0.25, bias=True" in text
     assert "128x256, csr16, nnz=983" in text
     assert "scale=trainable" in repr(SparseLowRankLinear(256, 128, 32, trainable_scaling=True))
+
+
+def test_a_default_device_gets_the_layer():
+    with torch.device("meta"):
+        made = SparseLowRankLinear(64, 32, 4, generator=torch.Generator().manual_seed(0))
+    assert {t.device.type for t in made.state_dict().values()} == {"meta"} and made.support.nnz == 61
 
 
 def test_dtype_moves_with_to_and_the_index_does_not():

@@ -47,7 +47,7 @@ def import_layer(tensors: Mapping[str, Tensor], alpha: float, layout: str = "csr
         checks.fail(op, "sparse_value", f"of shape [{flat.nnz}]", tuple(tensors["sparse_value"].shape))
     made = SparseLowRankLinear(
         a.shape[1], b.shape[0], a.shape[0], 0.0, alpha, "bias" in tensors, trainable_scaling="scaling" in tensors,
-        device=a.device, dtype=a.dtype,
+        device=a.device, dtype=a.dtype, generator=torch.Generator(),
     )  # fmt: skip
     made.density = flat.nnz / (b.shape[0] * a.shape[1])
     made.support = flat.to_layout(layout)

@@ -74,25 +74,29 @@ class SparseLowRankLinear(nn.Module):
         self.out_features = checks.integer(op, "out_features", out_features, low=1)
         self.rank = checks.integer(op, "rank", rank, low=0)
         self.density = checks.number(op, "density", density, low=0.0, high=1.0, requirement="in [0, 1)")
+        if density == 1.0:
+            checks.fail(op, "density", "in [0, 1)", density)
         self.alpha = checks.number(op, "alpha", alpha, low=0.0, open_low=True)
+
+        device = torch.get_default_device() if device is None else device
 
         def uniform(shape: tuple[int, ...], fan: int) -> nn.Parameter:
             drawn = torch.empty(shape, dtype=dtype)
             return nn.Parameter(nn.init.uniform_(drawn, -1 / math.sqrt(fan), 1 / math.sqrt(fan), generator).to(device))
 
-        self.register_parameter("bias", uniform((out_features,), out_features) if bias else None)
-        self.A = uniform((rank, in_features), in_features)
+        with torch.device("cpu"):
+            self.register_parameter("bias", uniform((out_features,), out_features) if bias else None)
+            self.A = uniform((rank, in_features), in_features)
+            if density:
+                support = random_support(out_features, in_features, density, layout, generator)
+            else:
+                empty = torch.empty(0, dtype=torch.int64)
+                support = SparseSupport.from_flat(empty, (out_features, in_features), "csr32")
+            values = uniform((support.nnz,), in_features)
         self.B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
         one = nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if trainable_scaling else None
         self.register_parameter("scaling", one)
-        if density:
-            self.support = random_support(out_features, in_features, density, layout, generator)
-        else:
-            empty = torch.empty(0, dtype=torch.int64)
-            self.support = SparseSupport.from_flat(empty, (out_features, in_features), "csr32")
-        self.values = uniform((self.support.nnz,), in_features)
-        if device is not None:
-            self.support.to(device)
+        self.values, self.support = values, support.to(device)
 
     @property
     def scale(self) -> float | Tensor:

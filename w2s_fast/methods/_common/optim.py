@@ -146,7 +146,7 @@ def adam8bit() -> tuple[Callable[[list[nn.Parameter]], torch.optim.Optimizer], s
 
 def make(name: str, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """An optimizer by its name in `NAMES`."""
-    return {"adamw": AdamW, "adam8bit-per-layer": PerLayer}[name](parameters)
+    return AdamW(parameters) if name == "adamw" else PerLayer(parameters)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -28,6 +28,8 @@ def place() -> Place:
     """From torchrun's environment; joins its process group once (nccl on CUDA, gloo on a CPU)."""
     world, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return Place(int(os.environ.get("RANK", "0")), world, device)

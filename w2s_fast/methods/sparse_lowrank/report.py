@@ -87,6 +87,7 @@ def draw(rows: list[Row], path: Path) -> bool:
     FigureCanvasAgg(figure)
     curves, bars, memory = figure.subplots(1, 3, width_ratios=(5, 3, 4))
     methods = by_method(rows)
+    above: dict[str, Any] = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9}
     for place, (method, runs) in enumerate(methods.items()):
         for i, row in enumerate(runs):
             skip = len(row.losses) // 10
@@ -96,7 +97,7 @@ def draw(rows: list[Row], path: Path) -> bool:
         value = mean_perplexity(runs)
         bars.bar(place, value, color=COLOURS[method])
         bars.plot([place] * len(runs), [r.perplexity for r in runs], "k.", markersize=4)
-        bars.annotate(f"{value:.2f}", (place, max(r.perplexity for r in runs)), ha="center", va="bottom", fontsize=9)
+        bars.annotate(f"{value:.2f}", (place, max(r.perplexity for r in runs)), **above)
         below = 0.0
         for shade, part in zip((1.0, 0.2, 0.75, 0.5, 0.3), PARTS, strict=True):
             size = getattr(runs[0], part) / 1e6
@@ -104,14 +105,14 @@ def draw(rows: list[Row], path: Path) -> bool:
             if size > 0.08 * held(runs[0]) / 1e6:
                 memory.text(place, below + size / 2, PARTS[part], ha="center", va="center", fontsize=8)
             below += size
-        memory.annotate(f"{below:.1f}", (place, below), ha="center", va="bottom", fontsize=9)
+        memory.annotate(f"{below:.1f}", (place, below), **above)
+    perplexities = [r.perplexity for r in rows]
     curves.set(title="training loss (mean of a twentieth of the steps)", xlabel="step", ylabel="nats a token")
     curves.legend(frameon=False)
-    bars.set(title="perplexity on held-out text", ylim=(0.9 * min(r.perplexity for r in rows), None))
-    memory.set(title="MB held while training")
+    bars.set(title="perplexity on held-out text", ylim=(0.9 * min(perplexities), 1.05 * max(perplexities)))
+    memory.set(title="MB held while training", ylim=(0, 1.1 * max(map(held, rows)) / 1e6))
     for axis in (bars, memory):
         axis.set_xticks(range(len(methods)), [NAMES[m] for m in methods])
-        axis.margins(y=0.12)
     for axis in (curves, bars, memory):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
