@@ -8,9 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import probes
+
 
 class Ceilings(NamedTuple):
-    """Copy bandwidth in bytes/s (read + written) and GEMM rates in FLOP/s by dtype name."""
+    """Copy bandwidth in bytes/s (read + written) and matrix-product rates in FLOP/s by dtype name.
+
+    ``"float32 FMA"`` is the peak of fused multiply-adds from registers: torch.mm can be far below it (MKL on AMD).
+    """
 
     copy: float
     gemm: dict[str, float]
@@ -18,7 +23,8 @@ class Ceilings(NamedTuple):
 
     def floor_seconds(self, moved: float, flops: float, rate: str = "float32") -> float:
         """The least time for ``moved`` bytes and ``flops`` operations, whichever of the two binds."""
-        return max(moved / self.copy, flops / self.gemm[rate])
+        fastest = max(self.gemm[rate], self.gemm.get(f"{rate} FMA", 0.0))
+        return max(moved / self.copy, flops / fastest)
 
 
 def _best(function: Callable[[], Any], device: torch.device, seconds: float) -> float:
@@ -40,8 +46,6 @@ def _best(function: Callable[[], Any], device: torch.device, seconds: float) -> 
 
 def _probe(megabytes: int, threads: int) -> float | None:
     """Bytes per second by the extension's own copy loop, if it is built."""
-    from .. import probes
-
     return probes.copy_bandwidth(megabytes, threads) if probes.available() else None
 
 
@@ -66,4 +70,7 @@ def measure(device: torch.device) -> Ceilings:
     """All ceilings of ``device`` with the current number of threads."""
     copy, source = copy_bandwidth(device)
     names = ("float32", "bfloat16")
-    return Ceilings(copy, {name: gemm_rate(getattr(torch, name), device) for name in names}, source)
+    rates = {name: gemm_rate(getattr(torch, name), device) for name in names}
+    if device.type == "cpu" and probes.available():
+        rates["float32 FMA"] = probes.fma_peak(torch.get_num_threads())
+    return Ceilings(copy, rates, source)

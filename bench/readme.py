@@ -46,7 +46,7 @@ def text(folder: Path = RESULTS) -> str:
         "Ratios are *their time / our time*: the median over interleaved rounds, quartiles in parentheses. Every "
         "provider's output is checked against a float64 reference before it is timed. *Share of floor* is the least "
         "possible time on this machine (bytes moved once at the measured copy bandwidth, or the arithmetic at the "
-        "measured torch.mm rate) over our time."
+        "faster of the measured torch.mm rate and, in float32, FMA peak) over our time."
     )
     return "\n\n".join([intro, *(section(report, folder) for report in reports(folder))])
 

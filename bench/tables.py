@@ -109,7 +109,7 @@ def machine(report: Report) -> str:
     threads = "" if not report.slug.startswith("cpu") else f", {run['threads']} threads"
     return (
         f"{report.device}{threads}; {run['date']}; {installed}. Measured ceilings: copy "
-        f"{ceilings['copy_bytes_per_s'] / 1e9:.4g} GB/s ({ceilings['copy_source']}), torch.mm {gemm}."
+        f"{ceilings['copy_bytes_per_s'] / 1e9:.4g} GB/s ({ceilings['copy_source']}), matrix products {gemm}."
     )
 
 

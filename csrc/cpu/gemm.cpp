@@ -164,10 +164,12 @@ struct Product {
         copy = scratch_of<A>(1, K * height + 64);
         pack_columns(n0, 0, K, height, copy);
       }
+      const int64_t step = copy ? height : 1, apart = copy ? 1 : b.across;
       for (int64_t p = 0; p < panels; ++p)
-        W2S_DISPATCH(run_tile<A>)(height, K, copy ? copy : left, copy ? height : 1, copy ? 1 : b.across, right + p * width * K,
-                                  width, rows, std::min(width, M - p * width),
-                                  Target<A>{c.data + n0 * c.across + p * width * c.down, c.across, c.down}, alpha, add);
+        for (int64_t k0 = 0; k0 < K; k0 += DEPTH)  // in pieces, so that no sum is one long chain of roundings
+          W2S_DISPATCH(run_tile<A>)(height, std::min(DEPTH, K - k0), (copy ? copy : left) + k0 * step, step, apart,
+                                    right + (p * K + k0) * width, width, rows, std::min(width, M - p * width),
+                                    Target<A>{c.data + n0 * c.across + p * width * c.down, c.across, c.down}, alpha, add || k0 > 0);
     });
   }
 

@@ -20,9 +20,24 @@ W2S_INLINE A scalar_as(const void* data, Dtype dtype, int64_t i) {
   return A(dtype == Dtype::bf16 ? bf16_to_float(x) : half_to_float(x));
 }
 
+// The first n < W numbers from i; the other lanes are 0.
+template <class A>
+W2S_INLINE Vec<A> first_as(const void* data, Dtype dtype, int64_t i, int n) {
+  if (dtype == (sizeof(A) == 4 ? Dtype::f32 : Dtype::f64)) return Vec<A>::load_first(static_cast<const A*>(data) + i, n);
+  A lane[Vec<A>::W] = {};
+  for (int j = 0; j < n; ++j) lane[j] = scalar_as<A>(data, dtype, i + j);
+  return Vec<A>::load(lane);
+}
+
 // Whether load_as has this dtype (float64 into float32 goes element by element, and so does all else into float64).
 template <class A>
 W2S_INLINE bool loads(Dtype dtype) { return sizeof(A) == 4 ? dtype != Dtype::f64 : dtype == Dtype::f64; }
+
+// Many rows are walked side by side, which hardware does not prefetch: lines are asked for AHEAD vectors before.
+constexpr int AHEAD = 4;
+W2S_INLINE void ahead(const void* src, Dtype dtype, int64_t i) {
+  __builtin_prefetch(static_cast<const char*>(src) + i * (dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2));
+}
 
 // dst[k * width + j] = src[k * sk + j * sj], k < depth, j < columns; zero for columns <= j < width.
 // Writes up to one vector past the end of dst.
@@ -45,7 +60,10 @@ inline void pack(const void* src, Dtype dtype, int64_t sk, int64_t sj, int64_t d
     for (; k + W <= depth; k += W)
       for (int64_t j = (width - 1) / W * W; j >= 0; j -= W) {
         V square[W];
-        for (int i = 0; i < W; ++i) square[i] = j + i < columns ? load_as<A>(src, dtype, k + (j + i) * sj) : V::set(0);
+        for (int i = 0; i < W; ++i) {
+          square[i] = j + i < columns ? load_as<A>(src, dtype, k + (j + i) * sj) : V::set(0);
+          ahead(src, dtype, k + AHEAD * W + (j + i) * sj);
+        }
         V::transpose(square);
         for (int i = 0; i < W; ++i) square[i].store(dst + (k + i) * width + j);
       }
@@ -68,6 +86,7 @@ inline void unpack(const A* rows, int64_t count, int64_t columns, int64_t width,
       V::transpose(square);
       for (int64_t k = 0; k < here; ++k) {
         A* p = c + (j + k) * ld + i;
+        __builtin_prefetch(p + AHEAD * W, 1);
         (add ? V::load(p) + square[k] : square[k]).store(p);
       }
     }

@@ -136,6 +136,11 @@ struct VectorExtension {
     std::memcpy(&r.v, p, sizeof(Raw));
     return r;
   }
+  static W2S_INLINE VectorExtension load_first(const T* p, int n) {  // lanes past n: 0
+    VectorExtension r = set(0);
+    for (int i = 0; i < n; ++i) r.v[i] = p[i];
+    return r;
+  }
   W2S_INLINE void store(T* p) const { std::memcpy(p, &v, sizeof(Raw)); }
   W2S_INLINE VectorExtension operator+(VectorExtension o) const { return {v + o.v}; }
   W2S_INLINE VectorExtension operator-(VectorExtension o) const { return {v - o.v}; }
@@ -187,6 +192,18 @@ struct VectorExtension {
       n += m.m[i] != 0;
     }
     return n;
+  }
+  template <class I>
+  static W2S_INLINE VectorExtension gather(const T* p, const I* index) {
+    VectorExtension r;
+    for (int i = 0; i < N; ++i) r.v[i] = p[index[i]];
+    return r;
+  }
+  template <class I>
+  static W2S_INLINE VectorExtension gather_first(const T* p, const I* index, int n) {  // lanes past n: 0
+    VectorExtension r = set(0);
+    for (int i = 0; i < n; ++i) r.v[i] = p[index[i]];
+    return r;
   }
   static W2S_INLINE VectorExtension row_sums(const T* rows) {  // lane i: the sum of rows[i N .. i N + N)
     VectorExtension r;

@@ -19,6 +19,7 @@ struct Float {
   __m512 v;
   static W2S_INLINE Float set(float x) { return {_mm512_set1_ps(x)}; }
   static W2S_INLINE Float load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static W2S_INLINE Float load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)}; }
   W2S_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   W2S_INLINE Float operator+(Float o) const { return {_mm512_add_ps(v, o.v)}; }
   W2S_INLINE Float operator-(Float o) const { return {_mm512_sub_ps(v, o.v)}; }
@@ -44,6 +45,23 @@ struct Float {
     _mm512_storeu_ps(values, _mm512_maskz_compress_ps(m.m, a.v));
     _mm512_storeu_si512(index, _mm512_maskz_compress_epi32(m.m, _mm512_add_epi32(lane, _mm512_set1_epi32(first))));
     return __builtin_popcount(m.m);
+  }
+  template <class I>
+  static W2S_INLINE Float gather(const float* p, const I* index) {
+    __m512i i;
+    if constexpr (sizeof(I) == 1) i = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index)));
+    else if constexpr (sizeof(I) == 2) i = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)));
+    else i = _mm512_loadu_si512(index);
+    return {_mm512_i32gather_ps(i, p, 4)};
+  }
+  template <class I>
+  static W2S_INLINE Float gather_first(const float* p, const I* index, int n) {  // lanes past n: 0
+    const __mmask16 m = __mmask16((1u << n) - 1);
+    __m512i i;
+    if constexpr (sizeof(I) == 1) i = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, index));
+    else if constexpr (sizeof(I) == 2) i = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, index));
+    else i = _mm512_maskz_loadu_epi32(m, index);
+    return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, i, p, 4)};
   }
   static W2S_INLINE Float row_sums(const float* rows) {  // lane i: the sum of rows[16 i .. 16 i + 16)
     __m512 pair[8], four[4];
@@ -108,6 +126,11 @@ struct Float {
   __m256 v;
   static W2S_INLINE Float set(float x) { return {_mm256_set1_ps(x)}; }
   static W2S_INLINE Float load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static W2S_INLINE Float load_first(const float* p, int n) {
+    float lane[8] = {};
+    for (int i = 0; i < n; ++i) lane[i] = p[i];
+    return load(lane);
+  }
   W2S_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   W2S_INLINE Float operator+(Float o) const { return {_mm256_add_ps(v, o.v)}; }
   W2S_INLINE Float operator-(Float o) const { return {_mm256_sub_ps(v, o.v)}; }
@@ -148,6 +171,20 @@ struct Float {
       index[n] = first + i;
     }
     return n;
+  }
+  template <class I>
+  static W2S_INLINE Float gather(const float* p, const I* index) {
+    __m256i i;
+    if constexpr (sizeof(I) == 1) i = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index)));
+    else if constexpr (sizeof(I) == 2) i = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index)));
+    else i = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+    return {_mm256_i32gather_ps(p, i, 4)};
+  }
+  template <class I>
+  static W2S_INLINE Float gather_first(const float* p, const I* index, int n) {  // lanes past n: 0
+    float lane[8] = {};
+    for (int i = 0; i < n; ++i) lane[i] = p[index[i]];
+    return load(lane);
   }
   static W2S_INLINE Float row_sums(const float* rows) {  // lane i: the sum of rows[8 i .. 8 i + 8)
     __m256 pair[4];

@@ -1,7 +1,8 @@
 // y = x (s B A + S)^T + bias and W itself.
 //
 // Factored: h = x A^T, y = s h B^T by gemm, then x S^T is added panel by panel. Materialized: W in panels of 512 rows,
-// each multiplied while it is in cache. FLOPs: 2 N r (I + O) + 2 N K, against 2 r O I + 2 N O I.
+// each multiplied while it is in cache. Up to 8 tokens: decode.cpp. FLOPs: 2 N r (I + O) + 2 N K, against 2 r O I + 2 N O I.
+#include "cpu/sparse_lowrank/decode.h"
 #include "cpu/sparse_lowrank/output.h"
 
 namespace w2s::sparse {
@@ -55,6 +56,13 @@ Two linear_as(const Tensor& x, const Tensor& A_, const Tensor& B, const Tensor& 
   const std::vector<A> shift = widened<A>(bias);
   const Tensor none = torch::stable::new_empty(x, {0}, wide_type<A>);
   if (materialize) return {materialized<A>(s, x, a, b, scale, values, shift), none};
+  if (N <= DECODE && N > 0) {
+    Tensor h = need_h ? torch::stable::new_empty(x, {N, r}, wide_type<A>) : none;
+    Tensor y = torch::stable::new_empty(x, {N, s.rows});
+    const A* sums = decode<A>(s, operand(x), a, b, scale, values, shift, need_h ? static_cast<A*>(h.data_ptr()) : nullptr);
+    narrow(sums, N * s.rows, dtype_of(y.scalar_type()), y.data_ptr());
+    return {y, h};
+  }
   const Values<A> v(values, s);
   Tensor h = torch::stable::new_empty(x, {N, r}, wide_type<A>);
   A* ph = static_cast<A*>(h.data_ptr());

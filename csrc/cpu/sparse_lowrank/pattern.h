@@ -14,7 +14,7 @@
 
 namespace w2s::sparse {
 
-constexpr int64_t TILE = 512, PLAN_BLOCK = 128;
+constexpr int64_t TILE = 512, PLAN_BLOCK = 256;
 inline int64_t pieces(int64_t n, int64_t of) { return (n + of - 1) / of; }
 
 struct Run {  // `count` rows with q values each, next to each other from `value`
@@ -46,8 +46,7 @@ struct Pattern {
     row_ptr = static_cast<const int32_t*>(ptr.data_ptr());
     if (cols.scalar_type() == ScalarType::Int) wide = static_cast<const int32_t*>(cols.data_ptr());
     else narrow = static_cast<const uint16_t*>(cols.data_ptr());
-    if (!nnz) return;
-    STD_TORCH_CHECK(plan.size() == 5, "w2s_fast: a csr support on the CPU carries its walking order (5 tensors)");
+    if (plan.size() != 5) return;  // decoding a few tokens walks row by row
     starts = static_cast<const int32_t*>(plan[0].data_ptr());
     runs = static_cast<const int32_t*>(plan[1].data_ptr());
     entry = static_cast<const uint16_t*>(plan[2].data_ptr());
@@ -55,6 +54,9 @@ struct Pattern {
     order = static_cast<const int32_t*>(plan[4].data_ptr());
   }
 
+  void needs_plan() const {
+    STD_TORCH_CHECK(starts || bytes || !nnz, "w2s_fast: a csr support on the CPU carries its walking order (5 tensors)");
+  }
   int64_t rows_of(int64_t tile) const { return std::min(TILE, rows - tile * TILE); }
   int64_t width_of(int64_t b) const { return std::min(block, columns - b * block); }
   int64_t per_row(int64_t b) const { return b + 1 < blocks ? per_block : last_per_block; }

@@ -16,7 +16,7 @@ namespace w2s::sparse {
 
 namespace {
 
-constexpr int64_t FEW_TOKENS = 128;  // below: threads share blocks or tiles rather than tokens
+constexpr int64_t FEW_TOKENS = 128, LONG_ROWS = 96;  // fewer tokens, or longer rows: threads share blocks, not tokens
 enum Slot { X_PANEL = 2, Y_TILE = 3, DX_PANEL = 4, SUMS = 5, SHARED = 6 };
 
 int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
@@ -25,7 +25,7 @@ int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()
 template <class A>
 int vectors_for(const Pattern& s, int64_t tokens, int most) {
   const int64_t w = W2S_DISPATCH(vector_width<A>)();
-  if (s.columns * 4 * w * int64_t(sizeof(A)) > (768 << 10) || s.block > 128) most = std::min(most, 2);
+  if (s.columns * 4 * w * int64_t(sizeof(A)) > (768 << 10) || (s.bytes && s.block > 128)) most = std::min(most, 2);
   return tokens <= w ? 1 : tokens <= 2 * w ? std::min(2, most) : most;
 }
 
@@ -78,6 +78,7 @@ void store_values(const Pattern& s, const A* walked, const Tensor& out) {
 
 template <class A>
 void multiply(const Pattern& s, const Operand& x, const A* values, const A* bias, A* y, int64_t ld, bool add) {
+  s.needs_plan();
   const int64_t N = x.rows, w = W2S_DISPATCH(vector_width<A>)();
   const int64_t step = vectors_for<A>(s, N, 4) * w, panels = pieces(N, step);
   const int64_t shares = panels >= 2 * threads() ? 1 : std::min(s.tiles, pieces(2 * threads(), panels));
@@ -122,8 +123,10 @@ void back_panel(const Pattern& s, const Operand& g, const Operand& x, int64_t fi
 
 template <class A>
 void multiply_back(const Pattern& s, const Operand& g, const Operand& x, const A* values, A* dx, int64_t ld, bool add, A* dv) {
+  s.needs_plan();
   const int64_t N = g.rows, step = 2 * W2S_DISPATCH(vector_width<A>)();
-  if (N < FEW_TOKENS) {
+  // long rows pay for turning g once a thread, and need no second copy of dv, which for them is large
+  if (N < FEW_TOKENS || s.nnz > LONG_ROWS * s.rows) {
     const int64_t items = std::min(s.blocks, 2 * threads());
     parallel_items(items, 1, [&](int64_t item) {
       const int64_t b0 = item * s.blocks / items, b1 = (item + 1) * s.blocks / items;

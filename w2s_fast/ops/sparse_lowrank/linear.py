@@ -14,6 +14,7 @@ from ...reference.sparse_lowrank.support import gathered
 from .support import SUPPORT, SparseSupport, Support, _check_values
 
 MODES = ("auto", "factored", "materialize")
+DECODE = 8  # tokens up to which csrc/cpu/sparse_lowrank/decode.cpp serves
 _LINEAR = f"Tensor x, Tensor A, Tensor B, Tensor values, Tensor? scale, float scale_value, Tensor? bias, {SUPPORT}"
 Mode = Literal["auto", "factored", "materialize"]
 
@@ -137,9 +138,9 @@ def _factors(op: str, A: Any, B: Any, values: Any, support: Any, scale: Any) -> 
 def materializes(mode: str, device: str, n: int, rows: int, columns: int, rank: int, nnz: int) -> bool:
     """Whether W is formed: what ``mode`` says, and for ``"auto"`` what costs less.
 
-    In units of one dense product 2 n O I, forward: materialize 1 + r / n, factored r (I + O) / (O I) + density / e, with
-    e the rate of the sparse kernels over that of the dense product: 0.3 on a CPU. A GPU's sparse kernels reach a few
-    percent of its tensor cores, so that rows decide: materialize from 1000 on.
+    In units of one dense product 2 n O I, forward: materialize 1 + r / n, factored r (I + O) / (O I) + density / e,
+    with e the rate of the sparse kernels over that of the dense product: 0.3 on a CPU. A GPU's sparse kernels reach a
+    few percent of its tensor cores, so that rows decide: materialize from 1000 on.
     """
     if mode != "auto":
         return mode == "materialize"
@@ -177,8 +178,8 @@ def sparse_lowrank_linear(
         mode: ``"factored"``, ``"materialize"`` or ``"auto"``, the cheaper one by count (see `materializes`).
 
     Returns:
-        y ``[..., O]`` in the dtype of x (under autocast, its dtype). Differentiable, once, in x, A, B, values, scale and
-        bias; gradients have their tensors' dtypes. Saved for backward: x and, if B or scale needs a gradient, x A^T.
+        y ``[..., O]`` in the dtype of x (under autocast, its dtype). Differentiable, once, in x, A, B, values, scale
+        and bias; gradients have their tensors' dtypes. Saved for backward: x and, if B or scale needs a gradient, x A^T.
 
     Sums are float32 (float64 if any operand is). Deterministic; on a CPU independent of the number of threads.
 
@@ -193,25 +194,64 @@ def sparse_lowrank_linear(
         tensor([[11.5000, 41.5000]])
     """
     op = "sparse_lowrank_linear"
-    checks.is_float_tensor(op, "x", x)
-    checks.choice(op, "mode", mode, MODES)
-    given, scale, scale_value = _factors(op, A, B, values, support, scale)
-    if x.ndim < 1 or x.shape[-1] != given.columns:
-        checks.fail(op, "x", f"of shape [..., {given.columns}], the support's columns", tuple(x.shape))
-    if bias is not None and (not isinstance(bias, Tensor) or bias.shape != (given.rows,)):
-        checks.fail(op, "bias", f"of shape [{given.rows}]", tuple(bias.shape) if isinstance(bias, Tensor) else bias)
-    checks.same_device(op, [("x", x), ("A", A), ("bias", bias)])
+    given = _plain(x, A, B, values, support, scale, bias)
+    factor: Tensor | None = None
+    number: Any = scale
+    if given is None:
+        given, factor, number = _checked(op, x, A, B, values, support, scale, bias)
+    if mode not in MODES:
+        checks.choice(op, "mode", mode, MODES)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    flat = _rows(x.reshape(-1, given.columns)) if x.ndim != 2 else _rows(x)
-    dense = materializes(mode, kind, flat.shape[0], given.rows, given.columns, A.shape[0], support.nnz)
-    trained = B.requires_grad or (scale is not None and scale.requires_grad)
-    y: Tensor = SPARSE_LOWRANK_LINEAR(
-        flat, _rows(A), _rows(B), values.contiguous(), scale, scale_value, None if bias is None else bias.contiguous(),
-        *given, dense, trained and not dense and torch.is_grad_enabled(),
-    )[0]  # fmt: skip
+    flat = x if x.ndim == 2 else x.reshape(-1, given.columns)
+    dense = materializes(mode, kind, flat.shape[0], given.rows, given.columns, A.shape[0], values.shape[0])
+    if kind == "cpu" and flat.shape[0] <= DECODE and not torch.is_grad_enabled():
+        given = support._decoding
+    trained = torch.is_grad_enabled() and (B.requires_grad or (factor is not None and factor.requires_grad))
+    bias = None if bias is None else bias.contiguous()
+    factors = (_rows(flat), _rows(A), _rows(B), values.contiguous())
+    y: Tensor = SPARSE_LOWRANK_LINEAR(*factors, factor, number, bias, *given, dense, trained and not dense)[0]
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], given.rows)
+
+
+def _plain(x: Any, A: Any, B: Any, values: Any, support: Any, scale: Any, bias: Any) -> Support | None:
+    """The support's arguments if the call is of the plainest kind (then nothing is left to check), otherwise None.
+
+    All that `_checked` looks at costs a decoding step on a small layer as much as the product.
+    """
+    if type(support) is not SparseSupport or type(x) is not Tensor or type(scale) is not float or scale - scale != 0:
+        return None
+    given, dtype = support._arguments, x.dtype
+    plain = (
+        dtype in checks.FLOATS
+        and A.dtype is dtype
+        and B.dtype is dtype
+        and values.dtype is dtype
+        and x.shape[-1:] == A.shape[1:] == (given.columns,)
+        and B.shape == (given.rows, A.shape[0])
+        and values.shape == given.cols.shape
+        and (bias is None or (bias.dtype is dtype and bias.shape == (given.rows,) and bias.device == x.device))
+        and x.device == A.device == B.device == values.device == given.cols.device
+        and support.layout != "flat64"
+    )
+    return given if plain else None
+
+
+def _checked(
+    op: str, x: Any, A: Any, B: Any, values: Any, support: Any, scale: Any, bias: Any
+) -> tuple[Support, Tensor | None, float]:
+    """The support's arguments and the scale as a tensor or a number, or the error that a bad argument gets."""
+    checks.is_float_tensor(op, "x", x)
+    given, factor, number = _factors(op, A, B, values, support, scale)
+    if x.ndim < 1 or x.shape[-1] != given.columns:
+        checks.fail(op, "x", f"of shape [..., {given.columns}], the support's columns", tuple(x.shape))
+    if bias is not None:
+        checks.is_float_tensor(op, "bias", bias)
+        if bias.shape != (given.rows,):
+            checks.fail(op, "bias", f"of shape [{given.rows}]", tuple(bias.shape))
+    checks.same_device(op, [("x", x), ("A", A), ("bias", bias)])
+    return given, factor, number
 
 
 def _fake_materialize(*args: Any) -> Tensor:
@@ -287,9 +327,9 @@ def sparse_lowrank_materialize(
                 [1., 3.]])
     """
     op = "sparse_lowrank_materialize"
-    given, scale, scale_value = _factors(op, A, B, values, support, scale)
+    given, factor, number = _factors(op, A, B, values, support, scale)
     dtype = checks.float_dtype(op, "out_dtype", out_dtype or B.dtype)
     w: Tensor = SPARSE_LOWRANK_MATERIALIZE(
-        _rows(A), _rows(B), values.contiguous(), scale, scale_value, *given, dtype
+        _rows(A), _rows(B), values.contiguous(), factor, number, *given, dtype
     )
     return w

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK, TILE = 128, 512
+BLOCK, TILE = 256, 512
 
 
 def build(row_ptr: Tensor, cols: Tensor, rows: int, columns: int) -> list[Tensor]:

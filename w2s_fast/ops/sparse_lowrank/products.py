@@ -99,8 +99,8 @@ def spmm(x: Tensor, values: Tensor, support: SparseSupport, *, transpose: bool =
         transpose: multiply by S instead of its transpose.
 
     Returns:
-        ``[..., O]`` (``[..., I]``) in the dtype of x; sums are float32 (float64 if an operand is). Differentiable in x and
-        values. Deterministic. SLTrain's (arXiv 2406.02214) sparse part, forward and backward.
+        ``[..., O]`` (``[..., I]``) in the dtype of x; sums are float32 (float64 if an operand is). Differentiable in x
+        and values. Deterministic. SLTrain's (arXiv 2406.02214) sparse part, forward and backward.
 
     Raises:
         ValueError, TypeError: naming the argument.

@@ -41,8 +41,8 @@ class SparseSupport(nn.Module):
     ``flat64``    int64 [K], sorted positions row * I + column                8             row by row
     ============  ==========================================================  ============  =======================
 
-    ``flat64`` is what official SLTrain checkpoints hold; it is for import and export, the ops refuse it. A module only so
-    that its index tensors are buffers: they move with ``.to(device)`` and stand in ``state_dict()``. On a CPU a csr
+    ``flat64`` is what official SLTrain checkpoints hold; it is for import and export, the ops refuse it. A module only
+    so that its index tensors are buffers: they move with ``.to(device)`` and stand in ``state_dict()``. On a CPU a csr
     support also holds a walking order for the kernels (5.5 bytes a value, not in the state dict).
 
     Args:
@@ -68,6 +68,8 @@ class SparseSupport(nn.Module):
 
     row_ptr: Tensor
     cols: Tensor
+    _arguments: Support
+    _decoding: Support
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class SparseSupport(nn.Module):
         self.register_buffer("cols", checks.is_tensor("SparseSupport", "cols", cols))
         empty = torch.empty(0, dtype=torch.int32, device=cols.device)
         self.register_buffer("row_ptr", empty if row_ptr is None else row_ptr)
-        self._plan: list[Tensor] = []
+        self._collect([])
         _check_form(self)
         if validate:
             _check_index(self)
@@ -104,7 +106,7 @@ class SparseSupport(nn.Module):
     @property
     def nnz(self) -> int:
         """K, the number of stored values."""
-        return self.cols.shape[0]
+        return self._arguments.cols.shape[0]
 
     @property
     def index_bytes(self) -> int:
@@ -136,7 +138,7 @@ class SparseSupport(nn.Module):
     def to_layout(self, layout: str, *, block: int = 0, per_block: int = 0) -> SparseSupport:
         """The same positions in another layout. Values move by `convert_values`.
 
-        ``"balanced"`` needs ``block`` and ``per_block``, and positions that have exactly so many in every row and block.
+        ``"balanced"`` needs ``block`` and ``per_block``, and positions that have exactly so many a row and block.
         """
         checks.choice("SparseSupport.to_layout", "layout", layout, LAYOUTS)
         if layout == self.layout and (layout != "balanced" or (block, per_block) in ((0, 0), self._blocks())):
@@ -173,26 +175,36 @@ class SparseSupport(nn.Module):
         """What the dispatcher ops take. Raises ValueError for ``flat64``."""
         if self.layout == "flat64":
             checks.fail(op, "support", "csr16, csr32 or balanced", "flat64", "Use support.to_layout('csr16').")
-        return Support(self.row_ptr, self.cols, self._plan, *self.shape, self.block, self.per_block)
+        return self._arguments
 
     def _blocks(self) -> tuple[int, int]:
         return self.block, self.per_block
 
+    def _collect(self, walk: list[Tensor]) -> None:
+        # kept as a tuple: looking up four buffers of a module costs a small call a microsecond
+        self._arguments = Support(self.row_ptr, self.cols, walk, *self.shape, self.block, self.per_block)
+        # few tokens are walked row by row: five tensors less to pass
+        self._decoding = self._arguments._replace(plan=[])
+
     def _make_plan(self) -> None:
         walks = self.layout in ("csr16", "csr32") and self.cols.device.type == "cpu" and self.nnz > 0
-        self._plan = plan.build(self.row_ptr, self.cols, *self.shape) if walks else []
+        self._collect(plan.build(self.row_ptr, self.cols, *self.shape) if walks else [])
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseSupport:
         before = self.cols.device
         super()._apply(fn, recurse)
+        self._collect(self._arguments.plan)
         if self.cols.device != before:
             self._make_plan()
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        cols, row_ptr = state_dict.get(prefix + "cols"), state_dict.get(prefix + "row_ptr")
+        if cols is not None and row_ptr is not None and cols.shape == self.cols.shape:
+            pointers = row_ptr if row_ptr.numel() else None
+            # refuses a corrupt index before anything is overwritten
+            SparseSupport(self.shape, self.layout, cols, pointers, block=self.block, per_block=self.per_block)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        _check_form(self)
-        _check_index(self)
         self._make_plan()
 
 
@@ -279,7 +291,8 @@ def _balanced(shape: tuple[int, int], row: Tensor, column: Tensor, block: int, p
         again_row, again_column = found.positions()
         if torch.equal(again_row, row[order]) and torch.equal(again_column, column[order]):
             return found
-    checks.fail(op, "layout", f"possible: {per_block} values in every row and block of {block} columns", "other positions")
+    wanted_form = f"possible: {per_block} values in every row and block of {block} columns"
+    checks.fail(op, "layout", wanted_form, "other positions")
 
 
 def random_support(
@@ -293,8 +306,8 @@ def random_support(
 
     ``csr16``, ``csr32`` and ``flat64``: the first ``floor(density O I)`` entries of ``torch.randperm(O I)``, sorted:
     uniform over the whole matrix, and for the same torch seed the positions the official code draws. ``balanced``: in
-    every row and every block of 128 (or 256) columns, ``per_block`` positions without replacement, ``per_block / block``
-    as close to ``density`` as it gets: a stratified variant, the fastest layout.
+    every row and every block of 128 (or 256) columns, ``per_block`` positions without replacement, with
+    ``per_block / block`` as close to ``density`` as it gets: a stratified variant, the fastest layout.
 
     Args:
         out_features, in_features: O and I.
@@ -348,4 +361,5 @@ def _random_balanced(rows: int, columns: int, density: float, generator: torch.G
         parts.append(keys.topk(count, dim=1, sorted=False).indices.sort(1).values.reshape(-1).to(torch.uint8))
     if not sum(part.numel() for part in parts):
         checks.fail("random_support", "density", "large enough for one value in a block of columns", density)
-    return SparseSupport((rows, columns), "balanced", torch.cat(parts), block=block, per_block=per_block, validate=False)
+    cols = torch.cat(parts)
+    return SparseSupport((rows, columns), "balanced", cols, block=block, per_block=per_block, validate=False)

@@ -1,8 +1,8 @@
 """Where the stored values of a sparse matrix stand: two layouts, one function.
 
-``csr``: row_ptr int32 [O + 1] and columns [K], rows in order. ``balanced``: the columns are cut into blocks of ``block``;
-every row has ``per_block`` values in each (``last_per_block`` in a narrower last block), stored [block][row][value], and
-a column is a byte relative to its block.
+``csr``: row_ptr int32 [O + 1] and columns [K], rows in order. ``balanced``: the columns are cut into blocks of
+``block``; every row has ``per_block`` values in each (``last_per_block`` in a narrower last block), stored
+[block][row][value], and a column is a byte relative to its block.
 """
 
 from __future__ import annotations
