@@ -106,6 +106,60 @@ def test_demo_without_transformers_says_what_to_install(run, monkeypatch):
     assert found.exit_code == 1 and "w2s_fast[demo]" in found.stderr
 
 
+def test_train_lists_the_methods(run):
+    for words in ((), ("--help",)):
+        found = run("train", *words)
+        assert found.exit_code == 0 and not found.stderr
+        assert "genarm: GenARM (arXiv 2410.08193)" in found.stdout and "decoding" in found.stdout
+
+
+def test_train_refuses_what_it_does_not_know(run):
+    found = run("train", "nothing", "--seed", "1")
+    assert found.exit_code == 2 and not found.stdout
+    assert "no method named nothing" in found.stderr and "genarm: GenARM" in found.stderr
+
+
+def test_train_passes_its_options_on(run, monkeypatch):
+    from w2s_fast.methods.decoding import genarm
+
+    given = []
+
+    def main(arguments: list[str]) -> int:
+        given.append(arguments)
+        return 3
+
+    monkeypatch.setattr(genarm, "main", main)
+    assert run("train", "genarm", "--seeds", "0", "1", "--help", "-x=2").exit_code == 3
+    assert given == [["--seeds", "0", "1", "--help", "-x=2"]]
+
+
+def test_train_reports_what_a_method_raises(run, monkeypatch):
+    from w2s_fast.methods.decoding import genarm
+
+    def full(arguments):
+        raise OSError("disk full")
+
+    def stopped(arguments):
+        raise KeyboardInterrupt
+
+    for main, code, text in ((full, 1, "disk full"), (stopped, 130, "stopped")):
+        monkeypatch.setattr(genarm, "main", main)
+        found = run("train", "genarm")
+        assert found.exit_code == code and text in found.stderr and not found.stdout
+    monkeypatch.setitem(sys.modules, "w2s_fast.methods.decoding.genarm", None)
+    found = run("train", "genarm")
+    assert found.exit_code == 1 and "w2s_fast[demo]" in found.stderr
+
+
+def test_methods_have_names_of_their_own_and_a_summary():
+    from w2s_fast import methods
+
+    found = methods.available()
+    files = [p.stem for p in (ROOT / "w2s_fast" / "methods").glob("[!_]*/[!_]*.py")]
+    assert {"dynamic_logit_fusion", "genarm", "weak_to_strong_search"} <= set(found) and len(files) == len(set(files))
+    assert all("arXiv" in method.summary for method in found.values())
+
+
 def test_the_module_loads_no_kernels_library():
     code = "import sys, w2s_fast.cli; print(*(m in sys.modules for m in ('triton', 'matplotlib', 'transformers')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

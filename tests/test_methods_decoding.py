@@ -160,3 +160,10 @@ def test_search_and_tuning_run(tiny):
     result = weak_to_strong_search.run(dlf.TINY, steps=3, prompts=1, new_tokens=6, beams=2, successors=2, chunk=3,
                                        quiet=True)
     assert result.candidates == 4 and 0 <= result.searched <= 1
+
+
+@pytest.mark.parametrize("method", [dlf, genarm, weak_to_strong_search])
+def test_commands_print_their_table(tiny, method, capsys):
+    assert method.main(["--quick", "--seed", "0"]) is None
+    printed = capsys.readouterr()
+    assert any(word in printed.out for word in ("Perplexity", "reward")) and "rror" not in printed.err

@@ -1,4 +1,4 @@
-"""`w2s-fast`: info, check, bench, demo. Heavy imports happen inside the commands, so that --help is quick."""
+"""`w2s-fast`: info, check, bench, demo, train. Heavy imports happen inside the commands, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -179,6 +179,52 @@ def demo(context: typer.Context) -> None:
     except ImportError as error:
         _fail(f'the demo cannot be imported ({error}); it needs transformers: pip install "w2s_fast[demo]"')
     code = main(context.args)
+    if code:
+        raise typer.Exit(int(code))
+
+
+def _list_methods(console: Console) -> None:
+    from .methods import available
+
+    console.print("w2s-fast train METHOD \\[options]; --help after a method prints its options.", highlight=False)
+    family = ""
+    for method in sorted(available().values(), key=lambda m: (m.family, m.name)):
+        if method.family != family:
+            family = method.family
+            console.print(f"[bold]{escape(family)}[/bold]")
+        console.print(f"  {method.name}: {escape(method.summary)}", soft_wrap=True, highlight=False)
+
+
+# no help option here, so that --help reaches the method
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="[METHOD] [OPTIONS]",
+)
+def train(context: typer.Context) -> None:
+    """Train with a paper's method on this machine; alone, it lists the methods."""
+    import importlib
+
+    from .methods import available
+
+    name, *arguments = context.args or ["--help"]
+    if name in ("--help", "-h"):
+        _list_methods(out)
+        return
+    method = available().get(name.replace("-", "_"))
+    if method is None:
+        err.print(f"[red]w2s-fast train:[/red] no method named {escape(name)}", soft_wrap=True)
+        _list_methods(err)
+        raise typer.Exit(2)
+    try:
+        main = importlib.import_module(method.module).main
+    except ImportError as error:
+        _fail(f'{name} cannot be imported ({error}); its examples need pip install "w2s_fast[demo]"')
+    try:
+        code = main(arguments)
+    except KeyboardInterrupt:
+        _fail(f"{name}: stopped", code=130)
+    except OSError as error:
+        _fail(f"{name}: {error}")
     if code:
         raise typer.Exit(int(code))
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+def parser(method: str, doc: str | None) -> argparse.ArgumentParser:
+    """Of ``w2s-fast train <method>``, described by the first paragraph of its module."""
+    about = " ".join((doc or "").split("\n\n")[0].split())
+    return argparse.ArgumentParser(prog=f"w2s-fast train {method}", description=about)
 
 
 def stderr_console() -> Any:

@@ -6,6 +6,7 @@ model fine-tuned on a domain is closed by fusing in a *small* model fine-tuned o
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 import w2s_fast
 
 from .._common import models, text, tokens
-from .._common.console import progress, quiet_transformers
+from .._common.console import parser, progress, quiet_transformers
 
 LARGE, SMALL = models.Size(128, 4, 4), models.Size(48, 2, 2)
 DOMAINS: tuple[text.Domain, ...] = ("code", "prose")
@@ -190,3 +191,26 @@ def table(result: FusionResult) -> Any:
         made.add_row(label, *(f"{getattr(s, name):.0%}" for s in result.scores))
     made.add_row("mean weight, dynamic", *(f"{s.mean_alpha:.2f}" for s in result.scores))
     return made
+
+
+def options(method: str, doc: str | None, arguments: list[str]) -> argparse.Namespace:
+    """What the decoding methods take on the command line."""
+    made = parser(method, doc)
+    made.add_argument("--seed", type=int, default=0, help="of models and samples (default %(default)s)")
+    made.add_argument("--quick", action="store_true", help="tiny models: seconds, and no meaning in the numbers")
+    return made.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Train (or load) the models, score both domains, print the table."""
+    from rich.console import Console
+
+    given = options("dynamic_logit_fusion", __doc__, arguments)
+    result, _ = run(TINY if given.quick else None, seed=given.seed, windows=4 if given.quick else 24)
+    Console().print(table(result))
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])

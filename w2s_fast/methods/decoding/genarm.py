@@ -94,12 +94,14 @@ def run(
     return GenArmResult(accuracy, results)
 
 
-def main(seed: int = 0) -> GenArmResult:
+def main(arguments: list[str]) -> None:
     """Run and print the table of rewards against weights."""
     from rich.console import Console
     from rich.table import Table
 
-    result = run(seed=seed)
+    given = dynamic_logit_fusion.options("genarm", __doc__, arguments)
+    tiny: dict[str, Any] = {"steps": 3, "prompts": 2, "new_tokens": 4}
+    result = run(dynamic_logit_fusion.TINY, seed=given.seed, **tiny) if given.quick else run(seed=given.seed)
     table = Table(title="GenARM: reward of the large model's text, guided by small reward models")
     for name in (*(f"weight: {o}" for o in OBJECTIVES), *(f"reward: {o}" for o in OBJECTIVES)):
         table.add_column(name, justify="right")
@@ -107,8 +109,9 @@ def main(seed: int = 0) -> GenArmResult:
         table.add_row(*(f"{w:g}" for w in weights), *(f"{r:.3f}" for r in rewards))
     Console().print(table)
     Console().print("accuracy on held-out pairs:", ", ".join(f"{k} {v:.0%}" for k, v in result.accuracy.items()))
-    return result
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    main(sys.argv[1:])

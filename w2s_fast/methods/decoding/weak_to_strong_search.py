@@ -112,17 +112,20 @@ def run(
     return SearchResult(mean[0], mean[1], mean[2], count)
 
 
-def main(seed: int = 0) -> SearchResult:
+def main(arguments: list[str]) -> None:
     """Run and print the three rewards."""
     from rich.console import Console
 
-    result = run(seed=seed)
+    given = dynamic_logit_fusion.options("weak_to_strong_search", __doc__, arguments)
+    tiny: dict[str, Any] = {"steps": 3, "prompts": 1, "new_tokens": 6, "chunk": 3}
+    result = run(dynamic_logit_fusion.TINY, seed=given.seed, **tiny) if given.quick else run(seed=given.seed)
     Console().print(
         f"reward ({OBJECTIVE}) of the large model's text: sampled {result.sampled:.3f}, best of {result.candidates} "
         f"{result.best_of_n:.3f}, weak-to-strong search {result.searched:.3f}"
     )
-    return result
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    main(sys.argv[1:])

@@ -1,0 +1,162 @@
+"""Pre-training a causal language model: schedule, loop, checkpoint and resume, on one process or under torchrun."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import optim
+from .models import windows
+
+
+class Place(NamedTuple):
+    """This process among those that train together; alone: rank 0 of 1."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def place() -> Place:
+    """From torchrun's environment; joins its process group once (nccl on CUDA, gloo on a CPU)."""
+    world, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return Place(int(os.environ.get("RANK", "0")), world, device)
+
+
+def shard(model: Any) -> None:
+    """FSDP2: every decoder layer, then the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+
+def cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
+    """Factor of the learning rate: linear warm-up, then half a cosine from 1 to ``floor``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Run(NamedTuple):
+    """What a training run is made of; ``seed`` decides its batches, ``warmup`` is in steps."""
+
+    steps: int
+    warmup: int
+    rate: float
+    batch: int
+    length: int
+    optimizer: str
+    seed: int
+
+
+def batch_ids(ids: Tensor, run: Run, step: int, where: Place) -> Tensor:
+    """This process's rows of a step's batch, a function of the seed and the step alone (so resuming needs no state)."""
+    draw = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
+    return windows(ids, run.batch, run.length, draw)[where.rank :: where.world].to(where.device)
+
+
+def leave() -> None:
+    """The process group that `place` joined, if any."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait(where: Place) -> None:
+    """For the other processes."""
+    if where.world > 1:
+        dist.barrier()
+
+
+def mean(value: Tensor, where: Place) -> float:
+    """Over the processes."""
+    if where.world > 1:
+        dist.all_reduce(value)
+        value /= where.world
+    return value.item()
+
+
+def pretrain(
+    model: nn.Module, ids: Tensor, run: Run, where: Place, *, checkpoint: Path | None = None, every: int = 0,
+    key: str = "", tick: Callable[[float], None] = lambda _: None,
+) -> tuple[list[float], optim.Optimizer]:
+    """Train on next-token prediction over random windows of ``ids``; the loss of every step, and the optimizer.
+
+    Every ``every`` steps and at the end the state goes to ``checkpoint``. If that file exists and was written under the
+    same ``key``, training goes on from it; the losses are those of a run that was never stopped.
+    """
+    optimizer = optim.make(run.optimizer, model.parameters())
+    losses = load(checkpoint, key, model, optimizer, where) if checkpoint else []
+    for value in losses:
+        tick(value)
+    model.train()
+    for step in range(len(losses), run.steps):
+        optimizer.begin(run.rate * cosine(step, run.steps, run.warmup))
+        rows = batch_ids(ids, run, step, where)
+        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+        loss.backward()
+        optimizer.finish()
+        losses.append(mean(loss.detach(), where))
+        tick(losses[-1])
+        if checkpoint and (len(losses) == run.steps or (every and len(losses) % every == 0)):
+            save(checkpoint, key, model, optimizer, losses, where)
+    model.eval()
+    return losses, optimizer
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids: Tensor, length: int, count: int, where: Place) -> float:
+    """Over ``count`` windows of held-out text, evenly spread; every process looks at all of them."""
+    starts = torch.linspace(0, len(ids) - length, count).long()
+    rows = ids[starts[:, None] + torch.arange(length)].to(where.device)
+    nats = [model(input_ids=part, labels=part, use_cache=False).loss.double() * len(part) for part in rows.split(16)]
+    return math.exp(float(sum(nats)) / count)
+
+
+def _own_file(path: Path, where: Place) -> Path:
+    return path if where.world == 1 else path.with_suffix(f".{where.rank}-of-{where.world}{path.suffix}")
+
+
+def save(path: Path, key: str, model: nn.Module, optimizer: optim.Optimizer, losses: list[float], where: Place) -> None:
+    """Write a checkpoint in one rename; under torchrun a file for every process."""
+    path = _own_file(path, where)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".part")
+    torch.save(
+        {
+            "key": key, "losses": losses, "gradient_bytes": optimizer.gradient_bytes, "optimizer": optimizer.state(),
+            "model": {name: optim.local(tensor) for name, tensor in model.state_dict().items()},
+        },
+        scratch,
+    )  # fmt: skip
+    os.replace(scratch, path)
+
+
+def load(path: Path, key: str, model: nn.Module, optimizer: optim.Optimizer, where: Place) -> list[float]:
+    """Restore a checkpoint of the same ``key``; the losses up to it, none if there is no such file."""
+    path = _own_file(path, where)
+    if not path.exists():
+        return []
+    found = torch.load(path, map_location=where.device, weights_only=True)
+    if found["key"] != key:
+        return []
+    own = model.state_dict()
+    model.load_state_dict({name: optim.sharded_like(t, own[name]) for name, t in found["model"].items()})
+    optimizer.load(found["optimizer"])
+    optimizer.gradient_bytes = found["gradient_bytes"]
+    losses: list[float] = found["losses"]
+    return losses
