@@ -19,7 +19,7 @@ from ..common import AotCase, Meta, cdiv, launch, refuse_double
 from .linear import PANEL
 from .materialize import gather, materialize_into
 from .products import _partial_sums, sddmm_into, spmm_into
-from .support import Place, dot_type, meta_support, place, single
+from .support import Place, dot_type, large_tiles, meta_support, place, single
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _dscale_kernel(
 
 def _scale_gradient(g: Any, x: Any, A: Any, B: Any) -> Any:
     """Parts of the sum of (x A^T) o (g B). Neither is rounded: the sum cancels, their roundings would not."""
-    low, rank = str(x.dtype) != "torch.float32", A.shape[0]
+    low, rank = large_tiles(x), A.shape[0]
     width = 64 if low else 32
     down, across = cdiv(x.shape[0], width), cdiv(rank, width)
     partial = x.new_empty((down * across, width), dtype=single(x))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..common import AotCase, Meta, cdiv, launch, refuse_double
-from .support import Place, dot_type, meta_support, place, scale_of, span, tile_columns
+from .support import Place, dot_type, large_tiles, meta_support, place, scale_of, span, tile_columns
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def materialize_into(
     """
     row0, row1 = rows or (0, where.rows)
     tile0, tile1 = tiles or (0, where.tiles)
-    options = config(str(like.dtype) != "torch.float32")
+    options = config(large_tiles(like))
     launch(
         _materialize_kernel, cdiv(row1 - row0, options["BLOCK_O"]) * (tile1 - tile0), A, A, A.stride(0), B, B.stride(0),
         A.shape[0], *scale, values, where.tensors, out, out.stride(0), row0, row1, tile0, where.first_column(tile0),

@@ -21,7 +21,18 @@ import triton.language as tl
 
 from ..common import AotCase, Meta, cdiv, launch, refuse_double
 from .few import FEW, few_rows
-from .support import Place, dot_type, meta_support, place, scale_of, single, span, sparse_tile, tile_columns
+from .support import (
+    Place,
+    dot_type,
+    large_tiles,
+    meta_support,
+    place,
+    scale_of,
+    single,
+    span,
+    sparse_tile,
+    tile_columns,
+)
 
 
 @triton.jit
@@ -162,7 +173,7 @@ def spmm_into(
 ) -> Any:
     """``out`` = x S^T (x S with ``transpose``) + the low-rank part + bias; see `_low_rank` for ``low``."""
     dot, count = dot_type(x), x.shape[0]
-    options = config(count, str(x.dtype) != "torch.float32", transpose)
+    options = config(count, large_tiles(x), transpose)
     units = where.tiles if transpose else cdiv(where.rows, options["BLOCK_O"])
     blocks = cdiv(count, options["BLOCK_N"])
     launch(
@@ -178,7 +189,7 @@ _PROGRAMS, _SPLIT_ROWS = 512, 1024
 
 def _partial_sums(g: Any, x: Any, where: Place, nnz: int, out_dtype: Any) -> Any:
     """v of each part of the rows [parts, K]; in ``out_dtype`` if there is one part, otherwise float32."""
-    low, count = str(x.dtype) != "torch.float32", x.shape[0]
+    low, count = large_tiles(x), x.shape[0]
     options = {"BLOCK_N": 64 if low else 32, "BLOCK_O": 128 if low else 64, "num_warps": 8 if low else 4}
     units = where.tiles * cdiv(where.rows, options["BLOCK_O"])
     splits = max(1, min(cdiv(_PROGRAMS, max(units, 1)), cdiv(count, _SPLIT_ROWS), 16))

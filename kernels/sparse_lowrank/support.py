@@ -162,6 +162,11 @@ def dot_type(like: Any) -> Any:
     return tl.float32 if INTERPRETED.value else _DOT.get(str(like.dtype), tl.float32)
 
 
+def large_tiles(like: Any) -> bool:
+    """Whether tiles are those of the tensor cores. The interpreter takes them always: its time goes by their number."""
+    return INTERPRETED.value or str(like.dtype) in _DOT
+
+
 def tile_width(low: bool, block: int) -> int:
     """BLOCK_I. Narrow: the fullest row of a narrow csr tile has fewer values, and a tile costs fewer registers."""
     width = 64 if low else 32
@@ -171,7 +176,7 @@ def tile_width(low: bool, block: int) -> int:
 def place(like: Any, row_ptr: Any, cols: Any, plan: Any, rows: int, columns: int, block: int, per_block: int) -> Place:
     """The support for kernels that compute in the dtype of ``like``; writes the segments of a csr one."""
     del plan  # the CPU's
-    width = tile_width(str(like.dtype) in _DOT, block)
+    width = tile_width(large_tiles(like), block)
     if block:
         subs, blocks = cdiv(block, width), cdiv(columns, block)
         rest = columns - (blocks - 1) * block
