@@ -30,7 +30,7 @@ def _samples() -> list[Sample]:
 @pytest.mark.skipif(INTERPRETED, reason="this is the child")
 def test_in_a_process_of_its_own():
     pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}  # its products are too small to share
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", __file__], env=env,
         capture_output=True, text=True, timeout=900, check=False,
