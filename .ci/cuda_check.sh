@@ -49,7 +49,7 @@ import torch
 import w2s_fast
 
 assert w2s_fast.extension.ERROR is None, w2s_fast.extension.ERROR
-for name in ("w2s_fast::dynamic_sample_cuda",):
+for name in ("w2s_fast::dynamic_sample_cuda", "w2s_fast::sparse_lowrank_decode_cuda"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), f"{name} has no CUDA kernel"
     print(f"{name}: CUDA kernel registered (torch {torch.__version__})")
 PY

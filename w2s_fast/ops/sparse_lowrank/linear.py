@@ -64,7 +64,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> dict[str, Any]:
     need = dict(zip(LinearArguments._fields, ctx.needs_input_grad, strict=False))
     names = ("x", "A", "B", "values", "scale")
     grad = _rows(grad)
-    grads = BACKWARD.on(ctx.backend)(
+    grads = BACKWARD.on("auto" if ctx.backend == "cuda" else ctx.backend)(  # decode has no gradient kernel of its own
         grad, x, A, B, values, scale, scale_value, h, row_ptr, cols, plan, *sizes, materialize,
         *(bool(need[name]) for name in names),
     )  # fmt: skip
@@ -92,6 +92,11 @@ SPARSE_LOWRANK_LINEAR = define(
     triton=Kernel(
         "kernels.sparse_lowrank.linear:launch_sparse_lowrank_linear",
         "kernels.sparse_lowrank.linear:supports_sparse_lowrank_linear",
+    ),
+    cuda=Kernel(
+        "ops.sparse_lowrank.decode:launch_sparse_lowrank_decode",
+        "ops.sparse_lowrank.decode:supports_sparse_lowrank_decode",
+        opt_in='not measured on a GPU yet, so Triton comes first; `with w2s_fast.backend("cuda")` takes it',
     ),
 )
 BACKWARD = define(
