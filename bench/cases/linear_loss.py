@@ -69,8 +69,8 @@ def _case(rows: int, vocab: int, sizes: tuple[int, ...], trainable: bool) -> Cas
         # csrc/cpu/gemm.cpp, which runs AVX-512 where MKL runs AVX2 (AMD): 2.1, two thirds of the FMA peak; the rest is
         # row work. Lost on the way: row-major logits tiles (20 % slower products), tiles of 512 and 1,024 columns
         # (5 %), rescaling the accumulator at every new maximum instead of past a margin of 8.
-        prediction=f"{products} products of T V D at our product's rate and a few percent of row work; the baselines add "
-        "passes over [T, V] (and over the concatenated heads)",
+        prediction=f"{products} products of T V D at our product's rate and a few percent of row work; the baselines "
+        "add passes over [T, V] (and over the concatenated heads)",
         inputs=_inputs(rows, vocab, sizes),
         ours=_with_gradients(_fused, trainable),
         reference=_with_gradients(_concatenated, trainable),
