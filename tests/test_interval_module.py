@@ -136,6 +136,7 @@ def test_uses_the_parameters_of_the_model():
     model, x, y = made("mlp")
     module = bound(model)
     assert [p.data_ptr() for p in module.parameters()] == [p.data_ptr() for p in model.parameters()]
+    assert list(module.state_dict()) == [f"model.{name}" for name in model.state_dict()]
     before = module.bounds(x, 0.1)[0]
     with torch.no_grad():
         model[1].weight.mul_(2)
@@ -152,6 +153,15 @@ def test_a_model_without_a_last_linear_has_looser_margins():
     expected = (high - low.gather(1, y[:, None])).scatter(1, y[:, None], 0.0)
     torch.testing.assert_close(wide, expected, rtol=1e-5, atol=1e-5)
     assert bool((wide >= z - 1e-5).all())
+
+
+def test_compiles_in_one_graph():
+    model, x, y = made("conv")
+    module = bound(model.eval())
+    torch._dynamo.reset()
+    for call in (lambda: module.margins(x, y, 0.01), lambda: module.bounds(x, 0.01)[0]):
+        found = torch.compile(call, fullgraph=True, backend="aot_eager")()
+        torch.testing.assert_close(found, call(), rtol=0, atol=0)
 
 
 def test_clip_and_a_radius_a_channel():

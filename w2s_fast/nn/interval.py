@@ -40,7 +40,10 @@ class IntervalModule(nn.Module):
         if not isinstance(model, nn.Module):
             checks.fail(OP, "model", "a torch.nn.Module", type(model).__name__, error=TypeError)
         self.model = model
-        self._steps, self._output, self._last = program(model)
+        self._steps, self._output, last = program(model)
+        # in a tuple, so that it is not registered as a second home of its parameters
+        self._last = () if last is None else (last,)
+        self._before = self._steps[-2].name if len(self._steps) > 1 else ""
 
     def forward(self, x: Tensor) -> Tensor:
         """The model itself."""
@@ -80,8 +83,8 @@ class IntervalModule(nn.Module):
             x, eps, rounding, clip: see `bounds`. A last Linear is merged with the margins (`w2s_fast.margin_logits`).
         """
         box = self._run(x, eps, rounding, clip, whole=False)
-        if self._last is not None:
-            layer = self._last
+        if len(self._last) > 0:
+            (layer,) = self._last
             return margin_logits(box.lower, box.upper, layer.weight, layer.bias, y, rounding=rounding)
         own = box.lower.gather(1, y[:, None].long())
         z = rounded(Mode(rounding == "sound"), torch.sub, box.upper, own.expand_as(box.upper), lower=False)
@@ -104,15 +107,11 @@ class IntervalModule(nn.Module):
         mode = Mode(checks.choice(OP, "rounding", rounding, ROUNDINGS) == "sound")
         clean = x if any(uses_batch(m) for m in self.model.modules()) else None
         env: dict[str, Any] = {"": Box(*input_box(x, eps, mode.sound, clip), clean)}
-        steps = self._steps if whole or self._last is None else self._steps[:-1]
-        for step in steps:
+        whole = whole or len(self._last) == 0
+        for step in self._steps if whole else self._steps[:-1]:
             env[step.name] = step.run(mode, env)
-        found: Box = env[self._output if whole or self._last is None else self._steps_input]
+        found: Box = env[self._output if whole else self._before]
         return found
-
-    @property
-    def _steps_input(self) -> str:
-        return self._steps[-2].name if len(self._steps) > 1 else ""
 
 
 def bound(model: nn.Module) -> IntervalModule:
