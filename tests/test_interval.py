@@ -350,6 +350,45 @@ def test_tightness_is_the_formula():
         torch.testing.assert_close(found[b], (signed.abs() @ radius[b]) / (absolute @ radius[b]))
 
 
+def a_triple(*shape, seed, low=None):
+    middle = random(*shape, seed=seed)
+    middle = middle if low is None else middle.clamp_min(low)
+    lower, upper = (random(*shape, seed=seed + i).abs() * 0.4 for i in (1, 2))
+    lower = middle - lower
+    return [lower if low is None else lower.clamp_min(low), middle, middle + upper]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["nonneg", "general", "midrad"])
+def test_interval_weights_against_all_corners(backend, mode):
+    """The hull is attained at corners of inputs and weights; midrad contains it."""
+    x, w = a_triple(2, 3, seed=1, low=0.0 if mode == "nonneg" else None), a_triple(2, 3, seed=9)
+    with w2s_fast.backend(backend):
+        lower, middle, upper = w2s_fast.interval_linear_iw(x, w, mode=mode)
+    choices = torch.tensor(list(itertools.product((0, 1), repeat=3)))
+    ends = [torch.where(choices[:, None] == 0, t[0], t[2]) for t in (x, w)]  # [8, rows, 3]
+    values = torch.einsum("abk,cnk->acbn", *ends).flatten(0, 1)
+    torch.testing.assert_close(middle, x[1] @ w[1].t())
+    if mode == "midrad":
+        assert bool((lower <= values.amin(0) + 1e-12).all() and (upper >= values.amax(0) - 1e-12).all())
+    else:
+        torch.testing.assert_close(lower, values.amin(0))
+        torch.testing.assert_close(upper, values.amax(0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["nonneg", "general", "midrad"])
+def test_interval_weights_gradcheck(backend, mode):
+    x, w = a_triple(5, 6, seed=1, low=0.1 if mode == "nonneg" else None), a_triple(4, 6, seed=9)
+    leaves = [t.requires_grad_() for t in (*x, *w, *a_triple(4, seed=20))]
+
+    def call(*t):
+        return w2s_fast.interval_linear_iw(t[:3], t[3:6], t[6:], mode=mode)
+
+    with w2s_fast.backend(backend):
+        assert torch.autograd.gradcheck(call, leaves)
+
+
 def test_double_backward_is_refused():
     lower, upper = a_box(2, 3)
     weight = random(2, 3, seed=2).requires_grad_()
@@ -381,6 +420,13 @@ ERRORS = [
     (lambda: w2s_fast.interval_affine(X, X, X[0], X[0, :2]), ValueError, "shift must be of shape [3], got (2,)."),
     (lambda: w2s_fast.interval_affine(X[0], X[0], X[0], X[0]), ValueError, "lower must be of shape [B, C, ...]"),
     (lambda: w2s_fast.interval_batchnorm_stats(X[:0]), ValueError, "x must be of shape [B, C, ...] and not empty"),
+    (
+        lambda: w2s_fast.interval_linear_iw([X] * 2, [W] * 3),
+        TypeError,
+        "x must be three tensors (lower, middle, upper)",
+    ),
+    (lambda: w2s_fast.interval_linear_iw([X] * 3, [X.t()] * 3), ValueError, "weight[0] must be of shape [N, 3]"),
+    (lambda: w2s_fast.interval_linear_iw([X] * 3, [W] * 3, mode="hull"), ValueError, "mode must be one of"),
     (lambda: w2s_fast.tightness_rows([], None, X), TypeError, "weights must be a nonempty list of tensors"),
     (lambda: w2s_fast.tightness_rows([W], None, X), ValueError, "weights[0] must be of shape [3, K], got (4, 3)."),
     (lambda: w2s_fast.tightness_rows([W], [X, X], X), ValueError, "patterns must be one a weight (1), got 2."),

@@ -15,6 +15,7 @@ from .ops.interval_bounds.fast_reg import FastReg, fast_reg
 from .ops.interval_bounds.linear import interval_linear
 from .ops.interval_bounds.margin import MarginLoss, margin_cross_entropy, margin_logits
 from .ops.interval_bounds.tightness import tightness_rows
+from .ops.interval_bounds.weights import interval_linear_iw
 from .ops.linear_loss.arm import ArmLoss, arm_loss, linear_arm_loss
 from .ops.linear_loss.cross_entropy import linear_fusion_cross_entropy
 from .ops.linear_loss.dynamic_weights import linear_dynamic_weights
@@ -49,6 +50,7 @@ __all__ = [
     "interval_batchnorm_stats",
     "interval_conv2d",
     "interval_linear",
+    "interval_linear_iw",
     "linear_arm_loss",
     "linear_dynamic_weights",
     "linear_fusion_cross_entropy",

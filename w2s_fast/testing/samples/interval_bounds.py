@@ -184,6 +184,36 @@ def _holds_affine(args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Any) 
     _holds("interval_affine", args, kwargs, found, terms, 1)
 
 
+def _triple(m: Make, *shape: int, width: float = 0.3, low: float = -1e9) -> list[Tensor]:
+    """Lower, middle, upper around normal numbers, at least ``low``."""
+    middle = m.logits(*shape, scale=1.0).float().clamp_min(low)
+    extents = [m.uniform(*shape) * width for _ in range(2)]
+    lower = (middle - extents[0]).clamp_min(low)
+    return [t.to(m.dtype) for t in (lower, middle, middle + extents[1])]
+
+
+def _interval_weights(batch: tuple[int, ...], k: int, n: int, mode: str, bias: bool = True) -> Callable[[Make], Inputs]:
+    def make(m: Make) -> Inputs:
+        x = _triple(m, *batch, k, low=0.0 if mode == "nonneg" else -1e9)
+        return (x, _triple(m, n, k), _triple(m, n) if bias else None), {"mode": mode}
+
+    return make
+
+
+def _weights_layouts(m: Make) -> Inputs:
+    x = [t.t() for t in _triple(m, 20, 5, low=0.0)]
+    return (x, [t[:, 3:23] for t in _triple(m, 6, 30)]), {}
+
+
+WEIGHTS: dict[str, Callable[[Make], Inputs]] = {
+    "nonneg": _interval_weights((7,), 33, 19, "nonneg"),
+    "general": _interval_weights((6,), 20, 17, "general"),
+    "midrad": _interval_weights((2, 3), 40, 9, "midrad"),
+    "one-row": _interval_weights((1,), 50, 35, "nonneg", bias=False),
+    "layouts": _weights_layouts,
+    "empty": _interval_weights((0,), 5, 4, "general"),
+}
+
 AFFINES: dict[str, Callable[[Make], Inputs]] = {
     "planes": _affine(3, 5, 4, 7, act="relu"),
     "rows": _affine(9, 33),
@@ -296,4 +326,5 @@ SAMPLES: list[Sample] = [
         for name in ("planes", "rows")
     ),
     *(Sample("interval_batchnorm_stats", name, make) for name, make in STATS.items()),
+    *(Sample("interval_linear_iw", name, make) for name, make in WEIGHTS.items()),
 ]
