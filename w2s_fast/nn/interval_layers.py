@@ -145,16 +145,21 @@ def affine(layer: Any, norm: Any, relu: bool) -> Layer:
 
     def run(mode: Mode, box: Box) -> Box:
         clean = None if box.clean is None else layer(box.clean)
-        weight, bias, act = layer.weight, layer.bias, "relu" if relu else None
+        weight, bias = layer.weight, layer.bias
+        act: Any = "relu" if relu else None
         if alone is not None and mode.sound:
             lower, upper = apply(box, weight, bias, None, "sound")
             found = alone(mode, Box(lower, upper, clean))
             return both(F.relu)(mode, found) if relu else found
         if norm is not None:
             s, t = _scale(norm, *_statistics(norm, clean))
+            clean = None if clean is None else norm(clean)
+            if isinstance(layer, nn.Linear) and weight.numel() > len(box.lower) * len(weight):
+                # a scaled copy of a large weight costs more than a pass over a few outputs
+                lower, upper = interval_affine(*apply(box, weight, bias, None, "fast"), s, t, act=act)
+                return Box(lower, upper, F.relu(clean) if relu and clean is not None else clean)
             weight = weight * s.reshape(-1, *(1,) * (weight.ndim - 1))
             bias = t if bias is None else bias * s + t
-            clean = None if clean is None else norm(clean)
         lower, upper = apply(box, weight, bias, act, mode.rounding)
         return Box(lower, upper, F.relu(clean) if relu and clean is not None else clean)
 
