@@ -9,6 +9,13 @@ if _util.find_spec("w2s_fast.kernels") is None and _os.path.exists(_os.path.join
     __path__.append(_root)
 
 from .dispatch import Explanation, backend, explain, set_backend
+from .ops.interval_bounds.affine import interval_affine, interval_batchnorm_stats
+from .ops.interval_bounds.conv import interval_conv2d
+from .ops.interval_bounds.fast_reg import FastReg, fast_reg
+from .ops.interval_bounds.linear import interval_linear
+from .ops.interval_bounds.margin import MarginLoss, margin_cross_entropy, margin_logits
+from .ops.interval_bounds.tightness import tightness_rows
+from .ops.interval_bounds.weights import interval_linear_iw
 from .ops.linear_loss.arm import ArmLoss, arm_loss, linear_arm_loss
 from .ops.linear_loss.cross_entropy import linear_fusion_cross_entropy
 from .ops.linear_loss.dynamic_weights import linear_dynamic_weights
@@ -29,26 +36,37 @@ __all__ = [
     "ArmLoss",
     "DynamicWeights",
     "Explanation",
+    "FastReg",
     "FusedStats",
+    "MarginLoss",
     "SampleOutput",
     "SparseSupport",
     "arm_loss",
     "backend",
     "dynamic_fusion_weights",
     "explain",
+    "fast_reg",
     "fuse_logits",
     "fused_log_softmax",
     "fused_sample",
     "fused_stats",
+    "interval_affine",
+    "interval_batchnorm_stats",
+    "interval_conv2d",
+    "interval_linear",
+    "interval_linear_iw",
     "linear_arm_loss",
     "linear_dynamic_weights",
     "linear_fusion_cross_entropy",
     "linear_fusion_logprobs",
     "linear_fusion_sample",
+    "margin_cross_entropy",
+    "margin_logits",
     "random_support",
     "sddmm",
     "set_backend",
     "sparse_lowrank_linear",
     "sparse_lowrank_materialize",
     "spmm",
+    "tightness_rows",
 ]

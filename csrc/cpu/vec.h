@@ -178,6 +178,12 @@ struct VectorExtension {
       for (int i = 0; i < h; ++i) s[i] += s[i + h];
     return s[0];
   }
+  static W2S_INLINE void sum4(VectorExtension a, VectorExtension b, VectorExtension c, VectorExtension d, T* out) {
+    out[0] = a.sum();
+    out[1] = b.sum();
+    out[2] = c.sum();
+    out[3] = d.sum();
+  }
   W2S_INLINE T top() const {
     T s = v[0];
     for (int i = 1; i < N; ++i) s = v[i] > s ? v[i] : s;

@@ -38,6 +38,14 @@ struct Float {
   W2S_INLINE Float round() const { return {_mm512_roundscale_ps(v, 8)}; }
   static W2S_INLINE Float scale(Float a, Float n) { return {_mm512_scalef_ps(a.v, n.v)}; }
   W2S_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
+  // sums of four vectors to out[0..3]: a third of the shuffles of four sum()
+  static W2S_INLINE void sum4(Float a, Float b, Float c, Float d, float* out) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
   W2S_INLINE float top() const { return _mm512_reduce_max_ps(v); }
   static W2S_INLINE int compress(float* values, int32_t* index, Float a, int32_t first, Mask m) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -150,6 +158,10 @@ struct Float {
   static W2S_INLINE Float scale(Float a, Float n) {
     const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
     return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(e))};
+  }
+  static W2S_INLINE void sum4(Float a, Float b, Float c, Float d, float* out) {
+    const __m256 ab = _mm256_hadd_ps(a.v, b.v), cd = _mm256_hadd_ps(c.v, d.v), all = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
   }
   W2S_INLINE float sum() const {
     const __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

@@ -1,0 +1,196 @@
+// interval_affine, interval_batchnorm_stats and their gradients. Tensors are [B, C, size]: an item is a plane of one
+// channel, or a row of all channels where size is 1, so that either way entries lie next to each other. 16 bytes an entry
+// forward, 24 backward. Sums are float64, a sample's in order.
+#include "cpu/interval_bounds/linear.h"
+
+#define W2S_KERNEL "cpu/interval_bounds/affine_kernel.h"
+#include "cpu/for_each_target.h"
+
+#include "cpu/interval_bounds/host.h"
+
+namespace w2s::interval {
+namespace {
+
+constexpr int64_t TILE = 1024;
+
+struct Planes {
+  int64_t batch, channels, size = 1, bytes;
+  Dtype dtype;
+  std::vector<int64_t> shape;
+  explicit Planes(const Tensor& t) : batch(t.size(0)), channels(t.size(1)), dtype(dtype_of(t.scalar_type())) {
+    for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(t.size(d));
+    for (int64_t d = 2; d < t.dim(); ++d) size *= t.size(d);
+    bytes = bytes_of(dtype);
+  }
+  bool rows() const { return size == 1; }
+  // work(first entry, count, first channel) for every run of at most TILE entries of sample n; one channel unless rows()
+  template <class F>
+  void runs(int64_t n, const F& work) const {
+    if (rows()) {
+      for (int64_t c = 0; c < channels; c += TILE) work(n * channels + c, int(std::min(TILE, channels - c)), c);
+      return;
+    }
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < size; i += TILE) work((n * channels + c) * size + i, int(std::min(TILE, size - i)), c);
+  }
+};
+
+char* at(const Tensor& t, int64_t entry, int64_t bytes) { return static_cast<char*>(t.data_ptr()) + entry * bytes; }
+
+// [C] numbers, then zeros to whole tiles
+template <class A>
+std::vector<A> vector_of(const Tensor& t) {
+  std::vector<A> found(static_cast<size_t>(round_up(t.size(0), 16) + 64), A(0));
+  W2S_DISPATCH(widen_all<A>)(t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), found.data());
+  return found;
+}
+
+// The vector's entries of a run: its own, or one of them repeated
+template <class A>
+const A* spread(const Planes& p, const std::vector<A>& all, int64_t channel, int n, A* buffer) {
+  if (p.rows()) return all.data() + channel;
+  std::fill(buffer, buffer + (n + 15) / 16 * 16, all[size_t(channel)]);
+  return buffer;
+}
+
+template <class A>
+void forward(const Planes& p, const Tensor& lower, const Tensor& upper, const Tensor& scale, const Tensor& shift, bool relu, bool sound,
+             Tensor& low, Tensor& high) {
+  const std::vector<A> s = vector_of<A>(scale), t = vector_of<A>(shift);
+  parallel_items(p.batch, 1, [&](int64_t n) {
+    A one[TILE], two[TILE];
+    p.runs(n, [&](int64_t entry, int count, int64_t c) {
+      W2S_DISPATCH(affine<A>)(at(lower, entry, p.bytes), at(upper, entry, p.bytes), p.dtype, spread(p, s, c, count, one),
+                              spread(p, t, c, count, two), count, relu, sound, at(low, entry, p.bytes), at(high, entry, p.bytes));
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor> interval_affine(Tensor lower, Tensor upper, Tensor scale, Tensor shift, bool relu, bool sound) {
+  const Planes p(lower);
+  Tensor low = torch::stable::new_empty(lower, p.shape), high = torch::stable::new_empty(lower, p.shape);
+  if (p.dtype == Dtype::f64) forward<double>(p, lower, upper, scale, shift, relu, sound, low, high);
+  else forward<float>(p, lower, upper, scale, shift, relu, sound, low, high);
+  return {low, high};
+}
+
+// Adds a run's entries to the sums of its channels
+template <class A>
+void add_run(const Planes& p, const A* values, int count, int64_t channel, double* sums) {
+  if (p.rows()) {
+    for (int i = 0; i < count; ++i) sums[channel + i] += double(values[i]);
+    return;
+  }
+  double part[8] = {};  // independent chains
+  for (int i = 0; i < count; ++i) part[i & 7] += double(values[i]);
+  for (double x : part) sums[channel] += x;
+}
+
+template <class A>
+void write_sums(const Planes& p, const std::vector<double>& sums, double factor, Tensor& out) {
+  std::vector<A> total(static_cast<size_t>(p.channels), A(0));
+  for (int64_t c = 0; c < p.channels; ++c) {
+    double sum = 0;
+    for (int64_t n = 0; n < p.batch; ++n) sum += sums[size_t(n * p.channels + c)];
+    total[size_t(c)] = A(sum * factor);
+  }
+  W2S_DISPATCH(narrow_all<A>)(total.data(), p.channels, dtype_of(out.scalar_type()), out.data_ptr());
+}
+
+template <class A>
+void backward(const Planes& p, const Tensor& gl, const Tensor& gu, const Tensor& lower, const Tensor& upper, const Tensor& scale,
+              const Tensor& low, const Tensor& high, bool relu, Tensor& dl, Tensor& du, Tensor& ds, Tensor& dt) {
+  const std::vector<A> s = vector_of<A>(scale);
+  std::vector<double> scales(static_cast<size_t>(p.batch * p.channels), 0.0), shifts(scales);
+  parallel_items(p.batch, 1, [&](int64_t n) {
+    A one[TILE], first[TILE], second[TILE];
+    p.runs(n, [&](int64_t e, int count, int64_t c) {
+      W2S_DISPATCH(affine_gradient<A>)(at(gl, e, p.bytes), at(gu, e, p.bytes), at(lower, e, p.bytes), at(upper, e, p.bytes),
+                                       at(low, e, p.bytes), at(high, e, p.bytes), p.dtype, spread(p, s, c, count, one), count, relu,
+                                       at(dl, e, p.bytes), at(du, e, p.bytes), first, second);
+      add_run(p, first, count, c, scales.data() + n * p.channels);
+      add_run(p, second, count, c, shifts.data() + n * p.channels);
+    });
+  });
+  write_sums<A>(p, scales, 1.0, ds);
+  write_sums<A>(p, shifts, 1.0, dt);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> interval_affine_backward(Tensor gl, Tensor gu, Tensor lower, Tensor upper, Tensor scale, Tensor low,
+                                                                    Tensor high, bool relu) {
+  const Planes p(lower);
+  Tensor dl = torch::stable::new_empty(lower, p.shape), du = torch::stable::new_empty(lower, p.shape);
+  Tensor ds = torch::stable::new_empty(scale, {p.channels}), dt = torch::stable::new_empty(scale, {p.channels});
+  if (p.dtype == Dtype::f64) backward<double>(p, gl, gu, lower, upper, scale, low, high, relu, dl, du, ds, dt);
+  else backward<float>(p, gl, gu, lower, upper, scale, low, high, relu, dl, du, ds, dt);
+  return {dl, du, ds, dt};
+}
+
+// Two passes, so that a large mean cancels nothing: sums of x, then of (x - mean)^2
+template <class A>
+void statistics(const Planes& p, const Tensor& x, Tensor& mean, Tensor& variance) {
+  std::vector<double> sums(static_cast<size_t>(p.batch * p.channels), 0.0), center(static_cast<size_t>(p.channels), 0.0);
+  const double factor = 1.0 / double(p.batch * p.size);
+  for (const bool second : {false, true}) {
+    std::fill(sums.begin(), sums.end(), 0.0);
+    parallel_items(p.batch, 1, [&](int64_t n) {
+      double values[TILE];
+      p.runs(n, [&](int64_t entry, int count, int64_t c) {
+        W2S_DISPATCH(widen_tile<double>)(at(x, entry, p.bytes), p.dtype, count, values);
+        for (int i = 0; second && i < count; ++i) {
+          const double d = values[i] - center[size_t(p.rows() ? c + i : c)];
+          values[i] = d * d;
+        }
+        add_run(p, values, count, c, sums.data() + n * p.channels);
+      });
+    });
+    for (int64_t c = 0; !second && c < p.channels; ++c) {
+      for (int64_t n = 0; n < p.batch; ++n) center[size_t(c)] += sums[size_t(n * p.channels + c)];
+      center[size_t(c)] *= factor;
+    }
+    write_sums<A>(p, sums, factor, second ? variance : mean);
+  }
+}
+
+std::tuple<Tensor, Tensor> interval_batchnorm_stats(Tensor x) {
+  const Planes p(x);
+  const ScalarType type = p.dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
+  Tensor mean = torch::stable::new_empty(x, {p.channels}, type), variance = torch::stable::new_empty(x, {p.channels}, type);
+  if (p.dtype == Dtype::f64) statistics<double>(p, x, mean, variance);
+  else statistics<float>(p, x, mean, variance);
+  return {mean, variance};
+}
+
+template <class A>
+void stats_backward(const Planes& p, const Tensor& grad_mean, const Tensor& grad_var, const Tensor& x, const Tensor& mean, Tensor& dx) {
+  std::vector<A> g = vector_of<A>(grad_mean), h = vector_of<A>(grad_var);
+  const std::vector<A> center = vector_of<A>(mean);
+  const A factor = A(1.0 / double(p.batch * p.size));
+  for (A& v : g) v *= factor;
+  for (A& v : h) v *= 2 * factor;
+  parallel_items(p.batch, 1, [&](int64_t n) {
+    A one[TILE], two[TILE], three[TILE];
+    p.runs(n, [&](int64_t e, int count, int64_t c) {
+      W2S_DISPATCH(stats_gradient<A>)(at(x, e, p.bytes), p.dtype, spread(p, g, c, count, one), spread(p, h, c, count, two),
+                                      spread(p, center, c, count, three), count, at(dx, e, p.bytes));
+    });
+  });
+}
+
+Tensor interval_batchnorm_stats_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor mean) {
+  const Planes p(x);
+  Tensor dx = torch::stable::new_empty(x, p.shape);
+  if (p.dtype == Dtype::f64) stats_backward<double>(p, grad_mean, grad_var, x, mean, dx);
+  else stats_backward<float>(p, grad_mean, grad_var, x, mean, dx);
+  return dx;
+}
+
+}  // namespace
+}  // namespace w2s::interval
+
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
+  m.impl("interval_affine", TORCH_BOX(&w2s::interval::interval_affine));
+  m.impl("interval_affine_backward", TORCH_BOX(&w2s::interval::interval_affine_backward));
+  m.impl("interval_batchnorm_stats", TORCH_BOX(&w2s::interval::interval_batchnorm_stats));
+  m.impl("interval_batchnorm_stats_backward", TORCH_BOX(&w2s::interval::interval_batchnorm_stats_backward));
+}

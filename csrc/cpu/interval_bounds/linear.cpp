@@ -1,0 +1,182 @@
+// interval_linear: (c, r) -> (c W^T + b, r |W|^T), ReLU and bounds in the epilogue, and its gradient.
+//
+// Floor: 4 B N K FLOPs forward, 8 B N K backward, W read once in each product. W lies [N, K] and is never packed for the
+// forward product (both operands run along K) nor for the gradient of the box below 9 rows; |W| exists in registers only.
+// A batch of up to 4 rows streams: one read of W for all three gradients. A weight stored [K, N] (a transposed view) and
+// such a batch skip the columns that are exactly 0 in every row (dead units).
+#include "cpu/interval_bounds/linear.h"
+
+#define W2S_KERNEL "cpu/interval_bounds/linear_targets.h"
+#include "cpu/for_each_target.h"
+
+#include "cpu/interval_bounds/host.h"
+
+namespace w2s::interval {
+namespace {
+
+constexpr int64_t FEW = 4;        // rows of a batch that streams
+constexpr int64_t PARTS = 16;     // partial sums of a streaming gradient: fixed, so that results do not depend on threads
+
+template <class A>
+void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::optional<Tensor>& bias, const Call& call, Tensor& x, Tensor& y) {
+  const int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1);
+  Scratch<A> scratch{a, {}};
+  const bool skip = transposed(weight) && batch <= FEW && dtype_of(weight.scalar_type()) == own<A>;
+  const int64_t terms = skip ? k + 8 : W2S_DISPATCH(chain<A>)(k);
+  const Box<A> box = centered<A>(a, b, call.bounds_in, call.sound, terms, scratch);
+  const A* shift = widened_bias(bias, n, scratch);
+  const Rows first(x), second(y);
+  if (skip) {
+    const A* w = static_cast<const A*>(weight.data_ptr());
+    std::vector<int32_t> alive;
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t p = 0; p < batch; ++p)
+        if (box.c[p * box.ld + i] != 0 || box.r[p * box.ld + i] != 0) {  // also true for NaN
+          alive.push_back(int32_t(i));
+          break;
+        }
+    const int64_t panel = W2S_DISPATCH(panel_width<A>)();
+    parallel_items(pieces(n, panel), 1, [&](int64_t i) {
+      W2S_DISPATCH(forward_alive<A>)(box.c, box.r, box.ld, batch, w, weight.stride(1), n, i * panel, alive.data(), int64_t(alive.size()),
+                                     shift, call, terms, first.dtype, first.at(0, 0), first.stride, second.at(0, 0));
+    });
+    return;
+  }
+  const Matrix<A> w = widened<A>(weight, scratch);
+  // a chunk of W stays in L2 while every tile of rows passes over it
+  const int64_t fit = std::clamp<int64_t>(393216 / int64_t(sizeof(A)) / std::max<int64_t>(1, cut_of(k, batch, sizeof(A))), 12, 252);
+  const int64_t chunks = std::max<int64_t>(1, round_up(pieces(n, fit), n >= 48 ? 4 : 1));
+  const int64_t wide = round_up(pieces(n, chunks), 12), count = pieces(n, wide), block = 256;
+  parallel_items(count * pieces(batch, block), 1, [&](int64_t i) {
+    const int64_t j = i % count * wide, p = i / count * block;
+    W2S_DISPATCH(forward_block<A>)(box.c + p * box.ld, box.r + p * box.ld, box.ld, std::min(block, batch - p), w.data + j * w.stride,
+                                   w.stride, std::min(wide, n - j), k, shift ? shift + j : nullptr, call, terms, first.dtype,
+                                   first.at(p, j), first.stride, second.at(p, j));
+  });
+}
+
+std::tuple<Tensor, Tensor> interval_linear(Tensor a, Tensor b, Tensor weight, std::optional<Tensor> bias, bool bounds_in, bool bounds_out,
+                                           bool relu, bool sound) {
+  Tensor x = torch::stable::new_empty(a, {a.size(0), weight.size(0)}), y = torch::stable::new_empty(a, {a.size(0), weight.size(0)});
+  const Call call{bounds_in, bounds_out, relu, sound};
+  if (a.size(0) && weight.size(0)) {
+    if (a.scalar_type() == ScalarType::Double) forward<double>(a, b, weight, bias, call, x, y);
+    else forward<float>(a, b, weight, bias, call, x, y);
+  }
+  return {x, y};
+}
+
+template <class A>
+struct Backward {
+  const Tensor &a, &b, &weight;
+  const Call& call;
+  Tensor &da, &db, &dw, &dbias;
+  bool need_x, need_w, need_b;
+  int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1), ldg = round_up(n, 16) + 16;
+  Scratch<A> scratch{a, {}};
+  A *gm = nullptr, *gr = nullptr;
+
+  void gradients(const Tensor& ga, const Tensor& gb, const Tensor& oa, const Tensor& ob) {  // and the bias's
+    gm = scratch.get(batch * ldg), gr = scratch.get(batch * ldg);
+    const Rows g1(ga), g2(gb), o1(oa), o2(ob);
+    const Rows out(dbias);
+    parallel_items(pieces(n, 512), 1, [&](int64_t i) {
+      const int64_t j = i * 512;
+      const int wide = int(std::min<int64_t>(512, n - j));
+      A sum[512] = {};
+      for (int64_t p = 0; p < batch; ++p)
+        W2S_DISPATCH(gradient_of<A>)(g1.at(p, j), g2.at(p, j), o1.at(p, j), o2.at(p, j), g1.dtype, call, wide, gm + p * ldg + j,
+                                     gr + p * ldg + j, need_b ? sum : nullptr);
+      if (need_b) W2S_DISPATCH(narrow_all<A>)(sum, wide, out.dtype, static_cast<char*>(dbias.data_ptr()) + j * out.bytes);
+    });
+  }
+
+  void few(const Matrix<A>& w) {
+    const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, scratch);
+    const bool direct = dtype_of(weight.scalar_type()) == own<A>;
+    A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(n * k);
+    const int64_t size = batch * box.ld, share = pieces(n, PARTS);
+    A* part = need_x ? scratch.get(2 * PARTS * size) : nullptr;
+    parallel_items(PARTS, 1, [&](int64_t i) {
+      A* xm = part ? part + 2 * i * size : nullptr;
+      if (xm) std::fill(xm, xm + 2 * size, A(0));
+      const int64_t j = i * share, rows = std::min(share, n - j);
+      if (rows > 0)
+        W2S_DISPATCH(stream<A>)(w.data + j * w.stride, w.stride, rows, k, batch, gm + j, gr + j, ldg, box.c, box.r, box.ld, xm,
+                                xm ? xm + size : nullptr, out ? out + j * k : nullptr, k);
+    });
+    if (need_w && !direct) narrow_rows<A>(out, dw);
+    if (!need_x) return;
+    for (int64_t i = 1; i < PARTS; ++i)
+      for (int64_t e = 0; e < 2 * size; ++e) part[e] += part[2 * i * size + e];
+    const Rows first(da), second(db);
+    for (int64_t p = 0; p < batch; ++p)
+      W2S_DISPATCH(input_gradients<A>)(part + p * box.ld, part + size + p * box.ld, k, call.bounds_in, first.dtype, first.at(p, 0), second.at(p, 0));
+  }
+
+  void many(const Matrix<A>& w) {
+    const int64_t panel = W2S_DISPATCH(panel_width<A>)(), panels = pieces(k, panel), halves = 2;
+    if (need_x) {
+      const Rows outa(da), outb(db);
+      const int64_t share = round_up(pieces(batch, halves), 4);
+      parallel_items(panels * halves, 1, [&](int64_t i) {
+        const int64_t j = i / halves * panel, p = i % halves * share, rows = std::min(share, batch - p);
+        if (rows > 0)
+          W2S_DISPATCH(input_panel<A>)(gm + p * ldg, gr + p * ldg, ldg, rows, w.data + j, w.stride, n, std::min(panel, k - j), call.bounds_in,
+                                       outa.dtype, outa.at(p, j), outa.stride, outb.at(p, j));
+      });
+    }
+    if (!need_w) return;
+    const int64_t tall = W2S_DISPATCH(tile_height<A>)(), tiles = pieces(n, tall);
+    const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, scratch);
+    A* packed = scratch.get(tiles * batch * 2 * tall);
+    parallel_items(tiles, 8, [&](int64_t t) {
+      W2S_DISPATCH(pack_gradient<A>)(gm + t * tall, gr + t * tall, ldg, batch, packed + t * batch * 2 * tall);
+    });
+    const bool direct = dtype_of(weight.scalar_type()) == own<A>;
+    A* out = direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(n * k);
+    const int64_t share = round_up(pieces(n, halves), tall);
+    parallel_items(panels * halves, 1, [&](int64_t i) {
+      const int64_t j = i / halves * panel, q = i % halves * share, rows = std::min(share, n - q);
+      if (rows > 0)
+        W2S_DISPATCH(weight_panel<A>)(packed + q / tall * batch * 2 * tall, batch, box.c + j, box.r + j, box.ld, w.data + q * w.stride + j,
+                                      w.stride, out + q * k + j, k, rows, std::min(panel, k - j));
+    });
+    if (!direct) narrow_rows<A>(out, dw);
+  }
+
+  void run(const Tensor& ga, const Tensor& gb, const Tensor& oa, const Tensor& ob) {
+    gradients(ga, gb, oa, ob);
+    if (!need_x && !need_w) return;
+    const Matrix<A> w = widened<A>(weight, scratch);
+    if (batch <= FEW) few(w);
+    else many(w);
+  }
+};
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Gradients interval_linear_backward(Tensor ga, Tensor gb, Tensor a, Tensor b, Tensor weight, Tensor oa, Tensor ob, bool bounds_in,
+                                   bool bounds_out, bool relu, bool need_x, bool need_w, bool need_b) {
+  const int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1);
+  const auto made = [&](bool wanted, std::vector<int64_t> shape) {
+    return torch::stable::new_empty(a, wanted ? shape : std::vector<int64_t>{0});
+  };
+  Tensor da = made(need_x, {batch, k}), db = made(need_x, {batch, k}), dw = made(need_w, {n, k}), dbias = made(need_b, {n});
+  if (batch == 0 || n == 0) {
+    for (Tensor* t : {&da, &db, &dw, &dbias}) torch::stable::zero_(*t);
+    return {da, db, dw, dbias};
+  }
+  const Call call{bounds_in, bounds_out, relu, false};
+  if (a.scalar_type() == ScalarType::Double) Backward<double>{a, b, weight, call, da, db, dw, dbias, need_x, need_w, need_b}.run(ga, gb, oa, ob);
+  else Backward<float>{a, b, weight, call, da, db, dw, dbias, need_x, need_w, need_b}.run(ga, gb, oa, ob);
+  return {da, db, dw, dbias};
+}
+
+}  // namespace
+}  // namespace w2s::interval
+
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
+  m.impl("interval_linear", TORCH_BOX(&w2s::interval::interval_linear));
+  m.impl("interval_linear_backward", TORCH_BOX(&w2s::interval::interval_linear_backward));
+}

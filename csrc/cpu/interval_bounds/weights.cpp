@@ -1,0 +1,134 @@
+// interval_linear_iw and its gradient: three products (lower, middle, upper) from one read of the three weights.
+//
+// 6 to 16 operations an element of [B, N, K] and three sums; the peers' form makes four clamped copies of the weights and
+// six products. Inputs are copied to padded rows once (3 (B + N) K). Gradients: a vector of columns is an item, whose
+// weights' gradients stay in registers over the batch. All sums have a fixed order.
+#include "cpu/interval_bounds/linear.h"
+
+#define W2S_KERNEL "cpu/interval_bounds/weights_kernel.h"
+#include "cpu/for_each_target.h"
+
+#include "cpu/interval_bounds/host.h"
+
+namespace w2s::interval {
+namespace {
+
+template <class A>
+struct Three {  // [rows][ld] of lower, middle, upper; zeros past the columns
+  A* data[3];
+  int64_t rows, ld;
+
+  Three(int64_t rows, int64_t columns, Scratch<A>& scratch) : rows(rows), ld(round_up(columns, 16) + 16) {
+    for (A*& p : data) p = scratch.get(rows * ld);
+  }
+  void load(int i, const Tensor& t) {
+    const Rows from(t);
+    const int64_t columns = t.size(1);
+    parallel_items(rows, 16, [&](int64_t p) {
+      A* to = data[i] + p * ld;
+      W2S_DISPATCH(widen_all<A>)(from.at(p, 0), from.dtype, columns, to);
+      std::fill(to + columns, to + ld, A(0));
+    });
+  }
+  void store(int i, Tensor& t) const {
+    const Rows to(t);
+    const int64_t columns = t.size(1);
+    parallel_items(rows, 16, [&](int64_t p) {
+      W2S_DISPATCH(narrow_all<A>)(data[i] + p * ld, columns, to.dtype, static_cast<char*>(t.data_ptr()) + p * columns * to.bytes);
+    });
+  }
+};
+
+template <class A>
+Three<A> loaded(const Tensor& l, const Tensor& m, const Tensor& u, Scratch<A>& scratch) {
+  Three<A> found(l.size(0), l.size(1), scratch);
+  const Tensor* tensors[] = {&l, &m, &u};
+  for (int i = 0; i < 3; ++i) found.load(i, *tensors[i]);
+  return found;
+}
+
+template <class A>
+void forward(const Tensor* x, const Tensor* w, int64_t mode, Tensor* out) {
+  Scratch<A> scratch{x[0], {}};
+  const int64_t batch = x[0].size(0), n = w[0].size(0);
+  const Three<A> a = loaded<A>(x[0], x[1], x[2], scratch), b = loaded<A>(w[0], w[1], w[2], scratch);
+  const Three<A> sums(batch, n, scratch);
+  constexpr int64_t WIDE = 32;  // rows of the weights that stay in L2 while all samples pass
+  parallel_items(pieces(n, WIDE), 1, [&](int64_t block) {
+    const int64_t j = block * WIDE;
+    for (int64_t p = 0; p < batch; p += 4) {
+      const A *left[3], *right[3];
+      A* to[3];
+      for (int i = 0; i < 3; ++i) {
+        left[i] = a.data[i] + p * a.ld;
+        right[i] = b.data[i] + j * b.ld;
+        to[i] = sums.data[i] + p * sums.ld + j;
+      }
+      W2S_DISPATCH(weight_forward<A>)(mode, left, right, a.ld, std::min<int64_t>(4, batch - p), std::min(WIDE, n - j), to, sums.ld);
+    }
+  });
+  for (int i = 0; i < 3; ++i) sums.store(i, out[i]);
+}
+
+using Tensor3 = std::tuple<Tensor, Tensor, Tensor>;
+using Tensor6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Tensor3 interval_linear_iw(Tensor xl, Tensor xm, Tensor xu, Tensor wl, Tensor wm, Tensor wu, int64_t mode) {
+  const Tensor x[] = {xl, xm, xu}, w[] = {wl, wm, wu};
+  const auto made = [&] { return torch::stable::new_empty(xl, {xl.size(0), wl.size(0)}); };
+  Tensor out[] = {made(), made(), made()};
+  if (xl.size(0) && wl.size(0)) {
+    if (xl.scalar_type() == ScalarType::Double) forward<double>(x, w, mode, out);
+    else forward<float>(x, w, mode, out);
+  }
+  return {out[0], out[1], out[2]};
+}
+
+template <class A>
+void backward(const Tensor* g, const Tensor* x, const Tensor* w, int64_t mode, Tensor* dx, Tensor* dw) {
+  Scratch<A> scratch{x[0], {}};
+  const int64_t batch = x[0].size(0), n = w[0].size(0), k = x[0].size(1), wide = W2S_DISPATCH(vector_width<A>)();
+  const Three<A> a = loaded<A>(x[0], x[1], x[2], scratch), b = loaded<A>(w[0], w[1], w[2], scratch);
+  const Three<A> up = loaded<A>(g[0], g[1], g[2], scratch);
+  const Three<A> da(batch, k, scratch), db(n, k, scratch);
+  A* packed = scratch.get(n * batch * 3);  // [n][batch][lower, middle, upper], in the order of use
+  parallel_items(n, 16, [&](int64_t j) {
+    for (int64_t p = 0; p < batch; ++p)
+      for (int i = 0; i < 3; ++i) packed[(j * batch + p) * 3 + i] = up.data[i][p * up.ld + j];
+  });
+  parallel_items(pieces(k, wide), 1, [&](int64_t item) {
+    const int64_t j = item * wide;
+    const A *left[3], *right[3];
+    A *to_x[3], *to_w[3];
+    for (int i = 0; i < 3; ++i) left[i] = a.data[i] + j, right[i] = b.data[i] + j, to_x[i] = da.data[i] + j, to_w[i] = db.data[i] + j;
+    W2S_DISPATCH(weight_gradient<A>)(mode, packed, batch, n, left, right, a.ld, to_x, to_w);
+  });
+  for (int i = 0; i < 3; ++i) {
+    da.store(i, dx[i]);
+    db.store(i, dw[i]);
+  }
+}
+
+Tensor6 interval_linear_iw_backward(Tensor gl, Tensor gm, Tensor gu, Tensor xl, Tensor xm, Tensor xu, Tensor wl, Tensor wm, Tensor wu,
+                                    int64_t mode) {
+  const Tensor g[] = {gl, gm, gu}, x[] = {xl, xm, xu}, w[] = {wl, wm, wu};
+  const auto made = [&](const Tensor& t) { return torch::stable::new_empty(t, {t.size(0), t.size(1)}); };
+  Tensor dx[] = {made(xl), made(xl), made(xl)}, dw[] = {made(wl), made(wl), made(wl)};
+  if (xl.size(0) == 0 || wl.size(0) == 0) {
+    for (Tensor& t : dx) torch::stable::zero_(t);
+    for (Tensor& t : dw) torch::stable::zero_(t);
+  } else if (xl.scalar_type() == ScalarType::Double) {
+    backward<double>(g, x, w, mode, dx, dw);
+  } else {
+    backward<float>(g, x, w, mode, dx, dw);
+  }
+  return {dx[0], dx[1], dx[2], dw[0], dw[1], dw[2]};
+}
+
+}  // namespace
+}  // namespace w2s::interval
+
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
+  m.impl("interval_linear_iw", TORCH_BOX(&w2s::interval::interval_linear_iw));
+  m.impl("interval_linear_iw_backward", TORCH_BOX(&w2s::interval::interval_linear_iw_backward));
+}

@@ -1,0 +1,1 @@
+"""Interval bounds: sound boxes through layers, worst-case margins, certificates."""

@@ -1,0 +1,166 @@
+"""interval_affine and interval_batchnorm_stats: batch-norm of a box with the statistics of clean activations."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.interval_bounds import affine as reference
+from .inputs import ROUNDINGS, Rounding, box, like
+
+
+def _kernel(name: str) -> Kernel:
+    return Kernel(f"kernels.interval_bounds.affine:launch_{name}", f"kernels.interval_bounds.affine:supports_{name}")
+
+
+def _setup_affine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    lower, upper, scale, _, ctx.relu, _ = inputs
+    ctx.save_for_backward(lower, upper, scale, *(output if ctx.relu else ()))
+
+
+def _backward_affine(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> dict[str, Any]:
+    lower, upper, scale, *out = ctx.saved_tensors
+    grads = grad_lower.contiguous(), grad_upper.contiguous()
+    found = INTERVAL_AFFINE_BACKWARD.on(ctx.backend)(*grads, lower, upper, scale, *(out or grads), ctx.relu)
+    return dict(zip(("lower", "upper", "scale", "shift"), found, strict=True))
+
+
+INTERVAL_AFFINE = define(
+    "interval_affine",
+    "(Tensor lower, Tensor upper, Tensor scale, Tensor shift, bool relu, bool sound) -> (Tensor low, Tensor high)",
+    reference=reference.interval_affine,
+    fake=lambda lower, upper, *_: (lower.new_empty(lower.shape), lower.new_empty(lower.shape)),
+    setup_context=_setup_affine,
+    backward=_backward_affine,
+    triton=_kernel("interval_affine"),
+)
+
+INTERVAL_AFFINE_BACKWARD = define(
+    "interval_affine_backward",
+    "(Tensor grad_lower, Tensor grad_upper, Tensor lower, Tensor upper, Tensor scale, Tensor low, Tensor high, "
+    "bool relu) -> (Tensor dlower, Tensor dupper, Tensor dscale, Tensor dshift)",
+    reference=reference.interval_affine_backward,
+    fake=lambda g, h, lower, upper, scale, *_: (
+        lower.new_empty(lower.shape),
+        lower.new_empty(lower.shape),
+        scale.new_empty(scale.shape),
+        scale.new_empty(scale.shape),
+    ),
+    triton=Kernel(
+        "kernels.interval_bounds.affine:launch_affine_backward", "kernels.interval_bounds.affine:supports_backward"
+    ),
+)
+
+
+def _fake_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((x.shape[1],), dtype=kind), x.new_empty((x.shape[1],), dtype=kind)
+
+
+def _setup_stats(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], output[0])
+
+
+def _backward_stats(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> dict[str, Any]:
+    x, mean = ctx.saved_tensors
+    kernel = INTERVAL_BATCHNORM_STATS_BACKWARD.on(ctx.backend)
+    return {"x": kernel(grad_mean.contiguous(), grad_var.contiguous(), x, mean)}
+
+
+INTERVAL_BATCHNORM_STATS = define(
+    "interval_batchnorm_stats",
+    "(Tensor x) -> (Tensor mean, Tensor var)",
+    reference=reference.interval_batchnorm_stats,
+    fake=_fake_stats,
+    setup_context=_setup_stats,
+    backward=_backward_stats,
+    triton=_kernel("interval_batchnorm_stats"),
+)
+
+INTERVAL_BATCHNORM_STATS_BACKWARD = define(
+    "interval_batchnorm_stats_backward",
+    "(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor mean) -> Tensor dx",
+    reference=reference.interval_batchnorm_stats_backward,
+    fake=lambda g, h, x, mean: x.new_empty(x.shape),
+    triton=Kernel(
+        "kernels.interval_bounds.affine:launch_stats_backward", "kernels.interval_bounds.affine:supports_backward"
+    ),
+)
+
+
+def interval_affine(
+    lower: Tensor,
+    upper: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    act: Literal["relu"] | None = None,
+    rounding: Rounding = "fast",
+) -> tuple[Tensor, Tensor]:
+    """``scale x + shift`` of each channel of a box (arXiv 1810.12715), bounds exchanged where scale < 0, then ReLU.
+
+    Batch-norm is ``scale = weight / sqrt(var + eps)``, ``shift = bias - mean scale``, with the statistics of the clean
+    activations (`interval_batchnorm_stats`) in training. After a linear layer fold it into the weight instead.
+
+    Args:
+        lower, upper: bounds ``[B, C, ...]``; float32, bfloat16, float16 or float64.
+        scale, shift: ``[C]`` of the same dtype.
+        act: ``"relu"`` or None.
+        rounding: ``"fast"``, or ``"sound"``: contains the exact image; overflow and NaN give (-inf, inf).
+
+    Returns:
+        Two tensors of the shape of lower. Differentiable, once, in all four tensors. Deterministic.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> l, u = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 1.0]])
+        >>> w2s_fast.interval_affine(l, u, torch.tensor([2.0, -2.0]), torch.zeros(2))
+        (tensor([[ 0., -2.]]), tensor([[2., 0.]]))
+    """
+    op = "interval_affine"
+    box(op, lower, upper, ("lower", "upper"))
+    if lower.ndim < 2:
+        checks.fail(op, "lower", "of shape [B, C, ...]", tuple(lower.shape))
+    for name, vector in (("scale", scale), ("shift", shift)):
+        checks.is_float_tensor(op, name, vector)
+        if vector.shape != lower.shape[1:2]:
+            checks.fail(op, name, f"of shape [{lower.shape[1]}]", tuple(vector.shape))
+    like(op, lower, "lower", ("upper", upper), ("scale", scale), ("shift", shift))
+    relu = checks.choice(op, "act", act, (None, "relu")) == "relu"  # type: ignore[arg-type]
+    sound = checks.choice(op, "rounding", rounding, ROUNDINGS) == "sound"
+    given = (lower.contiguous(), upper.contiguous(), scale.contiguous(), shift.contiguous())
+    low, high = INTERVAL_AFFINE(*given, relu, sound)
+    return low, high
+
+
+def interval_batchnorm_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of clean activations, for the batch-norm of a box (arXiv 2103.17268).
+
+    Args:
+        x: ``[B, C, ...]``, not empty; float32, bfloat16, float16 or float64.
+
+    Returns:
+        (mean, var), each ``[C]``, float32 (float64 for float64 inputs), from float64 sums. Differentiable, once, in x:
+        certified training lets gradients flow through the statistics. Deterministic.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> w2s_fast.interval_batchnorm_stats(torch.tensor([[1.0], [3.0]]))
+        (tensor([2.]), tensor([1.]))
+    """
+    op = "interval_batchnorm_stats"
+    checks.is_float_tensor(op, "x", x)
+    if x.ndim < 2 or not x.numel():
+        checks.fail(op, "x", "of shape [B, C, ...] and not empty", tuple(x.shape))
+    mean, variance = INTERVAL_BATCHNORM_STATS(x.contiguous())
+    return mean, variance

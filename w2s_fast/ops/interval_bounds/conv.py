@@ -1,0 +1,161 @@
+"""interval_conv2d: a box through a convolution, batch-norm and ReLU, both products from one unfolded input."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.interval_bounds import conv as reference
+from .inputs import FORMS, ROUNDINGS, Form, Rounding, box, like, outward_center
+
+_OPTIONS = "int[] stride, int[] padding, int[] dilation, int groups, bool bounds_in, bool bounds_out, bool relu"
+
+
+def _size(shape: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, int]:
+    """Height and width of the output."""
+    height, width = (
+        (shape[2 + i] + 2 * padding[i] - dilation[i] * (weight[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    )
+    return height, width
+
+
+def _fake(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    shape = (a.shape[0], weight.shape[0], *_size(a.shape, weight.shape, *options[:3]))
+    return a.new_empty(shape), a.new_empty(shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, b, weight, _, *options, _ = inputs
+    ctx.options = options
+    ctx.save_for_backward(a, b, weight, *(output if options[-1] else ()))
+
+
+def _backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> dict[str, Any]:
+    a, b, weight, *out = ctx.saved_tensors
+    grad_a, grad_b = grad_a.contiguous(), grad_b.contiguous()
+    need_a, need_b, need_weight, need_bias = ctx.needs_input_grad[:4]
+    found = INTERVAL_CONV2D_BACKWARD.on(ctx.backend)(
+        grad_a, grad_b, a, b, weight, *(out or (grad_a, grad_b)), *ctx.options, need_a or need_b, need_weight, need_bias
+    )
+    wanted = (need_a, need_b, need_weight, need_bias)
+    return {n: g if w else None for n, g, w in zip(("a", "b", "weight", "bias"), found, wanted, strict=True)}
+
+
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    a, weight, (need_x, need_weight, need_bias) = args[2], args[4], args[14:]
+    shapes = (a.shape if need_x else (0,),) * 2 + (weight.shape if need_weight else (0,),)
+    return (*(a.new_empty(s) for s in shapes), a.new_empty((weight.shape[0],) if need_bias else (0,)))
+
+
+INTERVAL_CONV2D = define(
+    "interval_conv2d",
+    f"(Tensor a, Tensor b, Tensor weight, Tensor? bias, {_OPTIONS}, bool sound) -> (Tensor x, Tensor y)",
+    reference=reference.interval_conv2d,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton=Kernel(
+        "kernels.interval_bounds.conv:launch_interval_conv2d", "kernels.interval_bounds.conv:supports_interval_conv2d"
+    ),
+)
+
+INTERVAL_CONV2D_BACKWARD = define(
+    "interval_conv2d_backward",
+    "(Tensor grad_a, Tensor grad_b, Tensor a, Tensor b, Tensor weight, Tensor out_a, Tensor out_b, "
+    f"{_OPTIONS}, bool need_x, bool need_weight, bool need_bias) "
+    "-> (Tensor da, Tensor db, Tensor dweight, Tensor dbias)",
+    reference=reference.interval_conv2d_backward,
+    fake=_fake_backward,
+    triton=Kernel(
+        "kernels.interval_bounds.conv:launch_interval_conv2d_backward",
+        "kernels.interval_bounds.conv:supports_interval_conv2d_backward",
+    ),
+)
+
+
+def _pair(op: str, name: str, value: Any, low: int) -> list[int]:
+    """One int for both axes, or one each."""
+    both = [value, value] if isinstance(value, int) else value
+    if not isinstance(both, (list, tuple)) or len(both) != 2:
+        checks.fail(op, name, "an int or two", repr(value), error=TypeError)
+    return [checks.integer(op, name, v, low=low) for v in both]
+
+
+def _filter(op: str, a: Tensor, weight: Any, bias: Any, groups: int) -> None:
+    checks.is_float_tensor(op, "weight", weight)
+    if a.ndim != 4:
+        checks.fail(op, "a", "of shape [B, I, H, W]", tuple(a.shape))
+    if weight.ndim != 4 or weight.shape[0] % groups or weight.shape[1] * groups != a.shape[1] or 0 in weight.shape:
+        wanted = f"of shape [O, {a.shape[1]} / groups, kh, kw] with O a multiple of groups ({groups})"
+        checks.fail(op, "weight", wanted, tuple(weight.shape))
+    for name, vector in (("bias", bias),):
+        if vector is not None:
+            checks.is_float_tensor(op, name, vector)
+            if vector.shape != weight.shape[:1]:
+                checks.fail(op, name, f"of shape [{weight.shape[0]}]", tuple(vector.shape))
+
+
+def interval_conv2d(
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    act: Literal["relu"] | None = None,
+    form: Form = "lu",
+    out_form: Form | None = None,
+    rounding: Rounding = "fast",
+) -> tuple[Tensor, Tensor]:
+    """A box through a convolution: centre ``conv(m, W) + bias``, radius ``conv(r, |W|)``, then ReLU of both bounds.
+
+    Zero padding is an exact 0. |W| exists in registers only (on a CPU in a packed panel of W). A batch-norm with known
+    statistics is a scale of the weight and the bias: pass ``weight * s`` and ``bias * s + t``, as `nn.bound` does.
+
+    Args:
+        a, b: lower and upper bounds ``[B, I, H, W]``, or centre and radius with ``form="cr"``; float32, bfloat16,
+            float16 or float64, accumulated in float32 (float64).
+        weight: ``[O, I / groups, kh, kw]`` of the same dtype.
+        bias: ``[O]`` or None.
+        stride, padding, dilation: an int or one an axis; groups: an int. As in `torch.nn.functional.conv2d`.
+        act, form, out_form, rounding: see `interval_linear`.
+
+    Returns:
+        Two contiguous tensors ``[B, O, H', W']``. Differentiable, once, in a, b, weight and bias. Deterministic.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> l, u = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+        >>> w2s_fast.interval_conv2d(l, u, torch.tensor([[[[1.0, -1.0], [0.0, 2.0]]]]))
+        (tensor([[[[-1.]]]]), tensor([[[[3.]]]]))
+    """
+    op = "interval_conv2d"
+    box(op, a, b)
+    groups = checks.integer(op, "groups", groups, low=1)
+    _filter(op, a, weight, bias, groups)
+    like(op, a, "a", ("weight", weight), ("bias", bias))
+    options = [
+        _pair(op, name, value, low)
+        for name, value, low in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    ]
+    if min(_size(a.shape, weight.shape, *options)) < 1:
+        checks.fail(op, "a", "at least as large as the filter after padding", tuple(a.shape))
+    out_form = checks.choice(op, "out_form", form if out_form is None else out_form, FORMS)  # type: ignore[assignment]
+    bounds_in = checks.choice(op, "form", form, FORMS) == "lu"
+    sound = checks.choice(op, "rounding", rounding, ROUNDINGS) == "sound"
+    relu = checks.choice(op, "act", act, (None, "relu")) == "relu"  # type: ignore[arg-type]
+    direct = out_form == "cr" and not relu and not sound
+    bias = None if bias is None else bias.contiguous()
+    x, y = INTERVAL_CONV2D(
+        a.contiguous(), b.contiguous(), weight.contiguous(), bias, *options, groups, bounds_in, not direct, relu, sound
+    )
+    return outward_center(x, y, sound) if out_form == "cr" and not direct else (x, y)

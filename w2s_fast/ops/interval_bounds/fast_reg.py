@@ -1,0 +1,121 @@
+"""fast_reg: the two warm-up regularisers of fast certified training, one read of each layer's bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.interval_bounds import fast_reg as reference
+from .inputs import box
+
+
+class FastReg(NamedTuple):
+    """Loss of tightness and loss of the balance of ReLU states, scalars."""
+
+    tight: Tensor
+    relu: Tensor
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Any]:
+    lower, upper = ctx.saved_tensors
+    dl, du = INTERVAL_MOMENTS_BACKWARD.on(ctx.backend)(grad.contiguous(), lower, upper)
+    return {"lower": dl, "upper": du}
+
+
+INTERVAL_MOMENTS = define(
+    "interval_moments",
+    "(Tensor lower, Tensor upper) -> Tensor sums",
+    reference=reference.interval_moments,
+    fake=lambda lower, upper: lower.new_empty((9,), dtype=torch.float64),
+    setup_context=_setup_context,
+    backward=_backward,
+    triton=Kernel(
+        "kernels.interval_bounds.fast_reg:launch_interval_moments",
+        "kernels.interval_bounds.fast_reg:supports_interval_moments",
+    ),
+)
+
+INTERVAL_MOMENTS_BACKWARD = define(
+    "interval_moments_backward",
+    "(Tensor grad, Tensor lower, Tensor upper) -> (Tensor dlower, Tensor dupper)",
+    reference=reference.interval_moments_backward,
+    fake=lambda grad, lower, upper: (lower.new_empty(lower.shape), upper.new_empty(upper.shape)),
+    triton=Kernel(
+        "kernels.interval_bounds.fast_reg:launch_interval_moments_backward",
+        "kernels.interval_bounds.fast_reg:supports_interval_moments_backward",
+    ),
+)
+
+
+def _folded(x: Tensor) -> Tensor:
+    """``min(x, 1 / x)``: how balanced a ratio is."""
+    return torch.minimum(x, 1 / x.clamp_min(1e-12))
+
+
+def _layer(sums: Tensor, count: int, radius: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """(tightness, balance) of one layer, at most 1 and 2."""
+    width, c, _, na, ca, c2a, nd, cd, c2d = sums.unbind()
+    mean = c / count
+    tight = (tol - radius / (0.5 * width / count).clamp_min(1e-12)).clamp_min(0) / tol
+    # sums of (c - mean)^2 over active and dead units, from sums about 0: float64 leaves nothing to cancel
+    spread = [(s2 - 2 * mean * s + mean * mean * n).clamp_min(0) for s2, s, n in ((c2a, ca, na), (c2d, cd, nd))]
+    # nothing is divided by 0, so that a layer that does not count leaves no NaN in the gradient either
+    fine = (nd > 0) & (spread[1] > 0)
+    ratios = (ca / torch.where(fine, -cd, 1.0), spread[0] / torch.where(fine, spread[1], 1.0))
+    first, second = ((tol - _folded(x)).clamp_min(0) for x in ratios)
+    return tight, torch.where(fine, first + second, 0.0) / tol
+
+
+def fast_reg(bounds: Sequence[tuple[Tensor, Tensor]], input_box: tuple[Tensor, Tensor], tol: float = 0.5) -> FastReg:
+    """Warm-up regularisers of fast certified training (arXiv 2103.17268), over the bounds before each ReLU.
+
+    With ``D_i`` the mean radius of layer i's bounds, ``D_0`` that of the input box, ``c`` their centres, m layers:
+    ``tight = (1/m) sum_i [tol - D_0 / D_i]+ / tol``;
+    ``relu = (1/m) sum_i ([tol - fold(a_i)]+ + [tol - fold(v_i)]+) / tol``, where ``a_i`` is the sum of c over active
+    units (l > 0) against minus that over dead ones (u < 0), ``v_i`` the same of ``(c - mean c)^2``, and
+    ``fold(x) = min(x, 1/x)``.
+
+    Args:
+        bounds: (lower, upper) of each layer, any shapes; float32, bfloat16, float16 or float64.
+        input_box: (lower, upper) of the input.
+        tol: tolerance, a number in (0, 1].
+
+    Returns:
+        (tight, relu): float64 scalars, differentiable, once, in all bounds. A layer without dead units, or whose dead
+        units all lie at the mean, adds nothing to relu. Sums are float64: one read of the bounds forward, one read and
+        one write backward.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> box = torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
+        >>> round(w2s_fast.fast_reg([(torch.tensor([-4.0, 1.0]), torch.tensor([-1.0, 6.0]))], box).tight.item(), 2)
+        0.5
+    """
+    op = "fast_reg"
+    if not isinstance(bounds, (list, tuple)) or not bounds:
+        checks.fail(op, "bounds", "a nonempty list of (lower, upper)", type(bounds).__name__, error=TypeError)
+    tol = checks.number(op, "tol", tol, low=0.0, high=1.0, open_low=True)
+    pairs = [*((f"bounds[{i}]", pair) for i, pair in enumerate(bounds)), ("input_box", input_box)]
+    for name, pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            checks.fail(op, name, "a pair (lower, upper)", type(pair).__name__, error=TypeError)
+        box(op, pair[0], pair[1], (f"{name}[0]", f"{name}[1]"))
+        if pair[0].dtype != pair[1].dtype or not pair[0].numel():
+            checks.fail(op, name, "of one dtype and not empty", tuple(pair[0].shape))
+    sums = [INTERVAL_MOMENTS(pair[0].reshape(-1).contiguous(), pair[1].reshape(-1).contiguous()) for _, pair in pairs]
+    radius = 0.5 * sums[-1][0] / input_box[0].numel()
+    found = [_layer(s, pair[0].numel(), radius, tol) for s, pair in zip(sums, bounds, strict=False)]
+    tight, relu = (torch.stack(column).mean() for column in zip(*found, strict=True))
+    return FastReg(tight, relu)

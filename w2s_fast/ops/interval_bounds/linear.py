@@ -1,0 +1,148 @@
+"""interval_linear: a box through a linear layer and ReLU, both products from one read of the weight."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.interval_bounds import linear as reference
+from .inputs import FORMS, ROUNDINGS, Form, Rounding, box, layer, like, outward_center, rows
+
+#: Rows of a batch up to which a weight stored [K, N] is read in place; csrc/cpu/interval_bounds/linear.cpp
+FEW = 4
+
+
+def _fake(a: Tensor, b: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = (a.shape[0], weight.shape[0])
+    return a.new_empty(shape), a.new_empty(shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, b, weight, _, ctx.bounds_in, ctx.bounds_out, ctx.relu, _ = inputs
+    ctx.save_for_backward(a, b, weight, *(output if ctx.relu else ()))
+
+
+def _backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> dict[str, Any]:
+    a, b, weight, *out = ctx.saved_tensors
+    grad_a, grad_b = grad_a.contiguous(), grad_b.contiguous()
+    need_a, need_b, need_weight, need_bias = ctx.needs_input_grad[:4]
+    da, db, dw, dbias = INTERVAL_LINEAR_BACKWARD.on(ctx.backend)(
+        grad_a, grad_b, a, b, weight, *(out or (grad_a, grad_b)), ctx.bounds_in, ctx.bounds_out, ctx.relu,
+        need_a or need_b, need_weight, need_bias,
+    )  # fmt: skip
+    return {
+        "a": da if need_a else None,
+        "b": db if need_b else None,
+        "weight": dw if need_weight else None,
+        "bias": dbias if need_bias else None,
+    }
+
+
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    a, weight, (need_x, need_weight, need_bias) = args[2], args[4], args[10:]
+    shapes = (a.shape if need_x else (0,),) * 2 + (weight.shape if need_weight else (0,),)
+    return (*(a.new_empty(s) for s in shapes), a.new_empty((weight.shape[0],) if need_bias else (0,)))
+
+
+INTERVAL_LINEAR = define(
+    "interval_linear",
+    "(Tensor a, Tensor b, Tensor weight, Tensor? bias, bool bounds_in, bool bounds_out, bool relu, bool sound) "
+    "-> (Tensor x, Tensor y)",
+    reference=reference.interval_linear,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton=Kernel(
+        "kernels.interval_bounds.linear:launch_interval_linear",
+        "kernels.interval_bounds.linear:supports_interval_linear",
+    ),
+)
+
+INTERVAL_LINEAR_BACKWARD = define(
+    "interval_linear_backward",
+    "(Tensor grad_a, Tensor grad_b, Tensor a, Tensor b, Tensor weight, Tensor out_a, Tensor out_b, bool bounds_in, "
+    "bool bounds_out, bool relu, bool need_x, bool need_weight, bool need_bias) "
+    "-> (Tensor da, Tensor db, Tensor dweight, Tensor dbias)",
+    reference=reference.interval_linear_backward,
+    fake=_fake_backward,
+    triton=Kernel(
+        "kernels.interval_bounds.linear:launch_interval_linear_backward",
+        "kernels.interval_bounds.linear:supports_interval_linear_backward",
+    ),
+)
+
+
+def interval_linear(
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    act: Literal["relu"] | None = None,
+    form: Form = "lu",
+    out_form: Form | None = None,
+    rounding: Rounding = "fast",
+) -> tuple[Tensor, Tensor]:
+    """A box through a linear layer: centre ``m W^T + bias``, radius ``r |W|^T``, then ReLU of both bounds if asked.
+
+    Interval bound propagation (arXiv 1810.12715) in one read of the weight; |W| exists in registers only. With
+    m = l + (u - l) / 2 and r = (u - l) / 2 a box of width 0 gives the forward pass itself, twice.
+
+    Args:
+        a, b: lower and upper bounds ``[..., K]``, or centre and radius with ``form="cr"``; float32, bfloat16, float16
+            or float64, accumulated in float32 (float64).
+        weight: ``[N, K]`` of the same dtype. A weight stored ``[K, N]`` and passed as ``weight.t()`` lets a batch of at
+            most 4 rows skip units that are 0 in every row (dead after ReLU) on a CPU.
+        bias: ``[N]`` or None.
+        act: ``"relu"`` or None.
+        form: what a and b are: ``"lu"`` or ``"cr"``.
+        out_form: what is returned; default the same.
+        rounding: ``"fast"`` is round to nearest, for training. ``"sound"`` returns a box that contains the exact image
+            of the given one in real arithmetic, whatever rounding did: the radius absorbs gamma |m| |W|^T, the result
+            is rounded outward. Overflow and NaN give (-inf, inf). Its gradient is that of ``"fast"``. Denormal numbers
+            must not be flushed to 0 (`torch.set_flush_denormal`).
+
+    Returns:
+        Two tensors ``[..., N]`` of the dtype of a. Differentiable, once, in a, b, weight and bias. Deterministic.
+        Lower above upper, or a negative radius, is not checked. No matrix unit below float32 precision is used for
+        float32 inputs.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> w = torch.tensor([[1.0, -2.0]])
+        >>> w2s_fast.interval_linear(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 1.0]]), w)
+        (tensor([[-2.]]), tensor([[1.]]))
+    """
+    op = "interval_linear"
+    box(op, a, b)
+    if a.ndim < 1:
+        checks.fail(op, "a", "at least one-dimensional", tuple(a.shape))
+    layer(op, weight, bias, a.shape[-1])
+    like(op, a, "a", ("weight", weight), ("bias", bias))
+    out_form = checks.choice(op, "out_form", form if out_form is None else out_form, FORMS)  # type: ignore[assignment]
+    bounds_in = checks.choice(op, "form", form, FORMS) == "lu"
+    sound = checks.choice(op, "rounding", rounding, ROUNDINGS) == "sound"
+    relu = checks.choice(op, "act", act, (None, "relu")) == "relu"  # type: ignore[arg-type]
+    # ReLU and outward rounding act on bounds; (centre, radius) of those is a conversion of its own
+    direct = out_form == "cr" and not relu and not sound
+    shape = (*a.shape[:-1], weight.shape[0])
+    a_rows, b_rows = rows(a), rows(b)
+    x, y = INTERVAL_LINEAR(a_rows, b_rows, _weight(weight, a_rows.shape[0]), bias, bounds_in, not direct, relu, sound)
+    if out_form == "cr" and not direct:
+        x, y = outward_center(x, y, sound)
+    return (x, y) if a.ndim == 2 else (x.reshape(shape), y.reshape(shape))
+
+
+def _weight(weight: Tensor, batch: int) -> Tensor:
+    """Rows of unit stride; a transposed view stays as it is for the few rows that can skip its dead columns."""
+    n, k = weight.shape
+    if (weight.stride(1) == 1 or k <= 1) and (n <= 1 or weight.stride(0) >= k):
+        return weight
+    skips = batch <= FEW and weight.device.type == "cpu" and weight.stride(0) == 1 and weight.stride(1) >= n
+    return weight if skips else weight.contiguous()

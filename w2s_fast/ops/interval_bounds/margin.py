@@ -1,0 +1,213 @@
+"""margin_logits and margin_cross_entropy: worst-case margins of the last layer and their loss, without [B, C, d]."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.interval_bounds import margin as reference
+from .inputs import FORMS, ROUNDINGS, Form, Rounding, box, layer, like, rows
+
+_BOX = "Tensor a, Tensor b, Tensor weight, Tensor? bias, Tensor y, bool bounds, bool sound"
+
+
+class MarginLoss(NamedTuple):
+    """Loss, and which samples are verified: every worst-case margin is below 0."""
+
+    loss: Tensor
+    verified: Tensor
+
+
+def _kind(a: Tensor) -> torch.dtype:
+    return torch.float64 if a.dtype == torch.float64 else torch.float32
+
+
+def _gradients(ctx: Any, grad: Tensor) -> dict[str, Any]:
+    a, b, weight, y = ctx.saved_tensors[:4]
+    need_a, need_b, need_weight, need_bias = ctx.needs_input_grad[:4]
+    found = MARGIN_LOGITS_BACKWARD.on(ctx.backend)(
+        grad.to(_kind(a)).contiguous(), a, b, weight, y, ctx.bounds, need_a or need_b, need_weight, need_bias
+    )
+    wanted = (need_a, need_b, need_weight, need_bias)
+    names = ("a", "b", "weight", "bias")
+    return {name: g if w else None for name, g, w in zip(names, found, wanted, strict=True)}
+
+
+def _setup_logits(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
+    a, b, weight, _, y, ctx.bounds, _ = inputs
+    ctx.save_for_backward(a, b, weight, y)
+
+
+def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    a, b, weight, _, y, ctx.bounds, _ = inputs
+    loss, worst, z = output
+    ctx.mark_non_differentiable(worst, z)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(a, b, weight, y, loss, z)
+
+
+def _backward_loss(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
+    if grad is None:
+        return {}
+    loss, z = ctx.saved_tensors[4:]
+    return _gradients(ctx, (z - loss.unsqueeze(1)).exp() * grad.unsqueeze(1))
+
+
+def _fake_backward(grad: Tensor, a: Tensor, b: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    need_x, need_weight, need_bias = rest[2:]
+    shapes = (a.shape if need_x else (0,),) * 2 + (weight.shape if need_weight else (0,),)
+    return (*(a.new_empty(s) for s in shapes), a.new_empty((weight.shape[0],) if need_bias else (0,)))
+
+
+def _kernel(name: str) -> Kernel:
+    return Kernel(
+        f"kernels.interval_bounds.margin:launch_margin_{name}", f"kernels.interval_bounds.margin:supports_margin_{name}"
+    )
+
+
+MARGIN_LOGITS = define(
+    "margin_logits",
+    f"({_BOX}) -> Tensor z",
+    reference=reference.margin_logits,
+    fake=lambda a, b, weight, *_: a.new_empty((a.shape[0], weight.shape[0]), dtype=_kind(a)),
+    setup_context=_setup_logits,
+    backward=_gradients,
+    triton=_kernel("logits"),
+)
+
+MARGIN_CROSS_ENTROPY = define(
+    "margin_cross_entropy",
+    f"({_BOX}) -> (Tensor loss, Tensor worst, Tensor z)",
+    reference=reference.margin_cross_entropy,
+    fake=lambda a, b, weight, *_: (
+        a.new_empty((a.shape[0],), dtype=_kind(a)),
+        a.new_empty((a.shape[0],), dtype=_kind(a)),
+        a.new_empty((a.shape[0], weight.shape[0]), dtype=_kind(a)),
+    ),
+    setup_context=_setup_loss,
+    backward=_backward_loss,
+    triton=_kernel("cross_entropy"),
+)
+
+MARGIN_LOGITS_BACKWARD = define(
+    "margin_logits_backward",
+    "(Tensor grad, Tensor a, Tensor b, Tensor weight, Tensor y, bool bounds, bool need_x, bool need_weight, "
+    "bool need_bias) -> (Tensor da, Tensor db, Tensor dweight, Tensor dbias)",
+    reference=reference.margin_logits_backward,
+    fake=_fake_backward,
+    triton=_kernel("logits_backward"),
+)
+
+
+def _checked(
+    op: str, a: Any, b: Any, weight: Any, bias: Any, y: Any, form: Any, rounding: Any
+) -> tuple[tuple[Any, ...], torch.Size]:
+    """Arguments of the ops, and the leading shape."""
+    box(op, a, b)
+    if a.ndim < 1:
+        checks.fail(op, "a", "at least one-dimensional", tuple(a.shape))
+    layer(op, weight, bias, a.shape[-1])
+    if weight.shape[0] < 1:
+        checks.fail(op, "weight", "at least one row long", tuple(weight.shape))
+    like(op, a, "a", ("weight", weight), ("bias", bias))
+    checks.is_tensor(op, "y", y)
+    if y.dtype not in (torch.int64, torch.int32):
+        checks.fail(op, "y", "int64 or int32", y.dtype, error=TypeError)
+    if y.shape != a.shape[:-1]:
+        checks.fail(op, "y", f"of shape {tuple(a.shape[:-1])}", tuple(y.shape))
+    checks.same_device(op, [("a", a), ("y", y)])
+    checks.index_range(op, "y", y, weight.shape[0])
+    bounds = checks.choice(op, "form", form, FORMS) == "lu"
+    sound = checks.choice(op, "rounding", rounding, ROUNDINGS) == "sound"
+    label = y.reshape(-1).to(torch.int64).contiguous()
+    return (rows(a), rows(b), rows(weight), bias, label, bounds, sound), a.shape[:-1]
+
+
+def margin_logits(
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    form: Form = "lu",
+    rounding: Rounding = "fast",
+) -> Tensor:
+    """Worst-case margins of a last layer over a box: the specification layer without its ``[B, C, d]`` matrix.
+
+    ``z_k = max over the box of f_k - f_y = (W_k - W_y) m + |W_k - W_y| r + bias_k - bias_y``, 0 at k = y. Cross-entropy
+    of z with label y is the robust loss of interval bound propagation (arXiv 1810.12715); z < 0 for all k != y verifies
+    the sample.
+
+    Args:
+        a, b: lower and upper bounds ``[..., d]`` at the layer's input, or centre and radius with ``form="cr"``;
+            float32, bfloat16, float16 or float64.
+        weight, bias: ``[C, d]`` and ``[C]`` (or None) of the same dtype.
+        y: labels of the leading shape, int64 or int32.
+        form: what a and b are: ``"lu"`` or ``"cr"``.
+        rounding: ``"fast"``, or ``"sound"``: z is at least the exact maximum, whatever rounding did (see
+            `interval_linear`); overflow and NaN give infinity.
+
+    Returns:
+        ``[..., C]``, float32 (float64 for float64 inputs). Differentiable, once, in a, b, weight and bias; where
+        two classes share a weight the gradient is that of the centre, as PyTorch's |.| has it. Deterministic.
+
+    Raises:
+        ValueError, TypeError: naming the argument; on a CPU also for a label out of range.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> l, u = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 1.0]])
+        >>> w2s_fast.margin_logits(l, u, torch.eye(2), None, torch.tensor([1]))
+        tensor([[0., 0.]])
+    """
+    args, shape = _checked("margin_logits", a, b, weight, bias, y, form, rounding)
+    z: Tensor = MARGIN_LOGITS(*args)
+    return z if a.ndim == 2 else z.reshape(*shape, weight.shape[0])
+
+
+def margin_cross_entropy(
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    form: Form = "lu",
+    rounding: Rounding = "fast",
+) -> MarginLoss:
+    """Robust cross-entropy of a last layer over a box, and which samples are verified, in one pass.
+
+    ``loss_i = log sum_k exp z_ik`` of the worst-case margins z of `margin_logits` (arXiv 1810.12715); verified means
+    ``z_ik < 0`` for every k other than the label.
+
+    Args:
+        a, b, weight, bias, y, form, rounding: see `margin_logits`. A claim of robustness needs ``rounding="sound"``.
+        reduction: ``"mean"`` over the samples (NaN if there are none), ``"sum"`` or ``"none"``.
+
+    Returns:
+        (loss, verified): float32 (float64 for float64 inputs), and bool of the leading shape. The loss is
+        differentiable, once, in a, b, weight and bias.
+
+    Raises:
+        ValueError, TypeError: naming the argument; on a CPU also for a label out of range.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> l, u = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 1.0]])
+        >>> w2s_fast.margin_cross_entropy(l, u, torch.eye(2), None, torch.tensor([1])).verified
+        tensor([True])
+    """
+    op = "margin_cross_entropy"
+    checks.choice(op, "reduction", reduction, ("mean", "sum", "none"))
+    args, shape = _checked(op, a, b, weight, bias, y, form, rounding)
+    loss, worst, _ = MARGIN_CROSS_ENTROPY(*args)
+    verified = (worst < 0).reshape(shape)
+    if reduction == "none":
+        return MarginLoss(loss.reshape(shape), verified)
+    return MarginLoss(loss.mean() if reduction == "mean" else loss.sum(), verified)

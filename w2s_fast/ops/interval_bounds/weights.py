@@ -1,0 +1,122 @@
+"""interval_linear_iw: a linear layer of interval inputs and interval weights, lower, middle and upper in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.interval_bounds import weights as reference
+from .inputs import like, rows
+
+_NAMES = ("xl", "xm", "xu", "wl", "wm", "wu")
+_TENSORS = ", ".join(f"Tensor {name}" for name in _NAMES)
+Triple = Sequence[Tensor]
+
+
+def _kernel(name: str) -> Kernel:
+    return Kernel(f"kernels.interval_bounds.weights:launch_{name}", f"kernels.interval_bounds.weights:supports_{name}")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
+    *tensors, ctx.mode = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> dict[str, Any]:
+    given = (g.contiguous() for g in grads)
+    found = INTERVAL_LINEAR_IW_BACKWARD.on(ctx.backend)(*given, *ctx.saved_tensors, ctx.mode)
+    return dict(zip(_NAMES, found, strict=True))
+
+
+INTERVAL_LINEAR_IW = define(
+    "interval_linear_iw",
+    f"({_TENSORS}, int mode) -> (Tensor yl, Tensor ym, Tensor yu)",
+    reference=reference.interval_linear_iw,
+    fake=lambda *args: tuple(args[0].new_empty((args[0].shape[0], args[3].shape[0])) for _ in range(3)),
+    setup_context=_setup_context,
+    backward=_backward,
+    triton=_kernel("forward"),
+)
+
+INTERVAL_LINEAR_IW_BACKWARD = define(
+    "interval_linear_iw_backward",
+    f"(Tensor gl, Tensor gm, Tensor gu, {_TENSORS}, int mode) -> (Tensor dxl, Tensor dxm, Tensor dxu, Tensor dwl, "
+    "Tensor dwm, Tensor dwu)",
+    reference=reference.interval_linear_iw_backward,
+    fake=lambda *args: tuple(t.new_empty(t.shape) for t in args[3:9]),
+    triton=_kernel("backward"),
+)
+
+
+def _triple(op: str, name: str, value: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        checks.fail(op, name, "three tensors (lower, middle, upper)", type(value).__name__, error=TypeError)
+    for i, tensor in enumerate(value):
+        checks.is_float_tensor(op, f"{name}[{i}]", tensor)
+        if tensor.shape != value[0].shape:
+            checks.fail(op, f"{name}[{i}]", f"of the shape of {name}[0] {tuple(value[0].shape)}", tuple(tensor.shape))
+    return tuple(value)
+
+
+def interval_linear_iw(
+    x: Triple,
+    weight: Triple,
+    bias: Triple | None = None,
+    *,
+    mode: Literal["nonneg", "general", "midrad"] = "nonneg",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A linear layer whose input and weight are intervals: the layer of HyperInterval and InterContiNet networks.
+
+    Each argument is (lower, middle, upper); the middle goes its own way, ``x_m W_m^T + b_m``. Enclosures, for
+    ``l <= u`` throughout (round to nearest):
+    ``"nonneg"``: the exact hull for ``x_l >= 0`` (after ReLU), ``sum W_l (x_l where W_l >= 0 else x_u)`` below and
+    ``sum W_u (x_u where W_u >= 0 else x_l)`` above. ``"general"``: the exact hull for any sign, the smallest and
+    largest of the four products of ends. ``"midrad"``: with centres c and radii r,
+    ``c_x c_W^T -+ (|c_x| r_W^T + r_x (|c_W| + r_W)^T)``, which contains the hull.
+
+    Args:
+        x: three tensors ``[..., K]``: float32, bfloat16, float16 or float64.
+        weight: three tensors ``[N, K]`` of the same dtype.
+        bias: None or three tensors ``[N]``.
+        mode: ``"nonneg"`` (x >= 0 is not checked), ``"general"`` or ``"midrad"``.
+
+    Returns:
+        (lower, middle, upper), each ``[..., N]``. Differentiable, once, in all nine tensors. Deterministic. Nothing of
+        size ``[B, N, K]`` is formed on a CPU.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> x = [torch.tensor([[v]]) for v in (1.0, 1.5, 2.0)]
+        >>> w = [torch.tensor([[v]]) for v in (-1.0, 0.5, 3.0)]
+        >>> w2s_fast.interval_linear_iw(x, w)
+        (tensor([[-2.]]), tensor([[0.7500]]), tensor([[6.]]))
+    """
+    op = "interval_linear_iw"
+    x, weight = _triple(op, "x", x), _triple(op, "weight", weight)
+    if x[0].ndim < 1:
+        checks.fail(op, "x[0]", "at least one-dimensional", tuple(x[0].shape))
+    k = x[0].shape[-1]
+    if weight[0].ndim != 2 or weight[0].shape[1] != k or k < 1:
+        checks.fail(op, "weight[0]", f"of shape [N, {k}] with at least one column", tuple(weight[0].shape))
+    named = [(f"x[{i}]", t) for i, t in enumerate(x)] + [(f"weight[{i}]", t) for i, t in enumerate(weight)]
+    if bias is not None:
+        bias = _triple(op, "bias", bias)
+        if bias[0].shape != weight[0].shape[:1]:
+            checks.fail(op, "bias[0]", f"of shape [{weight[0].shape[0]}]", tuple(bias[0].shape))
+        named += [(f"bias[{i}]", t) for i, t in enumerate(bias)]
+    like(op, x[0], "x[0]", *named[1:])
+    kind = reference.MODES.index(checks.choice(op, "mode", mode, reference.MODES))
+    found = INTERVAL_LINEAR_IW(*(rows(t) for t in x), *(rows(t) for t in weight), kind)
+    if bias is not None:
+        found = tuple(y + b for y, b in zip(found, bias, strict=True))
+    shape = (*x[0].shape[:-1], weight[0].shape[0])
+    lower, middle, upper = (torch.reshape(y, shape) if x[0].ndim != 2 else y for y in found)
+    return lower, middle, upper

@@ -1,0 +1,85 @@
+"""interval_linear_iw in plain PyTorch: a linear layer whose weight is an interval too."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .boxes import without_tf32
+
+MODES = ("nonneg", "general", "midrad")
+
+
+def interval_linear_iw(
+    xl: Tensor, xm: Tensor, xu: Tensor, wl: Tensor, wm: Tensor, wu: Tensor, mode: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower, middle and upper products, without bias. Middle: ``x_m W_m^T``.
+
+    nonneg (x_l >= 0): ``sum W_l (x_l where W_l >= 0, else x_u)`` and ``sum W_u (x_u where W_u >= 0, else x_l)``.
+    general: sums of the smallest and of the largest of the four products of ends. midrad: with centres c and radii r,
+    ``c_x c_W^T -+ (|c_x| r_W^T + r_x (|c_W| + r_W)^T)``.
+    """
+    with without_tf32(xl):
+        middle = F.linear(xm, wm)
+        if mode == 0:
+            lower = F.linear(xl, wl.clamp_min(0)) + F.linear(xu, wl.clamp_max(0))
+            return lower, middle, F.linear(xu, wu.clamp_min(0)) + F.linear(xl, wu.clamp_max(0))
+        if mode == 2:
+            cx, rx, cw, rw = (xl + xu) * 0.5, (xu - xl) * 0.5, (wl + wu) * 0.5, (wu - wl) * 0.5
+            center, radius = F.linear(cx, cw), F.linear(cx.abs(), rw) + F.linear(rx, cw.abs() + rw)
+            return center - radius, middle, center + radius
+    ends = [[], []]  # type: ignore[var-annotated]
+    for low, high in zip(xl, xu, strict=True):
+        products = torch.stack((wl * low, wl * high, wu * low, wu * high))
+        ends[0].append(products.amin(0).sum(1))
+        ends[1].append(products.amax(0).sum(1))
+    lower, upper = (torch.stack(rows) if rows else middle.new_empty(middle.shape) for rows in ends)
+    return lower, middle, upper
+
+
+def _extreme(xl: Tensor, xu: Tensor, wl: Tensor, wu: Tensor, smallest: bool) -> tuple[Tensor, Tensor]:
+    """Whether the extreme product takes x_u, and whether it takes W_u; the first of equal ones counts."""
+    products = torch.stack((wl * xl, wl * xu, wu * xl, wu * xu))
+    which = products.argmin(0) if smallest else products.argmax(0)
+    return which % 2 == 1, which >= 2
+
+
+def interval_linear_iw_backward(
+    gl: Tensor,
+    gm: Tensor,
+    gu: Tensor,
+    xl: Tensor,
+    xm: Tensor,
+    xu: Tensor,
+    wl: Tensor,
+    wm: Tensor,
+    wu: Tensor,
+    mode: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x_l, x_m, x_u, W_l, W_m, W_u."""
+    with without_tf32(xl):
+        dxm, dwm = gm @ wm, gm.t() @ xm
+        if mode == 0:
+            lp, ln, up, un = wl.clamp_min(0), wl.clamp_max(0), wu.clamp_min(0), wu.clamp_max(0)
+            dxl, dxu = gl @ lp + gu @ un, gl @ ln + gu @ up
+            dwl = torch.where(wl >= 0, gl.t() @ xl, gl.t() @ xu)
+            return dxl, dxm, dxu, dwl, dwm, torch.where(wu >= 0, gu.t() @ xu, gu.t() @ xl)
+        if mode == 2:
+            cx, rx, cw, rw = (xl + xu) * 0.5, (xu - xl) * 0.5, (wl + wu) * 0.5, (wu - wl) * 0.5
+            gc, gr = gl + gu, gu - gl
+            dcx, drx = gc @ cw + cx.sign() * (gr @ rw), gr @ (cw.abs() + rw)
+            dcw = gc.t() @ cx + cw.sign() * (gr.t() @ rx)
+            drw = gr.t() @ (cx.abs() + rx)
+            return (dcx - drx) / 2, dxm, (dcx + drx) / 2, (dcw - drw) / 2, dwm, (dcw + drw) / 2
+    dxl, dxu, dwl, dwu = (torch.zeros_like(t) for t in (xl, xu, wl, wu))
+    for i in range(len(xl)):
+        for g, smallest in ((gl, True), (gu, False)):
+            x_up, w_up = _extreme(xl[i], xu[i], wl, wu, smallest)
+            part = g[i][:, None]
+            to_x, to_w = part * torch.where(w_up, wu, wl), part * torch.where(x_up, xu[i], xl[i])
+            dxl[i] += torch.where(x_up, 0, to_x).sum(0)
+            dxu[i] += torch.where(x_up, to_x, 0).sum(0)
+            dwl += torch.where(w_up, 0, to_w)
+            dwu += torch.where(w_up, to_w, 0)
+    return dxl, dxm, dxu, dwl, dwm, dwu
