@@ -370,3 +370,87 @@ def test_auto_takes_the_cheaper_mode():
     assert materializes("auto", "cuda", 2048, 4096, 4096, 1024, 838860)
     assert not materializes("auto", "cuda", 64, 4096, 4096, 1024, 838860)
     assert materializes("materialize", "cpu", 1, 8, 8, 1, 1) and not materializes("factored", "cpu", 9**9, 1, 1, 9, 1)
+
+
+# ------------------------------------------------------------------------------------------ what a fresh reader found
+
+
+def test_no_rows_at_all():
+    support = w2s_fast.random_support(64, 48, 0.05)
+    values = torch.randn(support.nnz)
+    assert w2s_fast.spmm(torch.randn(0, 48), values, support).shape == (0, 64)
+    assert w2s_fast.spmm(torch.randn(2, 0, 64), values, support, transpose=True).shape == (2, 0, 48)
+    assert w2s_fast.sddmm(torch.randn(0, 64), torch.randn(0, 48), support).abs().sum() == 0
+    A, B, none = torch.randn(3, 0), torch.randn(64, 3), torch.empty(0)
+    empty = w2s_fast.SparseSupport.from_flat(torch.empty(0, dtype=torch.int64), (64, 0))
+    assert w2s_fast.sparse_lowrank_linear(torch.randn(2, 5, 0), A, B, none, empty).shape == (2, 5, 64)
+
+
+@pytest.mark.parametrize("layout", ["csr16", "balanced"])
+@pytest.mark.parametrize("n", [1, 4, 8, 9, 40])
+@pytest.mark.parametrize("wide", range(4))
+def test_one_float64_among_narrower_operands(layout, n, wide):
+    for narrow in (torch.float32, torch.bfloat16):
+        *tensors, support = layer(n, 64, 150, 9, 0.05, layout, torch.float64)
+        tensors = [t if i == wide else t.to(narrow) for i, t in enumerate(tensors)]
+        x, A, B, values = (t.double() for t in tensors)
+        exact = x @ (B @ A + support.to_dense(values)).t()
+        y = w2s_fast.sparse_lowrank_linear(*tensors, support)
+        assert y.dtype == tensors[0].dtype
+        eps = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-7}[y.dtype]
+        assert float((y.double() - exact).abs().max()) <= eps * float(exact.abs().max())
+
+
+def test_a_state_of_another_size_is_refused_whole():
+    support, other = w2s_fast.random_support(32, 48, 0.1), w2s_fast.random_support(32, 48, 0.2)
+    before = [t.clone() for t in (support.cols, support.row_ptr)]
+    for state in (other.state_dict(), {"cols": support.cols}, {"row_ptr": other.row_ptr}):
+        with pytest.raises(RuntimeError, match="cols and row_ptr must come together"):
+            support.load_state_dict(state, strict=False)
+        assert torch.equal(support.cols, before[0]) and torch.equal(support.row_ptr, before[1])
+    assert support.load_state_dict({}, strict=False).missing_keys == ["cols", "row_ptr"]
+
+
+def test_strided_index_tensors_are_copied():
+    x = torch.randn(5, 256)
+    for layout in ("csr16", "balanced"):
+        s = w2s_fast.random_support(64, 256, 0.05, layout)
+        values = torch.randn(s.nnz)
+        cols = torch.stack((s.cols, torch.full_like(s.cols, 7)), 1)[:, 0]
+        ptr = torch.stack((s.row_ptr, s.row_ptr), 1)[:, 0] if s.row_ptr.numel() else None
+        strided = w2s_fast.SparseSupport((64, 256), layout, cols, ptr, block=s.block, per_block=s.per_block)
+        assert torch.equal(w2s_fast.spmm(x, values, strided), w2s_fast.spmm(x, values, s))
+
+
+def test_a_support_made_on_meta_is_filled_later():
+    s = w2s_fast.random_support(64, 256, 0.05)
+    empty = w2s_fast.random_support(64, 256, 0.05).to("meta").to_empty(device="cpu")
+    empty.load_state_dict(s.state_dict())
+    x, values = torch.randn(30, 256), torch.randn(s.nnz)
+    assert torch.equal(w2s_fast.spmm(x, values, empty), w2s_fast.spmm(x, values, s))
+    x, A, B, v, meta = layer(2, 20, 30, 3, 0.1)
+    on_meta = w2s_fast.sparse_lowrank_linear(*(t.to("meta") for t in (x, A, B, v)), meta.to("meta"))
+    assert on_meta.shape == (2, 20) and on_meta.is_meta
+
+
+@pytest.mark.parametrize("change", [{"A": None}, {"B": [1.0]}, {"values": 3.0}, {"bias": 1.0}, {"bias": [1.0]}])
+def test_what_is_no_tensor_is_named(change):
+    names = ("x", "A", "B", "values", "support")
+    given = {**dict(zip(names, layer(3, 8, 10, 2, 0.2), strict=True)), **change}
+    with pytest.raises(TypeError, match=f"sparse_lowrank_linear: {next(iter(change))} must be a tensor"):
+        w2s_fast.sparse_lowrank_linear(**given)
+
+
+def test_gradients_keep_the_digits_of_the_wider_operand():
+    s = w2s_fast.random_support(40, 60, 0.1)
+    x, values = torch.randn(64, 60).bfloat16(), torch.randn(s.nnz, requires_grad=True)
+    grad = torch.randn(64, 40).bfloat16()
+    (dv,) = torch.autograd.grad(w2s_fast.spmm(x, values, s), values, grad)
+    exact = (grad.double().t() @ x.double())[s.positions()]
+    torch.testing.assert_close(dv.double(), exact, rtol=1e-5, atol=1e-5)
+    g = torch.randn(64, 40, requires_grad=True)
+    up = torch.randn(s.nnz)
+    (dg,) = torch.autograd.grad(w2s_fast.sddmm(g, x, s), g, up)
+    torch.testing.assert_close(dg.double(), x.double() @ s.to_dense(up.double()).t(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="to must be a support of the same positions"):
+        s.convert_values(torch.randn(s.nnz), w2s_fast.random_support(40, 60, 0.1))

@@ -2,6 +2,18 @@
 // back: vectors of W along one axis, widened to A, squares of W x W turned in registers.
 
 template <class A>
+W2S_INLINE A scalar_as(const void* data, Dtype dtype, int64_t i) {
+  if (dtype == Dtype::f32) return A(static_cast<const float*>(data)[i]);
+  if (dtype == Dtype::f64) return A(static_cast<const double*>(data)[i]);
+  const uint16_t x = static_cast<const uint16_t*>(data)[i];
+  return A(dtype == Dtype::bf16 ? bf16_to_float(x) : half_to_float(x));
+}
+
+// Whether load_as has this dtype (float64 into float32 goes element by element, and so does all else into float64).
+template <class A>
+W2S_INLINE bool loads(Dtype dtype) { return sizeof(A) == 4 ? dtype != Dtype::f64 : dtype == Dtype::f64; }
+
+template <class A>
 W2S_INLINE Vec<A> load_as(const void* data, Dtype dtype, int64_t i) {
   if constexpr (sizeof(A) == 4) {
     if (dtype == Dtype::bf16) return Vec<A>::load_bf16(static_cast<const uint16_t*>(data) + i);
@@ -12,12 +24,13 @@ W2S_INLINE Vec<A> load_as(const void* data, Dtype dtype, int64_t i) {
   }
 }
 
+// load_as for any dtype, element by element where there is no vector load for it.
 template <class A>
-W2S_INLINE A scalar_as(const void* data, Dtype dtype, int64_t i) {
-  if (dtype == Dtype::f32) return A(static_cast<const float*>(data)[i]);
-  if (dtype == Dtype::f64) return A(static_cast<const double*>(data)[i]);
-  const uint16_t x = static_cast<const uint16_t*>(data)[i];
-  return A(dtype == Dtype::bf16 ? bf16_to_float(x) : half_to_float(x));
+W2S_INLINE Vec<A> load_any(const void* data, Dtype dtype, int64_t i) {
+  if (loads<A>(dtype)) return load_as<A>(data, dtype, i);
+  A lane[Vec<A>::W];
+  for (int j = 0; j < Vec<A>::W; ++j) lane[j] = scalar_as<A>(data, dtype, i + j);
+  return Vec<A>::load(lane);
 }
 
 // The first n < W numbers from i; the other lanes are 0.
@@ -28,10 +41,6 @@ W2S_INLINE Vec<A> first_as(const void* data, Dtype dtype, int64_t i, int n) {
   for (int j = 0; j < n; ++j) lane[j] = scalar_as<A>(data, dtype, i + j);
   return Vec<A>::load(lane);
 }
-
-// Whether load_as has this dtype (float64 into float32 goes element by element, and so does all else into float64).
-template <class A>
-W2S_INLINE bool loads(Dtype dtype) { return sizeof(A) == 4 ? dtype != Dtype::f64 : dtype == Dtype::f64; }
 
 // Many rows are walked side by side, which hardware does not prefetch: lines are asked for AHEAD vectors before.
 constexpr int AHEAD = 4;

@@ -13,7 +13,7 @@ W2S_INLINE void dot_rows(const Operand& m, int64_t row, const A* x, A alpha, A* 
   for (; k + V::W <= depth; k += V::W) {
     V weight[ROWS];
     for (int r = 0; r < ROWS; ++r) {
-      weight[r] = load_as<A>(m.data, m.dtype, (row + r) * m.down + k);
+      weight[r] = load_any<A>(m.data, m.dtype, (row + r) * m.down + k);
       ahead(m.data, m.dtype, (row + r + ROWS) * m.down + k);  // short rows end before the hardware sees a stream
     }
     for (int t = 0; t < T; ++t) {
@@ -47,7 +47,7 @@ inline void csr_rows(const Pattern& s, const I* column, const void* values, Dtyp
     V sum[T];
     for (int t = 0; t < T; ++t) sum[t] = V::set(0);
     for (; k + V::W <= stop; k += V::W) {
-      const V v = load_as<A>(values, dtype, k);
+      const V v = load_any<A>(values, dtype, k);
       for (int t = 0; t < T; ++t) sum[t] = V::fma(v, V::gather(x + t * s.columns, column + k), sum[t]);
     }
     if (k < stop) {  // a row has a few dozen values: the rest counts
@@ -73,7 +73,7 @@ inline void balanced_rows(const Pattern& s, const void* values, Dtype dtype, int
       const A* from = x + b * s.block;
       int64_t i = 0;
       for (; i + V::W <= count; i += V::W)
-        V::fma(load_as<A>(values, dtype, first + i), V::gather(from, s.bytes + first + i), V::load(part + i)).store(part + i);
+        V::fma(load_any<A>(values, dtype, first + i), V::gather(from, s.bytes + first + i), V::load(part + i)).store(part + i);
       for (; i < count; ++i) part[i] += scalar_as<A>(values, dtype, first + i) * from[s.bytes[first + i]];
     }
     for (int64_t row = begin; row < end; ++row)

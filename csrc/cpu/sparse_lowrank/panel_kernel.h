@@ -1,7 +1,7 @@
 // Included once a target by for_each_target.h. The sparse products on panels of tokens.
 //
 // A panel holds NV vectors of tokens, so each stored value is one broadcast and NV multiply-adds: xT[column][token],
-// yT[row][token]. One (tile, block) at a time: the block's columns of xT stay in L1 (128 x 64 x 4 bytes), the rows of yT
+// yT[row][token]. One (tile, block) at a time: the block's columns of xT stay in L1 (or nearly: 256 x 64 x 4 bytes), the rows of yT
 // in L2. Rows come in runs of equal length Q, unrolled; longer rows take the general loop.
 #include "cpu/pack_kernel.h"
 

@@ -79,6 +79,7 @@ void store_values(const Pattern& s, const A* walked, const Tensor& out) {
 template <class A>
 void multiply(const Pattern& s, const Operand& x, const A* values, const A* bias, A* y, int64_t ld, bool add) {
   s.needs_plan();
+  if (x.rows == 0) return;
   const int64_t N = x.rows, w = W2S_DISPATCH(vector_width<A>)();
   const int64_t step = vectors_for<A>(s, N, 4) * w, panels = pieces(N, step);
   const int64_t shares = panels >= 2 * threads() ? 1 : std::min(s.tiles, pieces(2 * threads(), panels));

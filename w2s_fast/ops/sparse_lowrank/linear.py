@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -208,11 +209,11 @@ def sparse_lowrank_linear(
     if mode not in MODES:
         checks.choice(op, "mode", mode, MODES)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
-    flat = x if x.ndim == 2 else x.reshape(-1, given.columns)
+    flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), given.columns)
     dense = materializes(mode, kind, flat.shape[0], given.rows, given.columns, A.shape[0], values.shape[0])
-    if kind == "cpu" and flat.shape[0] <= DECODE and not torch.is_grad_enabled():
+    if kind == "cpu" and not torch.is_grad_enabled() and flat.shape[0] <= DECODE:
         given = support._decoding
     trained = torch.is_grad_enabled() and (B.requires_grad or (factor is not None and factor.requires_grad))
     bias = None if bias is None else bias.contiguous()
@@ -227,6 +228,10 @@ def _plain(x: Any, A: Any, B: Any, values: Any, support: Any, scale: Any, bias: 
     All that `_checked` looks at costs a decoding step on a small layer as much as the product.
     """
     if type(support) is not SparseSupport or type(x) is not Tensor or type(scale) is not float or scale - scale != 0:
+        return None
+    if not (isinstance(A, Tensor) and isinstance(B, Tensor) and isinstance(values, Tensor)):
+        return None
+    if bias is not None and not isinstance(bias, Tensor):
         return None
     given, dtype = support._arguments, x.dtype
     plain = (

@@ -1,6 +1,6 @@
 """The order in which the CPU kernels walk a csr support.
 
-Columns are cut into blocks of 128 and rows into tiles of 512, so that a block of x and a tile of y stay in cache. In
+Columns are cut into blocks of 256 and rows into tiles of 512, so that a block of x and a tile of y stay in cache. In
 each (tile, block), rows are grouped by their number of values there: a group's inner loop has a fixed trip count and
 nothing to mispredict. Costs about 5.5 bytes a value, on the CPU only.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> dict[str, Any]:
     if ctx.needs_input_grad[0]:
         dx = SPMM.on(ctx.backend)(grad, values, *given, not ctx.transpose)
     if ctx.needs_input_grad[1]:
-        dv = SDDMM.on(ctx.backend)(*((x, grad) if ctx.transpose else (grad, x)), *given).to(values.dtype)
+        # in the dtype of the values, so that wide values keep their digits
+        g = grad.to(torch.promote_types(grad.dtype, values.dtype))
+        dv = SDDMM.on(ctx.backend)(*((x, g) if ctx.transpose else (g, x)), *given).to(values.dtype)
     return {"x": dx, "values": dv}
 
 
@@ -51,9 +54,10 @@ def _sddmm_backward(ctx: Any, grad: Tensor) -> dict[str, Any]:
     g, x, row_ptr, cols, *plan = ctx.saved_tensors
     given, grad = (row_ptr, cols, plan, *ctx.sizes), grad.contiguous()
     spmm = SPMM.on(ctx.backend)
+    wide = torch.promote_types(g.dtype, x.dtype)  # a product comes in the dtype of its first operand
     return {
-        "g": spmm(x, grad, *given, False).to(g.dtype) if ctx.needs_input_grad[0] else None,
-        "x": spmm(g, grad, *given, True).to(x.dtype) if ctx.needs_input_grad[1] else None,
+        "g": spmm(x.to(wide), grad, *given, False).to(g.dtype) if ctx.needs_input_grad[0] else None,
+        "x": spmm(g.to(wide), grad, *given, True).to(x.dtype) if ctx.needs_input_grad[1] else None,
     }
 
 
@@ -86,7 +90,7 @@ def _matrix(op: str, name: str, value: Any, support: Any, width: str) -> Tensor:
     if tensor.ndim < 1 or tensor.shape[-1] != size:
         checks.fail(op, name, f"of shape [..., {size}], the support's {width}", tuple(tensor.shape))
     checks.same_device(op, [(name, tensor), ("support", support.cols)])
-    return _rows(tensor.reshape(-1, size))
+    return _rows(tensor.reshape(math.prod(tensor.shape[:-1]), size))
 
 
 def spmm(x: Tensor, values: Tensor, support: SparseSupport, *, transpose: bool = False) -> Tensor:

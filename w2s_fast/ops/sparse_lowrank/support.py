@@ -43,7 +43,8 @@ class SparseSupport(nn.Module):
 
     ``flat64`` is what official SLTrain checkpoints hold; it is for import and export, the ops refuse it. A module only
     so that its index tensors are buffers: they move with ``.to(device)`` and stand in ``state_dict()``. On a CPU a csr
-    support also holds a walking order for the kernels (5.5 bytes a value, not in the state dict).
+    support also holds a walking order for the kernels (5.5 bytes a value, not in the state dict). The positions are
+    fixed: change them by `load_state_dict`, not by writing into the buffers.
 
     Args:
         shape: (O, I) of the matrix.
@@ -86,9 +87,12 @@ class SparseSupport(nn.Module):
         self.shape = _shape(shape)
         self.layout = checks.choice("SparseSupport", "layout", layout, LAYOUTS)
         self.block, self.per_block = int(block), int(per_block)
-        self.register_buffer("cols", checks.is_tensor("SparseSupport", "cols", cols))
-        empty = torch.empty(0, dtype=torch.int32, device=cols.device)
-        self.register_buffer("row_ptr", empty if row_ptr is None else row_ptr)
+        self.register_buffer("cols", checks.is_tensor("SparseSupport", "cols", cols).contiguous())
+        pointers = torch.empty(0, dtype=torch.int32, device=cols.device)
+        if row_ptr is not None:
+            pointers = checks.is_tensor("SparseSupport", "row_ptr", row_ptr).contiguous()
+        checks.same_device("SparseSupport", [("cols", cols), ("row_ptr", pointers)])
+        self.register_buffer("row_ptr", pointers)
         self._collect([])
         _check_form(self)
         if validate:
@@ -158,7 +162,7 @@ class SparseSupport(nn.Module):
     def convert_values(self, values: Tensor, to: SparseSupport) -> Tensor:
         """Values [K] of this support in the order of ``to``, a support of the same positions."""
         _check_values("SparseSupport.convert_values", self, values)
-        if to.shape != self.shape or to.nnz != self.nnz:
+        if to.shape != self.shape or not torch.equal(to.flat_indices(), self.flat_indices()):
             checks.fail("SparseSupport.convert_values", "to", "a support of the same positions", repr(to))
         found = values[self.value_order()]
         back = torch.empty_like(found)
@@ -195,17 +199,30 @@ class SparseSupport(nn.Module):
         super()._apply(fn, recurse)
         self._collect(self._arguments.plan)
         if self.cols.device != before:
-            self._make_plan()
+            # from the meta device the content comes later, by load_state_dict, which makes the order
+            self._make_plan() if before.type != "meta" else self._collect([])
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         cols, row_ptr = state_dict.get(prefix + "cols"), state_dict.get(prefix + "row_ptr")
-        if cols is not None and row_ptr is not None and cols.shape == self.cols.shape:
+        names = [prefix + name for name, tensor in (("cols", cols), ("row_ptr", row_ptr)) if tensor is not None]
+        fits = cols is not None and row_ptr is not None
+        fits = fits and cols.shape == self.cols.shape and row_ptr.shape == self.row_ptr.shape
+        if fits and not cols.is_meta:
             pointers = row_ptr if row_ptr.numel() else None
             # refuses a corrupt index before anything is overwritten
             SparseSupport(self.shape, self.layout, cols, pointers, block=self.block, per_block=self.per_block)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._make_plan()
+        if fits or not names:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        else:  # half an index, or one of another size, is taken not at all
+            errors = args[-1] if args else kwargs["error_msgs"]
+            given = ", ".join(f"{name} {tuple(state_dict[name].shape)}" for name in names)
+            errors.append(
+                f"{prefix or 'support.'}cols and row_ptr must come together, of shapes {tuple(self.cols.shape)} and "
+                f"{tuple(self.row_ptr.shape)}, got {given}."
+            )
+        if not self.cols.is_meta and fits:
+            self._make_plan()
 
 
 def _shape(shape: Any) -> tuple[int, int]:
