@@ -95,6 +95,8 @@ def test_degenerate_sizes():
         ({"density": 1.0}, r"density must be in \[0, 1\), got 1.0"),
         ({"alpha": 0.0}, "alpha must be a finite number > 0, got 0.0"),
         ({"layout": "coo"}, "layout must be one of"),
+        ({"layout": "flat64"}, "layout must be one of 'csr16', 'csr32', 'balanced', got 'flat64'"),
+        ({"layout": "flat64", "density": 0.0}, "layout must be one of"),
     ],
 )
 def test_errors(change, message):
@@ -208,6 +210,30 @@ def test_replace_linear_refuses_a_target_that_is_nowhere():
         replace_linear(nn.Sequential(nn.Linear(4, 4)), rank=2)
 
 
+@pytest.mark.parametrize("from_weights", [False, True])
+def test_replace_linear_keeps_a_layer_at_two_paths_one(from_weights):
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"mlp": shared, "attn": shared, "head": shared, "other": nn.Linear(8, 8)})
+    report = replace_linear(model, rank=2, density=0.1, from_weights=from_weights)
+    assert report.layers == ["mlp", "attn", "head"] and type(model["mlp"]) is SparseLowRankLinear
+    assert model["mlp"] is model["attn"] and model["mlp"] is model["head"] and type(model["other"]) is nn.Linear
+
+
+def test_an_error_midway_leaves_the_model_unconverted():
+    model = nn.ModuleDict({"mlp_a": nn.Linear(64, 64), "mlp_b": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"density must be at least 0\.25"):
+        replace_linear(model, rank=2, density=0.1)
+    assert type(model["mlp_a"]) is nn.Linear and type(model["mlp_b"]) is nn.Linear
+
+
+def test_replace_linear_leaves_subclasses_of_linear():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "mlp": nn.Linear(8, 8)})
+    before = model["attn"].out_proj
+    assert replace_linear(model, rank=2, density=0.1).layers == ["mlp"] and model["attn"].out_proj is before
+    x = torch.randn(3, 1, 8)
+    assert model["attn"](x, x, x)[0].shape == x.shape
+
+
 def test_sizes_are_those_of_the_paper():
     """60M: 58M and 44M parameters; 6 bytes a bfloat16 parameter in training, 0.35 GB and 0.26 GB without the index."""
     model = llama(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8).to(torch.bfloat16)
@@ -265,15 +291,76 @@ def test_an_official_layer_comes_back_bit_for_bit(layout, dtype, more):
         ("sparse_value", lambda t: t[:-1], r"sparse_value must be of shape \[30\]"),
         ("lora_B", lambda t: t[:, :-1], "lora_B must be of shape"),
         ("lora_A", None, "tensors must be with lora_A"),
+        ("lora_A", lambda t: t.long(), "lora_A must be float32, .*, got torch.int64"),
+        ("bias", lambda t: torch.zeros(19), r"bias must be of shape \[20\], got \(19,\)"),
+        ("scaling", lambda t: torch.ones(2), r"scaling must be of one element, got shape \(2,\)"),
+        ("weight", lambda t: torch.ones(20, 30), "tensors must be of the names lora_A, .*, got 'weight'"),
     ],
 )
 def test_corrupt_official_tensors_are_refused(name, change, message):
     from w2s_fast.integrations.sltrain import import_layer
 
     tensors = official_layer(20, 30, 4)
-    tensors = tensors | {name: change(tensors[name])} if change else {k: t for k, t in tensors.items() if k != name}
-    with pytest.raises(ValueError, match=message):
+    tensors = tensors | {name: change(tensors.get(name))} if change else {k: t for k, t in tensors.items() if k != name}
+    with pytest.raises((ValueError, TypeError), match=f"w2s_fast.*: {message}"):
         import_layer(tensors, 16.0)
+
+
+def small_state(**changes):
+    """A checkpoint of ``ModuleDict(mlp=Linear(30, 4), norm=LayerNorm(4))``."""
+    state = {f"mlp.{k}": t for k, t in official_layer(4, 30, 3, bias=torch.ones(4)).items()}
+    state |= {"norm.weight": torch.full((4,), 2.0), "norm.bias": torch.ones(4)} | changes
+    return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+
+WRONG_SIZE = {f"mlp.{k}": t for k, t in official_layer(40, 300, 3, bias=torch.ones(40)).items()}
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (WRONG_SIZE, ValueError, r"mlp.lora_A must be of shape \[r, 30\], got \(3, 300\)"),
+        ({"mlp.lora_B": torch.ones(5, 3)}, ValueError, r"mlp.lora_B must be of shape \[4, 3\], got \(5, 3\)"),
+        ({"mlp.bias": torch.ones(5)}, ValueError, r"bias must be of shape \[4\], got \(5,\)\. In layer mlp"),
+        ({"mlp.sparse_index": torch.zeros(6, dtype=torch.int64)}, ValueError, "cols must be without duplicates"),
+        ({"norm.bias": torch.ones(5)}, ValueError, r"norm.bias must be of shape \[4\], got \(5,\)"),
+        ({"norm.bias": None}, RuntimeError, r"missing: \['norm.bias'\], not expected: \[\]"),
+        ({"mlp.bias": None}, RuntimeError, r"missing: \['mlp.bias'\]"),
+        ({"mlp.lora_A": None}, RuntimeError, r"missing: \['mlp.lora_A'\]"),
+        ({"mlp.sparse_index": None}, RuntimeError, r"missing: \['mlp\."),
+        ({"mlp.weight": torch.ones(4, 30)}, RuntimeError, r"not expected: \['mlp.weight'\]"),
+        ({"other.sparse_index": torch.arange(3)}, RuntimeError, r"not expected: \['other.sparse_index'\]"),
+        ({"norm.sparse_index": torch.arange(3)}, RuntimeError, r"not expected: \['norm.sparse_index'\]"),
+    ],
+)
+def test_a_refused_checkpoint_leaves_the_model_unchanged(converted, changes, error, message):
+    from w2s_fast.integrations.sltrain import load_state_dict
+
+    model = nn.ModuleDict({"mlp": nn.Linear(30, 4), "norm": nn.LayerNorm(4)})
+    if converted:
+        replace_linear(model, rank=2, density=0.1)
+    modules, state = dict(model.named_modules()), {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.raises(error, match=f"w2s_fast.*{message}"):
+        load_state_dict(model, small_state(**changes), 16.0)
+    assert dict(model.named_modules()) == modules and model.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+    load_state_dict(model.eval(), small_state(), 16.0)
+    assert torch.equal(model["mlp"].A, small_state()["mlp.lora_A"]) and not model["mlp"].training
+    assert torch.equal(model["norm"].weight, torch.full((4,), 2.0))
+
+
+def test_a_layer_at_two_paths_stays_one_in_a_checkpoint():
+    from w2s_fast.integrations.sltrain import export_state_dict, load_state_dict
+
+    shared = nn.Linear(30, 4)
+    model = nn.ModuleDict({"mlp": shared, "attn": shared})
+    layer = official_layer(4, 30, 3, bias=torch.ones(4))
+    state = {f"{path}.{k}": t for path in ("mlp", "attn") for k, t in layer.items()}
+    load_state_dict(model, state, 16.0)
+    assert model["mlp"] is model["attn"] and torch.equal(model["mlp"].A, layer["lora_A"])
+    back = export_state_dict(model)
+    assert back.keys() == state.keys() and all(torch.equal(back[k], t) for k, t in state.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..ops.sparse_lowrank.linear import sparse_lowrank_linear, sparse_lowrank_materialize
-from ..ops.sparse_lowrank.support import SparseSupport, random_support
+from ..ops.sparse_lowrank.support import LAYOUTS, SparseSupport, random_support
 
 #: What the paper replaces: every linear layer with one of these in its path.
 TARGET = ("attn", "mlp", "attention")
@@ -32,7 +32,7 @@ class SparseLowRankLinear(nn.Module):
             B to train (see `from_linear`).
         alpha: scale = alpha / rank. The paper's: 32 (60M), 16 (130M, 350M), 8 (1B, 7B).
         bias: with a bias.
-        layout: of the support, see `random_support`.
+        layout: of the support, ``"csr16"``, ``"csr32"`` or ``"balanced"``; see `random_support`.
         trainable_scaling: scale = tanh(scaling), ``scaling`` a parameter that starts at 1; alpha is then unused.
         device, dtype: of the parameters.
         generator: a CPU generator for all of it; default torch's own.
@@ -77,6 +77,7 @@ class SparseLowRankLinear(nn.Module):
         if density == 1.0:
             checks.fail(op, "density", "in [0, 1)", density)
         self.alpha = checks.number(op, "alpha", alpha, low=0.0, open_low=True)
+        checks.choice(op, "layout", layout, [name for name in LAYOUTS if name != "flat64"])  # the ops refuse flat64
 
         device = torch.get_default_device() if device is None else device
 
@@ -221,7 +222,9 @@ def replace_linear(
     """Turn a model into an SLTrain model in place, as the paper does (arXiv 2406.02214).
 
     Every `torch.nn.Linear` whose path contains one of ``target`` becomes a `SparseLowRankLinear`: in a Hugging Face
-    LLaMA the seven matrices of a block. Embeddings, norms and the LM head stay. Make the optimizer afterwards.
+    LLaMA the seven matrices of a block. Embeddings, norms and the LM head stay. Make the optimizer afterwards. A layer
+    at several paths is replaced at all of them, by one layer, if one of them fits. Subclasses of `torch.nn.Linear`
+    stay: `torch.nn.MultiheadAttention` has one whose weight it reads without calling the layer.
 
     Args:
         model: any module that is not itself a linear layer.
@@ -234,7 +237,7 @@ def replace_linear(
         `Replaced`; printing it shows parameters and bytes before and after.
 
     Raises:
-        ValueError: if no layer fits; and as `SparseLowRankLinear`.
+        ValueError: if no layer fits; and as `SparseLowRankLinear`. The model is then unchanged.
 
     Example:
         >>> import torch
@@ -244,22 +247,28 @@ def replace_linear(
         ['mlp']
     """
     parts = (target,) if isinstance(target, str) else tuple(target)
-    found = [
-        (name, layer)
-        for name, layer in model.named_modules()
-        if name and isinstance(layer, nn.Linear) and any(part in name for part in parts)
-    ]
+    places = list(model.named_modules(remove_duplicate=False))
+    found = {
+        id(layer): layer
+        for name, layer in places
+        if name and type(layer) is nn.Linear and any(part in name for part in parts)
+    }
     if not found:
         checks.fail("replace_linear", "target", "a part of some linear layer's path", repr(target))
     before = model_size(model)
-    for name, layer in found:
-        settings: dict[str, Any] = {"layout": layout, "trainable_scaling": trainable_scaling, "generator": generator}
+    settings: dict[str, Any] = {"layout": layout, "trainable_scaling": trainable_scaling, "generator": generator}
+    made = {}
+    for key, layer in found.items():
         if from_weights:
-            made = SparseLowRankLinear.from_linear(layer, rank, density, alpha, **settings)
+            new = SparseLowRankLinear.from_linear(layer, rank, density, alpha, **settings)
         else:
-            made = SparseLowRankLinear(
+            new = SparseLowRankLinear(
                 layer.in_features, layer.out_features, rank, density, alpha, layer.bias is not None,
                 device=layer.weight.device, dtype=layer.weight.dtype, **settings,
             )  # fmt: skip
-        model.set_submodule(name, made.train(layer.training))
-    return Replaced([name for name, _ in found], before, model_size(model))
+        made[key] = new.train(layer.training)
+    names = [name for name, layer in places if id(layer) in made]
+    for name, place in places:  # only now, so that an error above leaves the model as it was
+        if id(place) in made:
+            model.set_submodule(name, made[id(place)])
+    return Replaced(names, before, model_size(model))
