@@ -21,10 +21,13 @@ ROOT = Path(w2s_fast.__file__).parent
 
 
 def _public_ops() -> list[str]:
+    """Public functions of tensors; a table made from numbers (a noise schedule) is no op."""
     return [
         name
         for name in w2s_fast.__all__
-        if inspect.isfunction(getattr(w2s_fast, name)) and "ops" in getattr(w2s_fast, name).__module__
+        if inspect.isfunction(function := getattr(w2s_fast, name))
+        and "ops" in function.__module__
+        and any("Tensor" in str(p.annotation) for p in inspect.signature(function).parameters.values())
     ]
 
 

@@ -9,6 +9,17 @@ if _util.find_spec("w2s_fast.kernels") is None and _os.path.exists(_os.path.join
     __path__.append(_root)
 
 from .dispatch import Explanation, backend, explain, set_backend
+from .ops.diffusion.loss import ict_loss, noise_pair, pseudo_huber_loss
+from .ops.diffusion.sampler import ddim_step, reflect, w2sd_sample
+from .ops.diffusion.schedule import ict_schedule, ict_weights, karras_sigmas, lognormal_index_probs
+from .ops.diffusion.adaln_modulate import adaln_modulate
+from .ops.diffusion.gate_residual import gate_residual
+from .ops.diffusion.gate_residual_adaln import gate_residual_adaln
+from .ops.diffusion.qk_norm import qk_norm
+from .ops.kv_compressed_attention.compressed_attention import compressed_attention
+from .ops.kv_compressed_attention.fold_kv_projection import FoldedKV, fold_kv_projection
+from .ops.kv_compressed_attention.kv_compress import kv_compress
+from .ops.kv_compressed_attention.kv_compressed_attention import kv_compressed_attention
 from .ops.linear_loss.arm import ArmLoss, arm_loss, linear_arm_loss
 from .ops.linear_loss.cross_entropy import linear_fusion_cross_entropy
 from .ops.linear_loss.dynamic_weights import linear_dynamic_weights
@@ -26,20 +37,39 @@ __all__ = [
     "ArmLoss",
     "DynamicWeights",
     "Explanation",
+    "FoldedKV",
     "FusedStats",
     "SampleOutput",
+    "adaln_modulate",
     "arm_loss",
     "backend",
+    "compressed_attention",
+    "ddim_step",
     "dynamic_fusion_weights",
     "explain",
+    "fold_kv_projection",
     "fuse_logits",
     "fused_log_softmax",
     "fused_sample",
     "fused_stats",
+    "gate_residual",
+    "gate_residual_adaln",
+    "ict_loss",
+    "ict_schedule",
+    "ict_weights",
+    "karras_sigmas",
+    "kv_compress",
+    "kv_compressed_attention",
     "linear_arm_loss",
     "linear_dynamic_weights",
     "linear_fusion_cross_entropy",
     "linear_fusion_logprobs",
     "linear_fusion_sample",
+    "lognormal_index_probs",
+    "noise_pair",
+    "pseudo_huber_loss",
+    "qk_norm",
+    "reflect",
     "set_backend",
+    "w2sd_sample",
 ]
