@@ -12,11 +12,20 @@ from ..ops.kv_compressed_attention.kv_compressed_attention import kv_compressed_
 Affine = tuple[Tensor, Tensor | None]
 
 
-def averaging_init(taps: nn.Conv2d) -> None:
-    """Taps 1 / R^2 and bias 0: each compressed token starts as the mean of its window."""
-    nn.init.constant_(taps.weight, 1 / taps.weight[0, 0].numel())
-    if taps.bias is not None:
-        nn.init.zeros_(taps.bias)
+def check_compression(op: str, ratio: int, mode: str) -> None:
+    """Errors of a compression's settings."""
+    checks.integer(op, "ratio", ratio, low=1)
+    checks.choice(op, "mode", mode, ("conv", "mean", "uniform", "nearest", "stride"))
+
+
+def averaging_compression(ratio: int, like: Tensor) -> tuple[nn.Conv2d, nn.LayerNorm]:
+    """Taps and LayerNorm for the rows of ``like``, of its dtype and device, that average each window at first."""
+    dim = like.shape[0]
+    taps = nn.Conv2d(dim, dim, ratio, ratio, groups=dim, device=like.device, dtype=like.dtype)
+    nn.init.constant_(taps.weight, 1 / ratio**2)
+    assert taps.bias is not None
+    nn.init.zeros_(taps.bias)
+    return taps, nn.LayerNorm(dim, device=like.device, dtype=like.dtype)
 
 
 class KVCompressedAttention(nn.Module):
@@ -57,17 +66,12 @@ class KVCompressedAttention(nn.Module):
 
     def compress(self, ratio: int, mode: str = "conv") -> list[nn.Parameter]:
         """Set the compression from here on; returns the new parameters, initialised to average each window."""
-        op = "nn.KVCompressedAttention"
-        checks.integer(op, "ratio", ratio, low=1)
-        self.mode = checks.choice(op, "mode", mode, ("conv", "mean", "uniform", "nearest", "stride"))
+        check_compression("nn.KVCompressedAttention", ratio, mode)
+        self.mode = mode
         self.ratio, self.sr, self.norm = ratio, None, None
         if ratio == 1 or mode != "conv":
             return []
-        like = self.proj.weight
-        dim = like.shape[0]
-        self.sr = nn.Conv2d(dim, dim, ratio, ratio, groups=dim, device=like.device, dtype=like.dtype)
-        self.norm = nn.LayerNorm(dim, device=like.device, dtype=like.dtype)
-        averaging_init(self.sr)
+        self.sr, self.norm = averaging_compression(ratio, self.proj.weight)
         return [*self.sr.parameters(), *self.norm.parameters()]
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
