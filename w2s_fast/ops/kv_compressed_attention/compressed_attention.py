@@ -18,7 +18,7 @@ MAX_HEAD = 256
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     b, n, h, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((b, h, n), dtype=accumulate_dtype(q, k, v))
+    return q.new_empty(q.shape), q.new_empty((2, b, h, n), dtype=accumulate_dtype(q, k, v))
 
 
 def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +33,7 @@ def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) ->
 
 COMPRESSED_ATTENTION_BACKWARD = define(
     "compressed_attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, bool need_q, bool need_kv) "
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, float scale, bool need_q, bool need_kv) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     reference=reference.compressed_attention_backward,
     fake=_fake_backward,
@@ -51,17 +51,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor | None, _: Any) -> dict[str, Any]:
     if grad is None:
         return {}
-    q, k, v, out, lse = ctx.saved_tensors
+    q, k, v, out, softmax = ctx.saved_tensors
     need_q, need_k, need_v = ctx.needs_input_grad[:3]
     dq, dk, dv = COMPRESSED_ATTENTION_BACKWARD.on(ctx.backend)(
-        unit_stride(grad), q, k, v, out, lse, ctx.scale, need_q, need_k or need_v
+        unit_stride(grad), q, k, v, out, softmax, ctx.scale, need_q, need_k or need_v
     )
     return {"q": dq if need_q else None, "k": dk if need_k else None, "v": dv if need_v else None}
 
 
 COMPRESSED_ATTENTION = define(
     "compressed_attention",
-    "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)",
+    "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor softmax)",
     reference=reference.compressed_attention,
     fake=_fake,
     setup_context=_setup_context,
@@ -98,6 +98,11 @@ def scale_of(op: str, scale: Any, head: int) -> float:
     return float(head) ** -0.5 if scale is None else checks.number(op, "scale", scale)
 
 
+def log_sum(softmax: Tensor) -> Tensor:
+    """lse [B, H, N] of the two numbers a row that the ops keep."""
+    return softmax[0] + softmax[1].log()
+
+
 def compressed_attention(
     q: Tensor,
     k: Tensor,
@@ -127,7 +132,7 @@ def compressed_attention(
     Returns:
         The result in the shape of q (a contiguous ``(B, N, H, D)`` underneath); with ``return_lse`` also lse
         ``(B, H, N)``, float32, not differentiable. Differentiable, once, in q, k, v. Deterministic. Keeps q, k, v, the
-        result and lse for backward, never an N x M matrix.
+        result and 2 floats a row for backward, never an N x M matrix.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -140,6 +145,6 @@ def compressed_attention(
     """
     op = "compressed_attention"
     q_, k_, v_ = _inputs(op, q, k, v, layout)
-    found, lse = COMPRESSED_ATTENTION(q_, k_, v_, scale_of(op, scale, q_.shape[3]))
+    found, softmax = COMPRESSED_ATTENTION(q_, k_, v_, scale_of(op, scale, q_.shape[3]))
     found = copy_out(op, out, found if layout == "bnhd" else found.transpose(1, 2), (q, k, v))
-    return (found, lse) if return_lse else found
+    return (found, log_sum(softmax)) if return_lse else found

@@ -12,7 +12,7 @@ from ...library import Kernel, define
 from ...reference.kv_compressed_attention import kv_compressed_attention as reference
 from ...reference.numerics import accumulate_dtype
 from ..diffusion.qk_norm import QK_NORM
-from .compressed_attention import MAX_HEAD, scale_of
+from .compressed_attention import MAX_HEAD, log_sum, scale_of
 from .inputs import (
     COMPRESSION,
     Compression,
@@ -36,7 +36,7 @@ def _fake(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (b, given.tokens, 2)
     return (
         qkv.new_empty((b, n, c)),
-        qkv.new_empty((b, num_heads, n), dtype=acc),
+        qkv.new_empty((2, b, num_heads, n), dtype=acc),
         qkv.new_empty((*shape, c) if given.ratio > 1 else (0,)),
         qkv.new_empty((*shape, 2) if given.normalize else (0,), dtype=acc),
     )
@@ -49,7 +49,7 @@ def _fake_backward(grad: Tensor, qkv: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 KV_COMPRESSED_ATTENTION_BACKWARD = define(
     "kv_compressed_attention_backward",
-    f"(Tensor grad, Tensor qkv, {COMPRESSION}, int num_heads, float scale, Tensor out, Tensor lse, Tensor kv, "
+    f"(Tensor grad, Tensor qkv, {COMPRESSION}, int num_heads, float scale, Tensor out, Tensor softmax, Tensor kv, "
     "Tensor stats, bool need_params) "
     "-> (Tensor dqkv, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
     reference=reference.kv_compressed_attention_backward,
@@ -60,21 +60,21 @@ KV_COMPRESSED_ATTENTION_BACKWARD = define(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given = Compression(*inputs[1:10])
-    out, lse, kv, stats = output
-    ctx.mark_non_differentiable(lse, kv, stats)
+    out, softmax, kv, stats = output
+    ctx.mark_non_differentiable(softmax, kv, stats)
     ctx.set_materialize_grads(False)
     ctx.given, ctx.numbers = (*given[:4], given.normalize), (inputs[11], inputs[12])
-    ctx.save_for_backward(inputs[0], *given.tensors, out, lse, kv, stats)
+    ctx.save_for_backward(inputs[0], *given.tensors, out, softmax, kv, stats)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
     if grad is None:
         return {}
-    qkv, *tensors, out, lse, kv, stats = ctx.saved_tensors
+    qkv, *tensors, out, softmax, kv, stats = ctx.saved_tensors
     given = restore(ctx, tuple(tensors))
     need = ctx.needs_input_grad
     dqkv, *params = KV_COMPRESSED_ATTENTION_BACKWARD.on(ctx.backend)(
-        unit_stride(grad), qkv, *given, *ctx.numbers, out, lse, kv, stats, any((*need[5:7], *need[8:10]))
+        unit_stride(grad), qkv, *given, *ctx.numbers, out, softmax, kv, stats, any((*need[5:7], *need[8:10]))
     )
     return {"qkv": dqkv if need[0] else None, **parameter_gradients(given, params)}
 
@@ -82,7 +82,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
 KV_COMPRESSED_ATTENTION = define(
     "kv_compressed_attention",
     f"(Tensor qkv, {COMPRESSION}, float eps, int num_heads, float scale) "
-    "-> (Tensor out, Tensor lse, Tensor kv, Tensor stats)",
+    "-> (Tensor out, Tensor softmax, Tensor kv, Tensor stats)",
     reference=reference.kv_compressed_attention,
     fake=_fake,
     setup_context=_setup_context,
@@ -160,7 +160,7 @@ def kv_compressed_attention(
 
     Returns:
         ``(B, N, C)``; with ``return_lse`` also lse ``(B, num_heads, N)``, float32, not differentiable. Differentiable,
-        once, in qkv and the parameters. Deterministic. Keeps qkv, the result, lse and k', v' for backward.
+        once, in qkv and the parameters. Deterministic. Keeps qkv, the result, k', v' and 2 floats a row and head for backward.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -179,6 +179,6 @@ def kv_compressed_attention(
         checks.fail(op, "num_heads", f"at least C / {MAX_HEAD} (C = {x.shape[3]})", num_heads)
     factor = scale_of(op, scale, x.shape[3] // num_heads)
     x = _normalized(op, x, q_norm, k_norm)
-    found, lse, _, _ = KV_COMPRESSED_ATTENTION(x, *given, float(eps), num_heads, factor)
+    found, softmax, _, _ = KV_COMPRESSED_ATTENTION(x, *given, float(eps), num_heads, factor)
     found = copy_out(op, out, found, (qkv, *given.tensors))
-    return (found, lse) if return_lse else found
+    return (found, log_sum(softmax)) if return_lse else found

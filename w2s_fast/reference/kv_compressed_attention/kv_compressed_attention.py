@@ -25,7 +25,7 @@ def kv_compressed_attention(
     num_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out ``[B, N, C]``, lse ``[B, H, N]``, kv ``[B, M, 2, C]`` and the LayerNorm's stats of qkv ``[B, N, 3, C]``.
+    """out ``[B, N, C]``, softmax ``[2, B, H, N]``, kv ``[B, M, 2, C]`` and the LayerNorm's stats of qkv ``[B, N, 3, C]``.
 
     kv = `kv_compress` of slots 1 and 2 (``[0]`` with ratio 1: k and v as they are); out = `compressed_attention`.
     """
@@ -36,8 +36,8 @@ def kv_compressed_attention(
         )
     shape = (num_heads, qkv.shape[-1] // num_heads)
     q, k, v = (t.unflatten(-1, shape) for t in (q, kv[:, :, 0], kv[:, :, 1]))
-    out, lse = compressed_attention(q, k, v, scale)
-    return out.flatten(2), lse, kv if ratio > 1 else qkv.new_empty(0), stats
+    out, softmax = compressed_attention(q, k, v, scale)
+    return out.flatten(2), softmax, kv if ratio > 1 else qkv.new_empty(0), stats
 
 
 def kv_compressed_attention_backward(
@@ -55,7 +55,7 @@ def kv_compressed_attention_backward(
     num_heads: int,
     scale: float,
     out: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     kv: Tensor,
     stats: Tensor,
     need_params: bool,
@@ -66,7 +66,7 @@ def kv_compressed_attention_backward(
     keys = kv if ratio > 1 else qkv[:, :, 1:]
     views = (grad, qkv[:, :, 0], keys[:, :, 0], keys[:, :, 1], out)
     g, q, k, v, o = (t.unflatten(-1, shape) for t in views)
-    dq, dk, dv = (t.flatten(2) for t in attention_gradients(g, q, k, v, o, lse, scale))
+    dq, dk, dv = (t.flatten(2) for t in attention_gradients(g, q, k, v, o, softmax, scale))
     empty = dq.new_empty(0)
     if ratio == 1:
         return torch.stack((dq, dk, dv), 2).to(qkv.dtype), empty, empty.clone(), empty.clone(), empty.clone()
