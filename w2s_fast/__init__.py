@@ -10,11 +10,13 @@ if _util.find_spec("w2s_fast.kernels") is None and _os.path.exists(_os.path.join
 
 from .dispatch import Explanation, backend, explain, set_backend
 from .ops.diffusion.adaln_modulate import adaln_modulate
+from .ops.diffusion.ddim_step import ddim_step
 from .ops.diffusion.gate_residual import gate_residual
 from .ops.diffusion.gate_residual_adaln import gate_residual_adaln
-from .ops.diffusion.loss import ict_loss, noise_pair, pseudo_huber_loss
+from .ops.diffusion.loss import ict_loss, noise_pair
+from .ops.diffusion.pseudo_huber_loss import pseudo_huber_loss
 from .ops.diffusion.qk_norm import qk_norm
-from .ops.diffusion.sampler import ddim_step, reflect, w2sd_sample
+from .ops.diffusion.sampler import reflect, w2sd_sample
 from .ops.diffusion.schedule import ict_schedule, ict_weights, karras_sigmas, lognormal_index_probs
 from .ops.kv_compressed_attention.compressed_attention import compressed_attention
 from .ops.kv_compressed_attention.fold_kv_projection import FoldedKV, fold_kv_projection

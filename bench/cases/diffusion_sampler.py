@@ -1,7 +1,7 @@
-"""Sampler steps and consistency losses, which are compositions of PyTorch's own ops, against the formulas as written.
+"""Sampler steps and consistency losses against the formulas as written.
 
-What they save on a CPU is passes over memory (lerp and an in-place multiply-add instead of five operators), and, in
-`w2sd_sample`, passes of the network.
+`ddim_step` and `pseudo_huber_loss` are one pass over their tensors; `ict_loss` and `noise_pair` compose PyTorch's own
+ops around them; `reflect` and `w2sd_sample` save passes of the network.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _step_case(shape: tuple[int, ...], dtype: torch.dtype, hot: bool) -> Case:
     return Case(
         op="ddim_step", name="x".join(map(str, shape)) + f"-{SHORT[dtype]}", dtype=str(dtype)[6:],
         shape={"numbers": numbers}, bytes=4 * numbers * dtype.itemsize, flops=5 * numbers, hot=hot,
-        prediction="three operators instead of eight: twice as fast as eager; torch.compile, one pass, is faster still",
+        prediction="bound by memory: one pass instead of eight, 4x eager; torch.compile's one pass is as fast",
         inputs=inputs,
         ours=lambda x, c, u: w2s_fast.ddim_step(x, c, u, BRANCHES, abar_from=A, abar_to=B),
         reference=lambda x, c, u: _plain_step(x.double(), c.double(), u.double()),
@@ -69,7 +69,8 @@ def _huber_case() -> Case:
     return Case(
         op="pseudo_huber_loss", name="512x3x32x32-fp32", dtype="float32", shape={"numbers": numbers}, mode="fwdbwd",
         bytes=4 * 5 * numbers, flops=6 * numbers,
-        prediction="the same operators as eager, so the same time; only the digits near 0 differ",
+        prediction="bound by memory: two reads forward, two and a write backward, where eager makes nine passes: 3x; "
+        "at most 1.2x against torch.compile, which fuses the same",
         inputs=lambda g, device: tuple(torch.randn(shape, generator=g).to(device) for _ in range(2)),
         ours=gradient(w2s_fast.pseudo_huber_loss),
         reference=lambda p, t: gradient(_plain_huber)(p.double(), t.double()),
@@ -98,7 +99,8 @@ def _ict_case() -> Case:
     numbers = 256 * 3072
     return Case(
         op="ict_loss", name="256x3x32x32-fp32", dtype="float32", shape={"numbers": numbers}, bytes=16 * numbers,
-        flops=10 * numbers, prediction="the same operators as eager, so the same time", inputs=_ict_inputs,
+        flops=10 * numbers, prediction="eager but for the loss's one pass: 1.3x; torch.compile fuses it all, faster",
+        inputs=_ict_inputs,
         ours=w2s_fast.ict_loss, reference=lambda *a: _plain_ict(*(t.double() for t in a)),
         providers={"eager": eager(_plain_ict), "compile": compiled(_plain_ict)}, rtol=1e-3,
     )  # fmt: skip

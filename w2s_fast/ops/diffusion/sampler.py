@@ -1,123 +1,20 @@
-"""Deterministic sampler steps and reflection sampling (W2SD, arXiv 2502.00473).
-
-One formula does a denoising step and its inversion: ``x_to = A x + Bc eps`` with ``A = sqrt(b / a)``,
-``Bc = sqrt(1 - b) - sqrt(b (1 - a) / a)`` for levels a = abar_from and b = abar_to.
-"""
+"""Reflection sampling between a strong and a weak network (W2SD, arXiv 2502.00473), from `ddim_step` alone."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import checks
+from .ddim_step import ddim_step
 
-Prediction = Literal["epsilon", "v", "sample"]
 Schedule = Literal["exact", "released"]
 #: A network: (x, time label, "cond" | "uncond" | "both") -> noise; for "both" a pair (uncond, cond), or one (2B, ...).
 Network = Callable[[Tensor, Any, str], Any]
-
-
-@overload
-def ddim_step(
-    x: Tensor,
-    eps_cond: Tensor | None,
-    eps_uncond: Tensor | None = ...,
-    guidance: float = ...,
-    *,
-    abar_from: float | Tensor,
-    abar_to: float | Tensor,
-    prediction: Prediction = ...,
-    packed: bool = ...,
-    x0_clip: float | None = ...,
-    return_eps: Literal[False] = ...,
-    out: Tensor | None = ...,
-) -> Tensor: ...
-@overload
-def ddim_step(
-    x: Tensor,
-    eps_cond: Tensor | None,
-    eps_uncond: Tensor | None = ...,
-    guidance: float = ...,
-    *,
-    abar_from: float | Tensor,
-    abar_to: float | Tensor,
-    prediction: Prediction = ...,
-    packed: bool = ...,
-    x0_clip: float | None = ...,
-    return_eps: Literal[True],
-    out: Tensor | None = ...,
-) -> tuple[Tensor, Tensor]: ...
-def ddim_step(
-    x: Tensor,
-    eps_cond: Tensor | None,
-    eps_uncond: Tensor | None = None,
-    guidance: float = 1.0,
-    *,
-    abar_from: float | Tensor,
-    abar_to: float | Tensor,
-    prediction: Prediction = "epsilon",
-    packed: bool = False,
-    x0_clip: float | None = None,
-    return_eps: bool = False,
-    out: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """One deterministic (eta = 0) DDIM step with guidance, forwards or backwards in time (arXiv 2010.02502).
-
-    ``eps = eps_uncond + guidance (eps_cond - eps_uncond)``; ``x_to = sqrt(b / a) x + (sqrt(1 - b) - sqrt(b (1 - a) /
-    a)) eps``, a = abar_from, b = abar_to. Swap the two for the inversion. Guidance of exactly 1 does not read
-    eps_uncond, exactly 0 does not read eps_cond; either may then be None.
-
-    Args:
-        x: ``(B, ...)``.
-        eps_cond, eps_uncond: the network's outputs, shaped like x.
-        guidance: a number.
-        abar_from, abar_to: in (0, 1], cumulative products of 1 - beta, numbers or ``(B)``.
-        prediction: what the network predicts: ``"epsilon"``, ``"v"`` (``eps = sqrt(a) v + sqrt(1 - a) x``) or
-            ``"sample"`` (``eps = (x - sqrt(a) x0) / sqrt(1 - a)``, abar_from below 1).
-        packed: eps_cond is ``(2B, ...)``, the unconditional half first; eps_uncond is None.
-        x0_clip: clamp the predicted sample ``(x - sqrt(1 - a) eps) / sqrt(a)`` to ``[-x0_clip, x0_clip]``; eps stays.
-        return_eps: also return the guided noise, in x's dtype.
-        out: like x, may be x itself; the result is written there (then nothing is differentiable).
-
-    Returns:
-        x_to in x's dtype; arithmetic in float32 (float64 if any input is). Differentiable in x and the predictions.
-
-    Raises:
-        ValueError, TypeError: naming the argument.
-
-    Example:
-        >>> import torch, w2s_fast
-        >>> x, eps = torch.tensor([[1.5]]), torch.tensor([[-0.25]])
-        >>> y = w2s_fast.ddim_step(x, eps, abar_from=0.25, abar_to=0.5)
-        >>> w2s_fast.ddim_step(y, eps, abar_from=0.5, abar_to=0.25)
-        tensor([[1.5000]])
-    """
-    op = "ddim_step"
-    checks.is_float_tensor(op, "x", x)
-    checks.number(op, "guidance", guidance)
-    checks.choice(op, "prediction", prediction, ("epsilon", "v", "sample"))
-    eps_cond, eps_uncond = _predictions(op, x, eps_cond, eps_uncond, guidance, packed)
-    level_from, level_to = _level(op, "abar_from", abar_from, x), _level(op, "abar_to", abar_to, x)
-    used = [x, *(e for e in (eps_cond, eps_uncond) if e is not None)]
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in used) else torch.float32
-    if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
-        checks.fail(op, "out", f"like x, {tuple(x.shape)} {x.dtype}", f"{tuple(out.shape)} {out.dtype}")
-
-    model = _guided(eps_cond, eps_uncond, guidance, wide)
-    if prediction == "epsilon" and x0_clip is None:
-        a, b = _coefficients(level_from, level_to, x, wide)
-        moved, eps = _axpby(a, x.to(wide), b, model), model
-    else:
-        moved, eps = _by_sample(op, x.to(wide), model, level_from, level_to, prediction, x0_clip, wide)
-    if out is not None:
-        moved = out.copy_(moved.detach())
-    moved = moved.to(x.dtype)
-    return (moved, eps.to(x.dtype)) if return_eps else moved
 
 
 def reflect(
@@ -265,91 +162,3 @@ def _ask(
     else:
         cond, uncond = (made, None) if branch == "cond" else (None, made)
     return ddim_step(x, cond, uncond, guidance, abar_from=levels[0], abar_to=levels[1], packed=packed)
-
-
-def _predictions(
-    op: str, x: Tensor, cond: Tensor | None, uncond: Tensor | None, guidance: float, packed: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The predictions that guidance reads, checked; None for one that it does not."""
-    if packed:
-        checks.is_float_tensor(op, "eps_cond", cond)
-        assert cond is not None
-        if uncond is not None:
-            checks.fail(op, "eps_uncond", "None with packed=True", "a tensor")
-        if x.ndim < 1 or cond.shape != (2 * x.shape[0], *x.shape[1:]):
-            checks.fail(op, "eps_cond", "of shape (2B, ...) with packed=True", tuple(cond.shape))
-        uncond, cond = cond[: x.shape[0]], cond[x.shape[0] :]
-    cond, uncond = None if guidance == 0.0 else cond, None if guidance == 1.0 else uncond
-    for name, value, needed in (("eps_cond", cond, guidance != 0.0), ("eps_uncond", uncond, guidance != 1.0)):
-        if not needed:
-            continue
-        if value is None:
-            checks.fail(op, name, f"given with guidance {guidance:g}", "None")
-        checks.is_float_tensor(op, name, value)
-        if value.shape != x.shape:
-            checks.fail(op, name, f"of the shape of x, {tuple(x.shape)}", tuple(value.shape))
-    checks.same_device(op, [("x", x), ("eps_cond", cond), ("eps_uncond", uncond)])
-    return cond, uncond
-
-
-def _level(op: str, name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A level as a float, or as float64 ``(B, 1, ...)``; the values of a tensor are looked at on a CPU only."""
-    if not isinstance(value, Tensor):
-        return checks.number(op, name, value, low=0.0, high=1.0, open_low=True)
-    checks.is_float_tensor(op, name, value)
-    if value.ndim == 0:
-        value = value.expand(x.shape[:1])
-    if x.ndim < 1 or value.shape != x.shape[:1]:
-        checks.fail(op, name, f"a number or of shape {tuple(x.shape[:1])}", tuple(value.shape))
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
-        low, high = value.min().item(), value.max().item()
-        if not (low > 0 and high <= 1):
-            checks.fail(op, name, "in (0, 1]", low if not low > 0 else high)
-    return value.to(x.device, torch.float64).reshape((-1,) + (1,) * (x.ndim - 1))
-
-
-def _root(value: Any) -> Any:
-    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
-
-
-def _coefficients(a: Any, b: Any, x: Tensor, wide: torch.dtype) -> tuple[Any, Any]:
-    """A and Bc, in double before they are rounded: Bc is a small difference."""
-    scale, shift = _root(b / a), _root(1 - b) - _root(b * (1 - a) / a)
-    return tuple(v.to(wide) if isinstance(v, Tensor) else v for v in (scale, shift))  # type: ignore[return-value]
-
-
-def _guided(cond: Tensor | None, uncond: Tensor | None, guidance: float, wide: torch.dtype) -> Tensor:
-    if uncond is None or cond is None:
-        only = cond if uncond is None else uncond
-        assert only is not None
-        return only.to(wide)
-    return torch.lerp(uncond.to(wide), cond.to(wide), guidance)
-
-
-def _axpby(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
-    """``a x + b y``; numbers take the ops that read each tensor once."""
-    scaled = x * a
-    return torch.addcmul(scaled, y, b) if isinstance(b, Tensor) else torch.add(scaled, y, alpha=b)
-
-
-def _by_sample(
-    op: str, x: Tensor, model: Tensor, a: Any, b: Any, prediction: str, clip: float | None, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The step written with the predicted sample, ``sqrt(b) x0 + sqrt(1 - b) eps``."""
-    root_a, root_na, root_b, root_nb = (
-        v.to(wide) if isinstance(v, Tensor) else v for v in (_root(a), _root(1 - a), _root(b), _root(1 - b))
-    )
-    if prediction == "sample":
-        if not isinstance(a, Tensor) and a == 1.0:
-            checks.fail(op, "abar_from", "below 1 with prediction='sample'", a)
-        x0 = model
-        eps = (x - root_a * x0) / root_na
-    elif prediction == "v":
-        x0, eps = _axpby(root_a, x, -root_na, model), _axpby(root_na, x, root_a, model)
-    else:
-        eps = model
-        x0 = (x - root_na * eps) / root_a
-    if clip is not None:
-        clip = checks.number(op, "x0_clip", clip, low=0.0, open_low=True)
-        x0 = x0.clamp(-clip, clip)
-    return _axpby(root_b, x0, root_nb, eps), eps
