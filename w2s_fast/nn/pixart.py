@@ -17,6 +17,9 @@ from ..ops.diffusion.gate_residual_adaln import gate_residual_adaln
 from ..ops.kv_compressed_attention.compressed_attention import compressed_attention
 from .kv_compressed_attention import KVCompressedAttention
 
+#: A modulation vector as a block's table row ``(C,)`` and the shared ``(B, C)``.
+Pair = tuple[Tensor, Tensor]
+
 
 def position_embedding(dim: int, grid: tuple[int, int], base: float, interpolation: float) -> Tensor:
     """Sine and cosine of the column, then of the row, ``(H W, dim)`` float32.
@@ -102,14 +105,27 @@ class PixArtBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
+    def modulations(self, t: Tensor) -> list[Pair]:
+        """shift, scale, gate of the attention, then of the MLP, from the conditioning ``(B, 6, C)``; never summed."""
+        return list(zip(self.scale_shift_table.unbind(0), t.unbind(1), strict=True))
+
     def forward(self, x: Tensor, y: Tensor, t: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         """x ``(B, N, C)``, text y ``(B, L, C)``, conditioning t ``(B, 6, C)``, mask ``(B, L)``; like x."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = zip(
-            self.scale_shift_table.unbind(0), t.unbind(1), strict=True
-        )
-        x = gate_residual(x, self.attn(adaln_modulate(x, shift_a, scale_a), grid), gate_a)
-        x, h = gate_residual_adaln(x, self.cross_attn(x, y, mask), None, shift_m, scale_m)
-        return gate_residual(x, self.mlp(h), gate_m)
+        shift, scale, *_ = self.modulations(t)
+        x, made, gate = self.residual(x, adaln_modulate(x, shift, scale), y, t, grid, mask)
+        return gate_residual(x, made, gate)
+
+    def residual(
+        self, x: Tensor, h: Tensor, y: Tensor, t: Tensor, grid: tuple[int, int], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Pair]:
+        """The block up to its last addition, which its caller may fuse with the next block's modulation.
+
+        ``h`` is the modulated x. Returns x, what is to be added to it, and that one's gate.
+        """
+        _, _, gate_a, shift, scale, gate = self.modulations(t)
+        x = gate_residual(x, self.attn(h, grid), gate_a)
+        x, h = gate_residual_adaln(x, self.cross_attn(x, y, mask), None, shift, scale)
+        return x, self.mlp(h), gate
 
 
 class TimeEmbedding(nn.Module):
@@ -150,18 +166,16 @@ class CaptionEmbedding(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and the projection to patches."""
+    """Parameters of the last modulation and of the projection to patches."""
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, out)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x ``(B, N, C)``, time embedding t ``(B, C)``."""
-        shift, scale = self.scale_shift_table.unbind(0)
-        made: Tensor = self.linear(adaln_modulate(x, (shift, t), (scale, t)))
-        return made
+    def modulations(self, t: Tensor) -> list[Pair]:
+        """shift and scale from the time embedding ``(B, C)``."""
+        return [(row, t) for row in self.scale_shift_table.unbind(0)]
 
 
 class PatchEmbedding(nn.Module):
@@ -261,11 +275,24 @@ class PixArtSigma(nn.Module):
         conditioning = self.t_block(t).unflatten(1, (6, dim))
         text = self.y_embedder(y.squeeze(1) if y.ndim == 4 else y)
         mask = None if mask is None else mask.reshape(len(x), -1) != 0
-        for block in self.blocks:
-            tokens = block(tokens, text, conditioning, (height, width), mask)
-        patches = self.final_layer(tokens, t).unflatten(1, (height, width)).unflatten(3, (self.patch, self.patch, -1))
+        tokens = self._run_blocks(tokens, text, conditioning, t, (height, width), mask)
+        patches = self.final_layer.linear(tokens)
+        patches = patches.unflatten(1, (height, width)).unflatten(3, (self.patch, self.patch, -1))
         made: Tensor = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return made
+
+    def _run_blocks(
+        self, x: Tensor, text: Tensor, conditioning: Tensor, t: Tensor, grid: tuple[int, int], mask: Tensor | None
+    ) -> Tensor:
+        """All blocks and the last modulation: each addition is one pass with the modulation that follows it."""
+        stages: list[Any] = [*self.blocks]
+        shift, scale, *_ = stages[0].modulations(conditioning)
+        h = adaln_modulate(x, shift, scale)
+        for block, following in zip(stages, [*stages[1:], None], strict=True):
+            x, made, gate = block.residual(x, h, text, conditioning, grid, mask)
+            after = self.final_layer.modulations(t) if following is None else following.modulations(conditioning)
+            x, h = gate_residual_adaln(x, made, gate, after[0], after[1])
+        return h
 
     def _initialise(self) -> None:
         """The official initialisation; the output and the text's contribution start at zero."""

@@ -43,11 +43,13 @@ class Settings:
     tune_steps: int = 200
     batch: int = 16  # at high resolution; twice that at low
     rate: float = 0.02
-    tune_rate: float = 0.006
+    high_rate: float = 0.006
+    tune_rate: float = 0.002
     held_out: int = 128
 
 
-QUICK = Settings(dim=32, depth=2, heads=2, low_steps=60, high_steps=20, tune_steps=20, batch=8, held_out=32)
+QUICK = Settings(dim=32, depth=2, heads=2, low_steps=60, high_steps=20, tune_steps=20, tune_rate=0.006, batch=8,
+                 held_out=32)  # fmt: skip
 
 
 class Patches(NamedTuple):
@@ -173,10 +175,17 @@ class Result:
     curves: dict[str, list[tuple[int, float]]]
     samples: dict[str, Tensor]
 
-    def recovery(self, start: str) -> int | None:
-        """Steps after which the loss is back at what it was before compression; None where it never was."""
-        before = self.curves["high resolution"][-1][1]
-        return next((step for step, loss in self.curves[start] if loss <= before), None)
+    def above_control(self, start: str) -> list[float]:
+        """Loss over that of the uncompressed control, less 1, at every step of the curve."""
+        pairs = zip(self.curves[start], self.curves["none"], strict=True)
+        return [loss / control - 1 for (_, loss), (_, control) in pairs]
+
+    def recovery(self, start: str, share: float = 0.1) -> int | None:
+        """Step from which on the loss stays within ``share`` of the control's; None if it does not."""
+        apart = [step for (step, _), above in zip(self.curves[start], self.above_control(start), strict=True)
+                 if above > share]  # fmt: skip
+        later = [step for step, _ in self.curves[start] if not apart or step > apart[-1]]
+        return later[0] if later else None
 
 
 def run(settings: Settings | None = None, *, seed: int = 0, quiet: bool = False) -> Result:
@@ -196,7 +205,7 @@ def run(settings: Settings | None = None, *, seed: int = 0, quiet: bool = False)
             model.set_resolution(HIGH, interpolation)
             result.raised[name] = evaluate(model, high_test)
         result.curves["high resolution"] = train(
-            model, photos, HIGH, s.high_steps, s.tune_rate, s.batch, test=high_test, seed=seed + 1,
+            model, photos, HIGH, s.high_steps, s.high_rate, s.batch, test=high_test, seed=seed + 1,
             tick=start(f"{HIGH} x {HIGH}, no compression", s.high_steps),
         )  # fmt: skip
         result.samples[f"{HIGH} x {HIGH}"] = draw_samples(model, HIGH)
@@ -242,17 +251,18 @@ def table(result: Result) -> Any:
     from rich.table import Table
 
     made = Table(title="Mean squared error of the predicted noise on held-out patches")
-    for column in ("switch", "before", "right after", "tuned", "steps back to before"):
+    for column in ("switch", "before", "right after", "tuned", "above control", "within 10% from step"):
         made.add_column(column, justify="left" if column == "switch" else "right")
     high = result.curves["high resolution"]
     for name, loss in result.raised.items():
         tuned = f"{high[-1][1]:.4f}" if name == "positions interpolated" else ""
-        made.add_row(f"{LOW} to {HIGH} pixels, {name}", f"{result.low:.4f}", f"{loss:.4f}", tuned, "")
+        made.add_row(f"{LOW} to {HIGH} pixels, {name}", f"{result.low:.4f}", f"{loss:.4f}", tuned)
     for name in STARTS:
         curve, back = result.curves[name], result.recovery(name)
         label = "no compression (control)" if name == "none" else f"compression 2 x 2, {name} start"
+        above = f"{result.above_control(name)[-1]:.0%}", "never" if back is None else str(back)
         made.add_row(label, f"{high[-1][1]:.4f}", f"{curve[0][1]:.4f}", f"{curve[-1][1]:.4f}",
-                     "never" if back is None else str(back))  # fmt: skip
+                     *(above if name != "none" else ()))  # fmt: skip
     return made
 
 
