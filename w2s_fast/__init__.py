@@ -13,7 +13,8 @@ from .ops.diffusion.adaln_modulate import adaln_modulate
 from .ops.diffusion.ddim_step import ddim_step
 from .ops.diffusion.gate_residual import gate_residual
 from .ops.diffusion.gate_residual_adaln import gate_residual_adaln
-from .ops.diffusion.loss import ict_loss, noise_pair
+from .ops.diffusion.ict_loss import ict_loss
+from .ops.diffusion.noise_pair import noise_pair
 from .ops.diffusion.pseudo_huber_loss import pseudo_huber_loss
 from .ops.diffusion.qk_norm import qk_norm
 from .ops.diffusion.sampler import reflect, w2sd_sample

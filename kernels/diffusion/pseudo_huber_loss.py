@@ -1,10 +1,12 @@
-"""pseudo_huber_loss and its gradient, r = pred - target.
+"""pseudo_huber_loss and ict_loss with their gradients.
 
-    vector:       loss_b = s / (sqrt(s + c^2) + c), s = sum r^2;    dpred = grad_b r / sqrt(s + c^2)
-    elementwise:  loss_b = mean r^2 / (sqrt(r^2 + c^2) + c);        dpred = grad_b / D r / sqrt(r^2 + c^2)
+r is pred - target, or k0 student + k1 teacher + k2 x_student + k3 x_teacher with the row's coefficients k.
+
+    vector:       loss_b = s / (sqrt(s + c^2) + c), s = sum r^2;    dr = grad_b r / sqrt(s + c^2)
+    elementwise:  loss_b = mean r^2 / (sqrt(r^2 + c^2) + c);        dr = grad_b / D r / sqrt(r^2 + c^2)
 
 Forward: one program a tile of a row for its sum, one a row to add them in a fixed order. Backward: one program a tile.
-Floor: both tensors read once; backward reads them again and writes one.
+Floor: every tensor read once; backward reads them again and writes one.
 """
 
 from __future__ import annotations
@@ -20,18 +22,29 @@ BLOCK = 2048
 
 
 @triton.jit
-def load_residual(pred, target, at, mask):
-    """pred - target in float32, 0 in masked lanes."""
-    return tl.load(pred + at, mask=mask, other=0.0).to(tl.float32) - tl.load(target + at, mask=mask, other=0.0).to(
-        tl.float32
-    )
+def load_number(tensor, at, mask):
+    """float32, 0 in masked lanes."""
+    return tl.load(tensor + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _tile_sum_kernel(pred, target, c, size, tiles, o_part, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+def load_residual(tensors, levels, row, at, mask):
+    """r [BLOCK], 0 in masked lanes; student and teacher are formed apart, because the two are close."""
+    first, second = load_number(tensors[0], at, mask), load_number(tensors[1], at, mask)
+    if levels is None:
+        r = first - second
+    else:
+        k = levels + 4 * row
+        student = tl.load(k) * first + tl.load(k + 2) * load_number(tensors[2], at, mask)
+        r = student + (tl.load(k + 1) * second + tl.load(k + 3) * load_number(tensors[3], at, mask))
+    return r
+
+
+@triton.jit
+def _tile_sum_kernel(tensors, levels, c, size, tiles, o_part, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     row, tile = row_tile(tiles)
     cols = tile * BLOCK + tl.arange(0, BLOCK)
-    r = load_residual(pred, target, row * size + cols, cols < size)  # [BLOCK]
+    r = load_residual(tensors, levels, row, row * size + cols, cols < size)
     square = r * r
     if not VECTOR:
         square = square / (tl.sqrt_rn(square + c * c) + c)
@@ -52,54 +65,78 @@ def _merge_kernel(i_part, c, size, tiles, o_loss, o_inverse, VECTOR: tl.constexp
 
 
 @triton.jit
-def _gradient_kernel(grad, pred, target, inverse, c, size, tiles, o_pred, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _gradient_kernel(
+    grad, tensors, levels, inverse, c, size, tiles, o_grad, COLUMN: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row, tile = row_tile(tiles)
     cols = tile * BLOCK + tl.arange(0, BLOCK)
-    r = load_residual(pred, target, row * size + cols, cols < size)
+    r = load_residual(tensors, levels, row, row * size + cols, cols < size)
     g = tl.load(grad + row).to(tl.float32)
+    if levels is not None:
+        g *= tl.load(levels + 4 * row + COLUMN)
     if VECTOR:
         d = r * (g * tl.load(inverse + row))
     else:
         d = r / tl.sqrt_rn(r * r + c * c) * (g / size)
-    tl.store(o_pred + row * size + cols, d.to(o_pred.dtype.element_ty), mask=cols < size)
+    tl.store(o_grad + row * size + cols, d.to(o_grad.dtype.element_ty), mask=cols < size)
 
 
-def launch_pseudo_huber_loss(pred: Any, target: Any, c: float, vector: bool) -> tuple[Any, Any]:
-    """Arguments of `pseudo_huber_loss` -> (loss, inverse)."""
-    pred, target = pred.contiguous(), target.contiguous()
-    rows, size = pred.shape
-    f32, tiles = dtype(pred, "float32"), cdiv(size, BLOCK)
-    part = pred.new_empty((rows, tiles), dtype=f32)
-    loss, inverse = (pred.new_empty((n,), dtype=f32) for n in (rows, rows if vector else 0))
-    launch(_tile_sum_kernel, rows * tiles, pred, pred, target, c, size, tiles, part, VECTOR=vector, BLOCK=BLOCK)
-    launch(_merge_kernel, rows, pred, part, c, size, tiles, loss, inverse, VECTOR=vector, TILES=next_power(tiles))
+def _forward(tensors: tuple[Any, ...], levels: Any, c: float, vector: bool) -> tuple[Any, Any]:
+    tensors = tuple(t.contiguous() for t in tensors)
+    like = tensors[0]
+    rows, size = like.shape
+    f32, tiles = dtype(like, "float32"), cdiv(size, BLOCK)
+    part = like.new_empty((rows, tiles), dtype=f32)
+    loss, inverse = (like.new_empty((n,), dtype=f32) for n in (rows, rows if vector else 0))
+    launch(_tile_sum_kernel, rows * tiles, like, tensors, levels, c, size, tiles, part, VECTOR=vector, BLOCK=BLOCK)
+    launch(_merge_kernel, rows, like, part, c, size, tiles, loss, inverse, VECTOR=vector, TILES=next_power(tiles))
     return loss, inverse
 
 
-def launch_pseudo_huber_backward(grad: Any, pred: Any, target: Any, inverse: Any, c: float) -> Any:
-    """Arguments of `pseudo_huber_backward` -> gradient in pred."""
-    pred, target, grad = pred.contiguous(), target.contiguous(), grad.contiguous()
-    rows, size = pred.shape
-    out, tiles = pred.new_empty((rows, size)), cdiv(size, BLOCK)
+def _backward(grad: Any, tensors: tuple[Any, ...], levels: Any, inverse: Any, c: float, column: int) -> Any:
+    tensors = tuple(t.contiguous() for t in tensors)
+    rows, size = tensors[0].shape
+    out, tiles = tensors[column].new_empty((rows, size)), cdiv(size, BLOCK)
     launch(
-        _gradient_kernel, rows * tiles, pred, grad, pred, target, inverse, c, size, tiles, out,
-        VECTOR=inverse.shape[0] > 0, BLOCK=BLOCK,
+        _gradient_kernel, rows * tiles, out, grad.contiguous(), tensors, levels, inverse, c, size, tiles, out,
+        COLUMN=column, VECTOR=inverse.shape[0] > 0, BLOCK=BLOCK,
     )
     return out
 
 
-def supports_pseudo_huber_loss(*args: Any) -> str | None:
+def launch_pseudo_huber_loss(pred: Any, target: Any, c: float, vector: bool) -> tuple[Any, Any]:
+    """Arguments of `pseudo_huber_loss` -> (loss, inverse)."""
+    return _forward((pred, target), None, c, vector)
+
+
+def launch_pseudo_huber_backward(grad: Any, pred: Any, target: Any, inverse: Any, c: float) -> Any:
+    """Arguments of `pseudo_huber_backward` -> gradient in pred."""
+    return _backward(grad, (pred, target), None, inverse, c, 0)
+
+
+def launch_ict_loss(*args: Any) -> tuple[Any, Any]:
+    """Arguments of `ict_loss` -> (loss, inverse)."""
+    *tensors, levels, c, vector = args
+    return _forward(tuple(tensors), levels.contiguous(), c, vector)
+
+
+def launch_ict_backward(*args: Any) -> Any:
+    """Arguments of `ict_backward` -> gradient in tensor ``column``."""
+    grad, *tensors, levels, inverse, c, column = args
+    return _backward(grad, tuple(tensors), levels.contiguous(), inverse, c, column)
+
+
+def _supports(*args: Any) -> str | None:
     """The reason these arguments cannot be served, or None."""
-    return refuse_double(*args[:2])
+    return refuse_double(*(t for t in args if hasattr(t, "dtype")))
 
 
-def supports_pseudo_huber_backward(*args: Any) -> str | None:
-    """The same for the gradient."""
-    return refuse_double(*args[:4])
+supports_pseudo_huber_loss = supports_pseudo_huber_backward = supports_ict_loss = supports_ict_backward = _supports
 
 
 def aot_cases() -> list[AotCase]:
-    """A batch of small images in both forms and dtypes."""
+    """A batch of small images in both forms and dtypes, and the consistency loss."""
 
     def run(name: str, kind: str, vector: bool) -> AotCase:
         def call() -> None:
@@ -109,4 +146,11 @@ def aot_cases() -> list[AotCase]:
 
         return AotCase(name, call)
 
-    return [run("fp32-vector", "float32", True), run("bf16-elementwise", "bfloat16", False)]
+    def consistency() -> None:
+        tensors = [Meta((512, 3072), "bfloat16") for _ in range(4)]
+        levels, row = Meta((512, 4), "float32"), Meta((512,), "float32")
+        launch_ict_loss(*tensors, levels, 0.03, True)
+        launch_ict_backward(row, *tensors, levels, row, 0.03, 0)
+
+    return [run("fp32-vector", "float32", True), run("bf16-elementwise", "bfloat16", False),
+            AotCase("bf16-ict", consistency)]

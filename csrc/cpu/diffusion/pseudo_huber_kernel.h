@@ -1,8 +1,9 @@
-// pseudo_huber_loss and its gradient, r = pred - target.
-//   vector:       loss_b = s / (sqrt(s + c^2) + c), s = sum r^2;    dpred = grad_b r / sqrt(s + c^2)
-//   elementwise:  loss_b = mean r^2 / (sqrt(r^2 + c^2) + c);        dpred = grad_b / D r / sqrt(r^2 + c^2)
+// pseudo_huber_loss and ict_loss with their gradients. r is pred - target, or a combination of four tensors with
+// coefficients k of the row: r = k0 student + k1 teacher + k2 x_student + k3 x_teacher.
+//   vector:       loss_b = s / (sqrt(s + c^2) + c), s = sum r^2;    dr = grad_b r / sqrt(s + c^2)
+//   elementwise:  loss_b = mean r^2 / (sqrt(r^2 + c^2) + c);        dr = grad_b / D r / sqrt(r^2 + c^2)
 // Items are (row, segment of 8,192); sums of segments are added in order, in double, so that a result does not depend on
-// the number of threads. Floor: both tensors read once; backward reads them again and writes one.
+// the number of threads. Floor: every tensor read once; backward reads them again and writes one.
 #include "cpu/diffusion/tiles.h"
 
 template <class V>
@@ -13,25 +14,50 @@ W2S_INLINE V root(V x) {
   return V::load(lanes);
 }
 
+// residuals of a tile into r
+template <class A>
+W2S_INLINE void residual_tile(const PseudoHuber& h, int64_t row, int64_t at, int n, A* buffer, A* r) {
+  using V = Vec<A>;
+  const A* p = read_tile(h.tensors[0], row, at, n, buffer);
+  const A* t = read_tile(h.tensors[1], row, at, n, buffer + TILE);
+  int i = 0;
+  if (h.levels.empty()) {
+    for (; i + V::W <= n; i += V::W) (V::load(p + i) - V::load(t + i)).store(r + i);
+    for (; i < n; ++i) r[i] = p[i] - t[i];
+    return;
+  }
+  const A* x = read_tile(h.tensors[2], row, at, n, buffer + 2 * TILE);
+  const A* y = read_tile(h.tensors[3], row, at, n, buffer + 3 * TILE);
+  const double* level = h.levels.data() + 4 * row;
+  const A a = A(level[0]), b = A(level[1]), c = A(level[2]), d = A(level[3]);
+  const V va = V::set(a), vb = V::set(b), vc = V::set(c), vd = V::set(d);
+  for (; i + V::W <= n; i += V::W) {
+    // student and teacher apart first: the two are close, and each rounds as it would alone
+    const V student = V::fma(vc, V::load(x + i), va * V::load(p + i));
+    (student + V::fma(vd, V::load(y + i), vb * V::load(t + i))).store(r + i);
+  }
+  for (; i < n; ++i) r[i] = (a * p[i] + c * x[i]) + (b * t[i] + d * y[i]);
+}
+
 // sum over a tile of r^2, or of the entries' losses
 template <class A>
-W2S_INLINE A tile_sum(const A* p, const A* t, int n, A c, bool vector) {
+W2S_INLINE A tile_sum(const A* r, int n, A c, bool vector) {
   using V = Vec<A>;
   V sum[2] = {V::set(0), V::set(0)};
   const V vc = V::set(c), cc = V::set(c * c);
   int i = 0, turn = 0;
   for (; i + V::W <= n; i += V::W, turn ^= 1) {
-    const V r = V::load(p + i) - V::load(t + i);
+    const V x = V::load(r + i);
     if (vector) {
-      sum[turn] = V::fma(r, r, sum[turn]);
+      sum[turn] = V::fma(x, x, sum[turn]);
     } else {
-      const V square = r * r;
+      const V square = x * x;
       sum[turn] = sum[turn] + square / (root(square + cc) + vc);
     }
   }
   A total = (sum[0] + sum[1]).sum();
   for (; i < n; ++i) {
-    const A square = (p[i] - t[i]) * (p[i] - t[i]);
+    const A square = r[i] * r[i];
     total += vector ? square : square / (std::sqrt(square + c * c) + c);
   }
   return total;
@@ -42,11 +68,11 @@ inline void loss_as(const PseudoHuber& h) {
   const int64_t S = segments(h.D);
   std::vector<double> part(size_t(h.B * S));
   parallel_items(h.B * S, 1, [&](int64_t item) {
-    A bp[TILE], bt[TILE];
+    A buffer[4 * TILE], r[TILE];
     double sum = 0;
     segment_tiles(h.D, item % S, [&](int64_t at, int n) {
-      const A* p = read_tile(h.pred, item / S, at, n, bp);
-      sum += tile_sum(p, read_tile(h.target, item / S, at, n, bt), n, A(h.c), h.vector);
+      residual_tile(h, item / S, at, n, buffer, r);
+      sum += tile_sum(r, n, A(h.c), h.vector);
     });
     part[size_t(item)] = sum;
   });
@@ -66,20 +92,16 @@ inline void gradient_as(const PseudoHuber& h) {
   parallel_items(h.B * S, 1, [&](int64_t item) {
     const int64_t row = item / S;
     const A scale = A(h.scale[size_t(row)]), cc = A(h.c * h.c);
-    A bp[TILE], bt[TILE], bo[TILE];
+    A buffer[4 * TILE], r[TILE], bo[TILE];
     segment_tiles(h.D, item % S, [&](int64_t at, int n) {
-      const A* p = read_tile(h.pred, row, at, n, bp);
-      const A* t = read_tile(h.target, row, at, n, bt);
+      residual_tile(h, row, at, n, buffer, r);
       write_tile(h.out, row, at, n, bo, [&](A* out) {
         int i = 0;
         for (; i + V::W <= n; i += V::W) {
-          const V r = V::load(p + i) - V::load(t + i), scaled = r * V::set(scale);
-          (h.vector ? scaled : scaled / root(V::fma(r, r, V::set(cc)))).store(out + i);
+          const V x = V::load(r + i), scaled = x * V::set(scale);
+          (h.vector ? scaled : scaled / root(V::fma(x, x, V::set(cc)))).store(out + i);
         }
-        for (; i < n; ++i) {
-          const A r = p[i] - t[i];
-          out[i] = h.vector ? r * scale : r * scale / std::sqrt(r * r + cc);
-        }
+        for (; i < n; ++i) out[i] = h.vector ? r[i] * scale : r[i] * scale / std::sqrt(r[i] * r[i] + cc);
       });
     });
   });

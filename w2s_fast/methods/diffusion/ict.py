@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.diffusion.loss import ict_loss, noise_pair
+from ...ops.diffusion.ict_loss import ict_loss
+from ...ops.diffusion.noise_pair import noise_pair
 from ...ops.diffusion.schedule import (
     SIGMA_MAX,
     SIGMA_MIN,

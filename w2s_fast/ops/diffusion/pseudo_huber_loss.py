@@ -104,16 +104,26 @@ def pseudo_huber_loss(
     same_samples(op, "target", target, "pred", pred)
     checks.choice(op, "form", form, ("vector", "elementwise"))
     checks.choice(op, "reduction", reduction, ("mean", "sum", "none"))
-    c = _scale(op, c, pred)
+    c = default_scale(op, "pred", c, pred)
     if weight is not None:
         per_sample(op, "weight", weight, pred)
-    rows = [t.reshape(len(pred), -1) if pred.numel() else t.reshape(0, 1) for t in (pred, target)]
-    loss: Tensor = PSEUDO_HUBER_LOSS(rows[0], rows[1] if target_grad else rows[1].detach(), c, form == "vector")[0]
+    rows = as_rows(pred), as_rows(target if target_grad else target.detach())
+    loss: Tensor = PSEUDO_HUBER_LOSS(*rows, c, form == "vector")[0]
+    return reduced(loss, weight, reduction)
+
+
+def reduced(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Weighted losses ``(B)``, their sum or their mean; the mean of none is 0."""
     if weight is not None:
         loss = loss * weight
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / max(loss.numel(), 1)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """``(B, ...)`` as ``(B, D)``."""
+    return t.reshape(len(t), -1) if t.numel() else t.reshape(0, 1)
 
 
 def same_samples(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
@@ -135,10 +145,11 @@ def per_sample(op: str, name: str, value: Tensor, like: Tensor) -> None:
     checks.same_device(op, [("pred", like), (name, value)])
 
 
-def _scale(op: str, c: float | None, pred: Tensor) -> float:
-    entries = math.prod(pred.shape[1:])
+def default_scale(op: str, name: str, c: float | None, like: Tensor) -> float:
+    """c, by default ``0.00054 sqrt(d)``."""
+    entries = math.prod(like.shape[1:])
     if entries == 0:
-        checks.fail(op, "pred", "of at least one entry a sample", tuple(pred.shape))
+        checks.fail(op, name, "of at least one entry a sample", tuple(like.shape))
     if c is None:
         return 0.00054 * math.sqrt(entries)
     return checks.number(op, "c", c, low=0.0, open_low=True)

@@ -86,10 +86,22 @@ def _huber_near(m: Make) -> Inputs:
     return (pred, torch.zeros_like(pred)), {"c": 1.0, "reduction": "none"}
 
 
-def _ict(m: Make) -> Inputs:
-    tensors = [m.logits(5, 2, 9, scale=1.0) for _ in range(4)]
-    low = torch.tensor([0.002, 0.085, 0.965, 12.0, 45.0], device=tensors[0].device)
-    return (*tensors, low * 1.8, low), {}
+def _ict(**kwargs: Any) -> Callable[[Make], Inputs]:
+    def make(m: Make) -> Inputs:
+        tensors = [m.logits(5, 2, 9, scale=1.0) for _ in range(4)]
+        low = torch.tensor([0.002, 0.085, 0.965, 12.0, 45.0], device=tensors[0].device)
+        return (*tensors, low * 1.8, low), dict(kwargs)
+
+    return make
+
+
+def _ict_layouts(m: Make) -> Inputs:
+    """One tensor permuted, one sliced, one expanded; more than a tile of a kernel; a weight a sample."""
+    low = m.uniform(3) + 0.1
+    return (
+        m.logits(2200, 3, scale=1.0).t(), m.logits(3, 2300, scale=1.0)[:, 50:2250], m.logits(3, 2200, scale=1.0),
+        m.logits(1, 2200, scale=1.0).expand(3, -1), 2 * low, low, m.uniform(3),
+    ), {}  # fmt: skip
 
 
 def _noise(m: Make) -> Inputs:
@@ -107,6 +119,7 @@ SAMPLES: list[Sample] = [
     Sample("ddim_step", "clip", _step(2, 31, x0_clip=0.5), grad=False),
     Sample("ddim_step", "large", _step(1, 257, scale=1e3)),
     Sample("ddim_step", "empty", _step(0, 4)),
+    Sample("ddim_step", "long", _step(2, 9001)),
     Sample("reflect", "plain", _reflect),
     Sample("w2sd_sample", "exact", _sample(), dtypes=(torch.float32,), grad=False),
     Sample("w2sd_sample", "released", _sample(schedule="released", weak_guidance=1.0), dtypes=(torch.float32,),
@@ -117,8 +130,11 @@ SAMPLES: list[Sample] = [
     Sample("pseudo_huber_loss", "layouts", _huber_layouts),
     Sample("pseudo_huber_loss", "near", _huber_near),
     Sample("pseudo_huber_loss", "numbers", _huber(9)),
+    Sample("pseudo_huber_loss", "long", _huber(2, 9001)),
     Sample("pseudo_huber_loss", "large", _huber(3, 5, scale=1e4)),
     Sample("pseudo_huber_loss", "empty", _huber(0, 5)),
-    Sample("ict_loss", "plain", _ict),
+    Sample("ict_loss", "plain", _ict()),
+    Sample("ict_loss", "elementwise", _ict(form="elementwise", reduction="none", c=0.1)),
+    Sample("ict_loss", "layouts", _ict_layouts),
     Sample("noise_pair", "layouts", _noise),
 ]  # fmt: skip
