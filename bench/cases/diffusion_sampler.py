@@ -27,6 +27,8 @@ def _plain_step(x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
     return B**0.5 * x0 + (1 - B) ** 0.5 * eps
 
 
+# Measured on an AMD EPYC, 2 threads: fp32 4.6x eager and level with torch.compile, bf16 10x eager and 0.9 of
+# torch.compile, which rounds to bf16 with an instruction where vec_math.h's narrow rounds with shifts.
 def _step_case(shape: tuple[int, ...], dtype: torch.dtype, hot: bool) -> Case:
     numbers = torch.Size(shape).numel()
 
@@ -53,6 +55,7 @@ def _plain_huber(pred: Tensor, target: Tensor) -> Tensor:
     return (((pred - target).flatten(1).square().sum(1) + c * c).sqrt() - c).mean()
 
 
+# Measured: 1.8x eager, not 3x (the tensors fit the last-level cache, passes cost less there), 1.15x torch.compile.
 def _huber_case() -> Case:
     shape = (512, 3, 32, 32)
 
@@ -95,6 +98,7 @@ def _plain_ict(student: Tensor, teacher: Tensor, x_s: Tensor, x_t: Tensor, high:
     return (((square + c * c).sqrt() - c) / (high - low)).mean()
 
 
+# Measured: 1.7x eager, 0.66 of torch.compile: beside the pass, 120 us go to the coefficients' dozen small operators.
 def _ict_case() -> Case:
     numbers = 256 * 3072
     return Case(
@@ -110,6 +114,7 @@ def _plain_pair(x: Tensor, z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor
     return x + low[:, None, None, None] * z, x + high[:, None, None, None] * z
 
 
+# Measured: 1.25x eager, 0.74 of torch.compile, which reads x and z once for both results.
 def _pair_case() -> Case:
     numbers = 256 * 3072
 

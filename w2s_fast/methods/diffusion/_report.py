@@ -56,7 +56,7 @@ def distances(found: dict[int, dict[str, Tensor]]) -> tuple[dict[str, list[float
 
 def clouds(points: dict[str, Tensor], limit: float = 2.4, shown: int = 4000) -> Any:
     """Point clouds side by side, by title; a figure, or None without matplotlib."""
-    drawn = figure(3.2 * len(points), 3.0)
+    drawn = figure(3.2 * len(points), 2.7)
     if drawn is None:
         return None
     axes = drawn.subplots(1, len(points), sharex=True, sharey=True)

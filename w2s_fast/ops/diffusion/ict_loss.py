@@ -12,7 +12,7 @@ from ...library import Kernel, define
 from ...reference.diffusion import pseudo_huber_loss as reference
 from ...reference.numerics import accumulate_dtype
 from .pseudo_huber_loss import Form, Reduction, as_rows, default_scale, per_sample, reduced, same_samples
-from .schedule import SIGMA_DATA, SIGMA_MIN, consistency_scalings
+from .schedule import SIGMA_DATA, SIGMA_MIN, skip_and_out
 
 _MODULE = "kernels.diffusion.pseudo_huber_loss"
 _TENSORS = "Tensor student, Tensor teacher, Tensor x_student, Tensor x_teacher, Tensor levels"
@@ -120,11 +120,9 @@ def ict_loss(
     checks.choice(op, "reduction", reduction, ("mean", "sum", "none"))
     tensors = (student_out, teacher_out.detach(), x_student, x_teacher.detach())
     acc = accumulate_dtype(*tensors)
-    high, low = (
-        consistency_scalings(sigma.detach().to(acc), sigma_min=sigma_min, sigma_data=sigma_data)
-        for sigma in (sigma_s, sigma_t)
-    )
-    levels = torch.stack((high.out, -low.out, high.skip, -low.skip), 1)
+    sigmas = torch.stack((sigma_s, sigma_t), 1).detach().to(acc)
+    skip, out = skip_and_out(sigmas, sigma_min, sigma_data)
+    levels = torch.stack((out[:, 0], -out[:, 1], skip[:, 0], -skip[:, 1]), 1)
     c = default_scale(op, "student_out", c, student_out)
     loss: Tensor = ICT_LOSS(*(as_rows(t) for t in tensors), levels, c, form == "vector")[0]
     return reduced(loss, weight, reduction)

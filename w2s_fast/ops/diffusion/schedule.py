@@ -44,13 +44,18 @@ def consistency_scalings(sigma: Level, *, sigma_min: float = SIGMA_MIN, sigma_da
         >>> consistency_scalings(0.002).skip, consistency_scalings(0.002).out
         (1.0, 0.0)
     """
-    above: Any = sigma - sigma_min
-    total: Any = sigma * sigma + sigma_data * sigma_data
+    skip, out = skip_and_out(sigma, sigma_min, sigma_data)
+    total: Any = sigma * sigma + sigma_data**2
     root = total.sqrt() if isinstance(sigma, Tensor) else math.sqrt(total)
     noise = sigma.log() if isinstance(sigma, Tensor) else math.log(sigma)
-    return Scalings(
-        sigma_data**2 / (above * above + sigma_data**2), sigma_data * above / root, 1 / root, 250 * noise
-    )
+    return Scalings(skip, out, 1 / root, 250 * noise)
+
+
+def skip_and_out(sigma: Any, sigma_min: float, sigma_data: float) -> tuple[Any, Any]:
+    """c_skip and c_out alone."""
+    above, total = sigma - sigma_min, sigma * sigma + sigma_data**2
+    root = total.sqrt() if isinstance(sigma, Tensor) else math.sqrt(total)
+    return sigma_data**2 / (above * above + sigma_data**2), sigma_data * above / root
 
 
 def ict_schedule(step: int, steps: int, *, start: int = 10, end: int = 1280) -> int:
