@@ -1,7 +1,8 @@
 """added = x + gate y and h = LN0(added) (1 + scale) + shift, either or both, and the gradient.
 
-Forward: one program a token, its row in registers. Backward: one program a range of tokens of a sample; it writes dx and dy
-and keeps the sums over its tokens (dgate, dshift, dscale) in registers; ranges are added in order afterwards, no atomics.
+Forward: one program a token, its row in registers. Backward: one program a range of tokens of a sample; it writes dx
+and dy and keeps the sums over its tokens (dgate, dshift, dscale) in registers; ranges are added in order afterwards, no
+atomics.
 Floor: x and y read, added and h written once.
 """
 

@@ -1,7 +1,7 @@
 """LayerNorm or RMSNorm of slots [first, last) of x [B, N, S, C], the other slots copied, and the gradient.
 
-Forward: one program a token and slot. Backward: one program a slot and a range of tokens, which keeps its part of dweight
-and dbias in registers; ranges are added in order afterwards. Floor: x read, y written once.
+Forward: one program a token and slot. Backward: one program a slot and a range of tokens, which keeps its part of
+dweight and dbias in registers; ranges are added in order afterwards. Floor: x read, y written once.
 """
 
 from __future__ import annotations

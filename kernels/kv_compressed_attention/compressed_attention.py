@@ -1,8 +1,8 @@
 """Attention of N queries over M keys: O = softmax(scale Q K^T) V, and a row's largest score and sum of exponentials.
 
-Few keys (at most `FEW`): one program holds a head's whole K and V and goes through `TILES` blocks of queries; a full row of
-scores fits, so there is no running maximum and nothing is loaded twice. More keys: one program a block of queries, K and V
-pass by in blocks with an online softmax. Floor: 4 N M D FLOPs a head; q, k, v read and O written once.
+Few keys (at most `FEW`): one program holds a head's whole K and V and goes through `TILES` blocks of queries; a full
+row of scores fits, so there is no running maximum and nothing is loaded twice. More keys: one program a block of
+queries, K and V pass by in blocks with an online softmax. Floor: 4 N M D FLOPs a head; q, k, v read and O written once.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def config(head: int, keys: int, wide: bool) -> dict[str, Any]:
         return {"BLOCK_Q": 32, "BLOCK_M": 32, "num_warps": 8 if head > 64 else 4}
     if keys <= FEW:
         return {"BLOCK_Q": 64, "BLOCK_M": max(16, triton.next_power_of_2(keys)), "TILES": TILES, "num_warps": 8}
-    return {"BLOCK_Q": 128, "BLOCK_M": 64, "num_warps": 8}
+    # a head of two tiles spills on sm_80 with a third stage of loads
+    return {"BLOCK_Q": 128, "BLOCK_M": 64, "num_warps": 8, "num_stages": 2 if split(head)[1] else 3}
 
 
 def attention(q: Any, k: Any, v: Any, scale: float, out: Any, softmax: Any) -> None:

@@ -153,7 +153,8 @@ def _shares(batch: int, heads: int, n: int, blocks: int, block_q: int) -> tuple[
 def gradients(
     grad: Any, q: Any, k: Any, v: Any, out: Any, softmax: Any, scale: float, dq: Any, need_kv: bool
 ) -> tuple[Any, Any]:
-    """Write ``dq`` unless it is None; dk and dv as float32 ``[shares, B, M, H, D]`` to be summed (None if not needed)."""
+    """Write ``dq`` unless it is None; dk and dv as float32 ``[shares, B, M, H, D]`` to be summed (None if not
+    needed)."""
     batch, n, heads, head = q.shape
     keys = k.shape[1]
     f32 = dtype(q, "float32")

@@ -1,8 +1,9 @@
 """Compression of keys and values: a_mc = b_c + sum_t w_ct z_token(m, t),c, then LayerNorm over the C channels.
 
-Forward: one program an output row, the whole row in registers; x is read once. Backward: one program a row makes da through
-the LayerNorm (float32 [B, M, G, C]; without LayerNorm da is the gradient as it came), then one program a block of channels
-and a range of rows writes dx and sums dw, db, dgain, doffset; ranges are added in order afterwards: no atomics.
+Forward: one program an output row, the whole row in registers; x is read once. Backward: one program a row makes da
+through the LayerNorm (float32 [B, M, G, C]; without LayerNorm da is the gradient as it came), then one program a block
+of channels and a range of rows writes dx and sums dw, db, dgain, doffset; ranges are added in order afterwards: no
+atomics.
 Floor: k and v read and k', v' written once; backward x read, dx written.
 """
 
@@ -94,10 +95,12 @@ def _norm_kernel(
 
 @triton.jit
 def _spread_kernel(
-    grad, da, x, first, weight, weight_step, bias, bias_step, stats, dx, partial, rows, M, C, T, G, blocks, grid, factor,
+    grad, da, x, first, weight, weight_step, bias, bias_step, stats, dx, partial, rows, M, C, T, G, blocks, grid,
+    factor,
     STRIDE: tl.constexpr, NORM: tl.constexpr, RANGE: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx of a range of rows and a block of channels of one slot, and partial [ranges, G, T + 3, C]: dw, db, dgain, doffset."""
+    """dx of a range of rows and a block of channels of one slot, and partial [ranges, G, T + 3, C]: dw, db, dgain,
+    doffset."""
     pid = tl.program_id(0).to(tl.int64)
     block, g, part = pid % blocks, pid // blocks % G, pid // blocks // G
     c = block * BLOCK + tl.arange(0, BLOCK)
@@ -147,7 +150,7 @@ def _spread_kernel(
 
 
 def _warps(channels: int) -> int:
-    return 4 if channels <= 1024 else 8
+    return 4 if channels <= 2048 else 8
 
 
 def _places(t: Any) -> tuple[Any, ...]:
@@ -163,7 +166,7 @@ def _plan(x: Any, first: int, height: int, width: int, ratio: int, mode: str, we
     c = x.shape[3]
     return {
         "taps": (weight, c * taps if weight is not None and weight.shape[0] > 1 else 0,
-                 bias, c if bias is not None and bias.shape[0] > 1 else 0),  # fmt: skip
+                 bias, c if bias is not None and bias.shape[0] > 1 else 0),
         "M": count,
         "T": taps,
         "G": x.shape[2] - first,
@@ -218,8 +221,9 @@ def spread(
 
 
 def parameters(
-    partial: Any, p: dict[str, Any], weight: Any, bias: Any, norm_weight: Any, norm_bias: Any, normalize: bool, like: Any
-) -> list[Any]:
+    partial: Any, p: dict[str, Any], weight: Any, bias: Any, norm_weight: Any, norm_bias: Any, normalize: bool,
+    like: Any,
+) -> list[Any]:  # fmt: skip
     """dweight, dbias, dnorm_weight, dnorm_bias of the partial sums; ``[0]`` where there are none."""
     empty = like.new_empty((0,), dtype=dtype(like, "float32"))
     if partial is None:
@@ -241,7 +245,8 @@ def parameters(
 def backward_into(
     grad: Any, x: Any, first: int, compression: tuple[Any, ...], stats: Any, dx: Any, need_params: bool
 ) -> list[Any]:
-    """Write dx's compressed slots (unless None; where tokens have no window dx must be 0 already), return the parameters'
+    """Write dx's compressed slots (unless None; where tokens have no window dx must be 0 already), return the
+    parameters'
     gradients. ``compression`` is the nine arguments that describe it."""
     height, width, ratio, mode, weight, bias, normalize, norm_weight, norm_bias = compression
     p = _plan(x, first, height, width, ratio, mode, weight, bias)

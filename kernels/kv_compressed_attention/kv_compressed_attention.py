@@ -1,7 +1,7 @@
 """The whole path on a GPU: compression, attention on views of qkv; backward writes one packed dqkv.
 
-dq goes straight into slot 0 of dqkv, dk' and dv' stay float32 between the two gradients, the compression's gradient writes
-slots 1 and 2. The kernels are those of kv_compress.py, compressed_attention.py and its backward.
+dq goes straight into slot 0 of dqkv, dk' and dv' stay float32 between the two gradients, the compression's gradient
+writes slots 1 and 2. The kernels are those of kv_compress.py, compressed_attention.py and its backward.
 """
 
 from __future__ import annotations

@@ -160,7 +160,8 @@ def kv_compressed_attention(
 
     Returns:
         ``(B, N, C)``; with ``return_lse`` also lse ``(B, num_heads, N)``, float32, not differentiable. Differentiable,
-        once, in qkv and the parameters. Deterministic. Keeps qkv, the result, k', v' and 2 floats a row and head for backward.
+        once, in qkv and the parameters. Deterministic. Keeps qkv, the result, k', v' and 2 floats a row and head for
+        backward.
 
     Raises:
         ValueError, TypeError: naming the argument.

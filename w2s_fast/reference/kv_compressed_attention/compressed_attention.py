@@ -12,8 +12,8 @@ def compressed_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
     """O = softmax(scale Q K^T) V ``[B, N, H, D]`` and softmax ``[2, B, H, N]``: a row's largest score and the sum of
     exponentials above it.
 
-    q ``[B, N, H, D]``, k and v ``[B, M, H, D]``. The two numbers are kept apart because their lse is rounded where scores
-    are large, and exp(S - lse) would be off by that.
+    q ``[B, N, H, D]``, k and v ``[B, M, H, D]``. The two numbers are kept apart because their lse is rounded where
+    scores are large, and exp(S - lse) would be off by that.
     """
     acc = accumulate_dtype(q, k, v)
     scores = torch.einsum("bnhd,bmhd->bhnm", q.to(acc), k.to(acc)) * scale

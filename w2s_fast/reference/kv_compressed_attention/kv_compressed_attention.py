@@ -25,7 +25,8 @@ def kv_compressed_attention(
     num_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out ``[B, N, C]``, softmax ``[2, B, H, N]``, kv ``[B, M, 2, C]`` and the LayerNorm's stats of qkv ``[B, N, 3, C]``.
+    """out ``[B, N, C]``, softmax ``[2, B, H, N]``, kv ``[B, M, 2, C]`` and the LayerNorm's stats of qkv ``[B, N, 3,
+    C]``.
 
     kv = `kv_compress` of slots 1 and 2 (``[0]`` with ratio 1: k and v as they are); out = `compressed_attention`.
     """
