@@ -69,7 +69,8 @@ def fold_kv_projection(
         w_qkv: ``(3C, C_in)``, the weight of the projection to q, k, v.
         b_qkv: ``(3C,)`` or None.
         ratio: R >= 2.
-        mode: as in `kv_compress`, except that ``"conv"`` whose taps are all alike, 1 / R^2, is treated as a mean.
+        mode: as in `kv_compress`, except that ``"conv"`` whose taps are all 1 / R^2 is treated as a mean (not
+            inside torch.compile).
         weight: ``(C, 1, R, R)`` or ``(C, R, R)``, in mode conv.
         bias: ``(C,)``, in mode conv.
 
@@ -100,7 +101,8 @@ def fold_kv_projection(
                 checks.fail(op, name, f"None in mode {mode!r}", "a tensor")
         return _folded(w_qkv, b_qkv, c, w_qkv[c:], None if b_qkv is None else b_qkv[c:], ratio, mode, False)
     taps, offset = _taps(op, c, ratio, weight, bias)
-    if bool((taps == 1.0 / ratio**2).all()):
+    # a graph cannot depend on the values of the taps
+    if not torch.compiler.is_compiling() and bool((taps == 1.0 / ratio**2).all()):
         shift = None if b_qkv is None else b_qkv[c:]
         shift = shift if offset is None else offset.repeat(2) + (0 if shift is None else shift)
         return _folded(w_qkv, b_qkv, c, w_qkv[c:], shift, ratio, mode, False)

@@ -155,11 +155,9 @@ PATH: dict[str, Maker] = {
 }
 
 
-def _fold(mode: str, alike: bool) -> Maker:
+def _fold(mode: str) -> Maker:
     def make(m: Make) -> Inputs:
         found = _parameters(m, 6, 2, norm=False) if mode == "conv" else {}
-        if alike:
-            found["weight"] = torch.full_like(found["weight"], 0.25)
         return (m.logits(18, 5), m.logits(18), 2, mode), found
 
     return make
@@ -171,7 +169,6 @@ SAMPLES: list[Sample] = [
     *(Sample("kv_compressed_attention", name, make) for name, make in PATH.items()),
     # k' is rounded to 16 bit before the scores, so their float32 lse can be held to float32 rounding in float32 only
     Sample("kv_compressed_attention", "lse", _conv(1, (6, 4), 48, 2, 2, return_lse=True), dtypes=(torch.float32,)),
-    Sample("fold_kv_projection", "mean", _fold("mean", False), dtypes=(torch.float32,)),
-    Sample("fold_kv_projection", "conv", _fold("conv", False), dtypes=(torch.float32,)),
-    Sample("fold_kv_projection", "alike", _fold("conv", True), dtypes=(torch.float32,)),
+    Sample("fold_kv_projection", "mean", _fold("mean"), dtypes=(torch.float32,)),
+    Sample("fold_kv_projection", "conv", _fold("conv"), dtypes=(torch.float32,)),
 ]
