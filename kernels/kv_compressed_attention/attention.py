@@ -24,7 +24,7 @@ def split(head: int) -> tuple[int, int]:
 
 
 @triton.jit
-def load_tile(base, rows, row_mask, stride, start, D, WIDTH: tl.constexpr, DOT_F32: tl.constexpr):
+def load_tile(base, rows, row_mask, stride, start, D: tl.constexpr, WIDTH: tl.constexpr, DOT_F32: tl.constexpr):
     """Columns [start, start + WIDTH) of rows, [rows, WIDTH]; 0 outside."""
     cols = start + tl.arange(0, WIDTH)
     x = tl.load(base + rows[:, None] * stride + cols[None, :], mask=row_mask[:, None] & (cols[None, :] < D), other=0.0)
@@ -32,7 +32,7 @@ def load_tile(base, rows, row_mask, stride, start, D, WIDTH: tl.constexpr, DOT_F
 
 
 @triton.jit
-def store_tile(base, rows, row_mask, stride, start, D, x, WIDTH: tl.constexpr):
+def store_tile(base, rows, row_mask, stride, start, D: tl.constexpr, x, WIDTH: tl.constexpr):
     """[rows, WIDTH] to columns [start, start + WIDTH)."""
     cols = start + tl.arange(0, WIDTH)
     mask = row_mask[:, None] & (cols[None, :] < D)
@@ -50,6 +50,12 @@ def product(a, b, c, DOT_F32: tl.constexpr):
 def interpreted(like: Any) -> bool:
     """Whether the interpreter runs: its dot takes float32 only."""
     return bool(getattr(like, "device", None) is not None and like.device.type == "cpu")
+
+
+def alignment(*tensors: Any) -> int:
+    """8 if every stride of [B, tokens, H, D] tensors is a multiple of 8 and every address of 16 bytes, otherwise 1."""
+    fine = all(t.data_ptr() % 16 == 0 and all(t.stride(i) % 8 == 0 for i in range(3)) for t in tensors)
+    return 8 if fine else 1
 
 
 def outer(t: Any) -> tuple[Any, ...]:

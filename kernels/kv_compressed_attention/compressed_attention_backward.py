@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..common import AotCase, Meta, cdiv, dtype, launch
-from .attention import interpreted, load_tile, outer, product, split, store_tile
+from .attention import alignment, interpreted, load_tile, outer, product, split, store_tile
 from .compressed_attention import _place
 
 #: Programs that the kernel for dK and dV aims at.
@@ -32,17 +32,17 @@ def _scores(x_a, y_a, x_b, y_b, ROWS: tl.constexpr, COLS: tl.constexpr, B: tl.co
 
 @triton.jit
 def _dq_kernel(
-    g, q, k, v, o, softmax, delta, dq, H, N, M, D, blocks, stat_step, scale,
-    A: tl.constexpr, B: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, DOT_F32: tl.constexpr,
+    g, q, k, v, o, softmax, delta, dq, H, N, M, blocks, stat_step, scale,
+    D: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, DOT_F32: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = (pid // blocks).to(tl.int64)
     b, h = head // H, head % H
     rows = (pid % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q).to(tl.int64)
     mask = rows < N
-    g_base, q_base, o_base, k_base, v_base = (
-        _place(g, b, h), _place(q, b, h), _place(o, b, h), _place(k, b, h), _place(v, b, h)
-    )  # fmt: skip
+    k_base, v_base = _place(k, b, h, ALIGN), _place(v, b, h, ALIGN)
+    g_base, q_base, o_base = _place(g, b, h, ALIGN), _place(q, b, h, ALIGN), _place(o, b, h, ALIGN)
     g_a = load_tile(g_base, rows, mask, g[2], 0, D, A, DOT_F32)
     o_a = load_tile(o_base, rows, mask, o[2], 0, D, A, DOT_F32)
     d = tl.sum(g_a.to(tl.float32) * o_a.to(tl.float32), 1)
@@ -77,7 +77,7 @@ def _dq_kernel(
             dq_a = product(ds, k_a, dq_a, DOT_F32)
             if B > 0:
                 dq_b = product(ds, k_b, dq_b, DOT_F32)
-        dq_base = _place(dq, b, h)
+        dq_base = _place(dq, b, h, ALIGN)
         store_tile(dq_base, rows, mask, dq[2], 0, D, dq_a * scale, A)
         if B > 0:
             store_tile(dq_base, rows, mask, dq[2], A, D, dq_b * scale, B)
@@ -85,8 +85,9 @@ def _dq_kernel(
 
 @triton.jit
 def _dkv_kernel(
-    g, q, k, v, softmax, delta, dk, dv, H, N, M, D, blocks, shares, share, stat_step, scale,
-    A: tl.constexpr, B: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, DOT_F32: tl.constexpr,
+    g, q, k, v, softmax, delta, dk, dv, H, N, M, blocks, shares, share, stat_step, scale,
+    D: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, DOT_F32: tl.constexpr,
 ):  # fmt: skip
     """dk and dv are (float32 [shares * batch, M, H, D], its strides)."""
     pid = tl.program_id(0)
@@ -96,7 +97,8 @@ def _dkv_kernel(
     b, h = head // H, head % H
     keys = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     key_mask = keys < M
-    k_base, v_base, q_base, g_base = _place(k, b, h), _place(v, b, h), _place(q, b, h), _place(g, b, h)
+    k_base, v_base = _place(k, b, h, ALIGN), _place(v, b, h, ALIGN)
+    q_base, g_base = _place(q, b, h, ALIGN), _place(g, b, h, ALIGN)
     k_a = load_tile(k_base, keys, key_mask, k[2], 0, D, A, DOT_F32)
     v_a = load_tile(v_base, keys, key_mask, v[2], 0, D, A, DOT_F32)
     k_b, v_b = k_a, v_a
@@ -128,7 +130,7 @@ def _dkv_kernel(
             dv_b = product(p, g_b, dv_b, DOT_F32)
             dk_b = product(ds, q_b, dk_b, DOT_F32)
     count = tl.num_programs(0) // (shares * blocks * H)
-    dk_base, dv_base = _place(dk, part * count + b, h), _place(dv, part * count + b, h)
+    dk_base, dv_base = _place(dk, part * count + b, h, ALIGN), _place(dv, part * count + b, h, ALIGN)
     store_tile(dk_base, keys, key_mask, dk[2], 0, D, dk_a * scale, A)
     store_tile(dv_base, keys, key_mask, dv[2], 0, D, dv_a, A)
     if B > 0:
@@ -139,8 +141,8 @@ def _dkv_kernel(
 def config(head: int, wide: bool) -> dict[str, Any]:
     """Blocks of both kernels."""
     if wide or head > 128:
-        return {"BLOCK_Q": 32, "BLOCK_M": 32, "num_warps": 8 if head > 64 else 4}
-    return {"BLOCK_Q": 64, "BLOCK_M": 64, "num_warps": 8 if head > 80 else 4}
+        return {"BLOCK_Q": 32, "BLOCK_M": 32, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_Q": 64, "BLOCK_M": 32 if split(head)[1] else 64, "num_warps": 8 if head > 64 else 4}
 
 
 def _shares(batch: int, heads: int, n: int, blocks: int, block_q: int) -> tuple[int, int]:
@@ -159,12 +161,14 @@ def gradients(
     keys = k.shape[1]
     f32 = dtype(q, "float32")
     first, rest = split(head)
-    options = {"A": first, "B": rest, "DOT_F32": interpreted(q), **config(head, "float32" in str(q.dtype))}
+    align = alignment(grad, q, k, v, out, *([] if dq is None else [dq]))
+    options = {"D": head, "ALIGN": align, "A": first, "B": rest, "DOT_F32": interpreted(q)}
+    options.update(config(head, "float32" in str(q.dtype)))
     delta = q.new_empty((batch, heads, n), dtype=f32)
     blocks, step = cdiv(n, options["BLOCK_Q"]), batch * heads * n
     launch(
         _dq_kernel, batch * heads * blocks, q, outer(grad), outer(q), outer(k), outer(v), outer(out), softmax, delta,
-        None if dq is None else outer(dq), heads, n, keys, head, blocks, step, scale, **options,
+        None if dq is None else outer(dq), heads, n, keys, blocks, step, scale, **options,
     )  # fmt: skip
     if not need_kv:
         return None, None
@@ -173,7 +177,7 @@ def gradients(
     dk, dv = (q.new_empty((shares * batch, keys, heads, head), dtype=f32) for _ in range(2))
     launch(
         _dkv_kernel, batch * heads * blocks * shares, q, outer(grad), outer(q), outer(k), outer(v), softmax, delta,
-        outer(dk), outer(dv), heads, n, keys, head, blocks, shares, share, step, scale, **options,
+        outer(dk), outer(dv), heads, n, keys, blocks, shares, share, step, scale, **options,
     )  # fmt: skip
     return dk, dv
 
