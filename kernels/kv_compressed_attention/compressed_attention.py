@@ -118,10 +118,10 @@ def _forward_kernel(
 def config(head: int, keys: int, wide: bool) -> dict[str, Any]:
     """Blocks of a forward: ``wide`` is float32, whose blocks are those of the backward."""
     if wide or head > 128:
-        return {"BLOCK_Q": 32, "BLOCK_M": 32, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_Q": 16, "BLOCK_M": 32, "num_warps": 8, "num_stages": 2}
     if keys <= FEW:
         return {"BLOCK_Q": 64, "BLOCK_M": max(16, triton.next_power_of_2(keys)), "TILES": TILES, "num_warps": 8}
-    return {"BLOCK_Q": 128, "BLOCK_M": 64, "num_warps": 8}
+    return {"BLOCK_Q": 128, "BLOCK_M": 32 if split(head)[1] else 64, "num_warps": 8}
 
 
 def attention(q: Any, k: Any, v: Any, scale: float, out: Any, softmax: Any) -> None:

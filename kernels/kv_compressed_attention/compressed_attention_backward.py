@@ -141,8 +141,10 @@ def _dkv_kernel(
 def config(head: int, wide: bool) -> dict[str, Any]:
     """Blocks of both kernels."""
     if wide or head > 128:
-        return {"BLOCK_Q": 32, "BLOCK_M": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_Q": 64, "BLOCK_M": 32 if split(head)[1] else 64, "num_warps": 8 if head > 64 else 4}
+        return {"BLOCK_Q": 16, "BLOCK_M": 32, "num_warps": 8, "num_stages": 1}
+    if split(head)[1]:
+        return {"BLOCK_Q": 32, "BLOCK_M": 64, "num_warps": 8, "num_stages": 3}  # chosen: no spills on sm_80, 90, 100
+    return {"BLOCK_Q": 64, "BLOCK_M": 64, "num_warps": 8 if head > 64 else 4}
 
 
 def _shares(batch: int, heads: int, n: int, blocks: int, block_q: int) -> tuple[int, int]:
