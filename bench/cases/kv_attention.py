@@ -6,8 +6,8 @@ Findings (2 threads of an AMD EPYC, one interleaved run each; ratios peer / ours
 built. - exp in base 2 with log2(e) folded into Q saved two operations a score and was given up: the backward has to
   meet the forward's rounding, which it does where S - max is formed in one base and the maximum and the sum are kept
   apart.
-- Most of the compression's backward in float32 were page faults of the fresh 56 MB gradient: 12 of 16 ms. It asks for
-  huge pages now.
+- Most of the compression's backward in float32 are page faults of the fresh 56 MB gradient: 12 of 16 ms, which every
+  provider pays. Asking for huge pages lost: where memory is fragmented the kernel compacts it first, 60 ms and more.
 """
 
 from __future__ import annotations

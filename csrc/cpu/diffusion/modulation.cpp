@@ -55,8 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> modulate(Tensor x, Optional y, Optional gate,
   const int64_t B = x.size(0), N = x.size(1), C = x.size(2);
   const Dtype dtype = dtype_of(x.scalar_type());
   const bool norm = shift.has_value();
-  Tensor added = large_output(x, y ? Shape{B, N, C} : Shape{0});
-  Tensor h = large_output(x, norm ? Shape{B, N, C} : Shape{0});
+  Tensor added = torch::stable::new_empty(x, y ? Shape{B, N, C} : Shape{0});
+  Tensor h = torch::stable::new_empty(x, norm ? Shape{B, N, C} : Shape{0});
   Tensor stats = torch::stable::new_empty(x, norm ? Shape{B, N, 2} : Shape{0}, dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float);
   const Forward f{B,    N,        C,     Tokens(x), Tokens(y), y ? Tokens(added) : Tokens(), norm ? Tokens(h) : Tokens(),
                   gate, gate_row, shift, shift_row, scale,     scale_row,                    eps,
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_backward(Optional gr
   const int64_t B = added.size(0), N = added.size(1), C = added.size(2);
   const Dtype dtype = dtype_of(added.scalar_type());
   const ScalarType acc = dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
-  Tensor dx = large_output(added, need_x ? Shape{B, N, C} : Shape{0}), dy = large_output(added, need_y ? Shape{B, N, C} : Shape{0});
+  Tensor dx = torch::stable::new_empty(added, need_x ? Shape{B, N, C} : Shape{0}), dy = torch::stable::new_empty(added, need_y ? Shape{B, N, C} : Shape{0});
   Tensor dgate = torch::stable::new_empty(added, need_gate ? Shape{B, C} : Shape{0}, acc);
   Tensor dshift = torch::stable::new_empty(added, need_modulation ? Shape{B, C} : Shape{0}, acc);
   Tensor dscale = torch::stable::new_empty(added, need_modulation ? Shape{B, C} : Shape{0}, acc);

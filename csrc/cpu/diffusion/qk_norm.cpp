@@ -35,7 +35,7 @@ ScalarType acc(const Tensor& x) { return x.scalar_type() == ScalarType::Double ?
 std::tuple<Tensor, Tensor> qk_norm(Tensor x, int64_t first, int64_t last, std::optional<Tensor> weight, std::optional<Tensor> bias,
                                    bool rms, double eps) {
   const Problem p = problem(x, first, last, weight, bias, rms, eps);
-  Tensor y = large_output(x, {p.B, p.N, p.S, p.C});
+  Tensor y = torch::stable::new_empty(x, {p.B, p.N, p.S, p.C});
   Tensor stats = torch::stable::new_empty(x, {p.B, p.N, last - first, 2}, acc(x));
   switch (p.x.dtype) {
     case Dtype::f32: W2S_DISPATCH(run_qk_norm<Dtype::f32>)(p, Slots(y), stats.data_ptr()); break;
@@ -57,7 +57,7 @@ void typed_backward(const Problem& p, const Tensor& grad, const Tensor& stats, c
 std::tuple<Tensor, Tensor, Tensor> qk_norm_backward(Tensor grad, Tensor x, int64_t first, int64_t last, std::optional<Tensor> weight,
                                                     std::optional<Tensor> bias, bool rms, Tensor stats, bool need_params) {
   const Problem p = problem(x, first, last, weight, bias, rms, 0.0);
-  Tensor dx = large_output(x, {p.B, p.N, p.S, p.C});
+  Tensor dx = torch::stable::new_empty(x, {p.B, p.N, p.S, p.C});
   Tensor dweight = torch::stable::new_empty(x, need_params && weight ? Shape{weight->size(0), p.C} : Shape{0}, acc(x));
   Tensor dbias = torch::stable::new_empty(x, need_params && bias ? Shape{bias->size(0), p.C} : Shape{0}, acc(x));
   switch (p.x.dtype) {

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "cpu/kv_compressed_attention/pages.h"
+#include "cpu/logit_fusion/fusion.h"
 
 namespace w2s {
 template <Dtype d>

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_compressed_attention(Tensor qkv, W
   const int64_t N = qkv.size(1);
   const bool small = ratio > 1;
   using Shape = std::vector<int64_t>;
-  Tensor out = large_output(qkv, {p.B, N, p.C});
+  Tensor out = torch::stable::new_empty(qkv, {p.B, N, p.C});
   Tensor softmax = torch::stable::new_empty(qkv, {2, p.B, num_heads, N}, p.acc());
   Tensor kv = torch::stable::new_empty(qkv, small ? Shape{p.B, p.M, 2, p.C} : Shape{0});
   Tensor stats = torch::stable::new_empty(qkv, small && normalize ? Shape{p.B, p.M, 2, 2} : Shape{0}, p.acc());
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compressed_attention_backw
   const compress::Problem p(qkv, 1, W2S_COMPRESSION_ARGUMENTS);
   const int64_t N = qkv.size(1), D = p.C / num_heads;
   const bool small = ratio > 1;
-  Tensor dqkv = large_output(qkv, {p.B, N, 3, p.C});
+  Tensor dqkv = torch::stable::new_empty(qkv, {p.B, N, 3, p.C});
   const Tensor dkv = small ? torch::stable::new_empty(qkv, {p.B, p.M, 2, p.C}, p.acc()) : dqkv;  // dk', dv' are not rounded
   const attention::Problem a =
       heads_of(qkv, small ? kv : qkv, small ? 0 : 1, small ? p.M : N, num_heads, scale, out, softmax);
