@@ -113,6 +113,9 @@ class Meta:
     def new_zeros(self, shape: Any, dtype: str | None = None) -> Meta:
         return self.new_empty(shape, dtype)
 
+    def contiguous(self) -> Meta:
+        return Meta(self.shape, self.dtype.split(".")[-1])
+
     def float(self) -> Meta:
         return Meta(self.shape, "float32")
 

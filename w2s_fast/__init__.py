@@ -16,6 +16,20 @@ from .ops.interval_bounds.linear import interval_linear
 from .ops.interval_bounds.margin import MarginLoss, margin_cross_entropy, margin_logits
 from .ops.interval_bounds.tightness import tightness_rows
 from .ops.interval_bounds.weights import interval_linear_iw
+from .ops.diffusion.adaln_modulate import adaln_modulate
+from .ops.diffusion.ddim_step import ddim_step
+from .ops.diffusion.gate_residual import gate_residual
+from .ops.diffusion.gate_residual_adaln import gate_residual_adaln
+from .ops.diffusion.ict_loss import ict_loss
+from .ops.diffusion.noise_pair import noise_pair
+from .ops.diffusion.pseudo_huber_loss import pseudo_huber_loss
+from .ops.diffusion.qk_norm import qk_norm
+from .ops.diffusion.sampler import reflect, w2sd_sample
+from .ops.diffusion.schedule import ict_schedule, ict_weights, karras_sigmas, lognormal_index_probs
+from .ops.kv_compressed_attention.compressed_attention import compressed_attention
+from .ops.kv_compressed_attention.fold_kv_projection import FoldedKV, fold_kv_projection
+from .ops.kv_compressed_attention.kv_compress import kv_compress
+from .ops.kv_compressed_attention.kv_compressed_attention import kv_compressed_attention
 from .ops.linear_loss.arm import ArmLoss, arm_loss, linear_arm_loss
 from .ops.linear_loss.cross_entropy import linear_fusion_cross_entropy
 from .ops.linear_loss.dynamic_weights import linear_dynamic_weights
@@ -37,36 +51,55 @@ __all__ = [
     "DynamicWeights",
     "Explanation",
     "FastReg",
+    "FoldedKV",
     "FusedStats",
     "MarginLoss",
     "SampleOutput",
     "SparseSupport",
+    "adaln_modulate",
     "arm_loss",
     "backend",
+    "compressed_attention",
+    "ddim_step",
     "dynamic_fusion_weights",
     "explain",
     "fast_reg",
+    "fold_kv_projection",
     "fuse_logits",
     "fused_log_softmax",
     "fused_sample",
     "fused_stats",
+    "gate_residual",
+    "gate_residual_adaln",
+    "ict_loss",
+    "ict_schedule",
+    "ict_weights",
     "interval_affine",
     "interval_batchnorm_stats",
     "interval_conv2d",
     "interval_linear",
     "interval_linear_iw",
+    "karras_sigmas",
+    "kv_compress",
+    "kv_compressed_attention",
     "linear_arm_loss",
     "linear_dynamic_weights",
     "linear_fusion_cross_entropy",
     "linear_fusion_logprobs",
     "linear_fusion_sample",
+    "lognormal_index_probs",
     "margin_cross_entropy",
     "margin_logits",
+    "noise_pair",
+    "pseudo_huber_loss",
+    "qk_norm",
     "random_support",
+    "reflect",
     "sddmm",
     "set_backend",
     "sparse_lowrank_linear",
     "sparse_lowrank_materialize",
     "spmm",
     "tightness_rows",
+    "w2sd_sample",
 ]

@@ -1,0 +1,139 @@
+// Included once a target by for_each_target.h, after rows_kernel.h.
+//     added = x + gate y ;  h = (added - mean) / s (1 + scale) + shift
+// One pass: a row of x and y is read, added and h are written, the row stays in L1 between its sums. Backward, with
+// unit = (added - mean) / s: g = dh (1 + scale), dx = dadded + (g - mean g - unit mean(g unit)) / s, dy = gate dx; the sums
+// over tokens, dgate = sum dx y, dshift = sum dh, dscale = sum dh unit, are kept for fixed ranges of rows and added in order.
+
+namespace mod = ::w2s::modulation;
+
+// A modulation vector of every sample in the arithmetic's type, [B, C]; empty if there is none.
+template <class A>
+struct Vectors {
+  std::vector<A> values;
+  int64_t C;
+  Vectors(const std::optional<Tensor>& t, const std::optional<Tensor>& row, int64_t B, int64_t C, A add) : C(C) {
+    if (!t) return;
+    values.resize(size_t(B * C + PAD));
+    std::vector<A> extra(size_t(C + PAD));
+    if (row) parameter<A>(row, C, A(0), extra.data());
+    const Dtype dtype = dtype_of(t->scalar_type());
+    std::vector<A> one(size_t(C + PAD));
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t at = t->size(0) > 1 ? b * t->stride(0) : 0;
+      widen<A>(static_cast<const char*>(t->data_ptr()) + at * bytes_of(dtype), dtype, int(C), A(0), one.data());
+      for (int64_t c = 0; c < C; ++c) values[size_t(b * C + c)] = one[size_t(c)] + extra[size_t(c)] + add;
+    }
+  }
+  const A* at(int64_t b) const { return values.empty() ? nullptr : values.data() + b * C; }
+};
+
+template <Dtype d>
+inline void run_modulate(const mod::Forward& f) {
+  using A = Arithmetic<d>;
+  using V = Vec<A>;
+  const int64_t C = f.C;
+  const Vectors<A> gate(f.gate, f.gate_row, f.B, C, A(0)), shift(f.shift, f.shift_row, f.B, C, A(0)),
+      scale(f.scale, f.scale_row, f.B, C, A(1));
+  torch::stable::parallel_for(0, f.B * f.N, 8, [&](int64_t begin, int64_t end) {
+    std::vector<A> row(size_t(C + PAD));
+    A* a = row.data();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / f.N, n = i % f.N;
+      const char *x = f.x.at(b, n), *y = f.y.data ? f.y.at(b, n) : nullptr;
+      const A* w = gate.at(b);
+      if (!y) {
+        vectors<A>(C, [&](int64_t c) { load_lanes<A, d>(x, c, C).store(a + c); });
+      } else {
+        vectors<A>(C, [&](int64_t c) {
+          const V step = load_lanes<A, d>(y, c, C), base = load_lanes<A, d>(x, c, C);
+          (w ? V::fma(V::load(w + c), step, base) : base + step).store(a + c);
+        });
+        narrow<A>(a, int(C), d, f.added.at(b, n));
+        // the LayerNorm is that of the rounded row, which backward sees
+        if (f.h.data && sizeof(A) == 4 && d != Dtype::f32) widen<A>(f.added.at(b, n), d, int(C), A(0), a);
+      }
+      if (!f.h.data) continue;
+      A* kept = static_cast<A*>(f.stats) + i * 2;
+      row_stats<A>(a, C, A(f.eps), false, kept);
+      const V mean = V::set(kept[0]), rstd = V::set(kept[1]);
+      const A *up = shift.at(b), *gain = scale.at(b);
+      vectors<A>(C, [&](int64_t c) {
+        V::fma((V::load(a + c) - mean) * rstd, V::load(gain + c), V::load(up + c)).store(a + c);
+      });
+      narrow<A>(a, int(C), d, f.h.at(b, n));
+    }
+  });
+}
+
+// x[c] += y for a whole vector; the array is padded
+template <class A>
+W2S_INLINE void add_to(A* x, Vec<A> y) {
+  (Vec<A>::load(x) + y).store(x);
+}
+
+constexpr int64_t RANGE = 64;  // rows of a range
+
+template <Dtype d>
+inline void modulate_row(const mod::Backward& f, int64_t b, int64_t n, const Arithmetic<d>* gate, const Arithmetic<d>* scale,
+                         Arithmetic<d>* dx, Arithmetic<d>* g, Arithmetic<d>* unit, Arithmetic<d>* sums, int64_t pitch) {
+  using A = Arithmetic<d>;
+  using V = Vec<A>;
+  const int64_t C = f.C;
+  if (f.grad_added.data) widen<A>(f.grad_added.at(b, n), d, int(C), A(0), dx);
+  else std::memset(dx, 0, size_t(padded(int(C))) * sizeof(A));
+  if (f.grad_h.data) {
+    const A* kept = static_cast<const A*>(f.stats) + (b * f.N + n) * 2;
+    const V mean = V::set(kept[0]), rstd = V::set(kept[1]);
+    const char *dh = f.grad_h.at(b, n), *x = f.added.at(b, n);
+    vectors<A>(C, [&](int64_t c) {
+      const V up = load_lanes<A, d>(dh, c, C), u = (load_lanes<A, d>(x, c, C) - mean) * rstd;
+      u.store(unit + c);
+      (up * V::load(scale + c)).store(g + c);
+      if (f.need_modulation) {
+        add_to<A>(sums + pitch + c, up);
+        add_to<A>(sums + 2 * pitch + c, up * u);
+      }
+    });
+    const V first = V::set(row_sum<A>(C, [&](int64_t c) { return V::load(g + c); }) / A(C));
+    const V second = V::set(row_sum<A>(C, [&](int64_t c) { return V::load(g + c) * V::load(unit + c); }) / A(C));
+    vectors<A>(C, [&](int64_t c) {
+      (V::load(dx + c) + rstd * (V::load(g + c) - first - V::load(unit + c) * second)).store(dx + c);
+    });
+  }
+  if (f.need_gate) {
+    const char* y = f.y.at(b, n);
+    vectors<A>(C, [&](int64_t c) { add_to<A>(sums + c, V::load(dx + c) * load_lanes<A, d>(y, c, C)); });
+  }
+  if (f.need_x) narrow<A>(dx, int(C), d, f.dx.at(b, n));
+  if (!f.need_y) return;
+  if (gate) vectors<A>(C, [&](int64_t c) { (V::load(dx + c) * V::load(gate + c)).store(dx + c); });
+  narrow<A>(dx, int(C), d, f.dy.at(b, n));
+}
+
+template <Dtype d>
+inline void run_modulate_backward(const mod::Backward& f) {
+  using A = Arithmetic<d>;
+  const int64_t C = f.C, pitch = padded(int(C)), ranges = (f.N + RANGE - 1) / RANGE;
+  const Vectors<A> gate(f.gate, f.gate_row, f.B, C, A(0)), scale(f.scale, f.scale_row, f.B, C, A(1));
+  const bool sum = f.need_gate || f.need_modulation;
+  std::vector<A> partial(sum ? size_t(f.B * ranges * 3 * pitch) : 0);
+  parallel_items(f.B * ranges, 1, [&](int64_t i) {
+    const int64_t b = i / ranges, from = i % ranges * RANGE;
+    std::vector<A> rows(size_t(3 * pitch));
+    for (int64_t n = from; n < std::min(f.N, from + RANGE); ++n)
+      modulate_row<d>(f, b, n, gate.at(b), scale.at(b), rows.data(), rows.data() + pitch, rows.data() + 2 * pitch,
+                      sum ? partial.data() + i * 3 * pitch : nullptr, pitch);
+  });
+  if (!sum) return;
+  parallel_items(f.B * 3, 1, [&](int64_t i) {
+    const int64_t b = i / 3, which = i % 3;
+    A* out = static_cast<A*>(which == 0 ? f.dgate : which == 1 ? f.dshift : f.dscale);
+    if (!(which ? f.need_modulation : f.need_gate)) return;
+    out += b * C;
+    std::fill(out, out + C, A(0));
+    for (int64_t r = 0; r < ranges; ++r) {
+      const A* part = partial.data() + ((b * ranges + r) * 3 + which) * pitch;
+      for (int64_t c = 0; c < C; ++c) out[c] += part[c];
+    }
+  });
+}

@@ -1,0 +1,35 @@
+#include "cpu/kv_compressed_attention/compress.h"
+
+namespace w2s {
+namespace compress {
+namespace {
+
+std::tuple<Tensor, Tensor> kv_compress(Tensor x, int64_t first, W2S_COMPRESSION_PARAMETERS, double eps) {
+  const Problem p(x, first, W2S_COMPRESSION_ARGUMENTS);
+  Tensor kv = torch::stable::new_empty(x, {p.B, p.M, p.groups, p.C});
+  Tensor stats = torch::stable::new_empty(x, normalize ? std::vector<int64_t>{p.B, p.M, p.groups, 2} : std::vector<int64_t>{0}, p.acc());
+  forward(p, Slots(x), eps, Slots(kv), stats.data_ptr());
+  return {kv, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compress_backward(Tensor grad, Tensor x, int64_t first,
+                                                                        W2S_COMPRESSION_PARAMETERS, Tensor stats, bool need_x,
+                                                                        bool need_params) {
+  const Problem p(x, first, W2S_COMPRESSION_ARGUMENTS);
+  const int64_t N = x.size(1), S = x.size(2);
+  Tensor dx = torch::stable::new_empty(x, need_x ? std::vector<int64_t>{p.B, N, S, p.C} : std::vector<int64_t>{0});
+  const Slots out = need_x ? Slots(dx) : Slots();
+  const Parameters found = backward(p, x, Slots(grad), Slots(x), stats.data_ptr(), out, need_x, need_params);
+  if (need_x && first > 0)
+    parallel_items(p.B * N, 64, [&](int64_t i) { std::memset(out.at(i / N, i % N, 0), 0, size_t(first * p.C * out.bytes)); });
+  return {dx, found.weight, found.bias, found.norm_weight, found.norm_bias};
+}
+
+}  // namespace
+}  // namespace compress
+}  // namespace w2s
+
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
+  m.impl("kv_compress", TORCH_BOX(&w2s::compress::kv_compress));
+  m.impl("kv_compress_backward", TORCH_BOX(&w2s::compress::kv_compress_backward));
+}

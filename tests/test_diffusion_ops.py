@@ -1,0 +1,119 @@
+"""Closed forms and errors of the modulation of diffusion transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import w2s_fast
+from w2s_fast.testing.synthetic import CPU_BACKENDS
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request):
+    with w2s_fast.backend(request.param):
+        yield request.param
+
+
+def _double(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_block_with_table_and_shared_embedding(backend):
+    """The six vectors of a PixArt block, never summed in memory, against the plain expression."""
+    b, n, c = 2, 9, 24
+    x, y, table, t6 = torch.randn(b, n, c), torch.randn(b, n, c), torch.randn(6, c), torch.randn(b, 6 * c)
+    vectors = (table[None] + t6.view(b, 6, c)).chunk(6, 1)
+    pairs = list(zip(table, t6.view(b, 6, c).unbind(1), strict=True))
+    added = x + vectors[2] * y
+    expected = F.layer_norm(added, (c,), eps=1e-6) * (1 + vectors[4]) + vectors[3]
+    new, h = w2s_fast.gate_residual_adaln(x, y, pairs[2], pairs[3], pairs[4])
+    torch.testing.assert_close(new, added)
+    torch.testing.assert_close(h, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(w2s_fast.gate_residual(x, y, pairs[2]), added)
+    expected = F.layer_norm(x, (c,), eps=1e-6) * (1 + vectors[1]) + vectors[0]
+    torch.testing.assert_close(w2s_fast.adaln_modulate(x, pairs[0], pairs[1]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradcheck(backend):
+    x, y, gate, row, shift, scale = (_double(*s) for s in ((2, 5, 3), (2, 5, 3), (2, 3), (3,), (1, 1, 3), (2, 1, 3)))
+    check = torch.autograd.gradcheck
+    assert check(w2s_fast.adaln_modulate, (x, shift, scale), fast_mode=True)
+    assert check(lambda x, y, g, r: w2s_fast.gate_residual(x, y, (r, g)), (x, y, gate, row), fast_mode=True)
+    assert check(w2s_fast.gate_residual_adaln, (x, y, gate, shift, scale), fast_mode=True)
+    assert check(
+        lambda x, y, r, s: w2s_fast.gate_residual_adaln(x, y, None, (r, s), s), (x, y, row, scale), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_gradcheck_qk_norm(kind, per_head, backend):
+    c = 4 if per_head else 8
+    leaves = (_double(2, 5, 2, 4), _double(2, 3, 2, 4), *(_double(c) for _ in range(4)))
+    assert torch.autograd.gradcheck(
+        lambda *t: w2s_fast.qk_norm(*t, per_head=per_head, kind=kind), leaves, fast_mode=True
+    )
+
+
+def test_qk_norm_is_torch_layer_norm(backend):
+    q, k = torch.randn(2, 7, 3, 48)[:, :, :2].unbind(2)
+    params = [torch.randn(48) for _ in range(4)]
+    found = w2s_fast.qk_norm(q, k, *params)
+    for x, got, w, b in zip((q, k), found, params[::2], params[1::2], strict=True):
+        torch.testing.assert_close(got, F.layer_norm(x, (48,), w, b), rtol=1e-5, atol=1e-5)
+    heads = torch.randn(1, 5, 3, 8)
+    rms = w2s_fast.qk_norm(heads, heads, per_head=True, kind="rms")[0]
+    torch.testing.assert_close(rms, F.rms_norm(heads, (8,), eps=1e-5), rtol=1e-5, atol=1e-5)
+
+
+def test_in_place(backend):
+    qkv = torch.randn(2, 7, 3, 16)
+    expected = w2s_fast.qk_norm(qkv[:, :, 0], qkv[:, :, 1])
+    q, k = w2s_fast.qk_norm(qkv[:, :, 0], qkv[:, :, 1], inplace=True)
+    assert q.data_ptr() == qkv.data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip((q, k), expected, strict=True))
+    x, y, gate = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 8)
+    expected = w2s_fast.gate_residual(x, y, gate)
+    assert w2s_fast.gate_residual(x, y, gate, out=x) is x and torch.equal(x, expected)
+    with pytest.raises(ValueError, match=r"w2s_fast\.qk_norm: inplace must be False where a gradient is wanted"):
+        w2s_fast.qk_norm(qkv[:, :, 0].requires_grad_(), qkv[:, :, 1], inplace=True)
+
+
+def test_sums_over_many_tokens(backend):
+    """More tokens than one range: dgate, dshift and dscale against autograd."""
+    x, y, gate, shift, scale = (_double(*s) for s in ((2, 300, 5), (2, 300, 5), (2, 5), (2, 5), (1, 5)))
+
+    def plain() -> tuple[torch.Tensor, torch.Tensor]:
+        added = x + gate[:, None] * y
+        return added, F.layer_norm(added, (5,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    leaves = (x, y, gate, shift, scale)
+    upstream = [torch.randn(2, 300, 5, dtype=torch.float64) for _ in range(2)]
+    ours = torch.autograd.grad(w2s_fast.gate_residual_adaln(*leaves), leaves, upstream)
+    for a, b in zip(ours, torch.autograd.grad(plain(), leaves, upstream), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+X = torch.randn(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "call, error, text",
+    [
+        (lambda: w2s_fast.adaln_modulate(X[0], X[:, 0], X[:, 0]), ValueError, "adaln_modulate: x must be of shape"),
+        (lambda: w2s_fast.adaln_modulate(X, X, X[:, 0]), ValueError, "adaln_modulate: shift must be of shape"),
+        (lambda: w2s_fast.adaln_modulate(X, X[:, 0], X[:, 0], eps=-1.0), ValueError, "adaln_modulate: eps must be"),
+        (lambda: w2s_fast.gate_residual(X, X[:, :2]), ValueError, "gate_residual: y must be of the shape of x"),
+        (lambda: w2s_fast.gate_residual(X, X.half()), TypeError, "gate_residual: y must be of the dtype of x"),
+        (lambda: w2s_fast.gate_residual(X, X, (X[0], X[:, 0])), ValueError, r"gate_residual: gate\[0\] must be"),
+        (lambda: w2s_fast.gate_residual_adaln(X, X, None, 1, X[:, 0]), TypeError, "gate_residual_adaln: shift must be"),
+        (lambda: w2s_fast.qk_norm(X, X, X[0, 0, :3]), ValueError, r"qk_norm: q_weight must be of shape \(4,\)"),
+        (lambda: w2s_fast.qk_norm(X, X, per_head=True), ValueError, r"qk_norm: q must be of shape \(B, N, H, D\)"),
+        (lambda: w2s_fast.qk_norm(X, X, kind="batch"), ValueError, "qk_norm: kind must be one of"),
+    ],
+)
+def test_errors(call, error, text):
+    with pytest.raises(error, match=rf"w2s_fast\.{text}"):
+        call()

@@ -1,0 +1,5 @@
+"""diffusers: key-value compression for PixArt's transformer."""
+
+from .kv_compression import KVCompressedAttnProcessor, KVCompressedPixArtTransformer2DModel, enable_kv_compression
+
+__all__ = ["KVCompressedAttnProcessor", "KVCompressedPixArtTransformer2DModel", "enable_kv_compression"]

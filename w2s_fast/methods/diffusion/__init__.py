@@ -1,0 +1,1 @@
+"""Diffusion methods: reflection between a strong and a weak model, consistency training, compressed attention."""

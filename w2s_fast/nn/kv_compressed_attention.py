@@ -1,0 +1,97 @@
+"""Self-attention with key-value compression as a module, with PixArt-Sigma's parameter names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import checks
+from ..ops.kv_compressed_attention.kv_compressed_attention import kv_compressed_attention
+
+Affine = tuple[Tensor, Tensor | None]
+
+
+def check_compression(op: str, ratio: int, mode: str) -> None:
+    """Errors of a compression's settings."""
+    checks.integer(op, "ratio", ratio, low=1)
+    checks.choice(op, "mode", mode, ("conv", "mean", "uniform", "nearest", "stride"))
+
+
+def averaging_compression(ratio: int, like: Tensor) -> tuple[nn.Conv2d, nn.LayerNorm]:
+    """Taps and LayerNorm for the rows of ``like``, of its dtype and device, that average each window at first."""
+    dim = like.shape[0]
+    taps = nn.Conv2d(dim, dim, ratio, ratio, groups=dim, device=like.device, dtype=like.dtype)
+    nn.init.constant_(taps.weight, 1 / ratio**2)
+    assert taps.bias is not None
+    nn.init.zeros_(taps.bias)
+    return taps, nn.LayerNorm(dim, device=like.device, dtype=like.dtype)
+
+
+class KVCompressedAttention(nn.Module):
+    """Attention of N queries over keys and values compressed R x R to one (PixArt-Sigma, arXiv 2403.04692).
+
+    Projection, optional QK norm, `w2s_fast.kv_compressed_attention`, projection. Parameters: ``qkv``, ``proj``; in mode
+    conv with a ratio above 1 the taps ``sr`` and the LayerNorm ``norm``, shared by keys and values; with ``qk_norm``
+    ``q_norm`` and ``k_norm`` over all channels.
+
+    Args:
+        dim: C.
+        num_heads: a divisor of C.
+        ratio: R; 1 is plain attention.
+        mode: of the compression, see `w2s_fast.kv_compress`.
+        qk_norm: LayerNorm of q and k.
+
+    Example:
+        >>> import torch
+        >>> from w2s_fast.nn import KVCompressedAttention
+        >>> KVCompressedAttention(8, 2, ratio=2)(torch.zeros(1, 24, 8), (4, 6)).shape
+        torch.Size([1, 24, 8])
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, *, ratio: int = 1, mode: str = "conv", qk_norm: bool = False
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            checks.fail("nn.KVCompressedAttention", "num_heads", f"a divisor of dim {dim}", num_heads)
+        self.num_heads, self.ratio, self.mode = num_heads, 1, mode
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.q_norm = nn.LayerNorm(dim) if qk_norm else None
+        self.k_norm = nn.LayerNorm(dim) if qk_norm else None
+        self.sr: nn.Conv2d | None = None
+        self.norm: nn.LayerNorm | None = None
+        self.compress(ratio, mode)
+
+    def compress(self, ratio: int, mode: str = "conv") -> list[nn.Parameter]:
+        """Set the compression from here on; returns the new parameters, initialised to average each window."""
+        check_compression("nn.KVCompressedAttention", ratio, mode)
+        self.mode = mode
+        self.ratio, self.sr, self.norm = ratio, None, None
+        if ratio == 1 or mode != "conv":
+            return []
+        self.sr, self.norm = averaging_compression(ratio, self.proj.weight)
+        return [*self.sr.parameters(), *self.norm.parameters()]
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x ``(B, N, C)`` of a grid (H, W), N = H W, row by row; the result is like x."""
+        made = kv_compressed_attention(
+            self.qkv(x), grid, self.ratio, self.num_heads, mode=self.mode, **compression_arguments(self.sr, self.norm),
+            q_norm=_affine(self.q_norm), k_norm=_affine(self.k_norm),
+        )  # fmt: skip
+        out: Tensor = self.proj(made)
+        return out
+
+
+def compression_arguments(taps: nn.Conv2d | None, norm: nn.LayerNorm | None) -> dict[str, Any]:
+    """Arguments of the compression ops from its two modules."""
+    if taps is None or norm is None:
+        return {}
+    return {
+        "weight": taps.weight, "bias": taps.bias, "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps
+    }  # fmt: skip
+
+
+def _affine(norm: nn.LayerNorm | None) -> Affine | None:
+    return None if norm is None else (norm.weight, norm.bias)

@@ -1,0 +1,1 @@
+"""Operations of diffusion models: modulation, samplers, consistency training."""

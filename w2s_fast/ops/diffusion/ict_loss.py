@@ -1,0 +1,128 @@
+"""ict_loss: the consistency loss from a network's outputs at two noise levels (iCT, arXiv 2310.14189), in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.diffusion import pseudo_huber_loss as reference
+from ...reference.numerics import accumulate_dtype
+from .pseudo_huber_loss import Form, Reduction, as_rows, default_scale, per_sample, reduced, same_samples
+from .schedule import SIGMA_DATA, SIGMA_MIN, skip_and_out
+
+_MODULE = "kernels.diffusion.pseudo_huber_loss"
+_TENSORS = "Tensor student, Tensor teacher, Tensor x_student, Tensor x_teacher, Tensor levels"
+
+
+def _fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    acc, rows = accumulate_dtype(student, *args[:3]), student.shape[0]
+    return student.new_empty(rows, dtype=acc), student.new_empty(rows if args[5] else 0, dtype=acc)
+
+
+def _fake_backward(grad: Tensor, *args: Any) -> Tensor:
+    like: Tensor = args[args[-1]]
+    return like.new_empty(like.shape)
+
+
+ICT_BACKWARD = define(
+    "ict_backward",
+    f"(Tensor grad, {_TENSORS}, Tensor inverse, float c, int column) -> Tensor",
+    reference=reference.ict_backward,
+    fake=_fake_backward,
+    triton=Kernel(f"{_MODULE}:launch_ict_backward", f"{_MODULE}:supports_ict_backward"),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.c = inputs[5]
+    ctx.save_for_backward(*inputs[:5], output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> dict[str, Any]:
+    names = ("student", "teacher", "x_student", "x_teacher")
+    run = ICT_BACKWARD.on(ctx.backend)
+    return {
+        name: run(grad.contiguous(), *ctx.saved_tensors, ctx.c, column)
+        for column, name in enumerate(names) if ctx.needs_input_grad[column]
+    }  # fmt: skip
+
+
+ICT_LOSS = define(
+    "ict_loss",
+    f"({_TENSORS}, float c, bool vector) -> (Tensor loss, Tensor inverse)",
+    reference=reference.ict_loss,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton=Kernel(f"{_MODULE}:launch_ict_loss", f"{_MODULE}:supports_ict_loss"),
+)
+
+
+def ict_loss(
+    student_out: Tensor,
+    teacher_out: Tensor,
+    x_student: Tensor,
+    x_teacher: Tensor,
+    sigma_s: Tensor,
+    sigma_t: Tensor,
+    weight: Tensor | None = None,
+    *,
+    sigma_min: float = SIGMA_MIN,
+    sigma_data: float = SIGMA_DATA,
+    c: float | None = None,
+    form: Form = "vector",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Consistency loss from what the network returned at two noise levels (iCT, arXiv 2310.14189).
+
+    ``f(x, s) = c_skip(s) x + c_out(s) F``, see `w2s_fast.ops.diffusion.schedule.consistency_scalings`; the loss is
+    `pseudo_huber_loss` of ``f(x_student, sigma_s)`` against ``f(x_teacher, sigma_t)``, which gets no gradient. The
+    student sits at the higher level: ``sigma_s = sigma_{i+1}``, ``sigma_t = sigma_i``.
+
+    Args:
+        student_out, teacher_out: ``(B, ...)``, the network's F at the two levels, same weights and dropout mask.
+        x_student, x_teacher: ``(B, ...)``, its noisy inputs before the scaling by c_in, see `noise_pair`.
+        sigma_s, sigma_t: ``(B)``, ``sigma_s > sigma_t >= sigma_min``.
+        weight: ``(B)``; default the paper's ``1 / (sigma_s - sigma_t)``.
+        sigma_min, sigma_data: of the scalings.
+        c, form, reduction: see `pseudo_huber_loss`.
+
+    Returns:
+        As `pseudo_huber_loss`; differentiable in student_out (and in x_student, where that needs a gradient).
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> x, low, high = torch.ones(1, 4), torch.tensor([0.002]), torch.tensor([0.5])
+        >>> loss = w2s_fast.ict_loss(torch.zeros(1, 4), torch.zeros(1, 4), x, x, high, low)
+        >>> round(loss.item(), 4)
+        1.9978
+    """
+    op = "ict_loss"
+    checks.is_float_tensor(op, "student_out", student_out)
+    for name, value in (("teacher_out", teacher_out), ("x_student", x_student), ("x_teacher", x_teacher)):
+        same_samples(op, name, value, "student_out", student_out)
+    for name, value in (("sigma_s", sigma_s), ("sigma_t", sigma_t)):
+        per_sample(op, name, value, student_out)
+
+    if weight is None:
+        weight = 1 / (sigma_s - sigma_t).detach()
+    else:
+        per_sample(op, "weight", weight, student_out)
+    checks.choice(op, "form", form, ("vector", "elementwise"))
+    checks.choice(op, "reduction", reduction, ("mean", "sum", "none"))
+    tensors = (student_out, teacher_out.detach(), x_student, x_teacher.detach())
+    acc = accumulate_dtype(*tensors)
+    sigmas = torch.stack((sigma_s, sigma_t), 1).detach().to(acc)
+    skip, out = skip_and_out(sigmas, sigma_min, sigma_data)
+    levels = torch.stack((out[:, 0], -out[:, 1], skip[:, 0], -skip[:, 1]), 1)
+    c = default_scale(op, "student_out", c, student_out)
+    loss: Tensor = ICT_LOSS(*(as_rows(t) for t in tensors), levels, c, form == "vector")[0]
+    return reduced(loss, weight, reduction)

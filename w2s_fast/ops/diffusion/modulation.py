@@ -1,0 +1,143 @@
+"""The op behind adaln_modulate, gate_residual and gate_residual_adaln, and their arguments brought to one form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ... import checks
+from ...library import Kernel, define
+from ...reference.diffusion import modulation as reference
+from ...reference.numerics import accumulate_dtype
+
+#: A modulation vector: (B, C), (B, 1, C) or (1, 1, C), or a pair (table row (C,), such a vector) that is added up.
+Vector = Tensor | tuple[Tensor, Tensor]
+
+_MODULE = "kernels.diffusion.modulation"
+
+
+def _fake(
+    x: Tensor, y: Tensor | None, gate: Any, gate_row: Any, shift: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    empty = (0,)
+    return (
+        x.new_empty(empty if y is None else x.shape),
+        x.new_empty(empty if shift is None else x.shape),
+        x.new_empty(empty if shift is None else (*x.shape[:2], 2), dtype=accumulate_dtype(x)),
+    )
+
+
+def _fake_backward(
+    grad_added: Any, grad_h: Any, added: Tensor, y: Any, gate: Any, gate_row: Any, scale: Any, scale_row: Any,
+    stats: Any, need_x: bool, need_y: bool, need_gate: bool, need_modulation: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    b, _, c = added.shape
+    acc = accumulate_dtype(added)
+    big = [added.new_empty(added.shape if need else (0,)) for need in (need_x, need_y)]
+    flags = (need_gate, need_modulation, need_modulation)
+    return (*big, *(added.new_empty((b, c) if need else (0,), dtype=acc) for need in flags))
+
+
+MODULATE_BACKWARD = define(
+    "modulate_backward",
+    "(Tensor? grad_added, Tensor? grad_h, Tensor added, Tensor? y, Tensor? gate, Tensor? gate_row, Tensor? scale, "
+    "Tensor? scale_row, Tensor stats, bool need_x, bool need_y, bool need_gate, bool need_modulation) "
+    "-> (Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale)",
+    reference=reference.modulate_backward,
+    fake=_fake_backward,
+    triton=Kernel(f"{_MODULE}:launch_modulate_backward", f"{_MODULE}:supports_backward"),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, y, *vectors = inputs[:8]
+    added, _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if y is None else added, y, *vectors, stats)
+
+
+def _backward(ctx: Any, grad_added: Tensor | None, grad_h: Tensor | None, _: Any) -> dict[str, Any]:
+    added, y, gate, gate_row, shift, shift_row, scale, scale_row, stats = ctx.saved_tensors
+    grad_added = None if y is None else grad_added
+    grad_h = None if shift is None else grad_h
+    need = ctx.needs_input_grad
+    need_gate = y is not None and any(need[2:4])
+    need_modulation = grad_h is not None and any(need[4:8])
+    if grad_added is None and grad_h is None:
+        return {}
+    if grad_h is None and not need_gate and (gate is None or not need[1]):
+        return {"x": grad_added, "y": grad_added if need[1] else None}
+    plain = grad_h is None  # dx is the gradient as it came
+    dx, dy, dgate, dshift, dscale = MODULATE_BACKWARD.on(ctx.backend)(
+        *(None if g is None else unit_stride(g) for g in (grad_added, grad_h)),
+        added, y, gate, gate_row, scale, scale_row, stats,
+        not plain and (need[0] or (need[1] and gate is None)), need[1] and gate is not None, need_gate, need_modulation,
+    )  # fmt: skip
+    dx = grad_added if plain else dx
+    found: dict[str, Any] = {"x": dx if need[0] else None}
+    if need[1]:
+        found["y"] = dx if gate is None else dy
+    for name, d, vector, row, at, wanted in (
+        ("gate", dgate, gate, gate_row, 2, need_gate),
+        ("shift", dshift, shift, shift_row, 4, need_modulation),
+        ("scale", dscale, scale, scale_row, 6, need_modulation),
+    ):
+        if not wanted:
+            continue
+        if need[at]:
+            found[name] = (d if vector.shape[0] == d.shape[0] else d.sum(0, keepdim=True)).to(vector.dtype)
+        if need[at + 1]:
+            found[f"{name}_row"] = d.sum(0).to(row.dtype)
+    return found
+
+
+MODULATE = define(
+    "modulate",
+    "(Tensor x, Tensor? y, Tensor? gate, Tensor? gate_row, Tensor? shift, Tensor? shift_row, Tensor? scale, "
+    "Tensor? scale_row, float eps) -> (Tensor added, Tensor h, Tensor stats)",
+    reference=reference.modulate,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton=Kernel(f"{_MODULE}:launch_modulate", f"{_MODULE}:supports"),
+)
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """``t`` with its last dimension contiguous."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def tokens(op: str, name: str, value: Any, like: Tensor | None = None) -> Tensor:
+    """``value``, which must be (B, N, C), like ``like``."""
+    checks.is_float_tensor(op, name, value)
+    if value.ndim != 3 or value.shape[2] < 1:
+        checks.fail(op, name, "of shape (B, N, C), C >= 1", tuple(value.shape))
+    if like is not None:
+        if value.shape != like.shape:
+            checks.fail(op, name, f"of the shape of x {tuple(like.shape)}", tuple(value.shape))
+        if value.dtype != like.dtype:
+            checks.fail(op, name, f"of the dtype of x ({like.dtype})", value.dtype, error=TypeError)
+        checks.same_device(op, [("x", like), (name, value)])
+    return unit_stride(value)
+
+
+def vector(op: str, name: str, value: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A `Vector` as ([B or 1, C], row [C] or None)."""
+    row = None
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            checks.fail(op, name, "a tensor or a pair (row, tensor)", f"{len(value)} values")
+        row, value = value
+        checks.is_float_tensor(op, f"{name}[0]", row)
+        if tuple(row.shape) != (x.shape[2],):
+            checks.fail(op, f"{name}[0]", f"of shape ({x.shape[2]},)", tuple(row.shape))
+    checks.is_float_tensor(op, name, value)
+    b, _, c = x.shape
+    if tuple(value.shape) not in ((b, c), (1, c), (b, 1, c), (1, 1, c)):
+        checks.fail(op, name, f"of shape ({b}, {c}), ({b}, 1, {c}) or (1, 1, {c})", tuple(value.shape))
+    checks.same_device(op, [("x", x), (name, value), (f"{name}[0]", row)])
+    value = value if value.ndim == 2 else value.squeeze(1)
+    return unit_stride(value), None if row is None else row.contiguous()

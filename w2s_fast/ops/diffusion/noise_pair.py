@@ -1,0 +1,42 @@
+"""noise_pair: the two noisy inputs of a consistency model's training step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from .pseudo_huber_loss import per_sample, same_samples
+
+
+def noise_pair(x: Tensor, z: Tensor, sigma_t: Tensor | float, sigma_s: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The same noise at two levels, ``(x + sigma_t z, x + sigma_s z)``: inputs of a consistency model's two passes.
+
+    Args:
+        x, z: ``(B, ...)`` data and noise of one shape.
+        sigma_t, sigma_s: numbers or ``(B)``: the teacher's (lower) and the student's level.
+
+    Returns:
+        Two tensors like x, computed in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> w2s_fast.noise_pair(torch.zeros(1, 2), torch.ones(1, 2), 0.5, torch.tensor([2.0]))
+        (tensor([[0.5000, 0.5000]]), tensor([[2., 2.]]))
+    """
+    op = "noise_pair"
+    same_samples(op, "z", z, "x", x)
+    wide = torch.promote_types(torch.promote_types(x.dtype, z.dtype), torch.float32)
+    base, noise = x.to(wide), z.to(wide)
+
+    def at(name: str, sigma: Tensor | float) -> Tensor:
+        if isinstance(sigma, Tensor):
+            per_sample(op, name, sigma, x)
+            level = sigma.to(wide).reshape((-1,) + (1,) * (x.ndim - 1))
+            return torch.addcmul(base, noise, level).to(x.dtype)
+        return torch.add(base, noise, alpha=checks.number(op, name, sigma, low=0.0)).to(x.dtype)
+
+    return at("sigma_t", sigma_t), at("sigma_s", sigma_s)

@@ -1,0 +1,183 @@
+"""What the compressed-attention ops have in common: the compression's arguments, checked and brought to one form."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...reference.kv_compressed_attention.kv_compress import kept_tokens
+
+MODES = ("conv", "mean", "uniform", "nearest", "stride")
+#: The part of every schema that describes a compression; see `Compression`.
+COMPRESSION = (
+    "int height, int width, int ratio, str mode, Tensor? weight, Tensor? bias, bool normalize, Tensor? norm_weight, "
+    "Tensor? norm_bias"
+)
+
+
+class Compression(NamedTuple):
+    """Arguments of `COMPRESSION`, in order.
+
+    weight is [1 or 2, C, R, R], bias [1 or 2, C], norm_weight and norm_bias [C], all contiguous.
+    """
+
+    height: int
+    width: int
+    ratio: int
+    mode: str
+    weight: Tensor | None
+    bias: Tensor | None
+    normalize: bool
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """M."""
+        return kept_tokens(self.height, self.width, self.ratio, self.mode)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The parameters, in the order of their gradients."""
+        return self.weight, self.bias, self.norm_weight, self.norm_bias
+
+
+#: Names of the parameters in the order in which the backward ops return their gradients.
+PARAMETERS = ("weight", "bias", "norm_weight", "norm_bias")
+
+
+def parameter_gradients(given: Compression, grads: Any) -> dict[str, Tensor | None]:
+    """Gradients in the accumulation dtype as backward returns them: by name, in the parameter's dtype."""
+    return {
+        name: None if parameter is None or (not grad.numel() and parameter.numel()) else grad.to(parameter.dtype)
+        for name, parameter, grad in zip(PARAMETERS, given.tensors, grads, strict=True)
+    }
+
+
+def fake_parameters(given: Compression, acc: torch.dtype, needed: bool, like: Tensor) -> list[Tensor]:
+    """Shapes of the parameter gradients."""
+    return [
+        like.new_empty(p.shape if needed and p is not None else (0,), dtype=acc)
+        for p in (given.tensors[:2] + (given.tensors[2:] if given.normalize else (None, None)))
+    ]
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """``t`` with its last dimension contiguous."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def packed(op: str, qkv: Any) -> Tensor:
+    """qkv as [B, N, 3, C], a view."""
+    checks.is_float_tensor(op, "qkv", qkv)
+    if qkv.ndim not in (3, 4) or (qkv.ndim == 4 and qkv.shape[2] != 3):
+        checks.fail(op, "qkv", "of shape (B, N, 3C) or (B, N, 3, C)", tuple(qkv.shape))
+    if qkv.ndim == 3 and qkv.shape[2] % 3:
+        checks.fail(op, "qkv", "of a last dimension divisible by 3", tuple(qkv.shape))
+    if qkv.shape[-1] == 0:
+        checks.fail(op, "qkv", "of C >= 1 channels", tuple(qkv.shape))
+    if qkv.stride(-1) != 1 and qkv.shape[-1] > 1:
+        checks.fail(op, "qkv", "contiguous in its last dimension", f"stride {qkv.stride(-1)}", "Call .contiguous().")
+    return qkv if qkv.ndim == 4 else qkv.unflatten(2, (3, qkv.shape[2] // 3))  # type: ignore[no-any-return]
+
+
+def heads(op: str, num_heads: Any, channels: int) -> int:
+    """``num_heads``, which must divide C."""
+    count = checks.integer(op, "num_heads", num_heads, low=1)
+    if channels % count:
+        checks.fail(op, "num_heads", f"a divisor of C = {channels}", count)
+    return count
+
+
+def compression(
+    op: str,
+    x: Tensor,
+    grid: Any,
+    ratio: Any,
+    mode: Any,
+    weight: Any,
+    bias: Any,
+    norm_weight: Any,
+    norm_bias: Any,
+    normalize: Any,
+) -> Compression:
+    """Every argument of `COMPRESSION` checked against x [B, N, S, C]."""
+    if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != 2:
+        checks.fail(op, "grid", "a pair (H, W)", repr(grid), error=TypeError)
+    height, width = (checks.integer(op, f"grid[{i}]", grid[i], low=1) for i in (0, 1))
+    if height * width != x.shape[1]:
+        checks.fail(op, "grid", f"(H, W) with H W = N = {x.shape[1]}", (height, width))
+    checks.choice(op, "mode", mode, MODES)
+    most = height * width if mode == "stride" else min(height, width)
+    ratio = checks.integer(op, "ratio", ratio, low=1, high=most)
+    normalize = (mode == "conv" and ratio > 1) if normalize is None else bool(normalize)
+    if ratio == 1:
+        return Compression(height, width, 1, mode, None, None, False, None, None)
+    weight, bias = _taps(op, x, ratio, mode, weight, bias)
+    if not normalize:
+        for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+            if value is not None:
+                checks.fail(op, name, "None without normalize", "a tensor")
+    gamma, beta = (_vector(op, n, t, x) for n, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)))
+    return Compression(height, width, ratio, mode, weight, bias, normalize, gamma, beta)
+
+
+def _taps(op: str, x: Tensor, ratio: int, mode: str, weight: Any, bias: Any) -> tuple[Tensor | None, Tensor | None]:
+    """weight as [1 or 2, C, R, R], bias as [1 or 2, C]."""
+    if mode != "conv":
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is not None:
+                checks.fail(op, name, f"None in mode {mode!r}", "a tensor")
+        return None, None
+    c, slots = x.shape[3], 2
+    checks.is_float_tensor(op, "weight", weight)
+    window = (ratio, ratio)
+    if tuple(weight.shape) in ((c, 1, *window), (c, *window)):
+        weight = weight.reshape(1, c, *window)
+    elif tuple(weight.shape) != (slots, c, *window):
+        checks.fail(op, "weight", f"of shape ({c}, 1, {ratio}, {ratio}), ({c}, {ratio}, {ratio}) or "
+                    f"({slots}, {c}, {ratio}, {ratio})", tuple(weight.shape))  # fmt: skip
+    if bias is not None:
+        checks.is_float_tensor(op, "bias", bias)
+        if tuple(bias.shape) not in ((c,), (slots, c)):
+            checks.fail(op, "bias", f"of shape ({c},) or ({slots}, {c})", tuple(bias.shape))
+        bias = bias.reshape(-1, c).contiguous()
+    checks.same_device(op, [("qkv", x), ("weight", weight), ("bias", bias)])
+    return weight.contiguous(), bias
+
+
+def _vector(op: str, name: str, value: Any, x: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    checks.is_float_tensor(op, name, value)
+    if tuple(value.shape) != (x.shape[3],):
+        checks.fail(op, name, f"of shape ({x.shape[3]},)", tuple(value.shape))
+    checks.same_device(op, [("qkv", x), (name, value)])
+    return value.contiguous()  # type: ignore[no-any-return]
+
+
+
+
+def wants(*tensors: Tensor | None) -> bool:
+    """Whether any of them will get a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def copy_out(op: str, out: Tensor | None, found: Tensor, inputs: tuple[Tensor | None, ...]) -> Tensor:
+    """``found``, or ``out`` with it copied in."""
+    if out is None:
+        return found
+    check_out(op, out, found, inputs)
+    return out.copy_(found)
+
+
+def check_out(op: str, out: Tensor, like: Tensor, inputs: tuple[Tensor | None, ...]) -> None:
+    """``out`` must look like ``like``, and no gradient may be wanted."""
+    checks.is_tensor(op, "out", out)
+    if out.shape != like.shape or out.dtype != like.dtype:
+        checks.fail(op, "out", f"of shape {tuple(like.shape)} and {like.dtype}", f"{tuple(out.shape)}, {out.dtype}")
+    if wants(out, *inputs):
+        checks.fail(op, "out", "None where a gradient is wanted", "a tensor", "Use torch.no_grad().")

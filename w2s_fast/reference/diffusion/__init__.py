@@ -1,0 +1,1 @@
+"""Operations of diffusion models in plain PyTorch."""

@@ -1,0 +1,1 @@
+"""Key-value compressed attention in plain PyTorch."""
