@@ -9,13 +9,6 @@ if _util.find_spec("w2s_fast.kernels") is None and _os.path.exists(_os.path.join
     __path__.append(_root)
 
 from .dispatch import Explanation, backend, explain, set_backend
-from .ops.interval_bounds.affine import interval_affine, interval_batchnorm_stats
-from .ops.interval_bounds.conv import interval_conv2d
-from .ops.interval_bounds.fast_reg import FastReg, fast_reg
-from .ops.interval_bounds.linear import interval_linear
-from .ops.interval_bounds.margin import MarginLoss, margin_cross_entropy, margin_logits
-from .ops.interval_bounds.tightness import tightness_rows
-from .ops.interval_bounds.weights import interval_linear_iw
 from .ops.diffusion.adaln_modulate import adaln_modulate
 from .ops.diffusion.ddim_step import ddim_step
 from .ops.diffusion.gate_residual import gate_residual
@@ -26,6 +19,13 @@ from .ops.diffusion.pseudo_huber_loss import pseudo_huber_loss
 from .ops.diffusion.qk_norm import qk_norm
 from .ops.diffusion.sampler import reflect, w2sd_sample
 from .ops.diffusion.schedule import ict_schedule, ict_weights, karras_sigmas, lognormal_index_probs
+from .ops.interval_bounds.affine import interval_affine, interval_batchnorm_stats
+from .ops.interval_bounds.conv import interval_conv2d
+from .ops.interval_bounds.fast_reg import FastReg, fast_reg
+from .ops.interval_bounds.linear import interval_linear
+from .ops.interval_bounds.margin import MarginLoss, margin_cross_entropy, margin_logits
+from .ops.interval_bounds.tightness import tightness_rows
+from .ops.interval_bounds.weights import interval_linear_iw
 from .ops.kv_compressed_attention.compressed_attention import compressed_attention
 from .ops.kv_compressed_attention.fold_kv_projection import FoldedKV, fold_kv_projection
 from .ops.kv_compressed_attention.kv_compress import kv_compress
