@@ -372,7 +372,7 @@ def test_auto_takes_the_cheaper_mode():
     assert materializes("materialize", "cpu", 1, 8, 8, 1, 1) and not materializes("factored", "cpu", 9**9, 1, 1, 9, 1)
 
 
-# ------------------------------------------------------------------------------------------ what a fresh reader found
+# ------------------------------------------------------------------------------------------------------- regressions
 
 
 def test_no_rows_at_all():
