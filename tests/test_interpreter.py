@@ -33,7 +33,7 @@ def test_in_a_process_of_its_own():
     env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}  # its products are too small to share
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", __file__], env=env,
-        capture_output=True, text=True, timeout=900, check=False,
+        capture_output=True, text=True, timeout=2400, check=False,
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
