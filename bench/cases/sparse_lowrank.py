@@ -281,8 +281,9 @@ def _sparse_case(kind: str, name: str, n: int, layout: str, share: float, hot: b
         shape={"N": n, "O": layer.rows, "I": layer.columns, "K": layer.nnz},
         bytes=4.0 * n * (layer.rows + layer.columns) + 4.0 * layer.nnz + layer.index_bytes,
         flops=2.0 * n * layer.nnz,
-        # Measured, 2048 x 2048, N 512, end to end: spmm 28 % of the FMA peak (csr16) and 30 to 32 % (balanced), 37 %
-        # at 4096 x 4096; the inner loop alone 38 and 42 %, turning x and y to and from panels 20 %, the call 10 us.
+        # Measured, 2048 x 2048, N 512, end to end: spmm 28 % of the FMA peak (csr16) and 30 to 32 % (balanced) on the
+        # same inputs again and again, 21 and 22 % with inputs from memory, as this case has them (28 and 32 % at
+        # 4096 x 4096); the inner loop alone 38 and 42 %, turning x and y to and from panels 20 %, the call 10 us.
         # Tried: panels of 32 and 64 tokens; tiles of 64, 128, 256 and 512 rows; blocks of 128, 160, 192 and 256
         # columns (csr16 gains 10 % from 256, which halves the loads and stores of y); two blocks of a balanced support
         # at once (no gain: its x no longer fits L1); values from one register by permutation (no gain: the loop is not
