@@ -63,9 +63,8 @@ struct Product {
   int64_t M, N, K;
   Tile shape;
 
-  static int64_t bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
   static const void* at(const Operand& x, int64_t i, int64_t j) {
-    return static_cast<const char*>(x.data) + (i * x.down + j * x.across) * bytes(x.dtype);
+    return static_cast<const char*>(x.data) + (i * x.down + j * x.across) * bytes_of(x.dtype);
   }
   Target<A> out(int64_t i, int64_t j) const { return {c.data + i * c.down + j * c.across, c.down, c.across}; }
 
@@ -183,7 +182,7 @@ struct Product {
           for (int64_t j = 0; j < N; ++j) c.data[i * c.down + j * c.across] = 0;
       return;
     }
-    const bool ours = b.dtype == (sizeof(A) == 4 ? Dtype::f32 : Dtype::f64);
+    const bool ours = b.dtype == own_dtype<A>;
     if (M <= FEW && ours && b.across == 1) return few_times_rows();
     if (M <= FEW && ours && b.down == 1) return few_times_columns();
     many();

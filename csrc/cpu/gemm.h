@@ -17,8 +17,7 @@ struct Operand {  // a view of a matrix; strides in elements
   int64_t rows, columns, down, across;
   Operand t() const { return {data, dtype, columns, rows, across, down}; }
   Operand part(int64_t row, int64_t count) const {  // rows [row, row + count)
-    const int64_t bytes = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-    return {static_cast<const char*>(data) + row * down * bytes, dtype, count, columns, down, across};
+    return {static_cast<const char*>(data) + row * down * bytes_of(dtype), dtype, count, columns, down, across};
   }
 };
 

@@ -36,7 +36,7 @@ W2S_INLINE Vec<A> load_any(const void* data, Dtype dtype, int64_t i) {
 // The first n < W numbers from i; the other lanes are 0.
 template <class A>
 W2S_INLINE Vec<A> first_as(const void* data, Dtype dtype, int64_t i, int n) {
-  if (dtype == (sizeof(A) == 4 ? Dtype::f32 : Dtype::f64)) return Vec<A>::load_first(static_cast<const A*>(data) + i, n);
+  if (dtype == own_dtype<A>) return Vec<A>::load_first(static_cast<const A*>(data) + i, n);
   A lane[Vec<A>::W] = {};
   for (int j = 0; j < n; ++j) lane[j] = scalar_as<A>(data, dtype, i + j);
   return Vec<A>::load(lane);
@@ -45,7 +45,7 @@ W2S_INLINE Vec<A> first_as(const void* data, Dtype dtype, int64_t i, int n) {
 // Many rows are walked side by side, which hardware does not prefetch: lines are asked for AHEAD vectors before.
 constexpr int AHEAD = 4;
 W2S_INLINE void ahead(const void* src, Dtype dtype, int64_t i) {
-  __builtin_prefetch(static_cast<const char*>(src) + i * (dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2));
+  __builtin_prefetch(static_cast<const char*>(src) + i * bytes_of(dtype));
 }
 
 // dst[k * width + j] = src[k * sk + j * sj], k < depth, j < columns; zero for columns <= j < width.

@@ -60,6 +60,10 @@ inline Isa isa() {
 // Element types of a tensor, and scalar widening.
 enum class Dtype : int8_t { f32, bf16, f16, f64 };
 
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+template <class A>
+constexpr Dtype own_dtype = sizeof(A) == 8 ? Dtype::f64 : Dtype::f32;
+
 W2S_INLINE float bf16_to_float(uint16_t x) {
   const uint32_t bits = uint32_t(x) << 16;
   float y;

@@ -1,14 +1,9 @@
 // Included once a target by for_each_target.h: tiles of rows as the compute type, in place where they already are it.
 
-template <class A>
-constexpr Dtype compute_dtype() {
-  return sizeof(A) == 8 ? Dtype::f64 : Dtype::f32;
-}
-
 // n elements of a row from column c on: the row itself if it holds A, else widened into `buffer` (TILE elements)
 template <class A>
 W2S_INLINE const A* read_tile(const Rows& rows, int64_t row, int64_t c, int n, A* buffer) {
-  if (rows.dtype == compute_dtype<A>()) return static_cast<const A*>(rows.at(row, c));
+  if (rows.dtype == own_dtype<A>) return static_cast<const A*>(rows.at(row, c));
   widen(rows.at(row, c), rows.dtype, n, A(0), buffer);
   return buffer;
 }
@@ -23,7 +18,7 @@ W2S_INLINE void segment_tiles(int64_t D, int64_t segment, const F& work) {
 // runs write(dst, n) for a tile of the output: in place, or into `buffer` and rounded from there
 template <class A, class F>
 W2S_INLINE void write_tile(const Rows& out, int64_t row, int64_t c, int n, A* buffer, const F& write) {
-  const bool direct = out.dtype == compute_dtype<A>();
+  const bool direct = out.dtype == own_dtype<A>;
   A* dst = direct ? static_cast<A*>(out.at(row, c)) : buffer;
   write(dst);
   if (!direct) narrow(dst, n, out.dtype, out.at(row, c));

@@ -19,7 +19,7 @@ constexpr int64_t SLACK = 64;  // elements past a buffer that whole vectors may 
 
 template <class A>
 const A* flat_weight(const Tensor& weight, const ConvShape& s, Scratch<A>& scratch) {
-  if (dtype_of(weight.scalar_type()) == own<A>) return static_cast<const A*>(weight.data_ptr());
+  if (dtype_of(weight.scalar_type()) == own_dtype<A>) return static_cast<const A*>(weight.data_ptr());
   const int64_t size = s.out_channels * s.k();
   A* out = scratch.get(size);
   W2S_DISPATCH(widen_all<A>)(weight.data_ptr(), dtype_of(weight.scalar_type()), size, out);
@@ -119,7 +119,7 @@ struct Sums {  // of one part of the batch: [group][tile of output channels][k][
 template <class A>
 void write_weight(const ConvShape& s, const A* w, const std::vector<Sums<A>>& sums, int64_t group_sums, Tensor& dw, Scratch<A>& scratch) {
   const int64_t k = s.k(), wide = W2S_DISPATCH(weight_width<A>)();
-  const bool direct = dtype_of(dw.scalar_type()) == own<A>;
+  const bool direct = dtype_of(dw.scalar_type()) == own_dtype<A>;
   A* out = direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(s.out_channels * k);
   parallel_items(s.out_channels, 1, [&](int64_t o) {
     const int64_t channel = o % s.group_out, from = o / s.group_out * group_sums + channel / wide * k * wide + channel % wide;

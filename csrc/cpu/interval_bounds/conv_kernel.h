@@ -173,21 +173,7 @@ inline void cross_tile(const A* g, const A* x, int64_t count, A* m, A* s, bool a
   using V = Vec<A>;
   constexpr int R = ROWS<A>, C = COLS<A>;
   V am[R][C], as[R][C];
-  W2S_UNROLL for (int p = 0; p < R; ++p) W2S_UNROLL for (int j = 0; j < C; ++j) am[p][j] = as[p][j] = V::set(0);
-  for (int64_t b = 0; b < count; ++b, g += 2 * R, x += 2 * PANEL<A>) {
-    V mv[C], rv[C];
-    W2S_UNROLL for (int j = 0; j < C; ++j) {
-      mv[j] = V::load(x + j * V::W);
-      rv[j] = V::load(x + (C + j) * V::W);
-    }
-    W2S_UNROLL for (int p = 0; p < R; ++p) {
-      const V gm = V::set(g[p]), gr = V::set(g[R + p]);
-      W2S_UNROLL for (int j = 0; j < C; ++j) {
-        am[p][j] = V::fma(gm, mv[j], am[p][j]);
-        as[p][j] = V::fma(gr, rv[j], as[p][j]);
-      }
-    }
-  }
+  cross_products<A>(g, x, count, am, as);
   W2S_UNROLL for (int p = 0; p < R; ++p) W2S_UNROLL for (int j = 0; j < C; ++j) {
     A *to = m + p * PANEL<A> + j * V::W, *other = s + p * PANEL<A> + j * V::W;
     (add ? V::load(to) + am[p][j] : am[p][j]).store(to);  // a chain of `count` terms, then one of blocks
@@ -212,7 +198,7 @@ inline void pack_weight(const A* w, int64_t rows, int64_t columns, int64_t down,
 template <class A>
 inline void output_gradient(const char* ga, const char* gb, const char* oa, const char* ob, Dtype dtype, const interval::Call& call,
                             int64_t channels, int64_t size, int64_t ld, A* gm, A* gr, double* bias) {
-  const int64_t bytes = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(dtype);
   for (int64_t o = 0; o < channels; ++o) {
     const int64_t from = o * size * bytes;
     for (int64_t i = 0; i < size; i += TILE)
@@ -257,7 +243,7 @@ inline void fold_sample(const ConvShape& s, const A* gm, const A* gr, int64_t ld
 // padded planes of gradients of one group back to rows of the input's gradient
 template <class A>
 inline void unpad_sample(const ConvShape& s, const A* c, const A* r, bool bounds, Dtype dtype, char* a, char* b) {
-  const int64_t bytes = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(dtype);
   A* row_c = workspace<A, 2>(2 * (s.in_w + TILE));
   A* row_r = row_c + s.in_w + TILE;
   for (int64_t i = 0; i < s.group_in; ++i)

@@ -133,15 +133,13 @@ inline void copy_panel(const A* w, int64_t ldw, int64_t count, int64_t columns, 
   }
 }
 
-// dw[p][j] (+)= sum_b gm[b][p] m[b][j] + sign(w[p][j]) sum_b gr[b][p] r[b][j]; sign(0) = 0.
-// g: [batch][2 ROWS], gm then gr. x: [batch][2 PANEL], m then r. w, dw: rows of at least `columns` columns.
+// am[p][j] = sum_b g[b][p] x[b][j], as[p][j] = sum_b g[b][ROWS + p] x[b][PANEL + j]
 template <class A>
-inline void sign_tile(const A* g, const A* x, int64_t batch, const A* w, int64_t ldw, A* dw, int64_t ldd, int rows, int64_t columns, bool add) {
+W2S_INLINE void cross_products(const A* g, const A* x, int64_t count, Vec<A> (&am)[ROWS<A>][COLS<A>], Vec<A> (&as)[ROWS<A>][COLS<A>]) {
   using V = Vec<A>;
   constexpr int R = ROWS<A>, C = COLS<A>;
-  V am[R][C], as[R][C];
   W2S_UNROLL for (int p = 0; p < R; ++p) W2S_UNROLL for (int j = 0; j < C; ++j) am[p][j] = as[p][j] = V::set(0);
-  for (int64_t b = 0; b < batch; ++b, g += 2 * R, x += 2 * PANEL<A>) {
+  for (int64_t b = 0; b < count; ++b, g += 2 * R, x += 2 * PANEL<A>) {
     V mv[C], rv[C];
     W2S_UNROLL for (int j = 0; j < C; ++j) {
       mv[j] = V::load(x + j * V::W);
@@ -155,6 +153,16 @@ inline void sign_tile(const A* g, const A* x, int64_t batch, const A* w, int64_t
       }
     }
   }
+}
+
+// dw[p][j] (+)= sum_b gm[b][p] m[b][j] + sign(w[p][j]) sum_b gr[b][p] r[b][j]; sign(0) = 0.
+// g: [batch][2 ROWS], gm then gr. x: [batch][2 PANEL], m then r. w, dw: rows of at least `columns` columns.
+template <class A>
+inline void sign_tile(const A* g, const A* x, int64_t batch, const A* w, int64_t ldw, A* dw, int64_t ldd, int rows, int64_t columns, bool add) {
+  using V = Vec<A>;
+  constexpr int R = ROWS<A>, C = COLS<A>;
+  V am[R][C], as[R][C];
+  cross_products<A>(g, x, batch, am, as);
   const V zero = V::set(0);
   const auto signed_by = [&](V weight, V value) {
     return V::select(V::gt(weight, zero), value, V::select(V::gt(zero, weight), zero - value, zero));

@@ -10,7 +10,7 @@ template <class A>
 Matrix<A> widened(const Tensor& t, Scratch<A>& scratch) {
   const Rows rows(t);
   const int64_t n = t.size(0), k = t.size(1);
-  if (rows.dtype == own<A> && (k <= 1 || t.stride(1) == 1))
+  if (rows.dtype == own_dtype<A> && (k <= 1 || t.stride(1) == 1))
     return {static_cast<const A*>(t.data_ptr()), n, k, n > 1 ? t.stride(0) : k};
   A* out = scratch.get(n * k);
   if (k > 1 && t.stride(1) != 1) {  // any strides, element by element

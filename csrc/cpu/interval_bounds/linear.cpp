@@ -21,7 +21,7 @@ template <class A>
 void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::optional<Tensor>& bias, const Call& call, Tensor& x, Tensor& y) {
   const int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1);
   Scratch<A> scratch{a, {}};
-  const bool skip = transposed(weight) && batch <= FEW && dtype_of(weight.scalar_type()) == own<A>;
+  const bool skip = transposed(weight) && batch <= FEW && dtype_of(weight.scalar_type()) == own_dtype<A>;
   const int64_t terms = skip ? k + 8 : W2S_DISPATCH(chain<A>)(k);
   const Box<A> box = centered<A>(a, b, call.bounds_in, call.sound, terms, scratch);
   const A* shift = widened_bias(bias, n, scratch);
@@ -93,7 +93,7 @@ struct Backward {
 
   void few(const Matrix<A>& w) {
     const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, scratch);
-    const bool direct = dtype_of(weight.scalar_type()) == own<A>;
+    const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
     A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(n * k);
     const int64_t size = batch * box.ld, share = pieces(n, PARTS);
     A* part = need_x ? scratch.get(2 * PARTS * size) : nullptr;
@@ -133,7 +133,7 @@ struct Backward {
     parallel_items(tiles, 8, [&](int64_t t) {
       W2S_DISPATCH(pack_gradient<A>)(gm + t * tall, gr + t * tall, ldg, batch, packed + t * batch * 2 * tall);
     });
-    const bool direct = dtype_of(weight.scalar_type()) == own<A>;
+    const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
     A* out = direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(n * k);
     const int64_t share = round_up(pieces(n, halves), tall);
     parallel_items(panels * halves, 1, [&](int64_t i) {

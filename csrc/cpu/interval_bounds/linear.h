@@ -10,8 +10,6 @@ inline int64_t pieces(int64_t n, int64_t of) { return (n + of - 1) / of; }
 
 template <class A>
 constexpr ScalarType scalar = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-template <class A>
-constexpr Dtype own = sizeof(A) == 8 ? Dtype::f64 : Dtype::f32;
 
 // Memory of one call, made like the tensor `like`.
 template <class A>

@@ -30,8 +30,8 @@ inline void center_row(const void* a, const void* b, Dtype dtype, bool bounds, c
   constexpr A u = std::numeric_limits<A>::epsilon() / 2;
   const V half = V::set(A(0.5)), zero = V::set(0), up = V::set(1 + 4 * u), eta = V::set(rounding.eta);
   const V smallest = V::set(std::numeric_limits<A>::min());
-  const int64_t bytes = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-  const bool own = dtype == (sizeof(A) == 8 ? Dtype::f64 : Dtype::f32);
+  const int64_t bytes = bytes_of(dtype);
+  const bool own = dtype == own_dtype<A>;
   A first[TILE], second[TILE];
   for (int64_t at = 0; at < n; at += TILE) {
     const int m = int(n - at < TILE ? n - at : TILE);

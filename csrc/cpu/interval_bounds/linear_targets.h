@@ -15,7 +15,7 @@ inline Rounding<A> rounding_of(bool sound, int64_t terms) { return sound ? Round
 template <class A>
 inline void widen_all(const void* src, Dtype dtype, int64_t n, A* dst) {
   A buffer[TILE];
-  const int64_t bytes = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(dtype);
   for (int64_t i = 0; i < n; i += TILE) {
     const int m = int(n - i < TILE ? n - i : TILE);
     widen<A>(static_cast<const char*>(src) + i * bytes, dtype, m, A(0), buffer);
@@ -25,7 +25,7 @@ inline void widen_all(const void* src, Dtype dtype, int64_t n, A* dst) {
 
 template <class A>
 inline void narrow_all(const A* src, int64_t n, Dtype dtype, void* dst) {
-  const int64_t bytes = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(dtype);
   for (int64_t i = 0; i < n; i += TILE)
     narrow<A>(src + i, int(n - i < TILE ? n - i : TILE), dtype, static_cast<char*>(dst) + i * bytes);
 }
@@ -91,7 +91,7 @@ inline void forward_alive(const A* c, const A* r, int64_t ldx, int64_t rows, con
         s[p * PANEL<A> + e] = radius;
       }
   }
-  const int64_t bytes = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(dtype);
   for (int64_t p = 0; p < rows; ++p)
     finish_row<A>(m + p * PANEL<A>, s + p * PANEL<A>, bias ? bias + j : nullptr, int(wide), {call.bounds_out, call.relu},
                   rounding_of<A>(call.sound, terms), dtype, static_cast<char*>(x) + p * stride + j * bytes,
@@ -108,7 +108,7 @@ inline void gradient_of(const void* ga, const void* gb, const void* oa, const vo
 
 template <class A>
 inline void input_gradients(const A* m, const A* s, int64_t n, bool bounds, Dtype dtype, void* a, void* b) {
-  const int64_t bytes = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(dtype);
   for (int64_t i = 0; i < n; i += TILE)
     input_gradient<A>(m + i, s + i, int(n - i < TILE ? n - i : TILE), bounds, dtype, static_cast<char*>(a) + i * bytes,
                       static_cast<char*>(b) + i * bytes);

@@ -61,7 +61,7 @@ void backward(const Tensor& grad, const Tensor& a, const Tensor& b, const Tensor
   const Matrix<A> w = widened<A>(weight, scratch);
   const A* g = static_cast<const A*>(grad.data_ptr());
   const int64_t* label = static_cast<const int64_t*>(y.data_ptr());
-  const bool direct = dtype_of(weight.scalar_type()) == own<A>;
+  const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
   A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(classes * d);
   A *dm = need_x ? scratch.get(batch * box.ld) : nullptr, *dr = need_x ? scratch.get(batch * box.ld) : nullptr;
   const int64_t columns = W2S_DISPATCH(margin_columns<A>)();

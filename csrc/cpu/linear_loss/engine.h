@@ -21,15 +21,13 @@ inline int64_t pieces(int64_t n, int64_t of) { return (n + of - 1) / of; }
 
 template <class A>
 constexpr ScalarType scalar = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-template <class A>
-constexpr Dtype own = sizeof(A) == 8 ? Dtype::f64 : Dtype::f32;
 
 template <class A>
 struct Matrix {  // a view; strides in elements
   A* data;
   int64_t rows, columns, down, across;
   Matrix t() const { return {data, columns, rows, across, down}; }
-  Operand operand() const { return {data, own<A>, rows, columns, down, across}; }
+  Operand operand() const { return {data, own_dtype<A>, rows, columns, down, across}; }
 };
 
 // c = a b, or c += a b
@@ -109,7 +107,7 @@ struct Engine {
     return static_cast<A*>(keep.back().data_ptr());
   }
   Tensor output(std::vector<int64_t> shape) const { return torch::stable::new_empty(hiddens[0], shape, scalar<A>); }
-  bool narrower(int i) const { return head[size_t(i)].dtype != own<A>; }
+  bool narrower(int i) const { return head[size_t(i)].dtype != own_dtype<A>; }
 
   // Chooses the height of a vocabulary tile, so that all scratch of a tile with `columns` tokens and `shared` further
   // elements a vocabulary row is about 1/20 of [T, V], within [1 MiB, 8 MiB].

@@ -29,8 +29,6 @@ inline Dtype dtype_of(ScalarType type) {
   }
 }
 
-inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
 // One [B, >= V] tensor: rows of any stride, columns next to each other.
 struct Rows {
   char* data = nullptr;

@@ -12,9 +12,6 @@ struct Need {
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class A>
-constexpr Dtype own_dtype = sizeof(A) == 8 ? Dtype::f64 : Dtype::f32;
-
-template <class A>
 struct Backward {
   const Pattern& s;
   Tensor g, x, a, b, values;

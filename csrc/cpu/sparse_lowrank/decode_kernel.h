@@ -10,8 +10,6 @@ template <class A, bool OWN>
 W2S_INLINE Vec<A> first_weights(const void* data, Dtype dtype, int64_t i, int n) {
   return OWN ? Vec<A>::load_first(static_cast<const A*>(data) + i, n) : first_as<A>(data, dtype, i, n);
 }
-template <class A>
-constexpr Dtype own_type = sizeof(A) == 4 ? Dtype::f32 : Dtype::f64;
 
 // Partial sums of ROWS rows of m with x_t, W lanes each, to lanes[t][row][W]; x [T][depth]
 template <class A, int T, int ROWS, bool OWN>
@@ -78,7 +76,7 @@ inline void dots_of(const Operand& m, int64_t begin, int64_t end, const A* x, A 
 
 template <class A, int T>
 inline void dots(const Operand& m, int64_t begin, int64_t end, const A* x, A alpha, A* out, int64_t ld) {
-  if (m.dtype == own_type<A>) dots_of<A, T, true>(m, begin, end, x, alpha, out, ld);
+  if (m.dtype == own_dtype<A>) dots_of<A, T, true>(m, begin, end, x, alpha, out, ld);
   else dots_of<A, T, false>(m, begin, end, x, alpha, out, ld);
 }
 
@@ -165,7 +163,7 @@ inline void decode_hidden(const Operand& a, int64_t begin, int64_t end, int toke
 template <class A>
 inline void decode_output(const Pattern& s, const Operand& b, A scale, const void* values, Dtype dtype, int64_t begin, int64_t end, int tokens,
                           const A* x, const A* h, A* part, A* y) {
-  const bool own = dtype == own_type<A>;
+  const bool own = dtype == own_dtype<A>;
 #define W2S_CALL(T)                                                                           \
   {                                                                                           \
     dots<A, T>(b, begin, end, h, scale, y, s.rows);                                           \

@@ -10,19 +10,25 @@ namespace {
 
 constexpr int64_t CHUNK = 512;  // tokens whose sums exist at a time where y is narrower than they are
 
+template <class A>
+void add_bias(const std::vector<A>& bias, int64_t rows, A* y) {
+  const int64_t O = int64_t(bias.size());
+  if (O == 0) return;
+  parallel_items(rows, 16, [&](int64_t n) {
+    for (int64_t o = 0; o < O; ++o) y[n * O + o] += bias[size_t(o)];
+  });
+}
+
 // y[rows, O] of x's rows, factored; h [rows, r] is filled
 template <class A>
 void factored(const Pattern& s, const Operand& x, const Operand& a, const Operand& b, double scale, const A* values,
               const std::vector<A>& bias, A* h, A* y) {
   const int64_t r = a.rows, O = s.rows;
   gemm(x, a.t(), Target<A>{h, r, 1}, A(1), false);
-  const Operand left{h, sizeof(A) == 8 ? Dtype::f64 : Dtype::f32, x.rows, r, r, 1};
+  const Operand left{h, own_dtype<A>, x.rows, r, r, 1};
   gemm(left, b.t(), Target<A>{y, O, 1}, A(scale), false);
   if (s.nnz) return multiply<A>(s, x, values, bias.empty() ? nullptr : bias.data(), y, O, true);
-  if (!bias.empty())
-    parallel_items(x.rows, 16, [&](int64_t n) {
-      for (int64_t o = 0; o < O; ++o) y[n * O + o] += bias[size_t(o)];
-    });
+  add_bias(bias, x.rows, y);
 }
 
 template <class A>
@@ -35,13 +41,10 @@ Tensor materialized(const Pattern& s, const Tensor& x, const Operand& a, const O
   for (int64_t row = 0; row < s.rows && N; row += panel) {
     const int64_t count = std::min(panel, s.rows - row);
     form_rows<A>(s, a, b, scale, values, row, count, w);
-    const Operand right{w, sizeof(A) == 8 ? Dtype::f64 : Dtype::f32, s.columns, count, 1, s.columns};
+    const Operand right{w, own_dtype<A>, s.columns, count, 1, s.columns};
     gemm(operand(x), right, Target<A>{y.sums + row, s.rows, 1}, A(1), false);
   }
-  if (!bias.empty())
-    parallel_items(N, 16, [&](int64_t n) {
-      for (int64_t o = 0; o < s.rows; ++o) y.sums[n * s.rows + o] += bias[size_t(o)];
-    });
+  add_bias(bias, N, y.sums);
   y.store();
   return y.tensor;
 }
@@ -70,16 +73,11 @@ Two linear_as(const Tensor& x, const Tensor& A_, const Tensor& B, const Tensor& 
   const bool own = is_own<A>(y);
   const int64_t chunk = own ? std::max<int64_t>(N, 1) : CHUNK;
   Tensor keep = own ? y : torch::stable::new_empty(x, {std::min(chunk, N), s.rows}, wide_type<A>);
-  const Dtype dtype = dtype_of(y.scalar_type());
   for (int64_t n = 0; n < N; n += chunk) {
     const int64_t count = std::min(chunk, N - n);
     A* sums = static_cast<A*>(keep.data_ptr());
     factored<A>(s, operand(x).part(n, count), a, b, scale, v.data, shift, ph + n * r, sums);
-    if (own) break;
-    char* to = static_cast<char*>(y.data_ptr()) + n * s.rows * bytes_of(dtype);
-    torch::stable::parallel_for(0, count * s.rows, 1 << 14, [&](int64_t begin, int64_t end) {
-      narrow(sums + begin, end - begin, dtype, to + begin * bytes_of(dtype));
-    });
+    if (!own) narrow_into(sums, count * s.rows, y, n * s.rows);
   }
   return {y, need_h ? h : none};
 }
@@ -96,17 +94,12 @@ template <class A>
 Tensor materialize_as(const Tensor& A_, const Tensor& B, const Tensor& values, double scale, const Pattern& s, ScalarType type) {
   Tensor w = torch::stable::new_empty(B, {s.rows, s.columns}, type);
   const bool own = is_own<A>(w);
-  const Dtype dtype = dtype_of(type);
   Tensor keep = own ? w : torch::stable::new_empty(B, {std::min(TILE, s.rows), s.columns}, wide_type<A>);
   for (int64_t row = 0; row < s.rows; row += TILE) {
     const int64_t count = std::min(TILE, s.rows - row);
     A* sums = static_cast<A*>(keep.data_ptr()) + (own ? row * s.columns : 0);
     form_rows<A>(s, operand(A_), operand(B), scale, values, row, count, sums);
-    if (own) continue;
-    char* to = static_cast<char*>(w.data_ptr()) + row * s.columns * bytes_of(dtype);
-    torch::stable::parallel_for(0, count * s.columns, 1 << 14, [&](int64_t begin, int64_t end) {
-      narrow(sums + begin, end - begin, dtype, to + begin * bytes_of(dtype));
-    });
+    if (!own) narrow_into(sums, count * s.columns, w, row * s.columns);
   }
   return w;
 }

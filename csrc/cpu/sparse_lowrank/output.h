@@ -17,14 +17,14 @@ inline bool wants_double(std::initializer_list<const Tensor*> tensors) {
   return false;
 }
 
+// `count` sums into `to` from element `first` on, rounded to its dtype, in parallel
 template <class A>
-inline void narrow(const A* from, int64_t count, Dtype dtype, void* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (dtype == Dtype::f32) static_cast<float*>(to)[i] = float(from[i]);
-    else if (dtype == Dtype::f64) static_cast<double*>(to)[i] = double(from[i]);
-    else if (dtype == Dtype::bf16) static_cast<uint16_t*>(to)[i] = float_to_bf16(float(from[i]));
-    else static_cast<uint16_t*>(to)[i] = float_to_half(float(from[i]));
-  }
+inline void narrow_into(const A* sums, int64_t count, const Tensor& to, int64_t first) {
+  const Dtype dtype = dtype_of(to.scalar_type());
+  char* at = static_cast<char*>(to.data_ptr()) + first * bytes_of(dtype);
+  torch::stable::parallel_for(0, count, 1 << 14, [&](int64_t begin, int64_t end) {
+    narrow(sums + begin, end - begin, dtype, at + begin * bytes_of(dtype));
+  });
 }
 
 // A contiguous [rows, columns] result: `sums` is its own memory where the dtype is A's, else scratch to `store` from.
@@ -32,19 +32,12 @@ template <class A>
 struct Output {
   Tensor tensor, wide;
   A* sums = nullptr;
-  int64_t columns;
   Output(const Tensor& like, std::vector<int64_t> shape) : tensor(torch::stable::new_empty(like, shape)) {
-    columns = shape.empty() ? 1 : shape.back();
     wide = is_own<A>(tensor) ? tensor : torch::stable::new_empty(like, shape, wide_type<A>);
     sums = static_cast<A*>(wide.data_ptr());
   }
   void store() const {
-    if (is_own<A>(tensor)) return;
-    const Dtype dtype = dtype_of(tensor.scalar_type());
-    char* to = static_cast<char*>(tensor.data_ptr());
-    torch::stable::parallel_for(0, tensor.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-      narrow(sums + begin, end - begin, dtype, to + begin * bytes_of(dtype));
-    });
+    if (!is_own<A>(tensor)) narrow_into(sums, tensor.numel(), tensor, 0);
   }
 };
 

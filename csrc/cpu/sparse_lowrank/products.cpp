@@ -47,8 +47,8 @@ A* zeros(Slot slot, int64_t count) {
 
 template <class A>
 Values<A>::Values(const Tensor& values, const Pattern& s) {
-  const Dtype own = sizeof(A) == 4 ? Dtype::f32 : Dtype::f64, dtype = dtype_of(values.scalar_type());
-  if (dtype == own && !s.order) {
+  const Dtype dtype = dtype_of(values.scalar_type());
+  if (dtype == own_dtype<A> && !s.order) {
     data = static_cast<const A*>(values.data_ptr());
     return;
   }
@@ -64,15 +64,9 @@ Values<A>::Values(const Tensor& values, const Pattern& s) {
 template <class A>
 void store_values(const Pattern& s, const A* walked, const Tensor& out) {
   const Dtype dtype = dtype_of(out.scalar_type());
-  void* to = out.data_ptr();
+  char* to = static_cast<char*>(out.data_ptr());
   torch::stable::parallel_for(0, s.nnz, 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = s.order ? s.order[i] : i;
-      if (dtype == Dtype::f32) static_cast<float*>(to)[at] = float(walked[i]);
-      else if (dtype == Dtype::f64) static_cast<double*>(to)[at] = double(walked[i]);
-      else if (dtype == Dtype::bf16) static_cast<uint16_t*>(to)[at] = float_to_bf16(float(walked[i]));
-      else static_cast<uint16_t*>(to)[at] = float_to_half(float(walked[i]));
-    }
+    for (int64_t i = begin; i < end; ++i) narrow(walked + i, 1, dtype, to + (s.order ? s.order[i] : i) * bytes_of(dtype));
   });
 }
 

@@ -37,6 +37,16 @@ inline A number_at(const void* p, Dtype dtype, int64_t k) {
   return A(dtype == Dtype::bf16 ? bf16_to_float(x) : half_to_float(x));
 }
 
+template <class A>
+inline void narrow(const A* from, int64_t count, Dtype dtype, void* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (dtype == Dtype::f32) static_cast<float*>(to)[i] = float(from[i]);
+    else if (dtype == Dtype::f64) static_cast<double*>(to)[i] = double(from[i]);
+    else if (dtype == Dtype::bf16) static_cast<uint16_t*>(to)[i] = float_to_bf16(float(from[i]));
+    else static_cast<uint16_t*>(to)[i] = float_to_half(float(from[i]));
+  }
+}
+
 inline Operand operand(const Tensor& t) {
   return {t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }

@@ -12,7 +12,7 @@ from ... import checks
 from ...library import Kernel, define
 from ...reference.sparse_lowrank import linear as reference
 from ...reference.sparse_lowrank.support import gathered
-from .support import SUPPORT, SparseSupport, Support, _check_values
+from .support import SUPPORT, SparseSupport, Support, _check_values, contiguous_rows
 
 MODES = ("auto", "factored", "materialize")
 DECODE = 8  # tokens up to which csrc/cpu/sparse_lowrank/decode.cpp serves
@@ -64,7 +64,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> dict[str, Any]:
     scale_value, *sizes, materialize = ctx.numbers
     need = dict(zip(LinearArguments._fields, ctx.needs_input_grad, strict=False))
     names = ("x", "A", "B", "values", "scale")
-    grad = _rows(grad)
+    grad = contiguous_rows(grad)
     grads = BACKWARD.on("auto" if ctx.backend == "cuda" else ctx.backend)(  # decode has no gradient kernel of its own
         grad, x, A, B, values, scale, scale_value, h, row_ptr, cols, plan, *sizes, materialize,
         *(bool(need[name]) for name in names),
@@ -112,11 +112,6 @@ BACKWARD = define(
         "kernels.sparse_lowrank.backward:supports_sparse_lowrank_backward",
     ),
 )
-
-
-def _rows(t: Tensor) -> Tensor:
-    """A matrix whose rows are contiguous (copied once if they are not)."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _factors(op: str, A: Any, B: Any, values: Any, support: Any, scale: Any) -> tuple[Support, Tensor | None, float]:
@@ -217,7 +212,7 @@ def sparse_lowrank_linear(
         given = support._decoding
     trained = torch.is_grad_enabled() and (B.requires_grad or (factor is not None and factor.requires_grad))
     bias = None if bias is None else bias.contiguous()
-    factors = (_rows(flat), _rows(A), _rows(B), values.contiguous())
+    factors = (contiguous_rows(flat), contiguous_rows(A), contiguous_rows(B), values.contiguous())
     y: Tensor = SPARSE_LOWRANK_LINEAR(*factors, factor, number, bias, *given, dense, trained and not dense)[0]
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], given.rows)
 
@@ -341,6 +336,6 @@ def sparse_lowrank_materialize(
     given, factor, number = _factors(op, A, B, values, support, scale)
     dtype = checks.float_dtype(op, "out_dtype", out_dtype or B.dtype)
     w: Tensor = SPARSE_LOWRANK_MATERIALIZE(
-        _rows(A), _rows(B), values.contiguous(), factor, number, *given, dtype
+        contiguous_rows(A), contiguous_rows(B), values.contiguous(), factor, number, *given, dtype
     )
     return w

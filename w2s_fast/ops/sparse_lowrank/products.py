@@ -11,11 +11,7 @@ from torch import Tensor
 from ... import checks
 from ...library import Kernel, define
 from ...reference.sparse_lowrank import products as reference
-from .support import SUPPORT, SparseSupport, Support, _check_values
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
+from .support import SUPPORT, SparseSupport, Support, _check_values, contiguous_rows
 
 
 def _spmm_fake(x: Tensor, values: Tensor, *args: Any) -> Tensor:
@@ -30,7 +26,7 @@ def _spmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _spmm_backward(ctx: Any, grad: Tensor) -> dict[str, Any]:
     x, values, row_ptr, cols, *plan = ctx.saved_tensors
-    given, grad = (row_ptr, cols, plan, *ctx.sizes), _rows(grad)
+    given, grad = (row_ptr, cols, plan, *ctx.sizes), contiguous_rows(grad)
     dx = dv = None
     if ctx.needs_input_grad[0]:
         dx = SPMM.on(ctx.backend)(grad, values, *given, not ctx.transpose)
@@ -90,7 +86,7 @@ def _matrix(op: str, name: str, value: Any, support: Any, width: str) -> Tensor:
     if tensor.ndim < 1 or tensor.shape[-1] != size:
         checks.fail(op, name, f"of shape [..., {size}], the support's {width}", tuple(tensor.shape))
     checks.same_device(op, [(name, tensor), ("support", support.cols)])
-    return _rows(tensor.reshape(math.prod(tensor.shape[:-1]), size))
+    return contiguous_rows(tensor.reshape(math.prod(tensor.shape[:-1]), size))
 
 
 def spmm(x: Tensor, values: Tensor, support: SparseSupport, *, transpose: bool = False) -> Tensor:

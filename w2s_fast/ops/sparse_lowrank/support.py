@@ -297,6 +297,11 @@ def _check_values(op: str, s: SparseSupport, values: Any) -> None:
         checks.fail(op, "values", f"of shape [{s.nnz}], one a position of the support", got)
 
 
+def contiguous_rows(t: Tensor) -> Tensor:
+    """A matrix whose rows are contiguous (copied once if they are not)."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 def _balanced(shape: tuple[int, int], row: Tensor, column: Tensor, block: int, per_block: int) -> SparseSupport:
     op, (rows, columns) = "SparseSupport.to_layout", shape
     checks.integer(op, "block", block, low=1, high=256)
