@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from w2s_fast.bench import command, harness, readme, report, tables, timing
-from w2s_fast.bench.case import Case, Provider, Unavailable, eager, load, official, peer, relative_error
+from w2s_fast.bench.case import Case, Provider, Unavailable, eager, load, official, peer, relative_error, yardstick
 from w2s_fast.bench.ceilings import Ceilings
 from w2s_fast.bench.memory import peak_bytes
 
@@ -251,3 +251,11 @@ def test_options_name_what_is_wrong(tmp_path: Path):
     with pytest.raises(ValueError, match="--providers nobody"):
         command.Options(providers="nobody").cases(replace(settings, providers=("nobody",)))
     assert command.path_for(_report([]), tmp_path / "x.json") == tmp_path / "x.json"
+
+
+def test_a_yardstick_must_still_compute_something():
+    broken = {"nothing": lambda x: None, "zeros": torch.zeros_like, "nan": lambda x: x * float("nan")}
+    providers = {"fine": yardstick(lambda: torch.sin), **{k: yardstick(lambda f=f: f) for k, f in broken.items()}}
+    rows = harness.run([fake_case(providers=providers, targets={})], QUICK, CEILINGS)
+    found = {row.provider: row.status for row in rows}
+    assert found == {"ours": "ok", "fine": "ok", **dict.fromkeys(broken, "wrong")}
