@@ -28,6 +28,7 @@ from ...ops.diffusion.schedule import (
 from .._common.console import progress
 from .._common.models import fit
 from .._common.points import TimeMlp, moons
+from .._common.report import finish, parser
 from . import _report
 
 SIGMA_MID = 0.8
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     """`w2s-fast train ict`: print the distances, write ict.png and ict.json. About a minute on two CPU cores."""
     from rich.console import Console
 
-    given = _report.parser("ict", __doc__, seeds=3).parse_args(arguments)
+    given = parser("ict", __doc__, seeds=3).parse_args(arguments)
     sizes = {"steps": 600, "count": 2048} if given.quick else {}
     with progress() as start:
         found = {seed: run(seed, **sizes, tick=start) for seed in given.seeds}
@@ -105,8 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     Console().print(table)
     first = found[given.seeds[0]]
     shown = {f"{name}: {measured[name][0]:.3f}": first[name] for name in ("Gaussian fit", "one step", "two steps")}
-    _report.finish(given.out, "ict", {"seeds": given.seeds, "distance": measured},
-                   _report.clouds({"true data": first["true data"], **shown}))  # fmt: skip
+    finish(given.out, "ict", {"seeds": given.seeds, "distance": measured},
+           _report.clouds({"true data": first["true data"], **shown}))  # fmt: skip
     return 0
 
 

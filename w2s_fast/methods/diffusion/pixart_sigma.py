@@ -25,7 +25,7 @@ from ...nn import KVCompressedAttention, PixArtSigma
 from ...ops.diffusion.sampler import w2sd_sample
 from .._common.console import progress, stderr_console
 from .._common.models import fit
-from . import _report
+from .._common.report import figure, finish, parser
 
 ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 LOW, HIGH = 16, 32
@@ -225,7 +225,7 @@ def run(settings: Settings | None = None, *, seed: int = 0, quiet: bool = False)
 
 def draw(result: Result) -> Any:
     """Curves on the left, samples on the right."""
-    drawn = _report.figure(13, 1.15 * len(result.samples))
+    drawn = figure(13, 1.15 * len(result.samples))
     if drawn is None:
         return None
     left, right = drawn.subfigures(1, 2, width_ratios=(1, 1.1))
@@ -276,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     """`w2s-fast train pixart_sigma`: print the losses, write pixart_sigma.png and pixart_sigma.json."""
     from rich.console import Console
 
-    given = _report.parser("pixart_sigma", __doc__, seeds=1).parse_args(arguments)
+    given = parser("pixart_sigma", __doc__, seeds=1).parse_args(arguments)
     console, results = Console(), {}
     try:
         for seed in given.seeds:
@@ -286,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
         stderr_console().print(f"[red]w2s-fast train pixart_sigma:[/red] {error}; pip install scikit-learn pillow")
         return 1
     report = {seed: {"low": r.low, "raised": r.raised, "curves": r.curves} for seed, r in results.items()}
-    _report.finish(given.out, "pixart_sigma", {"seeds": report}, draw(results[given.seeds[0]]))
+    finish(given.out, "pixart_sigma", {"seeds": report}, draw(results[given.seeds[0]]))
     return 0
 
 

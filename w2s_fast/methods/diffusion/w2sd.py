@@ -20,6 +20,7 @@ from ...ops.diffusion.sampler import Network, w2sd_sample
 from .._common.console import progress
 from .._common.models import fit
 from .._common.points import TimeMlp, moons
+from .._common.report import finish, parser
 from . import _report
 
 STEPS = 50
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     """`w2s-fast train w2sd`: print the distances, write w2sd.png and w2sd.json. About 30 seconds on two CPU cores."""
     from rich.console import Console
 
-    given = _report.parser("w2sd", __doc__, seeds=3).parse_args(arguments)
+    given = parser("w2sd", __doc__, seeds=3).parse_args(arguments)
     sizes = {"steps": 300, "count": 2048} if given.quick else {}
     with progress() as start:
         found = {seed: run(seed, **sizes, tick=start) for seed in given.seeds}
@@ -118,8 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"{name}: {ours} network passes, {both} where both branches always run", highlight=False)
     first = found[given.seeds[0]]
     shown = {f"{name}: {measured[name][0]:.3f}": first[name] for name in ("weak model", "strong model", "W2SD")}
-    _report.finish(given.out, "w2sd", {"seeds": given.seeds, "distance": measured, "passes": passes},
-                   _report.clouds({"true data": first["true data"], **shown}))  # fmt: skip
+    finish(given.out, "w2sd", {"seeds": given.seeds, "distance": measured, "passes": passes},
+           _report.clouds({"true data": first["true data"], **shown}))  # fmt: skip
     return 0
 
 

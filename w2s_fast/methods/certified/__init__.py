@@ -1,0 +1,1 @@
+"""Certified training and what certified bounds are used for."""
