@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import w2s_fast
 from w2s_fast.testing.synthetic import CPU_BACKENDS
@@ -62,3 +63,24 @@ def test_linear_dynamic_weights_names_a_bad_direction():
     models = [torch.randn(4, 6)] * 3, [torch.randn(9, 6)] * 3
     with pytest.raises(ValueError, match="direction must be of shape"):
         w2s_fast.linear_dynamic_weights(*models, direction=torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("where", ["input", "gradient", "list"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_tangent_is_refused_and_not_dropped(backend, where):
+    x, tangent = torch.randn(3, 8, requires_grad=where == "gradient"), torch.randn(3, 8)
+
+    def loss(x):
+        if where == "list":
+            return w2s_fast.linear_fusion_logprobs([x], [torch.ones(4, 8)], torch.zeros(3, dtype=torch.int64))[0]
+        return w2s_fast.pseudo_huber_loss(x, torch.zeros(3, 8), reduction="none")
+
+    with w2s_fast.backend(backend), forward_ad.dual_level():
+        if where == "gradient":
+            made = loss(x)
+            upstream = forward_ad.make_dual(torch.ones_like(made), torch.ones_like(made))
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                made.backward(upstream)
+        else:
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                loss(forward_ad.make_dual(x, tangent))

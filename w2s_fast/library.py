@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import dispatch, extension
 
@@ -83,21 +84,40 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         state = dispatch.STATE
         if state == "auto":
-            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            if torch.compiler.is_compiling():
+                return self._auto(*args)
+            if forward_ad._current_level >= 0:
+                self._refuse_tangents(args)
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
                 return self._auto(*args)
             # no gradient is wanted: past the Python autograd kernel, which costs a small call as much as the op
             with torch._C._AutoDispatchBelowAutograd():
                 return self._auto(*args)
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(args)
         if state == "explain":
             raise dispatch.Explained(self.explain(args))
         return self._forced(*args, state)
 
+    def _refuse_tangents(self, args: Sequence[Any]) -> None:
+        """The kernels would drop a tangent and the derivative would silently be 0."""
+        for arg in args:
+            for t in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+                    raise NotImplementedError(
+                        f"w2s_fast.{self.name}: forward-mode automatic differentiation is not supported; use reverse "
+                        "mode (torch.autograd.grad, Tensor.backward)."
+                    )
+
     def on(self, backend: str) -> Callable[..., Any]:
         """The op on one backend; ``"auto"`` leaves the choice to PyTorch's dispatch."""
-        if backend == "auto":
-            auto: Callable[..., Any] = self._auto
-            return auto
-        return lambda *args: self._forced(*args, backend)
+
+        def call(*args: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                self._refuse_tangents(args)
+            return self._auto(*args) if backend == "auto" else self._forced(*args, backend)
+
+        return call
 
     def has_cpp(self) -> bool:
         """Whether the loaded extension has a C++ kernel for this op on the CPU."""
