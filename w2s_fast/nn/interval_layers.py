@@ -23,12 +23,16 @@ SUPPORTED = (
 )
 
 
+Statistics = tuple[Tensor, Tensor]
+
+
 class Box(NamedTuple):
-    """Bounds, and the clean activations where batch-norm in training mode needs their statistics."""
+    """Bounds, the clean activations where they are wanted, and (mean, variance) of the batch-norm they came through."""
 
     lower: Tensor
     upper: Tensor
     clean: Tensor | None = None
+    statistics: Statistics | None = None
 
 
 class Mode(NamedTuple):
@@ -87,7 +91,7 @@ def uses_batch(norm: nn.Module) -> bool:
     return isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)) and (norm.training or norm.running_mean is None)
 
 
-def _statistics(norm: Any, clean: Tensor | None) -> tuple[Tensor, Tensor]:
+def _statistics(norm: Any, clean: Tensor | None) -> Statistics:
     """(mean, variance) of each channel: of the clean activations in training mode, otherwise the running ones."""
     if not uses_batch(norm):
         return norm.running_mean, norm.running_var
@@ -95,7 +99,7 @@ def _statistics(norm: Any, clean: Tensor | None) -> tuple[Tensor, Tensor]:
     return interval_batchnorm_stats(clean)
 
 
-def _scale(norm: Any, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+def scale_of(norm: Any, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """s and t of ``s x + t``."""
     scale = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:
@@ -108,12 +112,12 @@ def _norm(norm: Any) -> Layer:
     """Batch-norm by itself: an affine map of each channel, bounds exchanged where the scale is negative."""
 
     def run(mode: Mode, box: Box) -> Box:
-        mean, variance = _statistics(norm, box.clean)
+        mean, variance = statistics = _statistics(norm, box.clean)
         clean = None if box.clean is None else norm(box.clean)
         axes = (1, -1) + (1,) * (box.lower.ndim - 2)
         if not mode.sound:
-            s, t = (v.to(box.lower.dtype) for v in _scale(norm, mean, variance))
-            return Box(*interval_affine(box.lower, box.upper, s, t), clean)
+            s, t = (v.to(box.lower.dtype) for v in scale_of(norm, mean, variance))
+            return Box(*interval_affine(box.lower, box.upper, s, t), clean, statistics)
         wide = [None if v is None else v.double() for v in (norm.weight, norm.bias)]
         scale = torch.rsqrt(variance.double() + norm.eps) * (1.0 if wide[0] is None else wide[0])
         center, beta = mean.double().reshape(axes), 0.0 if wide[1] is None else wide[1].reshape(axes)
@@ -123,7 +127,7 @@ def _norm(norm: Any) -> Layer:
         for x, lower in ((first.double(), True), (second.double(), False)):
             found, size = (x - center) * s + beta, (x.abs() + center.abs()) * s.abs() + abs(beta)
             ends.append(moved(found, size, lower, box.lower.dtype))
-        return Box(ends[0], ends[1], clean)
+        return Box(ends[0], ends[1], clean, statistics)
 
     return run
 
@@ -138,7 +142,7 @@ def affine(layer: Any, norm: Any, relu: bool) -> Layer:
     def apply(box: Box, weight: Tensor, bias: Tensor | None, act: Any, rounding: Rounding) -> tuple[Tensor, Tensor]:
         if isinstance(layer, nn.Linear):
             return interval_linear(box.lower, box.upper, weight, bias, act=act, rounding=rounding)
-        options = {"stride": layer.stride, "padding": _padding(layer), "dilation": layer.dilation}
+        options = {"stride": layer.stride, "padding": padding_of(layer), "dilation": layer.dilation}
         return interval_conv2d(
             box.lower, box.upper, weight, bias, **options, groups=layer.groups, act=act, rounding=rounding
         )
@@ -147,26 +151,28 @@ def affine(layer: Any, norm: Any, relu: bool) -> Layer:
         clean = None if box.clean is None else layer(box.clean)
         weight, bias = layer.weight, layer.bias
         act: Any = "relu" if relu else None
+        statistics = None
         if alone is not None and mode.sound:
             lower, upper = apply(box, weight, bias, None, "sound")
             found = alone(mode, Box(lower, upper, clean))
             return both(F.relu)(mode, found) if relu else found
         if norm is not None:
-            s, t = _scale(norm, *_statistics(norm, clean))
+            statistics = _statistics(norm, clean)
+            s, t = scale_of(norm, *statistics)
             clean = None if clean is None else norm(clean)
             if isinstance(layer, nn.Linear) and weight.numel() > len(box.lower) * len(weight):
                 # a scaled copy of a large weight costs more than a pass over a few outputs
                 lower, upper = interval_affine(*apply(box, weight, bias, None, "fast"), s, t, act=act)
-                return Box(lower, upper, F.relu(clean) if relu and clean is not None else clean)
+                return Box(lower, upper, F.relu(clean) if relu and clean is not None else clean, statistics)
             weight = weight * s.reshape(-1, *(1,) * (weight.ndim - 1))
             bias = t if bias is None else bias * s + t
         lower, upper = apply(box, weight, bias, act, mode.rounding)
-        return Box(lower, upper, F.relu(clean) if relu and clean is not None else clean)
+        return Box(lower, upper, F.relu(clean) if relu and clean is not None else clean, statistics)
 
     return run
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, int]:
+def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
     if isinstance(conv.padding, str):
         sides = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         if conv.padding == "valid":

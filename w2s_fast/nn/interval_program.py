@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .. import checks
+from . import interval_backward as backward
 from .interval_layers import OP, Box, Layer, Mode, add_boxes, affine, both, layer_of, refuse
 
 _RELUS = (F.relu, torch.relu, "relu")
@@ -19,20 +20,36 @@ _SHAPES: dict[Any, str] = {torch.flatten: "flatten", torch.reshape: "reshape"}
 
 
 class Step(NamedTuple):
-    """One line of the program: ``env[name] = run(mode, env, node)``."""
+    """One line of the program: ``env[name] = run(mode, env)``, a function of the boxes ``inputs``; and its way back."""
 
     name: str
     run: Callable[[Mode, dict[str, Any]], Any]
+    inputs: list[str]
+    back: backward.Backward
 
 
-def program(model: nn.Module) -> tuple[list[Step], str, nn.Linear | None]:
-    """The model as steps, the name of its output, and a last Linear that margins can be merged with."""
+class Program(NamedTuple):
+    """The model as steps, the name of its output, a last Linear that margins can be merged with, inputs of ReLUs."""
+
+    steps: list[Step]
+    output: str
+    last: nn.Linear | None
+    before_relu: list[str]
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The model's graph."""
     try:
-        graph = fx.symbolic_trace(model).graph
+        return fx.symbolic_trace(model).graph
     except Exception as error:
         checks.fail(OP, "model", "one that torch.fx can trace", f"{type(error).__name__}: {error}", error=TypeError)
+
+
+def program(model: nn.Module, graph: fx.Graph, *, relu_apart: bool = False) -> Program:
+    """Steps for the model; ``relu_apart``: each ReLU is a step of its own, which the ways back and its bounds need."""
     modules, nodes, output = dict(model.named_modules()), list(graph.nodes), ""
     steps: list[Step] = []
+    before_relu: list[str] = []
     renamed: dict[str, str] = {}
     taken: set[fx.Node] = set()
 
@@ -59,17 +76,26 @@ def program(model: nn.Module) -> tuple[list[Step], str, nn.Linear | None]:
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.padding_mode == "zeros"):
                 norm = follower(end, lambda n: isinstance(module_of(n), (nn.BatchNorm1d, nn.BatchNorm2d)))
                 end = norm or end
-                relu = follower(end, is_relu)
+                relu = None if relu_apart else follower(end, is_relu)
                 end = relu or end
                 layer = affine(module, module_of(norm) if norm else None, relu is not None)
+                back = backward.affine_backward(module, module_of(norm) if norm else None)
                 taken.update(n for n in (norm, relu) if n is not None)
             elif module is not None:
                 layer = layer_of(module, str(node.target))
-            steps.append(Step(end.name, _call(node, layer, renamed)))
+                back = backward.module_backward(module)
+            else:
+                back = backward.add_backward if node.target in _ADDS else backward.reshape_backward
+                back = backward.relu_backward if is_relu(node) else back
+            sources = node.args[: 2 if node.target in _ADDS else 1]  # a shape's other arguments are numbers
+            inputs = [renamed[a.name] for a in sources if isinstance(a, fx.Node)]
+            if is_relu(node):
+                before_relu += inputs
+            steps.append(Step(end.name, _call(node, layer, renamed), inputs, back))
             renamed[end.name] = renamed[node.name] = end.name
     last_module = module_of(nodes[-2]) if len(nodes) > 1 and nodes[-1].args[0] is nodes[-2] else None
     straight = isinstance(last_module, nn.Linear) and bool(steps) and _chained(nodes, steps)
-    return steps, output, last_module if straight else None
+    return Program(steps, output, last_module if straight else None, before_relu)
 
 
 def _chained(nodes: list[fx.Node], steps: list[Step]) -> bool:

@@ -36,13 +36,23 @@ def auto_lirpa() -> Any:
     return importlib.import_module("auto_LiRPA")
 
 
-def lirpa_bounds(model: Any, example: Any) -> Any:
-    """``(x, eps) -> (lower, upper)`` of auto_LiRPA by interval bound propagation, for inputs like the example."""
-    library = auto_lirpa()
-    bounded = library.BoundedModule(model, example)
+def lirpa_bounds(model: Any, example: Any, method: str = "IBP") -> Any:
+    """``(x, eps, C=None) -> (lower, upper)`` of auto_LiRPA for inputs like the example; C ``[B, M, classes]``: of C f.
 
-    def call(x: Any, eps: float) -> Any:
+    Args:
+        method: ``"IBP"`` or ``"CROWN-IBP"``.
+    """
+    library = auto_lirpa()
+    training = model.training
+    bounded = library.BoundedModule(model.eval(), example)
+    model.train(training)
+    bounded.train(training)
+
+    def call(x: Any, eps: float, C: Any = None) -> Any:
         norm = library.PerturbationLpNorm(norm=float("inf"), eps=eps)
-        return bounded.compute_bounds(x=(library.BoundedTensor(x, norm),), method="IBP")
+        boxes = (library.BoundedTensor(x, norm),)
+        if bounded.training:
+            bounded(*boxes)  # batch-norm takes the statistics of a forward pass
+        return bounded.compute_bounds(x=boxes, method=method, C=C)
 
     return call
