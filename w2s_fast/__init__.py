@@ -33,6 +33,9 @@ from .ops.kv_compressed_attention.kv_compressed_attention import kv_compressed_a
 from .ops.linear_loss.arm import ArmLoss, arm_loss, linear_arm_loss
 from .ops.linear_loss.cross_entropy import linear_fusion_cross_entropy
 from .ops.linear_loss.dynamic_weights import linear_dynamic_weights
+from .ops.linear_loss.eisl import linear_eisl
+from .ops.linear_loss.kd import kd_loss
+from .ops.linear_loss.linear_kd import linear_kd
 from .ops.linear_loss.logprobs import linear_fusion_logprobs
 from .ops.linear_loss.sample import linear_fusion_sample
 from .ops.logit_fusion.dynamic_weights import DynamicWeights, dynamic_fusion_weights
@@ -80,13 +83,16 @@ __all__ = [
     "interval_linear",
     "interval_linear_iw",
     "karras_sigmas",
+    "kd_loss",
     "kv_compress",
     "kv_compressed_attention",
     "linear_arm_loss",
     "linear_dynamic_weights",
+    "linear_eisl",
     "linear_fusion_cross_entropy",
     "linear_fusion_logprobs",
     "linear_fusion_sample",
+    "linear_kd",
     "lognormal_index_probs",
     "margin_cross_entropy",
     "margin_logits",

@@ -1,0 +1,280 @@
+"""Distillation and edit-invariant losses: the papers' forms, gradients in float64, invariances, memory, error texts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import w2s_fast
+from w2s_fast import extension
+
+BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
+KINDS = ("fkl", "rkl", "jsd", "sce", "ce_soft")
+DOUBLE = torch.float64
+
+
+def random(*shape, seed=0, dtype=DOUBLE, scale=1.0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE) * scale).to(dtype)
+
+
+def probabilities(rows, vocab, seed=0, dtype=DOUBLE):
+    return random(rows, vocab, seed=seed, scale=2.0).softmax(-1).to(dtype)
+
+
+def topk(rows, vocab, k, seed=0, dtype=DOUBLE):
+    values, ids = random(rows, vocab, seed=seed, scale=2.0).log_softmax(-1).topk(k)
+    return "topk", ids, values.to(dtype)
+
+
+def divergence(kind, p, q, beta):
+    """D by the definition, for probabilities without zeros."""
+    m = beta * q + (1 - beta) * p
+    return {
+        "fkl": lambda: (q * (q / p).log()).sum(-1),
+        "rkl": lambda: (p * (p / q).log()).sum(-1),
+        "jsd": lambda: (beta * q * (q / m).log() + (1 - beta) * p * (p / m).log()).sum(-1),
+        "sce": lambda: -((1 - beta) * q * p.log() + beta * p * q.log()).sum(-1),
+        "ce_soft": lambda: -(q * p.log()).sum(-1),
+    }[kind]()
+
+
+def plain(z, q, kind, alpha, weights, target, tau, beta=0.3):
+    """The loss in plain PyTorch, from the logits and the teachers' probabilities."""
+    keep = (target != -100).to(z.dtype) * weights
+    kd = tau**2 * divergence(kind, (z / tau).softmax(-1), q, beta)
+    ce = F.cross_entropy(z, target.clamp_min(0), reduction="none")
+    return (keep * (alpha * kd + (1 - alpha) * ce)).sum() / keep.sum()
+
+
+def rows_of(rows, vocab):
+    target = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(1))
+    target[0], target[-1] = 0, vocab - 1
+    target[1:2] = -100 if rows > 2 else target[1:2]
+    alpha, weights = random(rows, seed=2).sigmoid(), random(rows, seed=3).exp()
+    return target, alpha, weights
+
+
+def leaves(*tensors):
+    return [t.clone().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows, vocab", [(1, 1000), (7, 33), (129, 10), (5, 2051)])
+def test_kd_loss_is_the_plain_form(backend, kind, rows, vocab):
+    tau, (target, alpha, weights) = 1.7, rows_of(rows, vocab)
+    a, b, c = (random(rows, vocab, seed=i, scale=2.0) for i in (4, 5, 6))
+    ids = topk(rows, vocab, 4, seed=7)
+    dense = torch.full((rows, vocab), 1.0, dtype=DOUBLE) * ((1 - ids[2].exp().sum(1)) / (vocab - 4))[:, None]
+    dense.scatter_(1, ids[1], ids[2].exp())
+    q = 0.5 * (b / tau).softmax(-1) + 0.25 * c.softmax(-1) + 0.25 * dense
+    z, al, w = leaves(a, alpha, weights)
+    options = {"kind": kind, "tau": tau, "beta_jsd": 0.3, "beta_sce": 0.3, "target": target, "hard": "ce"}
+    with w2s_fast.backend(backend):
+        teachers = [("logits", b), ("probs", c.softmax(-1)), ids]
+        ours, _ = w2s_fast.kd_loss(z, teachers, alpha=al, weights=w, teacher_weights=(2, 1, 1), **options)
+    expected = plain(z, q, kind, al, w, target, tau)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    for x, y in zip(torch.autograd.grad(2.5 * ours, (z, al, w)), torch.autograd.grad(2.5 * expected, (z, al, w)),
+                    strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kd_gradcheck(backend, kind):
+    z, alpha, weights = leaves(random(6, 11), random(6, seed=1).sigmoid(), random(6, seed=2).exp())
+    target, _, _ = rows_of(6, 11)
+    teachers = [("logits", random(6, 11, seed=3)), topk(6, 11, 3)]
+
+    def loss_and_rows(*args):
+        loss, rows = w2s_fast.kd_loss(
+            args[0], teachers, kind=kind, alpha=args[1], weights=args[2], target=target, hard="ce", tau=1.7,
+            outputs=("kd", "ce"),
+        )
+        return loss, rows["kd"], rows["ce"]
+
+    with w2s_fast.backend(backend):
+        assert torch.autograd.gradcheck(loss_and_rows, (z, alpha, weights))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["linear", "mixture"])
+def test_linear_kd_gradcheck(backend, kind, form):
+    hidden, head, bias, alpha = leaves(random(6, 5), random(17, 5, seed=1), random(17, seed=2), random(6).sigmoid())
+    target, _, weights = rows_of(6, 17)
+    weights[3] = 0
+    teachers = [("linear", random(6, 7, seed=3), random(17, 7, seed=4), random(17, seed=5))]
+    if form == "mixture":
+        teachers += [("probs", probabilities(6, 17)), topk(6, 17, 3)]
+
+    def loss_and_rows(*args):
+        loss, rows = w2s_fast.linear_kd(
+            args[0], args[1], teachers, kind=kind, alpha=args[3], bias=args[2], weights=weights, target=target,
+            hard="ce", tau=1.7, outputs=("kd",),
+        )
+        return loss, rows["kd"]
+
+    with w2s_fast.backend(backend):
+        assert torch.autograd.gradcheck(loss_and_rows, (hidden, head, bias, alpha))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ("fkl", "rkl", "jsd"))
+def test_identical_models(backend, kind):
+    hidden, head = random(9, 33, dtype=torch.float32), random(1000, 33, seed=1, dtype=torch.float32)
+    (z, h) = leaves(hidden @ head.t(), hidden)
+    with w2s_fast.backend(backend):
+        for loss, leaf in (
+            (w2s_fast.kd_loss(z, [("logits", z)], kind=kind, tau=2.0)[0], z),
+            (w2s_fast.linear_kd(h, head, [("linear", hidden, head)], kind=kind, tau=2.0)[0], h),
+        ):
+            (grad,) = torch.autograd.grad(loss, leaf)
+            assert loss.item() == 0 and grad.abs().max() <= 1e-6
+
+
+def official_eisl(hidden, head, bias, target, ngrams, noise, tau, ce_coef):
+    """As the paper's code: relu as the floor, one convolution with an identity filter an n."""
+    lp = (hidden @ head.t() + bias).log_softmax(-1)
+    floored = F.relu(lp + 20) - 20
+    cost = torch.stack([floored[b][:, target[b]] for b in range(len(target))])
+    loss = ce_coef * F.nll_loss(lp.flatten(0, 1), target.flatten())
+    for n in ngrams:
+        s = F.conv2d(cost[:, None], torch.eye(n, dtype=cost.dtype)[None, None])[:, 0] / n
+        g = torch.softmax((s + noise[n]) / tau, 1)
+        loss = loss - (g * s).sum(1).mean(1).mean() / len(ngrams)
+    return loss
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1.0, 12.0])  # the larger reaches the floor
+def test_eisl_is_the_official_form(backend, scale):
+    hidden, head, bias = leaves(random(3, 7, 5, scale=scale), random(23, 5, seed=1), random(23, seed=2))
+    target = torch.randint(23, (3, 7), generator=torch.Generator().manual_seed(0))
+    target[1] = 4  # the same token again and again
+    noise = {n: -(-random(3, 8 - n, 8 - n, seed=n).sigmoid().log()).log() for n in (1, 2, 4, 7)}
+    with w2s_fast.backend(backend):
+        ours, parts = w2s_fast.linear_eisl(
+            hidden, head, target, ngrams=(2, 4, 0, 99, 1), noise=noise, bias=bias, ce_coef=0.3, tau=0.7
+        )
+    expected = official_eisl(hidden, head, bias, target, (2, 4, 7, 1), noise, 0.7, 0.3)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts["ngram"].mean() + 0.3 * parts["ce"], expected.detach())
+    for x, y in zip(torch.autograd.grad(ours, (hidden, head, bias)),
+                    torch.autograd.grad(expected, (hidden, head, bias)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("select", ["gumbel", "softmax", "logsumexp"])
+def test_eisl_gradcheck(backend, select):
+    hidden, head, bias = leaves(random(3, 6, 4), random(19, 4, seed=1), random(19, seed=2))
+    target = torch.randint(19, (3, 5), generator=torch.Generator().manual_seed(0))
+    src, tgt = torch.ones(3, 6, dtype=torch.bool), torch.ones(3, 5, dtype=torch.bool)
+    src[0, 4:], tgt[0, 2:], tgt[2] = False, False, False
+    noise = {n: random(3, 7 - n, 6 - n, seed=n) for n in (1, 3)} if select == "gumbel" else None
+
+    def loss(*args):
+        return w2s_fast.linear_eisl(
+            args[0], args[1], target, ngrams=(1, 3), bias=args[2], select=select, tau=0.6, floor=-4.0, noise=noise,
+            src_mask=src, tgt_mask=tgt,
+        )[0]
+
+    with w2s_fast.backend(backend):
+        assert torch.autograd.gradcheck(loss, (hidden, head, bias))
+
+
+def test_eisl_without_any_ngram_costs_nothing():
+    hidden = random(2, 4, 3).requires_grad_()
+    nothing = torch.zeros(2, 4, dtype=torch.bool)
+    loss, _ = w2s_fast.linear_eisl(hidden, random(5, 3), torch.full((2, 4), -1), tgt_mask=nothing, select="softmax")
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert loss.item() == 0 and not grad.any()
+
+
+Z, H, W = torch.zeros(2, 5), torch.zeros(2, 3), torch.zeros(5, 3)
+Y = torch.zeros(2, dtype=torch.int64)
+T = [("logits", Z)]
+
+
+@pytest.mark.parametrize(
+    "call, error, text",
+    [
+        (lambda f, s: f(*s, []), TypeError, "teachers must be a nonempty list"),
+        (lambda f, s: f(*s, T[0]), TypeError, "teachers must be a nonempty list of tuples"),
+        (lambda f, s: f(*s, [("logit", Z)]), TypeError, r"teachers\[0\] must be \(\"logits\", z\)"),
+        (lambda f, s: f(*s, [("logits", Z, Z)]), ValueError, r"teachers\[0\] must be 'logits' with 1 tensors"),
+        (lambda f, s: f(*s, [("logits", Z[:1])]), ValueError, r"teachers\[0\]\[1\] must be of leading shape \(2,\)"),
+        (lambda f, s: f(*s, [("logits", Z[:, :4])]), ValueError, r"teachers\[0\] must be of the student's vocabulary"),
+        (lambda f, s: f(*s, [("probs", Z[:, :4])], vocab="intersect"), ValueError, r"teachers\[0\] must be of the stu"),
+        (lambda f, s: f(*s, [("topk", Y[:, None] + 5, Z[:, :1])]), ValueError, r"teachers\[0\]\[1\] must be in \[0,"),
+        (lambda f, s: f(*s, [("topk", Z[:, :1], Z[:, :1])]), TypeError, r"teachers\[0\]\[1\] must be int64"),
+        (lambda f, s: f(*s, T, kind="kl"), ValueError, "kind must be one of"),
+        (lambda f, s: f(*s, T, tau=0.0), ValueError, "tau must be a finite number > 0"),
+        (lambda f, s: f(*s, T, kind="jsd", beta_jsd=1.0), ValueError, "beta_jsd must be between 0 and 1"),
+        (lambda f, s: f(*s, T, beta_sce=1.5), ValueError, "beta_sce must be in"),
+        (lambda f, s: f(*s, T, hard="ce", alpha=0.5), TypeError, "target must be labels"),
+        (lambda f, s: f(*s, T, hard="ce", target=Y), TypeError, "alpha must be given"),
+        (lambda f, s: f(*s, T, target=Y + 5), ValueError, r"target must be in \[0, 5\)"),
+        (lambda f, s: f(*s, T, target=Y[:1]), ValueError, r"target must be of shape \(2,\)"),
+        (lambda f, s: f(*s, T, weights=torch.ones(3)), ValueError, r"weights must be of shape \(2,\)"),
+        (lambda f, s: f(*s, T, alpha=torch.ones(2, 1)), ValueError, r"alpha must be of shape \(2,\)"),
+        (lambda f, s: f(*s, T, teacher_weights=[1.0, 2.0]), ValueError, "teacher_weights must be one number a teacher"),
+        (lambda f, s: f(*s, T, teacher_weights=[-1.0]), ValueError, r"teacher_weights\[0\] must be"),
+        (lambda f, s: f(*s, T, outputs="kd"), TypeError, "outputs must be a tuple"),
+        (lambda f, s: f(*s, T, outputs=("loss",)), ValueError, "outputs must be one of"),
+        (lambda f, s: f(*s, T, outputs=("ce",)), ValueError, 'outputs must be without "ce"'),
+    ],
+)
+@pytest.mark.parametrize("name, student", [("kd_loss", (Z,)), ("linear_kd", (H, W))])
+def test_errors(name, student, call, error, text):
+    with pytest.raises(error, match=rf"w2s_fast\.{name}: {text}"):
+        call(getattr(w2s_fast, name), student)
+
+
+def test_more_errors():
+    with pytest.raises(TypeError, match=r"kd_loss: teachers\[0\] must be"):
+        w2s_fast.kd_loss(Z, [("linear", H, W)])
+    with pytest.raises(ValueError, match=r"linear_kd: teachers\[0\]\[2\] must be of shape \[V, 3\]"):
+        w2s_fast.linear_kd(H, W, [("linear", H, W[:, :2])])
+    with pytest.raises(TypeError, match="linear_kd: lm_head must be of the dtype"):
+        w2s_fast.linear_kd(H, W.double(), T)
+
+
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        ({"ngrams": (3, 4)}, ValueError, "ngrams must be at least one n <= 2"),
+        ({"ngrams": ()}, TypeError, "ngrams must be a nonempty tuple"),
+        ({"ngrams": (1, 1)}, ValueError, "ngrams must be different sizes"),
+        ({"weights": (1.0,)}, ValueError, "weights must be one number an n-gram size"),
+        ({"noise": {2: torch.zeros(2, 1, 1)}}, ValueError, r"noise must be a dict with a tensor for n = 1"),
+        ({"noise": {1: torch.zeros(2, 1, 1), 2: torch.zeros(2, 1, 1)}}, ValueError, r"noise\[1\] must be of shape"),
+        ({"select": "softmax", "noise": {}}, ValueError, "noise must be None"),
+        ({"src_mask": torch.ones(2, 2)}, TypeError, "src_mask must be bool"),
+        ({"tgt_mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "tgt_mask must be of shape"),
+        ({"tau": 0.0}, ValueError, "tau must be"),
+        ({"target": torch.full((2, 2), 5)}, ValueError, r"target must be in \[0, 5\)"),
+        ({"target": torch.zeros(2, 3, dtype=torch.int64), "ce_coef": 1.0}, ValueError, "ce_coef must be 0 where"),
+        ({"hidden": H}, ValueError, r"hidden must be of shape \[B, T, D\]"),
+    ],
+)
+def test_eisl_errors(change, error, text):
+    given = {"hidden": torch.zeros(2, 2, 3), "lm_head": W, "target": torch.zeros(2, 2, dtype=torch.int64)}
+    with pytest.raises(error, match=rf"w2s_fast\.linear_eisl: {text}"):
+        w2s_fast.linear_eisl(**{**given, "ngrams": (1, 2), **change})
+
+
+def test_outputs_of_rows():
+    z, t = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+    _, rows = w2s_fast.kd_loss(z, [("logits", t)], tau=2.0, outputs=("kd", "entropy_s", "entropy_t", "agree"))
+    p, q = (z / 2).softmax(-1), (t / 2).softmax(-1)
+    assert rows["agree"].tolist() == [True, False]
+    torch.testing.assert_close(rows["kd"], 4 * (q * (q / p).log()).sum(-1))
+    torch.testing.assert_close(rows["entropy_s"], -(p * p.log()).sum(-1))
+    torch.testing.assert_close(rows["entropy_t"], -(q * q.log()).sum(-1))
+    assert math.isclose(w2s_fast.kd_loss(z, [("logits", t)], tau=2.0)[0].item(), rows["kd"].mean().item(), rel_tol=1e-6)

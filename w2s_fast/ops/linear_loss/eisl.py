@@ -1,0 +1,202 @@
+"""linear_eisl: the edit-invariant sequence loss from hidden states, with the [B, T, V] logits never held whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...reference.linear_loss import eisl as reference
+from .inputs import _unit_stride as unit_stride
+from .inputs import once
+from .kd import scaled
+from .plain import plain
+from .teachers import check_head
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
+    names = [n for n, need in zip(("hidden", "head", "bias"), ctx.needs_input_grad[:3], strict=True) if need]
+    if grad is None or not names:
+        return {}
+    found = [g for g, need in zip(scaled(grad, ctx.saved_tensors), ctx.needs_input_grad[:3], strict=True) if need]
+    return dict(zip(names, once("linear_eisl", *found), strict=True))
+
+
+LINEAR_EISL = plain(
+    "(Tensor hidden, Tensor head, Tensor? bias, Tensor target, int[] ngrams, float[] weights, float tau, "
+    "bool logsumexp, float floor, Tensor[] noise, Tensor? src_keep, Tensor? tgt_keep, float ngram_coef, float ce_coef, "
+    "bool need_hidden, bool need_head, bool need_bias) "
+    "-> (Tensor loss, Tensor parts, Tensor dhidden, Tensor dhead, Tensor dbias)",
+    reference=reference.linear_eisl,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+Select = Literal["gumbel", "softmax", "logsumexp"]
+
+
+def _sizes(op: str, ngrams: Any, weights: Any, t: int, u: int) -> tuple[list[int], list[float]]:
+    """n-gram sizes within the sentences, and their weights."""
+    if not isinstance(ngrams, (list, tuple)) or not ngrams:
+        checks.fail(op, "ngrams", "a nonempty tuple of ints", repr(ngrams), error=TypeError)
+    shortest = min(t, u)
+    sizes = [checks.integer(op, f"ngrams[{i}]", n, low=1 - shortest) for i, n in enumerate(ngrams)]
+    sizes = [n if n > 0 else shortest + n for n in sizes]
+    if weights is None:
+        kept = [n for n in sizes if n <= shortest]
+        values = [1.0 / max(len(kept), 1)] * len(kept)
+    else:
+        if not isinstance(weights, (list, tuple)) or len(weights) != len(sizes):
+            checks.fail(op, "weights", f"one number an n-gram size ({len(sizes)})", repr(weights))
+        numbers = [checks.number(op, f"weights[{i}]", w) for i, w in enumerate(weights)]
+        pairs = [(n, w) for n, w in zip(sizes, numbers, strict=True) if n <= shortest]
+        kept, values = [n for n, _ in pairs], [w for _, w in pairs]
+    if not kept:
+        checks.fail(op, "ngrams", f"at least one n <= {shortest}, the shorter of the two lengths", repr(ngrams))
+    if len(set(kept)) != len(kept):
+        checks.fail(op, "ngrams", "different sizes", repr(ngrams))
+    return kept, values
+
+
+def _noise(op: str, given: Any, select: str, kept: list[int], hidden: Tensor, u: int) -> list[Tensor]:
+    """One tensor an n: those given, or drawn Gumbel noise."""
+    if select != "gumbel":
+        if given is not None:
+            checks.fail(op, "noise", 'None unless select="gumbel"', type(given).__name__)
+        return []
+    batch, t = hidden.shape[:2]
+    shapes = [(batch, t - n + 1, u - n + 1) for n in kept]
+    if given is None:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return [-torch.empty(s, dtype=dtype, device=hidden.device).exponential_().log() for s in shapes]
+    if not isinstance(given, Mapping):
+        checks.fail(op, "noise", "a dict from n to a tensor", type(given).__name__, error=TypeError)
+    found = []
+    for n, shape in zip(kept, shapes, strict=True):
+        if n not in given:
+            checks.fail(op, "noise", f"a dict with a tensor for n = {n}", f"only {sorted(given)}")
+        tensor = checks.is_float_tensor(op, f"noise[{n}]", given[n])
+        if tensor.shape != shape:
+            checks.fail(op, f"noise[{n}]", f"of shape {shape}", tuple(tensor.shape))
+        checks.same_device(op, [("hidden", hidden), (f"noise[{n}]", tensor)])
+        found.append(tensor.detach().contiguous())
+    return found
+
+
+def _mask(op: str, name: str, mask: Any, shape: tuple[int, int], hidden: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    checks.is_tensor(op, name, mask)
+    if mask.dtype != torch.bool:
+        checks.fail(op, name, "bool", mask.dtype, error=TypeError)
+    if mask.shape != shape:
+        checks.fail(op, name, f"of shape {shape}", tuple(mask.shape))
+    checks.same_device(op, [("hidden", hidden), (name, mask)])
+    contiguous: Tensor = mask.contiguous()
+    return contiguous
+
+
+def _target(op: str, target: Any, keep: Tensor | None, hidden: Tensor, vocab: int) -> Tensor:
+    y: Tensor = target.to(torch.int64)
+    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = (y < 0) | (y >= vocab)
+        bad = bad if keep is None else bad & keep
+        if bool(bad.any()):
+            checks.fail(op, "target", f"in [0, {vocab}) where it is not masked", int(y[bad][0]))
+    return y.contiguous()
+
+
+def linear_eisl(
+    hidden: Tensor,
+    lm_head: Tensor,
+    target: Tensor,
+    *,
+    ngrams: Sequence[int] = (2, 3, 4),
+    weights: Sequence[float] | None = None,
+    tau: float = 1.0,
+    select: Select = "gumbel",
+    floor: float = -20.0,
+    noise: Mapping[int, Tensor] | None = None,
+    src_mask: Tensor | None = None,
+    tgt_mask: Tensor | None = None,
+    ce_coef: float = 0.0,
+    ngram_coef: float = 1.0,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Edit-invariant sequence loss (EISL, arXiv 2106.15078) of ``z = W h + b``; logits exist for a chunk at a time.
+
+    An n-gram of the target may match anywhere in the output: with ``cost_ij = max(log softmax(z_i)[y_j], floor)`` and
+    ``S_ij`` the mean of n costs along the diagonal from (i, j), ``g_ij = softmax over i of (S_ij + noise_ij) / tau``,
+    ``L_n = -mean_j sum_i g_ij S_ij``, averaged over sentences; with ``select="logsumexp"``,
+    ``L_n = -mean_j log sum_i exp(n S_ij)``. ``loss = ngram_coef sum_n weights_n L_n + ce_coef CE``, CE the mean of
+    ``-log softmax(z_i)[y_i]``.
+
+    Args:
+        hidden: ``[B, T, D]``: float32, bfloat16, float16 or float64.
+        lm_head: ``[V, D]`` of the same dtype.
+        target: ``[B, T']`` token ids, int64 or int32.
+        ngrams: sizes n; n <= 0 is the shorter length plus n; sizes beyond the shorter length are left out.
+        weights: one number an entry of ngrams; default 1 / (sizes that are left).
+        tau: temperature of g, > 0.
+        select: ``"gumbel"`` with noise, ``"softmax"`` without (for evaluation), or ``"logsumexp"``.
+        floor: least cost; below it there is no gradient.
+        noise: for ``"gumbel"``: a dict from n to ``[B, T - n + 1, T' - n + 1]``; None draws ``-log(-log U)``.
+        src_mask, tgt_mask: bool ``[B, T]``, ``[B, T']``, True where a position counts; n-grams that touch another are
+            left out, and a sentence without any costs nothing. None is all, which is the official code.
+        ce_coef: of CE, over positions kept in both masks; needs T = T'.
+        ngram_coef: of the n-gram losses.
+        bias: ``[V]`` or None.
+
+    Returns:
+        (loss, parts): parts holds ``"ngram"`` ``[sizes left]`` (every L_n) and ``"ce"``, detached; float32 (float64 for
+        float64 inputs). Differentiable, once, in hidden, lm_head and bias, whose gradients are made in forward. Memory:
+        the gradients, a tile of chunk x V logits and a few ``[T, T']``. Deterministic for given noise.
+
+    Raises:
+        ValueError, TypeError: naming the argument; on a CPU also for a target out of range.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> h, head, y = torch.zeros(1, 3, 2), torch.zeros(4, 2), torch.tensor([[1, 2, 3]])
+        >>> round(w2s_fast.linear_eisl(h, head, y, ngrams=(2,), select="softmax")[0].item(), 4)
+        1.3863
+    """
+    op = "linear_eisl"
+    checks.is_float_tensor(op, "hidden", hidden)
+    checks.is_float_tensor(op, "lm_head", lm_head)
+    if hidden.ndim != 3 or hidden.shape[1] < 1:
+        checks.fail(op, "hidden", "of shape [B, T, D], T >= 1", tuple(hidden.shape))
+    check_head(op, ("hidden", "lm_head", "bias"), hidden, lm_head, bias)
+    checks.is_tensor(op, "target", target)
+    if target.dtype not in (torch.int64, torch.int32):
+        checks.fail(op, "target", "int64 or int32", target.dtype, error=TypeError)
+    if target.ndim != 2 or target.shape[0] != hidden.shape[0] or target.shape[1] < 1:
+        checks.fail(op, "target", f"of shape [{hidden.shape[0]}, T'], T' >= 1", tuple(target.shape))
+    checks.same_device(op, [("hidden", hidden), ("lm_head", lm_head), ("target", target), ("bias", bias)])
+    checks.choice(op, "select", select, ("gumbel", "softmax", "logsumexp"))
+    tau = checks.number(op, "tau", tau, low=0.0, open_low=True)
+    floor, ngram_coef, ce_coef = (
+        checks.number(op, name, value)
+        for name, value in (("floor", floor), ("ngram_coef", ngram_coef), ("ce_coef", ce_coef))
+    )
+    batch, t, u = *hidden.shape[:2], target.shape[1]
+    if ce_coef and t != u:
+        checks.fail(op, "ce_coef", "0 where hidden and target differ in length", ce_coef)
+    kept, values = _sizes(op, ngrams, weights, t, u)
+    src, tgt = _mask(op, "src_mask", src_mask, (batch, t), hidden), _mask(op, "tgt_mask", tgt_mask, (batch, u), hidden)
+    y = _target(op, target, tgt, hidden, lm_head.shape[0])
+    need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, lm_head, bias)]
+    loss, parts, *_ = LINEAR_EISL(
+        hidden.contiguous(), unit_stride(lm_head), None if bias is None else bias.contiguous(), y, kept, values, tau,
+        select == "logsumexp", floor, _noise(op, noise, select, kept, hidden, u), src, tgt, ngram_coef, ce_coef, *need,
+    )
+    return loss, {"ngram": parts[:-1], "ce": parts[-1]}

@@ -1,0 +1,181 @@
+"""kd_loss: distillation from logits; loss and gradient from one read of each logit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...reference.linear_loss import distillation as reference
+from .inputs import _unit_stride as unit_stride
+from .inputs import once
+from .plain import plain
+from .teachers import (
+    DISTILLATION,
+    Distillation,
+    Kind,
+    Teacher,
+    accumulate_dtype,
+    coefficients,
+    named_outputs,
+    settings,
+)
+from .teachers import teachers as checked
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    save_distillation(ctx, Distillation(*inputs[1:11]), output[1], output[2], (inputs[0],), output[4:])
+    ctx.mark_non_differentiable(*output[3:])
+
+
+def save_distillation(
+    ctx: Any, given: Distillation, kd: Tensor, ce: Tensor, student: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> None:
+    """Everything that a backward may need: usually the gradients alone, which are made already."""
+    ctx.set_materialize_grads(False)
+    ctx.numbers = (given.forms, given.shares, given.kind, given.tau, given.beta)
+    ctx.counts = (len(grads), len(student))
+    ctx.save_for_backward(
+        *grads, *student, *given.teachers, given.target, given.keep, given.coef_kd, given.coef_ce, kd, ce
+    )
+
+
+def saved_distillation(
+    ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], Distillation, dict[str, Any], bool]:
+    """Gradients made in forward; the student; the other arguments, with the coefficients that all upstream gradients
+    make together; gradients of the coefficients; whether forward's gradients are of those, up to ``grad``."""
+    n, m = ctx.counts
+    saved = ctx.saved_tensors
+    *tensors, target, keep, coef_kd, coef_ce, kd, ce = saved[n + m :]
+    forms, shares, kind, tau, beta = ctx.numbers
+    a, b = _merged(grad, grad_kd, coef_kd), _merged(grad, grad_ce, coef_ce)
+    a = torch.zeros_like(coef_kd) if a is None else a.contiguous()
+    b = b if b is None or target is None else b.contiguous()
+    given = Distillation(tensors, forms, shares, kind, tau, beta, target, keep, a, b)
+    rows: dict[str, Any] = {}
+    if grad is not None:
+        rows = {"coef_kd": grad * kd, "coef_ce": None if coef_ce is None else grad * ce}
+    return list(saved[:n]), list(saved[n : n + m]), given, rows, grad_kd is None and grad_ce is None
+
+
+def _merged(grad: Tensor | None, rows: Tensor | None, coef: Tensor | None) -> Tensor | None:
+    own = None if grad is None or coef is None else grad * coef
+    return rows if own is None else own if rows is None else own + rows
+
+
+def scaled(grad: Tensor | None, found: Sequence[Tensor]) -> list[Tensor]:
+    """``found`` times the upstream gradient of the loss, which is usually 1: then as they are."""
+    if grad is None:
+        return [torch.zeros_like(g) for g in found]
+    if type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0:  # a tracer's tensor is a subclass
+        return list(found)
+    return [g * grad.to(g.dtype) if g.numel() else g for g in found]
+
+
+def _backward(
+    ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None, *_: Any
+) -> dict[str, Any]:
+    (dlogits,), (logits,), given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
+    if ctx.needs_input_grad[0]:
+        (found,) = scaled(grad, [dlogits]) if made else [KD_LOSS(logits, *given, True, False)[4]]
+        (rows["logits"],) = once("kd_loss", found)
+    return rows
+
+
+KD_LOSS = plain(
+    f"(Tensor logits, {DISTILLATION}, bool need_gradient, bool need_statistics) "
+    "-> (Tensor loss, Tensor kd, Tensor ce, Tensor stats, Tensor dlogits)",
+    reference=reference.kd_loss,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def kd_loss(
+    logits: Tensor,
+    teachers: Sequence[Teacher],
+    *,
+    kind: Kind = "fkl",
+    alpha: float | Tensor | None = None,
+    tau: float = 1.0,
+    beta_jsd: float = 0.5,
+    beta_sce: float = 0.5,
+    target: Tensor | None = None,
+    hard: Literal["none", "ce"] = "none",
+    weights: Tensor | None = None,
+    ignore_index: int = -100,
+    teacher_weights: Sequence[float] | None = None,
+    tau_scale: bool = True,
+    outputs: Sequence[str] = (),
+    vocab: Literal["intersect"] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Knowledge distillation from logits: one row kernel reads each logit once and makes loss and gradient together.
+
+    ``L = (1 / N) sum_t w_t [alpha_t tau^2 D_t + (1 - alpha_t) CE_t]``, N the sum of w over the rows that count (the
+    loss is 0 if N is), p = softmax(z / tau), q = sum_m omega_m q_m, CE the cross-entropy of softmax(z) with the label.
+    D is
+
+    - ``"fkl"``: KL(q || p) (Hinton et al., arXiv 1503.02531);
+    - ``"rkl"``: KL(p || q), log q floored at -1e4;
+    - ``"jsd"``: ``b KL(q || m) + (1 - b) KL(p || m)``, ``m = b q + (1 - b) p``, b = beta_jsd (GKD, arXiv 2306.13649);
+    - ``"sce"``: ``-(1 - b) sum q log p - b sum p log q``, b = beta_sce (robust mean teacher, arXiv 2211.13081);
+    - ``"ce_soft"``: ``-sum q log p`` (MEAL V2, arXiv 2009.08453, with several teachers).
+
+    Args:
+        logits: ``[..., C]`` of the student: float32, bfloat16, float16 or float64; N-dimensional rows are flattened.
+        teachers: a list of ``("logits", z)``, ``("probs", q)``, ``("topk", ids, logp)`` with tensors ``[..., C]``, or
+            ``[..., K]`` for top-k, K <= 64. tau divides z; q and logp are taken as they are. The mass that a top-k list
+            leaves (at least 1e-12) is spread evenly over the other classes, as FKD stores labels. No teacher gets a
+            gradient.
+        kind: which D.
+        alpha: a number or a tensor of the leading shape, with a gradient (TGeo-KD learns it); None is 1, and not
+            allowed with ``hard="ce"``.
+        tau: temperature, > 0.
+        beta_jsd: share of the teacher in the mixture, between 0 and 1.
+        beta_sce: share of the reverse cross-entropy, in [0, 1].
+        target: labels of the leading shape, int64 or int32; rows that hold ``ignore_index`` do not count.
+        hard: ``"ce"`` adds the cross-entropy with ``target``.
+        weights: w of the leading shape; rows of weight 0 are left out. With a gradient.
+        ignore_index: label of the rows left out.
+        teacher_weights: omega, one number >= 0 a teacher, divided by their sum; equal by default.
+        tau_scale: whether D is multiplied by tau^2, which keeps its gradient's size.
+        outputs: names of further results: ``"kd"`` (D_t, times tau^2 if scaled) and ``"ce"``, both differentiable;
+            ``"entropy_s"``, ``"entropy_t"`` (of p and q) and ``"agree"`` (same largest class), which are not.
+        vocab: ``"intersect"`` takes the columns that student and teachers of logits all have; otherwise widths that
+            differ are an error.
+
+    Returns:
+        (loss, outputs): loss a scalar, outputs of the leading shape and 0 in rows that do not count; float32 (float64
+        if the student or a teacher is). Differentiable, once, in logits, alpha and weights. The gradient of the logits
+        is made in forward (as many bytes as logits). Deterministic.
+
+    Raises:
+        ValueError, TypeError: naming the argument; on a CPU also for a label or id out of range.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> z, q = torch.zeros(1, 2), torch.tensor([[0.9, 0.1]])
+        >>> loss, rows = w2s_fast.kd_loss(z, [("probs", q)], outputs=("agree",))
+        >>> round(loss.item(), 4), rows["agree"].tolist()
+        (0.3681, [True])
+    """
+    op = "kd_loss"
+    checks.is_float_tensor(op, "logits", logits)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        checks.fail(op, "logits", "of shape [..., C], C >= 1", tuple(logits.shape))
+    number, tau, beta = settings(op, kind, tau, beta_jsd, beta_sce, outputs, hard)
+    batch = logits.shape[:-1]
+    found = checked(op, logits, batch, teachers, logits.shape[-1], teacher_weights, vocab, linear=False)
+    tensors, forms, shares, width = found
+    student = unit_stride(logits.reshape(batch.numel(), logits.shape[-1])[:, :width])
+    scale = tau * tau if tau_scale else 1.0
+    dtype = accumulate_dtype(student, tensors)
+    rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale)
+    given = Distillation(tensors, forms, shares, number, tau, beta, rows.target, rows.keep, rows.coef_kd, rows.coef_ce)
+    need = torch.is_grad_enabled() and student.requires_grad
+    loss, kd, ce, stats, _ = KD_LOSS(student, *given, need, any(name not in ("kd", "ce") for name in outputs))
+    return loss, named_outputs(outputs, batch, kd, ce, stats, scale)

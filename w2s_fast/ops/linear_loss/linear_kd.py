@@ -1,0 +1,127 @@
+"""linear_kd: distillation from hidden states, with the [T, V] logits of student and teachers never held whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...reference.linear_loss import distillation as reference
+from .inputs import _unit_stride as unit_stride
+from .inputs import once
+from .kd import save_distillation, saved_distillation, scaled
+from .plain import plain
+from .teachers import (
+    DISTILLATION,
+    Distillation,
+    Kind,
+    Teacher,
+    accumulate_dtype,
+    check_head,
+    coefficients,
+    named_outputs,
+    settings,
+)
+from .teachers import teachers as checked
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    save_distillation(ctx, Distillation(*inputs[3:13]), output[1], output[2], inputs[:3], output[4:])
+    ctx.mark_non_differentiable(*output[3:])
+
+
+def _backward(
+    ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None, *_: Any
+) -> dict[str, Any]:
+    grads, student, given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
+    need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
+    if any(need):
+        found = scaled(grad, grads) if made else LINEAR_KD(*student, *given, *need, False)[4:]
+        once_each = once("linear_kd", *(g for g, wanted in zip(found, need, strict=True) if wanted))
+        names = (name for name, wanted in zip(("hidden", "head", "bias"), need, strict=True) if wanted)
+        rows.update(zip(names, once_each, strict=True))
+    return rows
+
+
+LINEAR_KD = plain(
+    f"(Tensor hidden, Tensor head, Tensor? bias, {DISTILLATION}, bool need_hidden, bool need_head, bool need_bias, "
+    "bool need_statistics) -> "
+    "(Tensor loss, Tensor kd, Tensor ce, Tensor stats, Tensor dhidden, Tensor dhead, Tensor dbias)",
+    reference=reference.linear_kd,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def linear_kd(
+    hidden: Tensor,
+    lm_head: Tensor,
+    teachers: Sequence[Teacher],
+    *,
+    kind: Kind = "fkl",
+    alpha: float | Tensor | None = None,
+    tau: float = 1.0,
+    beta_jsd: float = 0.5,
+    beta_sce: float = 0.5,
+    target: Tensor | None = None,
+    hard: Literal["none", "ce"] = "none",
+    weights: Tensor | None = None,
+    ignore_index: int = -100,
+    bias: Tensor | None = None,
+    teacher_weights: Sequence[float] | None = None,
+    tau_scale: bool = True,
+    outputs: Sequence[str] = (),
+    vocab: Literal["intersect"] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`kd_loss` of ``z = W h + b`` from hidden states: logits exist for a chunk of rows at a time.
+
+    Rows that do not count (``target == ignore_index``, weight 0) are left out before the products and cost nothing.
+
+    Args:
+        hidden: ``[..., D]`` of the student: float32, bfloat16, float16 or float64.
+        lm_head: ``[V, D]`` of the same dtype.
+        teachers: as for `kd_loss`, and ``("linear", h, W)`` or ``("linear", h, W, bias)`` with ``[..., D_m]``,
+            ``[V, D_m]`` and ``[V]``, whose logits are not held whole either.
+        kind, alpha, tau, beta_jsd, beta_sce, target, hard, weights, ignore_index, teacher_weights, tau_scale, outputs,
+            vocab: see `kd_loss`.
+        bias: ``[V]`` or None.
+
+    Returns:
+        (loss, outputs) as `kd_loss`. Differentiable, once, in hidden, lm_head, bias, alpha and weights; no teacher gets
+        a gradient. The gradients of hidden, head and bias are made in forward, 6 T D V operations, and teachers add
+        2 T D_m V; memory is the gradients and one tile of chunk x V a model. Deterministic.
+
+    Raises:
+        ValueError, TypeError: naming the argument; on a CPU also for a label or id out of range.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> h, head = torch.ones(1, 2), torch.zeros(4, 2)
+        >>> loss, _ = w2s_fast.linear_kd(h, head, [("linear", h, head)], tau=2.0)
+        >>> loss.item()
+        0.0
+    """
+    op = "linear_kd"
+    checks.is_float_tensor(op, "hidden", hidden)
+    checks.is_float_tensor(op, "lm_head", lm_head)
+    if hidden.ndim < 1:
+        checks.fail(op, "hidden", "of shape [..., D]", tuple(hidden.shape))
+    check_head(op, ("hidden", "lm_head", "bias"), hidden, lm_head, bias)
+    checks.same_device(op, [("hidden", hidden), ("lm_head", lm_head), ("bias", bias)])
+    number, tau, beta = settings(op, kind, tau, beta_jsd, beta_sce, outputs, hard)
+    batch = hidden.shape[:-1]
+    student = unit_stride(hidden.reshape(batch.numel(), hidden.shape[-1]))
+    found = checked(op, student, batch, teachers, lm_head.shape[0], teacher_weights, vocab, linear=True)
+    tensors, forms, shares, width = found
+    head, offset = unit_stride(lm_head[:width]), None if bias is None else bias[:width].contiguous()
+    scale = tau * tau if tau_scale else 1.0
+    dtype = accumulate_dtype(student, tensors)
+    rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale)
+    given = Distillation(tensors, forms, shares, number, tau, beta, rows.target, rows.keep, rows.coef_kd, rows.coef_ce)
+    need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (student, head, offset)]
+    statistics = any(name not in ("kd", "ce") for name in outputs)
+    loss, kd, ce, stats, *_ = LINEAR_KD(student, head, offset, *given, *need, statistics)
+    return loss, named_outputs(outputs, batch, kd, ce, stats, scale)

@@ -1,0 +1,265 @@
+"""What the distillation losses have in common: teachers, labels and coefficients of rows, checked, in one form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...reference.linear_loss.distillation import FORMS, KINDS, LINEAR, LINEAR_BIAS, LOGITS, PROBS, TOPK
+from .inputs import _unit_stride as unit_stride
+
+Kind = Literal["fkl", "rkl", "jsd", "sce", "ce_soft"]
+Teacher = tuple[Any, ...]
+
+#: The part of the schemas that describes D and the coefficients of the rows; see `Distillation`.
+DISTILLATION = (
+    "Tensor[] teachers, int[] forms, float[] shares, int kind, float tau, float beta, Tensor? target, Tensor? keep, "
+    "Tensor coef_kd, Tensor? coef_ce"
+)
+OUTPUTS = ("kd", "ce", "entropy_s", "entropy_t", "agree")
+
+
+class Distillation(NamedTuple):
+    """Arguments of `DISTILLATION`, in order.
+
+    teachers: the tensors of all teachers, rows flattened, last strides 1; forms: what each teacher is; shares: omega.
+    target int64 ``[T]`` or None; keep bool ``[T]`` or None for all rows; coef_kd, coef_ce ``[T]`` in the accumulating
+    dtype.
+    """
+
+    teachers: list[Tensor]
+    forms: list[int]
+    shares: list[float]
+    kind: int
+    tau: float
+    beta: float
+    target: Tensor | None
+    keep: Tensor | None
+    coef_kd: Tensor
+    coef_ce: Tensor | None
+
+
+def accumulate_dtype(student: Tensor, teachers: Sequence[Tensor]) -> torch.dtype:
+    """float64 if the student or any teacher is, otherwise float32."""
+    double = student.dtype == torch.float64 or any(t.dtype == torch.float64 for t in teachers)
+    return torch.float64 if double else torch.float32
+
+
+def _rows(op: str, name: str, t: Any, batch: torch.Size, integer: bool = False) -> Tensor:
+    """``[..., K]`` of the student's leading shape as ``[T, K]``, detached."""
+    if integer:
+        checks.is_tensor(op, name, t)
+        if t.dtype not in (torch.int64, torch.int32):
+            checks.fail(op, name, "int64 or int32", t.dtype, error=TypeError)
+    else:
+        checks.is_float_tensor(op, name, t)
+    if t.ndim < 1 or t.shape[:-1] != batch:
+        checks.fail(op, name, f"of leading shape {tuple(batch)} (that of the student)", tuple(t.shape))
+    return unit_stride(t.detach().reshape(batch.numel(), t.shape[-1]))
+
+
+def _one(op: str, i: int, teacher: Any, batch: torch.Size, linear: bool) -> tuple[int, list[Tensor], int | None]:
+    """Form, tensors and vocabulary (None: any) of teacher i."""
+    name, forms = f"teachers[{i}]", [form for form in FORMS if form in ("logits", "probs", "topk") or linear]
+    usable = isinstance(teacher, (tuple, list)) and len(teacher) >= 2 and teacher[0] in forms[:4]
+    if not usable:
+        got = repr(teacher[0]) if isinstance(teacher, (tuple, list)) and teacher else type(teacher).__name__
+        wanted = '("logits", z), ("probs", q), ("topk", ids, logp)' + (' or ("linear", h, W[, bias])' if linear else "")
+        checks.fail(op, name, wanted, got, error=TypeError)
+    form, *given = teacher
+    sizes = {"logits": (1,), "probs": (1,), "topk": (2,), "linear": (2, 3)}[form]
+    if len(given) not in sizes:
+        checks.fail(op, name, f"{form!r} with {sizes[-1]} tensors", f"{len(given)} tensors")
+    if form in ("logits", "probs"):
+        rows = _rows(op, f"{name}[1]", given[0], batch)
+        return (LOGITS if form == "logits" else PROBS), [rows], rows.shape[1]
+    if form == "topk":
+        ids = _rows(op, f"{name}[1]", given[0], batch, integer=True)
+        logp = _rows(op, f"{name}[2]", given[1], batch)
+        if ids.shape != logp.shape or not 1 <= ids.shape[1] <= 64:
+            checks.fail(op, name, "ids and logp of one shape [..., K], K in [1, 64]", f"{ids.shape} and {logp.shape}")
+        return TOPK, [ids.to(torch.int64).contiguous(), logp], None
+    return _linear(op, name, given, batch)
+
+
+def _linear(op: str, name: str, given: list[Any], batch: torch.Size) -> tuple[int, list[Tensor], int]:
+    h, head = _rows(op, f"{name}[1]", given[0], batch), checks.is_float_tensor(op, f"{name}[2]", given[1])
+    bias = given[2] if len(given) == 3 else None
+    check_head(op, (f"{name}[1]", f"{name}[2]", f"{name}[3]"), h, head, bias)
+    tensors = [h, unit_stride(head.detach())]
+    if bias is not None:
+        tensors.append(bias.detach().contiguous())
+    return (LINEAR if bias is None else LINEAR_BIAS), tensors, head.shape[0]
+
+
+def check_head(op: str, names: Sequence[str], hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
+    """W ``[V, D]`` of the dtype of h ``[..., D]``, and a bias ``[V]`` or None."""
+    if head.ndim != 2 or head.shape[0] < 1 or head.shape[1] < 1 or head.shape[1] != hidden.shape[-1]:
+        checks.fail(op, names[1], f"of shape [V, {hidden.shape[-1]}], V >= 1", tuple(head.shape))
+    if head.dtype != hidden.dtype:
+        checks.fail(op, names[1], f"of the dtype of {names[0]} ({hidden.dtype})", head.dtype, error=TypeError)
+    if bias is not None:
+        checks.is_float_tensor(op, names[2], bias)
+        if bias.shape != head.shape[:1]:
+            checks.fail(op, names[2], f"of shape [{head.shape[0]}]", tuple(bias.shape))
+
+
+def _shares(op: str, given: Any, count: int) -> list[float]:
+    if given is None:
+        return [1.0 / count] * count
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != count:
+        checks.fail(op, "teacher_weights", f"one number a teacher ({count})", repr(given))
+    values = [checks.number(op, f"teacher_weights[{i}]", w, low=0.0) for i, w in enumerate(given)]
+    if sum(values) <= 0:
+        checks.fail(op, "teacher_weights", "not all 0", repr(given))
+    return [w / sum(values) for w in values]
+
+
+def _vocabulary(op: str, vocab: int, found: list[tuple[int, list[Tensor], int | None]], intersect: Any) -> int:
+    """Columns that take part, cut from teachers in place."""
+    if intersect is not None:
+        checks.choice(op, "vocab", intersect, ("intersect",))
+    widths = [width for _, _, width in found if width is not None]
+    common = min([vocab, *widths])
+    for i, (form, tensors, width) in enumerate(found):
+        if width is None or width == common == vocab:
+            continue
+        if intersect is None or form == PROBS:
+            checks.fail(
+                op, f"teachers[{i}]", f"of the student's vocabulary ({vocab})", width,
+                'vocab="intersect" leaves out the columns that not all have.' if form != PROBS else "",
+            )
+        if form == LOGITS:
+            tensors[0] = tensors[0][:, :common]
+        else:
+            tensors[1:] = [t[:common] for t in tensors[1:]]
+    return common
+
+
+def teachers(
+    op: str, student: Tensor, batch: torch.Size, given: Any, vocab: int, weights: Any, intersect: Any, linear: bool
+) -> tuple[list[Tensor], list[int], list[float], int]:
+    """Tensors, forms and shares of all teachers, and the vocabulary."""
+    if not isinstance(given, (list, tuple)) or not given or isinstance(given[0], str):
+        checks.fail(op, "teachers", "a nonempty list of tuples", type(given).__name__, error=TypeError)
+    found = [_one(op, i, teacher, batch, linear) for i, teacher in enumerate(given)]
+    width = _vocabulary(op, vocab, found, intersect)
+    tensors = [t for _, ts, _ in found for t in ts]
+    checks.same_device(op, [("the student", student), *((f"a tensor of teachers[{i}]", t)
+                                                       for i, (_, ts, _) in enumerate(found) for t in ts)])
+    for i, (form, ts, _) in enumerate(found):
+        if form == TOPK:
+            checks.index_range(op, f"teachers[{i}][1]", ts[0], width)
+            if ts[0].shape[1] > width:
+                checks.fail(op, f"teachers[{i}][1]", f"at most {width} ids a row", ts[0].shape[1])
+    return tensors, [form for form, _, _ in found], _shares(op, weights, len(found)), width
+
+
+def labels(op: str, target: Any, batch: torch.Size, vocab: int, student: Tensor, ignore_index: Any) -> Tensor:
+    """``target`` as int64 ``[T]``; its range is looked at on a CPU only."""
+    checks.is_tensor(op, "target", target)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        checks.fail(op, "ignore_index", "an int", repr(ignore_index), error=TypeError)
+    if target.dtype not in (torch.int64, torch.int32):
+        checks.fail(op, "target", "int64 or int32", target.dtype, error=TypeError)
+    if target.shape != batch:
+        checks.fail(op, "target", f"of shape {tuple(batch)}", tuple(target.shape))
+    checks.same_device(op, [("the student", student), ("target", target)])
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)
+        if bool(bad.any()):
+            checks.fail(op, "target", f"in [0, {vocab}) or ignore_index ({ignore_index})", int(target[bad][0]))
+    rows: Tensor = target.reshape(-1).to(torch.int64).contiguous()
+    return rows
+
+
+def _per_row(op: str, name: str, value: Any, batch: torch.Size, student: Tensor, dtype: torch.dtype) -> Tensor:
+    checks.is_float_tensor(op, name, value)
+    if value.shape != batch:
+        checks.fail(op, name, f"of shape {tuple(batch)}", tuple(value.shape))
+    checks.same_device(op, [("the student", student), (name, value)])
+    rows: Tensor = value.reshape(-1).to(dtype)
+    return rows
+
+
+class Rows(NamedTuple):
+    """Which rows count and with what coefficient; keep None is all."""
+
+    target: Tensor | None
+    keep: Tensor | None
+    coef_kd: Tensor
+    coef_ce: Tensor | None
+
+
+def coefficients(
+    op: str, student: Tensor, batch: torch.Size, dtype: torch.dtype, vocab: int,
+    alpha: Any, target: Any, hard: Any, weights: Any, ignore_index: Any, scale: float,
+) -> Rows:
+    """coef_kd = w alpha scale / N and coef_ce = w (1 - alpha) / N, with N the sum of w over the rows that count."""
+    count = batch.numel()
+    checks.choice(op, "hard", hard, ("none", "ce"))
+    if hard == "ce" and target is None:
+        checks.fail(op, "target", 'labels with hard="ce"', None, error=TypeError)
+    if hard == "ce" and alpha is None:
+        checks.fail(op, "alpha", 'given with hard="ce"', None, error=TypeError)
+    y = None if target is None else labels(op, target, batch, vocab, student, ignore_index)
+    keep = None if y is None else y != ignore_index
+    if isinstance(alpha, Tensor):
+        alpha = _per_row(op, "alpha", alpha, batch, student, dtype)
+    else:
+        alpha = 1.0 if alpha is None else checks.number(op, "alpha", alpha)
+    if weights is None and keep is None:
+        share: Tensor = student.new_full((count,), 1.0 / max(count, 1), dtype=dtype)
+    else:
+        if weights is None:
+            share = keep.to(dtype)  # type: ignore[union-attr]
+        else:
+            share = _per_row(op, "weights", weights, batch, student, dtype)
+            share = share if keep is None else torch.where(keep, share, 0.0)
+            if not share.requires_grad:
+                used = share != 0
+                keep = used if keep is None else keep & used
+        total = share.sum()
+        share = share / torch.where(total == 0, 1.0, total)
+    ce = None if hard == "none" else share * (1 - alpha)
+    return Rows(y if hard == "ce" else None, keep, share * (alpha * scale), ce)
+
+
+def settings(
+    op: str, kind: Any, tau: Any, beta_jsd: Any, beta_sce: Any, outputs: Any, hard: Any
+) -> tuple[int, float, float]:
+    """Number of the kind, tau, and the beta of this kind."""
+    checks.choice(op, "kind", kind, KINDS)
+    tau = checks.number(op, "tau", tau, low=0.0, open_low=True)
+    jsd = checks.number(op, "beta_jsd", beta_jsd, low=0.0, high=1.0)
+    if jsd in (0.0, 1.0):
+        checks.fail(op, "beta_jsd", "between 0 and 1, neither included", jsd)
+    sce = checks.number(op, "beta_sce", beta_sce, low=0.0, high=1.0)
+    if isinstance(outputs, str) or not isinstance(outputs, (list, tuple)):
+        checks.fail(op, "outputs", "a tuple of names", repr(outputs), error=TypeError)
+    for name in outputs:
+        checks.choice(op, "outputs", name, OUTPUTS)
+    if "ce" in outputs and hard != "ce":
+        checks.fail(op, "outputs", 'without "ce" unless hard="ce"', repr(outputs))
+    return KINDS.index(kind), tau, jsd if kind == "jsd" else sce
+
+
+def named_outputs(
+    outputs: Sequence[str], batch: torch.Size, kd: Tensor, ce: Tensor, stats: Tensor, scale: float
+) -> dict[str, Tensor]:
+    """The rows that were asked for, of the leading shape."""
+    found: dict[str, Tensor] = {}
+    for name in outputs:
+        if name == "kd":
+            rows = kd if scale == 1.0 else kd * scale
+        elif name == "ce":
+            rows = ce
+        else:
+            rows = stats[OUTPUTS.index(name) - 2]
+            rows = rows != 0 if name == "agree" else rows
+        found[name] = rows.reshape(batch)
+    return found
