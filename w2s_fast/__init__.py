@@ -31,12 +31,15 @@ from .ops.kv_compressed_attention.fold_kv_projection import FoldedKV, fold_kv_pr
 from .ops.kv_compressed_attention.kv_compress import kv_compress
 from .ops.kv_compressed_attention.kv_compressed_attention import kv_compressed_attention
 from .ops.linear_loss.arm import ArmLoss, arm_loss, linear_arm_loss
+from .ops.linear_loss.confidence import confidence_ramp, w2s_confidence_loss
 from .ops.linear_loss.cross_entropy import linear_fusion_cross_entropy
 from .ops.linear_loss.dynamic_weights import linear_dynamic_weights
 from .ops.linear_loss.eisl import linear_eisl
 from .ops.linear_loss.kd import kd_loss
 from .ops.linear_loss.linear_kd import linear_kd
+from .ops.linear_loss.logp import linear_logp
 from .ops.linear_loss.logprobs import linear_fusion_logprobs
+from .ops.linear_loss.preference import linear_preference
 from .ops.linear_loss.sample import linear_fusion_sample
 from .ops.logit_fusion.dynamic_weights import DynamicWeights, dynamic_fusion_weights
 from .ops.logit_fusion.fuse import fuse_logits
@@ -63,6 +66,7 @@ __all__ = [
     "arm_loss",
     "backend",
     "compressed_attention",
+    "confidence_ramp",
     "ddim_step",
     "dynamic_fusion_weights",
     "explain",
@@ -93,6 +97,8 @@ __all__ = [
     "linear_fusion_logprobs",
     "linear_fusion_sample",
     "linear_kd",
+    "linear_logp",
+    "linear_preference",
     "lognormal_index_probs",
     "margin_cross_entropy",
     "margin_logits",
@@ -107,5 +113,6 @@ __all__ = [
     "sparse_lowrank_materialize",
     "spmm",
     "tightness_rows",
+    "w2s_confidence_loss",
     "w2sd_sample",
 ]

@@ -51,6 +51,17 @@ class Linear(NamedTuple):
         return sum(1 << i for i, t in enumerate(tensors) if t.requires_grad)
 
 
+class Names(NamedTuple):
+    """What an op's arguments are called in its errors; {} is the model."""
+
+    hidden: str
+    head: str
+    bias: str
+
+
+LISTS = Names("hiddens[{}]", "lm_heads[{}]", "biases[{}]")
+
+
 def accumulate_dtype(args: Sequence[Any]) -> torch.dtype:
     """float64 if any of hiddens, heads (the first two of ``args``) is, otherwise float32."""
     double = any(t.dtype == torch.float64 for t in (*args[0], *args[1]))
@@ -80,6 +91,7 @@ def linear(
     softcap: Any,
     vocab_size: Any,
     zero_temperature: bool = False,
+    names: Names = LISTS,
 ) -> tuple[Linear, torch.Size]:
     """Every argument of `LINEAR` checked, and the leading shape of the rows."""
     hiddens, heads = _list(op, "hiddens", hiddens), _list(op, "lm_heads", lm_heads)
@@ -87,13 +99,14 @@ def linear(
         checks.fail(op, "lm_heads", f"one a hidden ({len(hiddens)})", f"{len(heads)} tensors")
     named: list[tuple[str, Tensor | None]] = []
     for i, (h, head) in enumerate(zip(hiddens, heads, strict=True)):
-        named += _pair(op, i, h, head, hiddens[0])
+        named += _pair(op, names.hidden.format(i), names.head.format(i), h, head, hiddens[0])
+    hiddens, heads = _autocast(hiddens), _autocast(heads)
     batch = hiddens[0].shape[:-1]
     width = min(head.shape[0] for head in heads)
     vocab_size = width if vocab_size is None else checks.integer(op, "vocab_size", vocab_size, low=1, high=width)
     rows = [_unit_stride(h.reshape(batch.numel(), h.shape[-1])) for h in hiddens]
-    offsets = _biases(op, biases, heads, vocab_size, rows)
-    checks.same_device(op, [*named, *((f"biases[{i}]", b) for i, b in enumerate(offsets))])
+    offsets = _biases(op, names.bias, biases, heads, vocab_size, rows)
+    checks.same_device(op, [*named, *((names.bias.format(i), b) for i, b in enumerate(offsets))])
     values, given = _weights(op, weights, len(heads), batch, rows[0])
     heat = checks.number(
         op,
@@ -107,23 +120,38 @@ def linear(
     return Linear(rows, [_unit_stride(w) for w in heads], offsets, given, values, heat, cap, vocab_size), batch
 
 
-def _pair(op: str, i: int, h: Any, head: Any, first: Tensor) -> list[tuple[str, Tensor | None]]:
-    checks.is_float_tensor(op, f"hiddens[{i}]", h)
-    checks.is_float_tensor(op, f"lm_heads[{i}]", head)
+def single(op: str, h: Any, W: Any, bias: Any, temperature: Any, softcap: Any) -> tuple[Linear, torch.Size]:
+    """`linear` for the ops of one model, whose arguments are h, W and bias."""
+    for name, value in (("h", h), ("W", W)):
+        checks.is_tensor(op, name, value)
+    biases = None if bias is None else [bias]
+    return linear(op, [h], [W], None, biases, temperature, softcap, None, names=Names("h", "W", "bias"))
+
+
+def _autocast(tensors: list[Tensor]) -> list[Tensor]:
+    """In the dtype of autocast, as torch.nn.functional.linear takes them, where it is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _pair(op: str, name: str, head_name: str, h: Any, head: Any, first: Tensor) -> list[tuple[str, Tensor | None]]:
+    checks.is_float_tensor(op, name, h)
+    checks.is_float_tensor(op, head_name, head)
     if h.ndim < 1 or h.shape[:-1] != first.shape[:-1]:
-        checks.fail(
-            op, f"hiddens[{i}]", f"of leading shape {tuple(first.shape[:-1])} (that of hiddens[0])", tuple(h.shape)
-        )
+        checks.fail(op, name, f"of leading shape {tuple(first.shape[:-1])} (that of hiddens[0])", tuple(h.shape))
     if head.ndim != 2 or head.shape[1] != h.shape[-1] or head.shape[1] < 1:
-        checks.fail(op, f"lm_heads[{i}]", f"of shape [V, {h.shape[-1]}]", tuple(head.shape))
+        checks.fail(op, head_name, f"of shape [V, {h.shape[-1]}]", tuple(head.shape))
     if head.shape[0] < 1:
-        checks.fail(op, f"lm_heads[{i}]", "at least one row long (V >= 1)", tuple(head.shape))
-    if head.dtype != h.dtype:
-        checks.fail(op, f"lm_heads[{i}]", f"of the dtype of hiddens[{i}] ({h.dtype})", head.dtype, error=TypeError)
-    return [(f"hiddens[{i}]", h), (f"lm_heads[{i}]", head)]
+        checks.fail(op, head_name, "at least one row long (V >= 1)", tuple(head.shape))
+    if head.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
+        checks.fail(op, head_name, f"of the dtype of {name} ({h.dtype})", head.dtype, error=TypeError)
+    return [(name, h), (head_name, head)]
 
 
-def _biases(op: str, biases: Any, heads: list[Tensor], vocab_size: int, rows: list[Tensor]) -> list[Tensor]:
+def _biases(op: str, name: str, biases: Any, heads: list[Tensor], vocab_size: int, rows: list[Tensor]) -> list[Tensor]:
     if biases is None:
         return []
     biases = _list(op, "biases", biases)
@@ -133,9 +161,9 @@ def _biases(op: str, biases: Any, heads: list[Tensor], vocab_size: int, rows: li
     for i, bias in enumerate(biases):
         if bias is None:
             bias = rows[i].new_zeros(heads[i].shape[0])
-        checks.is_float_tensor(op, f"biases[{i}]", bias)
+        checks.is_float_tensor(op, name.format(i), bias)
         if bias.shape != heads[i].shape[:1]:
-            checks.fail(op, f"biases[{i}]", f"of shape [{heads[i].shape[0]}]", tuple(bias.shape))
+            checks.fail(op, name.format(i), f"of shape [{heads[i].shape[0]}]", tuple(bias.shape))
         found.append(_unit_stride(bias))
     return found if any(b is not None for b in biases) else []
 
@@ -158,21 +186,33 @@ def _weights(op: str, weights: Any, count: int, batch: torch.Size, like: Tensor)
     return [checks.number(op, f"weights[{i}]", w) for i, w in enumerate(weights)], None
 
 
-def targets(op: str, target: Any, batch: torch.Size, given: Linear, ignore_index: Any) -> Tensor:
+def targets(
+    op: str,
+    target: Any,
+    batch: torch.Size,
+    given: Linear,
+    ignore_index: Any,
+    name: str = "target",
+    error: type[Exception] = ValueError,
+) -> Tensor:
     """``target`` as int64 ``[T]``; its range is looked at on a CPU only."""
-    checks.is_tensor(op, "target", target)
+    checks.is_tensor(op, name, target)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         checks.fail(op, "ignore_index", "an int", repr(ignore_index), error=TypeError)
     if target.dtype not in (torch.int64, torch.int32):
-        checks.fail(op, "target", "int64 or int32", target.dtype, error=TypeError)
+        checks.fail(op, name, "int64 or int32", target.dtype, error=TypeError)
     if target.shape != batch:
-        checks.fail(op, "target", f"of shape {tuple(batch)}", tuple(target.shape))
-    checks.same_device(op, [("hiddens[0]", given.hiddens[0]), ("target", target)])
+        checks.fail(op, name, f"of shape {tuple(batch)}", tuple(target.shape))
+    checks.same_device(op, [("hiddens[0]", given.hiddens[0]), (name, target)])
     if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
         bad = ((target < 0) | (target >= given.vocab_size)) & (target != ignore_index)
         if bool(bad.any()):
             checks.fail(
-                op, "target", f"in [0, {given.vocab_size}) or ignore_index ({ignore_index})", int(target[bad][0])
+                op,
+                name,
+                f"in [0, {given.vocab_size}) or ignore_index ({ignore_index})",
+                int(target[bad][0]),
+                error=error,
             )
     rows: Tensor = target.reshape(-1).to(torch.int64).contiguous()
     return rows

@@ -1,0 +1,152 @@
+"""Losses over the vocabulary of one model against plain PyTorch, and weak-to-strong generalization's own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import w2s_fast
+
+from ..case import Case, compiled, eager, official
+
+
+def _random(generator: torch.Generator, device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=generator, device=device) * scale
+
+
+def _graded(loss: Callable[..., Tensor], trainable: bool) -> Callable[..., tuple[Tensor, ...]]:
+    """(loss, dh, dW) of loss(h, W, *rest); without dW if not trainable."""
+
+    def call(h: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        h, w = h.detach().requires_grad_(), w.detach().requires_grad_(trainable)
+        value = loss(h, w, *rest)
+        return (value.detach(), *torch.autograd.grad(value, (h, w) if trainable else (h,)))
+
+    return call
+
+
+def _plain_logp(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    """Summed log-probability of every sequence, all positions projected, as trainers have it."""
+    logp = (h @ w.t()).float().log_softmax(-1).gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return (logp * (target != -100)).sum(-1)
+
+
+def _sequences(
+    pairs: int, length: int, vocab: int, width: int
+) -> Callable[[torch.Generator, torch.device], tuple[Any, ...]]:
+    """(h, W, target, ref_h, ref_W); the first half of every sequence is prompt."""
+
+    def make(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
+        target = torch.randint(vocab, (2 * pairs, length), generator=generator, device=device)
+        target[:, : length // 2] = -100
+        models = []
+        for _ in range(2):
+            models.append(_random(generator, device, 2 * pairs, length, width))
+            models.append(_random(generator, device, vocab, width, scale=width**-0.5))
+        return models[0], models[1], target, models[2], models[3]
+
+    return make
+
+
+def _dpo(pairs: int, length: int, vocab: int, width: int, trainable: bool) -> Case:
+    index = torch.arange(2 * pairs).reshape(2, pairs).t().contiguous()
+
+    def plain(h: Tensor, w: Tensor, target: Tensor, ref_h: Tensor, ref_w: Tensor) -> Tensor:
+        with torch.no_grad():
+            ref = _plain_logp(ref_h, ref_w, target)
+        ratio = _plain_logp(h, w, target) - ref
+        return -F.logsigmoid(0.1 * (ratio[:pairs] - ratio[pairs:])).mean()
+
+    def ours(h: Tensor, w: Tensor, target: Tensor, ref_h: Tensor, ref_w: Tensor) -> Tensor:
+        pair = index.to(h.device)
+        return w2s_fast.linear_preference(h, w, target, pair, kind="dpo", beta=0.1, ref_h=ref_h, ref_W=ref_w)[0]
+
+    tokens, products = pairs * length, 4 if trainable else 3  # the half that has a target; one product is the reference
+    return Case(
+        op="linear_preference",
+        name=f"dpo-V{vocab}-pairs{pairs}-S{length}-D{width}-fp32-half-prompt-{'trainable' if trainable else 'frozen'}",
+        dtype="float32",
+        shape={"pairs": pairs, "S": length, "V": vocab, "D": width},
+        bytes=4.0 * width * ((3 if trainable else 2) * vocab + 3 * tokens),
+        flops=2.0 * products * tokens * vocab * width,
+        prediction=f"{products} products over the half of the positions that has a target (one of them the reference "
+        "model's), at our product's rate; the plain form projects the prompt too and passes over [T, V] several times: "
+        f"at least {2 if trainable else 3} times",
+        inputs=_sequences(pairs, length, vocab, width),
+        ours=_graded(ours, trainable),
+        reference=_graded(plain, trainable),
+        providers={"official": official(_graded(plain, trainable)), "compile": compiled(_graded(plain, trainable))},
+        targets={"official": 2.0 if trainable else 3.0},
+        rtol=2e-3,
+        atol=1e-5,
+        hot=trainable,
+        mode="fwdbwd",
+    )
+
+
+def _logp(pairs: int, length: int, vocab: int, width: int) -> Case:
+    def ours(h: Tensor, w: Tensor, target: Tensor, *_: Tensor) -> Tensor:
+        return w2s_fast.linear_logp(h, w, target, normalize="sum")
+
+    def plain(h: Tensor, w: Tensor, target: Tensor, *_: Tensor) -> Tensor:
+        return _plain_logp(h, w, target)
+
+    tokens = pairs * length
+    return Case(
+        op="linear_logp",
+        name=f"V{vocab}-S{2 * pairs}x{length}-D{width}-fp32-half-prompt",
+        dtype="float32",
+        shape={"S": 2 * pairs, "L": length, "V": vocab, "D": width},
+        bytes=4.0 * width * (vocab + tokens),
+        flops=2.0 * tokens * vocab * width,
+        prediction="one product over the half of the positions that has a target and a sweep of exponentials in cache: "
+        "at least 2.5 times the plain form, which projects all and passes over [T, V] three times",
+        inputs=_sequences(pairs, length, vocab, width),
+        ours=ours,
+        reference=plain,
+        providers={"eager": eager(plain), "compile": compiled(plain)},
+        targets={"eager": 2.0},
+        rtol=1e-4,
+        atol=1e-3,
+    )
+
+
+def _confidence(batch: int, classes: int) -> Case:
+    def make(generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+        weak = _random(generator, device, batch, classes).softmax(-1)
+        return _random(generator, device, batch, classes), weak
+
+    def plain(logits: Tensor, weak: Tensor) -> Tensor:
+        with torch.no_grad():
+            p = logits.softmax(-1)
+            threshold = torch.quantile(p[:, 0], weak.mean(0)[1])
+            hard = torch.stack((p[:, 0] >= threshold, p[:, 0] < threshold), 1).to(p.dtype)
+        return F.cross_entropy(logits, 0.5 * weak + 0.5 * hard)
+
+    return Case(
+        op="w2s_confidence_loss",
+        name=f"B{batch}-C{classes}-fp32",
+        dtype="float32",
+        shape={"B": batch, "C": classes},
+        bytes=8.0 * batch * classes,
+        flops=0.0,
+        prediction="a dozen vector operations and a sort, as the official steps: about equal",
+        inputs=make,
+        ours=lambda logits, weak: w2s_fast.w2s_confidence_loss(logits, weak, coef=0.5),
+        reference=plain,
+        providers={"official": official(plain)},
+    )
+
+
+def cases(device: str) -> list[Case]:
+    """Log-probabilities, preferences and the confidence loss."""
+    del device
+    return [
+        *(_dpo(4, 128, 32000, 512, trainable) for trainable in (True, False)),
+        _logp(4, 128, 32000, 512),
+        _confidence(1024, 2),
+    ]

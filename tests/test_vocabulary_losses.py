@@ -1,0 +1,441 @@
+"""Losses over the vocabulary of one model: closed forms, dense definitions, gradients, invariances, memory, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import w2s_fast
+from w2s_fast import extension
+
+BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
+needs_cpp = pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
+PAIRED = ("dpo", "spin", "cdpo", "hinge", "ipo", "simpo", "orpo")
+UNPAIRED = ("npo", "ga", "kto")
+
+
+def inputs(shape=(6,), vocab=40, width=5, seed=0, scale=1.0, dtype=torch.float64, ignored=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def random(*size):
+        return (torch.randn(size, generator=g, dtype=torch.float64) * scale).to(dtype)
+
+    target = torch.randint(vocab, shape, generator=g)
+    if target.numel():
+        target.view(-1)[0], target.view(-1)[-1] = 0, vocab - 1
+        target.view(-1)[1 : 1 + ignored] = -100
+    return random(*shape, width), random(vocab, width) * width**-0.5, random(vocab), target
+
+
+def dense(h: Tensor, w: Tensor, target: Tensor, bias=None, temperature=1.0, softcap=None) -> Tensor:
+    """log-probabilities of the targets from the whole matrix of logits, 0 where ignored."""
+    z = F.linear(h, w, bias)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    logp = (z / temperature).log_softmax(-1).gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(target >= 0, logp, 0.0)
+
+
+def leaves(*tensors):
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+# ---------------------------------------------------------------- linear_logp
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", ["none", "sum", "mean"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_logp_is_the_dense_one(backend, normalize, frozen, packed):
+    h, w, bias, target = inputs((4, 6), vocab=1000, width=33, ignored=3)
+    target[2] = -100
+    weights = torch.rand(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) - 0.3
+    weights[0, 4] = 0
+    ids = torch.arange(4).repeat_interleave(6).reshape(4, 6)
+    extra = {"segment_ids": ids, "num_segments": 5} if packed and normalize != "none" else {}
+    h, bias, weights = leaves(h, bias, weights)
+    w = w.clone().requires_grad_(not frozen)
+    bias.requires_grad_(not frozen)
+    wrt = [h, weights] if frozen else [h, weights, w, bias]
+    with w2s_fast.backend(backend):
+        ours = w2s_fast.linear_logp(
+            h, w, target, bias=bias, weights=weights, temperature=0.7, normalize=normalize, **extra
+        )
+    plain = dense(h, w, target, bias, 0.7) * weights
+    if normalize != "none":
+        plain = plain.sum(1) if normalize == "sum" else plain.sum(1) / (target >= 0).sum(1).clamp_min(1)
+        plain = torch.cat((plain, plain.new_zeros(1))) if packed else plain
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(torch.autograd.grad(ours, wrt, upstream), torch.autograd.grad(plain, wrt, upstream), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_ways_to_a_gradient_agree(backend):
+    h, w, _, target = inputs((2, 6), ignored=2)
+    found = []
+    for grad in ("auto", "saved_u", "recompute"):
+        (leaf,) = leaves(h)
+        with w2s_fast.backend(backend):
+            found.append(torch.autograd.grad(w2s_fast.linear_logp(leaf, w, target, grad=grad).sum(), leaf)[0])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-13)
+    assert not w2s_fast.linear_logp(*leaves(h), w, target, grad="none").requires_grad
+    with pytest.raises(ValueError, match="grad must be 'auto' or 'recompute'"):
+        w2s_fast.linear_logp(h, *leaves(w), target, grad="saved_u")
+
+
+def test_autocast_takes_its_dtype():
+    h, w, _, target = inputs((8,), dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = w2s_fast.linear_logp(h, w.bfloat16(), target)
+    torch.testing.assert_close(ours, w2s_fast.linear_logp(h.bfloat16(), w.bfloat16(), target), rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- linear_preference
+
+
+def plain_preference(kind, h, w, target, pairs, ref, labels, beta, gamma, eps, nll):
+    """Every formula as the papers have it, sequence by sequence."""
+    tokens = dense(h, w, target)
+    counts = (target >= 0).sum(1)
+    x, losses = [], []
+    for s in range(h.shape[0]):
+        total = tokens[s].sum()
+        x.append(total / counts[s].clamp_min(1) if kind in ("ipo", "simpo", "orpo") else total)
+    ratio = [x[s] - (ref[s] if kind not in ("simpo", "orpo", "ga") else 0) for s in range(len(x))]
+    if kind in UNPAIRED:
+        for s, r in enumerate(ratio):
+            if kind == "ga":
+                losses.append(r)
+            elif kind == "npo":
+                losses.append(2 / beta * torch.log1p(torch.exp(beta * r)))
+            else:
+                losses.append(1 - torch.sigmoid(labels[s] * (beta * r - 0.2)))
+        return torch.stack(losses).mean()
+    for chosen, rejected in pairs.tolist():
+        u = beta * (ratio[chosen] - ratio[rejected])
+        if kind in ("dpo", "spin"):
+            loss = -torch.log(torch.sigmoid(u))
+        elif kind == "cdpo":
+            loss = -(1 - eps) * torch.log(torch.sigmoid(u)) - eps * torch.log(torch.sigmoid(-u))
+        elif kind == "hinge":
+            loss = torch.relu(1 - u)
+        elif kind == "ipo":
+            loss = (u / beta - 0.5 / beta) ** 2
+        elif kind == "simpo":
+            loss = -torch.log(torch.sigmoid(u - gamma))
+        else:
+            odds = [torch.log(torch.exp(x[s]) / (1 - torch.exp(x[s]))) for s in (chosen, rejected)]
+            loss = -x[chosen] - beta * torch.log(torch.sigmoid(odds[0] - odds[1]))
+        losses.append(loss - nll * tokens[chosen].sum() / counts[chosen].clamp_min(1))
+    return torch.stack(losses).mean()
+
+
+def preference_inputs(kind, dtype=torch.float64, shape=(4, 5), vocab=30, width=4, seed=0):
+    h, w, _, target = inputs(shape, vocab, width, seed, dtype=dtype)
+    target[:, :2] = -100
+    g = torch.Generator().manual_seed(7)
+    ref = -torch.rand(shape[0], generator=g, dtype=torch.float64) * (3 if kind == "ipo" else 10)
+    pairs = torch.tensor([[0, 1], [3, 2], [0, 2]])
+    labels = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    options = {"beta": 0.3}
+    if kind not in UNPAIRED:
+        options["nll_coef"] = 0.25
+    if kind == "simpo":
+        options["gamma"] = 0.5
+    if kind == "cdpo":
+        options["label_smoothing"] = 0.1
+    if kind == "kto":
+        options.update(labels=labels, kl=0.2)
+    if kind not in ("simpo", "orpo", "ga"):
+        options["ref_logp"] = ref
+    return h, w, target, None if kind in UNPAIRED else pairs, ref, labels, options
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", PAIRED + UNPAIRED)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_preference_is_the_papers_formula(backend, kind, frozen):
+    h, w, target, pairs, ref, labels, options = preference_inputs(kind)
+    h, w = leaves(h, w)
+    w.requires_grad_(not frozen)
+    wrt = [h] if frozen else [h, w]
+    with w2s_fast.backend(backend):
+        ours, metrics = w2s_fast.linear_preference(h, w, target, pairs, kind=kind, **options)
+        grads = torch.autograd.grad(3.5 * ours, wrt)
+    nll = options.get("nll_coef", 0.0)
+    plain = plain_preference(kind, h, w, target, pairs, ref, labels, 0.3, 0.5, 0.1, nll)
+    torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-11)
+    for a, b in zip(grads, torch.autograd.grad(3.5 * plain, wrt), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    assert all(not m.requires_grad for m in metrics.values())
+    x = dense(h, w, target).sum(1) / (3 if kind in ("ipo", "simpo", "orpo") else 1)
+    torch.testing.assert_close(metrics["logp"], x.detach(), rtol=1e-11, atol=1e-11)
+    if pairs is not None:
+        reward = 0.3 * (x.detach() - (ref if "ref_logp" in options else 0.0))
+        margin = reward[pairs[:, 0]] - reward[pairs[:, 1]]
+        torch.testing.assert_close(metrics["margin"], margin, rtol=1e-11, atol=1e-11)
+        assert metrics["accuracy"].item() == (margin > 0).double().mean().item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_preference_gradcheck(backend, kind, reduction, frozen):
+    h, w, target, pairs, _, _, options = preference_inputs(kind, shape=(4, 3), vocab=11, width=3)
+    h, w = leaves(h, w)
+
+    def call(*flat):
+        head = w.detach() if frozen else flat[1]
+        return w2s_fast.linear_preference(flat[0], head, target, pairs, kind=kind, reduction=reduction, **options)[0]
+
+    with w2s_fast.backend(backend):
+        assert torch.autograd.gradcheck(call, (h,) if frozen else (h, w))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_reference_model_is_its_log_probabilities(backend):
+    h, w, target, pairs, *_ = preference_inputs("dpo")
+    ref_h, ref_w, _, _ = inputs((4, 5), 30, 6, seed=3)
+    h, w, ref_h, ref_w = leaves(h, w, ref_h, ref_w)
+    with w2s_fast.backend(backend):
+        ref = w2s_fast.linear_logp(ref_h, ref_w, target, normalize="sum").detach()
+        loss, metrics = w2s_fast.linear_preference(h, w, target, pairs, kind="dpo", ref_h=ref_h, ref_W=ref_w)
+        same, _ = w2s_fast.linear_preference(h, w, target, pairs, kind="dpo", ref_logp=ref)
+        loss.backward()
+    assert ref_h.grad is None and ref_w.grad is None
+    torch.testing.assert_close(loss, same, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(metrics["ref_logp"], ref, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_packed_sequences_and_prompt_change_nothing(backend, frozen):
+    """Rows of a rectangle, packed with lengths, packed in any order: one loss, whatever stands in the prompt."""
+    h, w, target, pairs, _, _, options = preference_inputs("dpo")
+    cu = torch.tensor([0, 3, 6, 9, 12])
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(4).repeat_interleave(3)
+    kept = h[:, 2:].reshape(12, -1)
+    poisoned = h.clone()
+    poisoned[:, :2] = math.nan
+    forms = [
+        (poisoned, target, {}),
+        (kept, target[:, 2:].reshape(-1), {"cu_seqlens": cu}),
+        (kept[order], target[:, 2:].reshape(-1)[order], {"segment_ids": ids[order], "num_segments": 4}),
+    ]
+    losses, grads = [], []
+    for states, y, layout in forms[1 if backend == "reference" else 0 :]:  # plain products make NaN of 0 * NaN
+        head = w.clone().requires_grad_(not frozen)
+        (states,) = leaves(states)
+        with w2s_fast.backend(backend):
+            loss, _ = w2s_fast.linear_preference(states, head, y, pairs, kind="dpo", **layout, **options)
+        losses.append(loss)
+        grads.append(torch.autograd.grad(loss, states if frozen else head)[0].sum())
+    for value, grad in zip(losses[1:], grads[1:], strict=True):
+        torch.testing.assert_close(value, losses[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grad, grads[0], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_limits_of_npo_and_dpo(backend):
+    """beta to 0 makes NPO gradient ascent; at huge margins DPO's gradient is 0 or beta, and finite."""
+    h, w, target, *_ = preference_inputs("npo")
+    (h,) = leaves(h)
+    with w2s_fast.backend(backend):
+        ref = torch.zeros(4, dtype=torch.float64)
+        npo = w2s_fast.linear_preference(h, w, target, kind="npo", beta=1e-7, ref_logp=ref)[0]
+        ga = w2s_fast.linear_preference(h, w, target, kind="ga")[0]
+        a, b = torch.autograd.grad(npo, h)[0], torch.autograd.grad(ga, h)[0]
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+        pair = torch.tensor([[0, 1]])
+        for shift, size in ((1e6, 0.0), (-1e6, 1.0)):
+            ref = torch.tensor([-shift, 0, 0, 0], dtype=torch.float64)
+            loss = w2s_fast.linear_preference(h, w, target, pair, kind="dpo", beta=1.0, ref_logp=ref)[0]
+            plain = size * -(dense(h, w, target).sum(1)[0] - dense(h, w, target).sum(1)[1])
+            got, want = torch.autograd.grad(loss, h)[0], torch.autograd.grad(plain, h)[0]
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_response_without_tokens_counts_as_zero(backend):
+    h, w, target, pairs, _, _, options = preference_inputs("dpo")
+    target[2] = -100
+    h, w = leaves(h, w)
+    with w2s_fast.backend(backend):
+        loss, metrics = w2s_fast.linear_preference(h, w, target, pairs, kind="dpo", **options)
+        nothing, _ = w2s_fast.linear_preference(h, w, torch.full_like(target, -100), pairs, kind="dpo", **options)
+    loss.backward()
+    assert metrics["empty"].item() == 1 and metrics["logp"][2].item() == 0 and not h.grad[2].any()
+    assert all(not g.any() for g in torch.autograd.grad(nothing, (h, w)))
+
+
+@pytest.mark.parametrize("frozen, reduction", [(False, "mean"), (False, "none"), (True, "mean")])
+def test_preference_twice_and_no_second_order(frozen, reduction):
+    h, w, target, pairs, _, _, options = preference_inputs("dpo")
+    h, w = leaves(h, w)
+    w.requires_grad_(not frozen)
+    loss = w2s_fast.linear_preference(h, w, target, pairs, kind="dpo", reduction=reduction, **options)[0].sum()
+    first, again = (torch.autograd.grad(loss, h, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    (grad,) = torch.autograd.grad(loss, h, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward is not supported"):
+        grad.sum().backward()
+
+
+# ---------------------------------------------------------------- w2s_confidence_loss
+
+
+def official_logconf(logits, weak, coef):
+    """The released code's steps for two classes."""
+    p = logits.softmax(-1)
+    threshold = torch.quantile(p[:, 0], weak.mean(0)[1])
+    hard = torch.cat([(p[:, 0] >= threshold)[:, None], (p[:, 0] < threshold)[:, None]], 1).to(p.dtype)
+    return F.cross_entropy(logits, weak * (1 - coef) + hard.detach() * coef)
+
+
+def weak_inputs(batch=16, classes=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, classes, generator=g, dtype=torch.float64).requires_grad_()
+    return logits, torch.randn(batch, classes, generator=g, dtype=torch.float64).softmax(-1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16, 33])
+def test_logconf_is_the_official_one(batch):
+    logits, weak = weak_inputs(batch)
+    ours, official = w2s_fast.w2s_confidence_loss(logits, weak, coef=0.3), official_logconf(logits, weak, 0.3)
+    torch.testing.assert_close(ours, official)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (ours, official)))
+
+
+def test_balance_of_the_hardened_labels():
+    """coef = 1 leaves the hardened labels alone: their share of class 1 is read off the gradient p - t."""
+    logits, weak = weak_inputs(1000)
+    for balance, share in (("weak_prior", weak[:, 1].mean().item()), ("median", 0.5)):
+        loss = w2s_fast.w2s_confidence_loss(logits, weak, coef=1.0, balance=balance)
+        target = logits.softmax(-1) - 1000 * torch.autograd.grad(loss, logits)[0]
+        assert abs(target[:, 1].mean().item() - share) <= 1e-3 + 1e-9
+    loss = w2s_fast.w2s_confidence_loss(logits, weak, coef=1.0, balance="none")
+    torch.testing.assert_close(loss, F.cross_entropy(logits, logits.argmax(1)))
+
+
+def test_many_classes_match_the_prior_of_the_weak_labels():
+    logits, weak = weak_inputs(64, 5)
+    p = logits.softmax(-1)
+    hard = F.one_hot((p.log() - (p.mean(0) / weak.mean(0)).log()).argmax(1), 5).double()
+    expected = F.cross_entropy(logits, (0.25 * weak + 0.75 * hard).detach())
+    torch.testing.assert_close(w2s_fast.w2s_confidence_loss(logits, weak, coef=0.75), expected)
+
+
+def test_product_and_xent():
+    logits, weak = weak_inputs(9, 4)
+    t = (logits.softmax(-1) ** 2 * weak**0.5).detach()
+    t = t / t.sum(1, keepdim=True)
+    ours = w2s_fast.w2s_confidence_loss(logits, weak, kind="product", alpha=0.5, beta=2.0)
+    torch.testing.assert_close(ours, F.cross_entropy(logits, t))
+    torch.testing.assert_close(w2s_fast.w2s_confidence_loss(logits, weak, kind="xent"), F.cross_entropy(logits, weak))
+    hard = F.one_hot(weak.argmax(1), 4).double()
+    product = w2s_fast.w2s_confidence_loss(logits, hard, kind="product")
+    torch.testing.assert_close(product, F.cross_entropy(logits, hard))
+
+
+def test_one_logit_is_two():
+    logits, weak = weak_inputs(12)
+    single = (logits[:, 1] - logits[:, 0]).detach().requires_grad_()
+    a = w2s_fast.w2s_confidence_loss(single, weak[:, 1])
+    torch.testing.assert_close(a, w2s_fast.w2s_confidence_loss(logits, weak))
+    a.backward()
+    assert single.grad.abs().max() > 0
+
+
+def test_a_batch_in_parts_with_the_threshold_of_the_whole():
+    logits, weak = weak_inputs(20)
+    threshold = torch.quantile(logits.detach().softmax(-1)[:, 0], weak[:, 1].mean())
+    parts = [
+        w2s_fast.w2s_confidence_loss(logits[i : i + 5], weak[i : i + 5], threshold=threshold) for i in (0, 5, 10, 15)
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), w2s_fast.w2s_confidence_loss(logits, weak))
+
+
+def test_ramps():
+    ramp = w2s_fast.confidence_ramp
+    assert (
+        ramp(0, 100, 0.5, 0.1) == 0
+        and ramp(10, 100, 0.5, 0.1) == pytest.approx(0.05)
+        and ramp(11, 100, 0.5, 0.1) == 0.5
+    )
+    assert ramp(5, 100, 0.5, 0.1, "linear") == pytest.approx(0.25) and ramp(50, 100, 0.5, 0.1, "linear") == 0.5
+    assert ramp(0, 10, 0.5, 0.0, "linear") == 0.5
+
+
+# ---------------------------------------------------------------- errors
+
+H, W, Y, P = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64), torch.tensor([[0, 1]])
+S = {"segment_ids": torch.tensor([0, 1]), "num_segments": 2}
+
+
+def logp(*a, **k):
+    return w2s_fast.linear_logp(*a, **k)
+
+
+def pref(*a, kind="dpo", **k):
+    return w2s_fast.linear_preference(*a, kind=kind, **k)
+
+
+def conf(*a, **k):
+    return w2s_fast.w2s_confidence_loss(*a, **k)
+
+
+@pytest.mark.parametrize(
+    "call, error, text",
+    [
+        (lambda: logp(H, torch.zeros(5, 4), Y), ValueError, r"linear_logp: W must be of shape \[V, 3\]"),
+        (lambda: logp(H, W.bfloat16(), Y), TypeError, "linear_logp: W must be of the dtype of h"),
+        (lambda: logp(H.long(), W, Y), TypeError, "linear_logp: h must be float32"),
+        (lambda: logp([H], W, Y), TypeError, "linear_logp: h must be a tensor"),
+        (lambda: logp(H, W, Y + 5), IndexError, r"linear_logp: target must be in \[0, 5\)"),
+        (lambda: logp(H, W, Y[:1]), ValueError, "linear_logp: target must be of shape"),
+        (lambda: logp(H, W, Y, temperature=-1.0), ValueError, "linear_logp: temperature must be"),
+        (lambda: logp(H, W, Y, softcap=0.0), ValueError, "linear_logp: softcap must be"),
+        (lambda: logp(H, W, Y, bias=torch.zeros(4)), ValueError, r"linear_logp: bias must be of shape \[5\]"),
+        (lambda: logp(H, W, Y, weights=torch.zeros(3)), ValueError, "linear_logp: weights must be of shape"),
+        (lambda: logp(H, W, Y, normalize="max"), ValueError, "linear_logp: normalize must be one of"),
+        (
+            lambda: logp(H, W, Y, normalize="sum", segment_ids=Y + 3, num_segments=2),
+            ValueError,
+            "segment_ids must be in",
+        ),
+        (lambda: logp(H, W, Y, normalize="sum", num_segments=2), ValueError, "segment_ids must be given"),
+        (lambda: pref(H, W, Y, P, kind="ppo", **S), ValueError, "linear_preference: kind must be one of"),
+        (lambda: pref(H, W, Y, P, **S), ValueError, "ref_logp must be given, or ref_h, or reference_free"),
+        (lambda: pref(H, W, Y, P + 1, reference_free=True, **S), ValueError, r"pair_index must be in \[0, 2\)"),
+        (lambda: pref(H, W, Y, reference_free=True, **S), TypeError, "pair_index must be a tensor"),
+        (lambda: pref(H, W, Y, P, kind="npo", reference_free=True, **S), ValueError, "pair_index must be None"),
+        (lambda: pref(H, W, Y, P, beta=0.0, **S), ValueError, "beta must be"),
+        (lambda: pref(H, W, Y, P, gamma=1.0, **S), ValueError, "gamma must be 0 for kind 'dpo'"),
+        (lambda: pref(H, W, Y, P, ref_logp=torch.zeros(3), **S), ValueError, "ref_logp must be of shape"),
+        (
+            lambda: pref(H, W, Y, kind="kto", reference_free=True, labels=torch.zeros(2), **S),
+            ValueError,
+            "labels must be",
+        ),
+        (lambda: pref(H, W, Y, P, cu_seqlens=torch.tensor([0, 1])), ValueError, "cu_seqlens must be from 0 to 2"),
+        (lambda: pref(H, W, Y, P, labels=torch.ones(2), **S), ValueError, "labels must be left out"),
+        (lambda: conf(torch.zeros(2, 3), torch.zeros(2, 2)), ValueError, "soft_labels must be of the shape of logits"),
+        (lambda: conf(torch.zeros(2, 1), torch.zeros(2, 1)), ValueError, "logits must be of shape"),
+        (lambda: conf(torch.zeros(2, 2), torch.full((2, 2), 1.5)), ValueError, r"soft_labels must be in \[0, 1\]"),
+        (lambda: conf(torch.zeros(2, 2), torch.zeros(2, 2), coef=1.5), ValueError, r"coef must be in \[0, 1\]"),
+        (lambda: conf(torch.zeros(2, 3), torch.ones(2, 3) / 3, threshold=0.5), ValueError, "threshold must be None"),
+        (lambda: w2s_fast.confidence_ramp(5, 4, 0.5, 0.1), ValueError, "confidence_ramp: step must be"),
+    ],
+)
+def test_errors(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
