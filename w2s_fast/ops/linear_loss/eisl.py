@@ -196,20 +196,7 @@ def linear_eisl(
     y = _target(op, target, tgt, hidden, lm_head.shape[0])
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, lm_head, bias)]
     loss, parts, *_ = LINEAR_EISL(
-        hidden.contiguous(),
-        unit_stride(lm_head),
-        None if bias is None else bias.contiguous(),
-        y,
-        kept,
-        values,
-        tau,
-        select == "logsumexp",
-        floor,
-        _noise(op, noise, select, kept, hidden, u),
-        src,
-        tgt,
-        ngram_coef,
-        ce_coef,
-        *need,
+        hidden.contiguous(), unit_stride(lm_head), None if bias is None else bias.contiguous(), y, kept, values, tau,
+        select == "logsumexp", floor, _noise(op, noise, select, kept, hidden, u), src, tgt, ngram_coef, ce_coef, *need,
     )
     return loss, {"ngram": parts[:-1], "ce": parts[-1]}

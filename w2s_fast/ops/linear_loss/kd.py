@@ -76,7 +76,9 @@ def scaled(grad: Tensor | None, found: Sequence[Tensor]) -> list[Tensor]:
     return [g * grad.to(g.dtype) if g.numel() else g for g in found]
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None, *_: Any) -> dict[str, Any]:
+def _backward(
+    ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None, *_: Any
+) -> dict[str, Any]:
     (dlogits,), (logits,), given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
     if ctx.needs_input_grad[0]:
         (found,) = scaled(grad, [dlogits]) if made else [KD_LOSS(logits, *given, True, False)[4]]

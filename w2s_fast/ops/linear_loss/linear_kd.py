@@ -33,7 +33,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[3:])
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None, *_: Any) -> dict[str, Any]:
+def _backward(
+    ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None, *_: Any
+) -> dict[str, Any]:
     grads, student, given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
     need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
     if any(need):

@@ -130,10 +130,7 @@ def _vocabulary(op: str, vocab: int, found: list[tuple[int, list[Tensor], int | 
             continue
         if intersect is None or form == PROBS:
             checks.fail(
-                op,
-                f"teachers[{i}]",
-                f"of the student's vocabulary ({vocab})",
-                width,
+                op, f"teachers[{i}]", f"of the student's vocabulary ({vocab})", width,
                 'vocab="intersect" leaves out the columns that not all have.' if form != PROBS else "",
             )
         if form == LOGITS:
@@ -152,13 +149,8 @@ def teachers(
     found = [_one(op, i, teacher, batch, linear) for i, teacher in enumerate(given)]
     width = _vocabulary(op, vocab, found, intersect)
     tensors = [t for _, ts, _ in found for t in ts]
-    checks.same_device(
-        op,
-        [
-            ("the student", student),
-            *((f"a tensor of teachers[{i}]", t) for i, (_, ts, _) in enumerate(found) for t in ts),
-        ],
-    )
+    checks.same_device(op, [("the student", student), *((f"a tensor of teachers[{i}]", t)
+                                                       for i, (_, ts, _) in enumerate(found) for t in ts)])
     for i, (form, ts, _) in enumerate(found):
         if form == TOPK:
             checks.index_range(op, f"teachers[{i}][1]", ts[0], width)
@@ -204,17 +196,8 @@ class Rows(NamedTuple):
 
 
 def coefficients(
-    op: str,
-    student: Tensor,
-    batch: torch.Size,
-    dtype: torch.dtype,
-    vocab: int,
-    alpha: Any,
-    target: Any,
-    hard: Any,
-    weights: Any,
-    ignore_index: Any,
-    scale: float,
+    op: str, student: Tensor, batch: torch.Size, dtype: torch.dtype, vocab: int,
+    alpha: Any, target: Any, hard: Any, weights: Any, ignore_index: Any, scale: float,
 ) -> Rows:
     """coef_kd = w alpha scale / N and coef_ce = w (1 - alpha) / N, with N the sum of w over the rows that count."""
     count = batch.numel()

@@ -94,13 +94,8 @@ def linear_eisl(
     parts, dcost = [], torch.zeros_like(cost)
     for i, (n, weight) in enumerate(zip(ngrams, weights, strict=True)):
         value, grad = ngram(
-            cost,
-            n,
-            tau,
-            logsumexp,
-            noise[i] if noise else None,
-            windows(src_keep, n, batch, t, z),
-            windows(tgt_keep, n, batch, u, z),
+            cost, n, tau, logsumexp, noise[i] if noise else None,
+            windows(src_keep, n, batch, t, z), windows(tgt_keep, n, batch, u, z),
         )
         parts.append(value)
         dcost += ngram_coef * weight * grad

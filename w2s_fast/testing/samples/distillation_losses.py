@@ -67,13 +67,7 @@ def _kd(
 
 
 def _linear(
-    rows: int,
-    vocab: int,
-    width: int,
-    names: str = "h",
-    hard: bool = False,
-    ignored: int = 0,
-    bias: bool = False,
+    rows: int, vocab: int, width: int, names: str = "h", hard: bool = False, ignored: int = 0, bias: bool = False,
     **kwargs: Any,
 ) -> Callable[[Make], Inputs]:
     def make(m: Make) -> Inputs:
@@ -130,11 +124,8 @@ def _eisl(
     batch: int, t: int, u: int, vocab: int, width: int = 16, mask: bool = False, bias: bool = False, **kwargs: Any
 ) -> Callable[[Make], Inputs]:
     def make(m: Make) -> Inputs:
-        args = (
-            m.logits(batch, t, width, scale=1.0),
-            m.logits(vocab, width, scale=2.0 / width**0.5),
-            m.integers(vocab, batch, u),
-        )
+        args = (m.logits(batch, t, width, scale=1.0), m.logits(vocab, width, scale=2.0 / width**0.5),
+                m.integers(vocab, batch, u))
         more: dict[str, Any] = {"bias": m.logits(vocab, scale=0.5)} if bias else {}
         if mask:
             lengths = m.integers(t, batch) + 1

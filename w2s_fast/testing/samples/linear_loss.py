@@ -131,7 +131,10 @@ SAMPLES: list[Sample] = [
     ),
     Sample("linear_fusion_cross_entropy", "none", _with(LOSSES["three"], reduction="none")),
     Sample("linear_fusion_cross_entropy", "sum-lse", _with(LOSSES["three"], reduction="sum", return_lse=True)),
-    *(Sample("linear_fusion_logprobs", name, make, refused_by=REFUSED.get(name, ())) for name, make in LOSSES.items()),
+    *(
+        Sample("linear_fusion_logprobs", name, make, refused_by=REFUSED.get(name, ()))
+        for name, make in LOSSES.items()
+    ),
     *(
         Sample(
             "linear_fusion_sample",
