@@ -15,6 +15,7 @@ import torch
 
 import w2s_fast
 from w2s_fast.library import OPS
+from w2s_fast.testing.boxes import KINDS, assert_contains, exact_bounds, random
 from w2s_fast.testing.compare import compare
 from w2s_fast.testing.samples import Sample, all_samples, tensors
 
@@ -210,3 +211,64 @@ def test_gradient_of_the_weights(multi: str, average: bool, own_target: bool, sh
         found.append(torch.autograd.grad((out.alpha * upstream.to(dtype)).sum(), inputs))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=2e-4 * float(want.abs().max()))
+
+
+COMPUTES = ("tf32", "bf16x3+bf16", "bf16")
+
+
+@interpreted
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sound_boxes_contain_the_exact_ones_whatever_a_matrix_unit_rounds(kind: str, compute: str):
+    """The interpreter rounds the factors as the hardware does (TF32: cuts them off, the worst it may do)."""
+    g = torch.Generator().manual_seed(0)
+    lower, width = (x.float() for x in KINDS[kind](g, 70))
+    upper, weight, bias = lower + width, random(g, 5, 70).float(), random(g, 5).float()
+    weight[0], weight[1, ::2] = weight[0].abs() * 1e-30, 0.0
+    exact = exact_bounds(lower, upper, weight, bias)
+    with w2s_fast.backend("triton"):
+        sound = w2s_fast.interval_linear(lower, upper, weight, bias, rounding="sound", compute=compute)
+        fast = w2s_fast.interval_linear(lower, upper, weight, bias, compute=compute)
+    assert_contains(sound, exact)
+    if kind in ("random", "point"):
+        assert all(bool(torch.isfinite(x).all()) for x in sound)
+    if kind == "point":  # and the check can fail
+        with pytest.raises(AssertionError):
+            assert_contains(fast, exact)
+
+
+@interpreted
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_the_worst_factors_of_a_single_product(compute: str):
+    """With one term nothing else that is allowed for hides what rounding the factors loses."""
+    x = 1 + 2.0**-8 - torch.arange(1, 17).mul(2.0**-15).float()[:, None]
+    weight = torch.cat([x[:, 0], 1 + torch.rand(8, generator=torch.Generator().manual_seed(0))])[:, None]
+    exact = exact_bounds(x, x, weight, torch.zeros(24))
+    with w2s_fast.backend("triton"):
+        assert_contains(w2s_fast.interval_linear(x, x, weight, rounding="sound", compute=compute), exact)
+
+
+@interpreted
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv2d"])
+def test_modes_lose_what_they_may_and_no_more(conv: bool, compute: str):
+    g = torch.Generator().manual_seed(0)
+    shape, filters = ((2, 5, 6, 6), (4, 5, 3, 3)) if conv else ((9, 45), (17, 45))
+    lower, weight = random(g, *shape).float(), random(g, *filters).float().requires_grad_()
+    op = w2s_fast.interval_conv2d if conv else w2s_fast.interval_linear
+    found = {}
+    for name, dtype, options in (("exact", torch.float64, {}), ("mode", torch.float32, {"compute": compute})):
+        a, w = (x.detach().to(dtype).requires_grad_() for x in (lower, weight))
+        with w2s_fast.backend("reference" if name == "exact" else "triton"):
+            out = op(a, a + 0.1, w, act="relu", **options)
+            grads = torch.autograd.grad(sum((x * x).sum() for x in out), (a, w))
+        found[name] = [x.detach().double() for x in (*out, *grads)]
+    # relative to what a product of these magnitudes can lose; a mode that did nothing would lose 2^-20 at most
+    allowed = {"tf32": 2**-8, "bf16x3+bf16": 2**-6, "bf16": 2**-6}[compute]
+    for got, exact in zip(found["mode"], found["exact"], strict=True):
+        worst = float((got - exact).abs().max() / exact.abs().max())
+        assert 2**-20 < worst < allowed
+    if compute == "bf16x3+bf16":  # its centre is nearly exact: only the radius is bfloat16
+        center = [(x[0] + x[1]) / 2 for x in found.values()]
+        alive = (found["exact"][0] > 0.05) & (found["mode"][0] > 0)
+        assert float((center[0] - center[1])[alive].abs().max() / center[0].abs().max()) < 2**-13

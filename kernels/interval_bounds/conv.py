@@ -15,7 +15,18 @@ import triton.language as tl
 
 from ..common import AotCase, Meta, cdiv, launch, refuse_double
 from ..common import dtype as dtype_named
-from .dual import centered, centered_sound, eta_and_grow, finished, narrow_outward, operand, through, turned
+from .dual import (
+    centered,
+    centered_sound,
+    dot,
+    eta_and_grow,
+    finished,
+    mode,
+    narrow_outward,
+    radius_dot,
+    through,
+    turned,
+)  # fmt: skip
 
 
 @triton.jit
@@ -24,7 +35,7 @@ def _forward_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     DY: tl.constexpr, DX: tl.constexpr, group_in, group_out,
     BOUNDS_IN: tl.constexpr, BOUNDS_OUT: tl.constexpr, RELU: tl.constexpr, SOUND: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, MODE: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     pid, blocks = tl.program_id(0), tl.cdiv(group_out, BLOCK_O)
     groups = out_channels // group_out
@@ -53,9 +64,8 @@ def _forward_kernel(
                 c, q = centered_sound(a, b, eta, BOUNDS_IN)
             else:
                 c, q = centered(a, b, BOUNDS_IN)
-            w = w.to(tl.float32) if WIDE else w
-            m = tl.dot(operand(c, a, WIDE), w, m, input_precision="ieee")
-            r = tl.dot(operand(q, a, WIDE), tl.abs(w), r, input_precision="ieee")
+            m = dot(c, w, m, a, MODE, EMULATED)
+            r = radius_dot(q, w, r, a, MODE, EMULATED, SOUND)
     if i_bias is not None:
         m += tl.load(i_bias + group * group_out + o, mask=o_mask, other=0.0).to(tl.float32)[None, :]
     low, high = finished(m, r, grow, BOUNDS_OUT, RELU, SOUND)
@@ -71,7 +81,7 @@ def _input_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     DY: tl.constexpr, DX: tl.constexpr, group_in, group_out,
     BOUNDS_IN: tl.constexpr, BOUNDS_OUT: tl.constexpr, RELU: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, MODE: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     pid, blocks = tl.program_id(0), tl.cdiv(group_in, BLOCK_I)
     groups = channels // group_in
@@ -102,9 +112,8 @@ def _input_kernel(
                 other=0.0,
             )  # [BLOCK_O, BLOCK_I]
             gm, gr = through(ga, gb, oa, ob, BOUNDS_OUT, RELU)
-            w = w.to(tl.float32) if WIDE else w
-            m = tl.dot(operand(gm, ga, WIDE), w, m, input_precision="ieee")
-            r = tl.dot(operand(gr, ga, WIDE), tl.abs(w), r, input_precision="ieee")
+            m = dot(gm, w, m, ga, MODE, EMULATED)
+            r = dot(gr, tl.abs(w), r, ga, MODE, EMULATED)
     if BOUNDS_IN:
         m, r = (m - r) * 0.5, (m + r) * 0.5
     at = ((n * channels + group * group_in)[:, None] + i[None, :]) * (in_h * in_w) + (iy * in_w + ix)[:, None]
@@ -119,7 +128,7 @@ def _weight_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     DY: tl.constexpr, DX: tl.constexpr, group_in, group_out,
     BOUNDS_IN: tl.constexpr, BOUNDS_OUT: tl.constexpr, RELU: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, MODE: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     pid, blocks, taps = tl.program_id(0), tl.cdiv(group_in, BLOCK_I), KH * KW
     tap, tile = pid % taps, pid // taps
@@ -147,28 +156,27 @@ def _weight_kernel(
         mask = inside[:, None] & i_mask[None, :]
         a, b = tl.load(i_a + at, mask=mask, other=0.0), tl.load(i_b + at, mask=mask, other=0.0)
         c, q = centered(a, b, BOUNDS_IN)
-        m = tl.dot(operand(gm, ga, WIDE), operand(c, a, WIDE), m, input_precision="ieee")
-        r = tl.dot(operand(gr, ga, WIDE), operand(q, a, WIDE), r, input_precision="ieee")
+        m = dot(gm, c, m, a, MODE, EMULATED)
+        r = dot(gr, q, r, a, MODE, EMULATED)
     at = ((group * group_out + o[:, None]).to(tl.int64) * group_in + i[None, :]) * taps + tap
     mask = o_mask[:, None] & i_mask[None, :]
     w = tl.load(i_w + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(o_w + at, (m + turned(w, r)).to(o_w.dtype.element_ty), mask=mask)
 
 
-def config(wide: bool, depth: str) -> dict[str, Any]:
+def config(mode: str, depth: str) -> dict[str, Any]:
     """Tile sizes; ``depth`` names the contraction, which is short where float32 operands stand in registers."""
+    wide = mode == "fp32"
     sizes = {"BLOCK_P": 64, "BLOCK_O": 32 if wide else 64, "BLOCK_I": 32 if wide else 64}
     sizes["BLOCK_" + depth] = 16 if wide else 32
     return {**sizes, "num_warps": 8}
 
 
-def _options(a: Any, weight: Any, conv: tuple, depth: str, sound: bool = False) -> dict[str, Any]:
-    """Compile-time options of a convolution; see `kernels.interval_bounds.linear` for WIDE."""
-    interpreted = bool(getattr(a, "device", None) is not None and a.device.type == "cpu")
-    wide = sound or "float32" in str(a.dtype) or interpreted
+def _options(a: Any, weight: Any, conv: tuple, depth: str, compute: str, sound: bool = False) -> dict[str, Any]:
+    chosen = mode(a, compute, sound)
     (sy, sx), (py, px), (dy, dx) = conv
     taps = {"KH": weight.shape[2], "KW": weight.shape[3], "SY": sy, "SX": sx, "PY": py, "PX": px, "DY": dy, "DX": dx}
-    return {**taps, **config(wide, depth), "WIDE": wide}
+    return {**taps, **config(chosen["MODE"], depth), **chosen}
 
 
 def _sizes(a: Any, weight: Any, conv: tuple) -> tuple[int, int]:
@@ -182,12 +190,12 @@ def _sizes(a: Any, weight: Any, conv: tuple) -> tuple[int, int]:
 
 def launch_interval_conv2d(
     a: Any, b: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, bounds_in: bool,
-    bounds_out: bool, relu: bool, sound: bool,
+    bounds_out: bool, relu: bool, compute: str, sound: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Arguments of `interval_conv2d` -> two ``[B, O, H', W']``."""
     conv = (stride, padding, dilation)
     (batch, channels, in_h, in_w), out_channels, (out_h, out_w) = a.shape, weight.shape[0], _sizes(a, weight, conv)
-    options, group_out = _options(a, weight, conv, "I", sound), out_channels // groups
+    options, group_out = _options(a, weight, conv, "I", compute, sound), out_channels // groups
     kind = dtype_named(a, "float32") if sound else a.dtype
     x, y = (a.new_empty((batch, out_channels, out_h, out_w), dtype=kind) for _ in range(2))
     positions = batch * out_h * out_w
@@ -195,15 +203,16 @@ def launch_interval_conv2d(
     terms = weight.shape[1] * weight.shape[2] * weight.shape[3] + 8
     launch(
         _forward_kernel, programs, a, a, b, weight, bias, x, y, positions, out_h, out_w, in_h, in_w, channels,
-        out_channels, *eta_and_grow(terms), group_in=channels // groups, group_out=group_out, BOUNDS_IN=bounds_in,
-        BOUNDS_OUT=bounds_out, RELU=relu, SOUND=sound, **options,
+        out_channels, *eta_and_grow(terms, compute), group_in=channels // groups, group_out=group_out,
+        BOUNDS_IN=bounds_in, BOUNDS_OUT=bounds_out, RELU=relu, SOUND=sound, **options,
     )  # fmt: skip
     return (narrow_outward(x, a, True), narrow_outward(y, a, False)) if sound else (x, y)
 
 
 def launch_interval_conv2d_backward(
     ga: Any, gb: Any, a: Any, b: Any, weight: Any, oa: Any, ob: Any, stride: Any, padding: Any, dilation: Any,
-    groups: int, bounds_in: bool, bounds_out: bool, relu: bool, need_x: bool, need_weight: bool, need_bias: bool,
+    groups: int, bounds_in: bool, bounds_out: bool, relu: bool, compute: str, need_x: bool, need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Any, Any, Any, Any]:  # fmt: skip
     """Arguments of `interval_conv2d_backward` -> (da, db, dweight, dbias), of shape [0] where not wanted."""
     conv = (stride, padding, dilation)
@@ -215,11 +224,11 @@ def launch_interval_conv2d_backward(
     dweight, dbias = a.new_empty(tuple(weight.shape) if need_weight else (0,)), a.new_empty((0,))
     given = (ga, gb, oa, ob)
     if need_x:
-        options, positions = _options(a, weight, conv, "O"), batch * in_h * in_w
+        options, positions = _options(a, weight, conv, "O", compute), batch * in_h * in_w
         programs = cdiv(positions, options["BLOCK_P"]) * cdiv(group_in, options["BLOCK_I"]) * groups
         launch(_input_kernel, programs, a, *given, weight, da, db, positions, *sizes, RELU=relu, **flags, **options)
     if need_weight:
-        options, positions = _options(a, weight, conv, "P"), batch * out_h * out_w
+        options, positions = _options(a, weight, conv, "P", compute), batch * out_h * out_w
         tiles = cdiv(group_out, options["BLOCK_O"]) * cdiv(group_in, options["BLOCK_I"]) * groups
         programs = tiles * weight.shape[2] * weight.shape[3]
         launch(
@@ -243,22 +252,24 @@ def supports_interval_conv2d_backward(*args: Any) -> str | None:
 
 
 def aot_cases() -> list[AotCase]:
-    """A hidden layer and a strided one of CNN7, forward and backward; a sound forward."""
+    """A hidden layer and a strided one of CNN7, forward and backward; a sound forward; every mode of ``compute``."""
 
-    def case(kind: str, channels: int, out_channels: int, stride: int) -> None:
-        conv = ((stride, stride), (1, 1), (1, 1), 1, True, True, True)
+    def case(kind: str, channels: int, out_channels: int, stride: int, compute: str = "fp32") -> None:
+        conv = ((stride, stride), (1, 1), (1, 1), 1, True, True, True, compute)
         size = 32 // stride
         a, weight = Meta((128, channels, 32, 32), kind), Meta((out_channels, channels, 3, 3), kind)
         out = Meta((128, out_channels, size, size), kind)
         launch_interval_conv2d(a, a, weight, Meta((out_channels,), kind), *conv, False)
         launch_interval_conv2d_backward(out, out, a, a, weight, out, out, *conv, True, True, False)
 
-    def sound() -> None:
+    def sound(compute: str) -> None:
         a, weight = Meta((128, 64, 32, 32), "float32"), Meta((64, 64, 3, 3), "float32")
-        launch_interval_conv2d(a, a, weight, None, (1, 1), (1, 1), (1, 1), 1, True, True, True, True)
+        launch_interval_conv2d(a, a, weight, None, (1, 1), (1, 1), (1, 1), 1, True, True, True, compute, True)
 
+    units = ("tf32", "bf16x3+bf16", "bf16")
     return [
         AotCase("fp32-64-64", lambda: case("float32", 64, 64, 1)),
         AotCase("bf16-64-128-s2", lambda: case("bfloat16", 64, 128, 2)),
-        AotCase("fp32-sound", sound),
+        *(AotCase(f"{m}-64-64", lambda m=m: case("float32", 64, 64, 1, m)) for m in units),
+        *(AotCase(f"{m}-sound", lambda m=m: sound(m)) for m in ("fp32", *units)),
     ]

@@ -13,6 +13,10 @@ from ..common import INF
 UNIT = tl.constexpr(2.0**-24)
 SMALLEST = tl.constexpr(2.0**-126)
 TINY = tl.constexpr(1e-30)
+FLUSHED = tl.constexpr(2.0**-110)
+#: What rounding the factors of a product adds, relative to |m| |w|: 2 d + d^2 with d = 2^-10 (TF32 cut off) or 2^-8
+#: (bfloat16 to nearest). Two bfloat16 leave d^2 / 2 of either factor out and the product of the rests, d^2, is dropped.
+FACTORS = {"fp32": 0.0, "tf32": 2.0**-9 + 2.0**-20, "bf16x3+bf16": 2.0**-15 + 2.0**-20, "bf16": 2.0**-7 + 2.0**-16}
 
 
 @triton.jit
@@ -74,9 +78,58 @@ def through(ga, gb, oa, ob, BOUNDS: tl.constexpr, RELU: tl.constexpr):
 
 
 @triton.jit
-def operand(x, like, WIDE: tl.constexpr):
-    """A tile as tl.dot takes it: the storage type on the matrix units, float32 where WIDE."""
-    return x.to(tl.float32) if WIDE else x.to(like.dtype)
+def bf16_nearest(x, EMULATED: tl.constexpr):
+    """bfloat16 of float32, to nearest; EMULATED keeps it in float32, for the interpreter."""
+    if EMULATED:
+        bits = x.to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def bf16_up(x, EMULATED: tl.constexpr):
+    """bfloat16 of float32 x >= 0, rounded up."""
+    bits = x.to(tl.int32, bitcast=True)
+    up = tl.where(x < INF, ((bits + 0xFFFF) & -65536).to(tl.float32, bitcast=True), x)
+    return up if EMULATED else up.to(tl.bfloat16)
+
+
+@triton.jit
+def dot(x, y, acc, like, MODE: tl.constexpr, EMULATED: tl.constexpr):
+    """acc + x y; the factors as MODE says: "storage" (the 16-bit type of ``like``) or a value of ``compute``."""
+    if MODE == "storage":
+        return tl.dot(x.to(like.dtype), y.to(like.dtype), acc)
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    if MODE == "fp32":
+        return tl.dot(x, y, acc, input_precision="ieee")
+    elif MODE == "tf32":
+        if EMULATED:  # cut off, the worse of the two things that hardware may do
+            x = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            y = (y.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            return tl.dot(x, y, acc, input_precision="ieee")
+        else:
+            return tl.dot(x, y, acc, input_precision="tf32")
+    else:
+        head_x, head_y = bf16_nearest(x, EMULATED), bf16_nearest(y, EMULATED)
+        if MODE == "bf16x3+bf16":
+            rest_x = bf16_nearest(x - head_x.to(tl.float32), EMULATED)
+            rest_y = bf16_nearest(y - head_y.to(tl.float32), EMULATED)
+            acc = tl.dot(rest_x, head_y, tl.dot(head_x, rest_y, acc))
+        return tl.dot(head_x, head_y, acc)
+
+
+@triton.jit
+def radius_dot(q, w, acc, like, MODE: tl.constexpr, EMULATED: tl.constexpr, SOUND: tl.constexpr):
+    """acc + q |w| with factors that are never rounded down where they become bfloat16."""
+    if MODE == "storage" or MODE == "fp32":
+        return dot(q, tl.abs(w), acc, like, MODE, EMULATED)
+    w = tl.abs(w.to(tl.float32))
+    if SOUND:  # a matrix unit may take a denormal part of w for 0; eta >= 2^-15 times this is more
+        w = tl.where(w == 0.0, 0.0, w + FLUSHED)
+    if MODE == "tf32":
+        return dot(q, w, acc, like, MODE, EMULATED)
+    return tl.dot(bf16_up(q, EMULATED), bf16_up(w, EMULATED), acc)
 
 
 @triton.jit
@@ -85,10 +138,26 @@ def turned(w, x):
     return tl.where(w > 0.0, x, tl.where(w < 0.0, -x, 0.0))
 
 
-def eta_and_grow(terms: int) -> tuple[float, float]:
-    """gamma of a chain of ``terms`` float32 terms, and the factor that makes up for it in a sum of radii."""
-    eta = (terms + 2) * 2.0**-24 * 1.01
-    return eta, 1.0 + 2.0 * eta + 8.0 * 2.0**-24
+def eta_and_grow(terms: int, compute: str = "fp32") -> tuple[float, float]:
+    """How far a product of ``terms`` terms may be from m W^T, over |m| |W|^T, and what makes up for that of the radii.
+
+    float32 sums round with unit 2^-24, sums in a matrix unit (which may cut off) are taken at 2^-22.
+    """
+    unit = 2.0**-24 if compute == "fp32" else 2.0**-22
+    gamma = ((3 * terms if compute == "bf16x3+bf16" else terms) + 2) * unit * 1.01
+    grow = 1.0 + 2.0 * gamma + 8.0 * 2.0**-24
+    return gamma + FACTORS[compute], grow * (1.0 + 2.0**-8) if compute == "tf32" else grow
+
+
+def mode(a: Any, compute: str, sound: bool) -> dict[str, Any]:
+    """Compile-time options of the products: 16-bit operands as they are stored unless rounding must be sound.
+
+    The interpreter has no bfloat16 product: float32 stands in for "storage", and the modes of ``compute`` are rounded
+    by hand.
+    """
+    interpreted = bool(getattr(a, "device", None) is not None and a.device.type == "cpu")
+    plain = sound or "float32" in str(a.dtype)
+    return {"MODE": compute if plain else "fp32" if interpreted else "storage", "EMULATED": interpreted}
 
 
 def narrow_outward(x: Any, like: Any, lower: bool) -> Any:

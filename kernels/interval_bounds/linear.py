@@ -2,7 +2,8 @@
 
 Forward: a program owns [BLOCK_B, BLOCK_N] outputs and two accumulators. Gradient of the box: [BLOCK_B, BLOCK_K], over
 N. Gradient of W: [BLOCK_N, BLOCK_K], over the batch, Gm^T m + sign(W) o Gr^T r; the programs of the first K block also
-sum the bias's. Cost 4, 4 and 4 B N K FLOPs; float32 inputs use float32 multiply-adds only, 16-bit inputs matrix units.
+sum the bias's. Cost 4, 4 and 4 B N K FLOPs; float32 inputs use float32 multiply-adds unless
+``compute`` allows matrix units; 16-bit inputs use those.
 """
 
 from __future__ import annotations
@@ -13,14 +14,25 @@ import triton
 import triton.language as tl
 
 from ..common import AotCase, Meta, cdiv, dtype, launch, refuse_double
-from .dual import centered, centered_sound, eta_and_grow, finished, narrow_outward, operand, through, turned
+from .dual import (
+    centered,
+    centered_sound,
+    dot,
+    eta_and_grow,
+    finished,
+    mode,
+    narrow_outward,
+    radius_dot,
+    through,
+    turned,
+)
 
 
 @triton.jit
 def _forward_kernel(
     i_a, i_b, s_a, s_b, i_w, s_w, i_bias, o_x, o_y, batch, n, k, eta, grow,
     BOUNDS_IN: tl.constexpr, BOUNDS_OUT: tl.constexpr, RELU: tl.constexpr, SOUND: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     pid, blocks = tl.program_id(0), tl.cdiv(n, BLOCK_N)
     rows = (pid // blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -40,9 +52,8 @@ def _forward_kernel(
             c, q = centered_sound(a, b, eta, BOUNDS_IN)
         else:
             c, q = centered(a, b, BOUNDS_IN)
-        w = w.to(tl.float32) if WIDE else w
-        m = tl.dot(operand(c, a, WIDE), w, m, input_precision="ieee")
-        r = tl.dot(operand(q, a, WIDE), tl.abs(w), r, input_precision="ieee")
+        m = dot(c, w, m, a, MODE, EMULATED)
+        r = radius_dot(q, w, r, a, MODE, EMULATED, SOUND)
     if i_bias is not None:
         m += tl.load(i_bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     x, y = finished(m, r, grow, BOUNDS_OUT, RELU, SOUND)
@@ -55,7 +66,7 @@ def _forward_kernel(
 def _input_kernel(
     i_ga, i_gb, i_oa, i_ob, i_w, s_w, o_a, o_b, batch, n, k,
     BOUNDS_IN: tl.constexpr, BOUNDS_OUT: tl.constexpr, RELU: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     pid, blocks = tl.program_id(0), tl.cdiv(k, BLOCK_K)
     rows = (pid // blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -76,9 +87,8 @@ def _input_kernel(
             other=0.0,
         )  # [BLOCK_N, BLOCK_K]
         gm, gr = through(ga, gb, oa, ob, BOUNDS_OUT, RELU)
-        w = w.to(tl.float32) if WIDE else w
-        m = tl.dot(operand(gm, ga, WIDE), w, m, input_precision="ieee")
-        r = tl.dot(operand(gr, ga, WIDE), tl.abs(w), r, input_precision="ieee")
+        m = dot(gm, w, m, ga, MODE, EMULATED)
+        r = dot(gr, tl.abs(w), r, ga, MODE, EMULATED)
     if BOUNDS_IN:
         m, r = (m - r) * 0.5, (m + r) * 0.5
     at, mask = rows[:, None] * k + cols[None, :], row_mask[:, None] & col_mask[None, :]
@@ -90,7 +100,7 @@ def _input_kernel(
 def _weight_kernel(
     i_ga, i_gb, i_oa, i_ob, i_a, i_b, s_a, s_b, i_w, s_w, o_w, o_bias, batch, n, k,
     BOUNDS_IN: tl.constexpr, BOUNDS_OUT: tl.constexpr, RELU: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     pid, blocks = tl.program_id(0), tl.cdiv(k, BLOCK_K)
     outs = (pid // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -111,8 +121,8 @@ def _weight_kernel(
         a = tl.load(i_a + rows[:, None] * s_a + cols[None, :], mask=mask, other=0.0)
         b = tl.load(i_b + rows[:, None] * s_b + cols[None, :], mask=mask, other=0.0)
         c, q = centered(a, b, BOUNDS_IN)
-        m = tl.dot(operand(gm, ga, WIDE), operand(c, a, WIDE), m, input_precision="ieee")
-        r = tl.dot(operand(gr, ga, WIDE), operand(q, a, WIDE), r, input_precision="ieee")
+        m = dot(gm, c, m, a, MODE, EMULATED)
+        r = dot(gr, q, r, a, MODE, EMULATED)
         total += tl.sum(gm, 1)
     mask = out_mask[:, None] & col_mask[None, :]
     if o_w is not None:
@@ -122,43 +132,42 @@ def _weight_kernel(
         tl.store(o_bias + outs, total.to(o_bias.dtype.element_ty), mask=out_mask & (pid % blocks == 0))
 
 
-def config(batch: int, wide: bool, depth: str) -> dict[str, Any]:
+def config(batch: int, mode: str, depth: str) -> dict[str, Any]:
     """Tile sizes; ``depth`` names the contraction. Two accumulators a program, so half of what one product would take.
 
     float32 operands stand in registers on the way to the multiply-adds: deeper or larger tiles spill.
     """
+    wide = mode == "fp32"
     sizes = {"BLOCK_B": 32, "BLOCK_N": 64, "BLOCK_K": 64} if wide else {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_K": 64}
-    sizes["BLOCK_" + depth] = 16 if wide else 32 if depth == "B" else 64
+    sizes["BLOCK_" + depth] = 16 if wide else 64 if mode == "storage" and depth != "B" else 32
     if batch <= 16 and depth != "B":
         sizes["BLOCK_B"] = 16
     return {**sizes, "num_warps": 8}
 
 
-def _options(a: Any, depth: str, sound: bool = False) -> dict[str, Any]:
-    """16-bit operands go to the matrix units, except in the interpreter and where rounding must be sound."""
-    interpreted = bool(getattr(a, "device", None) is not None and a.device.type == "cpu")
-    wide = sound or "float32" in str(a.dtype) or interpreted
-    return {**config(a.shape[0], wide, depth), "WIDE": wide}
+def _options(a: Any, depth: str, compute: str, sound: bool = False) -> dict[str, Any]:
+    chosen = mode(a, compute, sound)
+    return {**config(a.shape[0], chosen["MODE"], depth), **chosen}
 
 
 def launch_interval_linear(
-    a: Any, b: Any, weight: Any, bias: Any, bounds_in: bool, bounds_out: bool, relu: bool, sound: bool
+    a: Any, b: Any, weight: Any, bias: Any, bounds_in: bool, bounds_out: bool, relu: bool, compute: str, sound: bool
 ) -> tuple[Any, Any]:
     """Arguments of `interval_linear` -> two ``[B, N]``."""
-    (batch, k), n, options = a.shape, weight.shape[0], _options(a, "K", sound)
+    (batch, k), n, options = a.shape, weight.shape[0], _options(a, "K", compute, sound)
     kind = dtype(a, "float32") if sound else a.dtype
     x, y = a.new_empty((batch, n), dtype=kind), a.new_empty((batch, n), dtype=kind)
     programs = cdiv(batch, options["BLOCK_B"]) * cdiv(n, options["BLOCK_N"])
     launch(
         _forward_kernel, programs, a, a, b, a.stride(0), b.stride(0), weight, weight.stride(0), bias, x, y, batch, n, k,
-        *eta_and_grow(k + 8), BOUNDS_IN=bounds_in, BOUNDS_OUT=bounds_out, RELU=relu, SOUND=sound, **options,
+        *eta_and_grow(k + 8, compute), BOUNDS_IN=bounds_in, BOUNDS_OUT=bounds_out, RELU=relu, SOUND=sound, **options,
     )  # fmt: skip
     return (narrow_outward(x, a, True), narrow_outward(y, a, False)) if sound else (x, y)
 
 
 def launch_interval_linear_backward(
     ga: Any, gb: Any, a: Any, b: Any, weight: Any, oa: Any, ob: Any, bounds_in: bool, bounds_out: bool, relu: bool,
-    need_x: bool, need_weight: bool, need_bias: bool,
+    compute: str, need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Any, Any, Any, Any]:  # fmt: skip
     """Arguments of `interval_linear_backward` -> (da, db, dweight, dbias), of shape [0] where not wanted."""
     (batch, k), n = a.shape, weight.shape[0]
@@ -167,13 +176,13 @@ def launch_interval_linear_backward(
     dweight, dbias = a.new_empty((n, k) if need_weight else (0,)), a.new_empty((n,) if need_bias else (0,))
     given = (ga, gb, oa, ob)
     if need_x:
-        options = _options(a, "N")
+        options = _options(a, "N", compute)
         programs = cdiv(batch, options["BLOCK_B"]) * cdiv(k, options["BLOCK_K"])
         launch(
             _input_kernel, programs, a, *given, weight, weight.stride(0), da, db, batch, n, k, **flags, **options
         )  # fmt: skip
     if need_weight or need_bias:
-        options = _options(a, "B")
+        options = _options(a, "B", compute)
         programs = cdiv(n, options["BLOCK_N"]) * (cdiv(k, options["BLOCK_K"]) if need_weight else 1)
         launch(
             _weight_kernel, programs, a, *given, a, b, a.stride(0), b.stride(0), weight, weight.stride(0),
@@ -196,20 +205,22 @@ def supports_interval_linear_backward(*args: Any) -> str | None:
 
 
 def aot_cases() -> list[AotCase]:
-    """A hidden layer in float32 and in bfloat16, forward (fast and sound) and backward."""
+    """A hidden layer in float32 and in bfloat16, forward (fast and sound) and backward; every mode of ``compute``."""
 
-    def case(kind: str, batch: int, k: int, n: int) -> None:
+    def case(kind: str, batch: int, k: int, n: int, compute: str = "fp32") -> None:
         a, weight, bias, out = Meta((batch, k), kind), Meta((n, k), kind), Meta((n,), kind), Meta((batch, n), kind)
-        launch_interval_linear(a, a, weight, bias, True, True, True, False)
-        launch_interval_linear_backward(out, out, a, a, weight, out, out, True, True, True, True, True, True)
+        launch_interval_linear(a, a, weight, bias, True, True, True, compute, False)
+        launch_interval_linear_backward(out, out, a, a, weight, out, out, True, True, True, compute, True, True, True)
 
-    def sound() -> None:
+    def sound(compute: str) -> None:
         a, weight, bias = Meta((128, 784), "float32"), Meta((512, 784), "float32"), Meta((512,), "float32")
-        launch_interval_linear(a, a, weight, bias, True, True, True, True)
+        launch_interval_linear(a, a, weight, bias, True, True, True, compute, True)
 
+    units = ("tf32", "bf16x3+bf16", "bf16")
     return [
         AotCase("bf16-b128-k32768-n512", lambda: case("bfloat16", 128, 32768, 512)),
         AotCase("fp32-b128-k784-n512", lambda: case("float32", 128, 784, 512)),
         AotCase("fp32-b1-k2048-n2048", lambda: case("float32", 1, 2048, 2048)),
-        AotCase("fp32-sound", sound),
+        *(AotCase(f"{m}-b128-k784-n512", lambda m=m: case("float32", 128, 784, 512, m)) for m in units),
+        *(AotCase(f"{m}-sound", lambda m=m: sound(m)) for m in ("fp32", *units)),
     ]

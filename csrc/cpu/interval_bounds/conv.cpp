@@ -93,7 +93,7 @@ void forward(const ConvShape& s, const Tensor& a, const Tensor& b, const Tensor&
 
 std::tuple<Tensor, Tensor> interval_conv2d(Tensor a, Tensor b, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> stride,
                                            std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool bounds_in,
-                                           bool bounds_out, bool relu, bool sound) {
+                                           bool bounds_out, bool relu, std::string, bool sound) {
   const ConvShape s(a, weight, stride, padding, dilation, groups);
   Tensor x = torch::stable::new_empty(a, {s.batch, s.out_channels, s.out_h, s.out_w});
   Tensor y = torch::stable::new_empty(a, {s.batch, s.out_channels, s.out_h, s.out_w});
@@ -196,7 +196,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Gradients interval_conv2d_backward(Tensor ga, Tensor gb, Tensor a, Tensor b, Tensor weight, Tensor oa, Tensor ob, std::vector<int64_t> stride,
                                    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool bounds_in, bool bounds_out,
-                                   bool relu, bool need_x, bool need_w, bool need_b) {
+                                   bool relu, std::string, bool need_x, bool need_w, bool need_b) {
   const ConvShape s(a, weight, stride, padding, dilation, groups);
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
     return torch::stable::new_empty(a, wanted ? shape : std::vector<int64_t>{0});

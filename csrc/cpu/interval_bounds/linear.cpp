@@ -56,7 +56,7 @@ void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
 }
 
 std::tuple<Tensor, Tensor> interval_linear(Tensor a, Tensor b, Tensor weight, std::optional<Tensor> bias, bool bounds_in, bool bounds_out,
-                                           bool relu, bool sound) {
+                                           bool relu, std::string, bool sound) {
   Tensor x = torch::stable::new_empty(a, {a.size(0), weight.size(0)}), y = torch::stable::new_empty(a, {a.size(0), weight.size(0)});
   const Call call{bounds_in, bounds_out, relu, sound};
   if (a.size(0) && weight.size(0)) {
@@ -157,7 +157,7 @@ struct Backward {
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Gradients interval_linear_backward(Tensor ga, Tensor gb, Tensor a, Tensor b, Tensor weight, Tensor oa, Tensor ob, bool bounds_in,
-                                   bool bounds_out, bool relu, bool need_x, bool need_w, bool need_b) {
+                                   bool bounds_out, bool relu, std::string, bool need_x, bool need_w, bool need_b) {
   const int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1);
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
     return torch::stable::new_empty(a, wanted ? shape : std::vector<int64_t>{0});

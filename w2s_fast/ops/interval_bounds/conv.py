@@ -9,9 +9,11 @@ from torch import Tensor
 from ... import checks
 from ...library import Kernel, define
 from ...reference.interval_bounds import conv as reference
-from .inputs import FORMS, ROUNDINGS, Form, Rounding, box, like, outward_center
+from .inputs import COMPUTES, FORMS, ROUNDINGS, Compute, Form, Rounding, box, like, outward_center
 
-_OPTIONS = "int[] stride, int[] padding, int[] dilation, int groups, bool bounds_in, bool bounds_out, bool relu"
+_OPTIONS = (
+    "int[] stride, int[] padding, int[] dilation, int groups, bool bounds_in, bool bounds_out, bool relu, str compute"
+)
 
 
 def _size(shape: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, int]:
@@ -30,7 +32,7 @@ def _fake(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, *options: A
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     a, b, weight, _, *options, _ = inputs
     ctx.options = options
-    ctx.save_for_backward(a, b, weight, *(output if options[-1] else ()))
+    ctx.save_for_backward(a, b, weight, *(output if options[-2] else ()))
 
 
 def _backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def _backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> dict[str, Any]:
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    a, weight, (need_x, need_weight, need_bias) = args[2], args[4], args[14:]
+    a, weight, (need_x, need_weight, need_bias) = args[2], args[4], args[15:]
     shapes = (a.shape if need_x else (0,),) * 2 + (weight.shape if need_weight else (0,),)
     return (*(a.new_empty(s) for s in shapes), a.new_empty((weight.shape[0],) if need_bias else (0,)))
 
@@ -112,6 +114,7 @@ def interval_conv2d(
     form: Form = "lu",
     out_form: Form | None = None,
     rounding: Rounding = "fast",
+    compute: Compute = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """A box through a convolution: centre ``conv(m, W) + bias``, radius ``conv(r, |W|)``, then ReLU of both bounds.
 
@@ -124,7 +127,7 @@ def interval_conv2d(
         weight: ``[O, I / groups, kh, kw]`` of the same dtype.
         bias: ``[O]`` or None.
         stride, padding, dilation: an int or one an axis; groups: an int. As in `torch.nn.functional.conv2d`.
-        act, form, out_form, rounding: see `interval_linear`.
+        act, form, out_form, rounding, compute: see `interval_linear`.
 
     Returns:
         Two contiguous tensors ``[B, O, H', W']``. Differentiable, once, in a, b, weight and bias. Deterministic.
@@ -152,10 +155,12 @@ def interval_conv2d(
     out_form = checks.choice(op, "out_form", form if out_form is None else out_form, FORMS)  # type: ignore[assignment]
     bounds_in = checks.choice(op, "form", form, FORMS) == "lu"
     sound = checks.choice(op, "rounding", rounding, ROUNDINGS) == "sound"
+    compute = checks.choice(op, "compute", compute, COMPUTES)  # type: ignore[assignment]
     relu = checks.choice(op, "act", act, (None, "relu")) == "relu"  # type: ignore[arg-type]
     direct = out_form == "cr" and not relu and not sound
     bias = None if bias is None else bias.contiguous()
     x, y = INTERVAL_CONV2D(
-        a.contiguous(), b.contiguous(), weight.contiguous(), bias, *options, groups, bounds_in, not direct, relu, sound
-    )
+        a.contiguous(), b.contiguous(), weight.contiguous(), bias, *options, groups, bounds_in, not direct, relu,
+        compute, sound,
+    )  # fmt: skip
     return outward_center(x, y, sound) if out_form == "cr" and not direct else (x, y)

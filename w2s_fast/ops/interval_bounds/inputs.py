@@ -12,7 +12,9 @@ from ...reference.interval_bounds.boxes import center_radius
 
 Form = Literal["lu", "cr"]
 Rounding = Literal["fast", "sound"]
+Compute = Literal["fp32", "tf32", "bf16x3+bf16", "bf16"]
 ROUNDINGS = ("fast", "sound")
+COMPUTES = ("fp32", "tf32", "bf16x3+bf16", "bf16")
 FORMS = ("lu", "cr")
 
 

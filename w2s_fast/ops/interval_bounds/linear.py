@@ -9,7 +9,7 @@ from torch import Tensor
 from ... import checks
 from ...library import Kernel, define
 from ...reference.interval_bounds import linear as reference
-from .inputs import FORMS, ROUNDINGS, Form, Rounding, box, layer, like, outward_center, rows
+from .inputs import COMPUTES, FORMS, ROUNDINGS, Compute, Form, Rounding, box, layer, like, outward_center, rows
 
 #: Rows of a batch up to which a weight stored [K, N] is read in place; csrc/cpu/interval_bounds/linear.cpp
 FEW = 4
@@ -21,7 +21,7 @@ def _fake(a: Tensor, b: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, b, weight, _, ctx.bounds_in, ctx.bounds_out, ctx.relu, _ = inputs
+    a, b, weight, _, ctx.bounds_in, ctx.bounds_out, ctx.relu, ctx.compute, _ = inputs
     ctx.save_for_backward(a, b, weight, *(output if ctx.relu else ()))
 
 
@@ -31,7 +31,7 @@ def _backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> dict[str, Any]:
     need_a, need_b, need_weight, need_bias = ctx.needs_input_grad[:4]
     da, db, dw, dbias = INTERVAL_LINEAR_BACKWARD.on(ctx.backend)(
         grad_a, grad_b, a, b, weight, *(out or (grad_a, grad_b)), ctx.bounds_in, ctx.bounds_out, ctx.relu,
-        need_a or need_b, need_weight, need_bias,
+        ctx.compute, need_a or need_b, need_weight, need_bias,
     )  # fmt: skip
     return {
         "a": da if need_a else None,
@@ -42,15 +42,15 @@ def _backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> dict[str, Any]:
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    a, weight, (need_x, need_weight, need_bias) = args[2], args[4], args[10:]
+    a, weight, (need_x, need_weight, need_bias) = args[2], args[4], args[11:]
     shapes = (a.shape if need_x else (0,),) * 2 + (weight.shape if need_weight else (0,),)
     return (*(a.new_empty(s) for s in shapes), a.new_empty((weight.shape[0],) if need_bias else (0,)))
 
 
 INTERVAL_LINEAR = define(
     "interval_linear",
-    "(Tensor a, Tensor b, Tensor weight, Tensor? bias, bool bounds_in, bool bounds_out, bool relu, bool sound) "
-    "-> (Tensor x, Tensor y)",
+    "(Tensor a, Tensor b, Tensor weight, Tensor? bias, bool bounds_in, bool bounds_out, bool relu, str compute, "
+    "bool sound) -> (Tensor x, Tensor y)",
     reference=reference.interval_linear,
     fake=_fake,
     setup_context=_setup_context,
@@ -64,7 +64,7 @@ INTERVAL_LINEAR = define(
 INTERVAL_LINEAR_BACKWARD = define(
     "interval_linear_backward",
     "(Tensor grad_a, Tensor grad_b, Tensor a, Tensor b, Tensor weight, Tensor out_a, Tensor out_b, bool bounds_in, "
-    "bool bounds_out, bool relu, bool need_x, bool need_weight, bool need_bias) "
+    "bool bounds_out, bool relu, str compute, bool need_x, bool need_weight, bool need_bias) "
     "-> (Tensor da, Tensor db, Tensor dweight, Tensor dbias)",
     reference=reference.interval_linear_backward,
     fake=_fake_backward,
@@ -85,6 +85,7 @@ def interval_linear(
     form: Form = "lu",
     out_form: Form | None = None,
     rounding: Rounding = "fast",
+    compute: Compute = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """A box through a linear layer: centre ``m W^T + bias``, radius ``r |W|^T``, then ReLU of both bounds if asked.
 
@@ -104,11 +105,14 @@ def interval_linear(
             of the given one in real arithmetic, whatever rounding did: the radius absorbs gamma |m| |W|^T, the result
             is rounded outward. Overflow and NaN give (-inf, inf). Its gradient is that of ``"fast"``. Denormal numbers
             must not be flushed to 0 (`torch.set_flush_denormal`).
+        compute: the least precision in which a GPU may multiply float32 numbers, forward and backward: ``"fp32"``,
+            ``"tf32"``, ``"bf16x3+bf16"`` (the centre as three bfloat16 products of split factors, the radius as one,
+            rounded up) or ``"bf16"``. ``"sound"`` widens by what the mode can lose. A CPU multiplies in float32
+            whatever is allowed; 16-bit inputs with "fast" rounding are multiplied as they are stored.
 
     Returns:
         Two tensors ``[..., N]`` of the dtype of a. Differentiable, once, in a, b, weight and bias. Deterministic.
-        Lower above upper, or a negative radius, is not checked. No matrix unit below float32 precision is used for
-        float32 inputs.
+        Lower above upper, or a negative radius, is not checked.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -128,12 +132,15 @@ def interval_linear(
     out_form = checks.choice(op, "out_form", form if out_form is None else out_form, FORMS)  # type: ignore[assignment]
     bounds_in = checks.choice(op, "form", form, FORMS) == "lu"
     sound = checks.choice(op, "rounding", rounding, ROUNDINGS) == "sound"
+    compute = checks.choice(op, "compute", compute, COMPUTES)  # type: ignore[assignment]
     relu = checks.choice(op, "act", act, (None, "relu")) == "relu"  # type: ignore[arg-type]
     # ReLU and outward rounding act on bounds; (centre, radius) of those is a conversion of its own
     direct = out_form == "cr" and not relu and not sound
     shape = (*a.shape[:-1], weight.shape[0])
     a_rows, b_rows = rows(a), rows(b)
-    x, y = INTERVAL_LINEAR(a_rows, b_rows, _weight(weight, a_rows.shape[0]), bias, bounds_in, not direct, relu, sound)
+    x, y = INTERVAL_LINEAR(
+        a_rows, b_rows, _weight(weight, a_rows.shape[0]), bias, bounds_in, not direct, relu, compute, sound
+    )
     if out_form == "cr" and not direct:
         x, y = outward_center(x, y, sound)
     return (x, y) if a.ndim == 2 else (x.reshape(shape), y.reshape(shape))

@@ -24,6 +24,7 @@ def interval_conv2d(
     bounds_in: bool,
     bounds_out: bool,
     relu: bool,
+    compute: str,
     sound: bool,
 ) -> tuple[Tensor, Tensor]:
     """Centre ``conv(m, W) + b`` and radius ``conv(r, |W|)``; as lower and upper if ``bounds_out``, both through ReLU if
@@ -60,6 +61,7 @@ def interval_conv2d_backward(
     bounds_in: bool,
     bounds_out: bool,
     relu: bool,
+    compute: str,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,

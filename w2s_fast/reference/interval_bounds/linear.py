@@ -17,11 +17,13 @@ def interval_linear(
     bounds_in: bool,
     bounds_out: bool,
     relu: bool,
+    compute: str,
     sound: bool,
 ) -> tuple[Tensor, Tensor]:
     """Centre ``m W^T + b`` and radius ``r |W|^T``; as lower and upper if ``bounds_out``, both through ReLU if ``relu``.
 
-    ``sound`` computes in float64, covers its rounding error too and rounds outward.
+    ``sound`` computes in float64, covers its rounding error too and rounds outward. ``compute`` is a permission that
+    plain PyTorch does not use.
     """
     if sound:
         return _sound(a, b, weight, bias, bounds_in, relu)
@@ -55,6 +57,7 @@ def interval_linear_backward(
     bounds_in: bool,
     bounds_out: bool,
     relu: bool,
+    compute: str,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
