@@ -1,8 +1,12 @@
-"""Logit fusion for Hugging Face models: a decoding loop of our own, and a processor for ``model.generate``."""
+"""Hugging Face models: fused logits (a decoding loop, a processor for ``model.generate``), the fused training loss."""
 
 from .cached import CachedModel
+from .fused_loss import FusedLoss, use_fused_loss
 from .generate import FusedGeneration, generate
 from .processor import FusionLogitsProcessor
 from .recipes import METHODS, Fuser
 
-__all__ = ["METHODS", "CachedModel", "FusedGeneration", "Fuser", "FusionLogitsProcessor", "generate"]
+__all__ = [
+    "METHODS", "CachedModel", "FusedGeneration", "FusedLoss", "Fuser", "FusionLogitsProcessor", "generate",
+    "use_fused_loss",
+]  # fmt: skip
