@@ -166,9 +166,9 @@ def _weight_kernel(
 
 def config(mode: str, depth: str) -> dict[str, Any]:
     """Tile sizes; ``depth`` names the contraction, which is short where float32 operands stand in registers."""
-    wide = mode == "fp32"
-    sizes = {"BLOCK_P": 64, "BLOCK_O": 32 if wide else 64, "BLOCK_I": 32 if wide else 64}
-    sizes["BLOCK_" + depth] = 16 if wide else 32
+    wide, split = mode == "fp32", mode == "bf16x3+bf16" and depth == "P"
+    sizes = {"BLOCK_P": 64, "BLOCK_O": 32 if wide else 64, "BLOCK_I": 32 if wide or split else 64}
+    sizes["BLOCK_" + depth] = 32 if mode == "storage" else 16
     return {**sizes, "num_warps": 8}
 
 
