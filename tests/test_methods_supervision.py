@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import w2s_fast
+
 pytest.importorskip("transformers")
 
-from w2s_fast.methods._common import arithmetic, models
+from w2s_fast.methods._common import arithmetic, models, text, training
+from w2s_fast.methods.supervision import _report, _tasks, weak_to_strong
+
+ROOT = Path(w2s_fast.__file__).parent.parent
+ALONE = training.Place(0, 1, torch.device("cpu"))
 
 
 def test_arithmetic_reads_as_it_should():
@@ -57,3 +70,156 @@ def test_arithmetic_samples_are_the_models_own():
     assert (shares - (2 * first).softmax(0)).abs().max() < 0.04
     ids, labels = arithmetic.examples(prompts, greedy)
     assert torch.equal(ids, whole) and (labels[:, :9] == -100).all() and torch.equal(labels[:, 9:], greedy)
+
+
+# ---- weak-to-strong generalization
+
+
+@pytest.fixture(scope="module")
+def little_text(tmp_path_factory):
+    """A few documents in a cache of their own, so that a tokenizer takes no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        code = "\n".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400))
+        words = " ".join(f"The value number {i} is returned by a function of one argument." for i in range(400))
+        found = {("general", "train"): [words], ("general", "valid"): [words[:4000]]}
+        found |= {("code", "train"): [code], ("code", "valid"): [code[:4000]]}
+        empty = {("prose", "train"): [""], ("prose", "valid"): [""]}
+        patch.setattr(text, "documents", lambda: {**found, **empty})
+        patch.setenv("W2S_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def no_bar(description, steps):
+    return lambda loss: None
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pytest.importorskip("sklearn")
+    return _tasks.digits_task(0, True, no_bar)
+
+
+def confidence_target(p0, weak, coef, q):
+    """The paper's target in plain words: sort, interpolate, harden."""
+    ordered, at = p0.sort().values, q * (len(p0) - 1)
+    low = int(at)
+    threshold = ordered[low] + (at - low) * (ordered[min(low + 1, len(p0) - 1)] - ordered[low])
+    hard = torch.stack((p0 >= threshold, p0 < threshold), 1).to(weak.dtype)
+    return (1 - coef) * weak + coef * hard
+
+
+@pytest.mark.parametrize("name", weak_to_strong.LOSSES)
+def test_losses_are_the_papers(name):
+    draw = torch.Generator().manual_seed(0)
+    z = torch.randn(32, 2, generator=draw, dtype=torch.float64)
+    weak = torch.randn(32, 2, generator=draw, dtype=torch.float64).softmax(1)
+    p, logp = z.softmax(1), z.log_softmax(1)
+    for step in (5, 15, 70):  # of 100: in both warm-ups, after the authors', after both
+        official = 0.5 if step > 10 else 0.5 * step / 100
+        targets = {
+            "xent": weak, "product": p * weak / (p * weak).sum(1, keepdim=True),
+            "logconf": confidence_target(p[:, 0], weak, official, weak[:, 1].mean().item()),
+            "logconf, linear ramp": confidence_target(p[:, 0], weak, 0.5 * min(1, step / 20), weak[:, 1].mean().item()),
+            "logconf, median": confidence_target(p[:, 0], weak, official, 0.5),
+            "logconf, median, linear ramp": confidence_target(p[:, 0], weak, 0.5 * min(1, step / 20), 0.5),
+        }  # fmt: skip
+        expected = -(targets[name] * logp).sum(1).mean()
+        assert weak_to_strong.LOSSES[name].of(z, weak, step, 100).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_performance_gap_recovered():
+    assert _report.recovered(0.8, 0.7, 0.9) == pytest.approx(0.5) and _report.recovered(0.6, 0.7, 0.9) < 0
+    assert math.isnan(_report.recovered(0.8, 0.9, 0.9))
+
+
+def test_halves_are_apart_and_the_weak_model_sees_half(digits):
+    both = torch.cat((digits.first.x, digits.second.x))
+    assert len(both) == 1437 and len(both.unique(dim=0)) > 1400
+    changed = digits.test.x.clone()
+    changed[:, 32:] = 0.5
+    assert torch.equal(digits.view(changed), digits.view(digits.test.x)) and digits.view(changed).shape[1] == 32
+    labels, test = weak_to_strong.weak_labels(digits)
+    torch.testing.assert_close(labels.sum(1), torch.ones(len(digits.second.y)))
+    assert 0.6 < _tasks.accuracy(test, digits.test.y) < 0.95
+    other = _tasks.digits_task(1, True, no_bar)
+    assert torch.equal(other.test.x, digits.test.x) and not torch.equal(other.first.x, digits.first.x)
+    moved = _tasks._distorted(digits.test.x, torch.Generator().manual_seed(0))
+    assert moved.shape == digits.test.x.shape and not torch.equal(moved, digits.test.x)
+
+
+def test_students_start_as_one_and_leave_the_body_alone(digits):
+    before = {name: t.clone() for name, t in digits.body.state_dict().items()}
+    labels, _ = weak_to_strong.weak_labels(digits)
+    histories = []
+    for name in ("xent", "logconf"):
+        p, losses = weak_to_strong.student(digits, labels, weak_to_strong.LOSSES[name], 0, ALONE)
+        assert losses[0] == pytest.approx(math.log(10), rel=1e-6) and losses[-1] < losses[0]  # the head starts at zero
+        assert len(losses) == weak_to_strong.length(digits) == 22 and p.shape == (360, 10)
+        histories.append(losses)
+    assert histories[0][0] == histories[1][0] and histories[0][-1] != histories[1][-1]
+    assert all(torch.equal(t, before[name]) for name, t in digits.body.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["xent", "logconf"])
+def test_a_resumed_student_gives_the_same_losses(digits, tmp_path, name):
+    labels, loss = weak_to_strong.weak_labels(digits)[0], weak_to_strong.LOSSES[name]
+    p, whole = weak_to_strong.student(digits, labels, loss, 0, ALONE)
+
+    class Stop(Exception):
+        pass
+
+    def tick(value):
+        seen.append(value)
+        if len(seen) == 13:
+            raise Stop
+
+    seen, path = [], tmp_path / "student.pt"
+    with pytest.raises(Stop):
+        weak_to_strong.student(digits, labels, loss, 0, ALONE, tick, path)
+    assert len(torch.load(path, weights_only=True)["losses"]) == 10
+    again, losses = weak_to_strong.student(digits, labels, loss, 0, ALONE, checkpoint=path)
+    assert losses == whole and torch.equal(again, p)
+    flat = torch.full_like(labels, 0.1)  # other labels do not continue from it
+    assert weak_to_strong.student(digits, flat, loss, 0, ALONE, checkpoint=path)[1] != whole
+
+
+def test_weak_to_strong_command(little_text, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    assert weak_to_strong.main(["--quick", "--seeds", "0", "1", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    found = json.loads((tmp_path / "weak_to_strong.json").read_text())
+    for name, students in (("text", 6), ("digits", 4)):
+        task = found["tasks"][name]
+        assert len(task["pgr"]) == students and list(task["accuracy"])[:2] == ["weak model", "strong ceiling"]
+        assert f"Performance gap recovered, {name}" in printed.out
+        weak, ceiling = task["accuracy"]["weak model"], task["accuracy"]["strong ceiling"]
+        for student, gaps in task["pgr"].items():
+            expected = [_report.recovered(*v) for v in zip(task["accuracy"][student], weak, ceiling, strict=True)]
+            assert gaps == pytest.approx(expected, nan_ok=True)
+    assert (tmp_path / "weak_to_strong.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2 * (7 + 5)
+
+
+def torchrun(processes, out):
+    """A run of the command under torchrun: what it wrote."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "w2s_fast.cli"]
+    options = ["train", "weak_to_strong", "--quick", "--tasks", "digits", "--seeds", "0", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *launch, *options], env=environment, capture_output=True, text=True, cwd=out)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((out / "weak_to_strong.json").read_text())
+    assert found["processes"] == processes
+    return found["tasks"]["digits"]["losses"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_train_as_one(digits, tmp_path):
+    """The thresholds are those of the whole batch, of which a process holds half."""
+    two = torchrun(2, tmp_path)
+    one = weak_to_strong.run(digits, 0, ALONE, no_bar)
+    assert set(two) == set(one)
+    for name, row in one.items():
+        assert two[name][0] == pytest.approx(row.losses, rel=1e-4)
+    files = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert len(files) == 2 * 5 and "digits-logconf-0.0-of-2.pt" in files

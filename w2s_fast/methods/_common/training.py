@@ -1,12 +1,12 @@
-"""Pre-training a causal language model: schedule, loop, checkpoint and resume, on one process or under torchrun."""
+"""The training loop: schedule, checkpoint and resume, on one process or under torchrun."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,11 +35,11 @@ def place() -> Place:
     return Place(int(os.environ.get("RANK", "0")), world, device)
 
 
-def shard(model: Any) -> None:
-    """FSDP2: every decoder layer, then the rest."""
+def shard(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """FSDP2: every layer, then the rest."""
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.model.layers:
+    for layer in layers:
         fully_shard(layer)
     fully_shard(model)
 
@@ -90,32 +90,62 @@ def mean(value: Tensor, where: Place) -> float:
     return value.item()
 
 
+def gathered(own: Tensor, where: Place) -> Tensor:
+    """The rows of all processes, process by process, of which only the own ones carry a gradient.
+
+    For losses that need the whole batch at once. FSDP takes the mean of the processes' gradients, where such a loss
+    needs their sum; so the own rows' gradient is multiplied by the number of processes.
+    """
+    if where.world == 1:
+        return own
+    parts = [torch.empty_like(own) for _ in range(where.world)]
+    dist.all_gather(parts, own.detach().contiguous())
+    parts[where.rank] = own * where.world - own.detach() * (where.world - 1)
+    return torch.cat(parts)
+
+
+def train(
+    model: nn.Module, loss: Callable[[int], Tensor], steps: int, rate: Callable[[int], float], where: Place, *,
+    optimizer: str = "adamw", checkpoint: Path | None = None, every: int = 0, key: str = "",
+    tick: Callable[[float], None] = lambda _: None,
+) -> tuple[list[float], optim.Optimizer]:
+    """Minimise ``loss(step)`` at the learning rate ``rate(step)``; the loss of every step, and the optimizer.
+
+    Every ``every`` steps and at the end the state goes to ``checkpoint``. If that file exists and was written under the
+    same ``key``, training goes on from it; the losses are those of a run that was never stopped, if ``loss`` depends on
+    nothing but the model and the step.
+    """
+    made = optim.make(optimizer, model.parameters())
+    losses = load(checkpoint, key, model, made, where) if checkpoint else []
+    for value in losses:
+        tick(value)
+    model.train()
+    for step in range(len(losses), steps):
+        made.begin(rate(step))
+        found = loss(step)
+        found.backward()
+        made.finish()
+        losses.append(mean(found.detach(), where))
+        tick(losses[-1])
+        if checkpoint and (len(losses) == steps or (every and len(losses) % every == 0)):
+            save(checkpoint, key, model, made, losses, where)
+    model.eval()
+    return losses, made
+
+
 def pretrain(
     model: nn.Module, ids: Tensor, run: Run, where: Place, *, checkpoint: Path | None = None, every: int = 0,
     key: str = "", tick: Callable[[float], None] = lambda _: None,
 ) -> tuple[list[float], optim.Optimizer]:
-    """Train on next-token prediction over random windows of ``ids``; the loss of every step, and the optimizer.
+    """`train` on next-token prediction over random windows of ``ids``."""
 
-    Every ``every`` steps and at the end the state goes to ``checkpoint``. If that file exists and was written under the
-    same ``key``, training goes on from it; the losses are those of a run that was never stopped.
-    """
-    optimizer = optim.make(run.optimizer, model.parameters())
-    losses = load(checkpoint, key, model, optimizer, where) if checkpoint else []
-    for value in losses:
-        tick(value)
-    model.train()
-    for step in range(len(losses), run.steps):
-        optimizer.begin(run.rate * cosine(step, run.steps, run.warmup))
+    def loss(step: int) -> Tensor:
         rows = batch_ids(ids, run, step, where)
-        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
-        loss.backward()
-        optimizer.finish()
-        losses.append(mean(loss.detach(), where))
-        tick(losses[-1])
-        if checkpoint and (len(losses) == run.steps or (every and len(losses) % every == 0)):
-            save(checkpoint, key, model, optimizer, losses, where)
-    model.eval()
-    return losses, optimizer
+        value: Tensor = model(input_ids=rows, labels=rows, use_cache=False).loss
+        return value
+
+    return train(model, loss, run.steps, lambda step: run.rate * cosine(step, run.steps, run.warmup), where,
+                 optimizer=run.optimizer, checkpoint=checkpoint, every=every, key=key, tick=tick)  # fmt: skip
 
 
 @torch.no_grad()

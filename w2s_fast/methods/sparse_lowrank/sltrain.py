@@ -119,7 +119,7 @@ def train(method: str, settings: Settings, seed: int, where: Place, ids: tuple[T
     model = build(method, settings, seed).to(where.device)
     parameters = model_size(model).parameters
     if where.world > 1:
-        training.shard(model)
+        training.shard(model, model.model.layers)
     begin = time.perf_counter()
     recipe = {name: value for name, value in asdict(settings).items() if name != "rates"}
     key = digest(method, recipe, run, where.world, torch.__version__, text.fingerprint())

@@ -1,0 +1,1 @@
+"""Learning from a supervisor weaker than the student."""
