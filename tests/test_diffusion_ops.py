@@ -117,3 +117,34 @@ X = torch.randn(2, 3, 4)
 def test_errors(call, error, text):
     with pytest.raises(error, match=rf"w2s_fast\.{text}"):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_outputs_are_the_small_ones(dtype):
+    """Outputs past the caches' size are written past the caches: the same numbers as for a few tokens at a time."""
+    n, c = 4096, 1152
+    x, y = (torch.randn(1, n, c).to(dtype) for _ in range(2))
+    gate, shift, scale = torch.randn(3, 1, c).to(dtype)
+
+    def all_ops(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            w2s_fast.gate_residual(x, y, gate),
+            w2s_fast.adaln_modulate(x, shift, scale),
+            *w2s_fast.gate_residual_adaln(x, y, gate, shift, scale),
+            *w2s_fast.qk_norm(x, y, shift[0], scale[0]),
+        ]
+
+    parts = zip(*(all_ops(*pair) for pair in zip(x.split(512, 1), y.split(512, 1), strict=True)), strict=True)
+    for large, small in zip(all_ops(x, y), parts, strict=True):
+        assert torch.equal(large, torch.cat(small, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_round_to_nearest_even(dtype):
+    """Every pair of exponents, ties, denormals, infinities and NaN: to the bit what PyTorch rounds."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for step in (1, 77, 4099):
+        x, y = bits.view(1, 256, 256), bits.roll(step).view(1, 256, 256)
+        torch.testing.assert_close(
+            w2s_fast.gate_residual(x, y), (x.float() + y.float()).to(dtype), rtol=0, atol=0, equal_nan=True
+        )

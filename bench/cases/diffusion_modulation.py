@@ -1,4 +1,17 @@
-"""Adaptive LayerNorm, gated residual, both in one, and QK norm against eager and compiled PyTorch."""
+"""Adaptive LayerNorm, gated residual, both in one, and QK norm against eager and compiled PyTorch.
+
+Findings (2 threads of an AMD EPYC; gate_residual_adaln, N 4096, C 1152; ratios to torch.compile):
+
+- A pass of its own for every step over a row in L1 (widen, add, narrow, mean, variance, normalise, narrow) lost, 0.87
+  fp32 and 0.82 bf16: loads from memory and stores to it did not overlap.
+- x + gate y summed and stored in the pass that reads it, three passes in all, ordinary stores: 1.37 and 1.81.
+- The same with streaming stores, which do not read their line first: 1.90 and 2.41; kept for outputs of 8 MiB and
+  more, where a reader that follows at once loses nothing by it (1.55 and 1.54 with both sums, against 1.29 and 1.47).
+- Prefetching the next row, or the output's lines: within 5 % of the same, or slower.
+- Page faults are none of it, but two fresh 19 MB outputs are at the limit up to which glibc keeps freed memory: in an
+  unlucky process every provider takes 3 to 10 ms.
+- In bf16 the arithmetic shows: sums kept in registers and a rounding of seven operations, 1.24 to 1.78.
+"""
 
 from __future__ import annotations
 

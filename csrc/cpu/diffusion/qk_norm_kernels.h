@@ -15,16 +15,33 @@ inline std::vector<A> padded_sets(const std::optional<Tensor>& t, int64_t C, int
   return found;
 }
 
+template <Dtype d, bool stream>
+inline void norm_one(const norm::Problem& p, const char* x, const Arithmetic<d>* weight, const Arithmetic<d>* bias, Arithmetic<d>* a,
+                     Arithmetic<d>* kept, char* out) {
+  using A = Arithmetic<d>;
+  using V = Vec<A>;
+  const int64_t C = p.C;
+  const A total = row_sum<A>(C, [=](auto c) {
+    const V v = load_lanes<A, d>(x, c, C);
+    v.store(a + c);
+    return v;
+  });
+  row_spread<A>(a, C, A(p.eps), p.rms ? A(0) : total / A(C), kept);
+  const V mean = V::set(kept[0]), rstd = V::set(kept[1]);
+  vectors<A>(C, [=](auto c) {
+    store_lanes<A, d, stream>(out, c, C, V::fma((V::load(a + c) - mean) * rstd, V::load(weight + c), V::load(bias + c)));
+  });
+}
+
 template <Dtype d>
 inline void run_qk_norm(const norm::Problem& p, const norm::Slots& y, void* stats) {
   using A = Arithmetic<d>;
-  using V = Vec<A>;
   const int64_t C = p.C, pitch = padded(int(C)), slots = p.last - p.first;
   const std::vector<A> weight = padded_sets<A>(p.weight, C, pitch, A(1)), bias = padded_sets<A>(p.bias, C, pitch, A(0));
   const int64_t weight_step = p.weight && p.weight->size(0) > 1 ? pitch : 0, bias_step = p.bias && p.bias->size(0) > 1 ? pitch : 0;
+  const bool far = streams(y.data, p.B * p.N * p.S, C * element<d>);
   torch::stable::parallel_for(0, p.B * p.N, 8, [&](int64_t begin, int64_t end) {
     std::vector<A> row(static_cast<size_t>(pitch));
-    A* a = row.data();
     for (int64_t i = begin; i < end; ++i)
       for (int64_t s = 0; s < p.S; ++s) {
         const char* x = p.x.at(i / p.N, i % p.N, s);
@@ -33,14 +50,11 @@ inline void run_qk_norm(const norm::Problem& p, const norm::Slots& y, void* stat
           std::memcpy(out, x, size_t(C * p.x.bytes));
           continue;
         }
-        widen<A>(x, d, int(C), A(0), a);
-        A* kept = static_cast<A*>(stats) + (i * slots + s - p.first) * 2;
-        row_stats<A>(a, C, A(p.eps), p.rms, kept);
-        const V mean = V::set(kept[0]), rstd = V::set(kept[1]);
-        const A *w = weight.data() + (s - p.first) * weight_step, *b = bias.data() + (s - p.first) * bias_step;
-        vectors<A>(C, [&](int64_t c) { V::fma((V::load(a + c) - mean) * rstd, V::load(w + c), V::load(b + c)).store(a + c); });
-        narrow<A>(a, int(C), d, out);
+        const int64_t k = s - p.first;
+        (far ? norm_one<d, true> : norm_one<d, false>)(p, x, weight.data() + k * weight_step, bias.data() + k * bias_step, row.data(),
+                                                       static_cast<A*>(stats) + (i * slots + k) * 2, out);
       }
+    if (far) stream_fence();
   });
 }
 
@@ -60,8 +74,9 @@ inline void qk_norm_row(const norm::Problem& p, const char* grad, const char* x,
   });
   const V first = V::set(p.rms ? A(0) : row_sum<A>(C, [&](int64_t c) { return V::load(g + c); }) / A(C));
   const V second = V::set(row_sum<A>(C, [&](int64_t c) { return V::load(g + c) * V::load(unit + c); }) / A(C));
-  vectors<A>(C, [&](int64_t c) { (rstd * (V::load(g + c) - first - V::load(unit + c) * second)).store(g + c); });
-  narrow<A>(g, int(C), d, dx);
+  vectors<A>(C, [=](auto c) {
+    store_lanes<A, d>(dx, c, C, rstd * (V::load(g + c) - first - V::load(unit + c) * second));
+  });
 }
 
 constexpr int64_t RANGE = 64;  // rows of a range
