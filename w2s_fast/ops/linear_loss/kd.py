@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
 from .inputs import _unit_stride as unit_stride
 from .inputs import once
-from .plain import plain
 from .teachers import (
     DISTILLATION,
     Distillation,
@@ -81,17 +81,31 @@ def _backward(
 ) -> dict[str, Any]:
     (dlogits,), (logits,), given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
     if ctx.needs_input_grad[0]:
-        (found,) = scaled(grad, [dlogits]) if made else [KD_LOSS(logits, *given, True, False)[4]]
+        (found,) = scaled(grad, [dlogits]) if made else [KD_LOSS.on(ctx.backend)(logits, *given, True, False)[4]]
         (rows["logits"],) = once("kd_loss", found)
     return rows
 
 
-KD_LOSS = plain(
+def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    given, (need, statistics) = Distillation(*args[:10]), args[10:]
+    rows = logits.shape[0]
+    dtype = accumulate_dtype(logits, given.teachers)
+    shapes: list[tuple[Any, ...]] = [(), (rows,), (rows,), (3, rows) if statistics else (0,)]
+    return (
+        *(logits.new_empty(shape, dtype=dtype) for shape in shapes),
+        logits.new_empty(logits.shape if need else (0,)),
+    )
+
+
+KD_LOSS = define(
+    "kd_loss",
     f"(Tensor logits, {DISTILLATION}, bool need_gradient, bool need_statistics) "
     "-> (Tensor loss, Tensor kd, Tensor ce, Tensor stats, Tensor dlogits)",
     reference=reference.kd_loss,
+    fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton=Kernel("kernels.linear_loss.kd:launch_kd_loss", "kernels.linear_loss.kd:supports_kd"),
 )
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
 from .inputs import _unit_stride as unit_stride
 from .inputs import once
 from .kd import save_distillation, saved_distillation, scaled
-from .plain import plain
 from .teachers import (
     DISTILLATION,
     Distillation,
@@ -39,20 +39,35 @@ def _backward(
     grads, student, given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
     need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
     if any(need):
-        found = scaled(grad, grads) if made else LINEAR_KD(*student, *given, *need, False)[4:]
+        found = scaled(grad, grads) if made else LINEAR_KD.on(ctx.backend)(*student, *given, *need, False)[4:]
         once_each = once("linear_kd", *(g for g, wanted in zip(found, need, strict=True) if wanted))
         names = (name for name, wanted in zip(("hidden", "head", "bias"), need, strict=True) if wanted)
         rows.update(zip(names, once_each, strict=True))
     return rows
 
 
-LINEAR_KD = plain(
+def _fake(hidden: Tensor, head: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    given, (need_hidden, need_head, need_bias, statistics) = Distillation(*args[:10]), args[10:]
+    rows, dtype = hidden.shape[0], accumulate_dtype(hidden, given.teachers)
+    shapes: list[tuple[Any, ...]] = [(), (rows,), (rows,), (3, rows) if statistics else (0,)]
+    return (
+        *(hidden.new_empty(shape, dtype=dtype) for shape in shapes),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        head.new_empty(head.shape if need_head else (0,)),
+        hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape if need_bias else (0,)),
+    )
+
+
+LINEAR_KD = define(
+    "linear_kd",
     f"(Tensor hidden, Tensor head, Tensor? bias, {DISTILLATION}, bool need_hidden, bool need_head, bool need_bias, "
     "bool need_statistics) -> "
     "(Tensor loss, Tensor kd, Tensor ce, Tensor stats, Tensor dhidden, Tensor dhead, Tensor dbias)",
     reference=reference.linear_kd,
+    fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton=Kernel("kernels.linear_loss.kd:launch_linear_kd", "kernels.linear_loss.kd:supports_linear_kd"),
 )
 
 

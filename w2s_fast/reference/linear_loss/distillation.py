@@ -191,7 +191,7 @@ def linear_kd(
     if keep is not None:
         h = torch.where(keep.unsqueeze(1), h, 0.0)
     z = h @ w.t() if bias is None else h @ w.t() + bias.to(dtype)
-    need = need_hidden or need_head or need_bias
+    need, offset = need_hidden or need_head or need_bias, hidden if bias is None else bias
     loss, kd, ce, stats, dz = kd_loss(
         z, teachers, forms, shares, kind, tau, beta, target, keep, coef_kd, coef_ce, need, need_statistics
     )
@@ -202,5 +202,5 @@ def linear_kd(
         stats,
         (dz @ w).to(hidden.dtype) if need_hidden else hidden.new_empty(0),
         (dz.t() @ h).to(head.dtype) if need_head else head.new_empty(0),
-        dz.sum(0).to(bias.dtype) if need_bias and bias is not None else hidden.new_empty(0),
+        dz.sum(0).to(offset.dtype) if need_bias else offset.new_empty(0),
     )

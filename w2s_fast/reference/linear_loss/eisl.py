@@ -109,12 +109,12 @@ def linear_eisl(
         ce = -(share * raw.diagonal(dim1=1, dim2=2)).sum()
         a = a - torch.diag_embed(ce_coef * share)
         loss = loss + ce_coef * ce
+    offset = hidden if bias is None else bias
     dz = (-a.sum(2, keepdim=True) * log_p.exp()).scatter_add(2, y.unsqueeze(1).expand(batch, t, u), a)
-    empty = hidden.new_empty(0)
     return (
         loss,
         torch.stack([*parts, ce]),
-        (dz @ w).to(hidden.dtype) if need_hidden else empty,
+        (dz @ w).to(hidden.dtype) if need_hidden else hidden.new_empty(0),
         (dz.flatten(0, 1).t() @ h.flatten(0, 1)).to(head.dtype) if need_head else head.new_empty(0),
-        dz.sum((0, 1)).to(bias.dtype) if need_bias and bias is not None else empty,
+        dz.sum((0, 1)).to(offset.dtype) if need_bias else offset.new_empty(0),
     )

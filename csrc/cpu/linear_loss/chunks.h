@@ -1,0 +1,144 @@
+// Losses whose gradient needs whole rows of logits: rows in chunks, a tile [rows, V] a model, the student's turned into
+// its gradient in place, and the two products that spend it. Include after for_each_target.h with chunk_kernel.h.
+//
+// Rows that do not count are left out from the start (gathered). Chunks are as long as memory allows, BUDGET for the
+// tiles of all models, and even: every chunk is a sweep over W and dW, which a few rows would not pay for.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/logit_fusion/fusion.h"
+
+namespace w2s {
+namespace linear {
+
+constexpr int64_t BUDGET = 64 << 20, FEWEST = 64, COLUMNS = 2048;
+
+template <class A>
+constexpr ScalarType scalar_type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+
+// Memory of a call, freed with this.
+struct Scratch {
+  Tensor like;
+  Tensors kept;
+  template <class A>
+  A* get(int64_t elements) {
+    kept.push_back(torch::stable::new_empty(like, {std::max<int64_t>(elements, 1)}, scalar_type<A>));
+    return static_cast<A*>(kept.back().data_ptr());
+  }
+};
+
+// z = W h + b of the rows that count.
+template <class A>
+struct Head {
+  int64_t V, D, M;
+  Operand W;
+  const A *h, *bias = nullptr;
+
+  Head(Scratch& scratch, const Tensor& hidden, const Tensor& head, const Tensor* b, int64_t vocab, const std::vector<int64_t>& index)
+      : V(vocab), D(hidden.size(1)), M(int64_t(index.size())) {
+    W = {head.data_ptr(), dtype_of(head.scalar_type()), V, D, head.size(0) > 1 ? head.stride(0) : D, 1};
+    A* rows = scratch.get<A>(M * D);
+    const Rows from(hidden);
+    parallel_items(M, 16, [&](int64_t m) {
+      W2S_DISPATCH(copy_as<A>)(from.at(index[size_t(m)], 0), from.dtype, D, rows + m * D);
+    });
+    h = rows;
+    if (!b) return;
+    A* offset = scratch.get<A>(V);
+    W2S_DISPATCH(copy_as<A>)(b->data_ptr(), dtype_of(b->scalar_type()), V, offset);
+    bias = offset;
+  }
+
+  Operand rows(int64_t first, int64_t count) const { return {h + first * D, own_dtype<A>, count, D, D, 1}; }
+  void logits(int64_t first, int64_t count, A* z, int64_t ld) const {  // without the bias
+    gemm(rows(first, count), W.t(), Target<A>{z, ld, 1}, A(1), false);
+  }
+};
+
+// How the rows are cut.
+struct Chunks {
+  int64_t rows, size, ld;
+  Chunks(int64_t count, int64_t V, int64_t tiles, int64_t bytes) : rows(count) {
+    ld = (V + 15) / 16 * 16;
+    if (ld * bytes % 4096 == 0) ld += 16;  // rows a page multiple apart fall on one another in the cache
+    const int64_t most = std::max(FEWEST, BUDGET / (ld * bytes * tiles));
+    const int64_t pieces = std::max<int64_t>((rows + most - 1) / most, 1);
+    size = ((rows + pieces - 1) / pieces + 13) / 14 * 14;  // gemm's tiles have 14 rows
+  }
+  int64_t pieces() const { return size ? (rows + size - 1) / size : 0; }
+};
+
+// Gradients of hidden, head and bias from tiles of dz, chunk by chunk.
+template <class A>
+struct Spend {
+  const Head<A>& head;
+  Tensor dhidden, dhead, dbias;
+  bool hidden, weight, offset, whole;  // which are wanted; whether dW is summed over chunks in a matrix of its own
+  A *raw = nullptr, *wide = nullptr, *sums = nullptr;
+
+  static Tensor like(const Tensor& t, bool wanted) {
+    if (!wanted) return torch::stable::new_empty(t, {0});
+    std::vector<int64_t> shape;
+    for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(t.size(d));
+    return torch::stable::new_empty(t, shape);
+  }
+
+  Spend(Scratch& scratch, const Head<A>& of, const Tensor& h, const Tensor& w, const Tensor* b, bool need_hidden,
+        bool need_head, bool need_bias, int64_t pieces)
+      : head(of), dhidden(like(h, need_hidden)), dhead(like(w, need_head)), dbias(like(b ? *b : h, need_bias)),
+        hidden(need_hidden), weight(need_head), offset(need_bias), whole(pieces > 1) {
+    if (hidden) raw = scratch.get<A>(head.M * head.D);
+    if (weight && !own()) wide = scratch.get<A>((whole ? head.V : std::min(head.V, COLUMNS)) * head.D);
+    if (offset) {
+      sums = scratch.get<A>(head.V);
+      std::fill(sums, sums + head.V, A(0));
+    }
+  }
+  bool own() const { return dtype_of(dhead.scalar_type()) == own_dtype<A>; }
+  bool any() const { return hidden || weight || offset; }
+
+  void chunk(int64_t first, int64_t count, const A* dz, int64_t ld, bool last) {
+    const int64_t V = head.V, D = head.D;
+    for (int64_t v = 0; v < V && (hidden || weight); v += COLUMNS) {
+      const int64_t n = std::min(COLUMNS, V - v);
+      const Operand tile{dz + v, own_dtype<A>, count, n, ld, 1};
+      if (hidden) gemm(tile, head.W.part(v, n), Target<A>{raw + first * D, D, 1}, A(1), v > 0);
+      if (!weight) continue;
+      A* to = own() ? static_cast<A*>(dhead.data_ptr()) + v * D : wide + (whole ? v * D : 0);
+      gemm(tile.t(), head.rows(first, count), Target<A>{to, D, 1}, A(1), first > 0);
+      if (!own() && last) narrowed(to, n, D, static_cast<char*>(dhead.data_ptr()), v, dhead);
+    }
+    if (!offset) return;
+    parallel_items((V + 1023) / 1024, 1, [&](int64_t t) {
+      W2S_DISPATCH(add_columns<A>)(dz + t * 1024, count, ld, std::min<int64_t>(1024, V - t * 1024), sums + t * 1024);
+    });
+  }
+
+  static void narrowed(const A* from, int64_t rows, int64_t D, char* to, int64_t first, const Tensor& t) {
+    const Dtype type = dtype_of(t.scalar_type());
+    parallel_items(rows, 64, [&](int64_t r) {
+      W2S_DISPATCH(copy_to<A>)(from + r * D, D, type, to + (first + r) * D * bytes_of(type));
+    });
+  }
+
+  void finish(const std::vector<int64_t>& index) {
+    if (hidden) {
+      if (int64_t(index.size()) * head.D < elements(dhidden)) torch::stable::zero_(dhidden);
+      const Dtype type = dtype_of(dhidden.scalar_type());
+      char* to = static_cast<char*>(dhidden.data_ptr());
+      parallel_items(head.M, 16, [&](int64_t m) {
+        W2S_DISPATCH(copy_to<A>)(raw + m * head.D, head.D, type, to + index[size_t(m)] * head.D * bytes_of(type));
+      });
+    }
+    if (weight && head.M == 0) torch::stable::zero_(dhead);
+    if (offset) W2S_DISPATCH(copy_to<A>)(sums, head.V, dtype_of(dbias.scalar_type()), dbias.data_ptr());
+  }
+  static int64_t elements(const Tensor& t) {
+    int64_t n = 1;
+    for (int64_t d = 0; d < t.dim(); ++d) n *= t.size(d);
+    return n;
+  }
+};
+
+}  // namespace linear
+}  // namespace w2s

@@ -1,0 +1,210 @@
+// kd_loss: one row kernel a row of logits, loss and gradient together. linear_kd: chunks of rows, one product a model into a
+// tile, the same row kernel in place, two products that spend the gradient.
+#include "cpu/linear_loss/kd.h"
+
+#define W2S_KERNEL "cpu/linear_loss/kd_kernel.h"
+#include "cpu/for_each_target.h"
+
+#include "cpu/linear_loss/chunks.h"
+
+namespace w2s {
+namespace linear {
+namespace {
+
+#define W2S_KD_PARAMETERS                                                                                       \
+  Tensors teachers, std::vector<int64_t> forms, std::vector<double> shares, int64_t kind, double tau, double beta, \
+      std::optional<Tensor> target, std::optional<Tensor> keep, Tensor coef_kd, std::optional<Tensor> coef_ce
+#define W2S_KD_ARGUMENTS teachers, forms, shares, kind, tau, beta, target, keep, coef_kd, coef_ce
+
+struct Given {  // a teacher: its tensors, and for a linear one the tile that holds its logits
+  KdForm form;
+  double share;
+  Tensors tensors;
+  Rows rows, ids;
+};
+
+// Arguments that both ops have.
+struct Distillation {
+  int64_t T;
+  KdKind kind;
+  double tau, beta;
+  std::vector<Given> teachers;
+  const int64_t* target = nullptr;
+  std::vector<double> coef_kd, coef_ce;
+  std::vector<int64_t> index;  // rows that count
+  bool f64;
+
+  Distillation(const Tensor& student, W2S_KD_PARAMETERS)
+      : T(student.size(0)), kind(KdKind(kind)), tau(tau), beta(beta), coef_kd(numbers(coef_kd)), coef_ce(numbers(coef_ce)),
+        f64(student.scalar_type() == ScalarType::Double) {
+    size_t at = 0;
+    for (size_t m = 0; m < forms.size(); ++m) {
+      Given g{KdForm(forms[m]), shares[m], {}, {}, {}};
+      const int count = g.form == LOGITS || g.form == PROBS ? 1 : g.form == LINEAR_BIAS ? 3 : 2;
+      for (int i = 0; i < count; ++i) {
+        g.tensors.push_back(teachers[at++]);
+        f64 |= g.tensors.back().scalar_type() == ScalarType::Double;
+      }
+      if (g.form == TOPK) {
+        g.ids.data = static_cast<char*>(g.tensors[0].data_ptr());
+        g.ids.stride = g.tensors[0].size(0) > 1 ? g.tensors[0].stride(0) * 8 : 0;
+        g.ids.bytes = 8;
+        g.rows = Rows(g.tensors[1]);
+      } else if (g.form == LOGITS || g.form == PROBS) {
+        g.rows = Rows(g.tensors[0]);
+      }
+      this->teachers.push_back(std::move(g));
+    }
+    if (coef_ce && target) this->target = static_cast<const int64_t*>(target->data_ptr());
+    const bool* kept = keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr;
+    for (int64_t t = 0; t < T; ++t)
+      if (!kept || kept[t]) index.push_back(t);
+  }
+
+  // Row t; sources of linear teachers are left to the caller.
+  KdRow row(int64_t t, int64_t V, bool gradient, bool statistics, std::vector<RowTeacher>& own) const {
+    own.clear();
+    for (const Given& g : teachers) {
+      RowTeacher r{g.form, g.share, {}, nullptr, 0};
+      if (g.form == LOGITS || g.form == PROBS || g.form == TOPK) r.values = {g.rows.at(t, 0), g.rows.dtype, nullptr};
+      if (g.form == TOPK) {
+        r.ids = static_cast<const int64_t*>(g.ids.at(t, 0));
+        r.K = g.tensors[0].size(1);
+      }
+      own.push_back(r);
+    }
+    return {V, kind, tau, beta, coef_kd[size_t(t)], target ? coef_ce[size_t(t)] : 0.0, target ? target[t] : -1,
+            gradient, statistics, {}, own.data(), int(own.size())};
+  }
+};
+
+template <class A>
+struct Results {
+  Tensor loss, kd, ce, stats;
+  A *d, *c, *s = nullptr;
+  int64_t T;
+
+  Results(const Tensor& like, int64_t rows, bool statistics)
+      : loss(make(like, {})), kd(make(like, {rows})), ce(make(like, {rows})),
+        stats(statistics ? make(like, {3, rows}) : make(like, {0})), T(rows) {
+    for (Tensor* t : {&kd, &ce, &stats}) torch::stable::zero_(*t);
+    d = static_cast<A*>(kd.data_ptr());
+    c = static_cast<A*>(ce.data_ptr());
+    if (statistics) s = static_cast<A*>(stats.data_ptr());
+  }
+  static Tensor make(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape, scalar_type<A>); }
+
+  void put(int64_t t, const KdResult& r) {
+    d[t] = A(r.kd);
+    c[t] = A(r.ce);
+    if (!s) return;
+    s[t] = A(r.entropy_student);
+    s[T + t] = A(r.entropy_teacher);
+    s[2 * T + t] = A(r.agree);
+  }
+  void sum(const Distillation& given) {  // in the order of the rows, whatever the threads
+    double total = 0;
+    for (int64_t t : given.index)
+      total += given.coef_kd[size_t(t)] * double(d[t]) + (given.target ? given.coef_ce[size_t(t)] * double(c[t]) : 0.0);
+    *static_cast<A*>(loss.data_ptr()) = A(total);
+  }
+};
+
+// work(row to fill in, its teachers, m, buffers) for every row in [0, count) of the list, in parallel
+template <class A, class F>
+void each_row(int64_t count, int64_t V, const F& work) {
+  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(V, 1));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    A* buffers = scratch_of<A>(2, KD_BUFFERS * kd_width(V));
+    std::vector<RowTeacher> own;
+    for (int64_t m = begin; m < end; ++m) work(m, own, buffers);
+  });
+}
+
+using Rows4 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class A>
+Rows4 kd_rows(const Tensor& logits, const Distillation& given, bool gradient, bool statistics) {
+  const int64_t V = logits.size(1);
+  Results<A> out(logits, given.T, statistics);
+  Tensor dlogits = gradient ? torch::stable::new_empty(logits, {given.T, V}) : torch::stable::new_empty(logits, {0});
+  if (gradient && int64_t(given.index.size()) < given.T) torch::stable::zero_(dlogits);
+  const Rows student(logits);
+  const int64_t bytes = V * student.bytes;
+  char* to = static_cast<char*>(dlogits.data_ptr());
+  each_row<A>(int64_t(given.index.size()), V, [&](int64_t m, std::vector<RowTeacher>& own, A* buffers) {
+    const int64_t t = given.index[size_t(m)];
+    KdRow row = given.row(t, V, gradient, statistics, own);
+    row.student = {student.at(t, 0), student.dtype, nullptr};
+    out.put(t, W2S_DISPATCH(kd_row<A>)(row, buffers, to + t * bytes, student.dtype));
+  });
+  out.sum(given);
+  return {out.loss, out.kd, out.ce, out.stats, dlogits};
+}
+
+Rows4 kd_loss(Tensor logits, W2S_KD_PARAMETERS, bool need_gradient, bool need_statistics) {
+  const Distillation given(logits, W2S_KD_ARGUMENTS);
+  if (given.f64) return kd_rows<double>(logits, given, need_gradient, need_statistics);
+  return kd_rows<float>(logits, given, need_gradient, need_statistics);
+}
+
+using Linear7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct Need {
+  bool hidden, head, bias, statistics;
+};
+
+template <class A>
+Linear7 linear_rows(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Distillation& given, Need need) {
+  const int64_t V = weight.size(0);
+  Scratch scratch{hidden, {}};
+  const Head<A> student(scratch, hidden, weight, bias ? &*bias : nullptr, V, given.index);
+  std::vector<Head<A>> heads;
+  for (const Given& g : given.teachers)
+    if (g.form >= LINEAR)
+      heads.emplace_back(scratch, g.tensors[0], g.tensors[1], g.form == LINEAR_BIAS ? &g.tensors[2] : nullptr, V, given.index);
+  const Chunks chunks(student.M, V, 1 + int64_t(heads.size()), int64_t(sizeof(A)));
+  const int64_t ld = chunks.ld;
+  std::vector<A*> tiles;
+  for (size_t i = 0; i <= heads.size(); ++i) tiles.push_back(scratch.get<A>(chunks.size * ld));
+  Results<A> out(hidden, given.T, need.statistics);
+  Spend<A> spend(scratch, student, hidden, weight, bias ? &*bias : nullptr, need.hidden, need.head, need.bias, chunks.pieces());
+  for (int64_t first = 0; first < student.M; first += chunks.size) {
+    const int64_t count = std::min(chunks.size, student.M - first);
+    student.logits(first, count, tiles[0], ld);
+    for (size_t i = 0; i < heads.size(); ++i) heads[i].logits(first, count, tiles[i + 1], ld);
+    each_row<A>(count, V, [&](int64_t m, std::vector<RowTeacher>& own, A* buffers) {
+      const int64_t t = given.index[size_t(first + m)];
+      KdRow row = given.row(t, V, spend.any(), need.statistics, own);
+      row.student = {tiles[0] + m * ld, own_dtype<A>, student.bias};
+      size_t next = 0;
+      for (RowTeacher& r : own)
+        if (r.form >= LINEAR) {
+          r.values = {tiles[next + 1] + m * ld, own_dtype<A>, heads[next].bias};
+          ++next;
+        }
+      out.put(t, W2S_DISPATCH(kd_row<A>)(row, buffers, tiles[0] + m * ld, own_dtype<A>));
+    });
+    if (spend.any()) spend.chunk(first, count, tiles[0], ld, first + count == student.M);
+  }
+  spend.finish(given.index);
+  out.sum(given);
+  return {out.loss, out.kd, out.ce, out.stats, spend.dhidden, spend.dhead, spend.dbias};
+}
+
+Linear7 linear_kd(Tensor hidden, Tensor head, std::optional<Tensor> bias, W2S_KD_PARAMETERS, bool need_hidden, bool need_head,
+                  bool need_bias, bool need_statistics) {
+  const Distillation given(hidden, W2S_KD_ARGUMENTS);
+  const Need need{need_hidden, need_head, need_bias, need_statistics};
+  if (given.f64) return linear_rows<double>(hidden, head, bias, given, need);
+  return linear_rows<float>(hidden, head, bias, given, need);
+}
+
+}  // namespace
+}  // namespace linear
+}  // namespace w2s
+
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
+  m.impl("kd_loss", TORCH_BOX(&w2s::linear::kd_loss));
+  m.impl("linear_kd", TORCH_BOX(&w2s::linear::linear_kd));
+}

@@ -1,0 +1,325 @@
+"""kd_loss and linear_kd on a GPU: one program a row makes D, cross-entropy and the gradient of the logits.
+
+First (max, log sum) of the student's and each teacher's row, then one sweep for D and the mean that its gradient needs,
+one for the gradient; see reference/linear_loss/distillation.py for the equations. Floor: every logit read once, the
+gradient written once; the sweeps after the first read from the L2 cache. linear_kd makes the logits of a chunk of rows
+with `rows.logits` and spends its gradient in two products of the library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..common import AotCase, Meta, dtype, launch, refuse_double
+from .rows import block_of, chunk_rows, logits, row_statistics, warps_of
+
+FKL, RKL, JSD, SCE, CE_SOFT = (tl.constexpr(i) for i in range(5))
+LOGITS, PROBS, TOPK = (tl.constexpr(i) for i in range(3))
+LOG_FLOOR, REMAINDER_FLOOR = tl.constexpr(-1e4), tl.constexpr(1e-12)
+NONE = tl.constexpr(-float("inf"))
+
+
+@triton.jit
+def _rest_kernel(logp, stride, count, vocab, o_rest, BLOCK: tl.constexpr):
+    """Probability of each class outside a top-k teacher's list."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    listed = tl.sum(tl.exp(tl.load(logp + row * stride + k, mask=k < count, other=NONE).to(tl.float32)), 0)
+    rest = tl.where(vocab > count, tl.maximum(1 - listed, REMAINDER_FLOOR) / tl.maximum(vocab - count, 1), 0.0)
+    tl.store(o_rest + row, rest)
+
+
+@triton.jit
+def _teacher(teachers, m: tl.constexpr, form: tl.constexpr, row, cols, mask, invtau):
+    """log q and q of teacher m, [BLOCK]; -inf and 0 in masked columns."""
+    values = teachers[0][m] + row * teachers[1][m]
+    if form == LOGITS:
+        top, log_sum = tl.load(teachers[4][m] + row), tl.load(teachers[5][m] + row)
+        z = tl.load(values + cols, mask=mask, other=NONE).to(tl.float32)
+        log_q = (z - top) * invtau - log_sum
+        q = tl.exp(log_q)
+    elif form == PROBS:
+        q = tl.load(values + cols, mask=mask, other=0.0).to(tl.float32)
+        log_q = tl.log(q)
+    else:
+        rest = tl.load(teachers[4][m] + row)
+        q = tl.where(mask, rest, 0.0)
+        for k in range(teachers[3][m]):
+            own = cols == tl.load(teachers[2][m] + row * teachers[3][m] + k)
+            q += tl.where(own, tl.exp(tl.load(values + k).to(tl.float32)) - rest, 0.0)
+        log_q = tl.log(q)
+    return log_q, q
+
+
+@triton.jit
+def _mixture(teachers, FORMS: tl.constexpr, row, cols, mask, invtau):
+    """log q, floored, and q of the mixture."""
+    log_q, q = _teacher(teachers, 0, FORMS[0], row, cols, mask, invtau)
+    if len(FORMS) > 1:
+        q *= teachers[6][0]
+        log_q += tl.log(teachers[6][0] + tl.zeros_like(log_q))
+        for m in tl.static_range(1, len(FORMS)):
+            log_m, q_m = _teacher(teachers, m, FORMS[m], row, cols, mask, invtau)
+            share = teachers[6][m]
+            log_m += tl.log(share + tl.zeros_like(log_m))
+            q += share * q_m
+            gap = tl.where(log_q == log_m, 0.0, tl.abs(log_q - log_m))
+            log_q = tl.maximum(log_q, log_m) + tl.log(1 + tl.exp(-gap))
+    return tl.maximum(log_q, LOG_FLOOR), q
+
+
+@triton.jit
+def _ratios(log_p, log_q, beta):
+    """log p - log m and log q - log m of m = beta q + (1 - beta) p; exactly 0 where the two are equal."""
+    d = log_q - log_p
+    u = tl.exp(-tl.abs(d))
+    over = tl.log(tl.where(d > 0, beta + (1 - beta) * u, 1 - beta + beta * u))
+    return -over - tl.maximum(d, 0.0), tl.minimum(d, 0.0) - over
+
+
+@triton.jit
+def _row_kernel(
+    student, stride, vocab, s_max, s_log_sum, s_one, teachers, target, keep, coef_kd, coef_ce, invtau, beta,
+    o_kd, o_ce, o_stats, rows, first, o_grad, o_stride,
+    KIND: tl.constexpr, FORMS: tl.constexpr, HARD: tl.constexpr, GRADIENT: tl.constexpr, STATISTICS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = first + row  # among all rows; student, teachers and gradient begin with this chunk's
+    kept = True
+    if keep is not None:
+        kept = tl.load(keep + at) != 0
+    top, log_sum = tl.load(s_max + row), tl.load(s_log_sum + row)
+    # sums: of terms of D, of terms under p, of q, of p log p, of q log q; largest entries and where they are
+    a, b, mass, h_s, h_t = 0.0, 0.0, 0.0, 0.0, 0.0
+    best_s, best_t = tl.full((), NONE, tl.float32), tl.full((), NONE, tl.float32)
+    at_s, at_t = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    for start in range(0, vocab, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < vocab
+        z = tl.load(student + row * stride + cols, mask=mask, other=NONE).to(tl.float32)
+        log_p = (z - top) * invtau - log_sum
+        p = tl.exp(log_p)
+        log_q, q = _mixture(teachers, FORMS, row, cols, mask, invtau)
+        under_p, under_q = tl.where(p == 0, 0.0, log_p), tl.where(q == 0, 0.0, log_p)
+        mass += tl.sum(q, 0)
+        if KIND == FKL:
+            a += tl.sum(q * (log_q - under_q), 0)
+        elif KIND == CE_SOFT:
+            a += tl.sum(-q * under_q, 0)
+        elif KIND == SCE:
+            a += tl.sum(-q * under_q, 0)
+            b += tl.sum(p * log_q, 0)
+        elif KIND == RKL:
+            b += tl.sum(p * (under_p - log_q), 0)
+        else:
+            r, s = _ratios(log_p, log_q, beta)
+            a += tl.sum(q * tl.where(q == 0, 0.0, s), 0)
+            b += tl.sum(p * tl.where(p == 0, 0.0, r), 0)
+        if STATISTICS:
+            h_s -= tl.sum(p * under_p, 0)
+            h_t -= tl.sum(q * tl.where(q == 0, 0.0, log_q), 0)
+            value, index = tl.max(z, 0), tl.argmax(z, 0)
+            at_s = tl.where(value > best_s, start + index, at_s)
+            best_s = tl.maximum(best_s, value)
+            value, index = tl.max(tl.where(mask, q, -1.0), 0), tl.argmax(tl.where(mask, q, -1.0), 0)
+            at_t = tl.where(value > best_t, start + index, at_t)
+            best_t = tl.maximum(best_t, value)
+    if KIND == SCE:
+        d = (1 - beta) * a - beta * b
+    elif KIND == JSD:
+        d = beta * a + (1 - beta) * b
+    elif KIND == RKL:
+        d = b
+    else:
+        d = a
+    tl.store(o_kd + at, tl.where(kept, d, 0.0))
+    y = tl.full((), -1, tl.int64)
+    one = log_sum
+    ce = 0.0
+    if HARD:
+        y = tl.load(target + at)
+        one = tl.load(s_one + row)
+        z_y = tl.load(student + row * stride + y, mask=kept, other=0.0).to(tl.float32)
+        ce = one - (z_y - top)
+    tl.store(o_ce + at, tl.where(kept, ce, 0.0))
+    if STATISTICS:
+        tl.store(o_stats + at, tl.where(kept, h_s, 0.0))
+        tl.store(o_stats + rows + at, tl.where(kept, h_t, 0.0))
+        tl.store(o_stats + 2 * rows + at, tl.where(kept & (at_s == at_t), 1.0, 0.0))
+    if GRADIENT:
+        c = tl.load(coef_kd + at).to(tl.float32) * invtau
+        hard = 0.0
+        if HARD:
+            hard = tl.load(coef_ce + at).to(tl.float32)
+        for start in range(0, vocab, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            mask = cols < vocab
+            z = tl.load(student + row * stride + cols, mask=mask, other=NONE).to(tl.float32)
+            log_p = (z - top) * invtau - log_sum
+            p = tl.exp(log_p)
+            log_q, q = _mixture(teachers, FORMS, row, cols, mask, invtau)
+            if KIND == RKL:
+                g = p * (tl.where(p == 0, 0.0, log_p) - log_q - b)
+            elif KIND == SCE:
+                g = (1 - beta) * (mass * p - q) - beta * p * (log_q - b)
+            elif KIND == JSD:
+                r, s = _ratios(log_p, log_q, beta)
+                g = (1 - beta) * p * (tl.where(p == 0, 0.0, r) - b)
+            else:
+                g = mass * p - q
+            g *= c
+            if HARD:
+                g += hard * (tl.exp((z - top) - one) - tl.where(cols == y, 1.0, 0.0))
+            g = tl.where(kept, g, 0.0)
+            tl.store(o_grad + row * o_stride + cols, g.to(o_grad.dtype.element_ty), mask=mask)
+
+
+def _split(teachers: Any, forms: Any) -> list[tuple[Any, ...]]:
+    counts, found, start = (1, 1, 2, 2, 3), [], 0
+    for form in forms:
+        found.append(tuple(teachers[start : start + counts[form]]))
+        start += counts[form]
+    return found
+
+
+def _prepared(teachers: list[tuple[int, Any, Any]], shares: Any, tau: float, vocab: int) -> tuple[tuple, tuple]:
+    """The `teachers` argument of the row kernel from (form, values, ids), and FORMS."""
+    values, ids = [t[1] for t in teachers], [t[2] for t in teachers]
+    first, second = [], []
+    for form, rows, _ in teachers:
+        a, b = None, None
+        if form == 0:
+            a, b = row_statistics(rows, tau)
+        elif form == 2:
+            a = rows.new_empty((rows.shape[0],), dtype=dtype(rows, "float32"))
+            launch(_rest_kernel, rows.shape[0], rows, rows, rows.stride(0), rows.shape[1], vocab, a, BLOCK=64)
+        first.append(a)
+        second.append(b)
+    packed = (
+        tuple(values), tuple(v.stride(0) for v in values), tuple(ids),
+        tuple(0 if i is None else i.shape[1] for i in ids), tuple(first), tuple(second), tuple(map(float, shares)),
+    )
+    return packed, tuple(t[0] for t in teachers)
+
+
+def _rows(z: Any, teachers: list[tuple[int, Any, Any]], given: tuple, out: tuple, first: int, grad: Any) -> None:
+    """The row kernel on a chunk of logits that begins at row ``first``; grad may be None."""
+    _, _, shares, kind, tau, beta, target, keep, coef_kd, coef_ce = given
+    kd, ce, stats = out
+    rows, vocab = z.shape
+    packed, forms = _prepared(teachers, shares, tau, vocab)
+    top, log_sum = row_statistics(z, tau)
+    hard = coef_ce is not None and target is not None
+    one = (log_sum if tau == 1 else row_statistics(z, 1.0)[1]) if hard else log_sum
+    launch(
+        _row_kernel, rows, z, z, z.stride(0), vocab, top, log_sum, one, packed, target, keep, coef_kd, coef_ce,
+        1.0 / tau, float(beta), kd, ce, stats, kd.shape[0], first,
+        z if grad is None else grad, vocab if grad is None else grad.stride(0),
+        KIND=kind, FORMS=forms, HARD=hard, GRADIENT=grad is not None, STATISTICS=stats.shape[0] > 0,
+        BLOCK=block_of(vocab), num_warps=warps_of(vocab),
+    )
+
+
+def _outputs(like: Any, rows: int, statistics: bool) -> tuple[Any, Any, Any]:
+    f32 = dtype(like, "float32")
+    kd, ce = (like.new_empty((rows,), dtype=f32) for _ in range(2))
+    return kd, ce, like.new_empty((3, rows) if statistics else (0,), dtype=f32)
+
+
+def _total(given: tuple, kd: Any, ce: Any) -> Any:
+    """sum coef_kd D + coef_ce CE over the rows kept."""
+    loss = kd * given[8].float()
+    if given[9] is not None and given[6] is not None:
+        loss = loss + ce * given[9].float()
+    return (loss if given[7] is None else loss.masked_fill(given[7].logical_not(), 0.0)).sum()
+
+
+def launch_kd_loss(*args: Any) -> tuple[Any, ...]:
+    """Arguments of `kd_loss` -> (loss, kd, ce, stats, dlogits)."""
+    z, given, (need, statistics) = args[0], args[1:11], args[11:]
+    kd, ce, stats = rows_of_logits(z, given, need, statistics, grad := z.new_empty(z.shape if need else (0,)))
+    return _total(given, kd, ce), kd, ce, stats, grad
+
+
+def rows_of_logits(z: Any, given: tuple, need: bool, statistics: bool, grad: Any) -> tuple[Any, Any, Any]:
+    """(kd, ce, stats) of every row; the gradient into ``grad`` if needed."""
+    out = _outputs(z, z.shape[0], statistics)
+    teachers = [(f, t[-1], t[0] if f == 2 else None) for f, t in zip(given[1], _split(given[0], given[1]), strict=True)]
+    _rows(z, teachers, given, out, 0, grad if need else None)
+    return out
+
+
+def launch_linear_kd(*args: Any) -> tuple[Any, ...]:
+    """Arguments of `linear_kd` -> (loss, kd, ce, stats, dhidden, dhead, dbias)."""
+    (hidden, head, bias), given, (need_hidden, need_head, need_bias, statistics) = args[:3], args[3:13], args[13:]
+    rows, vocab, keep, f32 = hidden.shape[0], head.shape[0], given[7], dtype(hidden, "float32")
+    if keep is not None:  # what such a row holds must not reach the products
+        hidden = hidden.masked_fill(keep.logical_not().unsqueeze(1), 0.0)
+    need = need_hidden or need_head or need_bias
+    dhidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
+    dhead = head.new_zeros(head.shape if need_head else (0,), dtype=f32)
+    dbias = head.new_zeros((vocab,) if need_bias else (0,), dtype=f32)
+    split, out = _split(given[0], given[1]), _outputs(hidden, rows, statistics)
+    linear = sum(form >= 3 for form in given[1])
+    chunk = chunk_rows(rows, vocab, 4 * (1 + linear) + head.element_size())
+    for first in range(0, rows, chunk):
+        part = slice(first, min(first + chunk, rows))
+        size = part.stop - first
+        z = hidden.new_empty((size, vocab), dtype=f32)
+        logits(hidden, head, bias, first, z)
+        teachers = []
+        for form, t in zip(given[1], split, strict=True):
+            if form >= 3:
+                tile = hidden.new_empty((size, vocab), dtype=f32)
+                logits(t[0], t[1], t[2] if form == 4 else None, first, tile)
+                teachers.append((0, tile, None))
+            else:
+                teachers.append((form, t[-1][part], t[0][part] if form == 2 else None))
+        dz = z if z.dtype == head.dtype else head.new_empty((size, vocab))
+        _rows(z, teachers, given, out, first, dz if need else None)
+        if need_hidden:
+            dhidden[part] = dz.matmul(head)
+        if need_head:
+            dhead += dz.t().matmul(hidden[part])
+        if need_bias:
+            dbias += dz.float().sum(0)
+    like = hidden if bias is None else bias
+    return (
+        _total(given, out[0], out[1]), *out, dhidden, dhead.to(head.dtype),
+        dbias.to(like.dtype) if need_bias else like.new_empty((0,)),
+    )
+
+
+def supports_kd(*args: Any) -> str | None:
+    """The reason these kernels cannot serve a call of `kd_loss`, or None."""
+    return refuse_double(args[0], *args[1])
+
+
+def supports_linear_kd(*args: Any) -> str | None:
+    """The reason these kernels cannot serve a call of `linear_kd`, or None."""
+    return refuse_double(args[0], args[1], *args[3])
+
+
+def aot_cases() -> list[AotCase]:
+    """Vision rows with labels, and every kind on a language model's chunk of logits."""
+
+    def run(kind: int, forms: tuple[int, ...], rows: int, vocab: int, element: str, hard: bool) -> None:
+        z, row = Meta((rows, vocab), element), Meta((rows,), "float32")
+        tensors: list[Any] = []
+        for form in forms:
+            tensors += [Meta((rows, 10), "int64"), Meta((rows, 10), element)] if form == 2 else [z]
+        target, coef_ce = (Meta((rows,), "int64"), row) if hard else (None, None)
+        shares = [1.0 / len(forms)] * len(forms)
+        given = (tensors, forms, shares, kind, 4.0, 0.5, target, None, row, coef_ce)
+        rows_of_logits(z, given, True, hard, Meta((rows, vocab), element))
+
+    return [
+        AotCase("fp32-c1000-fkl-hard", lambda: run(0, (0,), 512, 1000, "float32", True)),
+        AotCase("fp32-v151936-rkl", lambda: run(1, (0,), 1024, 151936, "float32", False)),
+        AotCase("bf16-v32000-jsd-two", lambda: run(2, (0, 1), 1024, 32000, "bfloat16", False)),
+        AotCase("bf16-v32000-sce-topk", lambda: run(3, (2,), 1024, 32000, "bfloat16", False)),
+    ]
