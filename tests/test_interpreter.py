@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import w2s_fast
+import w2s_fast.nn
 from w2s_fast.library import OPS
 from w2s_fast.testing.boxes import KINDS, assert_contains, exact_bounds, random
 from w2s_fast.testing.compare import compare
@@ -235,6 +236,22 @@ def test_sound_boxes_contain_the_exact_ones_whatever_a_matrix_unit_rounds(kind: 
     if kind == "point":  # and the check can fail
         with pytest.raises(AssertionError):
             assert_contains(fast, exact)
+
+
+@interpreted
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_a_models_sound_bounds_hold_on_matrix_units(compute: str):
+    torch.manual_seed(0)
+    nn = torch.nn
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5)).eval()
+    x = torch.rand(4, 1, 6, 6)
+    with torch.no_grad(), w2s_fast.backend("triton"):
+        lower, upper = w2s_fast.nn.bound(model, compute=compute).bounds(x, 1e-4)
+        exact = w2s_fast.nn.bound(model).bounds(x, 1e-4)
+    near = x + 1e-4 * (2 * torch.rand(200, *x.shape, dtype=torch.float64) - 1)
+    z = model.double()(near.flatten(0, 1)).unflatten(0, (200, 4))
+    assert bool((z >= lower).all() and (z <= upper).all())
+    assert bool((lower < exact[0]).all() and (upper > exact[1]).all())  # the mode reached every layer
 
 
 @interpreted

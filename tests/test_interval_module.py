@@ -240,3 +240,12 @@ def test_refuses_what_it_cannot_follow():
         bound(model.eval()).bounds(x, -1)
     with pytest.raises(ValueError, match="model must be in eval mode where it has Dropout"):
         bound(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))).bounds(torch.zeros(1, 2), 0.1)
+
+
+def test_compute_is_a_permission_that_a_cpu_does_not_need():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.rand(2, 4)
+    for rounding in ("fast", "sound"):
+        found = (bound(model, compute=c).bounds(x, 0.1, rounding) for c in ("fp32", "bf16"))
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"compute must be one of .* got 'fp8'"):
+        bound(model, compute="fp8")

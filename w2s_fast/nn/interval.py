@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..ops.interval_bounds.inputs import ROUNDINGS, Rounding
+from ..ops.interval_bounds.inputs import COMPUTES, ROUNDINGS, Compute, Rounding
 from ..ops.interval_bounds.margin import margin_logits
 from .interval_backward import upper_bounds
 from .interval_layers import OP, Box, Mode, input_box, rounded, uses_batch
@@ -102,6 +102,7 @@ class IntervalModule(nn.Module):
     Args:
         model: a module that `torch.fx` can trace, made of Linear, Conv2d, BatchNorm, ReLU, pooling, Flatten and +;
             ``nn.Sequential`` and residual models are. Its parameters are used as they are; nothing is copied.
+        compute: what a GPU may multiply float32 numbers in, see `w2s_fast.interval_linear`; merged margins are float32.
 
     In training mode batch-norm takes the statistics of the clean activations, through which gradients flow, and updates
     its running ones from them, as certified training does. Certificates need eval mode.
@@ -117,8 +118,9 @@ class IntervalModule(nn.Module):
         True
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, compute: Compute = "fp32") -> None:
         super().__init__()
+        self.compute = checks.choice(OP, "compute", compute, COMPUTES)
         if not isinstance(model, nn.Module):
             checks.fail(OP, "model", "a torch.nn.Module", type(model).__name__, error=TypeError)
         self.model = model
@@ -205,18 +207,18 @@ class IntervalModule(nn.Module):
         self, steps: Program, x: Tensor, eps: Any, rounding: Any, clip: Any, clean: bool = False
     ) -> IntervalPass:
         checks.is_float_tensor(OP, "x", x)
-        mode = Mode(checks.choice(OP, "rounding", rounding, ROUNDINGS) == "sound")
+        mode = Mode(checks.choice(OP, "rounding", rounding, ROUNDINGS) == "sound", self.compute)  # type: ignore[arg-type]
         wanted = clean or any(uses_batch(m) for m in self.model.modules())
         return IntervalPass(steps, mode, Box(*input_box(x, eps, mode.sound, clip), x if wanted else None))
 
 
-def bound(model: nn.Module) -> IntervalModule:
+def bound(model: nn.Module, *, compute: Compute = "fp32") -> IntervalModule:
     """`IntervalModule` of ``model``.
 
     Args:
-        model: see `IntervalModule`.
+        model, compute: see `IntervalModule`.
     """
-    return IntervalModule(model)
+    return IntervalModule(model, compute=compute)
 
 
 def verify(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..ops.interval_bounds.affine import interval_affine, interval_batchnorm_stats
 from ..ops.interval_bounds.conv import interval_conv2d
-from ..ops.interval_bounds.inputs import Rounding
+from ..ops.interval_bounds.inputs import Compute, Rounding
 from ..ops.interval_bounds.linear import interval_linear
 from ..reference.interval_bounds.boxes import outward
 
@@ -37,6 +37,7 @@ class Box(NamedTuple):
 
 class Mode(NamedTuple):
     sound: bool
+    compute: Compute = "fp32"
 
     @property
     def rounding(self) -> Rounding:
@@ -139,13 +140,12 @@ def affine(layer: Any, norm: Any, relu: bool) -> Layer:
     """
     alone = None if norm is None else _norm(norm)
 
-    def apply(box: Box, weight: Tensor, bias: Tensor | None, act: Any, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    def apply(mode: Mode, box: Box, weight: Tensor, bias: Tensor | None, act: Any) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"act": act, "rounding": mode.rounding, "compute": mode.compute}
         if isinstance(layer, nn.Linear):
-            return interval_linear(box.lower, box.upper, weight, bias, act=act, rounding=rounding)
-        options = {"stride": layer.stride, "padding": padding_of(layer), "dilation": layer.dilation}
-        return interval_conv2d(
-            box.lower, box.upper, weight, bias, **options, groups=layer.groups, act=act, rounding=rounding
-        )
+            return interval_linear(box.lower, box.upper, weight, bias, **options)
+        options |= {"stride": layer.stride, "padding": padding_of(layer), "dilation": layer.dilation}
+        return interval_conv2d(box.lower, box.upper, weight, bias, groups=layer.groups, **options)
 
     def run(mode: Mode, box: Box) -> Box:
         clean = None if box.clean is None else layer(box.clean)
@@ -153,7 +153,7 @@ def affine(layer: Any, norm: Any, relu: bool) -> Layer:
         act: Any = "relu" if relu else None
         statistics = None
         if alone is not None and mode.sound:
-            lower, upper = apply(box, weight, bias, None, "sound")
+            lower, upper = apply(mode, box, weight, bias, None)
             found = alone(mode, Box(lower, upper, clean))
             return both(F.relu)(mode, found) if relu else found
         if norm is not None:
@@ -162,11 +162,11 @@ def affine(layer: Any, norm: Any, relu: bool) -> Layer:
             clean = None if clean is None else norm(clean)
             if isinstance(layer, nn.Linear) and weight.numel() > len(box.lower) * len(weight):
                 # a scaled copy of a large weight costs more than a pass over a few outputs
-                lower, upper = interval_affine(*apply(box, weight, bias, None, "fast"), s, t, act=act)
+                lower, upper = interval_affine(*apply(mode, box, weight, bias, None), s, t, act=act)
                 return Box(lower, upper, F.relu(clean) if relu and clean is not None else clean, statistics)
             weight = weight * s.reshape(-1, *(1,) * (weight.ndim - 1))
             bias = t if bias is None else bias * s + t
-        lower, upper = apply(box, weight, bias, act, mode.rounding)
+        lower, upper = apply(mode, box, weight, bias, act)
         return Box(lower, upper, F.relu(clean) if relu and clean is not None else clean, statistics)
 
     return run
