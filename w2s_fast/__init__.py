@@ -36,10 +36,11 @@ from .ops.linear_loss.cross_entropy import linear_fusion_cross_entropy
 from .ops.linear_loss.dynamic_weights import linear_dynamic_weights
 from .ops.linear_loss.eisl import linear_eisl
 from .ops.linear_loss.kd import kd_loss
+from .ops.linear_loss.linear_ce import linear_ce
 from .ops.linear_loss.linear_kd import linear_kd
+from .ops.linear_loss.linear_preference import linear_preference
 from .ops.linear_loss.logp import linear_logp
 from .ops.linear_loss.logprobs import linear_fusion_logprobs
-from .ops.linear_loss.preference import linear_preference
 from .ops.linear_loss.sample import linear_fusion_sample
 from .ops.logit_fusion.dynamic_weights import DynamicWeights, dynamic_fusion_weights
 from .ops.logit_fusion.fuse import fuse_logits
@@ -91,6 +92,7 @@ __all__ = [
     "kv_compress",
     "kv_compressed_attention",
     "linear_arm_loss",
+    "linear_ce",
     "linear_dynamic_weights",
     "linear_eisl",
     "linear_fusion_cross_entropy",

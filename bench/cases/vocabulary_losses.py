@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import w2s_fast
 
-from ..case import Case, compiled, eager, official
+from ..case import Case, Provider, Unavailable, compiled, eager, official, peer, yardstick
 
 
 def _random(generator: torch.Generator, device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
@@ -27,6 +28,106 @@ def _graded(loss: Callable[..., Tensor], trainable: bool) -> Callable[..., tuple
         return (value.detach(), *torch.autograd.grad(value, (h, w) if trainable else (h,)))
 
     return call
+
+
+def _labels(rows: int, vocab: int, width: int, ignored: float, dtype: torch.dtype) -> Callable[..., tuple[Any, ...]]:
+    """(h, W, target) with a fraction of the targets ignored."""
+
+    def make(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
+        target = torch.randint(vocab, (rows,), generator=generator, device=device)
+        target[: int(ignored * rows)] = -100
+        h, w = _random(generator, device, rows, width), _random(generator, device, vocab, width, scale=width**-0.5)
+        return h.to(dtype), w.to(dtype), target
+
+    return make
+
+
+def _plain_ce(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, w).float(), target)
+
+
+def _ours_ce(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    loss = w2s_fast.linear_ce(h, w, target)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _three_products(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """What any implementation that keeps the logits has to multiply."""
+    del target
+    z = h @ w.t()
+    return z @ w, z.t() @ h
+
+
+def _library() -> Callable[..., tuple[Tensor, ...]]:
+    """torch's own fused op with its default options."""
+    own = getattr(F, "linear_cross_entropy", None)
+    if own is None:
+        raise Unavailable("this torch has no torch.nn.functional.linear_cross_entropy")
+    return _graded(lambda h, w, target: own(h, w, target), True)
+
+
+def _on_a_gpu(module: str, form: Callable[[Any], Callable[..., Tensor]]) -> Callable[[], Callable[..., Any]]:
+    """A peer made of Triton kernels, which have no CPU to run on."""
+
+    def make() -> Callable[..., Any]:
+        if not torch.cuda.is_available():
+            raise Unavailable(f"{module}'s kernels are Triton and run on a GPU only")
+        return _graded(form(importlib.import_module(module)), True)
+
+    return make
+
+
+def _liger(module: Any) -> Callable[..., Tensor]:
+    apply = module.ops.fused_linear_cross_entropy.LigerFusedLinearCrossEntropyFunction.apply
+    return lambda h, w, target: apply(h, w, target)[0]
+
+
+def _cut(module: Any) -> Callable[..., Tensor]:
+    return lambda h, w, target: module.linear_cross_entropy(h, w, target)
+
+
+def _ce(
+    rows: int,
+    vocab: int,
+    width: int,
+    ignored: float = 0.0,
+    dtype: str = "float32",
+    hot: bool = False,
+    targets: dict[str, float] | None = None,
+) -> Case:
+    kind = getattr(torch, dtype)
+    count = rows - int(ignored * rows)
+    plain = _graded(_plain_ce, True)
+    providers = {
+        "eager": eager(plain),
+        "compile": compiled(plain),
+        "F.linear_cross_entropy": Provider("eager", _library),
+        "three products": yardstick(lambda: _three_products),
+        "liger-kernel": peer(_on_a_gpu("liger_kernel", _liger)),
+        "cut-cross-entropy": peer(_on_a_gpu("cut_cross_entropy", _cut)),
+    }
+    size = 4.0 if dtype == "float32" else 2.0
+    return Case(
+        op="linear_ce",
+        name=f"V{vocab}-T{rows}-D{width}-{dtype}" + (f"-{ignored:.0%}-ignored" if ignored else ""),
+        dtype=dtype,
+        shape={"T": rows, "V": vocab, "D": width},
+        bytes=size * 2 * width * (vocab + rows),
+        flops=6.0 * count * vocab * width,
+        prediction="three products over the rows that count at our product's rate (AVX-512, where torch.mm runs AVX2 "
+        "code on AMD: half of three torch.mm), a sixth more where T > D, as dW's memory keeps the logits of D rows, "
+        "and a tenth of row work; eager adds passes over [T, V] to torch.mm's products: twice as fast",
+        inputs=_labels(rows, vocab, width, ignored, kind),
+        ours=_graded(_ours_ce, True),
+        reference=plain,
+        providers=providers,
+        targets=targets or {},
+        rtol=2e-3 if dtype == "float32" else 4e-2,
+        atol=1e-6 if dtype == "float32" else 1e-4,
+        hot=hot,
+        mode="fwdbwd",
+    )
 
 
 def _plain_logp(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
@@ -143,9 +244,13 @@ def _confidence(batch: int, classes: int) -> Case:
 
 
 def cases(device: str) -> list[Case]:
-    """Log-probabilities, preferences and the confidence loss."""
+    """Cross-entropy, log-probabilities, preferences and the confidence loss."""
     del device
     return [
+        _ce(1024, 32000, 512, hot=True, targets={"eager": 1.2, "compile": 1.0, "three products": 1 / 1.08}),
+        _ce(512, 151936, 512, targets={"F.linear_cross_entropy": 12.0}),
+        _ce(1024, 32000, 512, ignored=0.9, targets={"eager": 5.0}),
+        _ce(1024, 32000, 512, dtype="bfloat16", targets={"eager": 1.3}),
         *(_dpo(4, 128, 32000, 512, trainable) for trainable in (True, False)),
         _logp(4, 128, 32000, 512),
         _confidence(1024, 2),

@@ -1,15 +1,14 @@
-"""linear_fusion_logprobs, its gradient and linear_fusion_cross_entropy on a GPU.
+"""linear_fusion_logprobs on a GPU.
 
-Forward: one sweep that writes (max, sum) of every tile and a merge; [T, V / 64] floats, never [T, V]. Gradient: chunks
-of rows; the tile kernel computes the logits again and writes dz for the chunk (bounded scratch), the library's
-products turn it into dh_i = scale_i dz W_i and dW_i = dz^T (scale_i h_i).
+One sweep that writes (max, sum) of every tile and a merge; [T, V / 64] floats, never [T, V]. Expectations E_p[W]: for a
+chunk of rows the tile kernel computes the logits again and writes p (bounded scratch) for the library's product.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..common import AotCase, Meta, dtype
+from ..common import AotCase, Meta
 from .tile import gradient_tile, log_probabilities, prepare, supports_linear
 
 #: Bytes of dz that exist at a time.
@@ -25,10 +24,6 @@ def _chunks(rows: int, vocab_size: int, width: int) -> list[tuple[int, int]]:
     return [(first, min(size, rows - first)) for first in range(0, rows, size)]
 
 
-def _scale(i: int, weights: Any, values: Any, temperature: float, first: int, rows: int) -> Any:
-    return values[i] / temperature if weights is None else weights[first : first + rows, i : i + 1] / temperature
-
-
 def _sweep(given: tuple, target: Any, ignore_index: int, lse: Any, a: Any, b: Any) -> Any:
     """(first, rows, dz) of every chunk; dz is in the first head's dtype."""
     hiddens, heads, biases, weights, values, temperature, _, vocab_size = given
@@ -41,11 +36,6 @@ def _sweep(given: tuple, target: Any, ignore_index: int, lse: Any, a: Any, b: An
 
 def launch_linear_fusion_logprobs(*args: Any) -> tuple[Any, Any, Any, Any]:
     """Arguments of `linear_fusion_logprobs` -> (logp, lse, mean_rows, mean_logits)."""
-    return _forward(*args)[:4]
-
-
-def _forward(*args: Any) -> tuple[Any, Any, Any, Any, Any]:
-    """Outputs of `linear_fusion_logprobs` and unit of `log_probabilities`."""
     given, (target, ignore_index, need_rows, need_logits) = args[:8], args[8:]
     hiddens, heads, biases, weights, values, temperature, _, vocab_size = given
     models, options = prepare(hiddens, heads, biases, weights, values, temperature)
@@ -62,59 +52,14 @@ def _forward(*args: Any) -> tuple[Any, Any, Any, Any, Any]:
                 start += h.shape[1]
                 if need_logits:
                     mean_logits[part, i] = (mean * h[part].float()).sum(1) + _dot(p, biases, i, vocab_size)
-    return logp, lse, mean_rows if need_rows else lse.new_empty((0,)), mean_logits, unit
+    return logp, lse, mean_rows if need_rows else lse.new_empty((0,)), mean_logits
 
 
 def _dot(g: Any, biases: Any, i: int, vocab_size: int) -> Any:
     return g.float().matmul(biases[i][:vocab_size].float()) if biases else 0.0
 
 
-def launch_linear_fusion_backward(*args: Any) -> tuple[list[Any], list[Any], list[Any], Any]:
-    """Arguments of `linear_fusion_backward` -> (dhiddens, dheads, dbiases, dweights)."""
-    given, (target, ignore_index, lse, a, b, need_h, need_w, need_b, need_weights) = args[:8], args[8:]
-    hiddens, heads, biases, weights, values, temperature, _, vocab_size = given
-    rows, count, single = hiddens[0].shape[0], len(hiddens), dtype(hiddens[0], "float32")
-
-    def zeros(tensors: Any, mask: int) -> list[Any]:
-        return [t.new_zeros(t.shape if mask >> i & 1 else (0,), dtype=single) for i, t in enumerate(tensors)]
-
-    dhiddens, dheads, dbiases = zeros(hiddens, need_h), zeros(heads, need_w), zeros(biases, need_b)
-    dweights = lse.new_zeros((rows, count) if need_weights else (0,))
-    a, b = a.float().contiguous(), b.float().contiguous()
-    for first, size, dz in _sweep(given, target, ignore_index, lse, a, b):
-        part = slice(first, first + size)
-        for i, (h, head) in enumerate(zip(hiddens, heads, strict=True)):
-            scale, g = _scale(i, weights, values, temperature, first, size), dz.to(head.dtype)
-            if need_h >> i & 1 or need_weights:
-                raw = g.matmul(head[:vocab_size]).float()
-                if need_h >> i & 1:
-                    dhiddens[i][part] = raw * scale
-                if need_weights:
-                    dweights[part, i] = ((raw * h[part].float()).sum(1) + _dot(dz, biases, i, vocab_size)) / temperature
-            if need_w >> i & 1:
-                dheads[i][:vocab_size] += g.t().matmul((h[part].float() * scale).to(head.dtype))
-            if need_b >> i & 1:
-                dbiases[i][:vocab_size] += (dz.float() * scale).sum(0)
-    cast = [
-        [x.to(t.dtype) for x, t in zip(xs, ts, strict=True)]
-        for xs, ts in ((dhiddens, hiddens), (dheads, heads), (dbiases, biases))
-    ]
-    return cast[0], cast[1], cast[2], dweights
-
-
-def launch_linear_fusion_cross_entropy(*args: Any) -> tuple[Any, ...]:
-    """Arguments of `linear_fusion_cross_entropy` -> (loss, dhiddens, dheads, dbiases, dweights)."""
-    given, (target, ignore_index, mean, *need) = args[:8], args[8:]
-    logp, lse, _, _, unit = _forward(*given, target, ignore_index, False, False)
-    keep = (target != ignore_index).to(lse.dtype)
-    coef = keep / keep.sum().clamp_min(1) if mean else keep
-    grads = launch_linear_fusion_backward(*given, target, ignore_index, lse, -coef, coef * unit, *need)
-    return (-(logp * coef).sum(), *grads)
-
-
-supports_linear_fusion_logprobs = supports_linear_fusion_backward = supports_linear_fusion_cross_entropy = (
-    supports_linear
-)
+supports_linear_fusion_logprobs = supports_linear
 
 
 def aot_cases() -> list[AotCase]:

@@ -48,6 +48,14 @@ inline bool wants_double(const Tensors& hiddens, const Tensors& heads) {
   return false;
 }
 
+template <class F>
+inline std::vector<int64_t> rows_where(int64_t rows, const F& counts) {
+  std::vector<int64_t> found;
+  for (int64_t t = 0; t < rows; ++t)
+    if (counts(t)) found.push_back(t);
+  return found;
+}
+
 template <class A>
 struct Engine {
   int n;
@@ -64,9 +72,11 @@ struct Engine {
   std::vector<A*> narrow_tile;  // heads narrower than A, widened
 
   Engine(W2S_LINEAR_PARAMETERS, const int64_t* target, int64_t ignore_index)
-      : n(int(hiddens.size())), T(hiddens[0].size(0)), V(vocab_size), temperature(temperature), cap(A(softcap)), hiddens(hiddens) {
-    for (int64_t t = 0; t < T; ++t)
-      if (!target || target[t] != ignore_index) index.push_back(t);
+      : Engine(W2S_LINEAR_ARGUMENTS, rows_where(hiddens[0].size(0), [&](int64_t t) { return !target || target[t] != ignore_index; })) {}
+
+  Engine(W2S_LINEAR_PARAMETERS, std::vector<int64_t> rows_that_count)
+      : n(int(hiddens.size())), T(hiddens[0].size(0)), V(vocab_size), temperature(temperature), cap(A(softcap)),
+        index(std::move(rows_that_count)), hiddens(hiddens) {
     M = int64_t(index.size());
     Mp = round_up(M, 16);
     for (int i = 0; i < n; ++i) {
@@ -175,6 +185,9 @@ struct Statistics {
   const int64_t* target;
   std::vector<A> ref, at_target, newest, total, tops, sums;
   std::vector<double> sum;
+  std::vector<A> spreads;
+  std::vector<double> spread;  // sum_v exp(z - ref) (z - ref), if wanted
+  std::vector<int64_t> best;   // first token of the largest logit, if wanted
 
   Statistics(const Engine<A>& engine, const int64_t* target)
       : e(engine), target(target), ref(size_t(e.Mp), -std::numeric_limits<A>::infinity()), at_target(size_t(e.Mp)),
@@ -191,19 +204,49 @@ struct Statistics {
     }
   }
 
+  void want(bool entropy, bool largest) {
+    if (entropy) spread.assign(size_t(e.Mp), 0.0), spreads.resize(sums.size());
+    if (largest) best.assign(size_t(e.Mp), 0);
+  }
+
   // a tile of logits: adds its mass; the chunks' (max, sum) stay in tops, sums
   void add(int64_t r0, int64_t rows, A* z, int64_t ld) {
     pick(r0, rows, z, ld);
     e.chunks([&](int64_t c, int64_t v, int64_t count) {
       W2S_DISPATCH(chunk_stats<A>)(z + v * ld, count, ld, &tops[size_t(c * ld)], &sums[size_t(c * ld)]);
+      if (!spread.empty()) W2S_DISPATCH(chunk_spread<A>)(z + v * ld, count, ld, &tops[size_t(c * ld)], &spreads[size_t(c * ld)]);
     });
     W2S_DISPATCH(merge_chunks<A>)(tops.data(), sums.data(), pieces(e.nv, CHUNK), ld, &ref[size_t(r0)], newest.data(), total.data());
-    for (int64_t t = 0; t < rows; ++t) {
+    parallel_items(rows, 64, [&](int64_t t) {
       A& r = ref[size_t(r0 + t)];
       double& s = sum[size_t(r0 + t)];
-      if (newest[size_t(t)] > r) s *= std::exp(double(r) - double(newest[size_t(t)]));
+      const double shift = double(r) - double(newest[size_t(t)]);
+      if (newest[size_t(t)] > r) {
+        const double f = std::exp(shift);
+        if (!spread.empty() && s != 0) spread[size_t(r0 + t)] = f * (spread[size_t(r0 + t)] + shift * s);
+        if (!best.empty()) best[size_t(r0 + t)] = e.v0 + first_of(newest[size_t(t)], z, ld, t);
+        s *= f;
+      }
       r = newest[size_t(t)];
       s += double(total[size_t(t)]);
+      if (!spread.empty()) add_spread(r0 + t, t, ld);
+    });
+  }
+
+  // the first row of the tile whose logit of token t is `top`
+  int64_t first_of(A top, const A* z, int64_t ld, int64_t t) const {
+    int64_t c = 0;
+    while (tops[size_t(c * ld + t)] != top) ++c;
+    int64_t v = c * CHUNK;
+    while (z[v * ld + t] != top) ++v;
+    return v;
+  }
+
+  void add_spread(int64_t row, int64_t t, int64_t ld) {
+    for (int64_t c = 0; c < pieces(e.nv, CHUNK); ++c) {
+      const double top = double(tops[size_t(c * ld + t)]), over = top - double(ref[size_t(row)]);
+      if (top == -std::numeric_limits<double>::infinity()) continue;
+      spread[size_t(row)] += std::exp(over) * (double(spreads[size_t(c * ld + t)]) + over * double(sums[size_t(c * ld + t)]));
     }
   }
 

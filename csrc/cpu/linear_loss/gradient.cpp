@@ -1,334 +1,59 @@
-#include "cpu/linear_loss/engine.h"
+#include "cpu/linear_loss/gradient.h"
 
-// Gradients of all models. dz_tv = a_t [v = y_t] + b_t p_tv; a tile of it feeds two products: dh_i += dz W_i and
-// dW_i = dz^T (w_i h_i).
-//
-// A loss whose coefficients are known beforehand (mean, sum) needs lse before the first gradient tile. Rather than compute
-// the logits twice, the first sweep leaves them in the memory of dW: tile for tile the [tile, D_i] floats of a gradient
-// that is not written yet hold [tile, <= D_i] logits. The second sweep takes a tile out, then writes the gradient there.
-// Rows beyond the sum of the D_i are computed again.
+// The gradient of any loss over a vocabulary from coefficients of its rows, the logits computed again.
 namespace w2s {
 namespace linear {
 namespace {
 
-struct Need {
-  int64_t hiddens, heads, biases;
-  bool weights;
-};
-
-struct Segment {  // rows [r0, r0 + rows), and the model whose dW keeps their logits (-1: none)
-  int64_t r0, rows;
-  int stash;
-};
-
-template <class A>
-struct Gradients {
-  Engine<A>& e;
-  Need need;
-  Tensors dhiddens, dheads, dbiases;
-  Tensor dweights;
-  std::vector<A> a, b, lse;           // [Mp]
-  std::vector<double> dw;             // [Mp, n]: sum_v dz (b_i, or the capped logit)
-  std::vector<std::vector<A>> dbias;  // [V]
-  A *raw = nullptr, *z = nullptr, *slope = nullptr;  // raw: sum_v dz_tv W_i,v, [M, width]
-  std::vector<A*> wide, capped;       // a tile of dW in A, where dW is narrower
-  std::vector<A> partial;
-
-  Gradients(Engine<A>& engine, const Tensors& heads, const Tensors& biases, Need wanted) : e(engine), need(wanted) {
-    for (int i = 0; i < e.n; ++i) {
-      dhiddens.push_back(like(e.hiddens[size_t(i)], need.hiddens >> i & 1));
-      dheads.push_back(like(heads[size_t(i)], need.heads >> i & 1));
-    }
-    for (int i = 0; i < int(biases.size()); ++i) {
-      dbiases.push_back(like(biases[size_t(i)], need.biases >> i & 1));
-      dbias.emplace_back(size_t(need.biases >> i & 1 ? e.V : 0));
-    }
-    dweights = need.weights ? e.output({e.T, e.n}) : e.output({0});
-    for (auto* v : {&a, &b, &lse}) v->assign(size_t(e.Mp), A(0));
-    dw.assign(size_t(e.Mp * e.n), 0.0);
-  }
-
-  static Tensor like(const Tensor& t, bool wanted) {
-    if (!wanted) return torch::stable::new_empty(t, {0});
-    std::vector<int64_t> shape;
-    for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(t.size(d));
-    return torch::stable::new_empty(t, shape);
-  }
-
-  bool needs_raw(int i) const { return (need.hiddens >> i & 1) || (need.weights && !e.cap); }
-  bool needs_head(int i) const { return need.heads >> i & 1; }
-
-  void plan(int64_t columns) {
-    int64_t shared = 0;
-    for (int i = 0; i < e.n; ++i) shared += needs_head(i) && e.narrower(i) ? e.D[size_t(i)] : 0;
-    e.plan(columns * (e.cap ? e.n + 2 : 1), shared);
-    z = e.scratch(e.tile * columns);
-    if (e.cap) slope = e.scratch(e.tile * columns);
-    for (int i = 0; i < e.n; ++i) {
-      if (e.cap) capped.push_back(e.scratch(e.tile * columns));
-      wide.push_back(needs_head(i) && e.narrower(i) ? e.scratch(e.tile * e.D[size_t(i)]) : nullptr);
-    }
-    bool any = false;
-    for (int i = 0; i < e.n; ++i) any |= needs_raw(i);
-    if (any) raw = e.scratch(e.M * e.width);
-    partial.resize(size_t(pieces(e.tile, CHUNK) * columns));
-  }
-
-  A* stash(const Segment& s) const {  // of the current tile
-    return static_cast<A*>(dheads[size_t(s.stash)].data_ptr()) + e.v0 * e.D[size_t(s.stash)];
-  }
-
-  // z of the current tile becomes dz
-  void form(const std::vector<Segment>& segments, int64_t ld, const int64_t* target) {
-    const int64_t first = segments.front().r0;
-    for (const Segment& s : segments) {
-      A* out = z + (s.r0 - first);
-      const int64_t own_ld = round_up(s.rows, 16);
-      if (s.stash < 0) e.logits(s.r0, s.rows, out, ld, capped.data());
-      const A* in = s.stash < 0 ? out : stash(s);
-      e.chunks([&](int64_t, int64_t v, int64_t k) {
-        W2S_DISPATCH(chunk_grad<A>)(in + v * (s.stash < 0 ? ld : own_ld), s.stash < 0 ? ld : own_ld, out + v * ld, ld, k, own_ld,
-                                    &lse[size_t(s.r0)], &b[size_t(s.r0)]);
-      });
-      for (int64_t t = s.r0; t < s.r0 + s.rows; ++t) {
-        const int64_t v = target[e.index[size_t(t)]] - e.v0;
-        if (v >= 0 && v < e.nv) z[v * ld + t - first] += a[size_t(t)];
-      }
-    }
-  }
-
-  // the products of a tile of dz, for rows [r0, r0 + rows)
-  void spend(int64_t r0, int64_t rows, int64_t ld, bool first_block, bool last_block) {
-    for (int i = 0; i < e.n; ++i) {
-      A* g = z;
-      if (e.cap) {
-        g = slope;
-        e.chunks([&](int64_t, int64_t v, int64_t k) {
-          W2S_DISPATCH(chunk_slope<A>)(slope + v * ld, z + v * ld, capped[size_t(i)] + v * ld, k, ld, e.cap);
-        });
-      }
-      const Matrix<A> dz{g, e.nv, rows, ld, 1};
-      if (needs_raw(i))
-        product<A>({raw + r0 * e.width + e.offset[size_t(i)], rows, e.D[size_t(i)], e.width, 1}, dz.t(), e.W(i), e.v0 > 0);
-      if (needs_head(i)) head_product(i, r0, rows, dz, first_block, last_block);
-      const A* c = coef(i) + r0;
-      if (need.biases >> i & 1)
-        e.chunks([&](int64_t, int64_t v, int64_t k) {
-          W2S_DISPATCH(chunk_rows<A>)(g + v * ld, k, ld, rows, c, &dbias[size_t(i)][size_t(e.v0 + v)]);
-        });
-      if (need.weights && (e.cap || !e.bias.empty())) weight_part(i, r0, rows, ld);
-    }
-  }
-
-  const A* coef(int i) const { return e.coef[size_t(i)].data(); }
-
-  void head_product(int i, int64_t r0, int64_t rows, const Matrix<A>& dz, bool first_block, bool last_block) {
-    const int64_t d = e.D[size_t(i)];
-    Tensor& out = dheads[size_t(i)];
-    A* to = wide[size_t(i)] ? wide[size_t(i)] : static_cast<A*>(out.data_ptr()) + e.v0 * d;
-    product<A>({to, e.nv, d, d, 1}, dz, e.H(i, r0, rows), !first_block);
-    if (wide[size_t(i)] && last_block) {
-      const Rows narrow_rows(out);
-      parallel_items(e.nv, 64, [&](int64_t v) {
-        W2S_DISPATCH(narrow_row<A>)(to + v * d, d, A(1), narrow_rows.dtype,
-                                    static_cast<char*>(out.data_ptr()) + (e.v0 + v) * d * narrow_rows.bytes);
-      });
-    }
-  }
-
-  void weight_part(int i, int64_t r0, int64_t rows, int64_t ld) {
-    const A* s = e.cap ? capped[size_t(i)] : nullptr;
-    const A* bias = e.cap ? nullptr : e.bias[size_t(i)].data() + e.v0;
-    e.chunks([&](int64_t c, int64_t v, int64_t k) {
-      W2S_DISPATCH(chunk_dot<A>)(z + v * ld, s ? s + v * ld : nullptr, bias ? bias + v : nullptr, k, ld, &partial[size_t(c * ld)]);
-    });
-    for (int64_t c = 0; c < pieces(e.nv, CHUNK); ++c)
-      for (int64_t t = 0; t < rows; ++t) dw[size_t((r0 + t) * e.n + i)] += double(partial[size_t(c * ld + t)]);
-  }
-
-  // with a softcap H is not scaled, so the scale goes into the rows before dW is formed
-  void scale_for_heads() {
-    if (!e.cap || !need.heads) return;
-    for (int64_t m = 0; m < e.M; ++m)
-      for (int i = 0; i < e.n; ++i)
-        for (int64_t d = 0; d < e.D[size_t(i)]; ++d) scaled[size_t(m * e.width + e.offset[size_t(i)] + d)] *= coef(i)[m];
-  }
-  std::vector<A> scaled;
-
-  void finish() {
-    std::vector<Rows> hidden;
-    for (const Tensor& t : e.hiddens) hidden.emplace_back(t);
-    for (int i = 0; i < e.n; ++i) {
-      zero_unused(i);
-      if (i < int(dbiases.size()) && (need.biases >> i & 1))
-        W2S_DISPATCH(narrow_row<A>)(dbias[size_t(i)].data(), e.V, A(1), dtype_of(dbiases[size_t(i)].scalar_type()), dbiases[size_t(i)].data_ptr());
-    }
-    A* weight = need.weights ? static_cast<A*>(dweights.data_ptr()) : nullptr;
-    parallel_items(e.M, 8, [&](int64_t m) {
-      const int64_t t = e.index[size_t(m)];
-      std::vector<A> x(size_t(e.width));
-      for (int i = 0; i < e.n; ++i) {
-        const int64_t d = e.D[size_t(i)];
-        const A* row = raw ? raw + m * e.width + e.offset[size_t(i)] : nullptr;
-        if (need.hiddens >> i & 1) {
-          const Dtype type = hidden[size_t(i)].dtype;
-          W2S_DISPATCH(narrow_row<A>)(row, d, coef(i)[m], type, static_cast<char*>(dhiddens[size_t(i)].data_ptr()) + t * d * bytes_of(type));
-        }
-        if (!weight) continue;
-        double total = dw[size_t(m * e.n + i)];
-        if (!e.cap) {
-          W2S_DISPATCH(widen_row<A>)(hidden[size_t(i)].at(t, 0), hidden[size_t(i)].dtype, d, A(1), x.data());
-          for (int64_t j = 0; j < d; ++j) total += double(x[size_t(j)]) * double(row[j]);
-        }
-        weight[t * e.n + i] = A(total / e.temperature);
-      }
-    });
-  }
-
-  // rows that do not count, vocabulary rows past the end, and everything if no row counts
-  void zero_unused(int i) {
-    if ((need.hiddens >> i & 1) && e.M < e.T) torch::stable::zero_(dhiddens[size_t(i)]);
-    if (needs_head(i)) zero_from(dheads[size_t(i)], e.M ? e.V : 0, e.D[size_t(i)]);
-    if (i < int(dbiases.size()) && (need.biases >> i & 1)) zero_from(dbiases[size_t(i)], e.V, 1);
-    if (i == 0 && need.weights) torch::stable::zero_(dweights);
-  }
-  static void zero_from(Tensor& t, int64_t row, int64_t columns) {
-    const int64_t bytes = bytes_of(dtype_of(t.scalar_type())) * columns;
-    std::memset(static_cast<char*>(t.data_ptr()) + row * bytes, 0, size_t((t.size(0) - row) * bytes));
-  }
-
-  void sweep(const std::vector<std::vector<Segment>>& groups, const int64_t* target) {
-    A* plain = e.h;
-    if (e.cap && need.heads) {
-      scaled.assign(e.h, e.h + e.M * e.width);
-      scale_for_heads();
-    }
-    for (int64_t v = 0; v < e.V && e.M > 0; v += e.tile) {
-      e.load(v);
-      for (size_t k = 0; k < groups.size(); ++k) {
-        const Segment &head = groups[k].front(), &tail = groups[k].back();
-        const int64_t rows = tail.r0 + tail.rows - head.r0, ld = round_up(rows, 16);
-        form(groups[k], ld, target);
-        if (!scaled.empty()) e.h = scaled.data();
-        spend(head.r0, rows, ld, k == 0, k + 1 == groups.size());
-        e.h = plain;
-      }
-    }
-    finish();
-  }
-};
-
-template <class A>
-std::vector<std::vector<Segment>> blocks(const Engine<A>& e) {
-  std::vector<std::vector<Segment>> groups;
-  for (int64_t r0 = 0; r0 < e.M; r0 += BLOCK) groups.push_back({{r0, std::min(BLOCK, e.M - r0), -1}});
-  return groups;
-}
-
-// One group of all rows, as many as fit with a stash; or blocks, where most would not fit.
-template <class A>
-std::vector<std::vector<Segment>> stashed(const Engine<A>& e, Need need) {
-  std::vector<Segment> group;
-  int64_t r0 = 0;
-  for (int i = 0; i < e.n && r0 < e.M && !e.cap; ++i) {
-    const int64_t rows = std::min(e.D[size_t(i)] / 16 * 16, e.M - r0);
-    if (!(need.heads >> i & 1) || e.narrower(i) || rows == 0) continue;
-    group.push_back({r0, rows, i});
-    r0 += rows;
-  }
-  if (2 * r0 < e.M || e.M == 0) return blocks(e);
-  if (r0 < e.M) group.push_back({r0, e.M - r0, -1});
-  return {group};
-}
-
-template <class A>
-int64_t widest(const std::vector<std::vector<Segment>>& groups) {
-  int64_t rows = 16;
-  for (const auto& g : groups) rows = std::max(rows, round_up(g.back().r0 + g.back().rows - g.front().r0, 16));
-  return rows;
-}
-
 using Lists = std::tuple<Tensors, Tensors, Tensors, Tensor>;
+using Optional = std::optional<Tensor>;
+
+#define W2S_COEFFICIENTS                                                                                                 \
+  Tensor lse, Tensor ids, Tensor coef_ids, Tensor coef_lse, Optional coef_log, Optional coef_all, Optional dense, \
+      Optional coef_dense
 
 template <class A>
-Lists backward(Engine<A>& e, const Tensors& heads, const Tensors& biases, const int64_t* target, const Tensor& lse,
-               const Tensor& coef_target, const Tensor& coef_lse, Need need) {
+Lists run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, W2S_COEFFICIENTS) {
   Gradients<A> g(e, heads, biases, need);
-  const std::vector<double> l = numbers(lse), ct = numbers(coef_target), cl = numbers(coef_lse);
-  for (int64_t m = 0; m < e.M; ++m) {
-    const size_t t = size_t(e.index[size_t(m)]);
-    g.lse[size_t(m)] = A(l[t]);
-    g.a[size_t(m)] = A(ct[t]);
-    g.b[size_t(m)] = A(cl[t]);
-  }
+  g.lse = Target<A>::rows(e, lse);
+  g.b = Target<A>::rows(e, coef_lse);
+  if (coef_log) g.c = Target<A>::rows(e, *coef_log);
+  g.q = Target<A>(e, ids, coef_ids, coef_all, dense, coef_dense);
   const auto groups = blocks(e);
   g.plan(widest<A>(groups));
-  g.sweep(groups, target);
+  g.sweep(groups);
   return {g.dhiddens, g.dheads, g.dbiases, g.dweights};
 }
 
-using Loss = std::tuple<Tensor, Tensors, Tensors, Tensors, Tensor>;
-
-template <class A>
-Loss cross_entropy(Engine<A>& e, const Tensors& heads, const Tensors& biases, const int64_t* target, bool mean, Need need) {
-  Gradients<A> g(e, heads, biases, need);
-  const auto groups = stashed(e, need);
-  g.plan(widest<A>(groups));
-  Statistics<A> s(e, target);
-  for (int64_t v = 0; v < e.V && e.M > 0; v += e.tile) {
-    e.load(v);
-    for (const auto& group : groups)
-      for (const Segment& part : group) {
-        const int64_t ld = round_up(part.rows, 16);
-        A* z = part.stash < 0 ? g.z : g.stash(part);
-        e.logits(part.r0, part.rows, z, ld, g.capped.data());
-        s.add(part.r0, part.rows, z, ld);
-      }
-  }
-  const double scale = mean ? 1.0 / double(std::max<int64_t>(e.M, 1)) : 1.0;
-  double total = 0;
-  for (int64_t m = 0; m < e.M; ++m) {
-    const double lse = s.lse(m);
-    total += lse - double(s.at_target[size_t(m)]);
-    g.lse[size_t(m)] = A(lse);
-    g.a[size_t(m)] = A(-scale);
-    g.b[size_t(m)] = A(scale);
-  }
-  g.sweep(groups, target);
-  Tensor loss = e.output({});
-  *static_cast<A*>(loss.data_ptr()) = A(total * scale);
-  return {loss, g.dhiddens, g.dheads, g.dbiases, g.dweights};
+// rows with a coefficient; the others' gradient is 0
+std::vector<int64_t> with_coefficient(W2S_COEFFICIENTS) {
+  const int64_t rows = coef_lse.size(0), K = ids.size(1);
+  const std::vector<double> a = numbers(coef_ids);
+  std::vector<std::vector<double>> others{numbers(coef_lse)};
+  for (const Optional& t : {coef_log, coef_all, dense ? coef_dense : Optional()})
+    if (t) others.push_back(numbers(*t));
+  return rows_where(rows, [&](int64_t t) {
+    for (const auto& x : others)
+      if (x[size_t(t)] != 0) return true;
+    for (int64_t k = 0; k < K; ++k)
+      if (a[size_t(t * K + k)] != 0) return true;
+    return false;
+  });
 }
 
-Lists linear_fusion_backward(W2S_LINEAR_PARAMETERS, Tensor target, int64_t ignore_index, Tensor lse, Tensor coef_target,
-                             Tensor coef_lse, int64_t need_hiddens, int64_t need_heads, int64_t need_biases, bool need_weights) {
-  const int64_t* y = static_cast<const int64_t*>(target.data_ptr());
-  const Need need{need_hiddens, need_heads, need_biases, need_weights};
+Lists linear_loss_backward(W2S_LINEAR_PARAMETERS, W2S_COEFFICIENTS, W2S_NEED_PARAMETERS) {
+#define W2S_GIVEN lse, ids, coef_ids, coef_lse, coef_log, coef_all, dense, coef_dense
+  const std::vector<int64_t> rows = with_coefficient(W2S_GIVEN);
   if (wants_double(hiddens, heads)) {
-    Engine<double> e(W2S_LINEAR_ARGUMENTS, y, ignore_index);
-    return backward(e, heads, biases, y, lse, coef_target, coef_lse, need);
+    Engine<double> e(W2S_LINEAR_ARGUMENTS, rows);
+    return run(e, heads, biases, W2S_NEED, W2S_GIVEN);
   }
-  Engine<float> e(W2S_LINEAR_ARGUMENTS, y, ignore_index);
-  return backward(e, heads, biases, y, lse, coef_target, coef_lse, need);
-}
-
-Loss linear_fusion_cross_entropy(W2S_LINEAR_PARAMETERS, Tensor target, int64_t ignore_index, bool mean, int64_t need_hiddens,
-                                 int64_t need_heads, int64_t need_biases, bool need_weights) {
-  const int64_t* y = static_cast<const int64_t*>(target.data_ptr());
-  const Need need{need_hiddens, need_heads, need_biases, need_weights};
-  if (wants_double(hiddens, heads)) {
-    Engine<double> e(W2S_LINEAR_ARGUMENTS, y, ignore_index);
-    return cross_entropy(e, heads, biases, y, mean, need);
-  }
-  Engine<float> e(W2S_LINEAR_ARGUMENTS, y, ignore_index);
-  return cross_entropy(e, heads, biases, y, mean, need);
+  Engine<float> e(W2S_LINEAR_ARGUMENTS, rows);
+  return run(e, heads, biases, W2S_NEED, W2S_GIVEN);
 }
 
 }  // namespace
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("linear_fusion_backward", TORCH_BOX(&w2s::linear::linear_fusion_backward));
-  m.impl("linear_fusion_cross_entropy", TORCH_BOX(&w2s::linear::linear_fusion_cross_entropy));
-}
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_loss_backward", TORCH_BOX(&w2s::linear::linear_loss_backward)); }

@@ -63,6 +63,21 @@ inline void chunk_stats(A* z, int64_t rows, int64_t ld, A* top, A* sum) {
             [&](int64_t t) { strip_exp<A, 1, false>(z + t, rows, ld, top + t, sum + t); });
 }
 
+// out = sum_v exp(z - top) (z - top), where exp is 0 also where z is -infinity
+template <class A>
+inline void chunk_spread(const A* z, int64_t rows, int64_t ld, const A* top, A* out) {
+  using V = Vec<A>;
+  for (int64_t t = 0; t < ld; t += V::W) {
+    const V x = V::load(top + t), safe = V::select(V::gt(x, V::set(-infinity<A>)), x, V::set(0));
+    V sum = V::set(0);
+    for (int64_t v = 0; v < rows; ++v) {
+      const V d = V::max(V::set(-1e4), V::load(z + v * ld + t) - safe);
+      sum = V::fma(vexp(d), d, sum);
+    }
+    sum.store(out + t);
+  }
+}
+
 // newest = max(ref, max_c top_c), total = sum_c sum_c exp(top_c - newest)
 template <class A>
 inline void merge_chunks(const A* top, const A* sum, int64_t chunks, int64_t ld, const A* ref, A* newest, A* total) {
@@ -86,6 +101,19 @@ inline void chunk_grad(const A* z, int64_t ldz, A* out, int64_t ldo, int64_t row
     for (int64_t t = 0; t < columns; t += V::W) {
       const V x = V::load(lse + t), safe = V::select(V::gt(x, V::set(-infinity<A>)), x, V::set(0));
       (V::load(coef + t) * vexp(V::load(z + v * ldz + t) - safe)).store(out + v * ldo + t);
+    }
+}
+
+// out = p (coef + log_coef log p) + all, p = exp(z - lse); a lse of -infinity counts as 0
+template <class A>
+inline void chunk_grad_more(const A* z, int64_t ldz, A* out, int64_t ldo, int64_t rows, int64_t columns, const A* lse,
+                            const A* coef, const A* log_coef, const A* all) {
+  using V = Vec<A>;
+  for (int64_t v = 0; v < rows; ++v)
+    for (int64_t t = 0; t < columns; t += V::W) {
+      const V x = V::load(lse + t), safe = V::select(V::gt(x, V::set(-infinity<A>)), x, V::set(0));
+      const V logp = V::max(V::set(-1e4), V::load(z + v * ldz + t) - safe);
+      V::fma(vexp(logp), V::fma(V::load(log_coef + t), logp, V::load(coef + t)), V::load(all + t)).store(out + v * ldo + t);
     }
 }
 

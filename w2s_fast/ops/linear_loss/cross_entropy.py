@@ -3,58 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ... import checks
-from ...library import Kernel, define
-from ...reference.linear_loss import fusion as reference
-from .gradient import GRADIENTS, NEED, by_name, fake_gradients
-from .inputs import LINEAR, Linear, Weights, linear, once, targets
+from .ce import Target, cross_entropy
+from .inputs import Weights, linear, targets
 from .logprobs import logprobs
-
-
-def _fake(*args: Any) -> tuple[Any, ...]:
-    given = Linear(*args[:8])
-    return (given.hiddens[0].new_empty((), dtype=given.accumulate), *fake_gradients(given, args[11:]))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    given, ctx.need = Linear(*inputs[:8]), inputs[11:]
-    _, dhiddens, dheads, dbiases, dweights = output
-    grads = (*dhiddens, *dheads, *dbiases, dweights)
-    ctx.mark_non_differentiable(*grads)
-    ctx.set_materialize_grads(False)  # or autograd makes zeros of the size of all heads for the other outputs
-    ctx.counts = (len(given.hiddens), len(given.biases))
-    ctx.save_for_backward(*grads, given.weights)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
-    n, biased = ctx.counts
-    *found, weights = ctx.saved_tensors
-    if grad is None:
-        return by_name((found[:n], found[n : 2 * n], found[2 * n : 2 * n + biased], found[-1]), (0, 0, 0, False), None)
-    # the usual upstream gradient is 1: then the gradients go out as they are (a tracer's tensor is a subclass)
-    if not (type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0):
-        found = [g * grad.to(g.dtype) if g.numel() else g for g in found]
-    found = once("linear_fusion_cross_entropy", *found)
-    lists = (found[:n], found[n : 2 * n], found[2 * n : 2 * n + biased], found[-1])
-    return by_name(lists, ctx.need, weights)
-
-
-LINEAR_FUSION_CROSS_ENTROPY = define(
-    "linear_fusion_cross_entropy",
-    f"({LINEAR}, Tensor target, int ignore_index, bool mean, {NEED}) -> (Tensor loss, {GRADIENTS})",
-    reference=reference.linear_fusion_cross_entropy,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    triton=Kernel(
-        "kernels.linear_loss.fusion:launch_linear_fusion_cross_entropy",
-        "kernels.linear_loss.fusion:supports_linear_fusion_cross_entropy",
-    ),
-)
 
 
 def linear_fusion_cross_entropy(
@@ -100,18 +57,12 @@ def linear_fusion_cross_entropy(
     checks.choice(op, "reduction", reduction, ("mean", "sum", "none"))
     given, batch = linear(op, hiddens, lm_heads, weights, biases, temperature, softcap, vocab_size)
     target = targets(op, target, batch, given, ignore_index)
-    trainable = given.needs(given.heads), given.needs(given.biases)
-    if any(trainable) and reduction != "none" and not return_lse:
-        gates = bool(given.weights is not None and given.needs([given.weights]))
-        loss: Tensor = LINEAR_FUSION_CROSS_ENTROPY(
-            *given, target, ignore_index, reduction == "mean", given.needs(given.hiddens), *trainable, gates
-        )[0]
-        return loss
+    keep = target != ignore_index
+    count = keep.sum().clamp_min(1) if reduction == "mean" else torch.ones((), device=keep.device)
+    trainable = bool(given.needs(given.heads) or given.needs(given.biases))
+    if trainable and reduction != "none" and not return_lse:
+        q = Target(keep, target.unsqueeze(1), target.new_ones((target.shape[0], 1), dtype=given.accumulate))
+        return cross_entropy(given, q, keep.to(given.accumulate) / count, 0.0, False, False, True)[0]
     logp, lse = logprobs(given, target, ignore_index)
-    if reduction == "none":
-        loss = -logp.reshape(batch)
-    else:
-        loss = -logp.sum()
-        if reduction == "mean":
-            loss = loss / (target != ignore_index).sum().clamp_min(1)
+    loss = -logp.reshape(batch) if reduction == "none" else -logp.sum() / count
     return (loss, lse.reshape(batch)) if return_lse else loss

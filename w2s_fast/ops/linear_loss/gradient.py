@@ -1,4 +1,4 @@
-"""The gradient of all linear losses: dz_tv = coef_target_t [v = y_t] + coef_lse_t p_tv, the logits computed again."""
+"""The gradient of all linear losses from coefficients of their rows, the logits computed again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...library import Kernel, define
-from ...reference.linear_loss import fusion as reference
+from ...reference.linear_loss import ce as reference
 from .inputs import LINEAR, Linear
 
 #: Which gradients are wanted; bit i of a mask is model i.
@@ -25,15 +25,15 @@ def fake_gradients(given: Linear, need: tuple[Any, ...]) -> tuple[list[Tensor], 
     return (*lists, given.hiddens[0].new_empty(shape, dtype=given.accumulate))  # type: ignore[return-value]
 
 
-LINEAR_FUSION_BACKWARD = define(
-    "linear_fusion_backward",
-    f"({LINEAR}, Tensor target, int ignore_index, Tensor lse, Tensor coef_target, Tensor coef_lse, "
-    f"{NEED}) -> ({GRADIENTS})",
-    reference=reference.linear_fusion_backward,
-    fake=lambda *args: fake_gradients(Linear(*args[:8]), args[13:]),
+LINEAR_LOSS_BACKWARD = define(
+    "linear_loss_backward",
+    f"({LINEAR}, Tensor lse, Tensor ids, Tensor coef_ids, Tensor coef_lse, Tensor? coef_log, Tensor? coef_all, "
+    f"Tensor? dense, Tensor? coef_dense, {NEED}) -> ({GRADIENTS})",
+    reference=reference.linear_loss_backward,
+    fake=lambda *args: fake_gradients(Linear(*args[:8]), args[16:]),
     triton=Kernel(
-        "kernels.linear_loss.fusion:launch_linear_fusion_backward",
-        "kernels.linear_loss.fusion:supports_linear_fusion_backward",
+        "kernels.linear_loss.gradient:launch_linear_loss_backward",
+        "kernels.linear_loss.gradient:supports_linear_loss_backward",
     ),
 )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from .ce import Target, cross_entropy
 from .inputs import Linear, single, targets
 from .logprobs import LINEAR_FUSION_LOGPROBS, logprobs
 
@@ -71,7 +72,8 @@ def linear_logp(
     softcap: float | None = None,
     normalize: Normalize = "none",
     grad: Grad = "auto",
-) -> Tensor:
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of target tokens, of each or summed over sequences; the ``[T, V]`` logits are never formed.
 
     ``logp_t = z_t[target] - log sum_v exp z_tv`` with ``z_t = (W h_t + bias) / temperature``: the score of preference
@@ -92,10 +94,12 @@ def linear_logp(
         grad: how a gradient will be made. ``"recompute"`` computes the logits again in backward. ``"saved_u"`` keeps
             W[y] - E_p[W] in forward, T x D numbers, after which no pass over the vocabulary is needed; it is for
             frozen heads. ``"auto"`` takes the second if the head is frozen. ``"none"``: no gradient.
+        return_entropy: also the entropy of p_t at every token; not with ``"saved_u"``.
 
     Returns:
-        logp, float32 (float64 for float64 inputs), of the leading shape (0 where ignored) or ``[S]``. Differentiable,
-        once, in h, W, bias, and weights.
+        logp, float32 (float64 for float64 inputs), of the leading shape (0 where ignored) or ``[S]``; with
+        ``return_entropy`` (logp, entropy), the latter of the leading shape. Differentiable, once, in h, W, bias, and
+        weights.
 
     Raises:
         ValueError, TypeError: naming the argument. IndexError: on a CPU, for a target out of range.
@@ -114,13 +118,16 @@ def linear_logp(
     scale = token_weights(op, weights, batch, given)
     ids, count = segments(op, batch, given, segment_ids, num_segments) if normalize != "none" else (None, 0)
     with torch.set_grad_enabled(torch.is_grad_enabled() and grad != "none"):
-        logp = _tokens(op, given, y, ignore_index, scale, grad)
+        if return_entropy and grad == "saved_u":
+            checks.fail(op, "grad", "another than 'saved_u' with return_entropy", repr(grad))
+        logp, entropy = _tokens(op, given, y, ignore_index, scale, grad, return_entropy)
         if normalize == "none":
-            return logp.reshape(batch)
-        sums = segment_sums(logp, ids, count)
-        if normalize == "sum":
-            return sums
-        return sums / token_counts(y, ignore_index, ids, count).clamp_min(1).to(sums.dtype)
+            found = logp.reshape(batch)
+        else:
+            found = segment_sums(logp, ids, count)
+        if normalize == "mean":
+            found = found / token_counts(y, ignore_index, ids, count).clamp_min(1).to(found.dtype)
+        return (found, entropy.reshape(batch)) if return_entropy else found
 
 
 def token_counts(target: Tensor, ignore_index: int, ids: Tensor | None, count: int) -> Tensor:
@@ -128,14 +135,22 @@ def token_counts(target: Tensor, ignore_index: int, ids: Tensor | None, count: i
     return segment_sums((target != ignore_index).to(torch.float32), ids, count)
 
 
-def _tokens(op: str, given: Linear, target: Tensor, ignore_index: int, scale: Tensor | None, grad: str) -> Tensor:
-    if scale is not None and not scale.requires_grad:
+def _tokens(
+    op: str, given: Linear, target: Tensor, ignore_index: int, scale: Tensor | None, grad: str, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """(weighted log-probability, entropy or lse), ``[T]``."""
+    if scale is not None and not scale.requires_grad and not entropy:
         target = torch.where(scale == 0, ignore_index, target)
     frozen = not (given.needs(given.heads) or given.needs(given.biases))
     if grad == "saved_u" and not frozen:
         checks.fail(op, "grad", "'auto' or 'recompute' for a head that gets a gradient", repr(grad))
-    if grad == "recompute":
-        logp: Tensor = LINEAR_FUSION_LOGPROBS(*given, target, ignore_index, False, False)[0]
+    if entropy:
+        ones = torch.ones_like(target, dtype=given.accumulate)
+        q = Target(target != ignore_index, target.unsqueeze(1), ones.unsqueeze(1))
+        found = cross_entropy(given, q, ones, 0.0, True, False, False)
+        logp, other = found[2], found[4]
+    elif grad == "recompute":
+        logp, other, _, _ = LINEAR_FUSION_LOGPROBS(*given, target, ignore_index, False, False)
     else:
-        logp = logprobs(given, target, ignore_index)[0]
-    return logp if scale is None else logp * scale
+        logp, other = logprobs(given, target, ignore_index)
+    return (logp if scale is None else logp * scale), other

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...library import Kernel, define
 from ...reference.linear_loss import fusion as reference
-from .gradient import LINEAR_FUSION_BACKWARD, bits, by_name
+from .gradient import LINEAR_LOSS_BACKWARD, bits, by_name
 from .inputs import LINEAR, Linear, Weights, linear, once, targets
 
 
@@ -51,8 +51,10 @@ def _backward(ctx: Any, grad_logp: Tensor, grad_lse: Tensor, *_: Any) -> dict[st
     need = (bits(hiddens), bits(heads), bits(biases), bool(weight and weights is not None))
     kept_rows, kept_logits = ctx.kept
     if need[1] or need[2] or not kept_rows or (need[3] and not kept_logits):
-        grads = LINEAR_FUSION_BACKWARD.on(ctx.backend)(
-            *given, target, ignore_index, lse, grad_logp, grad_lse - grad_logp, *need
+        keep = target != ignore_index
+        coefs = [torch.where(keep, g, 0.0) for g in (grad_logp, grad_lse - grad_logp)]
+        grads = LINEAR_LOSS_BACKWARD.on(ctx.backend)(
+            *given, lse, target.unsqueeze(1), coefs[0].unsqueeze(1), coefs[1], None, None, None, None, *need
         )
         return by_name(grads, need, weights)
     return _from_expectations(given, target, ignore_index, rows, logits, grad_logp, grad_lse, need)

@@ -41,6 +41,59 @@ def _logp_packed(m: Make) -> Inputs:
     return (h, w, target), {**kwargs, "temperature": 0.8, "normalize": "mean"}
 
 
+def _ce(shape: tuple[int, ...], vocab: int, width: int, scale: float = 2.0, **kwargs: Any) -> Callable[[Make], Inputs]:
+    return lambda m: (_tokens(m, shape, vocab, width, scale), dict(kwargs))
+
+
+ALL = ("logp", "lse", "entropy", "argmax", "maxprob", "correct")
+
+
+def _ce_layouts(m: Make) -> Inputs:
+    """Permuted states, a sliced head, a bias, weights of either sign with a zero, every number on."""
+    h, w, target = m.logits(24, 9, scale=1.0).t(), m.logits(131, 40, scale=0.4)[:, 8:32], m.integers(131, 9)
+    target[4] = -100
+    weights = m.logits(9, scale=1.0)
+    weights[5] = 0.0
+    kwargs = {"bias": m.logits(131, scale=0.5), "weights": weights, "label_smoothing": 0.1, "z_loss": 1e-3}
+    return (h, w, target), {**kwargs, "temperature": 0.8, "reduction": "sum"}
+
+
+def _ce_mixed(m: Make) -> Inputs:
+    h, w, target = _tokens(m, (9,), 67, 8)
+    return (h, w, target), {"target2": m.integers(67, 9), "mix": m.uniform(9), "denominator": 20.0}
+
+
+def _ce_topk(m: Make) -> Inputs:
+    """Five ids a row, one of them twice, some absent, a row of none."""
+    h, w, _ = _tokens(m, (2, 4), 301, 16)
+    ids = m.integers(301, 2, 4, 5)
+    ids[0, 1, 3], ids[1, 0, 2:], ids[1, 2] = ids[0, 1, 0], -100, -100
+    probs = m.uniform(2, 4, 5) / 5
+    kwargs = {"topk_ids": ids, "topk_probs": probs, "uniform": (1 - probs.sum(-1)) / 301}
+    return (h, w), {**kwargs, "label_smoothing": 0.1, "temperature": 1.5}
+
+
+def _ce_dense(m: Make) -> Inputs:
+    """A dense target of bfloat16 rows that are not next to each other, with zeros."""
+    h, w, _ = _tokens(m, (5,), 131, 16)
+    q = m.uniform(5, 140).mul(2).sub(1).clamp_min(0).bfloat16()[:, 4:135] / 50
+    return (h, w), {
+        "soft_target": q,
+        "weights": m.uniform(5),
+        "z_loss": 1e-3,
+        "reduction": "none",
+        "outputs": ("logp",),
+    }
+
+
+def _ce_masked(m: Make) -> Inputs:
+    """A bias of -inf takes tokens out, targets not among them."""
+    h, w, target = _tokens(m, (6,), 67, 8)
+    bias = m.logits(67)
+    bias[target[target >= 0].min() + 1 : target.max()] = -float("inf")
+    return (h, w, target.where((target < 0) | (target == 66), 66)), {"bias": bias, "outputs": ("entropy", "argmax")}
+
+
 def _preference(kind: str, **kwargs: Any) -> Callable[[Make], Inputs]:
     def make(m: Make) -> Inputs:
         h, w, target = _tokens(m, (4, 7), 101, 16)
@@ -77,9 +130,24 @@ def _weak_single(m: Make) -> Inputs:
 
 
 SAMPLES: list[Sample] = [
+    Sample("linear_ce", "plain", _ce((33,), 517, 24)),
+    Sample("linear_ce", "layouts", _ce_layouts),
+    Sample("linear_ce", "mixed", _ce_mixed),
+    Sample("linear_ce", "topk", _ce_topk),
+    Sample("linear_ce", "dense", _ce_dense),
+    Sample("linear_ce", "softcap", _ce((2, 5), 131, 16, softcap=3.0, temperature=1.5, label_smoothing=0.2)),
+    Sample("linear_ce", "none-outputs", _ce((3, 4), 257, 16, reduction="none", label_smoothing=0.1, outputs=ALL)),
+    Sample("linear_ce", "outputs", _ce((9,), 131, 16, outputs=("entropy", "lse"), softcap=4.0)),
+    Sample("linear_ce", "extreme", _ce((5,), 301, 16, scale=50.0, z_loss=1e-4)),
+    Sample("linear_ce", "masked", _ce_masked),
+    Sample("linear_ce", "ignored", lambda m: ((m.logits(4, 8), m.logits(67, 8), m.integers(1, 4) - 100), {})),
+    Sample("linear_ce", "one-row", _ce((1,), 1000, 33, ignore_index=3)),
+    Sample("linear_ce", "empty", _ce((0,), 17, 4, outputs=ALL)),
+    Sample("linear_ce", "one-column", _ce((3,), 1, 4, outputs=("correct", "logp"))),
     Sample("linear_logp", "plain", _logp((7,), 257, 24)),
     Sample("linear_logp", "rows", _logp((3, 5), 257, 24, normalize="sum")),
     Sample("linear_logp", "packed", _logp_packed),
+    Sample("linear_logp", "entropy", _logp((2, 5), 131, 16, normalize="sum", return_entropy=True)),
     Sample("linear_logp", "recompute", _logp((2, 4), 67, 8, grad="recompute", normalize="mean")),
     Sample("linear_logp", "softcap", _logp((2, 5), 131, 16, softcap=3.0), refused_by=("triton",)),
     Sample("linear_logp", "extreme", _logp((5,), 301, 16, scale=50.0)),

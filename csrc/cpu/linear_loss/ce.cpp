@@ -1,0 +1,96 @@
+#include "cpu/linear_loss/gradient.h"
+
+// Cross-entropy with the target q of `Target`: row_t = Q_t lse_t - sum_v q_tv z_tv + z_loss lse_t^2, Q_t = sum_v q_tv, and
+// loss = sum_t weight_t row_t. Its coefficients are known after the first sweep, so gradients are made at once: three
+// products in all, as long as the logits fit into the memory of dW.
+namespace w2s {
+namespace linear {
+namespace {
+
+using Optional = std::optional<Tensor>;
+using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensor>;
+
+struct Wanted {
+  double z_loss;
+  bool entropy, best;
+};
+
+template <class A>
+Loss run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, Target<A> target, const Tensor& weight,
+         Wanted wanted) {
+  Gradients<A> g(e, heads, biases, need);
+  const bool any = need.hiddens || need.heads || need.biases || need.weights;
+  const auto groups = any ? stashed(e, need) : blocks(e);
+  g.plan(widest<A>(groups));
+  Statistics<A> s(e, nullptr);
+  s.want(wanted.entropy, wanted.best);
+  Agreement<A> at(e, target);
+  first_sweep(e, g, groups, [&](int64_t r0, int64_t rows, A* z, int64_t ld) {
+    s.add(r0, rows, z, ld);
+    at.add(r0, rows, z, ld);
+  });
+  const std::vector<A> w = Target<A>::rows(e, weight);
+  std::vector<double> row(size_t(e.Mp));
+  double total = 0;
+  for (int64_t m = 0; m < e.M; ++m) {
+    const double lse = s.lse(m), mass = at.ids_mass(m) + at.all_mass(m) + at.dense_mass(m);
+    row[size_t(m)] = mass * lse - at.ids_sum(m) - at.all_sum(m) - at.dense_sum(m) + wanted.z_loss * lse * lse;
+    if (w[size_t(m)] != 0) total += double(w[size_t(m)]) * row[size_t(m)];
+    g.lse[size_t(m)] = A(lse);
+    g.b[size_t(m)] = A(double(w[size_t(m)]) * (mass + 2 * wanted.z_loss * lse));
+  }
+  Tensor loss = e.output({});
+  *static_cast<A*>(loss.data_ptr()) = A(total);
+  const auto logp = [&](int64_t m) {
+    const double mass = at.ids_mass(m) + at.dense_mass(m);
+    return mass == 0 ? 0.0 : (at.ids_sum(m) + at.dense_sum(m)) / mass - s.lse(m);
+  };
+  Loss found{loss,
+             scattered(e, [&](int64_t m) { return row[size_t(m)]; }),
+             scattered(e, logp),
+             scattered(e, [&](int64_t m) { return s.lse(m); }),
+             e.output({0}),
+             torch::stable::new_empty(e.hiddens[0], {wanted.best ? e.T : 0}, ScalarType::Long),
+             e.output({0}),
+             {}, {}, {}, g.dweights};
+  if (wanted.entropy)
+    std::get<4>(found) = scattered(e, [&](int64_t m) { return std::log(s.sum[size_t(m)]) - s.spread[size_t(m)] / s.sum[size_t(m)]; });
+  if (wanted.best) {
+    std::get<6>(found) = scattered(e, [&](int64_t m) { return 1 / s.sum[size_t(m)]; });
+    int64_t* best = static_cast<int64_t*>(std::get<5>(found).data_ptr());
+    std::fill(best, best + e.T, 0);
+    for (int64_t m = 0; m < e.M; ++m) best[e.index[size_t(m)]] = s.best[size_t(m)];
+  }
+  if (any) {
+    for (int64_t m = 0; m < e.M; ++m) target.scale(m, -w[size_t(m)]);
+    g.q = std::move(target);
+    g.sweep(groups);
+  }
+  std::get<7>(found) = g.dhiddens;
+  std::get<8>(found) = g.dheads;
+  std::get<9>(found) = g.dbiases;
+  return found;
+}
+
+Loss linear_ce(W2S_LINEAR_PARAMETERS, Tensor keep, Tensor ids, Tensor probs, Optional uniform, Optional dense, Tensor weight,
+               double z_loss, bool need_entropy, bool need_best, W2S_NEED_PARAMETERS) {
+  const bool* counts = static_cast<const bool*>(keep.data_ptr());
+  const std::vector<int64_t> rows = rows_where(hiddens[0].size(0), [&](int64_t t) { return counts[t]; });
+  const Wanted wanted{z_loss, need_entropy, need_best};
+  const auto call = [&](auto& e) {
+    using A = std::remove_reference_t<decltype(*e.h)>;
+    return run(e, heads, biases, W2S_NEED, Target<A>(e, ids, probs, uniform, dense, Optional()), weight, wanted);
+  };
+  if (wants_double(hiddens, heads)) {
+    Engine<double> e(W2S_LINEAR_ARGUMENTS, rows);
+    return call(e);
+  }
+  Engine<float> e(W2S_LINEAR_ARGUMENTS, rows);
+  return call(e);
+}
+
+}  // namespace
+}  // namespace linear
+}  // namespace w2s
+
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_ce", TORCH_BOX(&w2s::linear::linear_ce)); }

@@ -1,0 +1,279 @@
+// Gradients of all models. dz_tv = p_tv (b_t + c_t log p_tv) + q_tv, with q of `Target`; a tile of it feeds two
+// products: dh_i += dz W_i and dW_i = dz^T (w_i h_i).
+//
+// A loss whose coefficients are known beforehand (mean, sum) needs lse before the first gradient tile. Rather than compute
+// the logits twice, the first sweep leaves them in the memory of dW: tile for tile the [tile, D_i] floats of a gradient
+// that is not written yet hold [tile, <= D_i] logits. The second sweep takes a tile out, then writes the gradient there.
+// Rows beyond the sum of the D_i are computed again.
+#pragma once
+
+#include "cpu/linear_loss/target.h"
+
+namespace w2s {
+namespace linear {
+
+struct Need {
+  int64_t hiddens, heads, biases;
+  bool weights;
+};
+
+struct Segment {  // rows [r0, r0 + rows), and the model whose dW keeps their logits (-1: none)
+  int64_t r0, rows;
+  int stash;
+};
+
+template <class A>
+struct Gradients {
+  Engine<A>& e;
+  Need need;
+  Tensors dhiddens, dheads, dbiases;
+  Tensor dweights;
+  std::vector<A> b, c, lse;           // [Mp]; c may be empty
+  Target<A> q;
+  std::vector<double> dw;             // [Mp, n]: sum_v dz (b_i, or the capped logit)
+  std::vector<std::vector<A>> dbias;  // [V]
+  A *raw = nullptr, *z = nullptr, *slope = nullptr;  // raw: sum_v dz_tv W_i,v, [M, width]
+  std::vector<A*> wide, capped;       // a tile of dW in A, where dW is narrower
+  std::vector<A> partial, zeros;
+
+  Gradients(Engine<A>& engine, const Tensors& heads, const Tensors& biases, Need wanted) : e(engine), need(wanted) {
+    for (int i = 0; i < e.n; ++i) {
+      dhiddens.push_back(like(e.hiddens[size_t(i)], need.hiddens >> i & 1));
+      dheads.push_back(like(heads[size_t(i)], need.heads >> i & 1));
+    }
+    for (int i = 0; i < int(biases.size()); ++i) {
+      dbiases.push_back(like(biases[size_t(i)], need.biases >> i & 1));
+      dbias.emplace_back(size_t(need.biases >> i & 1 ? e.V : 0));
+    }
+    dweights = need.weights ? e.output({e.T, e.n}) : e.output({0});
+    for (auto* v : {&b, &lse}) v->assign(size_t(e.Mp), A(0));
+    dw.assign(size_t(e.Mp * e.n), 0.0);
+  }
+
+  static Tensor like(const Tensor& t, bool wanted) {
+    if (!wanted) return torch::stable::new_empty(t, {0});
+    std::vector<int64_t> shape;
+    for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(t.size(d));
+    return torch::stable::new_empty(t, shape);
+  }
+
+  bool needs_raw(int i) const { return (need.hiddens >> i & 1) || (need.weights && !e.cap); }
+  bool needs_head(int i) const { return need.heads >> i & 1; }
+
+  void plan(int64_t columns) {
+    int64_t shared = 0;
+    for (int i = 0; i < e.n; ++i) shared += needs_head(i) && e.narrower(i) ? e.D[size_t(i)] : 0;
+    e.plan(columns * (e.cap ? e.n + 2 : 1), shared);
+    z = e.scratch(e.tile * columns);
+    if (e.cap) slope = e.scratch(e.tile * columns);
+    for (int i = 0; i < e.n; ++i) {
+      if (e.cap) capped.push_back(e.scratch(e.tile * columns));
+      wide.push_back(needs_head(i) && e.narrower(i) ? e.scratch(e.tile * e.D[size_t(i)]) : nullptr);
+    }
+    bool any = false;
+    for (int i = 0; i < e.n; ++i) any |= needs_raw(i);
+    if (any) raw = e.scratch(e.M * e.width);
+    partial.resize(size_t(pieces(e.tile, CHUNK) * columns));
+    zeros.assign(size_t(columns), A(0));
+  }
+
+  A* stash(const Segment& s) const {  // of the current tile
+    return static_cast<A*>(dheads[size_t(s.stash)].data_ptr()) + e.v0 * e.D[size_t(s.stash)];
+  }
+
+  // z of the current tile becomes dz
+  void form(const std::vector<Segment>& segments, int64_t ld) {
+    const int64_t first = segments.front().r0;
+    for (const Segment& s : segments) {
+      A* out = z + (s.r0 - first);
+      const int64_t own_ld = round_up(s.rows, 16);
+      if (s.stash < 0) e.logits(s.r0, s.rows, out, ld, capped.data());
+      const A* in = s.stash < 0 ? out : stash(s);
+      softmax_part(s.r0, in, s.stash < 0 ? ld : own_ld, out, ld, own_ld);
+      q.add(e, s.r0, s.rows, out, ld);
+    }
+  }
+
+  void softmax_part(int64_t r0, const A* in, int64_t ldi, A* out, int64_t ldo, int64_t columns) const {
+    const bool more = !c.empty() || !q.r.empty();
+    const A* log_coef = c.empty() ? zeros.data() : &c[size_t(r0)];
+    const A* all = q.r.empty() ? zeros.data() : &q.r[size_t(r0)];
+    e.chunks([&](int64_t, int64_t v, int64_t k) {
+      if (more)
+        W2S_DISPATCH(chunk_grad_more<A>)(in + v * ldi, ldi, out + v * ldo, ldo, k, columns, &lse[size_t(r0)], &b[size_t(r0)], log_coef, all);
+      else
+        W2S_DISPATCH(chunk_grad<A>)(in + v * ldi, ldi, out + v * ldo, ldo, k, columns, &lse[size_t(r0)], &b[size_t(r0)]);
+    });
+  }
+
+  // the products of a tile of dz, for rows [r0, r0 + rows)
+  void spend(int64_t r0, int64_t rows, int64_t ld, bool first_block, bool last_block) {
+    for (int i = 0; i < e.n; ++i) {
+      A* g = z;
+      if (e.cap) {
+        g = slope;
+        e.chunks([&](int64_t, int64_t v, int64_t k) {
+          W2S_DISPATCH(chunk_slope<A>)(slope + v * ld, z + v * ld, capped[size_t(i)] + v * ld, k, ld, e.cap);
+        });
+      }
+      const Matrix<A> dz{g, e.nv, rows, ld, 1};
+      if (needs_raw(i))
+        product<A>({raw + r0 * e.width + e.offset[size_t(i)], rows, e.D[size_t(i)], e.width, 1}, dz.t(), e.W(i), e.v0 > 0);
+      if (needs_head(i)) head_product(i, r0, rows, dz, first_block, last_block);
+      const A* c = coef(i) + r0;
+      if (need.biases >> i & 1)
+        e.chunks([&](int64_t, int64_t v, int64_t k) {
+          W2S_DISPATCH(chunk_rows<A>)(g + v * ld, k, ld, rows, c, &dbias[size_t(i)][size_t(e.v0 + v)]);
+        });
+      if (need.weights && (e.cap || !e.bias.empty())) weight_part(i, r0, rows, ld);
+    }
+  }
+
+  const A* coef(int i) const { return e.coef[size_t(i)].data(); }
+
+  void head_product(int i, int64_t r0, int64_t rows, const Matrix<A>& dz, bool first_block, bool last_block) {
+    const int64_t d = e.D[size_t(i)];
+    Tensor& out = dheads[size_t(i)];
+    A* to = wide[size_t(i)] ? wide[size_t(i)] : static_cast<A*>(out.data_ptr()) + e.v0 * d;
+    product<A>({to, e.nv, d, d, 1}, dz, e.H(i, r0, rows), !first_block);
+    if (wide[size_t(i)] && last_block) {
+      const Rows narrow_rows(out);
+      parallel_items(e.nv, 64, [&](int64_t v) {
+        W2S_DISPATCH(narrow_row<A>)(to + v * d, d, A(1), narrow_rows.dtype,
+                                    static_cast<char*>(out.data_ptr()) + (e.v0 + v) * d * narrow_rows.bytes);
+      });
+    }
+  }
+
+  void weight_part(int i, int64_t r0, int64_t rows, int64_t ld) {
+    const A* s = e.cap ? capped[size_t(i)] : nullptr;
+    const A* bias = e.cap ? nullptr : e.bias[size_t(i)].data() + e.v0;
+    e.chunks([&](int64_t c, int64_t v, int64_t k) {
+      W2S_DISPATCH(chunk_dot<A>)(z + v * ld, s ? s + v * ld : nullptr, bias ? bias + v : nullptr, k, ld, &partial[size_t(c * ld)]);
+    });
+    for (int64_t c = 0; c < pieces(e.nv, CHUNK); ++c)
+      for (int64_t t = 0; t < rows; ++t) dw[size_t((r0 + t) * e.n + i)] += double(partial[size_t(c * ld + t)]);
+  }
+
+  // with a softcap H is not scaled, so the scale goes into the rows before dW is formed
+  void scale_for_heads() {
+    if (!e.cap || !need.heads) return;
+    for (int64_t m = 0; m < e.M; ++m)
+      for (int i = 0; i < e.n; ++i)
+        for (int64_t d = 0; d < e.D[size_t(i)]; ++d) scaled[size_t(m * e.width + e.offset[size_t(i)] + d)] *= coef(i)[m];
+  }
+  std::vector<A> scaled;
+
+  void finish() {
+    std::vector<Rows> hidden;
+    for (const Tensor& t : e.hiddens) hidden.emplace_back(t);
+    for (int i = 0; i < e.n; ++i) {
+      zero_unused(i);
+      if (i < int(dbiases.size()) && (need.biases >> i & 1))
+        W2S_DISPATCH(narrow_row<A>)(dbias[size_t(i)].data(), e.V, A(1), dtype_of(dbiases[size_t(i)].scalar_type()), dbiases[size_t(i)].data_ptr());
+    }
+    A* weight = need.weights ? static_cast<A*>(dweights.data_ptr()) : nullptr;
+    parallel_items(e.M, 8, [&](int64_t m) {
+      const int64_t t = e.index[size_t(m)];
+      std::vector<A> x(size_t(e.width));
+      for (int i = 0; i < e.n; ++i) {
+        const int64_t d = e.D[size_t(i)];
+        const A* row = raw ? raw + m * e.width + e.offset[size_t(i)] : nullptr;
+        if (need.hiddens >> i & 1) {
+          const Dtype type = hidden[size_t(i)].dtype;
+          W2S_DISPATCH(narrow_row<A>)(row, d, coef(i)[m], type, static_cast<char*>(dhiddens[size_t(i)].data_ptr()) + t * d * bytes_of(type));
+        }
+        if (!weight) continue;
+        double total = dw[size_t(m * e.n + i)];
+        if (!e.cap) {
+          W2S_DISPATCH(widen_row<A>)(hidden[size_t(i)].at(t, 0), hidden[size_t(i)].dtype, d, A(1), x.data());
+          for (int64_t j = 0; j < d; ++j) total += double(x[size_t(j)]) * double(row[j]);
+        }
+        weight[t * e.n + i] = A(total / e.temperature);
+      }
+    });
+  }
+
+  // rows that do not count, vocabulary rows past the end, and everything if no row counts
+  void zero_unused(int i) {
+    if ((need.hiddens >> i & 1) && e.M < e.T) torch::stable::zero_(dhiddens[size_t(i)]);
+    if (needs_head(i)) zero_from(dheads[size_t(i)], e.M ? e.V : 0, e.D[size_t(i)]);
+    if (i < int(dbiases.size()) && (need.biases >> i & 1)) zero_from(dbiases[size_t(i)], e.V, 1);
+    if (i == 0 && need.weights) torch::stable::zero_(dweights);
+  }
+  static void zero_from(Tensor& t, int64_t row, int64_t columns) {
+    const int64_t bytes = bytes_of(dtype_of(t.scalar_type())) * columns;
+    std::memset(static_cast<char*>(t.data_ptr()) + row * bytes, 0, size_t((t.size(0) - row) * bytes));
+  }
+
+  void sweep(const std::vector<std::vector<Segment>>& groups) {
+    A* plain = e.h;
+    if (e.cap && need.heads) {
+      scaled.assign(e.h, e.h + e.M * e.width);
+      scale_for_heads();
+    }
+    for (int64_t v = 0; v < e.V && e.M > 0; v += e.tile) {
+      e.load(v);
+      for (size_t k = 0; k < groups.size(); ++k) {
+        const Segment &head = groups[k].front(), &tail = groups[k].back();
+        const int64_t rows = tail.r0 + tail.rows - head.r0, ld = round_up(rows, 16);
+        form(groups[k], ld);
+        if (!scaled.empty()) e.h = scaled.data();
+        spend(head.r0, rows, ld, k == 0, k + 1 == groups.size());
+        e.h = plain;
+      }
+    }
+    finish();
+  }
+};
+
+template <class A>
+inline std::vector<std::vector<Segment>> blocks(const Engine<A>& e) {
+  std::vector<std::vector<Segment>> groups;
+  for (int64_t r0 = 0; r0 < e.M; r0 += BLOCK) groups.push_back({{r0, std::min(BLOCK, e.M - r0), -1}});
+  return groups;
+}
+
+// One group of all rows, as many as fit with a stash; or blocks, where most would not fit.
+template <class A>
+inline std::vector<std::vector<Segment>> stashed(const Engine<A>& e, Need need) {
+  std::vector<Segment> group;
+  int64_t r0 = 0;
+  for (int i = 0; i < e.n && r0 < e.M && !e.cap; ++i) {
+    const int64_t rows = std::min(e.D[size_t(i)] / 16 * 16, e.M - r0);
+    if (!(need.heads >> i & 1) || e.narrower(i) || rows == 0) continue;
+    group.push_back({r0, rows, i});
+    r0 += rows;
+  }
+  if (2 * r0 < e.M || e.M == 0) return blocks(e);
+  if (r0 < e.M) group.push_back({r0, e.M - r0, -1});
+  return {group};
+}
+
+template <class A>
+inline int64_t widest(const std::vector<std::vector<Segment>>& groups) {
+  int64_t rows = 16;
+  for (const auto& g : groups) rows = std::max(rows, round_up(g.back().r0 + g.back().rows - g.front().r0, 16));
+  return rows;
+}
+
+// The first sweep: `look(r0, rows, z, ld)` sees every tile of logits, which stay where the second finds them.
+template <class A, class F>
+inline void first_sweep(Engine<A>& e, Gradients<A>& g, const std::vector<std::vector<Segment>>& groups, const F& look) {
+  for (int64_t v = 0; v < e.V && e.M > 0; v += e.tile) {
+    e.load(v);
+    for (const auto& group : groups)
+      for (const Segment& part : group) {
+        const int64_t ld = round_up(part.rows, 16);
+        A* z = part.stash < 0 ? g.z : g.stash(part);
+        e.logits(part.r0, part.rows, z, ld, g.capped.data());
+        look(part.r0, part.rows, z, ld);
+      }
+  }
+}
+
+#define W2S_NEED_PARAMETERS int64_t need_hiddens, int64_t need_heads, int64_t need_biases, bool need_weights
+#define W2S_NEED Need{need_hiddens, need_heads, need_biases, need_weights}
+
+}  // namespace linear
+}  // namespace w2s

@@ -1,0 +1,80 @@
+"""The gradient of all linear losses on a GPU: logits again, dz from rows' coefficients, two products; see chunk.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..common import AotCase, Meta, launch, safe
+from .chunk import Chunks, gradient_row, options, supports_chunk
+
+supports_linear_loss_backward = supports_chunk
+
+
+@triton.jit
+def _rows_kernel(
+    i_z, o_grad, vocab, first, K, scale, cap, i_lse, i_ids, i_coefs, i_coef, i_log, i_all, dense, dense_stride, i_dense,
+    CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    local = tl.program_id(0).to(tl.int64)
+    row = first + local
+    lse = safe(tl.load(i_lse + row).to(tl.float32))
+    coef = tl.load(i_coef + row).to(tl.float32)
+    coef_log, coef_all, coef_dense = 0.0, 0.0, 0.0
+    keep = coef != 0
+    if i_log is not None:
+        coef_log = tl.load(i_log + row).to(tl.float32)
+        keep |= coef_log != 0
+    if i_all is not None:
+        coef_all = tl.load(i_all + row).to(tl.float32)
+        keep |= coef_all != 0
+    if dense is not None:
+        dense += row * dense_stride
+        coef_dense = 1.0 if i_dense is None else tl.load(i_dense + row).to(tl.float32)
+        keep |= coef_dense != 0
+    for k in range(K):
+        keep |= tl.load(i_coefs + row * K + k).to(tl.float32) != 0
+    gradient_row(
+        i_z + local * vocab, o_grad + local * vocab, vocab, scale, cap, lse, 1.0, coef, coef_log, lse, coef_all, dense,
+        coef_dense, i_ids + row * K, i_coefs + row * K, K, 1.0, keep, CAP, i_log is not None, BLOCK,
+    )  # fmt: skip
+
+
+def launch_linear_loss_backward(*args: Any) -> tuple[list[Any], list[Any], list[Any], Any]:
+    """Arguments of `linear_loss_backward` -> (dhiddens, dheads, dbiases, dweights)."""
+    work = Chunks(args[:8], args[16:])
+    lse, ids, coefs, coef, log, everywhere, dense, coef_dense = args[8:16]
+    ids, coefs = ids.contiguous(), coefs.contiguous()
+    rows = [x if x is None else x.contiguous() for x in (coef, log, everywhere)]
+    coef_dense = None if coef_dense is None else coef_dense.contiguous()
+    lse, stride = lse.contiguous(), 0 if dense is None else dense.stride(0)
+    scale, cap, has = work.cap
+    if work.any:
+        for first, size, z, dz in work.each():
+            launch(
+                _rows_kernel, size, z, z, dz, work.vocab_size, first, ids.shape[1], scale, cap, lse, ids, coefs, *rows,
+                dense, stride, coef_dense, CAP=has, **options(),
+            )  # fmt: skip
+            work.spend(first, size, dz)
+    return work.gradients()
+
+
+def aot_cases() -> list[AotCase]:
+    """The kernel of a chunk: a hard label in bf16, everything at once in fp32."""
+
+    def run(kind: str, full: bool) -> None:
+        z, dz = Meta((2048, 128256), "float32"), Meta((2048, 128256), kind)
+        row, ids, coefs = Meta((8192,), "float32"), Meta((8192, 4), "int64"), Meta((8192, 4), "float32")
+        extra = row if full else None
+        dense = Meta((8192, 128256), "float32") if full else None
+        launch(
+            _rows_kernel, 2048, z, z, dz, 128256, 2048, 4, 1.0, 30.0 if full else 1.0, row, ids, coefs, row, extra,
+            extra, dense, 128256 if full else 0, extra, CAP=full, **options(),
+        )  # fmt: skip
+
+    return [
+        AotCase("bf16-v128256", lambda: run("bfloat16", False)),
+        AotCase("fp32-v128256-all", lambda: run("float32", True)),
+    ]

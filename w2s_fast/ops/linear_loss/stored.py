@@ -1,0 +1,44 @@
+"""Gradients that a loss made in its forward pass, kept for its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .gradient import by_name
+from .inputs import Linear, once
+
+
+def keep_gradients(ctx: Any, given: Linear, need: tuple[Any, ...], grads: Any, *others: Tensor | None) -> None:
+    """Save (dhiddens, dheads, dbiases, dweights) and the tensors ``others``."""
+    dhiddens, dheads, dbiases, dweights = grads
+    flat = (*dhiddens, *dheads, *dbiases, dweights)
+    ctx.mark_non_differentiable(*flat)
+    ctx.counts, ctx.need = (len(given.hiddens), len(given.biases)), need
+    ctx.save_for_backward(*flat, given.weights, *others)
+
+
+def lists(ctx: Any, tensors: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """One a hidden, one a head, one a bias."""
+    n, biased = ctx.counts
+    return list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n : 2 * n + biased])
+
+
+def kept(ctx: Any) -> tuple[list[Tensor], Tensor | None, list[Any]]:
+    """The saved gradients, the models' weights and the other saved tensors."""
+    size = 2 * ctx.counts[0] + ctx.counts[1] + 1
+    saved = ctx.saved_tensors
+    return list(saved[:size]), saved[size], list(saved[size + 1 :])
+
+
+def stored_gradients(name: str, ctx: Any, grad: Tensor | None, need: tuple[Any, ...]) -> dict[str, Any]:
+    """The saved gradients times that of the loss, by argument name."""
+    found, weights, _ = kept(ctx)
+    if grad is None:
+        return by_name((*lists(ctx, found), found[-1]), (0, 0, 0, False), None)
+    # the usual upstream gradient is 1: then the gradients go out as they are (a tracer's tensor is a subclass)
+    if not (type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0):
+        found = [g * grad.to(g.dtype) if g.numel() else g for g in found]
+    found = once(name, *found)
+    return by_name((*lists(ctx, found), found[-1]), need, weights)

@@ -1,0 +1,187 @@
+"""Cross-entropy with a sparse, uniform or dense target over fused heads, and the gradient of all linear losses.
+
+These are definitions: they hold the whole [T, V] matrix that the kernels never form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..numerics import log_sum_exp
+from .fusion import Fused, fused, probabilities
+
+
+def scattered(
+    shape: Tensor, ids: Tensor, coef_ids: Tensor, everywhere: Tensor | None, dense: Tensor | None, coef: Tensor | None
+) -> Tensor:
+    """q_tv = everywhere_t + coef_t dense_tv + sum_k coef_ids_tk [v = ids_tk] in shape and dtype of ``shape``; a
+    negative id is none."""
+    q = torch.zeros_like(shape) if everywhere is None else everywhere.to(shape.dtype).unsqueeze(1).expand_as(shape)
+    if dense is not None:
+        part = dense.to(shape.dtype)
+        q = q + (part if coef is None else coef.to(shape.dtype).unsqueeze(1) * part)
+    return q.scatter_add(1, ids.clamp_min(0), torch.where(ids < 0, 0.0, coef_ids.to(shape.dtype)))
+
+
+def agreement(q: Tensor, z: Tensor) -> Tensor:
+    """sum_v q_tv z_tv; a q of 0 adds 0 where z is -inf."""
+    return torch.where(q == 0, 0.0, q * z).sum(1)
+
+
+def linear_ce(
+    hiddens: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    weights: Tensor | None,
+    weight_values: Sequence[float],
+    temperature: float,
+    softcap: float,
+    vocab_size: int,
+    keep: Tensor,
+    ids: Tensor,
+    probs: Tensor,
+    uniform: Tensor | None,
+    dense: Tensor | None,
+    weight: Tensor,
+    z_loss: float,
+    need_entropy: bool,
+    need_best: bool,
+    need_hiddens: int,
+    need_heads: int,
+    need_biases: int,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """loss = sum_t weight_t row_t over the rows with ``keep``, and its gradients as in `linear_loss_backward`.
+
+    ``row_t = Q_t lse_t - sum_v q_tv z_tv + z_loss lse_t^2`` with ``Q_t = sum_v q_tv`` and the target ``q_tv =
+    uniform_t + dense_tv + sum_k probs_tk [v = ids_tk]``. Returns (loss, row, logp, lse, entropy, best, largest,
+    gradients): logp is the mean of log p over the target without its uniform part; entropy of p; best, the first token
+    of the largest logit, and largest, its probability; all ``[T]``, 0 in other rows, ``[0]`` unless needed.
+    """
+    given = (hiddens, heads, biases, weights, weight_values, temperature, softcap, vocab_size)
+    z = fused(*given).z
+    lse = log_sum_exp(z)
+    core = scattered(z, ids, probs, None, dense, None)
+    q = core if uniform is None else core + uniform.to(z.dtype).unsqueeze(1)
+    mass = q.sum(1)
+    row = mass * lse - agreement(q, z) + z_loss * lse.square()
+    core_mass = core.sum(1)
+    logp = torch.where(core_mass == 0, 0.0, agreement(core, z) / core_mass - lse)
+    none = z.new_empty(0)
+    p = probabilities(z, lse) if need_entropy else none
+    entropy = torch.where(p == 0, 0.0, -p * (z - lse.unsqueeze(1))).sum(1) if need_entropy else none
+    w = torch.where(keep, weight.to(z.dtype), 0.0)
+    rows = [torch.where(keep, x, 0.0) for x in (row, logp, lse)]
+    need = (need_hiddens, need_heads, need_biases, need_weights)
+    coef_all = None if uniform is None else -w * uniform.to(z.dtype)
+    grads = linear_loss_backward(
+        *given,
+        lse,
+        ids,
+        -w.unsqueeze(1) * probs.to(z.dtype),
+        w * (mass + 2 * z_loss * lse),
+        None,
+        coef_all,
+        dense,
+        None if dense is None else -w,
+        *need,
+    )
+    return (
+        torch.where(w == 0, 0.0, w * row).sum(),
+        rows[0],
+        rows[1],
+        rows[2],
+        torch.where(keep, entropy, 0.0) if need_entropy else none,
+        torch.where(keep, z.argmax(1), 0) if need_best else ids.new_empty(0),
+        torch.where(keep, (z.amax(1) - lse).exp(), 0.0) if need_best else none,
+        *grads,
+    )
+
+
+def linear_loss_backward(
+    hiddens: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    weights: Tensor | None,
+    weight_values: Sequence[float],
+    temperature: float,
+    softcap: float,
+    vocab_size: int,
+    lse: Tensor,
+    ids: Tensor,
+    coef_ids: Tensor,
+    coef_lse: Tensor,
+    coef_log: Tensor | None,
+    coef_all: Tensor | None,
+    dense: Tensor | None,
+    coef_dense: Tensor | None,
+    need_hiddens: int,
+    need_heads: int,
+    need_biases: int,
+    need_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """Gradients where ``dz_tv = p_tv (coef_lse_t + coef_log_t log p_tv) + coef_all_t + coef_dense_t dense_tv + sum_k
+    coef_ids_tk [v = ids_tk]``; a negative id is none.
+
+    Bit i of ``need_hiddens``, ``need_heads``, ``need_biases`` asks for model i's gradient, in the dtype and shape of
+    its tensor (zero past ``vocab_size``); those not asked for have shape ``[0]``. dweights is ``[T, n]`` or ``[0]``.
+    """
+    if not (need_hiddens or need_heads or need_biases or need_weights):
+        return (
+            [h.new_empty(0) for h in hiddens],
+            [w.new_empty(0) for w in heads],
+            [b.new_empty(0) for b in biases],
+            (lse.new_empty(0)),
+        )
+    found = fused(hiddens, heads, biases, weights, weight_values, temperature, softcap, vocab_size)
+    p = probabilities(found.z, lse)
+    g = p * coef_lse.to(lse.dtype).unsqueeze(1)
+    if coef_log is not None:
+        g = g + torch.where(p == 0, 0.0, p * coef_log.to(lse.dtype).unsqueeze(1) * (found.z - lse.unsqueeze(1)))
+    g = g + scattered(g, ids, coef_ids, coef_all, dense, coef_dense)
+    others = [coef_ids.any(1), *(x != 0 for x in (coef_lse, coef_log, coef_all, coef_dense) if x is not None)]
+    g = torch.where(torch.stack(others).any(0).unsqueeze(1), g, 0.0)  # not NaN in a row that takes no part
+    return _spread(
+        g, found, hiddens, heads, biases, temperature, vocab_size, need_hiddens, need_heads, need_biases, need_weights
+    )
+
+
+def _spread(
+    g: Tensor,
+    found: Fused,
+    hiddens: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    temperature: float,
+    vocab_size: int,
+    need_hiddens: int,
+    need_heads: int,
+    need_biases: int,
+    need_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """dz = g through the products."""
+    dhiddens, dheads, dbiases = [], [], []
+    for i, (h, head) in enumerate(zip(hiddens, heads, strict=True)):
+        scale = found.scale[:, i : i + 1]
+        own = g if found.slopes is None else g * found.slopes[i]
+        dhiddens.append(
+            (scale * (own @ head[:vocab_size].to(g.dtype))).to(h.dtype) if need_hiddens >> i & 1 else h.new_empty(0)
+        )
+        scaled = scale * own if need_heads >> i & 1 or need_biases >> i & 1 else own
+        dheads.append(_padded(scaled.t() @ h.to(g.dtype), head) if need_heads >> i & 1 else head.new_empty(0))
+        if biases:
+            dbiases.append(_padded(scaled.sum(0), biases[i]) if need_biases >> i & 1 else biases[i].new_empty(0))
+    dweights = g.new_empty(0)
+    if need_weights:
+        dweights = torch.stack([(g * part).sum(1) for part in found.parts], 1) / temperature
+    return dhiddens, dheads, dbiases, dweights
+
+
+def _padded(grad: Tensor, like: Tensor) -> Tensor:
+    """``grad`` in the dtype of ``like``, with zeros for its rows past the vocabulary."""
+    if grad.shape[0] < like.shape[0]:
+        grad = torch.cat((grad, grad.new_zeros((like.shape[0] - grad.shape[0], *grad.shape[1:]))))
+    return grad.to(like.dtype)
