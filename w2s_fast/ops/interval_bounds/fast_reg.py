@@ -61,11 +61,11 @@ def _folded(x: Tensor) -> Tensor:
     return torch.minimum(x, 1 / x.clamp_min(1e-12))
 
 
-def _layer(sums: Tensor, count: int, radius: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-    """(tightness, balance) of one layer, at most 1 and 2."""
-    width, c, _, na, ca, c2a, nd, cd, c2d = sums.unbind()
-    mean = c / count
-    tight = (tol - radius / (0.5 * width / count).clamp_min(1e-12)).clamp_min(0) / tol
+def _layers(sums: Tensor, counts: Tensor, radius: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """(tightness, balance) of each layer, at most 1 and 2, from ``[m, 9]`` sums and ``[m]`` numbers of units."""
+    width, c, _, na, ca, c2a, nd, cd, c2d = sums.unbind(1)
+    mean = c / counts
+    tight = (tol - radius / (0.5 * width / counts).clamp_min(1e-12)).clamp_min(0) / tol
     # sums of (c - mean)^2 over active and dead units, from sums about 0: float64 leaves nothing to cancel
     spread = [(s2 - 2 * mean * s + mean * mean * n).clamp_min(0) for s2, s, n in ((c2a, ca, na), (c2d, cd, nd))]
     # nothing is divided by 0, so that a layer that does not count leaves no NaN in the gradient either
@@ -116,6 +116,6 @@ def fast_reg(bounds: Sequence[tuple[Tensor, Tensor]], input_box: tuple[Tensor, T
             checks.fail(op, name, "of one dtype and not empty", tuple(pair[0].shape))
     sums = [INTERVAL_MOMENTS(pair[0].reshape(-1).contiguous(), pair[1].reshape(-1).contiguous()) for _, pair in pairs]
     radius = 0.5 * sums[-1][0] / input_box[0].numel()
-    found = [_layer(s, pair[0].numel(), radius, tol) for s, pair in zip(sums, bounds, strict=False)]
-    tight, relu = (torch.stack(column).mean() for column in zip(*found, strict=True))
-    return FastReg(tight, relu)
+    counts = torch.tensor([pair[0].numel() for pair in bounds], dtype=torch.float64, device=radius.device)
+    tight, relu = _layers(torch.stack(sums[:-1]), counts, radius, tol)
+    return FastReg(tight.mean(), relu.mean())
