@@ -60,11 +60,11 @@ def _three_products(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tenso
 
 
 def _library() -> Callable[..., tuple[Tensor, ...]]:
-    """torch's own fused op with its default options."""
-    own = getattr(F, "linear_cross_entropy", None)
-    if own is None:
+    """torch's own fused op with its default options (without options it is eager's two calls)."""
+    own, options = getattr(F, "linear_cross_entropy", None), getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if own is None or options is None:
         raise Unavailable("this torch has no torch.nn.functional.linear_cross_entropy")
-    return _graded(lambda h, w, target: own(h, w, target), True)
+    return _graded(lambda h, w, target: own(h, w, target, options=options()), True)
 
 
 def _on_a_gpu(module: str, form: Callable[[Any], Callable[..., Tensor]]) -> Callable[[], Callable[..., Any]]:
