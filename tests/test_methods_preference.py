@@ -1,0 +1,111 @@
+"""The preference methods: their losses against the papers' formulas, and what their commands write."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("transformers")
+
+from w2s_fast.methods._common import models
+from w2s_fast.methods.preference import _sequences as seq
+from w2s_fast.methods.preference import npo
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("W2S_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def model():
+    return models.llama(models.Size(16, 1, 2), 40, seed=0, positions=32)
+
+
+def plain_logp(model, given):
+    """From the logits of all positions."""
+    logp = model(input_ids=given.ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    labels = given.labels[:, 1:]
+    return logp.gather(2, labels.clamp_min(0)[..., None])[..., 0] * (labels >= 0)
+
+
+def some(count, seed=0, prompt=4):
+    return seq.after(torch.randint(40, (count, 12), generator=torch.Generator().manual_seed(seed)), prompt)
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def test_scores_are_those_of_the_logits(model):
+    given = some(5)
+    plain = plain_logp(model, given)
+    torch.testing.assert_close(seq.scores(model, given), plain.sum(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seq.scores(model, given, "mean"), plain.sum(1) / 8, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seq.cross_entropy(model, given), -plain.sum() / 40, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["npo", "ga"])
+def test_forget_loss_is_the_papers(model, kind):
+    given, ref = some(3), torch.tensor([-31.0, -28.0, -33.0])
+    ours = npo.forget_loss(model, given, ref, kind)
+    lp = plain_logp(model, given).sum(1)
+    plain = lp.mean() if kind == "ga" else 2 / npo.BETA * F.softplus(npo.BETA * (lp - ref)).mean()
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients(model, ours), gradients(model, plain), atol=1e-5, rtol=1e-4)
+
+
+def test_batches_see_everything_equally_often():
+    found = seq.batches(10, 4, 5, torch.Generator().manual_seed(0))
+    assert [len(b) for b in found] == [4] * 5
+    assert torch.cat(found).bincount().tolist() == [2] * 10
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.4, 2.0])
+def test_ks_p_value_is_the_limiting_distributions(shift):
+    stats = pytest.importorskip("scipy.stats")
+    a, b = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+    statistic = stats.ks_2samp(a.numpy(), (b + shift).numpy()).statistic
+    expected = stats.kstwobign.sf(statistic * math.sqrt(100))
+    assert npo.ks_p_value(a, b + shift) == pytest.approx(expected, abs=1e-6)
+    assert npo.ks_p_value(a, a.flip(0)) == 1
+
+
+def test_npo_data_has_the_same_prompts_and_other_continuations():
+    given = npo.data(3, forget=5, retain=7)
+    assert given.forget.ids.shape == (5, npo.LENGTH) and given.retain.ids.shape == (7, npo.LENGTH)
+    assert torch.equal(given.wrong.ids[:, : npo.PROMPT], given.forget.ids[:, : npo.PROMPT])
+    assert not (given.wrong.ids == given.forget.ids).all(1).any()
+    assert (given.wrong.labels[:, : npo.PROMPT] == -100).all() and (given.wrong.labels[:, npo.PROMPT:] >= 0).all()
+
+
+def test_gradient_ascent_runs_away_and_npo_does_not():
+    ids = torch.randint(40, (24, 12), generator=torch.Generator().manual_seed(5))
+    model = models.llama(models.Size(16, 1, 2), 40, seed=0, positions=32)
+    parts = seq.after(ids[:8], 1), seq.after(ids[8:], 1)
+    models.fit(model, lambda step: seq.cross_entropy(model, seq.join(*parts)), 60, 0.02)
+    lost = {}
+    for kind in ("ga", "npo"):
+        copy, ref = models.clone(model), seq.scores(model, parts[0])
+        optimizer = torch.optim.AdamW(copy.parameters(), lr=3e-3)
+        for _ in range(40):
+            optimizer.zero_grad()
+            npo.forget_loss(copy, parts[0], ref, kind).backward()
+            optimizer.step()
+        assert seq.scores(copy, parts[0]).mean() < ref.mean() - 5, "it forgets"
+        lost[kind] = (seq.scores(model, parts[1]) - seq.scores(copy, parts[1])).mean().item()
+    assert lost["npo"] < 0.7 * lost["ga"]
+
+
+def test_npo_command(tmp_path, capsys):
+    assert npo.main(["--quick", "--seeds", "0", "1", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "npo.json").read_text())["points"]
+    assert set(found) == {"never saw it", *npo.METHODS} and all(len(seeds) == 2 for seeds in found.values())
+    assert found["never saw it"][0][0]["quality"] == 1
+    assert (tmp_path / "npo.png").stat().st_size > 10_000
+    printed = capsys.readouterr()
+    assert "Utility at the end" in printed.out and "wrote" in printed.out

@@ -1,0 +1,1 @@
+"""Learning from preferences, from one's own samples and from what to forget."""
