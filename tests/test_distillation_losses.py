@@ -12,6 +12,7 @@ import w2s_fast
 from w2s_fast import extension
 
 BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
+needs_cpp = pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
 KINDS = ("fkl", "rkl", "jsd", "sce", "ce_soft")
 DOUBLE = torch.float64
 
@@ -278,3 +279,141 @@ def test_outputs_of_rows():
     torch.testing.assert_close(rows["entropy_s"], -(p * p.log()).sum(-1))
     torch.testing.assert_close(rows["entropy_t"], -(q * q.log()).sum(-1))
     assert math.isclose(w2s_fast.kd_loss(z, [("logits", t)], tau=2.0)[0].item(), rows["kd"].mean().item(), rel_tol=1e-6)
+
+
+def _several_chunks(op, dtype, seed=0):
+    """(loss, gradients) of a call whose tiles do not fit one chunk, and of the same rows in calls of their own."""
+    width, vocab = 4, 90001 if op == "linear_kd" else 180001
+    head = random(vocab, width, seed=1, dtype=dtype).requires_grad_()
+    bias = random(vocab, seed=2, dtype=dtype).requires_grad_()
+    if op == "linear_kd":
+        hidden = random(150, width, seed=seed, dtype=dtype).requires_grad_()
+        teacher, other = random(150, 3, seed=3, dtype=dtype), random(vocab, 3, seed=4, dtype=dtype)
+        weights = random(150, seed=5).exp().float()
+
+        def call(part):
+            share = weights[part] / weights.sum()
+            return share.sum() * w2s_fast.linear_kd(
+                hidden[part], head, [("linear", teacher[part], other)], weights=weights[part], bias=bias, tau=2.0
+            )[0]
+
+        parts = [slice(0, 60), slice(60, 150)]
+    else:
+        hidden = random(6, 25, width, seed=seed, dtype=dtype).requires_grad_()
+        target = torch.randint(vocab, (6, 25), generator=torch.Generator().manual_seed(0))
+
+        def call(part):
+            given = hidden[part], head, target[part]
+            return len(given[0]) / 6 * w2s_fast.linear_eisl(*given, bias=bias, select="softmax", ce_coef=0.5)[0]
+
+        parts = [slice(0, 2), slice(2, 6)]
+    leaves = (hidden, head, bias)
+    whole = call(slice(None))
+    pieces = [call(part) for part in parts]
+    grads = [torch.autograd.grad(piece, leaves) for piece in pieces]
+    summed = tuple(sum(g.double() for g in each) for each in zip(*grads, strict=True))
+    return (whole, *torch.autograd.grad(whole, leaves)), (sum(pieces), *summed)
+
+
+@needs_cpp
+@pytest.mark.parametrize("op", ["linear_kd", "linear_eisl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_nothing(op, dtype):
+    whole, pieces = _several_chunks(op, dtype)
+    torch.testing.assert_close(whole[0], pieces[0].to(whole[0].dtype), rtol=2e-6, atol=1e-7)
+    rounding = 2e-6 if dtype == torch.float32 else 2.0**-7
+    for a, b in zip(whole[1:], pieces[1:], strict=True):
+        assert (a.double() - b).abs().max() <= rounding * b.abs().max()
+
+
+@needs_cpp
+@pytest.mark.parametrize("op", ["kd_loss", "linear_kd", "linear_eisl"])
+def test_rows_that_do_not_count_change_nothing(op):
+    """More rows, full of NaN, but ignored: the same loss and gradients, and nothing for those rows."""
+    hidden, head = random(8, 5, dtype=torch.float32), random(37, 5, seed=1, dtype=torch.float32)
+    z, t = hidden @ head.t(), random(8, 37, seed=2, dtype=torch.float32)
+    y = torch.randint(37, (8,), generator=torch.Generator().manual_seed(0))
+
+    def more(x):
+        return torch.cat((x, torch.full_like(x[:3], float("nan") if x.is_floating_point() else -100)))
+
+    found = []
+    for extend in (lambda x: x, more):
+        h, w, logits = leaves(extend(hidden), head, extend(z))
+        label = extend(y)
+        options = {"hard": "ce", "alpha": 0.3, "target": label, "tau": 2.0}
+        if op == "kd_loss":
+            loss, inputs = w2s_fast.kd_loss(logits, [("logits", extend(t))], **options)[0], (logits,)
+        elif op == "linear_kd":
+            loss, inputs = w2s_fast.linear_kd(h, w, [("logits", extend(t))], **options)[0], (h, w)
+        else:
+            keep = (label != -100)[None]
+            loss = w2s_fast.linear_eisl(
+                h[None], w, label[None], select="softmax", ce_coef=0.5, src_mask=keep, tgt_mask=keep
+            )[0]
+            inputs = (h, w)
+        grads = torch.autograd.grad(loss, inputs)
+        assert not grads[0][8:].any()
+        found.append((loss.detach(), grads[0][:8], *grads[1:]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_row_counts(backend):
+    hidden, head = leaves(random(3, 4, dtype=torch.float32), random(9, 4, seed=1, dtype=torch.float32))
+    target = torch.full((3,), -100)
+    teachers = [("logits", random(3, 9, dtype=torch.float32))]
+    with w2s_fast.backend(backend):
+        loss, _ = w2s_fast.linear_kd(hidden, head, teachers, target=target, hard="ce", alpha=0.5)
+        loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not head.grad.any()
+
+
+@pytest.mark.parametrize("op", ["kd_loss", "linear_kd", "linear_eisl"])
+def test_two_backwards_frozen_parts_and_no_second_order(op):
+    def call(hidden, head):
+        teachers = [("logits", random(6, 9, seed=5))]
+        if op == "kd_loss":
+            return w2s_fast.kd_loss(hidden @ head.t(), teachers)[0]
+        if op == "linear_kd":
+            return w2s_fast.linear_kd(hidden, head, teachers)[0]
+        return w2s_fast.linear_eisl(hidden[None], head, torch.arange(6)[None], select="softmax")[0]
+
+    hidden, head = leaves(random(6, 4), random(9, 4, seed=1))
+    loss = call(hidden, head)
+    first = torch.autograd.grad(loss, (hidden, head), retain_graph=True)
+    again = torch.autograd.grad(loss, (hidden, head), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward is not supported"):
+        grad.sum().backward()
+    for frozen in (0, 1):
+        given = [t.detach() if i == frozen else t for i, t in enumerate((hidden, head))]
+        (grad,) = torch.autograd.grad(call(*given), given[1 - frozen])
+        torch.testing.assert_close(grad, first[1 - frozen])
+
+
+@needs_cpp
+@pytest.mark.parametrize("op", ["linear_kd", "linear_eisl"])
+def test_memory_is_bounded(op):
+    """Beyond the gradients: tiles of at most 64 MiB, where eager holds several [T, V]."""
+    from w2s_fast.bench.memory import peak_bytes
+
+    rows, vocab, width = 400, 60000, 8
+    hidden, head = leaves(random(rows, width, dtype=torch.float32), random(vocab, width, seed=1, dtype=torch.float32))
+    teacher = [("linear", hidden.detach(), head.detach())]
+    target = torch.randint(vocab, (8, rows // 8), generator=torch.Generator().manual_seed(0))
+
+    def call():
+        if op == "linear_kd":
+            loss = w2s_fast.linear_kd(hidden, head, teacher)[0]
+        else:
+            loss = w2s_fast.linear_eisl(hidden.view(8, -1, width), head, target, select="softmax")[0]
+        return torch.autograd.grad(loss, (hidden, head))
+
+    peak = peak_bytes(call, (), torch.device("cpu"))
+    if peak is None:
+        pytest.skip("this torch's profiler reports no allocations")
+    outputs = (hidden.numel() + head.numel()) * 4
+    assert peak - outputs < 72 << 20, f"{(peak - outputs) >> 20} MiB"

@@ -1,18 +1,13 @@
 // What a row of distillation is made of; see w2s_fast/reference/linear_loss/distillation.py for the equations.
 #pragma once
 
+#include "cpu/linear_loss/rows.h"
 #include "cpu/logit_fusion/fusion.h"
 
 namespace w2s {
 
 enum KdKind : int64_t { FKL, RKL, JSD, SCE, CE_SOFT };
 enum KdForm : int64_t { LOGITS, PROBS, TOPK, LINEAR, LINEAR_BIAS };
-
-struct RowSource {  // a row of numbers, and a bias in the accumulating type that is added to it, or null
-  const void* data = nullptr;
-  Dtype dtype = Dtype::f32;
-  const void* bias = nullptr;
-};
 
 struct RowTeacher {
   KdForm form;

@@ -9,36 +9,54 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...library import Kernel, define
 from ...reference.linear_loss import eisl as reference
 from .inputs import _unit_stride as unit_stride
 from .inputs import once
 from .kd import scaled
-from .plain import plain
 from .teachers import check_head
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
+    ctx.need = inputs[-3:]  # the gradients that forward made
     ctx.save_for_backward(*output[2:])
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
-    names = [n for n, need in zip(("hidden", "head", "bias"), ctx.needs_input_grad[:3], strict=True) if need]
-    if grad is None or not names:
+    wanted = [made and need for made, need in zip(ctx.need, ctx.needs_input_grad[:3], strict=True)]
+    if grad is None or not any(wanted):
         return {}
-    found = [g for g, need in zip(scaled(grad, ctx.saved_tensors), ctx.needs_input_grad[:3], strict=True) if need]
-    return dict(zip(names, once("linear_eisl", *found), strict=True))
+    found = once("linear_eisl", *(g for g, want in zip(scaled(grad, ctx.saved_tensors), wanted, strict=True) if want))
+    names = (name for name, want in zip(("hidden", "head", "bias"), wanted, strict=True) if want)
+    return dict(zip(names, found, strict=True))
 
 
-LINEAR_EISL = plain(
+def _fake(hidden: Tensor, head: Tensor, bias: Tensor | None, _: Tensor, ngrams: list[int], *args: Any) -> Any:
+    need_hidden, need_head, need_bias = args[-3:]
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    offset = hidden if bias is None else bias
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty((len(ngrams) + 1,), dtype=dtype),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        head.new_empty(head.shape if need_head else (0,)),
+        offset.new_empty(offset.shape if need_bias else (0,)),
+    )
+
+
+LINEAR_EISL = define(
+    "linear_eisl",
     "(Tensor hidden, Tensor head, Tensor? bias, Tensor target, int[] ngrams, float[] weights, float tau, "
     "bool logsumexp, float floor, Tensor[] noise, Tensor? src_keep, Tensor? tgt_keep, float ngram_coef, float ce_coef, "
     "bool need_hidden, bool need_head, bool need_bias) "
     "-> (Tensor loss, Tensor parts, Tensor dhidden, Tensor dhead, Tensor dbias)",
     reference=reference.linear_eisl,
+    fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton=Kernel("kernels.linear_loss.eisl:launch_linear_eisl", "kernels.linear_loss.eisl:supports_linear_eisl"),
 )
 
 Select = Literal["gumbel", "softmax", "logsumexp"]

@@ -81,6 +81,7 @@ def _backward(
 ) -> dict[str, Any]:
     (dlogits,), (logits,), given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
     if ctx.needs_input_grad[0]:
+        made = made and dlogits.shape == logits.shape
         (found,) = scaled(grad, [dlogits]) if made else [KD_LOSS.on(ctx.backend)(logits, *given, True, False)[4]]
         (rows["logits"],) = once("kd_loss", found)
     return rows

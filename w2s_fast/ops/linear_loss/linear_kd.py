@@ -30,6 +30,7 @@ from .teachers import teachers as checked
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     save_distillation(ctx, Distillation(*inputs[3:13]), output[1], output[2], inputs[:3], output[4:])
+    ctx.need = inputs[13:16]  # the gradients that forward made
     ctx.mark_non_differentiable(*output[3:])
 
 
@@ -39,6 +40,7 @@ def _backward(
     grads, student, given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
     need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
     if any(need):
+        made = made and all(done or not want for done, want in zip(ctx.need, need, strict=True))
         found = scaled(grad, grads) if made else LINEAR_KD.on(ctx.backend)(*student, *given, *need, False)[4:]
         once_each = once("linear_kd", *(g for g, wanted in zip(found, need, strict=True) if wanted))
         names = (name for name, wanted in zip(("hidden", "head", "bias"), need, strict=True) if wanted)

@@ -1,0 +1,25 @@
+// A sentence of the edit-invariant loss; see w2s_fast/reference/linear_loss/eisl.py for the equations.
+#pragma once
+
+#include "cpu/linear_loss/rows.h"
+#include "cpu/logit_fusion/fusion.h"
+
+namespace w2s {
+
+struct Sentence {
+  int64_t T, U;                  // output positions, target tokens
+  const bool *source, *target;   // which count; null: all
+  double tau, floor;
+  bool logsumexp;
+};
+
+struct Ngram {
+  int64_t n;
+  double scale;        // of L_n in the loss, divided by the number of sentences
+  RowSource noise;     // [T - n + 1, U - n + 1] of this sentence, or null
+};
+
+inline int64_t eisl_width(int64_t U) { return (U + 15) / 16 * 16 + 16; }  // elements of a row of raw, and of dcost
+inline int64_t eisl_scratch(int64_t T, int64_t U) { return (4 * T + 4) * eisl_width(U); }
+
+}  // namespace w2s
