@@ -57,10 +57,12 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def peer_loss(name: str, model: nn.Module, example: Tensor) -> Callable[[Tensor, Tensor, Stage], Tensor]:
-    """The setting's loss over auto_LiRPA."""
+def peer_loss(
+    name: str, model: nn.Module, example: Tensor
+) -> tuple[Callable[[Tensor, Tensor, Stage], Tensor], Callable[[], None]]:
+    """The setting's loss over auto_LiRPA; and what brings its running statistics, which are copies, to the model."""
     library = auto_lirpa()
-    from auto_LiRPA.bound_ops import BoundRelu
+    from auto_LiRPA.bound_ops import BoundBuffers, BoundRelu
 
     bounded = library.BoundedModule(model.eval(), example)
     bounded.train()
@@ -87,7 +89,12 @@ def peer_loss(name: str, model: nn.Module, example: Tensor) -> Callable[[Tensor,
             value = value + fast.WEIGHT * (1 - stage.share) * (tight + relu)
         return value
 
-    return {"ibp": ibp_loss, "fast": fast_loss}[name]
+    def update() -> None:
+        for node in bounded.modules():
+            if isinstance(node, BoundBuffers):
+                model.get_buffer(node.ori_name).copy_(node.buffer)
+
+    return {"ibp": ibp_loss, "fast": fast_loss}[name], update
 
 
 class Side:
@@ -96,8 +103,11 @@ class Side:
     def __init__(self, name: str, method: str, schedule: Schedule, x: Tensor, seed: int) -> None:
         setting = SETTINGS[method]
         self.name, self.model = name, setting.network(seed)
-        ours = name == NAMES[0]
-        loss = partial(setting.loss, bound(self.model)) if ours else peer_loss(method, self.model, x[:2])
+        if name == NAMES[0]:
+            loss: Any = partial(setting.loss, bound(self.model))
+            self.update: Callable[[], None] = lambda: None
+        else:
+            loss, self.update = peer_loss(method, self.model, x[:2])
         self.trainer = Trainer(self.model, loss, ibp.EPS, schedule, seed, setting.ramp)
         self.seconds = 0.0
         self.curve: list[tuple[float, float]] = []
@@ -107,6 +117,7 @@ class Side:
         begin = time.perf_counter()
         self.trainer.epoch(x, y)
         self.seconds += time.perf_counter() - begin
+        self.update()
         self.curve.append((self.seconds, verified_error(self.model, *test, ibp.EPS)))
 
     def reaches(self, target: float) -> float:

@@ -3,6 +3,13 @@
 Weights start as N(0, 2 pi / n^2), n the fan-in, so that the radius of a box neither grows nor shrinks from layer to
 layer; batch-norm follows every layer but the last; while eps rises, ``lambda (L_tight + L_relu)`` of
 `w2s_fast.fast_reg` is added to the cross-entropy of the worst-case margins, lambda = 0.5 (1 - eps / eps_max).
+
+Measured on scikit-learn's digits, CNN-7 of width 8, 30 epochs, 15 of them the ramp, three seeds: the share of test
+pictures without a certificate at radius 0.1 falls from training without bounds to IBP (no batch-norm, kappa to 1/2) to
+all of the paper. Each training has its own best learning rate of 0.004, 0.008 and 0.016, by two or three other
+seeds on a fifth of the training pictures. Most of the gain is the row "IBP, batch-norm": at its best rate it alone does
+as well as all of the paper, here and with a ramp of 6 epochs in 16. At a small common rate (0.002, one seed)
+initialisation and regularisers do help, which fits that beside batch-norm smaller weights are a larger step.
 """
 
 from __future__ import annotations

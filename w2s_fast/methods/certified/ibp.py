@@ -2,8 +2,11 @@
 
 The loss is ``kappa CE(f(x), y) + (1 - kappa) CE(z, y)`` with z the worst-case margins over the box of radius eps: while
 eps rises linearly to its largest value, kappa falls from 1 to 1/2. CROWN-IBP mixes its margins in,
-``z = beta z_crown + (1 - beta) z_ibp``, beta from 1 to 0 over the same ramp. Measured on scikit-learn's digits, a small
-convolutional network, three seeds: the share of test pictures without a certificate, against training without bounds.
+``z = beta z_crown + (1 - beta) z_ibp``, beta from 1 to 0 over the same ramp.
+
+Measured on scikit-learn's digits, Linear layers, three seeds: the share of test pictures without a certificate at
+radius 0.1, against training without bounds. One learning rate for all, IBP's best of 0.002, 0.005 and 0.01 on a fifth
+of the training pictures (two seeds of their own).
 """
 
 from __future__ import annotations
