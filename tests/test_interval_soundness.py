@@ -106,6 +106,95 @@ def test_margins_in_exact_arithmetic(backend, dtype):
         assert float(z[i, k]) <= float(exact) + 1e-3
 
 
+def exact_hull(x, weight, bias):
+    """Both ends of every output of interval inputs and weights, as fractions: extremes of the products of ends."""
+    rows = []
+    for low, high in zip(*(t.tolist() for t in x), strict=True):
+        row = []
+        for first, second, *shift in zip(*(t.tolist() for t in (*weight, *bias)), strict=True):
+            ends = [Fraction(v) for v in shift]
+            for xs, ws in zip(zip(low, high, strict=True), zip(first, second, strict=True), strict=True):
+                products = [Fraction(a) * Fraction(b) for a in xs for b in ws]
+                ends[0] += min(products)
+                ends[1] += max(products)
+            row.append(ends)
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", ["nonneg", "general", "midrad"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_interval_weights_in_exact_arithmetic(backend, dtype, mode, kind):
+    for k in (1, 37, 150):
+        g = torch.Generator().manual_seed(k)
+        (center, radius), (middle, width) = KINDS[kind](g, k), KINDS["random" if kind != "point" else "point"](g, k)
+        x, w = ([(c - r).to(dtype), (c + r).to(dtype)] for c, r in ((center, radius), (middle, width)))
+        if mode == "nonneg":
+            x = [t.clamp_min(0) for t in x]
+        if not all(bool(t.isfinite().all()) for t in x):
+            continue  # beyond the range of the dtype
+        bias = [random(g, 2, dtype=dtype) - 0.01, random(g, 2, dtype=dtype).abs() + 3]
+        with w2s_fast.backend(backend):
+            found = w2s_fast.interval_linear_iw(
+                (x[0], x[0], x[1]), (w[0], w[0], w[1]), (bias[0], bias[0], bias[1]), mode=mode, rounding="sound"
+            )
+        assert_contains(found[::2], exact_hull(x, w, bias))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["nonneg", "general", "midrad"])
+def test_interval_weights_to_nearest_are_not_sound_and_sound_ones_hardly_wider(backend, mode):
+    g = torch.Generator().manual_seed(0)
+    x, w = random(g, 4, 300, dtype=F32).abs(), random(g, 20, 300, dtype=F32)
+    x, w = (x, x + 0.01), (w, w + 0.01)
+    triples = (x[0], x[0], x[1]), (w[0], w[0], w[1])
+    with w2s_fast.backend(backend):
+        low, _, high = w2s_fast.interval_linear_iw(*triples, mode=mode)
+        lower, _, higher = w2s_fast.interval_linear_iw(*triples, mode=mode, rounding="sound")
+    exact = exact_hull(x, w, (torch.zeros(20), torch.zeros(20)))
+    if mode != "midrad":  # whose enclosure is wider than the hull by more than rounding
+        inside = [
+            Fraction(float(low[i, j])) > a or Fraction(float(high[i, j])) < b
+            for i, row in enumerate(exact)
+            for j, (a, b) in enumerate(row)
+        ]
+        assert sum(inside) > 20
+    assert_contains((lower, higher), exact)
+    assert float(((higher - lower) / (high - low)).max()) < 1.01
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["nonneg", "general", "midrad"])
+def test_interval_weights_know_nothing_after_overflow_or_nan(backend, mode):
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([[3e38, 3e38], [nan, 0.0], [inf, 0.0], [1.0, 1.0]])
+    w = torch.tensor([[2.0, 2.0], [1.0, 1.0], [inf, 1.0]])
+    for bias in (None, [torch.tensor([0.0, nan, 0.0])] * 3):
+        with w2s_fast.backend(backend):
+            low, _, high = w2s_fast.interval_linear_iw([x] * 3, [w] * 3, bias, mode=mode, rounding="sound")
+        assert not bool(low.isnan().any() or high.isnan().any())
+        unknown = torch.tensor([[0, 0, 1], [1, 1, 1], [1, 1, 1], [0, bias is not None, 1]]).bool()
+        assert bool(((low == -inf) & (high == inf))[unknown].all())
+        assert bool(low[3, 0] <= 4.0 <= high[3, 0]) and bool(low[3, 0] > 3.99) and bool(high[3, 0] < 4.01)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sound_interval_weights_have_the_gradient_of_the_fast_ones(backend):
+    g = torch.Generator().manual_seed(5)
+    found = []
+    for rounding in ("fast", "sound"):
+        g.manual_seed(5)
+        x, w, b = ([random(g, *s).requires_grad_() for _ in range(3)] for s in ((3, 7), (4, 7), (4,)))
+        with w2s_fast.backend(backend):
+            made = w2s_fast.interval_linear_iw(x, w, b, mode="general", rounding=rounding)
+        sum((i + 1) * t.square().sum() for i, t in enumerate(made)).backward()
+        found.append([t.grad for t in (*x, *w, *b)])
+    for fast, sound in zip(*found, strict=True):
+        torch.testing.assert_close(fast, sound)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float64], ids=str)
 def test_affine_in_exact_arithmetic(backend, dtype):

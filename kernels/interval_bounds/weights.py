@@ -9,8 +9,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, launch, refuse_double
-from .dual import turned
+from ..common import INF, AotCase, Meta, cdiv, dtype, launch, refuse_double
+from .dual import SMALLEST, TINY, UNIT, narrow_outward, turned
 
 
 @triton.jit
@@ -28,6 +28,18 @@ def _products(xl, xu, wl, wu, MODE: tl.constexpr):
         return tl.minimum(tl.minimum(a, b), tl.minimum(c, d)), tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
     cx, rx, cw, rw = (xl + xu) * 0.5, (xu - xl) * 0.5, (wl + wu) * 0.5, (wu - wl) * 0.5
     return cx * cw, tl.abs(cx) * rw + rx * (tl.abs(cw) + rw)
+
+
+@triton.jit
+def _spread(low, high, eta, least, COMMON: tl.constexpr):
+    """Ends moved apart so that sums are sound: csrc/cpu/interval_bounds/linear.h."""
+    a, b = tl.abs(low), tl.abs(high)
+    known = a + b < INF
+    if COMMON:
+        a = tl.maximum(a, b)
+        b = a
+    low = tl.where(known, low - tl.where(a > 0.0, a * eta + least, 0.0), float("nan"))
+    return low, tl.where(known, high + tl.where(b > 0.0, b * eta + least, 0.0), float("nan"))
 
 
 @triton.jit
@@ -69,8 +81,8 @@ def _gradients(gl, gu, xl, xu, wl, wu, MODE: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    xl, xm, xu, sl, sm, su, wl, wm, wu, tl_, tm, tu, ol, om, ou, batch, n, k,
-    MODE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    xl, xm, xu, sl, sm, su, wl, wm, wu, tl_, tm, tu, ol, om, ou, batch, n, k, eta,
+    MODE: tl.constexpr, SOUND: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     pid, blocks = tl.program_id(0), tl.cdiv(n, BLOCK_N)
     rows = (pid // blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -83,12 +95,19 @@ def _forward_kernel(
         x_mask, w_mask = (rows < batch)[:, None] & (at < k)[None, :], (cols < n)[:, None] & (at < k)[None, :]
         a, c, b = _tile(xl, rows, at, sl, x_mask), _tile(xm, rows, at, sm, x_mask), _tile(xu, rows, at, su, x_mask)
         d, f, e = _tile(wl, cols, at, tl_, w_mask), _tile(wm, cols, at, tm, w_mask), _tile(wu, cols, at, tu, w_mask)
+        if SOUND:
+            a, b = _spread(a, b, eta, SMALLEST, MODE == 2)
+            d, e = _spread(d, e, eta if MODE == 2 else 0.0, SMALLEST if MODE == 2 else 0.0, MODE == 2)
         p, q = _products(a[:, None, :], b[:, None, :], d[None, :, :], e[None, :, :], MODE)
         low += tl.sum(p, 2)
         high += tl.sum(q, 2)
         mid += tl.sum(c[:, None, :] * f[None, :, :], 2)
     if MODE == 2:
         low, high = low - high, low + high
+    if SOUND:
+        known = tl.abs(low) + tl.abs(high) < INF
+        low = tl.where(known, low - (tl.abs(low) * (4.0 * UNIT) + TINY), -INF)
+        high = tl.where(known, high + (tl.abs(high) * (4.0 * UNIT) + TINY), INF)
     at, mask = rows[:, None] * n + cols[None, :], (rows < batch)[:, None] & (cols < n)[None, :]
     tl.store(ol + at, low.to(ol.dtype.element_ty), mask=mask)
     tl.store(om + at, mid.to(om.dtype.element_ty), mask=mask)
@@ -138,16 +157,22 @@ def _gradient_kernel(
 CONFIG = {"BLOCK_B": 8, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4}
 
 
-def launch_forward(xl: Any, xm: Any, xu: Any, wl: Any, wm: Any, wu: Any, mode: int) -> tuple[Any, Any, Any]:
+def launch_forward(
+    xl: Any, xm: Any, xu: Any, wl: Any, wm: Any, wu: Any, mode: int, sound: bool
+) -> tuple[Any, Any, Any]:  # fmt: skip
     """Arguments of `interval_linear_iw` -> (lower, middle, upper)."""
     (batch, k), n = xl.shape, wl.shape[0]
-    out = [xl.new_empty((batch, n)) for _ in range(3)]
+    out = [xl.new_empty((batch, n), dtype=dtype(xl, "float32") if sound and i != 1 else xl.dtype) for i in range(3)]
+    eta = (4.0 if mode == 2 else 1.0) * (k + 10) * 2.0**-24 * 1.01 + 16.0 * 2.0**-24
     programs = cdiv(batch, CONFIG["BLOCK_B"]) * cdiv(n, CONFIG["BLOCK_N"])
     x, w = (xl, xm, xu), (wl, wm, wu)
     strides = [t.stride(0) for t in x], [t.stride(0) for t in w]
     launch(
-        _forward_kernel, programs, xl, *x, *strides[0], *w, *strides[1], *out, batch, n, k, MODE=mode, **CONFIG
+        _forward_kernel, programs, xl, *x, *strides[0], *w, *strides[1], *out, batch, n, k, eta, MODE=mode, SOUND=sound,
+        **CONFIG,
     )  # fmt: skip
+    if sound:
+        return narrow_outward(out[0], xl, True), out[1], narrow_outward(out[2], xl, False)
     return out[0], out[1], out[2]
 
 
@@ -172,16 +197,19 @@ supports_backward = supports_forward
 
 
 def aot_cases() -> list[AotCase]:
-    """A hidden layer in float32, each mode; nonneg in bfloat16."""
+    """A hidden layer in float32, each mode; nonneg in bfloat16; sound nonneg and midrad."""
 
-    def case(kind: str, mode: int) -> None:
+    def case(kind: str, mode: int, sound: bool = False) -> None:
         x, w, g = [Meta((128, 1000), kind)] * 3, [Meta((1000, 1000), kind)] * 3, [Meta((128, 1000), kind)] * 3
-        launch_forward(*x, *w, mode)
-        launch_backward(*g, *x, *w, mode)
+        launch_forward(*x, *w, mode, sound)
+        if not sound:
+            launch_backward(*g, *x, *w, mode)
 
     return [
         AotCase("fp32-nonneg", lambda: case("float32", 0)),
         AotCase("fp32-general", lambda: case("float32", 1)),
         AotCase("fp32-midrad", lambda: case("float32", 2)),
         AotCase("bf16-nonneg", lambda: case("bfloat16", 0)),
+        AotCase("fp32-sound-nonneg", lambda: case("float32", 0, True)),
+        AotCase("fp32-sound-midrad", lambda: case("float32", 2, True)),
     ]

@@ -33,6 +33,26 @@ struct Call {
   bool bounds_in, bounds_out, relu, sound;
 };
 
+// How the ends of interval_linear_iw's inputs move outward so that its sums are sound. With gamma the relative error of a sum
+// of `terms` roundings:
+//   nonneg, general: x's ends by eta |end|, eta > gamma. An extreme product p of an element then becomes p -+ eta |p|
+//   exactly (t - eta |t| grows with t, so the same vertex stays the extreme), which is what rounding can take away.
+//   midrad: both ends of x and of W by eta max(|l|, |u|), eta > 4 gamma: their radii then cover eta / 2 of the centre, for
+//   the roundings of centres and of the centre's product, and are eta / 2 too large, for those of the radius's.
+// An exact 0 stays one; what is not finite becomes NaN, hence unknown; `least` covers underflow.
+template <class A>
+struct Spread {
+  bool sound = false, common = false;
+  A eta = 0, least = 0;
+  Spread() = default;
+  Spread(int64_t mode, int64_t terms, bool input) : sound(true), common(mode == 2) {
+    constexpr A u = std::numeric_limits<A>::epsilon() / 2;
+    if (!input && !common) return;
+    eta = (common ? 4 : 1) * (A(terms + 2) * u * A(1.01)) + 16 * u;
+    least = std::numeric_limits<A>::min();
+  }
+};
+
 // Columns of W of one pass of the forward product: all, or so many that a tile's rows of centre and radius stay in L1
 // (L2 for a small batch, where reading W counts and long runs of its rows are worth more).
 inline int64_t cut_of(int64_t k, int64_t rows, size_t bytes) {

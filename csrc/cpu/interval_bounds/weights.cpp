@@ -3,6 +3,7 @@
 // 6 to 16 operations an element of [B, N, K] and three sums; the peers' form makes four clamped copies of the weights and
 // six products. Inputs are copied to padded rows once (3 (B + N) K). Gradients: a vector of columns is an item, whose
 // weights' gradients stay in registers over the batch. All sums have a fixed order.
+// Sound rounding only changes how inputs are copied and outputs are stored: see Spread in weights_kernel.h.
 #include "cpu/interval_bounds/linear.h"
 
 #define W2S_KERNEL "cpu/interval_bounds/weights_kernel.h"
@@ -21,13 +22,16 @@ struct Three {  // [rows][ld] of lower, middle, upper; zeros past the columns
   Three(int64_t rows, int64_t columns, Scratch<A>& scratch) : rows(rows), ld(round_up(columns, 16) + 16) {
     for (A*& p : data) p = scratch.get(rows * ld);
   }
-  void load(int i, const Tensor& t) {
-    const Rows from(t);
-    const int64_t columns = t.size(1);
+  void load(const Tensor* tensors, const Spread<A>& spread) {
+    const Rows from[] = {Rows(tensors[0]), Rows(tensors[1]), Rows(tensors[2])};
+    const int64_t columns = tensors[0].size(1);
     parallel_items(rows, 16, [&](int64_t p) {
-      A* to = data[i] + p * ld;
-      W2S_DISPATCH(widen_all<A>)(from.at(p, 0), from.dtype, columns, to);
-      std::fill(to + columns, to + ld, A(0));
+      for (int i = 0; i < 3; ++i) {
+        A* to = data[i] + p * ld;
+        W2S_DISPATCH(widen_all<A>)(from[i].at(p, 0), from[i].dtype, columns, to);
+        std::fill(to + columns, to + ld, A(0));
+      }
+      if (spread.sound) W2S_DISPATCH(spread_row<A>)(data[0] + p * ld, data[2] + p * ld, ld, spread);
     });
   }
   void store(int i, Tensor& t) const {
@@ -40,18 +44,18 @@ struct Three {  // [rows][ld] of lower, middle, upper; zeros past the columns
 };
 
 template <class A>
-Three<A> loaded(const Tensor& l, const Tensor& m, const Tensor& u, Scratch<A>& scratch) {
-  Three<A> found(l.size(0), l.size(1), scratch);
-  const Tensor* tensors[] = {&l, &m, &u};
-  for (int i = 0; i < 3; ++i) found.load(i, *tensors[i]);
+Three<A> loaded(const Tensor* tensors, Scratch<A>& scratch, const Spread<A>& spread = {}) {
+  Three<A> found(tensors[0].size(0), tensors[0].size(1), scratch);
+  found.load(tensors, spread);
   return found;
 }
 
 template <class A>
-void forward(const Tensor* x, const Tensor* w, int64_t mode, Tensor* out) {
+void forward(const Tensor* x, const Tensor* w, int64_t mode, bool sound, Tensor* out) {
   Scratch<A> scratch{x[0], {}};
-  const int64_t batch = x[0].size(0), n = w[0].size(0);
-  const Three<A> a = loaded<A>(x[0], x[1], x[2], scratch), b = loaded<A>(w[0], w[1], w[2], scratch);
+  const int64_t batch = x[0].size(0), n = w[0].size(0), terms = W2S_DISPATCH(weight_terms<A>)(x[0].size(1));
+  const Three<A> a = loaded<A>(x, scratch, sound ? Spread<A>(mode, terms, true) : Spread<A>());
+  const Three<A> b = loaded<A>(w, scratch, sound ? Spread<A>(mode, terms, false) : Spread<A>());
   const Three<A> sums(batch, n, scratch);
   constexpr int64_t WIDE = 32;  // rows of the weights that stay in L2 while all samples pass
   parallel_items(pieces(n, WIDE), 1, [&](int64_t block) {
@@ -67,19 +71,30 @@ void forward(const Tensor* x, const Tensor* w, int64_t mode, Tensor* out) {
       W2S_DISPATCH(weight_forward<A>)(mode, left, right, a.ld, std::min<int64_t>(4, batch - p), std::min(WIDE, n - j), to, sums.ld);
     }
   });
-  for (int i = 0; i < 3; ++i) sums.store(i, out[i]);
+  sums.store(1, out[1]);
+  if (!sound) {
+    sums.store(0, out[0]);
+    sums.store(2, out[2]);
+    return;
+  }
+  const Rows low(out[0]), high(out[2]);
+  parallel_items(batch, 16, [&](int64_t p) {
+    W2S_DISPATCH(finish_bounds<A>)(sums.data[0] + p * sums.ld, sums.data[2] + p * sums.ld, n, low.dtype,
+                                   static_cast<char*>(out[0].data_ptr()) + p * n * low.bytes,
+                                   static_cast<char*>(out[2].data_ptr()) + p * n * high.bytes);
+  });
 }
 
 using Tensor3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensor6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Tensor3 interval_linear_iw(Tensor xl, Tensor xm, Tensor xu, Tensor wl, Tensor wm, Tensor wu, int64_t mode) {
+Tensor3 interval_linear_iw(Tensor xl, Tensor xm, Tensor xu, Tensor wl, Tensor wm, Tensor wu, int64_t mode, bool sound) {
   const Tensor x[] = {xl, xm, xu}, w[] = {wl, wm, wu};
   const auto made = [&] { return torch::stable::new_empty(xl, {xl.size(0), wl.size(0)}); };
   Tensor out[] = {made(), made(), made()};
   if (xl.size(0) && wl.size(0)) {
-    if (xl.scalar_type() == ScalarType::Double) forward<double>(x, w, mode, out);
-    else forward<float>(x, w, mode, out);
+    if (xl.scalar_type() == ScalarType::Double) forward<double>(x, w, mode, sound, out);
+    else forward<float>(x, w, mode, sound, out);
   }
   return {out[0], out[1], out[2]};
 }
@@ -88,8 +103,7 @@ template <class A>
 void backward(const Tensor* g, const Tensor* x, const Tensor* w, int64_t mode, Tensor* dx, Tensor* dw) {
   Scratch<A> scratch{x[0], {}};
   const int64_t batch = x[0].size(0), n = w[0].size(0), k = x[0].size(1), wide = W2S_DISPATCH(vector_width<A>)();
-  const Three<A> a = loaded<A>(x[0], x[1], x[2], scratch), b = loaded<A>(w[0], w[1], w[2], scratch);
-  const Three<A> up = loaded<A>(g[0], g[1], g[2], scratch);
+  const Three<A> a = loaded<A>(x, scratch), b = loaded<A>(w, scratch), up = loaded<A>(g, scratch);
   const Three<A> da(batch, k, scratch), db(n, k, scratch);
   A* packed = scratch.get(n * batch * 3);  // [n][batch][lower, middle, upper], in the order of use
   parallel_items(n, 16, [&](int64_t j) {

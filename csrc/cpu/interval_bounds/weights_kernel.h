@@ -2,6 +2,48 @@
 // 2: midrad; see weights.cpp.
 #include "cpu/interval_bounds/linear_targets.h"
 
+// longest chain of roundings of an output over k terms: the products of a lane, its sum over the lanes, and the product's own
+template <class A>
+inline int64_t weight_terms(int64_t k) { return k / Vec<A>::W + Vec<A>::W + 40; }
+
+// l and u of n numbers (whole vectors), moved apart
+template <class A>
+inline void spread_row(A* l, A* u, int64_t n, const interval::Spread<A>& spread) {
+  using V = Vec<A>;
+  const V zero = V::set(0), inf = V::set(infinity<A>), nan = V::set(std::numeric_limits<A>::quiet_NaN());
+  const V eta = V::set(spread.eta), least = V::set(spread.least);
+  for (int64_t i = 0; i < n; i += V::W) {
+    const V a = V::load(l + i), b = V::load(u + i);
+    const V first = spread.common ? V::max(a.abs(), b.abs()) : a.abs(), second = spread.common ? first : b.abs();
+    const auto known = V::gt(inf, a.abs() + b.abs());
+    const auto step = [&](V size) __attribute__((always_inline)) {
+      return V::select(V::gt(size, zero), V::fma(eta, size, least), zero);
+    };
+    V::select(known, a - step(first), nan).store(l + i);
+    V::select(known, b + step(second), nan).store(u + i);
+  }
+}
+
+// Sums l and u of n outputs, rounded outward; unbounded where anything overflowed or was NaN. The buffers are padded.
+template <class A>
+inline void finish_bounds(A* l, A* u, int64_t n, Dtype dtype, void* low, void* high) {
+  using V = Vec<A>;
+  constexpr A unit = std::numeric_limits<A>::epsilon() / 2;
+  const V slack = V::set(4 * unit), tiny = V::set(sizeof(A) == 8 ? A(1e-300) : A(1e-30)), inf = V::set(infinity<A>);
+  const int64_t bytes = bytes_of(dtype);
+  for (int64_t at = 0; at < n; at += TILE) {
+    const int m = int(n - at < TILE ? n - at : TILE);
+    for (int64_t i = at; i < at + m; i += V::W) {
+      const V a = V::load(l + i), b = V::load(u + i);
+      const auto known = V::gt(inf, a.abs() + b.abs());
+      V::select(known, a - V::fma(a.abs(), slack, tiny), V::set(0) - inf).store(l + i);
+      V::select(known, b + V::fma(b.abs(), slack, tiny), inf).store(u + i);
+    }
+    narrow_outward<A>(l + at, m, dtype, true, static_cast<char*>(low) + at * bytes);
+    narrow_outward<A>(u + at, m, dtype, false, static_cast<char*>(high) + at * bytes);
+  }
+}
+
 template <class A>
 struct Triple {  // lower, middle, upper
   Vec<A> l, m, u;

@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import checks
 from ...library import Kernel, define
 from ...reference.interval_bounds import weights as reference
-from .inputs import like, rows
+from .inputs import ROUNDINGS, Rounding, like, rows
 
 _NAMES = ("xl", "xm", "xu", "wl", "wm", "wu")
 _TENSORS = ", ".join(f"Tensor {name}" for name in _NAMES)
@@ -23,7 +23,7 @@ def _kernel(name: str) -> Kernel:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
-    *tensors, ctx.mode = inputs
+    *tensors, ctx.mode, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -35,7 +35,7 @@ def _backward(ctx: Any, *grads: Tensor) -> dict[str, Any]:
 
 INTERVAL_LINEAR_IW = define(
     "interval_linear_iw",
-    f"({_TENSORS}, int mode) -> (Tensor yl, Tensor ym, Tensor yu)",
+    f"({_TENSORS}, int mode, bool sound) -> (Tensor yl, Tensor ym, Tensor yu)",
     reference=reference.interval_linear_iw,
     fake=lambda *args: tuple(args[0].new_empty((args[0].shape[0], args[3].shape[0])) for _ in range(3)),
     setup_context=_setup_context,
@@ -63,17 +63,25 @@ def _triple(op: str, name: str, value: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(value)
 
 
+def _stepped(y: Tensor, known: Tensor, end: float) -> Tensor:
+    """The next number towards ``end``, which a rounded sum cannot have passed; ``end`` where not known. dy = 1."""
+    at = y.detach()
+    step = torch.nextafter(at, torch.full_like(at, end)) - at  # exact, as is adding it
+    return torch.where(known, y + torch.where(known, step, 0.0), end)
+
+
 def interval_linear_iw(
     x: Triple,
     weight: Triple,
     bias: Triple | None = None,
     *,
     mode: Literal["nonneg", "general", "midrad"] = "nonneg",
+    rounding: Rounding = "fast",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A linear layer whose input and weight are intervals: the layer of HyperInterval and InterContiNet networks.
 
-    Each argument is (lower, middle, upper); the middle goes its own way, ``x_m W_m^T + b_m``. Enclosures, for
-    ``l <= u`` throughout (round to nearest):
+    Each argument is (lower, middle, upper); the middle goes its own way, ``x_m W_m^T + b_m``, to nearest. Enclosures,
+    for ``l <= u`` throughout:
     ``"nonneg"``: the exact hull for ``x_l >= 0`` (after ReLU), ``sum W_l (x_l where W_l >= 0 else x_u)`` below and
     ``sum W_u (x_u where W_u >= 0 else x_l)`` above. ``"general"``: the exact hull for any sign, the smallest and
     largest of the four products of ends. ``"midrad"``: with centres c and radii r,
@@ -84,6 +92,9 @@ def interval_linear_iw(
         weight: three tensors ``[N, K]`` of the same dtype.
         bias: None or three tensors ``[N]``.
         mode: ``"nonneg"`` (x >= 0 is not checked), ``"general"`` or ``"midrad"``.
+        rounding: ``"fast"`` is round to nearest, for training. ``"sound"``: lower and upper contain the output of every
+            x and W in the intervals in real arithmetic, whatever rounding did; overflow and NaN give (-inf, inf). Its
+            gradient is that of ``"fast"``. Denormal numbers must not be flushed to 0.
 
     Returns:
         (lower, middle, upper), each ``[..., N]``. Differentiable, once, in all nine tensors. Deterministic. Nothing of
@@ -114,9 +125,13 @@ def interval_linear_iw(
         named += [(f"bias[{i}]", t) for i, t in enumerate(bias)]
     like(op, x[0], "x[0]", *named[1:])
     kind = reference.MODES.index(checks.choice(op, "mode", mode, reference.MODES))
-    found = INTERVAL_LINEAR_IW(*(rows(t) for t in x), *(rows(t) for t in weight), kind)
+    sound = checks.choice(op, "rounding", rounding, ROUNDINGS) == "sound"
+    found = INTERVAL_LINEAR_IW(*(rows(t) for t in x), *(rows(t) for t in weight), kind, sound)
     if bias is not None:
         found = tuple(y + b for y, b in zip(found, bias, strict=True))
+        if sound:
+            known = found[0].isfinite() & found[2].isfinite()
+            found = (_stepped(found[0], known, -torch.inf), found[1], _stepped(found[2], known, torch.inf))
     shape = (*x[0].shape[:-1], weight[0].shape[0])
     lower, middle, upper = (torch.reshape(y, shape) if x[0].ndim != 2 else y for y in found)
     return lower, middle, upper

@@ -6,20 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boxes import without_tf32
+from .boxes import outward, unit, without_tf32
 
 MODES = ("nonneg", "general", "midrad")
 
 
 def interval_linear_iw(
-    xl: Tensor, xm: Tensor, xu: Tensor, wl: Tensor, wm: Tensor, wu: Tensor, mode: int
+    xl: Tensor, xm: Tensor, xu: Tensor, wl: Tensor, wm: Tensor, wu: Tensor, mode: int, sound: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lower, middle and upper products, without bias. Middle: ``x_m W_m^T``.
 
     nonneg (x_l >= 0): ``sum W_l (x_l where W_l >= 0, else x_u)`` and ``sum W_u (x_u where W_u >= 0, else x_l)``.
     general: sums of the smallest and of the largest of the four products of ends. midrad: with centres c and radii r,
-    ``c_x c_W^T -+ (|c_x| r_W^T + r_x (|c_W| + r_W)^T)``.
+    ``c_x c_W^T -+ (|c_x| r_W^T + r_x (|c_W| + r_W)^T)``. ``sound`` computes the ends in float64, covers its rounding
+    errors too and rounds outward.
     """
+    if sound:
+        with without_tf32(xl):
+            middle = F.linear(xm, wm)
+        lower, upper = _sound(xl, xu, wl, wu, mode)
+        return lower, middle, upper
     with without_tf32(xl):
         middle = F.linear(xm, wm)
         if mode == 0:
@@ -36,6 +42,30 @@ def interval_linear_iw(
         ends[1].append(products.amax(0).sum(1))
     lower, upper = (torch.stack(rows) if rows else middle.new_empty(middle.shape) for rows in ends)
     return lower, middle, upper
+
+
+def _sound(xl: Tensor, xu: Tensor, wl: Tensor, wu: Tensor, mode: int) -> tuple[Tensor, Tensor]:
+    """Lower and upper; csrc/cpu/interval_bounds/linear.h says why ends moved like this are enough."""
+    eta = (4 if mode == 2 else 1) * (xl.shape[1] + 8) * unit(torch.float64) * 1.01 + 16 * unit(torch.float64)
+    x = _spread(xl.double(), xu.double(), eta, mode == 2)
+    w = _spread(wl.double(), wu.double(), eta, True) if mode == 2 else _spread(wl.double(), wu.double(), 0.0, False)
+    lower, _, upper = interval_linear_iw(x[0], x[0], x[1], w[0], w[0], w[1], mode, False)
+    known = lower.abs() + upper.abs() < torch.inf
+    slack = 4 * unit(torch.float64)
+    lower = torch.where(known, lower - (lower.abs() * slack + 1e-300), -torch.inf)
+    upper = torch.where(known, upper + (upper.abs() * slack + 1e-300), torch.inf)
+    return outward(lower, xl.dtype, True), outward(upper, xl.dtype, False)
+
+
+def _spread(low: Tensor, high: Tensor, eta: float, common: bool) -> tuple[Tensor, Tensor]:
+    """Ends moved apart by eta of their size (``common``: of the larger); NaN where not finite, an exact 0 stays one."""
+    known = low.abs() + high.abs() < torch.inf
+    sizes = (low.abs(), high.abs())
+    if common:
+        sizes = (torch.maximum(*sizes),) * 2
+    least = torch.finfo(torch.float64).tiny if eta else 0.0
+    steps = [torch.where(size > 0, size * eta + least, 0.0) for size in sizes]
+    return torch.where(known, low - steps[0], torch.nan), torch.where(known, high + steps[1], torch.nan)
 
 
 def _extreme(xl: Tensor, xu: Tensor, wl: Tensor, wu: Tensor, smallest: bool) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ def _holds(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Any
 
     with torch.no_grad(), w2s_fast.backend("reference"):
         exact = getattr(w2s_fast, op)(*args, **{**kwargs, "rounding": "fast"})
-    (x, y), (low, high) = tensors(found), tensors(exact)
+    (x, *_, y), (low, *_, high) = tensors(found), tensors(exact)  # interval weights have a middle between
     eps = EPS[x.dtype]
     x, y = x.double(), y.double()
     scale = low.abs() + high.abs()
@@ -92,6 +92,12 @@ def _holds(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Any
 def _holds_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Any) -> None:
     terms = torch.maximum(args[0].abs(), args[1].abs()) @ args[2].abs().t()
     _holds("interval_linear", args, kwargs, found, terms, args[2].shape[1])
+
+
+def _holds_weights(args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Any) -> None:
+    x, w = (torch.maximum(t[0].abs(), t[2].abs()) for t in args[:2])
+    count = w.shape[1] * (4 if kwargs.get("mode") == "midrad" else 1)  # it widens both, for centre and radius
+    _holds("interval_linear_iw", args, kwargs, found, x @ w.t(), count)
 
 
 def _holds_conv(args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Any) -> None:
@@ -327,4 +333,8 @@ SAMPLES: list[Sample] = [
     ),
     *(Sample("interval_batchnorm_stats", name, make) for name, make in STATS.items()),
     *(Sample("interval_linear_iw", name, make) for name, make in WEIGHTS.items()),
+    *(
+        Sample("interval_linear_iw", f"sound-{name}", _soundly(WEIGHTS[name]), grad=False, verify=_holds_weights)
+        for name in ("nonneg", "general", "midrad", "layouts")
+    ),
 ]
