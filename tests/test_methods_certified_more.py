@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from w2s_fast.methods._common.digits import digits
-from w2s_fast.methods.certified import tightness
+from w2s_fast.methods.certified import hyperinterval, tightness
 
 
 def test_predicted_tightness_is_the_quotient_of_the_expectations():
@@ -49,3 +49,50 @@ def test_tightness_falls_with_width_and_depth_and_rises_with_ibp_training(tmp_pa
     assert sorted(at, key=found["untrained"].get, reverse=True) == at
     for name, plain in found["plain"].items():
         assert found["untrained"][name] < plain < found["IBP"][f"{name}, eps {tightness.EPS}"]
+
+
+def test_the_universal_network_and_every_other_of_the_box_stay_within_the_enclosure():
+    """A certificate holds for every embedding of a box: sampled ones and corners, evaluated in float64."""
+    plan, draw = hyperinterval.tasks("split"), torch.Generator().manual_seed(0)
+    hyper = hyperinterval.Hypernetwork(nested=True, seed=0)
+    hyperinterval.learn(hyper, plan[0], 0, "inside", 0.1, 20, draw, lambda _: None)
+    with torch.no_grad():
+        low, _, high = hyper.boxes(list(range(hyperinterval.TASKS)))
+        assert bool(((low <= hyper.universal()) & (hyper.universal() <= high)).all()), "equal radii: nested boxes"
+        weights = hyperinterval.one(hyper.weights(hyper.boxes([0]), "sound"), 0)
+        task, x = plan[0], plan[0].test.x
+        lower, _, upper = hyperinterval.target(x, weights, task, "sound")
+        exact = hyperinterval.Hypernetwork(nested=True, seed=0).double()
+        exact.load_state_dict({k: v.double() for k, v in hyper.state_dict().items()})
+        share = torch.rand(200, hyperinterval.DIM, generator=draw, dtype=torch.float64)
+        share[:100] = share[:100].round()
+        sampled = torch.cat((low[:1].double() + share * (high[:1] - low[:1]).double(), hyper.universal().double()))
+        for one in exact(sampled):
+            first, second = one[: 64 * 32 + 32], one[64 * 32 + 32 :]
+            h = (x.double() @ first[:-32].view(32, 64).t() + first[-32:]).relu()
+            z = (h @ second[:-10].view(10, 32).t() + second[-10:])[:, :2]
+            assert bool((lower <= z).all() and (z <= upper).all())
+
+
+def test_regularisers_are_the_papers_and_that_of_an_interval_within_another():
+    before = (torch.zeros(2, 3), torch.ones(2, 3), torch.full((2, 3), 2.0))
+    within = (before[0] + 0.5, before[1], before[2] - 0.5)
+    without = (before[0] - 1, before[1], before[2] + 2)
+    assert float(hyperinterval.moved(within, before, "inside")) == 0.0
+    assert float(hyperinterval.moved(without, before, "inside")) == pytest.approx(3 * (1 + 4))
+    assert float(hyperinterval.moved(without, before, "all ends")) == pytest.approx(3 * (1 + 0 + 4) / 3)
+
+
+def test_hyperinterval_forgets_nothing_that_plain_training_forgets(tmp_path):
+    assert hyperinterval.main(["--quick", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "hyperinterval.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "hyperinterval.json").read_text())["runs"]
+    mean = {kind: {name: sum(v) / 5 for name, v in runs[0].items()} for kind, runs in found.items()}
+    permuted, split = mean["permuted"], mean["split"]
+    assert permuted["plain: lost"] > 0.1 > 0.05 > permuted["all ends: lost"]
+    assert permuted["all ends"] > permuted["plain"] + 0.1
+    for hold in ("all ends", "inside"):
+        assert split[f"{hold}: universal in its boxes"] == 1.0
+        measured = [found["split"][0][f"{hold}: {name}"] for name in ("universal", "certified")]
+        for universal, certified in zip(*measured, strict=True):
+            assert universal >= certified
