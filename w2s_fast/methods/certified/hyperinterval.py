@@ -251,7 +251,8 @@ def draw(runs: dict[str, list[dict[str, list[float]]]]) -> Any:
         axis.set_xticks(range(TASKS), [str(t + 1) for t in range(TASKS)])
         axis.spines[["top", "right"]].set_visible(False)
     drawn.axes[0].set_ylabel("accuracy (white: certified)")
-    drawn.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    named = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(*named, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return drawn
 
 
@@ -260,7 +261,7 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
 
     given = parser("hyperinterval", __doc__, seeds=3).parse_args(arguments)
-    steps = 60 if given.quick else 300
+    steps = 120 if given.quick else 300
     with progress() as start:
         runs = {kind: [run(kind, s, steps, start) for s in given.seeds] for kind in ("permuted", "split")}
     console = Console()
