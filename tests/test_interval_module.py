@@ -249,3 +249,26 @@ def test_compute_is_a_permission_that_a_cpu_does_not_need():
         torch.testing.assert_close(*found, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"compute must be one of .* got 'fp8'"):
         bound(model, compute="fp8")
+
+
+def test_weights_stored_for_verification():
+    """The same parameters and certificates from weights stored [K, N], which a batch of one reads in part."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 5)).eval()
+    with torch.no_grad():
+        model[0].bias.sub_(2.0)  # most units are dead
+    x, y = torch.randn(6, 20), torch.arange(6) % 5
+    bounded, before = bound(model), {name: t.clone() for name, t in model.state_dict().items()}
+    parameters, out = list(model.parameters()), model(x)
+    expected = [bounded.bounds(x[i : i + 1], 0.01) for i in range(6)]
+    certain = bounded.verified(x, y, 1e-3)
+    assert bounded.store_transposed() is bounded
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert [m.weight.stride(0) for m in model if isinstance(m, nn.Linear)] == [1, 1, 1]
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    torch.testing.assert_close(model(x), out)
+    for i, (lower, upper) in enumerate(expected):
+        torch.testing.assert_close(bounded.bounds(x[i : i + 1], 0.01), (lower, upper), rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.cat([bounded.verified(x[i : i + 1], y[i : i + 1], 1e-3) for i in range(6)]), certain)
+    model.load_state_dict(before)
+    assert model[0].weight.stride(0) == 1

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import w2s_fast
+from w2s_fast.library import OPS
 from w2s_fast.testing.synthetic import CPU_BACKENDS
 
 
@@ -341,3 +342,39 @@ def test_strides_are_free(backend):
         found = w2s_fast.compressed_attention(q, k, v)
         # the library's product, which the reference calls, may sum in another order for another layout
         assert torch.equal(found, expected) if backend == "cpp" else torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_gradients_reuse_memory_that_nobody_holds(dtype):
+    """A gradient above 32 MiB takes the memory of the last one, never of one that is still referred to."""
+    if not OPS["kv_compress"].has_cpp():
+        pytest.skip("memory is recycled by the C++ kernel")
+    side, c = 72, 640 if dtype == torch.float32 else 1216
+    qkv = torch.randn(1, side * side, 3 * c).to(dtype).requires_grad_()
+    taps = torch.randn(c, 1, 2, 2, dtype=dtype)
+
+    def gradient(factor: float) -> torch.Tensor:
+        k, v = w2s_fast.kv_compress(qkv, (side, side), 2, weight=taps)
+        return torch.autograd.grad(factor * (k * v).sum(), qkv)[0]
+
+    first = gradient(1.0)
+    view, kept = first[:, :1, c:], first.clone()
+    address = first.data_ptr()
+    second = gradient(2.0)
+    assert second.data_ptr() != address and torch.equal(first, kept)
+    del first
+    third = gradient(2.0)  # the view holds the first one's memory
+    assert third.data_ptr() != address and torch.equal(view, kept[:, :1, c:]) and torch.equal(third, second)
+    part = _rows_alone(qkv, taps, side, c)
+    torch.testing.assert_close(kept[:, : 4 * side], part, rtol=1e-3 if dtype == torch.float32 else 5e-2, atol=1e-2)
+    del view
+    assert gradient(1.0).data_ptr() == address
+    assert torch.equal(gradient(1.0), kept)
+
+
+def _rows_alone(qkv: torch.Tensor, taps: torch.Tensor, side: int, c: int) -> torch.Tensor:
+    """The gradient of the first four rows of the grid, from plain PyTorch: windows do not touch each other."""
+    rows = qkv.detach()[:, : 4 * side].clone().requires_grad_()
+    with w2s_fast.backend("reference"):
+        k, v = w2s_fast.kv_compress(rows, (4, side), 2, weight=taps)
+    return torch.autograd.grad((k * v).sum(), rows)[0]

@@ -150,6 +150,21 @@ class IntervalModule(nn.Module):
         """
         return self._begin(self._apart, x, eps, rounding, clip, clean)
 
+    def store_transposed(self) -> IntervalModule:
+        """Store the weights of Linear layers ``[K, N]``, for verifying at most 4 samples at a time on a CPU.
+
+        Units that are 0 in every bound (dead after ReLU) are then not read. The parameters stay the same, in another
+        order of memory; nothing is kept twice. Training and larger batches copy such a weight back at every call, so
+        this is for a model that is only verified.
+
+        Returns:
+            Itself.
+        """
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = module.weight.data.t().contiguous().t()
+        return self
+
     def bounds(
         self, x: Tensor, eps: float | Tensor, rounding: Rounding = "sound", clip: Clip = None, method: Method = "ibp"
     ) -> tuple[Tensor, Tensor]:

@@ -36,19 +36,20 @@ struct Taps {
 };
 
 // U vectors of a row of a from channel c
-template <class A, Dtype d, int U>
-W2S_INLINE void sum_taps(const comp::Problem& p, const char* const* z, const A* w, const A* bias, int64_t c, A* a) {
+template <class A, Dtype d, int U, class I>
+W2S_INLINE void sum_taps(const comp::Problem& p, const char* const* z, const A* w, const A* bias, I c, A* a) {
   using V = Vec<A>;
+  const int64_t T = p.T, C = p.C;
   V s[U];
   if (w) {
     for (int u = 0; u < U; ++u) s[u] = V::load(bias + c + u * V::W);
-    for (int64_t t = 0; t < p.T; ++t)
+    for (int64_t t = 0; t < T; ++t)
       for (int u = 0; u < U; ++u)
-        s[u] = V::fma(V::load(w + t * p.C + c + u * V::W), load_lanes<A, d>(z[t], c + u * V::W, p.C), s[u]);
+        s[u] = V::fma(V::load(w + t * C + c + u * V::W), load_lanes<A, d>(z[t], I{c + u * V::W}, C), s[u]);
   } else {
     for (int u = 0; u < U; ++u) s[u] = V::set(0);
-    for (int64_t t = 0; t < p.T; ++t)
-      for (int u = 0; u < U; ++u) s[u] = s[u] + load_lanes<A, d>(z[t], c + u * V::W, p.C);
+    for (int64_t t = 0; t < T; ++t)
+      for (int u = 0; u < U; ++u) s[u] = s[u] + load_lanes<A, d>(z[t], I{c + u * V::W}, C);
     for (int u = 0; u < U; ++u) s[u] = s[u] * V::set(A(p.factor));
   }
   for (int u = 0; u < U; ++u) s[u].store(a + c + u * V::W);
@@ -58,7 +59,7 @@ template <class A, Dtype d>
 inline void sum_row(const comp::Problem& p, const char* const* z, const A* w, const A* bias, A* a) {
   constexpr int W = Vec<A>::W;
   int64_t c = 0;
-  for (; c + 4 * W <= p.C; c += 4 * W) sum_taps<A, d, 4>(p, z, w, bias, c, a);
+  for (; c + 4 * W <= p.C; c += 4 * W) sum_taps<A, d, 4>(p, z, w, bias, Whole{c}, a);
   for (; c < p.C; c += W) sum_taps<A, d, 1>(p, z, w, bias, c, a);
 }
 
@@ -71,25 +72,28 @@ inline void run_compress(const comp::Problem& p, const Slots& x, double eps, con
   using A = Arithmetic<d>;
   using V = Vec<A>;
   const Taps<A> taps(p);
+  const int64_t C = p.C;
   torch::stable::parallel_for(0, p.B * p.M, 4, [&](int64_t begin, int64_t end) {
     std::vector<char*> z(size_t(p.T));
-    std::vector<A> row(size_t(p.C + PAD));
+    std::vector<A> row(size_t(C + PAD));
     for (int64_t i = begin; i < end; ++i)
       for (int64_t g = 0; g < p.groups; ++g) {
         const int64_t b = i / p.M, m = i % p.M;
         A* a = row.data();
         gather(p, x, b, m, g, z);
         sum_row<A, d>(p, z.data(), taps.taps(p, g), taps.bias(p, g), a);
-        if (p.normalize) {
-          A* kept = static_cast<A*>(stats) + (i * p.groups + g) * 2;
-          row_stats<A>(a, p.C, A(eps), false, kept);
-          const V mean = V::set(kept[0]), rstd = V::set(kept[1]);
-          vectors<A>(p.C, [&](int64_t c) {
-            const V unit = (V::load(a + c) - mean) * rstd;
-            V::fma(unit, V::load(&taps.gain[size_t(c)]), V::load(&taps.offset[size_t(c)])).store(a + c);
-          });
+        char* out = kv.at(b, m, g);
+        if (!p.normalize) {
+          narrow<A>(a, int(C), d, out);
+          continue;
         }
-        narrow<A>(a, int(p.C), d, kv.at(b, m, g));
+        A* kept = static_cast<A*>(stats) + (i * p.groups + g) * 2;
+        row_stats<A>(a, C, A(eps), false, kept);
+        const V mean = V::set(kept[0]), rstd = V::set(kept[1]);
+        const A *gain = taps.gain.data(), *offset = taps.offset.data();
+        vectors<A>(C, [=](auto c) {
+          store_lanes<A, d>(out, c, C, V::fma((V::load(a + c) - mean) * rstd, V::load(gain + c), V::load(offset + c)));
+        });
       }
   });
 }
@@ -108,10 +112,10 @@ struct Sums {
 };
 
 // x[c] += y over the channels before C only: the lanes past C belong to the next parameter
-template <class A>
-W2S_INLINE void add_lanes(A* x, int64_t c, int64_t C, Vec<A> y) {
+template <class A, class I>
+W2S_INLINE void add_lanes(A* x, I c, int64_t C, Vec<A> y) {
   using V = Vec<A>;
-  if (c + V::W <= C) {
+  if (std::is_same_v<I, Whole> || c + V::W <= C) {
     (V::load(x + c) + y).store(x + c);
     return;
   }
@@ -124,38 +128,44 @@ W2S_INLINE void add_lanes(A* x, int64_t c, int64_t C, Vec<A> y) {
 template <class A>
 inline void norm_row(const comp::Problem& p, const Taps<A>& taps, const A* stats, A* a, A* g, const Sums<A>& sums, A* base) {
   using V = Vec<A>;
+  const int64_t C = p.C;
   const V mean = V::set(stats[0]), rstd = V::set(stats[1]);
-  vectors<A>(p.C, [&](int64_t c) {
-    const V unit = (V::load(a + c) - mean) * rstd, d = V::load(g + c);
+  const A* gain = taps.gain.data();
+  A *offsets = base ? sums.offset(base) : nullptr, *gains = base ? sums.gain(base) : nullptr;
+  const A total = row_sum<A>(C, [=](auto c) {
+    const V unit = (V::load(a + c) - mean) * rstd, d = V::load(g + c), scaled = d * V::load(gain + c);
     unit.store(a + c);
     if (base) {
-      add_lanes<A>(sums.offset(base), c, p.C, d);
-      add_lanes<A>(sums.gain(base), c, p.C, d * unit);
+      add_lanes<A>(offsets, c, C, d);
+      add_lanes<A>(gains, c, C, d * unit);
     }
-    (d * V::load(&taps.gain[size_t(c)])).store(g + c);
+    scaled.store(g + c);
+    return scaled;
   });
-  const V first = V::set(row_sum<A>(p.C, [&](int64_t c) { return V::load(g + c); }) / A(p.C));
-  const V second = V::set(row_sum<A>(p.C, [&](int64_t c) { return V::load(g + c) * V::load(a + c); }) / A(p.C));
-  vectors<A>(p.C, [&](int64_t c) {
-    (rstd * (V::load(g + c) - first - V::load(a + c) * second)).store(g + c);
-  });
+  const V first = V::set(total / A(C));
+  const V second = V::set(row_sum<A>(C, [=](auto c) { return V::load(g + c) * V::load(a + c); }) / A(C));
+  vectors<A>(C, [=](auto c) { (rstd * (V::load(g + c) - first - V::load(a + c) * second)).store(g + c); });
 }
 
 // dz of one tap's token, and its part of dw
-template <class A, Dtype d>
-inline void tap_row(int64_t C, const A* da, const char* z, const A* w, A factor, A* dw, char* dz, A* spare) {
+template <class A, Dtype d, bool stream>
+inline void tap_row(int64_t C, const A* da, const char* z, const A* w, A factor, A* dw, char* dz) {
   using V = Vec<A>;
-  vectors<A>(C, [&](int64_t c) {
-    const V x = V::load(da + c);
-    if (dw) add_lanes<A>(dw, c, C, x * load_lanes<A, d>(z, c, C));
-    (x * (w ? V::load(w + c) : V::set(factor))).store(spare + c);
-  });
-  if (dz) narrow<A>(spare, int(C), d, dz);
+  if (dw && dz && w) {
+    vectors<A>(C, [=](auto c) {
+      const V x = V::load(da + c);
+      add_lanes<A>(dw, c, C, x * load_lanes<A, d>(z, c, C));
+      store_lanes<A, d, stream>(dz, c, C, x * V::load(w + c));
+    });
+    return;
+  }
+  if (dw) vectors<A>(C, [=](auto c) { add_lanes<A>(dw, c, C, V::load(da + c) * load_lanes<A, d>(z, c, C)); });
+  if (dz) vectors<A>(C, [=](auto c) { store_lanes<A, d, stream>(dz, c, C, V::load(da + c) * (w ? V::load(w + c) : V::set(factor))); });
 }
 
 template <class A, Dtype d>
 inline void gradient_row(const comp::Problem& p, const Taps<A>& taps, const Slots& grad, const Slots& x, const A* stats, const Slots& dx,
-                         int64_t i, int64_t g, bool need_x, const Sums<A>& sums, A* base, std::vector<char*>& z, A* a, A* da, A* spare) {
+                         int64_t i, int64_t g, bool need_x, const Sums<A>& sums, A* base, std::vector<char*>& z, A* a, A* da, bool stream) {
   const int64_t b = i / p.M, m = i % p.M;
   const A* w = taps.taps(p, g);
   gather(p, x, b, m, g, z);
@@ -164,12 +174,16 @@ inline void gradient_row(const comp::Problem& p, const Taps<A>& taps, const Slot
     sum_row<A, d>(p, z.data(), w, taps.bias(p, g), a);
     norm_row<A>(p, taps, stats + (i * p.groups + g) * 2, a, da, sums, base);
   }
-  if (base && sums.bias_sets) vectors<A>(p.C, [&](int64_t c) { add_lanes<A>(sums.b(base, g), c, p.C, Vec<A>::load(da + c)); });
+  if (base && sums.bias_sets) {
+    A* db = sums.b(base, g);
+    vectors<A>(p.C, [=, C = p.C](auto c) { add_lanes<A>(db, c, C, Vec<A>::load(da + c)); });
+  }
   const bool weighted = base && sums.T;
   if (!need_x && !weighted) return;
   for (int64_t t = 0; t < p.T; ++t)
-    tap_row<A, d>(p.C, da, z[size_t(t)], w ? w + t * p.C : nullptr, A(p.factor), weighted ? sums.w(base, g) + t * p.C : nullptr,
-                  need_x ? dx.at(b, p.token(m, t), p.first + g) : nullptr, spare);
+    (stream ? tap_row<A, d, true> : tap_row<A, d, false>)(p.C, da, z[size_t(t)], w ? w + t * p.C : nullptr, A(p.factor),
+                                                          weighted ? sums.w(base, g) + t * p.C : nullptr,
+                                                          need_x ? dx.at(b, p.token(m, t), p.first + g) : nullptr);
 }
 
 // Ranges of rows whose sums are kept apart.
@@ -186,14 +200,16 @@ inline void run_compress_backward(const comp::Problem& p, const Slots& grad, con
   const Sums<A> sums(p);
   const int64_t rows = p.B * p.M, count = ranges(rows), step = (rows + count - 1) / count;
   std::vector<A> partial(need_params ? size_t(count * sums.size) : 0);
+  const bool far = need_x && streams(dx.data, p.B * p.height * p.width, dx.token) && p.C * element<d> % 64 == 0;
   parallel_items(count, 1, [&](int64_t range) {
     A* base = need_params ? partial.data() + range * sums.size : nullptr;
     std::vector<char*> z(size_t(p.T));
-    std::vector<A> scratch(size_t(3 * (p.C + PAD)));
-    A *a = scratch.data(), *da = a + p.C + PAD, *spare = da + p.C + PAD;
+    std::vector<A> scratch(size_t(2 * (p.C + PAD)));
+    A *a = scratch.data(), *da = a + p.C + PAD;
     for (int64_t i = range * step; i < std::min(rows, (range + 1) * step); ++i)
       for (int64_t g = 0; g < p.groups; ++g)
-        gradient_row<A, d>(p, taps, grad, x, static_cast<const A*>(stats), dx, i, g, need_x, sums, base, z, a, da, spare);
+        gradient_row<A, d>(p, taps, grad, x, static_cast<const A*>(stats), dx, i, g, need_x, sums, base, z, a, da, far);
+    if (far) stream_fence();
   });
   if (need_params)
     parallel_items((sums.size + 1023) / 1024, 1, [&](int64_t part) {

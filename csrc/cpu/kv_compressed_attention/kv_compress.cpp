@@ -1,4 +1,5 @@
 #include "cpu/kv_compressed_attention/compress.h"
+#include "cpu/kv_compressed_attention/recycled.h"
 
 namespace w2s {
 namespace compress {
@@ -17,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compress_backward(Tensor g
                                                                         bool need_params) {
   const Problem p(x, first, W2S_COMPRESSION_ARGUMENTS);
   const int64_t N = x.size(1), S = x.size(2);
-  Tensor dx = torch::stable::new_empty(x, need_x ? std::vector<int64_t>{p.B, N, S, p.C} : std::vector<int64_t>{0});
+  Tensor dx = recycled_empty(x, need_x ? std::vector<int64_t>{p.B, N, S, p.C} : std::vector<int64_t>{0});
   const Slots out = need_x ? Slots(dx) : Slots();
   const Parameters found = backward(p, x, Slots(grad), Slots(x), stats.data_ptr(), out, need_x, need_params);
   if (need_x && first > 0)

@@ -1,5 +1,6 @@
 #include "cpu/kv_compressed_attention/attention.h"
 #include "cpu/kv_compressed_attention/compress.h"
+#include "cpu/kv_compressed_attention/recycled.h"
 
 // The whole path on packed qkv [B, N, 3, C]: compression of slots 1 and 2, then attention of slot 0's heads.
 namespace w2s {
@@ -43,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compressed_attention_backw
   const compress::Problem p(qkv, 1, W2S_COMPRESSION_ARGUMENTS);
   const int64_t N = qkv.size(1), D = p.C / num_heads;
   const bool small = ratio > 1;
-  Tensor dqkv = torch::stable::new_empty(qkv, {p.B, N, 3, p.C});
+  Tensor dqkv = recycled_empty(qkv, {p.B, N, 3, p.C});
   const Tensor dkv = small ? torch::stable::new_empty(qkv, {p.B, p.M, 2, p.C}, p.acc()) : dqkv;  // dk', dv' are not rounded
   const attention::Problem a =
       heads_of(qkv, small ? kv : qkv, small ? 0 : 1, small ? p.M : N, num_heads, scale, out, softmax);

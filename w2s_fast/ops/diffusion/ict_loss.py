@@ -122,7 +122,8 @@ def ict_loss(
     acc = accumulate_dtype(*tensors)
     sigmas = torch.stack((sigma_s, sigma_t), 1).detach().to(acc)
     skip, out = skip_and_out(sigmas, sigma_min, sigma_data)
-    levels = torch.stack((out[:, 0], -out[:, 1], skip[:, 0], -skip[:, 1]), 1)
+    levels = torch.cat((out, skip), 1)
+    levels[:, 1::2].neg_()  # the teacher's
     c = default_scale(op, "student_out", c, student_out)
     loss: Tensor = ICT_LOSS(*(as_rows(t) for t in tensors), levels, c, form == "vector")[0]
     return reduced(loss, weight, reduction)

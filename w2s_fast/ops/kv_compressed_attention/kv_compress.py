@@ -132,7 +132,7 @@ def kv_compress(
         (k, v), views of one ``(B, M, 2, C)`` buffer: ``(B, M, C)``, or ``(B, M, num_heads, C / num_heads)``.
         Differentiable, once, in qkv (one packed gradient, written once) and the parameters, whose gradients are summed
         in float32 in a fixed order. Arithmetic is float32 (float64 for float64). Deterministic. Keeps 2 floats a
-        compressed token.
+        compressed token. On a CPU the memory of a gradient above 32 MiB is kept, once freed, for the next of its size.
 
     Raises:
         ValueError, TypeError: naming the argument.
