@@ -73,9 +73,9 @@ KINDS = ("hard", "mixed", "dense", "topk")
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_every_target_is_the_dense_one(backend, kind, softcap, reduction, frozen):
-    h, w, bias, target = inputs(9, 300, 33, ignored=2)
-    arguments, q, keep = targets(kind, 9, 300, target)
+def test_every_target_is_the_dense_one(backend, kind, softcap, reduction, frozen, vocab=300):
+    h, w, bias, target = inputs(9, vocab, 33, ignored=2)
+    arguments, q, keep = targets(kind, 9, vocab, target)
     weights = torch.randn(9, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
     weights[5] = 0
     h, w, bias = leaves(h, w, bias)
@@ -87,9 +87,9 @@ def test_every_target_is_the_dense_one(backend, kind, softcap, reduction, frozen
             softcap=softcap, reduction=reduction,
         )  # fmt: skip
     z = logits(h, w, bias, 0.7, softcap)
-    rows = -((0.9 * q + 0.1 / 300) * z.log_softmax(1)).sum(1)
+    rows = -((0.9 * q + 0.1 / vocab) * z.log_softmax(1)).sum(1)
     if kind != "dense":  # a target's mass need not be 1
-        rows = (0.9 * q + 0.1 / 300).sum(1) * z.logsumexp(1) - ((0.9 * q + 0.1 / 300) * z).sum(1)
+        rows = (0.9 * q + 0.1 / vocab).sum(1) * z.logsumexp(1) - ((0.9 * q + 0.1 / vocab) * z).sum(1)
     rows = torch.where(keep, weights * (rows + 1e-2 * z.logsumexp(1) ** 2), 0.0)
     plain = rows if reduction == "none" else rows.sum()
     plain = plain / weights[keep].sum() if reduction == "mean" else plain
@@ -98,6 +98,13 @@ def test_every_target_is_the_dense_one(backend, kind, softcap, reduction, frozen
     wrt = [h] if frozen else [h, w, bias]
     for a, b in zip(torch.autograd.grad(ours, wrt, up), torch.autograd.grad(plain, wrt, up), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_targets_over_several_tiles(backend, kind, frozen):
+    test_every_target_is_the_dense_one(backend, kind, None, "mean", frozen, vocab=9001)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -134,8 +141,9 @@ def test_gradcheck(backend, kind, reduction):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_outputs(backend):
-    h, w, bias, target = inputs(12, 300, 16, ignored=2)
+@pytest.mark.parametrize("vocab", [300, 9001])
+def test_outputs(backend, vocab):
+    h, w, bias, target = inputs(12, vocab, 16, ignored=2)
     with w2s_fast.backend(backend):
         _, out = w2s_fast.linear_ce(h, w, target, bias=bias, label_smoothing=0.1, outputs=ALL)
     z, keep = logits(h, w, bias), target >= 0
@@ -285,9 +293,10 @@ def test_never_tokens_times_vocabulary(op, trainable, reduction):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_types_are_as_good_as_plain_pytorch(dtype):
+@pytest.mark.parametrize("rows, vocab, width", [(129, 1000, 64), (7, 2049, 1601), (601, 301, 33), (1, 5, 1)])
+def test_narrow_types_are_as_good_as_plain_pytorch(dtype, rows, vocab, width):
     """Loss within 1e-3 of float64 on the same rounded inputs, gradients no worse than 1.5 times the plain path's."""
-    h, w, _, target = inputs(129, 1000, 64, dtype=dtype)
+    h, w, _, target = inputs(rows, vocab, width, dtype=dtype)
     exact = [t.double().requires_grad_() for t in (h, w)]
     want = F.cross_entropy(exact[0] @ exact[1].t(), target)
     ours, plain = leaves(h, w), leaves(h, w)

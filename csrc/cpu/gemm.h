@@ -31,6 +31,11 @@ struct Target {  // where a product goes; strides in elements
 void gemm(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add);
 void gemm(const Operand& a, const Operand& b, Target<double> c, double alpha, bool add);
 
+// c = a b, or c += a b, of bfloat16 operands with the machine's bfloat16 dot instruction, where it has one: exact products
+// summed in float32, subnormal numbers taken as 0, at twice the rate of gemm. Where it has none: gemm.
+bool has_bf16_dot();
+void gemm_bf16(const Operand& a, const Operand& b, Target<float> c, bool add);
+
 // Memory of this thread that stays allocated between calls (fresh pages cost as much as the work). 64-byte aligned; the
 // content is lost at the next call with the same slot.
 constexpr int SCRATCH_SLOTS = 8;  // 0 and 1 are gemm's

@@ -70,6 +70,9 @@ struct Engine {
   // the current tile of the heads
   int64_t v0 = 0, nv = 0, tile = 0, shares = 0;
   std::vector<A*> narrow_tile;  // heads narrower than A, widened
+  bool dots = false;            // one bfloat16 model: its products are gemm_bf16's
+  bool widens = true;           // whether a tile of a narrower head is widened (not for products with dots alone)
+  const uint16_t* rows16 = nullptr;  // with dots: hidden rows as they are, [M, width]
 
   Engine(W2S_LINEAR_PARAMETERS, const int64_t* target, int64_t ignore_index)
       : Engine(W2S_LINEAR_ARGUMENTS, rows_where(hiddens[0].size(0), [&](int64_t t) { return !target || target[t] != ignore_index; })) {}
@@ -92,7 +95,22 @@ struct Engine {
       W2S_DISPATCH(widen_row<A>)(b.data_ptr(), dtype_of(b.scalar_type()), V, A(1), bias.back().data());
     }
     gather();
+    if constexpr (sizeof(A) == 4) {
+      const bool plain = cap || std::all_of(coef[0].begin(), coef[0].begin() + M, [](A c) { return c == 1; });
+      dots = n == 1 && plain && has_bf16_dot() && head[0].dtype == Dtype::bf16 && hiddens[0].scalar_type() == ScalarType::BFloat16;
+      if (dots) gather_narrow();
+    }
   }
+
+  void gather_narrow() {
+    keep.push_back(torch::stable::new_empty(hiddens[0], {std::max<int64_t>(M * width, 1)}, ScalarType::BFloat16));
+    uint16_t* to = static_cast<uint16_t*>(keep.back().data_ptr());
+    const Rows from(hiddens[0]);
+    parallel_items(M, 16, [&](int64_t m) { std::memcpy(to + m * width, from.at(index[size_t(m)], 0), size_t(2 * width)); });
+    rows16 = to;
+  }
+  Operand hidden16(int64_t r0, int64_t rows) const { return {rows16 + r0 * width, Dtype::bf16, rows, width, width, 1}; }
+  Operand head16() const { return {head[0].at(v0, 0), Dtype::bf16, nv, width, head[0].stride / 2, 1}; }
 
   void set_weights(const std::optional<Tensor>& weights, const std::vector<double>& values) {
     const std::vector<double> w = numbers(weights);
@@ -122,20 +140,20 @@ struct Engine {
   // Chooses the height of a vocabulary tile, so that all scratch of a tile with `columns` tokens and `shared` further
   // elements a vocabulary row is about 1/20 of [T, V], within [1 MiB, 8 MiB].
   void plan(int64_t columns, int64_t shared) {
-    for (int i = 0; i < n; ++i) shared += narrower(i) ? D[size_t(i)] : 0;
+    for (int i = 0; i < n; ++i) shared += narrower(i) && widens ? D[size_t(i)] : 0;
     const int64_t budget = std::clamp<int64_t>(T * V * int64_t(sizeof(A)) / 20, 1 << 20, 8 << 20);
     const int64_t rows = budget / int64_t(sizeof(A)) / std::max<int64_t>(round_up(columns, 16) + shared, 1);
     tile = std::clamp<int64_t>(rows / CHUNK * CHUNK, CHUNK, std::min<int64_t>(4096, round_up(V, CHUNK)));
     narrow_tile.assign(size_t(n), nullptr);
     for (int i = 0; i < n; ++i)
-      if (narrower(i)) narrow_tile[size_t(i)] = scratch(tile * D[size_t(i)]);
+      if (narrower(i) && widens) narrow_tile[size_t(i)] = scratch(tile * D[size_t(i)]);
   }
 
   void load(int64_t first) {  // makes [first, first + tile) the current tile
     v0 = first;
     nv = std::min(tile, V - first);
     for (int i = 0; i < n; ++i)
-      if (narrower(i))
+      if (narrower(i) && widens)
         parallel_items(nv, 64, [&](int64_t v) {
           W2S_DISPATCH(widen_row<A>)(head[size_t(i)].at(v0 + v, 0), head[size_t(i)].dtype, D[size_t(i)], A(1),
                                      narrow_tile[size_t(i)] + v * D[size_t(i)]);
@@ -161,7 +179,10 @@ struct Engine {
   void logits(int64_t r0, int64_t rows, A* z, int64_t ld, A* const* parts) const {
     for (int i = 0; i < n; ++i) {
       A* out = cap ? parts[i] : z;
-      product<A>({out, nv, rows, ld, 1}, W(i), H(i, r0, rows).t(), !cap && i > 0);
+      if constexpr (sizeof(A) == 4) {
+        if (dots) gemm_bf16(head16(), hidden16(r0, rows).t(), {out, ld, 1}, false);
+      }
+      if (!dots) product<A>({out, nv, rows, ld, 1}, W(i), H(i, r0, rows).t(), !cap && i > 0);
       const A* c = coef[size_t(i)].data() + r0;
       const A* b = bias.empty() ? nullptr : bias[size_t(i)].data() + v0;
       if (cap) {

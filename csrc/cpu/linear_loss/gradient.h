@@ -33,6 +33,7 @@ struct Gradients {
   std::vector<double> dw;             // [Mp, n]: sum_v dz (b_i, or the capped logit)
   std::vector<std::vector<A>> dbias;  // [V]
   A *raw = nullptr, *z = nullptr, *slope = nullptr;  // raw: sum_v dz_tv W_i,v, [M, width]
+  uint16_t* dz16 = nullptr;           // with dots: a tile of dz in bfloat16
   std::vector<A*> wide, capped;       // a tile of dW in A, where dW is narrower
   std::vector<A> partial, zeros;
 
@@ -47,6 +48,7 @@ struct Gradients {
     }
     dweights = need.weights ? e.output({e.T, e.n}) : e.output({0});
     for (auto* v : {&b, &lse}) v->assign(size_t(e.Mp), A(0));
+    e.widens = !e.dots;
     dw.assign(size_t(e.Mp * e.n), 0.0);
   }
 
@@ -65,6 +67,7 @@ struct Gradients {
     for (int i = 0; i < e.n; ++i) shared += needs_head(i) && e.narrower(i) ? e.D[size_t(i)] : 0;
     e.plan(columns * (e.cap ? e.n + 2 : 1), shared);
     z = e.scratch(e.tile * columns);
+    if (e.dots) dz16 = reinterpret_cast<uint16_t*>(e.scratch(e.tile * columns / 2));
     if (e.cap) slope = e.scratch(e.tile * columns);
     for (int i = 0; i < e.n; ++i) {
       if (e.cap) capped.push_back(e.scratch(e.tile * columns));
@@ -116,9 +119,11 @@ struct Gradients {
           W2S_DISPATCH(chunk_slope<A>)(slope + v * ld, z + v * ld, capped[size_t(i)] + v * ld, k, ld, e.cap);
         });
       }
-      const Matrix<A> dz{g, e.nv, rows, ld, 1};
-      if (needs_raw(i))
-        product<A>({raw + r0 * e.width + e.offset[size_t(i)], rows, e.D[size_t(i)], e.width, 1}, dz.t(), e.W(i), e.v0 > 0);
+      const Operand dz = e.dots ? narrowed(g, rows, ld) : Matrix<A>{g, e.nv, rows, ld, 1}.operand();
+      if (needs_raw(i)) {
+        const w2s::Target<A> to{raw + r0 * e.width + e.offset[size_t(i)], e.width, 1};
+        multiply(dz.t(), e.dots ? e.head16() : e.W(i).operand(), to, e.v0 > 0);
+      }
       if (needs_head(i)) head_product(i, r0, rows, dz, first_block, last_block);
       const A* c = coef(i) + r0;
       if (need.biases >> i & 1)
@@ -131,11 +136,24 @@ struct Gradients {
 
   const A* coef(int i) const { return e.coef[size_t(i)].data(); }
 
-  void head_product(int i, int64_t r0, int64_t rows, const Matrix<A>& dz, bool first_block, bool last_block) {
+  void multiply(const Operand& a, const Operand& b, w2s::Target<A> c, bool add) const {
+    if constexpr (sizeof(A) == 4) {
+      if (a.dtype == Dtype::bf16 && b.dtype == Dtype::bf16) return gemm_bf16(a, b, c, add);
+    }
+    gemm(a, b, c, A(1), add);
+  }
+
+  // dz of the current tile in bfloat16, as a plain implementation's products take it
+  Operand narrowed(const A* g, int64_t rows, int64_t ld) const {
+    e.chunks([&](int64_t, int64_t v, int64_t k) { W2S_DISPATCH(narrow_row<A>)(g + v * ld, k * ld, A(1), Dtype::bf16, dz16 + v * ld); });
+    return {dz16, Dtype::bf16, e.nv, rows, ld, 1};
+  }
+
+  void head_product(int i, int64_t r0, int64_t rows, const Operand& dz, bool first_block, bool last_block) {
     const int64_t d = e.D[size_t(i)];
     Tensor& out = dheads[size_t(i)];
     A* to = wide[size_t(i)] ? wide[size_t(i)] : static_cast<A*>(out.data_ptr()) + e.v0 * d;
-    product<A>({to, e.nv, d, d, 1}, dz, e.H(i, r0, rows), !first_block);
+    multiply(dz, e.dots && scaled.empty() ? e.hidden16(r0, rows) : e.H(i, r0, rows).operand(), {to, d, 1}, !first_block);
     if (wide[size_t(i)] && last_block) {
       const Rows narrow_rows(out);
       parallel_items(e.nv, 64, [&](int64_t v) {
