@@ -161,12 +161,12 @@ def _train(model: Any, given: dict[str, Any]) -> Any:
     given.pop("logits_to_keep", None)
     made = model.get_decoder()(**given, return_dict=True)
     target = shifted(labels, ignore_index) if shift_labels is None else shift_labels
-    loss = _loss(head_of(model, OP), made.last_hidden_state, target, ignore_index, count)
+    loss = loss_of(head_of(model, OP), made.last_hidden_state, target, ignore_index, count)
     output = CausalLMOutput(loss=loss, hidden_states=made.hidden_states, attentions=made.attentions)
     return output if (model.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-def _loss(head: Head, hidden: Tensor, target: Tensor, ignore_index: int, count: Tensor | int | None) -> Tensor:
+def loss_of(head: Head, hidden: Tensor, target: Tensor, ignore_index: int, count: Tensor | int | None) -> Tensor:
     """Mean over the targets, or their sum divided by ``count``."""
     hidden, head = head.cast(hidden)
     loss = linear_fusion_cross_entropy(

@@ -1,0 +1,169 @@
+"""Our SFT and DPO trainers against TRL's own on a tiny model: losses, gradients' steps, metrics."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("trl", reason="the extra trl is not installed")
+pytest.importorskip("peft")
+import peft
+import trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from w2s_fast.integrations import trl as ours
+
+WORDS = [
+    "<pad>", "<eos>", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "plus", "is",
+]  # fmt: skip
+SMALL = {
+    "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "eos_token_id": 1,
+    "bos_token_id": 1,
+}  # fmt: skip
+KINDS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 2.0}),
+    "granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 3.0}),
+}
+
+
+def make(kind="llama", seed=0):
+    torch.manual_seed(seed)
+    model, config, extra = KINDS[kind]
+    made = model(config(**SMALL, **extra))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+def sums():
+    n = WORDS[2:12]
+    return [(f"{n[a]} plus {n[a + 1]} is", f" {n[(2 * a + 1) % 10]}" + f" {n[a]}" * (a % 3)) for a in range(8)]
+
+
+SFT_DATA = Dataset.from_list([{"prompt": p, "completion": c} for p, c in sums()])
+DPO_DATA = Dataset.from_list([{"prompt": p, "chosen": c, "rejected": " nine six"} for p, c in sums()])
+COMMON = {
+    "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.05,
+    "optim": "sgd", "lr_scheduler_type": "constant", "report_to": [], "logging_steps": 1, "use_cpu": True,
+    "disable_tqdm": True, "save_strategy": "no", "max_grad_norm": 1e9, "seed": 0, "bf16": False,
+    "gradient_checkpointing": False,
+}  # fmt: skip
+
+
+def run(trainer, args, model, data, tokenizer, **extra):
+    """The training log, the weights after two accumulated steps, and TRL's evaluation of them."""
+    made = trainer(model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer, **extra)
+    made.train()
+    log = [entry for entry in made.state.log_history if "loss" in entry]
+    weights = {n: p.detach().clone() for n, p in made.model.named_parameters()}
+    return log, weights, made.evaluate()
+
+
+def assert_same(found, expected, metrics):
+    (log, weights, evaluated), (their_log, their_weights, their_evaluated) = found, expected
+    assert len(log) == len(their_log) == 2 and log[0]["loss"] != log[1]["loss"]
+    for a, b in zip(log, their_log, strict=True):
+        for name in ("loss", "grad_norm", *metrics):
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-5), name
+    for name, tensor in their_weights.items():
+        torch.testing.assert_close(weights[name], tensor, atol=2e-6, rtol=2e-4)
+    for name in their_evaluated:
+        if not name.endswith(("runtime", "per_second")):
+            assert evaluated[name] == pytest.approx(their_evaluated[name], rel=2e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    ("llama", {}), ("llama", {"completion_only_loss": False}), ("gemma2", {}), ("granite", {}),
+])  # fmt: skip
+def test_sft(kind, settings, tokenizer, tmp_path):
+    def args():
+        return trl.SFTConfig(output_dir=str(tmp_path), **COMMON, **settings)
+
+    found, expected = (
+        run(module.SFTTrainer, args(), make(kind), SFT_DATA, tokenizer) for module in (ours, trl)
+    )
+    assert_same(found, expected, ["num_tokens"])
+
+
+REWARDS = [
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+    "num_tokens",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    ("llama", {"loss_type": "sigmoid"}), ("llama", {"loss_type": "ipo", "beta": 0.5}),
+    ("llama", {"loss_type": "hinge"}), ("gemma2", {}), ("granite", {}), ("llama", {"precompute_ref_log_probs": True}),
+    ("llama", {"precompute_ref_log_probs": True, "loss_type": "ipo"}),
+])  # fmt: skip
+def test_dpo(kind, settings, tokenizer, tmp_path):
+    def args():
+        return trl.DPOConfig(output_dir=str(tmp_path), **{"beta": 0.3, **COMMON, **settings})
+
+    found, expected = (
+        run(module.DPOTrainer, args(), make(kind), DPO_DATA, tokenizer, ref_model=make(kind, seed=1))
+        for module in (ours, trl)
+    )
+    assert_same(found, expected, REWARDS)
+
+
+@pytest.mark.parametrize("name", ["SFTTrainer", "DPOTrainer"])
+def test_adapters(name, tokenizer, tmp_path):
+    made = []
+    for module in (ours, trl):
+        torch.manual_seed(3)
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        config = trl.SFTConfig if name == "SFTTrainer" else trl.DPOConfig
+        data = SFT_DATA if name == "SFTTrainer" else DPO_DATA
+        made.append(run(getattr(module, name), config(output_dir=str(tmp_path), **COMMON), make(), data, tokenizer,
+                        peft_config=lora))  # fmt: skip
+    assert_same(*made, ["num_tokens"] if name == "SFTTrainer" else REWARDS)
+
+
+def test_no_logits_in_training(tokenizer, tmp_path, monkeypatch):
+    model = make()
+    args = trl.SFTConfig(output_dir=str(tmp_path), **COMMON)
+    trainer = ours.SFTTrainer(model=model, args=args, train_dataset=SFT_DATA, processing_class=tokenizer)
+    monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("the head was applied"))
+    trainer.train()
+
+
+def test_refusals(tokenizer, tmp_path):
+    def sft(model, **settings):
+        args = trl.SFTConfig(output_dir=str(tmp_path), **COMMON, **settings)
+        ours.SFTTrainer(model=model, args=args, train_dataset=SFT_DATA, processing_class=tokenizer)
+
+    def dpo(**settings):
+        args = trl.DPOConfig(output_dir=str(tmp_path), **COMMON, **settings)
+        ours.DPOTrainer(model=make(), ref_model=make(), args=args, train_dataset=DPO_DATA, processing_class=tokenizer)
+
+    with pytest.raises(ValueError, match=r"trl.SFTTrainer: model must be one of .*, got MixtralForCausalLM"):
+        sft(MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2)))
+    with pytest.raises(ValueError, match=r"trl.SFTTrainer: loss_type must be"):
+        sft(make(), loss_type="dft")
+    with pytest.raises(ValueError, match=r"trl.DPOTrainer: loss_type must be"):
+        dpo(loss_type="apo_zero")
+    with pytest.raises(ValueError, match=r"trl.DPOTrainer: loss_type must be one loss type"):
+        dpo(loss_type=["sigmoid", "ipo"], loss_weights=[1.0, 1.0])
+    with pytest.raises(ValueError, match=r"trl.DPOTrainer: args must be with reverse_kl"):
+        dpo(f_divergence_type="js_divergence")

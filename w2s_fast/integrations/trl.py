@@ -1,0 +1,178 @@
+"""TRL's SFT and DPO trainers on the fused losses: no [B, S, V] logits, and prompt tokens cost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+import trl
+from torch import Tensor
+from trl.trainer.utils import use_adapter
+
+from .. import checks
+from ..ops.linear_loss.logp import linear_logp
+from ..ops.linear_loss.preference import linear_preference
+from .transformers.fused_loss import Head, head_of, loss_of, shifted, unwrap
+
+#: TRL's loss types and the kinds of `w2s_fast.linear_preference` that they are.
+LOSSES: dict[str, Literal["dpo", "hinge", "ipo"]] = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}
+_SFT, _DPO = "integrations.trl.SFTTrainer", "integrations.trl.DPOTrainer"
+_Fused = Callable[[Tensor, Head], Any]
+
+
+def _attach(model: Any, op: str) -> None:
+    """Give the model's forward an argument ``fused``, a function of hidden states and head whose result it returns.
+
+    The head is read inside the forward, where FSDP has gathered it and autocast is on.
+    """
+    model = unwrap(model)
+    inner = model.forward
+
+    @wraps(inner)
+    def forward(self: Any, *args: Any, fused: _Fused | None = None, **kwargs: Any) -> Any:
+        if fused is None:
+            return inner(*args, **kwargs)
+        given = {name: value for name, value in kwargs.items() if name not in ("labels", "return_dict")}
+        hidden = self.get_decoder()(*args, **given, return_dict=True).last_hidden_state
+        return fused(*head_of(self, op).cast(hidden))
+
+    model.forward = MethodType(forward, model)
+
+
+def _check_model(model: Any, op: str) -> None:
+    head_of(unwrap(model), op)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        checks.fail(op, "model", "without prompt learning", type(model.active_peft_config).__name__)
+
+
+class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
+    """`trl.SFTTrainer` whose training loss is `w2s_fast.linear_fusion_cross_entropy`; evaluation is TRL's own.
+
+    The arguments are TRL's, for the loss types ``"nll"`` and ``"chunked_nll"`` and the models of `use_fused_loss` (with
+    PEFT adapters, but none on the head). Logged in training besides the loss is ``num_tokens``: entropy and accuracy
+    need other passes.
+
+    Raises:
+        ValueError: an unsupported model or setting.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_model(self.model, _SFT)
+        checks.choice(_SFT, "loss_type", self.args.loss_type, ("nll", "chunked_nll"))
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            checks.fail(_SFT, "args", "without label smoothing and loss function", "one of them")
+        _attach(self.model, _SFT)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean over the tokens that have a label, or their sum over ``num_items_in_batch``."""
+        if return_outputs or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = dict(inputs)
+        labels, target = given.pop("labels"), given.pop("shift_labels", None)
+        target = shifted(labels, -100) if target is None else target
+
+        def fused(hidden: Tensor, head: Head) -> Tensor:
+            return loss_of(head, hidden, target, -100, num_items_in_batch)
+
+        loss = model(**{**given, "use_cache": False}, fused=fused)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        mask = given.get("attention_mask")
+        count = torch.tensor(given["input_ids"].numel(), device=loss.device) if mask is None else mask.sum()
+        self._total_train_tokens += int(self.accelerator.gather_for_metrics(count).sum())
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
+
+
+class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
+    """`trl.DPOTrainer` whose training loss is `w2s_fast.linear_preference`; evaluation is TRL's own.
+
+    The arguments are TRL's, for one loss type of `LOSSES` and the models of `use_fused_loss` (with PEFT adapters, but
+    none on the head). The reference model's log-probabilities are `w2s_fast.linear_logp`'s or precomputed ones. Logged
+    are TRL's ``rewards/*`` and ``logps/*``; entropy, accuracy and mean logits need other passes.
+
+    Raises:
+        ValueError: an unsupported model or setting.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_model(self.model, _DPO)
+        settings = self.args
+        types = [settings.loss_type] if isinstance(settings.loss_type, str) else list(settings.loss_type)
+        if len(types) != 1 or settings.loss_weights not in (None, [1.0]):
+            checks.fail(_DPO, "loss_type", "one loss type of weight 1", f"{types} with {settings.loss_weights}")
+        checks.choice(_DPO, "loss_type", types[0], tuple(LOSSES))
+        if settings.f_divergence_type != "reverse_kl" or settings.ld_alpha is not None or settings.use_weighting:
+            checks.fail(_DPO, "args", "with reverse_kl and without ld_alpha and use_weighting", "another setting")
+        self._kind = LOSSES[types[0]]
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                _attach(model, _DPO)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean over the pairs; the first half of the batch are the chosen sequences, the second the rejected ones."""
+        if return_outputs or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = dict(inputs)
+        ids, completion = given["input_ids"], given.pop("completion_mask")
+        target = shifted(ids.masked_fill(completion == 0, -100), -100)
+        kept = [given.pop(name, None) for name in ("ref_chosen_logps", "ref_rejected_logps")]
+        given["use_cache"] = False
+        ref = self._reference(given, target) if kept[0] is None else torch.cat(kept)
+        if self._kind == "ipo":
+            ref = ref / (target != -100).sum(1).clamp_min(1)
+        pairs = torch.arange(len(ids), device=ids.device).view(2, -1).T
+
+        def fused(hidden: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+            return linear_preference(
+                hidden, head.weight / head.temperature, target, pairs, kind=self._kind, beta=self.beta, ref_logp=ref,
+                bias=head.bias, softcap=head.softcap,
+            )  # fmt: skip
+
+        loss, found = model(**given, fused=fused)
+        self._note(found, (target != -100).sum(1), given["attention_mask"])
+        return loss
+
+    def _reference(self, given: dict[str, Any], target: Tensor) -> Tensor:
+        """Summed log-probabilities of the reference model, or of the model without its adapter."""
+        model, without = self.ref_model, nullcontext()
+        if model is None:
+            model, own = self.model, self.accelerator.unwrap_model(self.model)
+            without = use_adapter(own, adapter_name="ref" if "ref" in own.peft_config else None)
+
+        def fused(hidden: Tensor, head: Head) -> Tensor:
+            found = linear_logp(
+                hidden, head.weight, target, bias=head.bias, temperature=head.temperature, softcap=head.softcap,
+                normalize="sum", grad="none",
+            )  # fmt: skip
+            assert isinstance(found, Tensor)  # not a pair: no entropy was asked for
+            return found
+
+        with torch.no_grad(), without, self.accelerator.autocast():
+            made: Tensor = model(**given, fused=fused)
+        return made
+
+    def _note(self, found: dict[str, Tensor], counts: Tensor, mask: Tensor) -> None:
+        scale = counts if self._kind == "ipo" else torch.ones_like(counts)  # TRL logs sums
+        chosen, rejected = (found["logp"] * scale).chunk(2)
+        ref_chosen, ref_rejected = (found["ref_logp"] * scale).chunk(2)
+        rewards = {"chosen": self.beta * (chosen - ref_chosen), "rejected": self.beta * (rejected - ref_rejected)}
+        rewards["margins"] = rewards["chosen"] - rewards["rejected"]
+        rewards["accuracies"] = (rewards["margins"] > 0).float()
+        logged = {f"rewards/{name}": value for name, value in rewards.items()}
+        logged |= {"logps/chosen": chosen, "logps/rejected": rejected}
+        metrics = self._metrics["train"]
+        for name, value in logged.items():
+            metrics[name].append(self.accelerator.gather(value).mean().item())
+        self._total_train_tokens += int(self.accelerator.gather_for_metrics(mask.sum()).sum())
+        metrics["num_tokens"] = [self._total_train_tokens]
