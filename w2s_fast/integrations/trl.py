@@ -14,8 +14,8 @@ from torch import Tensor
 from trl.trainer.utils import use_adapter
 
 from .. import checks
+from ..ops.linear_loss.linear_preference import linear_preference
 from ..ops.linear_loss.logp import linear_logp
-from ..ops.linear_loss.preference import linear_preference
 from .transformers.fused_loss import Head, head_of, loss_of, shifted, unwrap
 
 #: TRL's loss types and the kinds of `w2s_fast.linear_preference` that they are.

@@ -1,0 +1,1 @@
+"""Distillation methods: EISL, MEAL V2, FerKD, TGeo-KD."""
