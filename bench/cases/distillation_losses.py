@@ -10,7 +10,7 @@ from torch import Tensor
 
 import w2s_fast
 
-from ..case import Case, compiled, eager, official
+from ..case import Case, compiled, eager, official, yardstick
 
 TAU = 2.0
 
@@ -44,6 +44,8 @@ def _kd_case(rows: int, classes: int) -> Case:
         shape={"B": rows, "C": classes},
         bytes=12.0 * rows * classes,  # student and teacher read, the gradient written
         flops=0.0,
+        # Measured: 2.5 and 1.6 against eager and torch.compile at 1,000 classes. At 10 the dispatcher's autograd of an op
+        # with a list of tensors took 0.17 of 0.29 ms; a plain autograd.Function in its place brings 0.56 to 1.4 of eager.
         prediction="two exponentials a class and one read of each logit where eager has four passes forward and three "
         "back: 2 to 3 at 1,000 classes; at 10 both are call overhead, about equal",
         inputs=inputs,
@@ -89,6 +91,8 @@ def _linear_kd_case(rows: int, student: int, teacher: int, vocab: int, dtype: to
         shape={"T": rows, "V": vocab, "Ds": student, "Dt": teacher},
         bytes=size * (2 * rows * student + 2 * vocab * student + rows * teacher + vocab * teacher),
         flops=2.0 * rows * vocab * (3 * student + teacher),
+        # Measured: 2.3 against eager and 1.8 against torch.compile in fp32, 1.4 against eager in bf16; 0.65 of the four
+        # bare torch.mm, but 1.3 of our own product's rate: the tiles leave the cache between product and row kernel.
         prediction="four products at our product's rate and 20 ms of row work (two exponentials a logit) for 170 ms of "
         "products: 1.1 times those products, half the time of eager, whose torch.mm runs AVX2 here; bf16 the same, "
         "widened while it is packed",
@@ -98,7 +102,7 @@ def _linear_kd_case(rows: int, student: int, teacher: int, vocab: int, dtype: to
         providers={
             "eager": eager(_graded(plain, 2)),
             "compile": compiled(_graded(plain, 2)),
-            "four torch.mm": eager(bare, compare=lambda a, e: 0.0 if bool(a[0].isfinite().all()) else float("inf")),
+            "four torch.mm": yardstick(lambda: bare),
         },
         rtol=2e-3 if single else 3e-2,
         atol=1e-6 if single else 1e-4,
@@ -149,6 +153,7 @@ def _eisl_case(batch: int, length: int, width: int, vocab: int, dtype: torch.dty
         shape={"B": batch, "T": length, "V": vocab, "D": width},
         bytes=size * (2 * rows * width + 2 * vocab * width),
         flops=6.0 * rows * vocab * width,
+        # Measured: 2.7 against the official form in fp32, 1.6 in bf16.
         prediction="three products at our product's rate and one exponential a logit; the n-gram part is [T, T] and "
         "small; the official form adds five passes over [B, T, V]: twice as fast",
         inputs=inputs,

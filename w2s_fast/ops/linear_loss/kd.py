@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import checks, dispatch
 from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
 from .inputs import _unit_stride as unit_stride
@@ -110,6 +110,25 @@ KD_LOSS = define(
 )
 
 
+class _Eager(torch.autograd.Function):
+    """`KD_LOSS` with the same gradient, for eager mode: the dispatcher's own way around an op with a list of tensors
+    costs a small batch more than the loss does (0.29 ms against 0.16 ms of all of plain PyTorch at 512 x 10)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, coef_kd: Tensor, coef_ce: Tensor | None, *rest: Any) -> Any:
+        given, need, statistics = rest
+        ctx.backend = dispatch.STATE
+        inputs = (logits, *given[:8], coef_kd, coef_ce, need, statistics)
+        output = KD_LOSS(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        found = _backward(ctx, *grads)
+        return found.get("logits"), found.get("coef_kd"), found.get("coef_ce"), None, None, None
+
+
 def kd_loss(
     logits: Tensor,
     teachers: Sequence[Teacher],
@@ -192,5 +211,12 @@ def kd_loss(
     rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale)
     given = Distillation(tensors, forms, shares, number, tau, beta, rows.target, rows.keep, rows.coef_kd, rows.coef_ce)
     need = torch.is_grad_enabled() and student.requires_grad
-    loss, kd, ce, stats, _ = KD_LOSS(student, *given, need, any(name not in ("kd", "ce") for name in outputs))
+    statistics = any(name not in ("kd", "ce") for name in outputs)
+    trained = (student, rows.coef_kd, rows.coef_ce)
+    plainly = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    if plainly or not any(t is not None and t.requires_grad for t in trained):
+        out = KD_LOSS(student, *given, need, statistics)
+    else:
+        out = _Eager.apply(*trained, given, need, statistics)
+    loss, kd, ce, stats, _ = out
     return loss, named_outputs(outputs, batch, kd, ce, stats, scale)
