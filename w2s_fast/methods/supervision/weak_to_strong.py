@@ -71,8 +71,8 @@ def weak_labels(task: Task) -> tuple[Tensor, Tensor]:
 def student(
     task: Task, labels: Tensor, loss: Loss, seed: int, where: Place, tick: Any = lambda _: None,
     checkpoint: Path | None = None,
-) -> tuple[Tensor, list[float]]:
-    """The strong model fine-tuned on the second half with ``labels``: predictions of the test set, training losses."""
+) -> tuple[Classifier, list[float]]:
+    """The strong model fine-tuned on the second half with ``labels``, and its training losses."""
     model = Classifier(task.body, task.width, task.classes)
     if where.world > 1:
         training.shard(model, model.layers())
@@ -89,7 +89,7 @@ def student(
     key = digest(task.name, loss, seed, where.world, torch.__version__, labels.double().sum().item(), len(batches))
     found, _ = training.train(model, of, len(batches), lambda step: task.rate * cosine(step, len(batches)), where,
                               checkpoint=checkpoint, every=max(1, len(batches) // 4), key=key, tick=tick)  # fmt: skip
-    return logits(model, task.test.x).softmax(1), found
+    return model, found
 
 
 def length(task: Task) -> int:
@@ -106,7 +106,8 @@ def run(task: Task, seed: int, where: Place, start: Start, checkpoints: Path | N
     for name, (targets, loss) in runs.items():
         tick = start(f"{task.name}, seed {seed}: {name}", length(task))
         path = checkpoints and checkpoints / f"{task.name}-{name.replace(', ', '-').replace(' ', '-')}-{seed}.pt"
-        p, history = student(task, targets, loss, seed, where, tick, path)
+        model, history = student(task, targets, loss, seed, where, tick, path)
+        p = logits(model, task.test.x)
         agreement = (p.argmax(1) == weak.argmax(1)).float().mean().item()
         found[name] = _report.Row(accuracy(p, task.test.y), agreement, history)
     return found
