@@ -9,8 +9,8 @@ probabilities are averaged. Strong students learn from the soft labels with the 
 Measured: accuracy of judges and students, and the gap recovered between the judge without debate and the ceiling.
 
 Beside it a judge that is shown four random tokens instead. This is the smallest form of the paper's pipeline, where
-language models write the arguments; nothing was tuned. On seeds 0 to 2 debate
-improves the judges clearly, the students by less, of which random tokens already bring the larger part.
+language models write the arguments; nothing was tuned. On seeds 0 to 2 debate improves the judges clearly, the students
+too, but the larger part of that comes with the random tokens already.
 """
 
 from __future__ import annotations
