@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from w2s_fast.methods._common.digits import digits
-from w2s_fast.methods.certified import hyperinterval, tightness
+from w2s_fast.methods.certified import hyperinterval, tightness, word_substitution
 
 
 def test_predicted_tightness_is_the_quotient_of_the_expectations():
@@ -96,3 +96,51 @@ def test_hyperinterval_forgets_nothing_that_plain_training_forgets(tmp_path):
         measured = [found["split"][0][f"{hold}: {name}"] for name in ("universal", "certified")]
         for universal, certified in zip(*measured, strict=True):
             assert universal >= certified
+
+
+def test_forms_of_a_word_are_one_set_and_overlaps_bound_the_distance_of_the_distributions():
+    assert {word_substitution.stem(w) for w in ("opened", "opening", "opens", "open", "opener")} == {"open"}
+    words = word_substitution.corpus()
+    assert float(word_substitution.overlap(words.sets).min()) == 1.0, "sets of forms are the same for each form"
+    # sets {1, 2}, {1, 2, 3}, {2, 3}: not of one size
+    found = word_substitution.overlap(torch.tensor([[0, 0, 0], [1, 2, 1], [1, 2, 3], [2, 3, 2]]))
+    uniform = torch.tensor([[1, 0, 0, 0], [0, 0.5, 0.5, 0], [0, 1 / 3, 1 / 3, 1 / 3], [0, 0, 0.5, 0.5]])
+    for w, members in enumerate(([0], [1, 2], [1, 2, 3], [2, 3])):
+        distance = max(float((uniform[w] - uniform[other]).abs().sum() / 2) for other in members)
+        assert float(found[w]) == pytest.approx(1 - distance)
+
+
+def test_no_rewording_leaves_the_bounds_and_the_attack_only_rewords():
+    words, draw = word_substitution.corpus(), torch.Generator().manual_seed(0)
+    ranker = word_substitution.train("plain", words, 0, 5, lambda _: None)
+    ids = words.documents[words.held_out][:20]
+    with torch.no_grad():
+        queries = ranker.queries(words.queries[words.held_out][:10])
+        low, high = ranker.bounds(queries, ids, words.sets, sound=True)
+        exact = word_substitution.Ranker(words, 0).double()
+        exact.load_state_dict({k: v.double() for k, v in ranker.state_dict().items()})
+        worded = word_substitution.attacked(ranker, queries, ids.expand(10, -1, -1), words)
+        for candidate in (ids, *(word_substitution.reworded(ids, words, draw) for _ in range(50)), *worded):
+            assert bool((words.sets[ids] == candidate[..., None]).any(-1).all())
+            scores = exact.hidden(candidate) @ queries.double().t()
+            assert bool((low <= scores).all() and (scores <= high).all())
+        before, after = ((exact.hidden(d) * queries[:, None].double()).sum(-1) for d in (ids, worded))
+        # the attack compares sums of 256 products of order 1 in float32
+        assert bool((after >= before - 1e-5).all()) and bool((after > before + 0.1).any())
+
+
+def test_a_query_is_certified_when_nothing_below_reaches_rank_k():
+    scores, gain = torch.tensor([[3.0, 2.0, 1.0, 0.5], [3.0, 2.0, 1.9, 0.5]]), torch.tensor([0.0, 0.0, 0.2, 0.3])
+    assert word_substitution.certified(scores, scores + gain, 2).tolist() == [True, False]
+    assert word_substitution.certified(scores, scores + gain, 1).tolist() == [True, True]
+
+
+def test_certified_training_withstands_what_breaks_plain_training(tmp_path):
+    assert word_substitution.main(["--quick", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "word_substitution.png").stat().st_size > 10_000
+    found = {k: v[0] for k, v in json.loads((tmp_path / "word_substitution.json").read_text())["runs"].items()}
+    assert found["bounds"]["top 1 certified by bounds"] > found["plain"]["top 1 certified by bounds"]
+    for measured in found.values():
+        for top in word_substitution.TOPS:
+            assert measured[f"of these broken (top {top})"] == 0.0
+            assert measured[f"top {top} certified by bounds"] + measured[f"top {top} broken by the attack"] <= 1.0
