@@ -50,7 +50,7 @@ def _check_model(model: Any, op: str) -> None:
 
 
 class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
-    """`trl.SFTTrainer` whose training loss is `w2s_fast.linear_fusion_cross_entropy`; evaluation is TRL's own.
+    """`trl.SFTTrainer` whose training loss is `w2s_fast.linear_ce`; evaluation is TRL's own.
 
     The arguments are TRL's, for the loss types ``"nll"`` and ``"chunked_nll"`` and the models of `use_fused_loss` (with
     PEFT adapters, but none on the head). Logged in training besides the loss is ``num_tokens``: entropy and accuracy

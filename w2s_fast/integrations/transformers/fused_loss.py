@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import checks
-from ...ops.linear_loss.cross_entropy import linear_fusion_cross_entropy
+from ...ops.linear_loss.linear_ce import linear_ce
 
 OP = "integrations.transformers.use_fused_loss"
 #: Models whose logits are cap(head(hidden)) * multiply / divide, and what their configurations call these.
@@ -94,7 +94,7 @@ class FusedLoss:
 def use_fused_loss(model: Any) -> FusedLoss:
     """Make a causal language model compute its training loss without the ``[B, S, V]`` logits, in place.
 
-    The same loss and gradients from `w2s_fast.linear_fusion_cross_entropy`: next-token labels (or ``shift_labels``),
+    The same loss and gradients from `w2s_fast.linear_ce`: next-token labels (or ``shift_labels``),
     ``ignore_index``, ``num_items_in_batch`` of `Trainer` (gradient accumulation), final softcap and logit scales, tied
     embeddings, frozen heads, autocast. In training mode with labels the output has ``logits=None``; without labels,
     with ``logits_to_keep`` and in evaluation mode the model's own forward runs, logits and all.
@@ -169,12 +169,9 @@ def _train(model: Any, given: dict[str, Any]) -> Any:
 def loss_of(head: Head, hidden: Tensor, target: Tensor, ignore_index: int, count: Tensor | int | None) -> Tensor:
     """Mean over the targets, or their sum divided by ``count``."""
     hidden, head = head.cast(hidden)
-    loss = linear_fusion_cross_entropy(
-        [hidden], [head.weight], target.to(hidden.device), biases=None if head.bias is None else [head.bias],
-        temperature=head.temperature, softcap=head.softcap, ignore_index=ignore_index,
-        reduction="mean" if count is None else "sum",
+    loss = linear_ce(
+        hidden, head.weight, target.to(hidden.device), bias=head.bias, temperature=head.temperature,
+        softcap=head.softcap, ignore_index=ignore_index, denominator=count,
     )  # fmt: skip
-    assert isinstance(loss, Tensor)
-    if count is None:
-        return loss
-    return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+    assert isinstance(loss, Tensor)  # not a pair: no other outputs were asked for
+    return loss
