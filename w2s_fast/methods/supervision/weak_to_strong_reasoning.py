@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ def preference_loss(model: Any, kind: Literal["dpo", "orpo"], questions: Tensor,
 
     with torch.no_grad():
         parts = torch.arange(2 * count).split(500)
-        reference = torch.cat([linear_logp(*states(part), normalize="sum") for part in parts])
+        reference = torch.cat([cast(Tensor, linear_logp(*states(part), normalize="sum")) for part in parts])
     draw = torch.Generator().manual_seed(seed)
     drawn = [torch.randperm(count, generator=draw)[:batch] for _ in range(steps)]
 
