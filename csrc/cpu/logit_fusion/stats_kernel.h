@@ -53,14 +53,19 @@ struct StatsRun {
       return p;
     }
     const V top = V::set(info.max), low = V::set(A(sizeof(A) == 8 ? -800 : -200));
-    V s = V::set(0), w = s;
-    for (int i = 0; i < padded(n); i += V::W) {
-      const V y = V::max(low, V::load(z + i) - top), e = vexp(y);  // 0 times a finite number, not times infinity
-      s = s + e;
-      w = V::fma(e, y, w);
+    constexpr int U = 16 / V::W > 1 ? 16 / V::W : 1;  // as many partial sums, hence as small an error, on every target
+    V s[U], w[U];
+    for (int k = 0; k < U; ++k) s[k] = w[k] = V::set(0);
+    for (int i = 0; i < padded(n); i += U * V::W)
+      for (int k = 0; k < U; ++k) {
+        const V y = V::max(low, V::load(z + i + k * V::W) - top), e = vexp(y);  // 0 times a finite number, not infinity
+        s[k] = s[k] + e;
+        w[k] = V::fma(e, y, w[k]);
+      }
+    for (int k = 0; k < U; ++k) {
+      p.sum += double(s[k].sum());
+      p.weighted += double(w[k].sum());
     }
-    p.sum = double(s.sum());
-    p.weighted = double(w.sum());
     return p;
   }
 

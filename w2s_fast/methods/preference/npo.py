@@ -9,8 +9,8 @@ the true one, have one distribution; utility is the harmonic mean of the token p
 of unseen modules and of general text.
 
 beta = 0.1 is the paper's; the learning rate, common to all, was raised from 1e-4 after a first look at seed 0; the
-weight of the retain term (0.05, of 0.05, 0.2 and 0.5) was chosen on seed 100. All methods get the same number of steps; the table shows each at its
-best step and at the end.
+weight of the retain term (0.05, of 0.05, 0.2 and 0.5) was chosen on seed 100. All methods get the same number of
+steps; the table shows each at its best step and at the end.
 On the way to the goal gradient ascent and NPO lose utility alike; then the one runs on into collapse and the other
 stays. Only NPO gains from the retain term.
 """
