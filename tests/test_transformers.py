@@ -225,6 +225,16 @@ def test_models_without_a_cache_read_everything(prompts):
     assert torch.equal(uncached.sequences, cached.sequences)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_models_with_a_cache_read_a_token_once(prompts, family):
+    """Whatever this version of transformers calls the cache."""
+    models, widths = [make(family, seed=i) for i in range(3)], []
+    for model in models:
+        model.register_forward_pre_hook(lambda m, a, k: widths.append(k["input_ids"].shape[1]), with_kwargs=True)
+    generate(*models, **padded(prompts), max_new_tokens=4, temperature=0)
+    assert widths == [prompts[0].shape[1]] * 3 + [1] * 9
+
+
 @pytest.mark.parametrize("method", ["proxy_tuning", "dynamic"])
 @pytest.mark.parametrize("by", ["mask", "pad"])
 def test_processor_in_hf_generate(prompts, method, by):

@@ -29,7 +29,8 @@ class CachedModel:
         self.device: torch.device = model.device
         names = _parameters(model)
         self._takes_positions = "position_ids" in names
-        self._takes_cache = "past_key_values" in names
+        # the argument, and the output of the same name, have been renamed between versions of transformers
+        self._cache_name = next((name for name in ("past_key_values", "cache") if name in names), None)
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
         self._cache: Any = None
         self._mask: Tensor | None = None
@@ -43,7 +44,7 @@ class CachedModel:
         # no mask at all when nothing is padded: models then take their fast attention path
         padded = attention_mask is not None and not bool(attention_mask.all())
         self._mask = attention_mask.to(self.device, torch.int64) if padded and attention_mask is not None else None
-        self._ids = None if self._takes_cache else ids
+        self._ids = None if self._cache_name else ids
         positions = None
         if self._mask is not None:
             positions = (self._mask.cumsum(1) - 1).clamp(min=0)
@@ -78,10 +79,10 @@ class CachedModel:
             arguments["attention_mask"] = self._mask
             if self._takes_positions:
                 arguments["position_ids"] = positions
-        if self._takes_cache:
-            arguments.update(past_key_values=self._cache, use_cache=True)
+        if self._cache_name:
+            arguments.update({self._cache_name: self._cache, "use_cache": True})
         output = self.model(**arguments)
-        if self._takes_cache:
-            self._cache = output.past_key_values
+        if self._cache_name:
+            self._cache = output[self._cache_name]
         logits: Tensor = output.logits[:, -1]
         return logits
