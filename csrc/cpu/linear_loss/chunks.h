@@ -5,6 +5,8 @@
 // tiles of all models, and even: every chunk is a sweep over W and dW, which a few rows would not pay for.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/gemm.h"
 #include "cpu/logit_fusion/fusion.h"
 
@@ -33,6 +35,7 @@ struct Head {
   int64_t V, D, M;
   Operand W;
   const A *h, *bias = nullptr;
+  const uint16_t* h16 = nullptr;  // bfloat16 rows beside a bfloat16 W, where the machine multiplies those
 
   Head(Scratch& scratch, const Tensor& hidden, const Tensor& head, const Tensor* b, int64_t vocab, const std::vector<int64_t>& index)
       : V(vocab), D(hidden.size(1)), M(int64_t(index.size())) {
@@ -43,6 +46,11 @@ struct Head {
       W2S_DISPATCH(copy_as<A>)(from.at(index[size_t(m)], 0), from.dtype, D, rows + m * D);
     });
     h = rows;
+    if (sizeof(A) == 4 && W.dtype == Dtype::bf16 && hidden.scalar_type() == ScalarType::BFloat16 && has_bf16_dot()) {
+      uint16_t* to = reinterpret_cast<uint16_t*>(scratch.get<float>((M * D + 1) / 2));
+      parallel_items(M, 16, [&](int64_t m) { std::memcpy(to + m * D, from.at(index[size_t(m)], 0), size_t(D) * 2); });
+      h16 = to;
+    }
     if (!b) return;
     A* offset = scratch.get<A>(V);
     W2S_DISPATCH(copy_as<A>)(b->data_ptr(), dtype_of(b->scalar_type()), V, offset);
@@ -51,6 +59,8 @@ struct Head {
 
   Operand rows(int64_t first, int64_t count) const { return {h + first * D, own_dtype<A>, count, D, D, 1}; }
   void logits(int64_t first, int64_t count, A* z, int64_t ld) const {  // without the bias
+    if constexpr (sizeof(A) == 4)
+      if (h16) return gemm_bf16({h16 + first * D, Dtype::bf16, count, D, D, 1}, W.t(), Target<float>{z, ld, 1}, false);
     gemm(rows(first, count), W.t(), Target<A>{z, ld, 1}, A(1), false);
   }
 };
