@@ -89,6 +89,34 @@ def test_conv_gradcheck(backend, stride, padding, dilation, groups, act):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("parts", ["both", "scale", "shift"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_conv_takes_a_batchnorm_and_a_clean_stream(backend, parts, biased):
+    low, high = a_box(2, 3, 5, 5)
+    weight, bias = random(4, 3, 3, 3, seed=2), random(4, seed=3) if biased else None
+    scale, shift = (None if parts == "shift" else random(4, seed=4)), (None if parts == "scale" else random(4, seed=5))
+    clean = random(2, 3, 5, 5, seed=6)
+    leaves = [t.requires_grad_() for t in (low, high, weight, bias, scale, shift, clean) if t is not None]
+    given = {"padding": 1, "bn_scale": scale, "bn_shift": shift}
+    ones, zeros = low.new_ones(4), low.new_zeros(4)
+    with w2s_fast.backend(backend):
+        x, y, through = w2s_fast.interval_conv2d(low, high, weight, bias, **given, act="relu", clean=clean)
+        grads = torch.autograd.grad((x * y.sin()).sum() + (through**2).sum(), leaves)
+        apart = w2s_fast.interval_conv2d(low, high, weight, bias, padding=1)
+        norm = (ones if scale is None else scale, zeros if shift is None else shift)
+        a, b = w2s_fast.interval_affine(*apart, *norm, act="relu")
+        plain = F.conv2d(clean, weight, bias, padding=1)
+        expected = torch.autograd.grad((a * b.sin()).sum() + (plain**2).sum(), leaves)
+        sound = w2s_fast.interval_conv2d(low, high, weight, bias, **given, rounding="sound")
+        steps = w2s_fast.interval_conv2d(low, high, weight, bias, padding=1, rounding="sound")
+        steps = w2s_fast.interval_affine(*steps, *norm, rounding="sound")
+    for got, want in zip((x, y, through, *grads), (a, b, plain, *expected), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    for got, want in zip(sound, steps, strict=True):  # the two layers as they are, not one with a rounded product
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(4, 3, 5), (6, 7)])
 @pytest.mark.parametrize("act", [None, "relu"])
 def test_affine_gradcheck(backend, shape, act):
@@ -412,6 +440,8 @@ ERRORS = [
     (lambda: w2s_fast.interval_linear(X, X, W, act="gelu"), ValueError, "act must be one of"),
     (lambda: w2s_fast.interval_conv2d(X, X, FILTER), ValueError, "a must be of shape [B, I, H, W]"),
     (lambda: w2s_fast.interval_conv2d(IMAGE, IMAGE, FILTER, groups=2), ValueError, "weight must be of shape"),
+    (lambda: w2s_fast.interval_conv2d(IMAGE, IMAGE, FILTER, bn_scale=X), ValueError, "bn_scale must be of shape ["),
+    (lambda: w2s_fast.interval_conv2d(IMAGE, IMAGE, FILTER, clean=X), ValueError, "clean must be of the shape of a"),
     (lambda: w2s_fast.interval_conv2d(IMAGE, IMAGE, FILTER, stride=0), ValueError, "stride must be >= 1, got 0."),
     (lambda: w2s_fast.interval_conv2d(IMAGE, IMAGE, FILTER, dilation=3), ValueError, "a must be at least as large"),
     (lambda: w2s_fast.margin_logits(X, X, W, None, Y + 4), ValueError, "y must be in [0, 4), got 4."),

@@ -145,7 +145,8 @@ def affine(layer: Any, norm: Any, relu: bool) -> Layer:
         if isinstance(layer, nn.Linear):
             return interval_linear(box.lower, box.upper, weight, bias, **options)
         options |= {"stride": layer.stride, "padding": padding_of(layer), "dilation": layer.dilation}
-        return interval_conv2d(box.lower, box.upper, weight, bias, groups=layer.groups, **options)
+        lower, upper = interval_conv2d(box.lower, box.upper, weight, bias, groups=layer.groups, **options)
+        return lower, upper
 
     def run(mode: Mode, box: Box) -> Box:
         clean = None if box.clean is None else layer(box.clean)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
 from ...library import Kernel, define
 from ...reference.interval_bounds import conv as reference
+from .affine import interval_affine
 from .inputs import COMPUTES, FORMS, ROUNDINGS, Compute, Form, Rounding, box, like, outward_center
 
 _OPTIONS = (
@@ -86,14 +88,14 @@ def _pair(op: str, name: str, value: Any, low: int) -> list[int]:
     return [checks.integer(op, name, v, low=low) for v in both]
 
 
-def _filter(op: str, a: Tensor, weight: Any, bias: Any, groups: int) -> None:
+def _filter(op: str, a: Tensor, weight: Any, groups: int, **vectors: Any) -> None:
     checks.is_float_tensor(op, "weight", weight)
     if a.ndim != 4:
         checks.fail(op, "a", "of shape [B, I, H, W]", tuple(a.shape))
     if weight.ndim != 4 or weight.shape[0] % groups or weight.shape[1] * groups != a.shape[1] or 0 in weight.shape:
         wanted = f"of shape [O, {a.shape[1]} / groups, kh, kw] with O a multiple of groups ({groups})"
         checks.fail(op, "weight", wanted, tuple(weight.shape))
-    for name, vector in (("bias", bias),):
+    for name, vector in vectors.items():
         if vector is not None:
             checks.is_float_tensor(op, name, vector)
             if vector.shape != weight.shape[:1]:
@@ -110,16 +112,18 @@ def interval_conv2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    bn_scale: Tensor | None = None,
+    bn_shift: Tensor | None = None,
     act: Literal["relu"] | None = None,
+    clean: Tensor | None = None,
     form: Form = "lu",
     out_form: Form | None = None,
     rounding: Rounding = "fast",
     compute: Compute = "fp32",
-) -> tuple[Tensor, Tensor]:
-    """A box through a convolution: centre ``conv(m, W) + bias``, radius ``conv(r, |W|)``, then ReLU of both bounds.
+) -> tuple[Tensor, ...]:
+    """A box through a convolution: centre ``conv(m, W) + bias``, radius ``conv(r, |W|)``, then batch-norm and ReLU.
 
-    Zero padding is an exact 0. |W| exists in registers only (on a CPU in a packed panel of W). A batch-norm with known
-    statistics is a scale of the weight and the bias: pass ``weight * s`` and ``bias * s + t``, as `nn.bound` does.
+    Zero padding is an exact 0. |W| exists in registers only (on a CPU in a packed panel of W).
 
     Args:
         a, b: lower and upper bounds ``[B, I, H, W]``, or centre and radius with ``form="cr"``; float32, bfloat16,
@@ -127,10 +131,17 @@ def interval_conv2d(
         weight: ``[O, I / groups, kh, kw]`` of the same dtype.
         bias: ``[O]`` or None.
         stride, padding, dilation: an int or one an axis; groups: an int. As in `torch.nn.functional.conv2d`.
-        act, form, out_form, rounding, compute: see `interval_linear`.
+        bn_scale, bn_shift: ``[O]``, a batch-norm with known statistics, ``bn_scale y + bn_shift``. It costs nothing, as
+            weight and bias take it, except with sound rounding, which certifies the two layers as they are.
+        act: ``"relu"`` or None, after the batch-norm.
+        clean: activations ``[B, I, H, W]`` without a box, whose own ``conv(clean, W) + bias``, before batch-norm and
+            ReLU, is returned too: the statistics of a batch-norm in training are those of it
+            (`interval_batchnorm_stats`).
+        form, out_form, rounding, compute: see `interval_linear`.
 
     Returns:
-        Two contiguous tensors ``[B, O, H', W']``. Differentiable, once, in a, b, weight and bias. Deterministic.
+        Two contiguous tensors ``[B, O, H', W']``, three with ``clean``. Differentiable, once, in every tensor given.
+        Deterministic.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -144,8 +155,11 @@ def interval_conv2d(
     op = "interval_conv2d"
     box(op, a, b)
     groups = checks.integer(op, "groups", groups, low=1)
-    _filter(op, a, weight, bias, groups)
-    like(op, a, "a", ("weight", weight), ("bias", bias))
+    vectors = {"bias": bias, "bn_scale": bn_scale, "bn_shift": bn_shift}
+    _filter(op, a, weight, groups, **vectors)
+    if clean is not None and checks.is_float_tensor(op, "clean", clean).shape != a.shape:
+        checks.fail(op, "clean", f"of the shape of a {tuple(a.shape)}", tuple(clean.shape))
+    like(op, a, "a", ("weight", weight), *vectors.items(), ("clean", clean))
     options = [
         _pair(op, name, value, low)
         for name, value, low in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
@@ -158,9 +172,20 @@ def interval_conv2d(
     compute = checks.choice(op, "compute", compute, COMPUTES)  # type: ignore[assignment]
     relu = checks.choice(op, "act", act, (None, "relu")) == "relu"  # type: ignore[arg-type]
     direct = out_form == "cr" and not relu and not sound
+    extra = () if clean is None else (F.conv2d(clean, weight, bias, options[0], options[1], options[2], groups),)
+    normed = bn_scale is not None or bn_shift is not None
+    if normed and not sound:
+        weight = weight if bn_scale is None else weight * bn_scale.reshape(-1, 1, 1, 1)
+        bias = bias if bias is None or bn_scale is None else bias * bn_scale
+        bias = bn_shift if bias is None else bias if bn_shift is None else bias + bn_shift
     bias = None if bias is None else bias.contiguous()
     x, y = INTERVAL_CONV2D(
-        a.contiguous(), b.contiguous(), weight.contiguous(), bias, *options, groups, bounds_in, not direct, relu,
-        compute, sound,
+        a.contiguous(), b.contiguous(), weight.contiguous(), bias, *options, groups, bounds_in, not direct,
+        relu and not (normed and sound), compute, sound,
     )  # fmt: skip
-    return outward_center(x, y, sound) if out_form == "cr" and not direct else (x, y)
+    if normed and sound:
+        scale = weight.new_ones(len(weight)) if bn_scale is None else bn_scale
+        shift = weight.new_zeros(len(weight)) if bn_shift is None else bn_shift
+        x, y = interval_affine(x, y, scale, shift, act=act, rounding="sound")
+    ends = outward_center(x, y, sound) if out_form == "cr" and not direct else (x, y)
+    return (*ends, *extra)
