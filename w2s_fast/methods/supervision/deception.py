@@ -10,6 +10,7 @@ Beside it the same share of all pairs that the model without conflict gets right
 The paper finds deception in language models; here there is none at its alpha of 0.5: the tax falls on pairs of which
 the model without conflict was unsure, so the score is 0 and below its even counterpart. At alpha = 2 the conflict turns
 nearly every prediction around, and the two are equal.
+Text was taken after digits, where the score was 0 too and the student no better than its supervisor.
 """
 
 from __future__ import annotations
