@@ -13,11 +13,15 @@ W2S_INLINE void row_sums_of(int64_t n, double (&out)[N], const Step& step) {
   using V = Vec<A>;
   for (int k = 0; k < N; ++k) out[k] = 0;
   for (int64_t at = 0; at < n; at += TILE) {
-    V sums[N];
-    for (int k = 0; k < N; ++k) sums[k] = V::set(0);
+    constexpr int U = 16 / V::W > 1 ? 16 / V::W : 1;  // as many partial sums, hence as small an error, on every target
+    V sums[U][N];
+    for (auto& part : sums)
+      for (int k = 0; k < N; ++k) part[k] = V::set(0);
     const int64_t end = n < at + TILE ? n : at + TILE;
-    for (int64_t i = at; i < end; i += V::W) step(i, sums);
-    for (int k = 0; k < N; ++k) out[k] += double(sums[k].sum());
+    for (int64_t i = at; i < end; i += U * V::W)
+      for (int u = 0; u < U; ++u) step(i + u * V::W, sums[u]);
+    for (auto& part : sums)
+      for (int k = 0; k < N; ++k) out[k] += double(part[k].sum());
   }
 }
 
