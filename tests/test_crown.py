@@ -11,58 +11,14 @@ from torch import nn
 
 from w2s_fast.nn import bound, verify
 from w2s_fast.nn.interval_backward import relaxation
+from w2s_fast.testing import networks
+from w2s_fast.testing.networks import MODELS
 from w2s_fast.testing.peers import lirpa_bounds
 
 
-class Block(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return F.relu(x + self.second(torch.relu(self.norm(self.first(x)))))
-
-
-def mlp():
-    return nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 5))
-
-
-def convolutional():
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 3),
-        nn.ReLU(), nn.Flatten(), nn.Linear(24, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 5),
-    )  # fmt: skip
-
-
-def residual():
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), Block(4), nn.AvgPool2d(2), nn.Flatten(),
-        nn.Linear(64, 5),
-    )  # fmt: skip
-
-
-def pooled():
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
-
-
-MODELS = {
-    "mlp": (mlp, (3, 4, 4)), "conv": (convolutional, (3, 8, 8)), "residual": (residual, (3, 8, 8)),
-    "pooled": (pooled, (3, 8, 8)),
-}  # fmt: skip
-
-
-def made(name, seed=0):
-    torch.manual_seed(seed)
-    make, shape = MODELS[name]
-    model = make()
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.running_mean.uniform_(-0.3, 0.3)
-            module.running_var.uniform_(0.5, 2.0)
-            module.weight.data.uniform_(-1.5, 1.5)  # of both signs: bounds change places
-            module.bias.data.uniform_(-0.5, 0.5)
-    return model.eval(), torch.rand(7, *shape), torch.arange(7) % 5
+def made(name):
+    model, x, y = networks.made(name)
+    return model.eval(), x, y
 
 
 def peer(model, x):

@@ -22,10 +22,11 @@ ROWS = 2048
 
 
 @triton.jit
-def _logits_kernel(
+def logits_kernel(
     models, count, first, chunk, vocab, blocks, o_z,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, DOT_F32: tl.constexpr,
 ):  # fmt: skip
+    """float32 logits of rows [first, first + chunk), those below ``count``, of all models fused."""
     pid = tl.program_id(0)
     tile = (pid // blocks).to(tl.int64)  # row blocks are next to each other: they share the tile of W in the cache
     local = (pid % blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -126,7 +127,7 @@ class Chunks:
             z = self.like.new_empty((size, self.vocab_size), dtype=self.single)
             blocks = cdiv(size, self.options["BLOCK_T"])
             launch(
-                _logits_kernel, blocks * cdiv(self.vocab_size, BLOCK_V), self.like, self.models, self.rows, first, size,
+                logits_kernel, blocks * cdiv(self.vocab_size, BLOCK_V), self.like, self.models, self.rows, first, size,
                 self.vocab_size, blocks, z, **self.options,
             )  # fmt: skip
             yield first, size, z, z if kind == self.single or not self.any else z.new_empty(z.shape, dtype=kind)

@@ -12,25 +12,11 @@ import triton
 import triton.language as tl
 
 from ..common import AotCase, Meta, cdiv, dtype, launch, next_power
-from .tile import BLOCK_V, fused_tile, prepare
+from .chunk import logits_kernel
+from .tile import BLOCK_V, prepare
 
 #: Bytes of tiles that exist at a time.
 SCRATCH = 1 << 30
-
-
-@triton.jit
-def _logits_kernel(
-    models, first, chunk, vocab, blocks, o_z,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, DOT_F32: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    tile = (pid // blocks).to(tl.int64)  # row blocks are next to each other: they share the tile of W in the cache
-    local = (pid % blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row_mask = local < chunk
-    cols = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    col_mask = cols < vocab
-    z = fused_tile(models, first + local, row_mask, cols, col_mask, BLOCK_T, BLOCK_V, BLOCK_K, DOT_F32)
-    tl.store(o_z + local[:, None] * vocab + cols[None, :], z, mask=row_mask[:, None] & col_mask[None, :])
 
 
 def logits(hidden: Any, head: Any, bias: Any, first: int, out: Any) -> None:
@@ -38,7 +24,10 @@ def logits(hidden: Any, head: Any, bias: Any, first: int, out: Any) -> None:
     models, options = prepare([hidden], [head], [] if bias is None else [bias], None, [1.0], 1.0)
     chunk, vocab = out.shape
     blocks = cdiv(chunk, options["BLOCK_T"])
-    launch(_logits_kernel, blocks * cdiv(vocab, BLOCK_V), hidden, models, first, chunk, vocab, blocks, out, **options)
+    launch(
+        logits_kernel, blocks * cdiv(vocab, BLOCK_V), hidden, models, first + chunk, first, chunk, vocab, blocks, out,
+        **options,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -9,7 +9,6 @@ digits, so that every question and every solution of one number of steps has one
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -114,17 +113,16 @@ def sample(
 
     The prompts may end anywhere, also within a solution: to value a step, sample what follows it.
     """
-    from transformers import DynamicCache
+    from ...integrations.transformers import CachedModel
 
-    made, ids, cache = [], prompts, DynamicCache()
-    # the argument's name has changed between versions of transformers
-    keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    for _ in range(length):
-        out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{keyword: cache})
-        logits = out.logits[:, -1].float()
+    reader, made = CachedModel(model), []
+    logits = reader.start(prompts)
+    for i in range(length):
+        logits = logits.float()
         if temperature > 0:
-            ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            made.append(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0])
         else:
-            ids = logits.argmax(-1, keepdim=True)
-        made.append(ids)
-    return torch.cat(made, 1)
+            made.append(logits.argmax(-1))
+        if i + 1 < length:
+            logits = reader.step(made[-1])
+    return torch.stack(made, 1)
