@@ -7,6 +7,7 @@ without arguments that calls the module's launchers on `Meta` tensors. The gate 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,13 @@ def dtype(like: Any, name: str) -> Any:
     empty = like.new_empty((0,))
     methods = {"float32": "float", "float64": "double", "int64": "long", "int32": "int", "bool": "bool"}
     return getattr(empty, methods[name])().dtype
+
+
+def capturing(like: Any) -> bool:
+    """Whether a CUDA graph is being captured, on the device of ``like``; then nothing may wait for the device."""
+    if not like.is_cuda:
+        return False
+    return bool(sys.modules["torch"].cuda.is_current_stream_capturing())  # loaded, as there is a CUDA tensor
 
 
 def refuse_double(*tensors: Any) -> str | None:

@@ -289,3 +289,74 @@ def test_modes_lose_what_they_may_and_no_more(conv: bool, compute: str):
         center = [(x[0] + x[1]) / 2 for x in found.values()]
         alive = (found["exact"][0] > 0.05) & (found["mode"][0] > 0)
         assert float((center[0] - center[1])[alive].abs().max() / center[0].abs().max()) < 2**-13
+
+
+def _vocabulary_calls(poison: float) -> list[torch.Tensor]:
+    """Losses and gradients of rows of which some do not count and hold ``poison``."""
+    generator = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(*size, generator=generator) for size in ((24, 16), (90, 16)))
+    y = torch.randint(90, (24,), generator=generator)
+    y[torch.tensor([0, 1, 6, 7, 12, 15, 18, 23])] = -100
+    h[y == -100] = poison
+    ids = torch.arange(24) // 6
+    packed = {"segment_ids": ids, "num_segments": 4}
+    order = torch.tensor([[2, 0], [3, 1]])
+    shared = torch.tensor([[2, 0], [2, 1]])
+    options = {"beta": 0.5, "nll_coef": 0.3, "ref_logp": torch.tensor([-20.0, -25.0, -22.0, -21.0]), **packed}
+    found = []
+    for loss in (
+        lambda h, w: w2s_fast.linear_ce(h, w, y, label_smoothing=0.1),
+        lambda h, w: w2s_fast.linear_ce(h, w, y, reduction="none").sum(),
+        lambda h, w: w2s_fast.linear_ce(h, w.detach(), y),
+        lambda h, w: w2s_fast.linear_logp(h, w, y, normalize="mean", **packed).sum(),
+        lambda h, w: w2s_fast.linear_preference(h, w, y, order, kind="dpo", **options)[0],
+        lambda h, w: w2s_fast.linear_preference(h, w, y, order[:1], kind="simpo", **packed)[0],
+        lambda h, w: w2s_fast.linear_preference(h, w, y, shared, kind="dpo", **options)[0],
+        lambda h, w: w2s_fast.linear_preference(h, w, y, kind="npo", ref_logp=options["ref_logp"], **packed)[0],
+        lambda h, w: w2s_fast.linear_ce(h, w, torch.full_like(y, -100)),
+    ):
+        states, head = h.clone().requires_grad_(), w.clone().requires_grad_()
+        value = loss(states, head)
+        value.backward()
+        found += [value.detach(), states.grad] + ([] if head.grad is None else [head.grad])
+    return found
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [4, 11, 2048], ids=lambda n: f"chunks-of-{n}")
+def test_rows_that_do_not_count_are_left_out(rows: int, monkeypatch: pytest.MonkeyPatch):
+    """They hold NaN, which any product with them would spread; chunks of a few rows, of a pair, of everything."""
+    from w2s_fast.kernels.linear_loss import chunk
+
+    expected = _vocabulary_calls(NAN)  # the C++ kernels
+    monkeypatch.setattr(chunk, "ROWS", rows)
+    monkeypatch.setattr(chunk, "SCRATCH", 0)
+    monkeypatch.setattr(chunk, "chunks", lambda count, _: [(i, min(rows, count - i)) for i in range(0, count, rows)])
+    with w2s_fast.backend("triton"):
+        found = _vocabulary_calls(NAN)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
+@interpreted
+def test_a_preference_makes_its_logits_once(monkeypatch: pytest.MonkeyPatch):
+    """Unless a pair alone is longer than a chunk."""
+    from w2s_fast.kernels.linear_loss import chunk
+
+    seen, each = [], chunk.Chunks.each
+    monkeypatch.setattr(chunk, "SCRATCH", 0)
+
+    def counted(work, *parts):
+        for part in each(work, *parts):
+            seen.append(part[1])
+            yield part
+
+    monkeypatch.setattr(chunk.Chunks, "each", counted)
+    w, y = torch.zeros(5, 3, requires_grad=True), torch.tensor([[-100, 1, 2], [-100, 3, 4]]).repeat(2, 1)
+    pairs = torch.tensor([[0, 1], [2, 3]])
+    for rows, expected in ((2048, [8]), (5, [4, 4]), (3, [8, 8])):
+        monkeypatch.setattr(chunk, "ROWS", rows)
+        seen.clear()
+        with w2s_fast.backend("triton"):
+            w2s_fast.linear_preference(torch.zeros(4, 3, 3), w, y, pairs, kind="simpo")[0].backward()
+        assert seen == expected

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ..common import INF, NO_INDEX, AotCase, Meta, dtype, launch, next_power, safe
 from .chunk import Chunks, capped, gradient_row, options, row_block, supports_chunk
+from .packing import packed
 
 supports_linear_ce = supports_chunk
 
@@ -99,6 +100,11 @@ def _ce_kernel(
 
 def launch_linear_ce(*args: Any) -> tuple[Any, ...]:
     """Arguments of `linear_ce` -> its outputs."""
+    keep = args[8] if args[12] is None else None  # a dense target is [T, V]: not copied
+    return packed(_all_rows, args, keep, (0, 3, 8, 9, 10, 11, 13), (1, 2, 3, 4, 5, 6, 7, 10))
+
+
+def _all_rows(*args: Any) -> tuple[Any, ...]:
     work = Chunks(args[:8], args[17:])
     keep, ids, probs, uniform, dense, weight, z_loss, need_entropy, need_best = args[8:17]
     keep, ids, probs, weight = keep.contiguous(), ids.contiguous(), probs.contiguous(), weight.contiguous()
@@ -128,6 +134,16 @@ def launch_linear_ce(*args: Any) -> tuple[Any, ...]:
         none if largest is None else largest,
         *work.gradients(),
     )
+
+
+def chunk_logp(work: Chunks, first: int, size: int, z: Any, keep: Any, ids: Any, weight: Any, out: tuple) -> None:
+    """log p of a label ``ids [T, 1]`` and the log-sum-exp of a chunk's rows into ``out``, [T] each."""
+    scale, cap, has = work.cap
+    logp, lse, other = out
+    launch(
+        _ce_kernel, size, z, z, z, work.vocab_size, first, 1, scale, cap, keep, ids, weight, None, None, 0, weight, 0.0,
+        other, other, logp, lse, None, None, None, CAP=has, GRAD=False, KP=1, **options(),
+    )  # fmt: skip
 
 
 def aot_cases() -> list[AotCase]:

@@ -80,9 +80,14 @@ def gradient_row(
         tl.store(o_grad + cols, g.to(o_grad.dtype.element_ty), mask=mask)
 
 
+def most_rows(vocab_size: int) -> int:
+    """Rows of logits that may exist at a time."""
+    return max(ROWS, SCRATCH // (4 * vocab_size))
+
+
 def chunks(rows: int, vocab_size: int) -> list[tuple[int, int]]:
     """(first, rows) of even chunks, a multiple of 128 rows each but the last."""
-    most = max(ROWS, SCRATCH // (4 * vocab_size))
+    most = most_rows(vocab_size)
     count = cdiv(rows, most)
     size = min(cdiv(cdiv(rows, max(count, 1)), 128) * 128, rows) or 1
     return [(first, min(size, rows - first)) for first in range(0, rows, size)]
@@ -120,10 +125,10 @@ class Chunks:
         """Zeros, float32 [T] or [T, columns]."""
         return self.like.new_zeros((self.rows, columns) if columns else (self.rows,), dtype=self.single)
 
-    def each(self) -> Iterator[tuple[int, int, Any, Any]]:
-        """(first row, rows, z, dz to be written) of every chunk."""
+    def each(self, parts: list[tuple[int, int]] | None = None) -> Iterator[tuple[int, int, Any, Any]]:
+        """(first row, rows, z, dz to be written) of every chunk, of ``parts`` if given."""
         kind = self.given[1][0].dtype
-        for first, size in chunks(self.rows, self.vocab_size):
+        for first, size in chunks(self.rows, self.vocab_size) if parts is None else parts:
             z = self.like.new_empty((size, self.vocab_size), dtype=self.single)
             blocks = cdiv(size, self.options["BLOCK_T"])
             launch(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..common import AotCase, Meta
+from .packing import packed
 from .tile import gradient_tile, log_probabilities, prepare, supports_linear
 
 #: Bytes of dz that exist at a time.
@@ -34,8 +35,12 @@ def _sweep(given: tuple, target: Any, ignore_index: int, lse: Any, a: Any, b: An
         yield first, rows, dz
 
 
-def launch_linear_fusion_logprobs(*args: Any) -> tuple[Any, Any, Any, Any]:
+def launch_linear_fusion_logprobs(*args: Any) -> tuple[Any, ...]:
     """Arguments of `linear_fusion_logprobs` -> (logp, lse, mean_rows, mean_logits)."""
+    return packed(_all_rows, args, args[8] != args[9], (0, 3, 8), (0, 1, 2, 3))
+
+
+def _all_rows(*args: Any) -> tuple[Any, ...]:
     given, (target, ignore_index, need_rows, need_logits) = args[:8], args[8:]
     hiddens, heads, biases, weights, values, temperature, _, vocab_size = given
     models, options = prepare(hiddens, heads, biases, weights, values, temperature)
@@ -71,6 +76,6 @@ def aot_cases() -> list[AotCase]:
             [Meta((32000, d), "bfloat16") for d in (2048, 512)],
         )
         biases, weights, target = [Meta((32000,), "bfloat16")] * 2, Meta((512, 2), "float32"), Meta((512,), "int64")
-        launch_linear_fusion_logprobs(hiddens, heads, biases, weights, [], 0.7, 0.0, 32000, target, -100, False, False)
+        _all_rows(hiddens, heads, biases, weights, [], 0.7, 0.0, 32000, target, -100, False, False)
 
     return [AotCase("bf16-n2-v32000-bias", bf16)]

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ..common import AotCase, Meta, launch, safe
 from .chunk import Chunks, gradient_row, options, supports_chunk
+from .packing import packed
 
 supports_linear_loss_backward = supports_chunk
 
@@ -42,8 +43,18 @@ def _rows_kernel(
     )  # fmt: skip
 
 
-def launch_linear_loss_backward(*args: Any) -> tuple[list[Any], list[Any], list[Any], Any]:
+def launch_linear_loss_backward(*args: Any) -> tuple[Any, ...]:
     """Arguments of `linear_loss_backward` -> (dhiddens, dheads, dbiases, dweights)."""
+    coefs, coef, log, everywhere, dense = args[10:15]
+    keep = (coef != 0) | (coefs != 0).any(1)
+    for rows in (log, everywhere):
+        keep = keep if rows is None else keep | (rows != 0)
+    if dense is not None:  # [T, V]: not copied
+        keep = None
+    return packed(_all_rows, args, keep, (0, 3, 8, 9, 10, 11, 12, 13), (0, 3))
+
+
+def _all_rows(*args: Any) -> tuple[Any, ...]:
     work = Chunks(args[:8], args[16:])
     lse, ids, coefs, coef, log, everywhere, dense, coef_dense = args[8:16]
     ids, coefs = ids.contiguous(), coefs.contiguous()
@@ -59,6 +70,16 @@ def launch_linear_loss_backward(*args: Any) -> tuple[list[Any], list[Any], list[
             )  # fmt: skip
             work.spend(first, size, dz)
     return work.gradients()
+
+
+def chunk_gradient(work: Chunks, first: int, size: int, z: Any, dz: Any, lse: Any, ids: Any, coef: Any) -> None:
+    """dz = coef ([v = id] - p) of a chunk's rows; ids and coef ``[T, 1]``."""
+    scale, cap, has = work.cap
+    launch(
+        _rows_kernel, size, z, z, dz, work.vocab_size, first, 1, scale, cap, lse, ids, coef, -coef, None, None, None, 0,
+        None, CAP=has, **options(),
+    )  # fmt: skip
+    work.spend(first, size, dz)
 
 
 def aot_cases() -> list[AotCase]:
