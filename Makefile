@@ -17,8 +17,9 @@ $(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH) $(TRITON) numpy "setuptools>=77" wheel ninja packaging "pybind11>=2.12"
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
-	# a peer that tests and benchmarks compare with where there is one; what it says it requires is years old
+	# peers that tests and benchmarks compare with where there are any; what they say they require is years old or large
 	-$(BIN)/pip install --quiet --no-deps --no-build-isolation auto_LiRPA==0.3 appdirs sortedcontainers
+	-$(BIN)/pip install --quiet --no-deps cut-cross-entropy==25.1.1
 	touch $@
 
 bench: $(STAMP)

@@ -104,7 +104,8 @@ def slug(device: str, threads: int) -> str:
 def versions() -> dict[str, str | None]:
     """Versions of everything that was timed; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for name in ("w2s_fast", "torch", "triton", "transformers", "flashinfer-python", "liger-kernel"):
+    peers = ("transformers", "flashinfer-python", "liger-kernel", "cut-cross-entropy")
+    for name in ("w2s_fast", "torch", "triton", *peers):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

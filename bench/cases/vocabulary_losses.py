@@ -67,24 +67,19 @@ def _library() -> Callable[..., tuple[Tensor, ...]]:
     return _graded(lambda h, w, target: own(h, w, target, options=options()), True)
 
 
-def _on_a_gpu(module: str, form: Callable[[Any], Callable[..., Tensor]]) -> Callable[[], Callable[..., Any]]:
-    """A peer made of Triton kernels, which have no CPU to run on."""
-
-    def make() -> Callable[..., Any]:
-        if not torch.cuda.is_available():
-            raise Unavailable(f"{module}'s kernels are Triton and run on a GPU only")
-        return _graded(form(importlib.import_module(module)), True)
-
-    return make
+def _liger() -> Callable[..., tuple[Tensor, ...]]:
+    if not torch.cuda.is_available():
+        raise Unavailable("its kernels are Triton and run on a GPU only")
+    module: Any = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
+    apply = module.LigerFusedLinearCrossEntropyFunction.apply
+    return _graded(lambda h, w, target: apply(h, w, target)[0], True)
 
 
-def _liger(module: Any) -> Callable[..., Tensor]:
-    apply = module.ops.fused_linear_cross_entropy.LigerFusedLinearCrossEntropyFunction.apply
-    return lambda h, w, target: apply(h, w, target)[0]
-
-
-def _cut(module: Any) -> Callable[..., Tensor]:
-    return lambda h, w, target: module.linear_cross_entropy(h, w, target)
+def _cut() -> Callable[..., tuple[Tensor, ...]]:
+    """Its Triton kernels on a GPU; on a CPU the form that it leaves to torch.compile."""
+    module: Any = importlib.import_module("cut_cross_entropy")
+    form = "cce" if torch.cuda.is_available() else "torch_compile"
+    return _graded(lambda h, w, target: module.linear_cross_entropy(h, w, target, impl=form), True)
 
 
 def _ce(
@@ -104,8 +99,8 @@ def _ce(
         "compile": compiled(plain),
         "F.linear_cross_entropy": Provider("eager", _library),
         "three products": yardstick(lambda: _three_products),
-        "liger-kernel": peer(_on_a_gpu("liger_kernel", _liger)),
-        "cut-cross-entropy": peer(_on_a_gpu("cut_cross_entropy", _cut)),
+        "liger-kernel": peer(_liger),
+        "cut-cross-entropy": peer(_cut),
     }
     size = 4.0 if dtype == "float32" else 2.0
     return Case(
