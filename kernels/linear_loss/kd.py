@@ -16,7 +16,7 @@ import triton.language as tl
 from ..common import AotCase, Meta, dtype, launch, refuse_double
 from .rows import block_of, chunk_rows, logits, row_statistics, warps_of
 
-FKL, RKL, JSD, SCE, CE_SOFT = (tl.constexpr(i) for i in range(5))
+FKL, RKL, JSD, SCE, CE_SOFT, PRODUCT = (tl.constexpr(i) for i in range(6))
 LOGITS, PROBS, TOPK = (tl.constexpr(i) for i in range(3))
 LOG_FLOOR, REMAINDER_FLOOR = tl.constexpr(-1e4), tl.constexpr(1e-12)
 NONE = tl.constexpr(-float("inf"))
@@ -68,7 +68,7 @@ def _mixture(teachers, FORMS: tl.constexpr, row, cols, mask, invtau):
             q += share * q_m
             gap = tl.where(log_q == log_m, 0.0, tl.abs(log_q - log_m))
             log_q = tl.maximum(log_q, log_m) + tl.log(1 + tl.exp(-gap))
-    return tl.maximum(log_q, LOG_FLOOR), q
+    return tl.maximum(log_q, LOG_FLOOR, propagate_nan=tl.PropagateNan.ALL), q
 
 
 @triton.jit
@@ -81,8 +81,15 @@ def _ratios(log_p, log_q, beta):
 
 
 @triton.jit
+def _log_product(log_p, log_q, mask, beta, power):
+    """beta log p + power log q; -inf where a factor is 0 and in masked columns. A power of 0 leaves its factor out."""
+    q = tl.where(log_q == LOG_FLOOR, NONE, log_q)  # at the floor q is 0
+    return tl.where(mask, tl.where(beta == 0, 0.0, beta * log_p) + tl.where(power == 0, 0.0, power * q), NONE)
+
+
+@triton.jit
 def _row_kernel(
-    student, stride, vocab, s_max, s_log_sum, s_one, teachers, target, keep, coef_kd, coef_ce, invtau, beta,
+    student, stride, vocab, s_max, s_log_sum, s_one, teachers, target, keep, coef_kd, coef_ce, invtau, beta, power,
     o_kd, o_ce, o_stats, rows, first, o_grad, o_stride,
     KIND: tl.constexpr, FORMS: tl.constexpr, HARD: tl.constexpr, GRADIENT: tl.constexpr, STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -96,6 +103,7 @@ def _row_kernel(
     # sums: of terms of D, of terms under p, of q, of p log p, of q log q; largest entries and where they are
     a, b, mass, h_s, h_t = 0.0, 0.0, 0.0, 0.0, 0.0
     best_s, best_t = tl.full((), NONE, tl.float32), tl.full((), NONE, tl.float32)
+    peak = tl.full((), NONE, tl.float32)  # of the logarithm of product's target; a and b are relative to it
     at_s, at_t = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     for start in range(0, vocab, BLOCK):
         cols = start + tl.arange(0, BLOCK)
@@ -115,6 +123,14 @@ def _row_kernel(
             b += tl.sum(p * log_q, 0)
         elif KIND == RKL:
             b += tl.sum(p * (under_p - log_q), 0)
+        elif KIND == PRODUCT:
+            u = _log_product(log_p, log_q, mask, beta, power)
+            new = tl.maximum(peak, tl.max(u, 0))
+            line = tl.where(new > NONE, new, 0.0)
+            shrink, t = tl.exp(peak - line), tl.exp(u - line)
+            a = a * shrink - tl.sum(tl.where(t == 0, 0.0, t * log_p), 0)
+            b = b * shrink + tl.sum(t, 0)
+            peak = new
         else:
             r, s = _ratios(log_p, log_q, beta)
             a += tl.sum(q * tl.where(q == 0, 0.0, s), 0)
@@ -134,6 +150,8 @@ def _row_kernel(
         d = beta * a + (1 - beta) * b
     elif KIND == RKL:
         d = b
+    elif KIND == PRODUCT:
+        d = a / tl.where(b == 0, 1.0, b)
     else:
         d = a
     tl.store(o_kd + at, tl.where(kept, d, 0.0))
@@ -169,6 +187,9 @@ def _row_kernel(
             elif KIND == JSD:
                 r, s = _ratios(log_p, log_q, beta)
                 g = (1 - beta) * p * (tl.where(p == 0, 0.0, r) - b)
+            elif KIND == PRODUCT:
+                t = tl.exp(_log_product(log_p, log_q, mask, beta, power) - tl.where(b == 0, 0.0, peak))
+                g = tl.where(b == 0, 0.0, p - t / tl.where(b == 0, 1.0, b))
             else:
                 g = mass * p - q
             g *= c
@@ -208,7 +229,7 @@ def _prepared(teachers: list[tuple[int, Any, Any]], shares: Any, tau: float, voc
 
 def _rows(z: Any, teachers: list[tuple[int, Any, Any]], given: tuple, out: tuple, first: int, grad: Any) -> None:
     """The row kernel on a chunk of logits that begins at row ``first``; grad may be None."""
-    _, _, shares, kind, tau, beta, target, keep, coef_kd, coef_ce = given
+    _, _, shares, kind, tau, beta, power, target, keep, coef_kd, coef_ce = given
     kd, ce, stats = out
     rows, vocab = z.shape
     packed, forms = _prepared(teachers, shares, tau, vocab)
@@ -217,7 +238,7 @@ def _rows(z: Any, teachers: list[tuple[int, Any, Any]], given: tuple, out: tuple
     one = (log_sum if tau == 1 else row_statistics(z, 1.0)[1]) if hard else log_sum
     launch(
         _row_kernel, rows, z, z, z.stride(0), vocab, top, log_sum, one, packed, target, keep, coef_kd, coef_ce,
-        1.0 / tau, float(beta), kd, ce, stats, kd.shape[0], first,
+        1.0 / tau, float(beta), float(power), kd, ce, stats, kd.shape[0], first,
         z if grad is None else grad, vocab if grad is None else grad.stride(0),
         KIND=kind, FORMS=forms, HARD=hard, GRADIENT=grad is not None, STATISTICS=stats.shape[0] > 0,
         BLOCK=block_of(vocab), num_warps=warps_of(vocab),
@@ -232,15 +253,16 @@ def _outputs(like: Any, rows: int, statistics: bool) -> tuple[Any, Any, Any]:
 
 def _total(given: tuple, kd: Any, ce: Any) -> Any:
     """sum coef_kd D + coef_ce CE over the rows kept."""
-    loss = kd * given[8].float()
-    if given[9] is not None and given[6] is not None:
-        loss = loss + ce * given[9].float()
-    return (loss if given[7] is None else loss.masked_fill(given[7].logical_not(), 0.0)).sum()
+    target, keep, coef_kd, coef_ce = given[7:]
+    loss = kd * coef_kd.float()
+    if coef_ce is not None and target is not None:
+        loss = loss + ce * coef_ce.float()
+    return (loss if keep is None else loss.masked_fill(keep.logical_not(), 0.0)).sum()
 
 
 def launch_kd_loss(*args: Any) -> tuple[Any, ...]:
     """Arguments of `kd_loss` -> (loss, kd, ce, stats, dlogits)."""
-    z, given, (need, statistics) = args[0], args[1:11], args[11:]
+    z, given, (need, statistics) = args[0], args[1:12], args[12:]
     kd, ce, stats = rows_of_logits(z, given, need, statistics, grad := z.new_empty(z.shape if need else (0,)))
     return _total(given, kd, ce), kd, ce, stats, grad
 
@@ -255,8 +277,8 @@ def rows_of_logits(z: Any, given: tuple, need: bool, statistics: bool, grad: Any
 
 def launch_linear_kd(*args: Any) -> tuple[Any, ...]:
     """Arguments of `linear_kd` -> (loss, kd, ce, stats, dhidden, dhead, dbias)."""
-    (hidden, head, bias), given, (need_hidden, need_head, need_bias, statistics) = args[:3], args[3:13], args[13:]
-    rows, vocab, keep, f32 = hidden.shape[0], head.shape[0], given[7], dtype(hidden, "float32")
+    (hidden, head, bias), given, (need_hidden, need_head, need_bias, statistics) = args[:3], args[3:14], args[14:]
+    rows, vocab, keep, f32 = hidden.shape[0], head.shape[0], given[8], dtype(hidden, "float32")
     if keep is not None:  # what such a row holds must not reach the products
         hidden = hidden.masked_fill(keep.logical_not().unsqueeze(1), 0.0)
     need = need_hidden or need_head or need_bias
@@ -314,12 +336,13 @@ def aot_cases() -> list[AotCase]:
             tensors += [Meta((rows, 10), "int64"), Meta((rows, 10), element)] if form == 2 else [z]
         target, coef_ce = (Meta((rows,), "int64"), row) if hard else (None, None)
         shares = [1.0 / len(forms)] * len(forms)
-        given = (tensors, forms, shares, kind, 4.0, 0.5, target, None, row, coef_ce)
+        given = (tensors, forms, shares, kind, 4.0, 0.5, 2.0, target, None, row, coef_ce)
         rows_of_logits(z, given, True, hard, Meta((rows, vocab), element))
 
     return [
         AotCase("fp32-c1000-fkl-hard", lambda: run(0, (0,), 512, 1000, "float32", True)),
         AotCase("fp32-v151936-rkl", lambda: run(1, (0,), 1024, 151936, "float32", False)),
         AotCase("bf16-v32000-jsd-two", lambda: run(2, (0, 1), 1024, 32000, "bfloat16", False)),
+        AotCase("bf16-v32000-product", lambda: run(5, (0,), 1024, 32000, "bfloat16", False)),
         AotCase("bf16-v32000-sce-topk", lambda: run(3, (2,), 1024, 32000, "bfloat16", False)),
     ]

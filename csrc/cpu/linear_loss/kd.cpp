@@ -12,9 +12,9 @@ namespace linear {
 namespace {
 
 #define W2S_KD_PARAMETERS                                                                                       \
-  Tensors teachers, std::vector<int64_t> forms, std::vector<double> shares, int64_t kind, double tau, double beta, \
+  Tensors teachers, std::vector<int64_t> forms, std::vector<double> shares, int64_t kind, double tau, double beta, double power, \
       std::optional<Tensor> target, std::optional<Tensor> keep, Tensor coef_kd, std::optional<Tensor> coef_ce
-#define W2S_KD_ARGUMENTS teachers, forms, shares, kind, tau, beta, target, keep, coef_kd, coef_ce
+#define W2S_KD_ARGUMENTS teachers, forms, shares, kind, tau, beta, power, target, keep, coef_kd, coef_ce
 
 struct Given {  // a teacher: its tensors, and for a linear one the tile that holds its logits
   KdForm form;
@@ -27,7 +27,7 @@ struct Given {  // a teacher: its tensors, and for a linear one the tile that ho
 struct Distillation {
   int64_t T;
   KdKind kind;
-  double tau, beta;
+  double tau, beta, power;
   std::vector<Given> teachers;
   const int64_t* target = nullptr;
   std::vector<double> coef_kd, coef_ce;
@@ -35,7 +35,7 @@ struct Distillation {
   bool f64;
 
   Distillation(const Tensor& student, W2S_KD_PARAMETERS)
-      : T(student.size(0)), kind(KdKind(kind)), tau(tau), beta(beta), coef_kd(numbers(coef_kd)), coef_ce(numbers(coef_ce)),
+      : T(student.size(0)), kind(KdKind(kind)), tau(tau), beta(beta), power(power), coef_kd(numbers(coef_kd)), coef_ce(numbers(coef_ce)),
         f64(student.scalar_type() == ScalarType::Double) {
     size_t at = 0;
     for (size_t m = 0; m < forms.size(); ++m) {
@@ -73,7 +73,7 @@ struct Distillation {
       }
       own.push_back(r);
     }
-    return {V, kind, tau, beta, coef_kd[size_t(t)], target ? coef_ce[size_t(t)] : 0.0, target ? target[t] : -1,
+    return {V, kind, tau, beta, power, coef_kd[size_t(t)], target ? coef_ce[size_t(t)] : 0.0, target ? target[t] : -1,
             gradient, statistics, {}, own.data(), int(own.size())};
   }
 };

@@ -6,7 +6,7 @@
 
 namespace w2s {
 
-enum KdKind : int64_t { FKL, RKL, JSD, SCE, CE_SOFT };
+enum KdKind : int64_t { FKL, RKL, JSD, SCE, CE_SOFT, PRODUCT };
 enum KdForm : int64_t { LOGITS, PROBS, TOPK, LINEAR, LINEAR_BIAS };
 
 struct RowTeacher {
@@ -20,7 +20,7 @@ struct RowTeacher {
 struct KdRow {
   int64_t V;
   KdKind kind;
-  double tau, beta, coef_kd, coef_ce;
+  double tau, beta, power, coef_kd, coef_ce;
   int64_t target;  // -1: no cross-entropy
   bool gradient, statistics;
   RowSource student;

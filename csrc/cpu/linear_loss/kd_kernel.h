@@ -199,7 +199,39 @@ struct Both {
   W2S_INLINE T where(T a, T b) const { return T::select(T::eq(a, none), none, b); }
 };
 
-// D, and the mean under p that its gradient needs. jsd leaves log p - log m in r.
+// product's D = -sum t log p with t in proportion to p^beta q^power. r = t without its scale 1 / sum, which is returned in
+// `scale`: 0 where no class is possible for both.
+template <class A>
+W2S_INLINE double product(const KdRow& row, const Both<A>& v, A* r, double& scale) {
+  using T = Vec<A>;
+  const int64_t n = padded(int(row.V));
+  const T own = T::set(A(row.beta)), theirs = T::set(A(row.power)), never = T::set(-infinity<A>);
+  T top = never;
+  for (int64_t i = 0; i < n; i += T::W) {
+    T u = T::set(0);  // a power of 0 leaves its factor out
+    if (row.beta != 0) u = own * v.log_p(i);
+    if (row.power != 0) u = T::fma(theirs, T::select(T::eq(v.log_q(i), v.floor), never, v.log_q(i)), u);
+    u.store(r + i);
+  }
+  for (int64_t i = row.V; i < n; ++i) r[i] = -infinity<A>;
+  for (int64_t i = 0; i < n; i += T::W) top = T::max(T::load(r + i), top);
+  scale = 0;
+  const A most = top.top();
+  const T line = T::set(most == -infinity<A> ? A(0) : most);
+  double s[2];
+  row_sums_of<A>(n, s, [&](int64_t i, T* sum) {
+    const T t = vexp(T::load(r + i) - line);
+    t.store(r + i);
+    sum[0] = sum[0] + t;
+    sum[1] = T::fma(t, v.where(t, v.log_p(i)), sum[1]);
+  });
+  if (s[0] == 0) return 0;
+  scale = 1 / s[0];
+  return -s[1] * scale;
+}
+
+// D, and the mean under p that its gradient needs. jsd leaves log p - log m in r; product leaves its target there, and
+// the target's scale in mean.
 template <class A>
 W2S_INLINE double divergence(const KdRow& row, const Both<A>& v, double total, A* r, double& mean) {
   using T = Vec<A>;
@@ -237,6 +269,7 @@ W2S_INLINE double divergence(const KdRow& row, const Both<A>& v, double total, A
       mean = s[1];
       return -(1 - b) * s[0] - b * s[1];
     }
+    case PRODUCT: return product<A>(row, v, r, mean);
     case JSD: break;
   }
   // m / p from the difference of the logarithms
@@ -292,6 +325,11 @@ W2S_INLINE void gradient_row(const KdRow& row, const Both<A>& v, double total, c
         const T p = v.p(i);
         return soft * (mass * p - scale * v.q(i)) - back * p * (v.log_q(i) - m);
       });
+      break;
+    }
+    case PRODUCT: {
+      const T share = T::set(A(mean * c)), own = T::set(A(mean == 0 ? 0 : c));
+      write([&](int64_t i) { return own * v.p(i) - share * T::load(r + i); });
       break;
     }
     case JSD: {

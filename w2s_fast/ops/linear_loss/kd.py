@@ -27,7 +27,7 @@ from .teachers import teachers as checked
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save_distillation(ctx, Distillation(*inputs[1:11]), output[1], output[2], (inputs[0],), output[4:])
+    save_distillation(ctx, Distillation(*inputs[1:12]), output[1], output[2], (inputs[0],), output[4:])
     ctx.mark_non_differentiable(*output[3:])
 
 
@@ -36,7 +36,7 @@ def save_distillation(
 ) -> None:
     """Everything that a backward may need: usually the gradients alone, which are made already."""
     ctx.set_materialize_grads(False)
-    ctx.numbers = (given.forms, given.shares, given.kind, given.tau, given.beta)
+    ctx.numbers = given[1:7]
     ctx.counts = (len(grads), len(student))
     ctx.save_for_backward(
         *grads, *student, *given.teachers, given.target, given.keep, given.coef_kd, given.coef_ce, kd, ce
@@ -51,11 +51,11 @@ def saved_distillation(
     n, m = ctx.counts
     saved = ctx.saved_tensors
     *tensors, target, keep, coef_kd, coef_ce, kd, ce = saved[n + m :]
-    forms, shares, kind, tau, beta = ctx.numbers
+    forms, shares, kind, tau, beta, power = ctx.numbers
     a, b = _merged(grad, grad_kd, coef_kd), _merged(grad, grad_ce, coef_ce)
     a = torch.zeros_like(coef_kd) if a is None else a.contiguous()
     b = b if b is None or target is None else b.contiguous()
-    given = Distillation(tensors, forms, shares, kind, tau, beta, target, keep, a, b)
+    given = Distillation(tensors, forms, shares, kind, tau, beta, power, target, keep, a, b)
     rows: dict[str, Any] = {}
     if grad is not None:
         rows = {"coef_kd": grad * kd, "coef_ce": None if coef_ce is None else grad * ce}
@@ -88,7 +88,7 @@ def _backward(
 
 
 def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    given, (need, statistics) = Distillation(*args[:10]), args[10:]
+    given, (need, statistics) = Distillation(*args[:11]), args[11:]
     rows = logits.shape[0]
     dtype = accumulate_dtype(logits, given.teachers)
     shapes: list[tuple[Any, ...]] = [(), (rows,), (rows,), (3, rows) if statistics else (0,)]
@@ -118,7 +118,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, coef_kd: Tensor, coef_ce: Tensor | None, *rest: Any) -> Any:
         given, need, statistics = rest
         ctx.backend = dispatch.STATE
-        inputs = (logits, *given[:8], coef_kd, coef_ce, need, statistics)
+        inputs = (logits, *given[:9], coef_kd, coef_ce, need, statistics)
         output = KD_LOSS(*inputs)
         _setup_context(ctx, inputs, output)
         return output
@@ -138,6 +138,8 @@ def kd_loss(
     tau: float = 1.0,
     beta_jsd: float = 0.5,
     beta_sce: float = 0.5,
+    power_student: float = 1.0,
+    power_teacher: float = 1.0,
     target: Tensor | None = None,
     hard: Literal["none", "ce"] = "none",
     weights: Tensor | None = None,
@@ -157,7 +159,9 @@ def kd_loss(
     - ``"rkl"``: KL(p || q), log q floored at -1e4;
     - ``"jsd"``: ``b KL(q || m) + (1 - b) KL(p || m)``, ``m = b q + (1 - b) p``, b = beta_jsd (GKD, arXiv 2306.13649);
     - ``"sce"``: ``-(1 - b) sum q log p - b sum p log q``, b = beta_sce (robust mean teacher, arXiv 2211.13081);
-    - ``"ce_soft"``: ``-sum q log p`` (MEAL V2, arXiv 2009.08453, with several teachers).
+    - ``"ce_soft"``: ``-sum q log p`` (MEAL V2, arXiv 2009.08453, with several teachers);
+    - ``"product"``: ``-sum t log p`` with ``t = p^a q^b / sum p^a q^b`` held fixed, a = power_student and
+      b = power_teacher (the product confidence loss of weak-to-strong generalization, arXiv 2312.09390).
 
     Args:
         logits: ``[..., C]`` of the student: float32, bfloat16, float16 or float64; N-dimensional rows are flattened.
@@ -171,6 +175,8 @@ def kd_loss(
         tau: temperature, > 0.
         beta_jsd: share of the teacher in the mixture, between 0 and 1.
         beta_sce: share of the reverse cross-entropy, in [0, 1].
+        power_student: a >= 0; 0 leaves p out of the product.
+        power_teacher: b >= 0; 0 leaves q out. A row in which no class is possible for both has D = 0.
         target: labels of the leading shape, int64 or int32; rows that hold ``ignore_index`` do not count.
         hard: ``"ce"`` adds the cross-entropy with ``target``.
         weights: w of the leading shape; rows of weight 0 are left out. With a gradient.
@@ -201,7 +207,9 @@ def kd_loss(
     checks.is_float_tensor(op, "logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         checks.fail(op, "logits", "of shape [..., C], C >= 1", tuple(logits.shape))
-    number, tau, beta = settings(op, kind, tau, beta_jsd, beta_sce, outputs, hard)
+    number, tau, beta, power = settings(
+        op, kind, tau, beta_jsd, beta_sce, power_student, power_teacher, outputs, hard
+    )
     batch = logits.shape[:-1]
     found = checked(op, logits, batch, teachers, logits.shape[-1], teacher_weights, vocab, linear=False)
     tensors, forms, shares, width = found
@@ -209,7 +217,7 @@ def kd_loss(
     scale = tau * tau if tau_scale else 1.0
     dtype = accumulate_dtype(student, tensors)
     rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale)
-    given = Distillation(tensors, forms, shares, number, tau, beta, rows.target, rows.keep, rows.coef_kd, rows.coef_ce)
+    given = Distillation(tensors, forms, shares, number, tau, beta, power, *rows)
     need = torch.is_grad_enabled() and student.requires_grad
     statistics = any(name not in ("kd", "ce") for name in outputs)
     trained = (student, rows.coef_kd, rows.coef_ce)

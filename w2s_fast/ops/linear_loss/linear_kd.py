@@ -29,8 +29,8 @@ from .teachers import teachers as checked
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save_distillation(ctx, Distillation(*inputs[3:13]), output[1], output[2], inputs[:3], output[4:])
-    ctx.need = inputs[13:16]  # the gradients that forward made
+    save_distillation(ctx, Distillation(*inputs[3:14]), output[1], output[2], inputs[:3], output[4:])
+    ctx.need = inputs[14:17]  # the gradients that forward made
     ctx.mark_non_differentiable(*output[3:])
 
 
@@ -49,7 +49,7 @@ def _backward(
 
 
 def _fake(hidden: Tensor, head: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    given, (need_hidden, need_head, need_bias, statistics) = Distillation(*args[:10]), args[10:]
+    given, (need_hidden, need_head, need_bias, statistics) = Distillation(*args[:11]), args[11:]
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden, given.teachers)
     shapes: list[tuple[Any, ...]] = [(), (rows,), (rows,), (3, rows) if statistics else (0,)]
     return (
@@ -83,6 +83,8 @@ def linear_kd(
     tau: float = 1.0,
     beta_jsd: float = 0.5,
     beta_sce: float = 0.5,
+    power_student: float = 1.0,
+    power_teacher: float = 1.0,
     target: Tensor | None = None,
     hard: Literal["none", "ce"] = "none",
     weights: Tensor | None = None,
@@ -102,8 +104,8 @@ def linear_kd(
         lm_head: ``[V, D]`` of the same dtype.
         teachers: as for `kd_loss`, and ``("linear", h, W)`` or ``("linear", h, W, bias)`` with ``[..., D_m]``,
             ``[V, D_m]`` and ``[V]``, whose logits are not held whole either.
-        kind, alpha, tau, beta_jsd, beta_sce, target, hard, weights, ignore_index, teacher_weights, tau_scale, outputs,
-            vocab: see `kd_loss`.
+        kind, alpha, tau, beta_jsd, beta_sce, power_student, power_teacher, target, hard, weights, ignore_index,
+            teacher_weights, tau_scale, outputs, vocab: see `kd_loss`.
         bias: ``[V]`` or None.
 
     Returns:
@@ -128,7 +130,9 @@ def linear_kd(
         checks.fail(op, "hidden", "of shape [..., D]", tuple(hidden.shape))
     check_head(op, ("hidden", "lm_head", "bias"), hidden, lm_head, bias)
     checks.same_device(op, [("hidden", hidden), ("lm_head", lm_head), ("bias", bias)])
-    number, tau, beta = settings(op, kind, tau, beta_jsd, beta_sce, outputs, hard)
+    number, tau, beta, power = settings(
+        op, kind, tau, beta_jsd, beta_sce, power_student, power_teacher, outputs, hard
+    )
     batch = hidden.shape[:-1]
     student = unit_stride(hidden.reshape(batch.numel(), hidden.shape[-1]))
     found = checked(op, student, batch, teachers, lm_head.shape[0], teacher_weights, vocab, linear=True)
@@ -137,7 +141,7 @@ def linear_kd(
     scale = tau * tau if tau_scale else 1.0
     dtype = accumulate_dtype(student, tensors)
     rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale)
-    given = Distillation(tensors, forms, shares, number, tau, beta, rows.target, rows.keep, rows.coef_kd, rows.coef_ce)
+    given = Distillation(tensors, forms, shares, number, tau, beta, power, *rows)
     need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (student, head, offset)]
     statistics = any(name not in ("kd", "ce") for name in outputs)
     loss, kd, ce, stats, *_ = LINEAR_KD(student, head, offset, *given, *need, statistics)

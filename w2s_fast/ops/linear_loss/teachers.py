@@ -12,13 +12,13 @@ from ... import checks
 from ...reference.linear_loss.distillation import FORMS, KINDS, LINEAR, LINEAR_BIAS, LOGITS, PROBS, TOPK
 from .inputs import _unit_stride as unit_stride
 
-Kind = Literal["fkl", "rkl", "jsd", "sce", "ce_soft"]
+Kind = Literal["fkl", "rkl", "jsd", "sce", "ce_soft", "product"]
 Teacher = tuple[Any, ...]
 
 #: The part of the schemas that describes D and the coefficients of the rows; see `Distillation`.
 DISTILLATION = (
-    "Tensor[] teachers, int[] forms, float[] shares, int kind, float tau, float beta, Tensor? target, Tensor? keep, "
-    "Tensor coef_kd, Tensor? coef_ce"
+    "Tensor[] teachers, int[] forms, float[] shares, int kind, float tau, float beta, float power, Tensor? target, "
+    "Tensor? keep, Tensor coef_kd, Tensor? coef_ce"
 )
 OUTPUTS = ("kd", "ce", "entropy_s", "entropy_t", "agree")
 
@@ -27,6 +27,7 @@ class Distillation(NamedTuple):
     """Arguments of `DISTILLATION`, in order.
 
     teachers: the tensors of all teachers, rows flattened, last strides 1; forms: what each teacher is; shares: omega.
+    beta: of jsd or sce, or of product the student's power, whose teacher's is ``power``.
     target int64 ``[T]`` or None; keep bool ``[T]`` or None for all rows; coef_kd, coef_ce ``[T]`` in the accumulating
     dtype.
     """
@@ -37,6 +38,7 @@ class Distillation(NamedTuple):
     kind: int
     tau: float
     beta: float
+    power: float
     target: Tensor | None
     keep: Tensor | None
     coef_kd: Tensor
@@ -230,22 +232,25 @@ def coefficients(
 
 
 def settings(
-    op: str, kind: Any, tau: Any, beta_jsd: Any, beta_sce: Any, outputs: Any, hard: Any
-) -> tuple[int, float, float]:
-    """Number of the kind, tau, and the beta of this kind."""
+    op: str, kind: Any, tau: Any, beta_jsd: Any, beta_sce: Any, power_student: Any, power_teacher: Any, outputs: Any,
+    hard: Any,
+) -> tuple[int, float, float, float]:
+    """Number of the kind, tau, the beta of this kind and the teacher's power."""
     checks.choice(op, "kind", kind, KINDS)
     tau = checks.number(op, "tau", tau, low=0.0, open_low=True)
     jsd = checks.number(op, "beta_jsd", beta_jsd, low=0.0, high=1.0)
     if jsd in (0.0, 1.0):
         checks.fail(op, "beta_jsd", "between 0 and 1, neither included", jsd)
     sce = checks.number(op, "beta_sce", beta_sce, low=0.0, high=1.0)
+    own = checks.number(op, "power_student", power_student, low=0.0)
+    theirs = checks.number(op, "power_teacher", power_teacher, low=0.0)
     if isinstance(outputs, str) or not isinstance(outputs, (list, tuple)):
         checks.fail(op, "outputs", "a tuple of names", repr(outputs), error=TypeError)
     for name in outputs:
         checks.choice(op, "outputs", name, OUTPUTS)
     if "ce" in outputs and hard != "ce":
         checks.fail(op, "outputs", 'without "ce" unless hard="ce"', repr(outputs))
-    return KINDS.index(kind), tau, jsd if kind == "jsd" else sce
+    return KINDS.index(kind), tau, jsd if kind == "jsd" else own if kind == "product" else sce, theirs
 
 
 def named_outputs(

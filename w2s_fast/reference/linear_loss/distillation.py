@@ -3,6 +3,7 @@
     fkl      sum q (log q - log p)                               rkl  sum p (log p - log q)
     jsd      beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
     sce      -(1 - beta) sum q log p - beta sum p log q          ce_soft  -sum q log p
+    product  -sum t log p, t held fixed, t proportional to p^beta q^power
 
 These are definitions: they hold the whole [T, V] matrices that the linear kernels never form.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..numerics import accumulate_dtype
 
-KINDS = ("fkl", "rkl", "jsd", "sce", "ce_soft")
+KINDS = ("fkl", "rkl", "jsd", "sce", "ce_soft", "product")
 #: How a teacher is given, and by how many tensors: z; q; ids and log q; h and W; h, W and the bias.
 FORMS = {"logits": 1, "probs": 1, "topk": 2, "linear": 2, "linear with bias": 3}
 LOGITS, PROBS, TOPK, LINEAR, LINEAR_BIAS = range(5)
@@ -83,9 +84,23 @@ def teacher(
     return Teacher(log_q.exp(), log_q.clamp_min(LOG_FLOOR))
 
 
-def divergence(kind: int, beta: float, log_p: Tensor, t: Teacher) -> tuple[Tensor, Tensor]:
+def product_target(beta: float, power: float, log_p: Tensor, t: Teacher) -> Tensor:
+    """p^beta q^power over its sum, 0 in rows where it is 0 for every class; a power of 0 leaves its factor out."""
+    log_t = torch.zeros_like(log_p)
+    if beta != 0:
+        log_t = log_t + beta * log_p
+    if power != 0:  # at the floor q is 0
+        log_t = log_t + power * torch.where(t.log_q == LOG_FLOOR, -torch.inf, t.log_q)
+    total = torch.logsumexp(log_t, 1, keepdim=True)
+    return torch.where(total == -torch.inf, 0.0, torch.exp(log_t - total))
+
+
+def divergence(kind: int, beta: float, power: float, log_p: Tensor, t: Teacher) -> tuple[Tensor, Tensor]:
     """D ``[T]`` and its gradient in z / tau ``[T, V]``; terms of probability 0 are 0."""
     p, name = log_p.exp(), KINDS[kind]
+    if name == "product":
+        target = product_target(beta, power, log_p, t)
+        return -(target * torch.where(target > 0, log_p, 0.0)).sum(1), target.sum(1, keepdim=True) * p - target
     under_q = torch.where(t.q > 0, log_p, 0.0)
     under_p = torch.where(p > 0, log_p, 0.0)
     pulled = t.q.sum(1, keepdim=True) * p - t.q
@@ -132,6 +147,7 @@ def kd_loss(
     kind: int,
     tau: float,
     beta: float,
+    power: float,
     target: Tensor | None,
     keep: Tensor | None,
     coef_kd: Tensor,
@@ -150,7 +166,7 @@ def kd_loss(
     z = torch.where(kept.unsqueeze(1), logits.to(dtype), 0.0)
     t = teacher(teachers, forms, shares, tau, vocab, dtype)
     log_p = torch.log_softmax(z / tau, -1)
-    kd, grad = divergence(kind, beta, log_p, t)
+    kd, grad = divergence(kind, beta, power, log_p, t)
     kd, c_kd = torch.where(kept, kd, 0.0), torch.where(kept, coef_kd.to(dtype), 0.0)
     grad = torch.where(kept.unsqueeze(1), grad * (c_kd / tau).unsqueeze(1), 0.0)
     loss, ce = (c_kd * kd).sum(), torch.zeros_like(kd)
@@ -175,6 +191,7 @@ def linear_kd(
     kind: int,
     tau: float,
     beta: float,
+    power: float,
     target: Tensor | None,
     keep: Tensor | None,
     coef_kd: Tensor,
@@ -193,7 +210,8 @@ def linear_kd(
     z = h @ w.t() if bias is None else h @ w.t() + bias.to(dtype)
     need, offset = need_hidden or need_head or need_bias, hidden if bias is None else bias
     loss, kd, ce, stats, dz = kd_loss(
-        z, teachers, forms, shares, kind, tau, beta, target, keep, coef_kd, coef_ce, need, need_statistics
+        z, teachers, forms, shares, kind, tau, beta, power, target, keep, coef_kd, coef_ce, need,
+        need_statistics,
     )
     return (
         loss,

@@ -148,6 +148,13 @@ KD: dict[str, Callable[[Make], Inputs]] = {
     "jsd": _kd(5, 131, kind="jsd", beta_jsd=0.3),
     "sce": _kd(5, 131, kind="sce", beta_sce=0.25, tau_scale=False, tau=1.5),
     "ce-soft-three": _kd(9, 1000, "lpk", kind="ce_soft"),
+    "product-zeros": _kd(5, 131, "p", kind="product", tau=2.0, outputs=ALL[2:]),
+    "product-three-hard": _kd(
+        19, 133, "lpk", hard=True, ignored=2, kind="product", power_student=0.5, power_teacher=2.0, tau=1.5
+    ),
+    "product-teacher": _kd(5, 67, "k", kind="product", power_student=0),
+    "product-masked": _with(_masked, kind="product"),
+    "product-tiles": _kd(3, 2500, kind="product", power_teacher=0.25),
     "hard-two": _kd(17, 133, "ll", hard=True, ignored=2, tau=3.0, teacher_weights=[2.0, 1.0], outputs=ALL),
     "jsd-three-hard": _kd(6, 100, "plk", kind="jsd", hard=True, ignored=1, tau=1.5, outputs=ALL),
     "rkl-zeros": _kd(5, 64, "p", kind="rkl"),
@@ -169,6 +176,7 @@ LINEAR: dict[str, Callable[[Make], Inputs]] = {
     "plain": _linear(7, 257, 24, tau=2.0),
     "rkl-bias": _linear(33, 517, 17, "b", kind="rkl", bias=True, tau=2.0),
     "jsd": _linear(9, 131, 8, kind="jsd", beta_jsd=0.7),
+    "product": _linear(17, 131, 8, "b", kind="product", bias=True, hard=True, power_teacher=0.5, tau=2.0),
     "three-hard": _linear(21, 261, 12, "hlk", kind="sce", hard=True, ignored=3, bias=True, tau=1.5, outputs=ALL),
     "probs": _linear(5, 67, 9, "p", kind="ce_soft", hard=True, tau=2.0),
     "layouts": _linear_layouts,
