@@ -25,6 +25,7 @@ namespace {
 
 constexpr int HEIGHT = 14, WIDTH = 32;                     // a register tile: 28 of 32 registers
 constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;  // depth in words
+constexpr int64_t AHEAD = 32;                              // rows asked for beforehand: no prefetcher follows them
 
 template <class F>
 void parallel(int64_t count, const F& work) {
@@ -40,19 +41,32 @@ W2S_TARGET_BEGIN(W2S_DOT)
 // dst[w * width + j] = the pair (x[2w, j], x[2w + 1, j]) for x[k, j] = src[k * sk + j * sj], zero past `depth` and `columns`
 void pack_words(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int64_t columns, int64_t width, uint32_t* dst) {
   const int64_t whole = depth / 2;
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (int64_t w = 0; w < up(depth, 2); ++w)
+  int64_t first = 0;
+  if (sk == 1)
+    for (; first + 16 <= whole; first += 16)  // a word is two neighbours in memory: squares of words, turned
+      for (int64_t j = 0; j < width; j += 16) {
+        const int64_t room = std::min<int64_t>(16, width - j);
+        const __mmask16 fits = __mmask16((1u << room) - 1);
+        avx512::Float square[16];
+        for (int64_t i = 0; i < 16; ++i) {
+          const uint16_t* p = src + 2 * first + (j + i) * sj;
+          square[i] = j + i < columns ? avx512::Float::load(reinterpret_cast<const float*>(p)) : avx512::Float::set(0);
+          __builtin_prefetch(p + width * sj);  // the next panel's
+        }
+        avx512::Float::transpose(square);
+        for (int64_t i = 0; i < 16; ++i) _mm512_mask_storeu_ps(dst + (first + i) * width + j, fits, square[i].v);
+      }
+  for (int64_t w = first; w < up(depth, 2); ++w)
     for (int64_t j = 0; j < width; j += 16) {
       const int64_t n = std::clamp<int64_t>(columns - j, 0, 16), room = std::min<int64_t>(16, width - j);
       const __mmask16 mask = __mmask16((1u << n) - 1), fits = __mmask16((1u << room) - 1);
       const uint16_t* p = src + 2 * w * sk + j * sj;
       __m512i words = _mm512_setzero_si512();
       if (sj == 1) {
+        __builtin_prefetch(p + AHEAD * sk);
+        __builtin_prefetch(p + (AHEAD + 1) * sk);
         words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
         if (w < whole) words = _mm512_or_si512(words, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p + sk)), 16));
-      } else if (sk == 1 && w < whole && sj < (int64_t(1) << 26)) {
-        const __m512i at = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(int(sj)));
-        words = _mm512_mask_i32gather_epi32(words, mask, at, p, 2);
       } else {
         alignas(64) uint32_t pair[16] = {};
         for (int64_t i = 0; i < n; ++i) pair[i] = p[i * sj] | (w < whole ? uint32_t(p[sk + i * sj]) << 16 : 0u);

@@ -1,6 +1,9 @@
 // Losses whose gradient needs whole rows of logits: rows in chunks, a tile [rows, V] a model, the student's turned into
 // its gradient in place, and the two products that spend it. Include after for_each_target.h with chunk_kernel.h.
 //
+// A bfloat16 head on a machine that multiplies bfloat16 has its gradient rounded to that (as a plain implementation's
+// is), so that all three products run at twice the rate; sums over the chunks are float32.
+//
 // Rows that do not count are left out from the start (gathered). Chunks are as long as memory allows, BUDGET for the
 // tiles of all models, and even: every chunk is a sweep over W and dW, which a few rows would not pay for.
 #pragma once
@@ -25,6 +28,7 @@ struct Scratch {
   template <class A>
   A* get(int64_t elements) {
     kept.push_back(torch::stable::new_empty(like, {std::max<int64_t>(elements, 1)}, scalar_type<A>));
+    large_pages(kept.back().data_ptr(), elements * int64_t(sizeof(A)));
     return static_cast<A*>(kept.back().data_ptr());
   }
 };
@@ -34,22 +38,23 @@ template <class A>
 struct Head {
   int64_t V, D, M;
   Operand W;
-  const A *h, *bias = nullptr;
-  const uint16_t* h16 = nullptr;  // bfloat16 rows beside a bfloat16 W, where the machine multiplies those
+  const A *h = nullptr, *bias = nullptr;
+  const uint16_t* h16 = nullptr;  // in place of h: bfloat16 rows beside a bfloat16 W, where the machine multiplies those
 
   Head(Scratch& scratch, const Tensor& hidden, const Tensor& head, const Tensor* b, int64_t vocab, const std::vector<int64_t>& index)
       : V(vocab), D(hidden.size(1)), M(int64_t(index.size())) {
     W = {head.data_ptr(), dtype_of(head.scalar_type()), V, D, head.size(0) > 1 ? head.stride(0) : D, 1};
-    A* rows = scratch.get<A>(M * D);
     const Rows from(hidden);
-    parallel_items(M, 16, [&](int64_t m) {
-      W2S_DISPATCH(copy_as<A>)(from.at(index[size_t(m)], 0), from.dtype, D, rows + m * D);
-    });
-    h = rows;
     if (sizeof(A) == 4 && W.dtype == Dtype::bf16 && hidden.scalar_type() == ScalarType::BFloat16 && has_bf16_dot()) {
       uint16_t* to = reinterpret_cast<uint16_t*>(scratch.get<float>((M * D + 1) / 2));
       parallel_items(M, 16, [&](int64_t m) { std::memcpy(to + m * D, from.at(index[size_t(m)], 0), size_t(D) * 2); });
       h16 = to;
+    } else {
+      A* to = scratch.get<A>(M * D);
+      parallel_items(M, 16, [&](int64_t m) {
+        W2S_DISPATCH(copy_as<A>)(from.at(index[size_t(m)], 0), from.dtype, D, to + m * D);
+      });
+      h = to;
     }
     if (!b) return;
     A* offset = scratch.get<A>(V);
@@ -57,33 +62,45 @@ struct Head {
     bias = offset;
   }
 
-  Operand rows(int64_t first, int64_t count) const { return {h + first * D, own_dtype<A>, count, D, D, 1}; }
-  void logits(int64_t first, int64_t count, A* z, int64_t ld) const {  // without the bias
+  // bytes of dW summed over chunks, where that is not dW itself
+  int64_t sum_of_chunks(bool wanted) const { return wanted && W.dtype != own_dtype<A> ? V * D * int64_t(sizeof(A)) : 0; }
+  Operand rows(int64_t first, int64_t count) const {
+    if (h16) return {h16 + first * D, Dtype::bf16, count, D, D, 1};
+    return {h + first * D, own_dtype<A>, count, D, D, 1};
+  }
+  // c = a b, or c += a b, where a and b are this head's rows, its W or its dz
+  void multiply(const Operand& a, const Operand& b, A* c, int64_t ld, bool add) const {
     if constexpr (sizeof(A) == 4)
-      if (h16) return gemm_bf16({h16 + first * D, Dtype::bf16, count, D, D, 1}, W.t(), Target<float>{z, ld, 1}, false);
-    gemm(rows(first, count), W.t(), Target<A>{z, ld, 1}, A(1), false);
+      if (h16) return gemm_bf16(a, b, {c, ld, 1}, add);
+    gemm(a, b, Target<A>{c, ld, 1}, A(1), add);
+  }
+  void logits(int64_t first, int64_t count, A* z, int64_t ld) const {  // without the bias
+    multiply(rows(first, count), W.t(), z, ld, false);
   }
 };
 
-// How the rows are cut.
+// How the rows are cut. `spare`: bytes that a single chunk does without.
 struct Chunks {
   int64_t rows, size, ld;
-  Chunks(int64_t count, int64_t V, int64_t tiles, int64_t bytes) : rows(count) {
+  Chunks(int64_t count, int64_t V, int64_t tiles, int64_t bytes, int64_t spare) : rows(count) {
     ld = (V + 15) / 16 * 16;
-    if (ld * bytes % 4096 == 0) ld += 16;  // rows a page multiple apart fall on one another in the cache
-    const int64_t most = std::max(FEWEST, BUDGET / (ld * bytes * tiles));
+    if (ld * bytes / 64 % 2 == 0) ld += 64 / bytes;  // an odd number of cache lines: a column falls on all sets
+    const int64_t row = ld * bytes * tiles, memory = rows * row <= BUDGET + spare ? BUDGET + spare : BUDGET;
+    const int64_t most = std::max(FEWEST, memory / row);
     const int64_t pieces = std::max<int64_t>((rows + most - 1) / most, 1);
     size = ((rows + pieces - 1) / pieces + 13) / 14 * 14;  // gemm's tiles have 14 rows
   }
   int64_t pieces() const { return size ? (rows + size - 1) / size : 0; }
 };
 
-// Gradients of hidden, head and bias from tiles of dz, chunk by chunk.
+// Gradients of hidden, head and bias from tiles of dz, chunk by chunk. A row of dz is `dtype` from the start of the
+// logits' row.
 template <class A>
 struct Spend {
   const Head<A>& head;
   Tensor dhidden, dhead, dbias;
   bool hidden, weight, offset, whole;  // which are wanted; whether dW is summed over chunks in a matrix of its own
+  Dtype dtype;
   A *raw = nullptr, *wide = nullptr, *sums = nullptr;
 
   static Tensor like(const Tensor& t, bool wanted) {
@@ -96,7 +113,9 @@ struct Spend {
   Spend(Scratch& scratch, const Head<A>& of, const Tensor& h, const Tensor& w, const Tensor* b, bool need_hidden,
         bool need_head, bool need_bias, int64_t pieces)
       : head(of), dhidden(like(h, need_hidden)), dhead(like(w, need_head)), dbias(like(b ? *b : h, need_bias)),
-        hidden(need_hidden), weight(need_head), offset(need_bias), whole(pieces > 1) {
+        hidden(need_hidden), weight(need_head), offset(need_bias), whole(pieces > 1),
+        dtype(of.h16 ? Dtype::bf16 : own_dtype<A>) {
+    if (weight) large_pages(dhead.data_ptr(), elements(dhead) * bytes_of(dtype_of(dhead.scalar_type())));
     if (hidden) raw = scratch.get<A>(head.M * head.D);
     if (weight && !own()) wide = scratch.get<A>((whole ? head.V : std::min(head.V, COLUMNS)) * head.D);
     if (offset) {
@@ -107,20 +126,22 @@ struct Spend {
   bool own() const { return dtype_of(dhead.scalar_type()) == own_dtype<A>; }
   bool any() const { return hidden || weight || offset; }
 
+  // dz: `count` rows, each in the place of `ld` logits
   void chunk(int64_t first, int64_t count, const A* dz, int64_t ld, bool last) {
-    const int64_t V = head.V, D = head.D;
+    const int64_t V = head.V, D = head.D, bytes = bytes_of(dtype), down = ld * int64_t(sizeof(A)) / bytes;
+    const auto at = [&](int64_t v) { return reinterpret_cast<const char*>(dz) + v * bytes; };
     for (int64_t v = 0; v < V && (hidden || weight); v += COLUMNS) {
       const int64_t n = std::min(COLUMNS, V - v);
-      const Operand tile{dz + v, own_dtype<A>, count, n, ld, 1};
-      if (hidden) gemm(tile, head.W.part(v, n), Target<A>{raw + first * D, D, 1}, A(1), v > 0);
+      const Operand tile{at(v), dtype, count, n, down, 1};
+      if (hidden) head.multiply(tile, head.W.part(v, n), raw + first * D, D, v > 0);
       if (!weight) continue;
       A* to = own() ? static_cast<A*>(dhead.data_ptr()) + v * D : wide + (whole ? v * D : 0);
-      gemm(tile.t(), head.rows(first, count), Target<A>{to, D, 1}, A(1), first > 0);
+      head.multiply(tile.t(), head.rows(first, count), to, D, first > 0);
       if (!own() && last) narrowed(to, n, D, static_cast<char*>(dhead.data_ptr()), v, dhead);
     }
     if (!offset) return;
     parallel_items((V + 1023) / 1024, 1, [&](int64_t t) {
-      W2S_DISPATCH(add_columns<A>)(dz + t * 1024, count, ld, std::min<int64_t>(1024, V - t * 1024), sums + t * 1024);
+      W2S_DISPATCH(add_columns<A>)(at(t * 1024), dtype, count, down, std::min<int64_t>(1024, V - t * 1024), sums + t * 1024);
     });
   }
 

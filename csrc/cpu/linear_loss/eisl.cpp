@@ -61,7 +61,7 @@ Outputs run(const Eisl& e, const Tensor& hidden, const Tensor& flat, const Tenso
   const int64_t V = weight.size(0), raw_ld = eisl_width(e.U), count = int64_t(e.ngrams.size());
   Scratch scratch{hidden, {}};
   const Head<A> head(scratch, flat, weight, bias ? &*bias : nullptr, V, e.index);
-  const Chunks chunks(head.M, V, 1, int64_t(sizeof(A)));
+  const Chunks chunks(head.M, V, 1, int64_t(sizeof(A)), head.sum_of_chunks(need_head));
   const auto last_of = [&](int64_t b) {  // sentences [b, last) whose rows fit a chunk; at least one
     int64_t last = b + 1;
     while (last < e.B && e.begin[size_t(last + 1)] - e.begin[size_t(b)] <= chunks.size) ++last;
@@ -104,7 +104,7 @@ Outputs run(const Eisl& e, const Tensor& hidden, const Tensor& flat, const Tenso
         int64_t s, t;
         place(m, s, t);
         W2S_DISPATCH(eisl_gradient<A>)(tile + m * chunks.ld, V, inverse[size_t(m)], e.target + (b + s) * e.U, mask(s), e.U,
-                                       raw + (s * e.T + t) * raw_ld);
+                                       raw + (s * e.T + t) * raw_ld, spend.dtype);
       });
       if (in_chunk) spend.chunk(first, in_chunk, tile, chunks.ld, e.begin[size_t(last)] == head.M);
     }

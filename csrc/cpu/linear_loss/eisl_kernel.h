@@ -36,15 +36,21 @@ inline double eisl_row(A* z, int64_t V, const A* bias, const int64_t* y, const b
   return 1 / total;
 }
 
-// z = dz: r exp(z) / sum with r = -sum_j a_j, and a_j at y_j
+// dz in the place of z, rounded to `dtype`: r exp(z) / sum with r = -sum_j a_j, and a_j at y_j
 template <class A>
-inline void eisl_gradient(A* z, int64_t V, double inverse, const int64_t* y, const bool* kept, int64_t U, const A* a) {
+inline void eisl_gradient(A* z, int64_t V, double inverse, const int64_t* y, const bool* kept, int64_t U, const A* a, Dtype dtype) {
   double r = 0;
   for (int64_t j = 0; j < U; ++j) r -= double(a[j]);
   const Vec<A> scale = Vec<A>::set(A(r * inverse));
-  for (int64_t v = 0; v < padded(int(V)); v += Vec<A>::W) (scale * Vec<A>::load(z + v)).store(z + v);
-  for (int64_t j = 0; j < U; ++j)
-    if (!kept || kept[j]) z[y[j]] += a[j];
+  A part[TILE];
+  char* to = reinterpret_cast<char*>(z);
+  for (int64_t at = 0; at < V; at += TILE) {
+    const int n = int(V - at < TILE ? V - at : TILE);
+    for (int v = 0; v < padded(n); v += Vec<A>::W) (scale * Vec<A>::load(z + at + v)).store(part + v);
+    for (int64_t j = 0; j < U; ++j)
+      if (y[j] >= at && y[j] < at + n && (!kept || kept[j])) part[y[j] - at] += a[j];
+    narrow<A>(part, n, dtype, to + at * (dtype == own_dtype<A> ? int64_t(sizeof(A)) : 2));
+  }
 }
 
 inline bool whole_window(const bool* kept, int64_t at, int64_t n) {

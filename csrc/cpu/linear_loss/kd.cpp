@@ -163,7 +163,7 @@ Linear7 linear_rows(const Tensor& hidden, const Tensor& weight, const std::optio
   for (const Given& g : given.teachers)
     if (g.form >= LINEAR)
       heads.emplace_back(scratch, g.tensors[0], g.tensors[1], g.form == LINEAR_BIAS ? &g.tensors[2] : nullptr, V, given.index);
-  const Chunks chunks(student.M, V, 1 + int64_t(heads.size()), int64_t(sizeof(A)));
+  const Chunks chunks(student.M, V, 1 + int64_t(heads.size()), int64_t(sizeof(A)), student.sum_of_chunks(need.head));
   const int64_t ld = chunks.ld;
   std::vector<A*> tiles;
   for (size_t i = 0; i <= heads.size(); ++i) tiles.push_back(scratch.get<A>(chunks.size * ld));
@@ -183,7 +183,7 @@ Linear7 linear_rows(const Tensor& hidden, const Tensor& weight, const std::optio
           r.values = {tiles[next + 1] + m * ld, own_dtype<A>, heads[next].bias};
           ++next;
         }
-      out.put(t, W2S_DISPATCH(kd_row<A>)(row, buffers, tiles[0] + m * ld, own_dtype<A>));
+      out.put(t, W2S_DISPATCH(kd_row<A>)(row, buffers, tiles[0] + m * ld, spend.dtype));
     });
     if (spend.any()) spend.chunk(first, count, tiles[0], ld, first + count == student.M);
   }
