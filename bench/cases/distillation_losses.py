@@ -44,8 +44,10 @@ def _kd_case(rows: int, classes: int) -> Case:
         shape={"B": rows, "C": classes},
         bytes=12.0 * rows * classes,  # student and teacher read, the gradient written
         flops=0.0,
-        # Measured: 2.5 and 1.6 against eager and torch.compile at 1,000 classes. At 10 the dispatcher's autograd of an
-        # op with a list of tensors took 0.17 of 0.29 ms; an autograd.Function in its place brings 0.56 to 1.4 of eager.
+        # Measured: 4.2 and 2.3 against eager and torch.compile at 1,000 classes, 1.8 and 1.3 at 10. There a row at a
+        # time (0.9 of eager) took 68 us in padding, sums across lanes and a scalar logarithm a row; a row a lane takes
+        # 9. What is left is 11 us of Python's checks, 10 of dispatch and 38 of autograd through an autograd.Function
+        # (the dispatcher's own, for an op with a list of tensors, took 170).
         prediction="two exponentials a class and one read of each logit where eager has four passes forward and three "
         "back: 2 to 3 at 1,000 classes; at 10 both are call overhead, about equal",
         inputs=inputs,

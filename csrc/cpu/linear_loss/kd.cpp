@@ -1,4 +1,4 @@
-// kd_loss: one row kernel a row of logits, loss and gradient together. linear_kd: chunks of rows, one product a model into a
+// kd_loss: one row kernel, loss and gradient together, on a row of logits or on a vector of short rows. linear_kd: chunks of rows, one product a model into a
 // tile, the same row kernel in place, two products that spend the gradient.
 #include "cpu/linear_loss/kd.h"
 
@@ -26,17 +26,16 @@ struct Given {  // a teacher: its tensors, and for a linear one the tile that ho
 // Arguments that both ops have.
 struct Distillation {
   int64_t T;
-  KdKind kind;
-  double tau, beta, power;
+  KdLoss loss;
   std::vector<Given> teachers;
   const int64_t* target = nullptr;
   std::vector<double> coef_kd, coef_ce;
   std::vector<int64_t> index;  // rows that count
   bool f64;
 
-  Distillation(const Tensor& student, W2S_KD_PARAMETERS)
-      : T(student.size(0)), kind(KdKind(kind)), tau(tau), beta(beta), power(power), coef_kd(numbers(coef_kd)), coef_ce(numbers(coef_ce)),
-        f64(student.scalar_type() == ScalarType::Double) {
+  Distillation(const Tensor& student, int64_t V, bool gradient, bool statistics, W2S_KD_PARAMETERS)
+      : T(student.size(0)), loss{V, KdKind(kind), tau, beta, power, coef_ce && target, gradient, statistics},
+        coef_kd(numbers(coef_kd)), coef_ce(numbers(coef_ce)), f64(student.scalar_type() == ScalarType::Double) {
     size_t at = 0;
     for (size_t m = 0; m < forms.size(); ++m) {
       Given g{KdForm(forms[m]), shares[m], {}, {}, {}};
@@ -55,14 +54,22 @@ struct Distillation {
       }
       this->teachers.push_back(std::move(g));
     }
-    if (coef_ce && target) this->target = static_cast<const int64_t*>(target->data_ptr());
+    if (loss.hard) this->target = static_cast<const int64_t*>(target->data_ptr());
     const bool* kept = keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr;
+    index.reserve(size_t(T));
     for (int64_t t = 0; t < T; ++t)
       if (!kept || kept[t]) index.push_back(t);
   }
 
+  // Whether a vector of rows at a time is worked on; a top-k list and statistics are taken row by row.
+  bool has_short_rows() const {
+    bool all = loss.V <= KD_SHORT && !loss.statistics;
+    for (const Given& g : teachers) all = all && (g.form == LOGITS || g.form == PROBS);
+    return all;
+  }
+
   // Row t; sources of linear teachers are left to the caller.
-  KdRow row(int64_t t, int64_t V, bool gradient, bool statistics, std::vector<RowTeacher>& own) const {
+  KdRow row(int64_t t, std::vector<RowTeacher>& own) const {
     own.clear();
     for (const Given& g : teachers) {
       RowTeacher r{g.form, g.share, {}, nullptr, 0};
@@ -73,8 +80,7 @@ struct Distillation {
       }
       own.push_back(r);
     }
-    return {V, kind, tau, beta, power, coef_kd[size_t(t)], target ? coef_ce[size_t(t)] : 0.0, target ? target[t] : -1,
-            gradient, statistics, {}, own.data(), int(own.size())};
+    return {loss, coef_kd[size_t(t)], target ? coef_ce[size_t(t)] : 0.0, target ? target[t] : -1, {}, own.data(), int(own.size())};
   }
 };
 
@@ -84,13 +90,16 @@ struct Results {
   A *d, *c, *s = nullptr;
   int64_t T;
 
-  Results(const Tensor& like, int64_t rows, bool statistics)
-      : loss(make(like, {})), kd(make(like, {rows})), ce(make(like, {rows})),
-        stats(statistics ? make(like, {3, rows}) : make(like, {0})), T(rows) {
-    for (Tensor* t : {&kd, &ce, &stats}) torch::stable::zero_(*t);
+  Results(const Tensor& like, const Distillation& given)
+      : loss(make(like, {})), kd(make(like, {given.T})), ce(make(like, {given.T})),
+        stats(given.loss.statistics ? make(like, {3, given.T}) : make(like, {0})), T(given.T) {
     d = static_cast<A*>(kd.data_ptr());
     c = static_cast<A*>(ce.data_ptr());
-    if (statistics) s = static_cast<A*>(stats.data_ptr());
+    if (given.loss.statistics) s = static_cast<A*>(stats.data_ptr());
+    if (int64_t(given.index.size()) == T) return;  // every row is written
+    std::fill(d, d + T, A(0));
+    std::fill(c, c + T, A(0));
+    if (s) std::fill(s, s + 3 * T, A(0));
   }
   static Tensor make(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape, scalar_type<A>); }
 
@@ -124,34 +133,47 @@ void each_row(int64_t count, int64_t V, const F& work) {
 using Rows4 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class A>
-Rows4 kd_rows(const Tensor& logits, const Distillation& given, bool gradient, bool statistics) {
-  const int64_t V = logits.size(1);
-  Results<A> out(logits, given.T, statistics);
+Rows4 kd_rows(const Tensor& logits, const Distillation& given) {
+  const int64_t V = given.loss.V, count = int64_t(given.index.size());
+  const bool gradient = given.loss.gradient;
+  Results<A> out(logits, given);
   Tensor dlogits = gradient ? torch::stable::new_empty(logits, {given.T, V}) : torch::stable::new_empty(logits, {0});
-  if (gradient && int64_t(given.index.size()) < given.T) torch::stable::zero_(dlogits);
+  if (gradient && count < given.T) torch::stable::zero_(dlogits);
   const Rows student(logits);
-  const int64_t bytes = V * student.bytes;
-  char* to = static_cast<char*>(dlogits.data_ptr());
-  each_row<A>(int64_t(given.index.size()), V, [&](int64_t m, std::vector<RowTeacher>& own, A* buffers) {
-    const int64_t t = given.index[size_t(m)];
-    KdRow row = given.row(t, V, gradient, statistics, own);
-    row.student = {student.at(t, 0), student.dtype, nullptr};
-    out.put(t, W2S_DISPATCH(kd_row<A>)(row, buffers, to + t * bytes, student.dtype));
-  });
+  Rows to = student;
+  to.data = static_cast<char*>(dlogits.data_ptr());
+  to.stride = V * to.bytes;
+  if (given.has_short_rows()) {
+    std::vector<KdSource> teachers;
+    for (const Given& g : given.teachers) teachers.push_back({g.form, g.share, g.rows});
+    const KdRows rows{given.loss, given.index.data(), given.coef_kd.data(), given.coef_ce.data(), given.target,
+                      student, teachers.data(), int(teachers.size()), to};
+    torch::stable::parallel_for(0, count, 16 * std::max<int64_t>(1, 1024 / V), [&](int64_t begin, int64_t end) {
+      A* buffers = scratch_of<A>(2, KD_BUFFERS * kd_short_width(V));
+      W2S_DISPATCH(kd_short_rows<A>)(rows, begin, end, buffers, out.d, out.c);
+    });
+  } else {
+    each_row<A>(count, V, [&](int64_t m, std::vector<RowTeacher>& own, A* buffers) {
+      const int64_t t = given.index[size_t(m)];
+      KdRow row = given.row(t, own);
+      row.student = {student.at(t, 0), student.dtype, nullptr};
+      out.put(t, W2S_DISPATCH(kd_row<A>)(row, buffers, to.at(t, 0), student.dtype));
+    });
+  }
   out.sum(given);
   return {out.loss, out.kd, out.ce, out.stats, dlogits};
 }
 
 Rows4 kd_loss(Tensor logits, W2S_KD_PARAMETERS, bool need_gradient, bool need_statistics) {
-  const Distillation given(logits, W2S_KD_ARGUMENTS);
-  if (given.f64) return kd_rows<double>(logits, given, need_gradient, need_statistics);
-  return kd_rows<float>(logits, given, need_gradient, need_statistics);
+  const Distillation given(logits, logits.size(1), need_gradient, need_statistics, W2S_KD_ARGUMENTS);
+  if (given.f64) return kd_rows<double>(logits, given);
+  return kd_rows<float>(logits, given);
 }
 
 using Linear7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct Need {
-  bool hidden, head, bias, statistics;
+  bool hidden, head, bias;
 };
 
 template <class A>
@@ -167,7 +189,7 @@ Linear7 linear_rows(const Tensor& hidden, const Tensor& weight, const std::optio
   const int64_t ld = chunks.ld;
   std::vector<A*> tiles;
   for (size_t i = 0; i <= heads.size(); ++i) tiles.push_back(scratch.get<A>(chunks.size * ld));
-  Results<A> out(hidden, given.T, need.statistics);
+  Results<A> out(hidden, given);
   Spend<A> spend(scratch, student, hidden, weight, bias ? &*bias : nullptr, need.hidden, need.head, need.bias, chunks.pieces());
   for (int64_t first = 0; first < student.M; first += chunks.size) {
     const int64_t count = std::min(chunks.size, student.M - first);
@@ -175,7 +197,7 @@ Linear7 linear_rows(const Tensor& hidden, const Tensor& weight, const std::optio
     for (size_t i = 0; i < heads.size(); ++i) heads[i].logits(first, count, tiles[i + 1], ld);
     each_row<A>(count, V, [&](int64_t m, std::vector<RowTeacher>& own, A* buffers) {
       const int64_t t = given.index[size_t(first + m)];
-      KdRow row = given.row(t, V, spend.any(), need.statistics, own);
+      KdRow row = given.row(t, own);
       row.student = {tiles[0] + m * ld, own_dtype<A>, student.bias};
       size_t next = 0;
       for (RowTeacher& r : own)
@@ -194,8 +216,9 @@ Linear7 linear_rows(const Tensor& hidden, const Tensor& weight, const std::optio
 
 Linear7 linear_kd(Tensor hidden, Tensor head, std::optional<Tensor> bias, W2S_KD_PARAMETERS, bool need_hidden, bool need_head,
                   bool need_bias, bool need_statistics) {
-  const Distillation given(hidden, W2S_KD_ARGUMENTS);
-  const Need need{need_hidden, need_head, need_bias, need_statistics};
+  const Need need{need_hidden, need_head, need_bias};
+  const bool gradient = need_hidden || need_head || need_bias;
+  const Distillation given(hidden, head.size(0), gradient, need_statistics, W2S_KD_ARGUMENTS);
   if (given.f64) return linear_rows<double>(hidden, head, bias, given, need);
   return linear_rows<float>(hidden, head, bias, given, need);
 }

@@ -1,4 +1,4 @@
-// What a row of distillation is made of; see w2s_fast/reference/linear_loss/distillation.py for the equations.
+// What rows of distillation are made of; see w2s_fast/reference/linear_loss/distillation.py for the equations.
 #pragma once
 
 #include "cpu/linear_loss/rows.h"
@@ -9,6 +9,14 @@ namespace w2s {
 enum KdKind : int64_t { FKL, RKL, JSD, SCE, CE_SOFT, PRODUCT };
 enum KdForm : int64_t { LOGITS, PROBS, TOPK, LINEAR, LINEAR_BIAS };
 
+// What all rows have in common.
+struct KdLoss {
+  int64_t V;
+  KdKind kind;
+  double tau, beta, power;
+  bool hard, gradient, statistics;
+};
+
 struct RowTeacher {
   KdForm form;
   double share;
@@ -18,11 +26,9 @@ struct RowTeacher {
 };
 
 struct KdRow {
-  int64_t V;
-  KdKind kind;
-  double tau, beta, power, coef_kd, coef_ce;
-  int64_t target;  // -1: no cross-entropy
-  bool gradient, statistics;
+  const KdLoss& loss;
+  double coef_kd, coef_ce;
+  int64_t target;
   RowSource student;
   const RowTeacher* teachers;
   int count;
@@ -32,7 +38,28 @@ struct KdResult {
   double kd = 0, ce = 0, entropy_student = 0, entropy_teacher = 0, agree = 0;
 };
 
-constexpr int64_t KD_BUFFERS = 6;  // rows of working memory of kd_row
+// Short rows, as many as a vector has lanes at a time.
+struct KdSource {
+  KdForm form;
+  double share;
+  Rows rows;
+};
+
+struct KdRows {
+  const KdLoss& loss;
+  const int64_t* index;  // rows that count
+  const double *coef_kd, *coef_ce;
+  const int64_t* target;
+  Rows student;
+  const KdSource* teachers;  // logits or probabilities
+  int count;
+  Rows gradient;  // written
+};
+
+constexpr int64_t KD_BUFFERS = 6;  // rows of working memory
 inline int64_t kd_width(int64_t V) { return (V + 15) / 16 * 16 + 16; }  // elements of one
+// Rows of at most this many classes are short: a vector is as good as full from here on.
+constexpr int64_t KD_SHORT = 64;
+inline int64_t kd_short_width(int64_t V) { return 16 * V + 16; }  // elements of a working row of every lane
 
 }  // namespace w2s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from .teachers import (
     Teacher,
     accumulate_dtype,
     coefficients,
+    flat_rows,
     named_outputs,
     settings,
 )
@@ -45,20 +46,26 @@ def save_distillation(
 
 def saved_distillation(
     ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None
-) -> tuple[list[Tensor], list[Tensor], Distillation, dict[str, Any], bool]:
-    """Gradients made in forward; the student; the other arguments, with the coefficients that all upstream gradients
-    make together; gradients of the coefficients; whether forward's gradients are of those, up to ``grad``."""
+) -> tuple[list[Tensor], list[Tensor], Callable[[], Distillation], dict[str, Any], bool]:
+    """Gradients made in forward; the student; a function for the other arguments, with the coefficients that all
+    upstream gradients make together; gradients of the coefficients; whether forward's gradients are of those, up to
+    ``grad``."""
     n, m = ctx.counts
     saved = ctx.saved_tensors
     *tensors, target, keep, coef_kd, coef_ce, kd, ce = saved[n + m :]
     forms, shares, kind, tau, beta, power = ctx.numbers
-    a, b = _merged(grad, grad_kd, coef_kd), _merged(grad, grad_ce, coef_ce)
-    a = torch.zeros_like(coef_kd) if a is None else a.contiguous()
-    b = b if b is None or target is None else b.contiguous()
-    given = Distillation(tensors, forms, shares, kind, tau, beta, power, target, keep, a, b)
+
+    def given() -> Distillation:
+        a, b = _merged(grad, grad_kd, coef_kd), _merged(grad, grad_ce, coef_ce)
+        a = torch.zeros_like(coef_kd) if a is None else a.contiguous()
+        b = b if b is None or target is None else b.contiguous()
+        return Distillation(tensors, forms, shares, kind, tau, beta, power, target, keep, a, b)
+
     rows: dict[str, Any] = {}
     if grad is not None:
-        rows = {"coef_kd": grad * kd, "coef_ce": None if coef_ce is None else grad * ce}
+        for name, coef, values in (("coef_kd", coef_kd, kd), ("coef_ce", coef_ce, ce)):
+            if coef is not None and coef.requires_grad:
+                rows[name] = grad * values
     return list(saved[:n]), list(saved[n : n + m]), given, rows, grad_kd is None and grad_ce is None
 
 
@@ -82,7 +89,7 @@ def _backward(
     (dlogits,), (logits,), given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
     if ctx.needs_input_grad[0]:
         made = made and dlogits.shape == logits.shape
-        (found,) = scaled(grad, [dlogits]) if made else [KD_LOSS.on(ctx.backend)(logits, *given, True, False)[4]]
+        (found,) = scaled(grad, [dlogits]) if made else [KD_LOSS.on(ctx.backend)(logits, *given(), True, False)[4]]
         (rows["logits"],) = once("kd_loss", found)
     return rows
 
@@ -213,7 +220,7 @@ def kd_loss(
     batch = logits.shape[:-1]
     found = checked(op, logits, batch, teachers, logits.shape[-1], teacher_weights, vocab, linear=False)
     tensors, forms, shares, width = found
-    student = unit_stride(logits.reshape(batch.numel(), logits.shape[-1])[:, :width])
+    student = unit_stride(flat_rows(logits, batch, width))
     scale = tau * tau if tau_scale else 1.0
     dtype = accumulate_dtype(student, tensors)
     rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale)

@@ -41,7 +41,7 @@ def _backward(
     need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
     if any(need):
         made = made and all(done or not want for done, want in zip(ctx.need, need, strict=True))
-        found = scaled(grad, grads) if made else LINEAR_KD.on(ctx.backend)(*student, *given, *need, False)[4:]
+        found = scaled(grad, grads) if made else LINEAR_KD.on(ctx.backend)(*student, *given(), *need, False)[4:]
         once_each = once("linear_kd", *(g for g, wanted in zip(found, need, strict=True) if wanted))
         names = (name for name, wanted in zip(("hidden", "head", "bias"), need, strict=True) if wanted)
         rows.update(zip(names, once_each, strict=True))

@@ -51,6 +51,13 @@ def accumulate_dtype(student: Tensor, teachers: Sequence[Tensor]) -> torch.dtype
     return torch.float64 if double else torch.float32
 
 
+def flat_rows(t: Tensor, batch: torch.Size, width: int) -> Tensor:
+    """``[..., K]`` as ``[T, width]``; the tensor itself where that is what it is, as views cost a small batch much."""
+    if t.ndim != 2:
+        t = t.reshape(batch.numel(), t.shape[-1])
+    return t if t.shape[1] == width else t[:, :width]
+
+
 def _rows(op: str, name: str, t: Any, batch: torch.Size, integer: bool = False) -> Tensor:
     """``[..., K]`` of the student's leading shape as ``[T, K]``, detached."""
     if integer:
@@ -61,7 +68,7 @@ def _rows(op: str, name: str, t: Any, batch: torch.Size, integer: bool = False) 
         checks.is_float_tensor(op, name, t)
     if t.ndim < 1 or t.shape[:-1] != batch:
         checks.fail(op, name, f"of leading shape {tuple(batch)} (that of the student)", tuple(t.shape))
-    return unit_stride(t.detach().reshape(batch.numel(), t.shape[-1]))
+    return unit_stride(flat_rows(t.detach() if t.requires_grad else t, batch, t.shape[-1]))
 
 
 def _one(op: str, i: int, teacher: Any, batch: torch.Size, linear: bool) -> tuple[int, list[Tensor], int | None]:
@@ -215,7 +222,10 @@ def coefficients(
     else:
         alpha = 1.0 if alpha is None else checks.number(op, "alpha", alpha)
     if weights is None and keep is None:
-        share: Tensor = student.new_full((count,), 1.0 / max(count, 1), dtype=dtype)
+        each = 1.0 / max(count, 1)
+        if hard == "none" and not isinstance(alpha, Tensor):
+            return Rows(None, None, student.new_full((count,), each * alpha * scale, dtype=dtype), None)
+        share: Tensor = student.new_full((count,), each, dtype=dtype)
     else:
         if weights is None:
             share = keep.to(dtype)  # type: ignore[union-attr]

@@ -86,6 +86,12 @@ def _kd_layouts(m: Make) -> Inputs:
     return (logits, teachers), {"vocab": "intersect", "tau": 0.7, "outputs": ALL[2:]}
 
 
+def _short_layouts(m: Make) -> Inputs:
+    """Rows of few classes that are permuted, every second one, or one row again and again."""
+    logits = m.logits(11, 3, 9).permute(1, 2, 0)
+    return (logits, [("logits", m.logits(1, 9, 11).expand(3, 9, 11)), ("logits", m.logits(3, 18, 13)[:, ::2, 2:])]), {}
+
+
 def _linear_layouts(m: Make) -> Inputs:
     hidden, head = m.logits(11, 6, scale=1.0).t(), m.logits(11, 90, scale=0.5).t()[3:74]
     teachers = [
@@ -105,6 +111,13 @@ def _masked(m: Make) -> Inputs:
     z, t = m.logits(4, 40), m.logits(4, 40)
     z[:, ::5], t[:, ::5], t[:, 1::5] = -torch.inf, -torch.inf, -torch.inf
     return (z, [("logits", t)]), {"tau": 2.0, "outputs": ALL[2:]}
+
+
+def _apart(m: Make) -> Inputs:
+    """No class that is possible for both in the first row; zeros keep their place in a product at a small power."""
+    z, t = m.logits(4, 70), m.logits(4, 70)
+    z[0, :30], t[:, 30:] = -torch.inf, -torch.inf
+    return (z, [("logits", t)]), {"kind": "product", "power_teacher": 1e-3, "outputs": ("kd",)}
 
 
 def _same(m: Make) -> Inputs:
@@ -154,6 +167,8 @@ KD: dict[str, Callable[[Make], Inputs]] = {
     ),
     "product-teacher": _kd(5, 67, "k", kind="product", power_student=0),
     "product-masked": _with(_masked, kind="product"),
+    "product-masked-teacher": _with(_masked, kind="product", power_student=0),
+    "product-apart": _apart,
     "product-tiles": _kd(3, 2500, kind="product", power_teacher=0.25),
     "hard-two": _kd(17, 133, "ll", hard=True, ignored=2, tau=3.0, teacher_weights=[2.0, 1.0], outputs=ALL),
     "jsd-three-hard": _kd(6, 100, "plk", kind="jsd", hard=True, ignored=1, tau=1.5, outputs=ALL),
@@ -167,6 +182,13 @@ KD: dict[str, Callable[[Make], Inputs]] = {
     "masked": _masked,
     "same": _same,
     "ten": _kd(70, 10, hard=True, ignored=3, tau=4.0),
+    "short-rkl": _kd(33, 17, "lp", kind="rkl", tau=1.5),
+    "short-jsd": _kd(37, 10, "lp", hard=True, ignored=2, kind="jsd", beta_jsd=0.7, tau=2.0),
+    "short-sce": _kd(18, 33, hard=True, ignored=1, kind="sce", beta_sce=0.25),
+    "short-ce-soft": _kd(3, 64, "pl", kind="ce_soft"),
+    "short-product": _kd(21, 7, "lp", hard=True, ignored=1, kind="product", power_teacher=2.0, tau=2.0),
+    "short-masked": _with(_masked, outputs=()),
+    "short-layouts": _short_layouts,
     "one-row": _kd(1, 1000),
     "empty": _kd(0, 17, "lk"),
     "one-column": _kd(3, 1),
