@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 pytest.importorskip("sklearn")
 
+from w2s_fast.methods._common import training
 from w2s_fast.methods._common.digits import Split
 from w2s_fast.methods.distillation import _common, eisl, ferkd, meal_v2, tgeo_kd
 
@@ -132,3 +133,36 @@ def test_eisl_data_and_bleu():
 def test_eisl_beats_cross_entropy_on_noisy_targets():
     plain, edit = (eisl.train(0.4, choice, 120, 0) for choice in (False, True))
     assert edit > plain + 20
+
+
+@pytest.mark.parametrize("method", [eisl, meal_v2, ferkd, tgeo_kd])
+@pytest.mark.parametrize("stop", [5, 17, 30])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(method, stop, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def run(start):
+        if method is eisl:
+            return [eisl.train(0.4, edit, 16, 0, start(str(edit), 16)) for edit in (False, True)]
+        return method.run(0, steps=16, start=start)
+
+    def ticking(out, last):
+        def start(label, steps):
+            def tick(value):
+                seen.append((label, value))
+                if len(seen) == last:
+                    raise Stop
+
+            return tick
+
+        seen = []
+        return training.watches(start, out, method.__file__), seen
+
+    whole, told = ticking(tmp_path / "whole", -1)
+    expected = run(whole)
+    first, _ = ticking(tmp_path / "stopped", stop)
+    with pytest.raises(Stop):
+        run(first)
+    second, again = ticking(tmp_path / "stopped", -1)
+    assert run(second) == expected and again == told
+    assert list((tmp_path / "stopped" / "checkpoints").glob("*.pt"))

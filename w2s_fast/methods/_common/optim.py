@@ -41,12 +41,12 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 
 class AdamW:
-    """torch's AdamW for all parameters (the paper's betas, no weight decay), stepped after the backward pass."""
+    """torch's AdamW for all parameters (the paper's betas), stepped after the backward pass."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float = 0.0) -> None:
         self.parameters = list(parameters)
         self.gradient_bytes = 0
-        self.inner = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.0, fused=True)
+        self.inner = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=decay, fused=True)
 
     def begin(self, rate: float) -> None:
         """Before the backward pass: this step's learning rate."""
@@ -144,9 +144,9 @@ def adam8bit() -> tuple[Callable[[list[nn.Parameter]], torch.optim.Optimizer], s
         raise ImportError('8-bit Adam needs bitsandbytes or torchao: pip install "w2s_fast[adam8bit]"') from None
 
 
-def make(name: str, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """An optimizer by its name in `NAMES`."""
-    return AdamW(parameters) if name == "adamw" else PerLayer(parameters)
+def make(name: str, parameters: Iterable[nn.Parameter], decay: float = 0.0) -> Optimizer:
+    """An optimizer by its name in `NAMES`; weight decay for "adamw" only."""
+    return AdamW(parameters, decay) if name == "adamw" else PerLayer(parameters)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

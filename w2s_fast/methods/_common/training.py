@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import optim
+from .cache import digest
 from .models import windows
 
 
@@ -24,6 +26,9 @@ class Place(NamedTuple):
     device: torch.device
 
 
+ALONE = Place(0, 1, torch.device("cpu"))
+
+
 def place() -> Place:
     """From torchrun's environment; joins its process group once (nccl on CUDA, gloo on a CPU)."""
     world, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
@@ -33,6 +38,34 @@ def place() -> Place:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return Place(int(os.environ.get("RANK", "0")), world, device)
+
+
+class Watch(NamedTuple):
+    """Where a training tells its losses, and the file and the key under which it is kept."""
+
+    tick: Callable[[float], None] = lambda _: None
+    path: Path | None = None
+    key: str = ""
+
+
+NOTHING = Watch()
+Start = Callable[[str, int], Watch]
+
+
+def watches(start: Callable[[str, int], Callable[[float], None]], out: Path, source: str) -> Start:
+    """Progress bars of ``start``; checkpoints in ``out``, void as soon as the method's file ``source`` changes."""
+
+    def watch(label: str, steps: int) -> Watch:
+        name = re.sub(r"[^a-z0-9]+", "-", label.lower())
+        key = digest(label, steps, torch.__version__, Path(source).read_text())
+        return Watch(start(label, steps), out / "checkpoints" / f"{name}.pt", key)
+
+    return watch
+
+
+def unwatched(label: str, steps: int) -> Watch:
+    """No progress bar, no checkpoint."""
+    return NOTHING
 
 
 def shard(model: nn.Module, layers: Iterable[nn.Module]) -> None:
@@ -106,17 +139,17 @@ def gathered(own: Tensor, where: Place) -> Tensor:
 
 def train(
     model: nn.Module, loss: Callable[[int], Tensor], steps: int, rate: Callable[[int], float], where: Place, *,
-    optimizer: str = "adamw", checkpoint: Path | None = None, every: int = 0, key: str = "",
-    tick: Callable[[float], None] = lambda _: None,
+    optimizer: str = "adamw", decay: float = 0.0, checkpoint: Path | None = None, every: int = 0, key: str = "",
+    also: Mapping[str, Any] | None = None, tick: Callable[[float], None] = lambda _: None,
 ) -> tuple[list[float], optim.Optimizer]:
     """Minimise ``loss(step)`` at the learning rate ``rate(step)``; the loss of every step, and the optimizer.
 
     Every ``every`` steps and at the end the state goes to ``checkpoint``. If that file exists and was written under the
     same ``key``, training goes on from it; the losses are those of a run that was never stopped, if ``loss`` depends on
-    nothing but the model and the step.
+    nothing but the model, the step and what ``also`` names: generators, and whatever has a ``state_dict``.
     """
-    made = optim.make(optimizer, model.parameters())
-    losses = load(checkpoint, key, model, made, where) if checkpoint else []
+    made = optim.make(optimizer, model.parameters(), decay)
+    losses = load(checkpoint, key, model, made, where, also) if checkpoint else []
     for value in losses:
         tick(value)
     model.train()
@@ -128,7 +161,7 @@ def train(
         losses.append(mean(found.detach(), where))
         tick(losses[-1])
         if checkpoint and (len(losses) == steps or (every and len(losses) % every == 0)):
-            save(checkpoint, key, model, made, losses, where)
+            save(checkpoint, key, model, made, losses, where, also)
     model.eval()
     return losses, made
 
@@ -161,7 +194,10 @@ def _own_file(path: Path, where: Place) -> Path:
     return path if where.world == 1 else path.with_suffix(f".{where.rank}-of-{where.world}{path.suffix}")
 
 
-def save(path: Path, key: str, model: nn.Module, optimizer: optim.Optimizer, losses: list[float], where: Place) -> None:
+def save(
+    path: Path, key: str, model: nn.Module, optimizer: optim.Optimizer, losses: list[float], where: Place,
+    also: Mapping[str, Any] | None = None,
+) -> None:
     """Write a checkpoint in one rename; under torchrun a file for every process."""
     path = _own_file(path, where)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,13 +206,20 @@ def save(path: Path, key: str, model: nn.Module, optimizer: optim.Optimizer, los
         {
             "key": key, "losses": losses, "gradient_bytes": optimizer.gradient_bytes, "optimizer": optimizer.state(),
             "model": {name: optim.local(tensor) for name, tensor in model.state_dict().items()},
+            "also": {
+                name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+                for name, part in (also or {}).items()
+            },
         },
         scratch,
     )  # fmt: skip
     os.replace(scratch, path)
 
 
-def load(path: Path, key: str, model: nn.Module, optimizer: optim.Optimizer, where: Place) -> list[float]:
+def load(
+    path: Path, key: str, model: nn.Module, optimizer: optim.Optimizer, where: Place,
+    also: Mapping[str, Any] | None = None,
+) -> list[float]:
     """Restore a checkpoint of the same ``key``; the losses up to it, none if there is no such file."""
     path = _own_file(path, where)
     if not path.exists():
@@ -188,5 +231,8 @@ def load(path: Path, key: str, model: nn.Module, optimizer: optim.Optimizer, whe
     model.load_state_dict({name: optim.sharded_like(t, own[name]) for name, t in found["model"].items()})
     optimizer.load(found["optimizer"])
     optimizer.gradient_bytes = found["gradient_bytes"]
+    for name, part in (also or {}).items():
+        state = found["also"][name]
+        part.set_state(state.cpu()) if isinstance(part, torch.Generator) else part.load_state_dict(state)
     losses: list[float] = found["losses"]
     return losses

@@ -1,18 +1,18 @@
-"""What the distillation methods share: networks for the digits, a training loop, accuracy, a figure of bars."""
+"""What the distillation methods share: networks for the digits, training that resumes, accuracy, a figure of bars."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._common import report
+from .._common import report, training
+from .._common.training import Watch
 
 COLOURS = ("#8c9bab", "#5b8cc9", "#2b5c8a", "#d9582b")
-Tick = Callable[[float], None]
 
 
 def network(width: int, seed: int) -> nn.Sequential:
@@ -33,19 +33,13 @@ def mlp(width: int, seed: int) -> nn.Sequential:
 
 
 def fit(
-    parameters: Sequence[nn.Parameter], loss: Callable[[int], Tensor], steps: int, rate: float, *,
-    decay: float = 0.0, tick: Tick | None = None,
+    model: nn.Module, loss: Callable[[int], Tensor], steps: int, rate: float, watch: Watch, *, decay: float = 0.0,
+    **also: Any,
 ) -> None:  # fmt: skip
-    """AdamW on ``loss(step)``; the rate falls to zero along half a cosine."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-        value = loss(step)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        if tick is not None:
-            tick(value.item())
+    """AdamW on ``loss(step)``; the rate falls to zero along half a cosine. ``also``: what else of a state loss uses."""
+    training.train(model, loss, steps, lambda step: rate * 0.5 * (1 + math.cos(math.pi * step / steps)), training.ALONE,
+                   decay=decay, checkpoint=watch.path, every=max(1, steps // 4), key=watch.key, also=also,
+                   tick=watch.tick)  # fmt: skip
 
 
 def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -55,18 +49,26 @@ def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
     return padded[torch.arange(len(x))[:, None, None], rows[:, :, None], columns[:, None, :]].flatten(1)
 
 
-def batches(count: int, size: int, generator: torch.Generator) -> Callable[[], Tensor]:
-    """A function that returns the indices of the next batch, epoch after epoch in a new order."""
-    order = torch.empty(0, dtype=torch.int64)
+class Batches:
+    """The indices of the next batch at every call, epoch after epoch in a new order."""
 
-    def following() -> Tensor:
-        nonlocal order
-        if len(order) < size:
-            order = torch.randperm(count, generator=generator)
-        taken, order = order[:size], order[size:]
+    def __init__(self, count: int, size: int, generator: torch.Generator) -> None:
+        self.count, self.size, self.generator = count, size, generator
+        self.order = torch.empty(0, dtype=torch.int64)
+
+    def __call__(self) -> Tensor:
+        if len(self.order) < self.size:
+            self.order = torch.randperm(self.count, generator=self.generator)
+        taken, self.order = self.order[: self.size], self.order[self.size :]
         return taken
 
-    return following
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is left of the epoch; the generator's state is the caller's."""
+        return {"order": self.order}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """From `state_dict`."""
+        self.order = state["order"]
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ from ...ops.linear_loss.cross_entropy import linear_fusion_cross_entropy
 from ...ops.linear_loss.eisl import linear_eisl
 from .._common import report, text
 from .._common.console import progress
-from ._common import COLOURS, Tick, fit
+from .._common.training import NOTHING, Watch, watches
+from ._common import COLOURS, fit
 
 WORDS, LENGTH, BATCH, RATE = 500, 12, 64, 1e-2
 NOISE = (0.0, 0.2, 0.4)
@@ -102,7 +103,7 @@ def bleu(found: Tensor, wanted: Tensor, most: int = 4) -> float:
     return 100 * math.exp(brevity + sum(math.log(h / t) for h, t in zip(hits, total, strict=True)) / most)
 
 
-def train(noise: float, edit: bool, steps: int, seed: int, tick: Tick | None = None) -> float:
+def train(noise: float, edit: bool, steps: int, seed: int, watch: Watch = NOTHING) -> float:
     """BLEU on held-out text after training on noisy targets; ``edit`` takes EISL for the second half of the steps."""
     generator = torch.Generator().manual_seed(seed)
     lexicon = torch.cat((torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(WORDS - 1, generator=generator)))
@@ -120,7 +121,7 @@ def train(noise: float, edit: bool, steps: int, seed: int, tick: Tick | None = N
         assert isinstance(value, Tensor)
         return value
 
-    fit(list(model.parameters()), loss, steps, RATE, tick=tick)
+    fit(model, loss, steps, RATE, watch, generator=generator)
     source = held_out[: 400 * LENGTH].view(-1, LENGTH)
     with torch.no_grad():
         return bleu(model.head(model(source)).argmax(2), lexicon[source])
@@ -150,7 +151,8 @@ def main(arguments: list[str]) -> int:
     given = report.parser("eisl", __doc__, seeds=3).parse_args(arguments)
     steps = 20 if given.quick else 300
     rows: dict[str, list[float]] = {}
-    with progress() as start:
+    with progress() as bars:
+        start = watches(bars, given.out, __file__)
         for noise in NOISE:
             for name in ("cross-entropy", "EISL"):
                 label = f"{name}, noise {noise:g}"

@@ -16,7 +16,7 @@ not see, none came below FKD (7.4 percent wrong there; 7.7 with only the least s
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from ...ops.linear_loss.kd import kd_loss
 from .._common import report
 from .._common.console import progress
 from .._common.digits import digits
-from ._common import Tick, bars, batches, error, fit, network
+from .._common.training import NOTHING, Start, Watch, unwatched, watches
+from ._common import Batches, bars, error, fit, network
 
 TOP, BATCH, RATE, SMOOTH = 3, 64, 3e-3, 0.1
 LEAST, DISCARD, UNCERTAIN = 0.35, 0.5, 0.8
@@ -98,11 +99,11 @@ def partners(picture: Tensor, generator: torch.Generator) -> Tensor:
 
 def train(
     model: nn.Module, x: Tensor, stored: Stored, steps: int, seed: int, *, y: Tensor | None = None, mix: bool = False,
-    tick: Tick | None = None,
+    watch: Watch = NOTHING,
 ) -> nn.Module:  # fmt: skip
     """On stored crops, in place: with the hard labels ``y`` if given, else the stored ones; returns the model."""
     generator = torch.Generator().manual_seed(seed)
-    take = batches(len(stored.picture), BATCH, generator)
+    take = Batches(len(stored.picture), BATCH, generator)
 
     def loss(step: int) -> Tensor:
         rows = take()
@@ -117,12 +118,12 @@ def train(
         teachers = [("topk", stored.ids[r], stored.logp[r]) for r in labels]
         return kd_loss(model(seen), teachers, kind="ce_soft", teacher_weights=[share, 1 - share][: len(labels)])[0]
 
-    fit(list(model.parameters()), loss, steps, RATE, tick=tick)
+    fit(model, loss, steps, RATE, watch, generator=generator, take=take)
     return model
 
 
 def run(
-    seed: int, *, steps: int = 1500, pictures: int = 300, crops: int = 16, tick: Any = lambda *_: None
+    seed: int, *, steps: int = 1500, pictures: int = 300, crops: int = 16, start: Start = unwatched
 ) -> dict[str, float]:
     """Percent of wrong test digits by name; the shares of crops that FerKD discards and gives hard labels."""
     whole, test = digits()
@@ -130,16 +131,16 @@ def run(
 
     teacher = network(16, 100 + seed)
     every = Stored(torch.arange(len(whole.y)).repeat(4), boxes(4 * len(whole.y), generator), whole.y, whole.y)
-    train(teacher, whole.x, every, steps, seed, y=whole.y, tick=tick(f"teacher, seed {seed}", steps))
+    train(teacher, whole.x, every, steps, seed, y=whole.y, watch=start(f"teacher, seed {seed}", steps))
     chosen = torch.randperm(len(whole.y), generator=generator)[:pictures]
     x, y = whole.x[chosen], whole.y[chosen]
     stored = store(teacher, x, crops, generator)
     better = calibrated(stored, y)
     found = {"teacher": error(teacher, *test)}
     for name in VARIANTS:
-        student, watch = network(4, seed), tick(f"{name}, seed {seed}", steps)
+        student, watch = network(4, seed), start(f"{name}, seed {seed}", steps)
         labels = better if name.startswith("FerKD") else stored
-        train(student, x, labels, steps, seed, y=y if name == "hard labels" else None, mix=name == "FerKD", tick=watch)
+        train(student, x, labels, steps, seed, y=y if name == "hard labels" else None, mix=name == "FerKD", watch=watch)
         found[name] = error(student, *test)
     return found
 
@@ -149,8 +150,9 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
 
     given = report.parser("ferkd", __doc__, seeds=3).parse_args(arguments)
-    with progress() as start:
-        found = [run(seed, **({"steps": 60} if given.quick else {}), tick=start) for seed in given.seeds]
+    with progress() as ticks:
+        start = watches(ticks, given.out, __file__)
+        found = [run(seed, **({"steps": 60} if given.quick else {}), start=start) for seed in given.seeds]
     rows = {name: [f[name] for f in found] for name in found[0]}
     Console().print(report.seed_table("Wrong test digits, percent", "trained with", given.seeds, rows, 2))
     report.finish(given.out, "ferkd", {"seeds": given.seeds, "error": rows},

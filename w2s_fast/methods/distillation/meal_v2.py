@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,8 @@ from ...ops.linear_loss.kd import kd_loss
 from .._common import report
 from .._common.console import progress
 from .._common.digits import Split, digits
-from ._common import Tick, bars, batches, error, fit, jitter, network
+from .._common.training import NOTHING, Start, Watch, unwatched, watches
+from ._common import Batches, bars, error, fit, jitter, network
 
 BATCH, RATE = 64, 3e-3
 CONTINUED = ("hard labels", "ensemble", "ensemble, discriminator")
@@ -53,26 +53,26 @@ def ensemble_loss(student: Tensor, teachers: list[Tensor]) -> Tensor:
     return kd_loss(student, [("logits", z) for z in teachers], kind="ce_soft")[0]
 
 
-def train_hard(model: nn.Module, data: Split, steps: int, seed: int, tick: Tick | None = None) -> nn.Module:
+def train_hard(model: nn.Module, data: Split, steps: int, seed: int, watch: Watch = NOTHING) -> nn.Module:
     """On the labels, in place; returns the model."""
     generator = torch.Generator().manual_seed(seed)
-    take = batches(len(data.y), BATCH, generator)
+    take = Batches(len(data.y), BATCH, generator)
 
     def loss(step: int) -> Tensor:
         rows = take()
         return cross_entropy(model(jitter(data.x[rows], generator)), data.y[rows])
 
-    fit(list(model.parameters()), loss, steps, RATE, tick=tick)
+    fit(model, loss, steps, RATE, watch, generator=generator, take=take)
     return model
 
 
 def train_meal(
     model: nn.Module, teachers: list[nn.Module], x: Tensor, steps: int, seed: int, *, discriminate: bool = True,
-    tick: Tick | None = None,
+    watch: Watch = NOTHING,
 ) -> nn.Module:  # fmt: skip
     """On the teachers' outputs, in place, with the batches of `train_hard`; returns the model."""
     generator = torch.Generator().manual_seed(seed)
-    take = batches(len(x), BATCH, generator)
+    take = Batches(len(x), BATCH, generator)
     judge = Discriminator(10, seed)
 
     def loss(step: int) -> Tensor:
@@ -83,28 +83,28 @@ def train_meal(
         value = ensemble_loss(made, told)
         return value + judge.loss(made, told) if discriminate else value
 
-    fit([*model.parameters(), *judge.parameters()], loss, steps, RATE, tick=tick)
+    fit(nn.ModuleList((model, judge)), loss, steps, RATE, watch, generator=generator, take=take)
     return model
 
 
-def run(seed: int, *, steps: int = 1500, pictures: int = 100, tick: Any = lambda *_: None) -> dict[str, float]:
+def run(seed: int, *, steps: int = 1500, pictures: int = 100, start: Start = unwatched) -> dict[str, float]:
     """Percent of wrong test digits, by name."""
     train, test = digits()
     teachers = [
-        train_hard(network(w, 100 * seed + w), train, steps, 100 * seed + w, tick(f"teacher {w}, seed {seed}", steps))
+        train_hard(network(w, 100 * seed + w), train, steps, 100 * seed + w, start(f"teacher {w}, seed {seed}", steps))
         for w in (12, 16)
     ]
     chosen = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(seed))[:pictures]
     few = Split(train.x[chosen], train.y[chosen])
-    start = train_hard(network(4, seed), few, steps, seed, tick(f"student, seed {seed}", steps))
+    first = train_hard(network(4, seed), few, steps, seed, start(f"student, seed {seed}", steps))
     found = {f"teacher {w}": error(t, *test) for w, t in zip((12, 16), teachers, strict=True)}
-    found["start"] = error(start, *test)
+    found["start"] = error(first, *test)
     for name in CONTINUED:
-        student, watch = copy.deepcopy(start), tick(f"{name}, seed {seed}", steps)
+        student, watch = copy.deepcopy(first), start(f"{name}, seed {seed}", steps)
         if name == "hard labels":
             train_hard(student, few, steps, seed + 1000, watch)
         else:
-            train_meal(student, teachers, few.x, steps, seed + 1000, discriminate="disc" in name, tick=watch)
+            train_meal(student, teachers, few.x, steps, seed + 1000, discriminate="disc" in name, watch=watch)
         found[name] = error(student, *test)
     return found
 
@@ -114,8 +114,9 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
 
     given = report.parser("meal_v2", __doc__, seeds=3).parse_args(arguments)
-    with progress() as start:
-        found = [run(seed, **({"steps": 60} if given.quick else {}), tick=start) for seed in given.seeds]
+    with progress() as ticks:
+        start = watches(ticks, given.out, __file__)
+        found = [run(seed, **({"steps": 60} if given.quick else {}), start=start) for seed in given.seeds]
     rows = {name: [f[name] for f in found] for name in found[0]}
     Console().print(report.seed_table("Wrong test digits, percent", "trained with", given.seeds, rows, 2))
     report.finish(given.out, "meal_v2", {"seeds": given.seeds, "error": rows},

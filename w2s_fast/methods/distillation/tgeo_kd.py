@@ -15,7 +15,7 @@ alike hurt too little for a teacher this weak to help at all (alpha 0 was the be
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from ...ops.linear_loss.kd import kd_loss
 from .._common import report
 from .._common.console import progress
 from .._common.digits import Split, digits
-from ._common import Tick, bars, batches, error, fit, jitter, network
+from .._common.training import NOTHING, Start, Watch, unwatched, watches
+from ._common import Batches, bars, error, fit, jitter, network
 
 TAU, BATCH, RATE, ETA, WIDTH = 2.0, 64, 3e-3, 0.1, 6
 FIXED = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -95,11 +96,11 @@ def class_means(told: Tensor, y: Tensor) -> Tensor:
 
 def train(
     model: nn.Module, data: Split, told: Tensor, clean: Split, steps: int, seed: int, alpha: float | None = None,
-    tick: Tick | None = None,
+    watch: Watch = NOTHING,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:  # fmt: skip
     """Train in place with a fixed alpha, or with a learned one (None); then ``alpha(student, teacher, label)``."""
     generator = torch.Generator().manual_seed(seed)
-    take = batches(len(data.y), BATCH, generator)
+    take = Batches(len(data.y), BATCH, generator)
     geometry, means = Geometry(10, seed), class_means(told, data.y)
     outer = torch.optim.Adam(geometry.parameters(), lr=RATE)
 
@@ -121,7 +122,7 @@ def train(
             outer.step()
         return kd_loss(made, [("logits", batch.told)], alpha=ratio.detach(), tau=TAU, target=batch.y, hard="ce")[0]
 
-    fit(list(model.parameters()), loss, steps, RATE, tick=tick)
+    fit(model, loss, steps, RATE, watch, generator=generator, take=take, geometry=geometry, outer=outer)
     return None if alpha is not None else ratios
 
 
@@ -147,7 +148,7 @@ def data(seed: int, noise: float, few: int = 150, clean: int = 300) -> Data:
     return Data(Split(parts[2].x, torch.where(wrong, (y + 1) % 10, y)), wrong, parts[0], parts[1], test)
 
 
-def run(seed: int, *, steps: int = 1500, noise: float = 0.4, tick: Any = lambda *_: None) -> dict[str, float]:
+def run(seed: int, *, steps: int = 1500, noise: float = 0.4, start: Start = unwatched) -> dict[str, float]:
     """Percent of wrong test digits by name; the learned alpha where the label is right, and where it is wrong."""
     given = data(seed, noise)
     teacher = network(WIDTH, 100 + seed)
@@ -156,14 +157,16 @@ def run(seed: int, *, steps: int = 1500, noise: float = 0.4, tick: Any = lambda 
     def lesson(step: int) -> Tensor:
         return cross_entropy(teacher(jitter(given.few.x, generator)), given.few.y)
 
-    fit(list(teacher.parameters()), lesson, steps // 4, RATE, decay=0.1, tick=tick(f"teacher, seed {seed}", steps // 4))
+    watch = start(f"teacher, seed {seed}", steps // 4)
+    fit(teacher, lesson, steps // 4, RATE, watch, decay=0.1, generator=generator)
     with torch.no_grad():
         told = teacher(given.noisy.x)
     found, validated = {"teacher": error(teacher, *given.test)}, {}
     for alpha in (*FIXED, None):
         name = "TGeo-KD" if alpha is None else f"alpha {alpha:g}"
         student = network(WIDTH, seed)
-        ratios = train(student, given.noisy, told, given.clean, steps, seed, alpha, tick(f"{name}, seed {seed}", steps))
+        watch = start(f"{name}, seed {seed}", steps)
+        ratios = train(student, given.noisy, told, given.clean, steps, seed, alpha, watch)
         found[name] = error(student, *given.test)
         if ratios is None:
             validated[name] = error(student, *given.clean)
@@ -183,8 +186,9 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
 
     given = report.parser("tgeo_kd", __doc__, seeds=3).parse_args(arguments)
-    with progress() as start:
-        found = [run(seed, **({"steps": 60} if given.quick else {}), tick=start) for seed in given.seeds]
+    with progress() as ticks:
+        start = watches(ticks, given.out, __file__)
+        found = [run(seed, **({"steps": 60} if given.quick else {}), start=start) for seed in given.seeds]
     rows = {name: [f[name] for f in found] for name in found[0] if "label" not in name}
     alphas = {name: [f[name] for f in found] for name in found[0] if "label" in name}
     Console().print(report.seed_table("Wrong test digits, percent", "trained with", given.seeds, rows, 2))

@@ -19,9 +19,7 @@ from torch.nn import functional as F
 
 from .._common import digits, models, text, tokens
 from .._common.cache import digest, kept
-from .._common.training import Place
 
-ALONE = Place(0, 1, torch.device("cpu"))
 Tick = Callable[[float], None]
 Start = Callable[[str, int], Tick]
 

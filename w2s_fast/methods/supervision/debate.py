@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from .._common import report
 from .._common.console import progress, quiet_transformers
+from .._common.training import ALONE
 from . import _report
-from ._tasks import ALONE, SEEN, VOCABULARY, Start, Task, accuracy, linear_model, logits, text_task
+from ._tasks import SEEN, VOCABULARY, Start, Task, accuracy, linear_model, logits, text_task
 from .weak_to_strong import LOSSES, Loss, length, student, weak_labels
 
 JUDGES, SHOWN, NOISE = 4, 2, 0.5  # noise: in standard deviations of the evidence

@@ -28,7 +28,8 @@ from ... import w2s_confidence_loss
 from .._common import report, training
 from .._common.cache import digest
 from .._common.console import progress, quiet_transformers
-from ._tasks import ALONE, Classifier, Data, Start, Task, cosine, text_task
+from .._common.training import ALONE
+from ._tasks import Classifier, Data, Start, Task, cosine, text_task
 
 ALPHA, THRESHOLD = 0.5, 0.75
 SWEEP = [0.5 + 0.05 * i for i in range(10)]

@@ -31,8 +31,9 @@ from ... import linear_logp, linear_preference
 from .._common import arithmetic, models, report, training
 from .._common.cache import digest
 from .._common.console import progress, quiet_transformers
+from .._common.training import ALONE
 from . import _report
-from ._tasks import ALONE, Start
+from ._tasks import Start
 
 STEPS, SAMPLES, WRONG = 2, 10, 0.2  # wrong: share of random results in the pre-training text
 TOKENS = arithmetic.STEP * STEPS + 1
