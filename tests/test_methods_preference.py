@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 
-from w2s_fast.methods._common import models
+from w2s_fast.methods._common import models, training
 from w2s_fast.methods.preference import _sequences as seq
 from w2s_fast.methods.preference import npo
 
@@ -99,6 +99,31 @@ def test_gradient_ascent_runs_away_and_npo_does_not():
         assert seq.scores(copy, parts[0]).mean() < ref.mean() - 5, "it forgets"
         lost[kind] = (seq.scores(model, parts[1]) - seq.scores(copy, parts[1])).mean().item()
     assert lost["npo"] < 0.7 * lost["ga"]
+
+
+def test_a_stopped_unlearning_goes_on_as_if_it_had_not_stopped(tmp_path):
+    model = models.llama(models.Size(16, 1, 2), seq.VOCABULARY, seed=0, positions=64)
+    given = npo.data(3, forget=20, retain=20)
+    goal = torch.linspace(-1, 1, 20)
+
+    class Stop(Exception):
+        pass
+
+    def unlearn(folder, last):
+        def tick(value):
+            told.append(value)
+            if len(told) == last:
+                raise Stop
+
+        told: list[float] = []
+        watch = training.watches(lambda *_: tick, tmp_path / folder, npo.__file__)("NPO", 50)
+        return npo.unlearn(model, given, goal, "NPO + retain", 50, 0, watch), told
+
+    expected = unlearn("whole", -1)
+    with pytest.raises(Stop):
+        unlearn("stopped", 33)
+    assert unlearn("stopped", -1) == expected and [p.step for p in expected[0]] == [0, 10, 20, 30, 40, 50]
+    assert unlearn("stopped", -1) == expected  # from the end
 
 
 def test_npo_command(tmp_path, capsys):

@@ -53,11 +53,13 @@ Start = Callable[[str, int], Watch]
 
 
 def watches(start: Callable[[str, int], Callable[[float], None]], out: Path, source: str) -> Start:
-    """Progress bars of ``start``; checkpoints in ``out``, void as soon as the method's file ``source`` changes."""
+    """Progress bars of ``start``; checkpoints in ``out``, void once the file ``source`` or one beside it changes."""
+    folders = (Path(source).parent, Path(__file__).parent)
+    code = digest(*(path.read_text() for folder in folders for path in sorted(folder.glob("*.py"))))
 
     def watch(label: str, steps: int) -> Watch:
         name = re.sub(r"[^a-z0-9]+", "-", label.lower())
-        key = digest(label, steps, torch.__version__, Path(source).read_text())
+        key = digest(label, steps, torch.__version__, code)
         return Watch(start(label, steps), out / "checkpoints" / f"{name}.pt", key)
 
     return watch

@@ -27,8 +27,9 @@ from torch import Tensor
 
 import w2s_fast
 
-from .._common import models, report, tokens
+from .._common import models, report, tokens, training
 from .._common.console import progress, quiet_transformers
+from .._common.training import Start, Watch
 from . import _sequences as seq
 from ._sequences import Sequences
 
@@ -111,32 +112,43 @@ def forget_loss(model: Any, given: Sequences, ref: Tensor, kind: Any) -> Tensor:
     return loss
 
 
-def unlearn(start: Any, given: Data, goal: Tensor, method: str, steps: int, seed: int, tick: seq.Tick) -> list[Point]:
+class Places(list[Point]):
+    """Points on the way, as a part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Their numbers."""
+        return {"points": [tuple(p) for p in self]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From `state_dict`."""
+        self[:] = [Point(*p) for p in state["points"]]
+
+
+def unlearn(first: Any, given: Data, goal: Tensor, method: str, steps: int, seed: int, watch: Watch) -> list[Point]:
     """Places on the way, every tenth step."""
-    (kind, weight), model, batch = METHODS[method], models.clone(start), 16
-    draw, ref = torch.Generator().manual_seed(seed), seq.scores(start, given.forget)
+    (kind, weight), model, batch = METHODS[method], models.clone(first), 16
+    draw, ref = torch.Generator().manual_seed(seed), seq.scores(first, given.forget)
     forget = seq.batches(len(given.forget.ids), batch, steps, draw)
     retain = seq.batches(len(given.retain.ids), batch, steps, draw)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
-    points = [place(model, 0, given, goal)]
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 4)
-        loss = forget_loss(model, given.forget.at(forget[step]), ref[forget[step]], kind)
-        tick(loss.item())
-        if weight:
-            loss = loss - weight * seq.logp(model, given.retain.at(retain[step])).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 10 == 9:
-            points.append(place(model, step + 1, given, goal))
-    return points
+    points = Places()
+
+    def loss(step: int) -> Tensor:
+        if step % 10 == 0:
+            points.append(place(model, step, given, goal))
+        value = forget_loss(model, given.forget.at(forget[step]), ref[forget[step]], kind)
+        return value - weight * seq.logp(model, given.retain.at(retain[step])).mean() if weight else value
+
+    training.train(
+        model, loss, steps, lambda step: RATE * min(1.0, (step + 1) / 4), training.ALONE, decay=0.01,
+        checkpoint=watch.path, every=20, key=watch.key, also={"points": points}, tick=watch.tick,
+    )  # fmt: skip
+    return [*points, place(model, steps, given, goal)]
 
 
-def run(seed: int, quick: bool, start: seq.Start) -> dict[str, list[Point]]:
+def run(seed: int, quick: bool, start: Start) -> dict[str, list[Point]]:
     """Both models, then every method from the one that has seen all."""
     base_steps, epochs, steps = (10, 1, 10) if quick else (300, 12, 80)
-    base, given = seq.text_base(base_steps, LENGTH, start), data(seed)
+    base, given = seq.text_base(base_steps, LENGTH, lambda *bar: start(*bar).tick), data(seed)
     made = []
     for name, part in (("all", seq.join(given.forget, given.retain)), ("without the forget set", given.retain)):
         model, count = models.clone(base), epochs * len(part.ids) // 32
@@ -145,14 +157,14 @@ def run(seed: int, quick: bool, start: seq.Start) -> dict[str, list[Point]]:
         def loss(step: int, model: Any = model, part: Sequences = part, order: list[Tensor] = order) -> Tensor:
             return seq.cross_entropy(model, part.at(order[step]))
 
-        models.fit(model, loss, count, 0.01, tick=start(f"seed {seed}: learns {name}", count))
+        models.fit(model, loss, count, 0.01, tick=start(f"seed {seed}: learns {name}", count).tick)
         made.append(model)
     learnt, never = made
     goal = truth_ratios(never, given)
     found = {"never saw it": [place(never, 0, given, goal)]}
     for method in METHODS:
-        tick = start(f"seed {seed}: {method}", steps)
-        found[method] = unlearn(learnt, given, goal, method, steps, seed, tick)
+        watch = start(f"seed {seed}: {method}", steps)
+        found[method] = unlearn(learnt, given, goal, method, steps, seed, watch)
     return found
 
 
@@ -188,7 +200,8 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
 
     given = report.parser("npo", __doc__, seeds=3).parse_args(arguments)
-    with progress() as start, quiet_transformers():
+    with progress() as bars, quiet_transformers():
+        start = training.watches(bars, given.out, __file__)
         found = [run(seed, given.quick, start) for seed in given.seeds]
     for title, value in (
         ("Highest forget quality on the way", lambda points: best(points).quality),
