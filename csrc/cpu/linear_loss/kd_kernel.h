@@ -15,14 +15,18 @@ struct Both {
   using A = typename L::Scalar;
   using T = Vec<A>;
   const A *x, *e, *y, *f;
+  typename L::Number p_scale, q_scale;
   T ls, ps, lt, qs, floor, none;
   W2S_INLINE Both(const Mass<L>& s, const Mass<L>& t)
-      : x(s.x), e(s.e), y(t.x), f(t.e), ls(all<A>(s.log_sum)), ps(all<A>(s.scale)), lt(all<A>(t.log_sum)), qs(all<A>(t.scale)),
-        floor(T::set(A(LOG_FLOOR))), none(T::set(0)) {}
+      : x(s.x), e(s.e), y(t.x), f(t.e), p_scale(s.scale), q_scale(t.scale), ls(all<A>(s.log_sum)), ps(all<A>(s.scale)),
+        lt(all<A>(t.log_sum)), qs(all<A>(t.scale)), floor(T::set(A(LOG_FLOOR))), none(T::set(0)) {}
   W2S_INLINE T log_p(int64_t i) const { return T::load(x + i) - ls; }
   W2S_INLINE T p(int64_t i) const { return T::load(e + i) * ps; }
   W2S_INLINE T log_q(int64_t i) const { return T::max(floor, T::load(y + i) - lt); }
   W2S_INLINE T q(int64_t i) const { return T::load(f + i) * qs; }
+  // p and q without their scale, whose rounding a sum over all classes would only repeat
+  W2S_INLINE T mass_p(int64_t i) const { return T::load(e + i); }
+  W2S_INLINE T mass_q(int64_t i) const { return T::load(f + i); }
   // b where the mass a is not 0, otherwise 0: 0 times an infinite logarithm
   W2S_INLINE T where(T a, T b) const { return T::select(T::eq(a, none), none, b); }
 };
@@ -63,33 +67,33 @@ W2S_INLINE Number divergence(const L& l, const Both<L>& v, A* r, Number& mean) {
   switch (l.loss.kind) {
     case FKL: {
       l.sums(one, [&](int64_t i, T* sum) {
-        const T q = v.q(i);
+        const T q = v.mass_q(i);
         sum[0] = T::fma(q, v.log_q(i) - v.where(q, v.log_p(i)), sum[0]);
       });
-      return one[0];
+      return one[0] * v.q_scale;
     }
     case CE_SOFT: {
       l.sums(one, [&](int64_t i, T* sum) {
-        const T q = v.q(i);
+        const T q = v.mass_q(i);
         sum[0] = T::fma(q, v.where(q, v.log_p(i)), sum[0]);
       });
-      return 0.0 - one[0];
+      return 0.0 - one[0] * v.q_scale;
     }
     case RKL: {
       l.sums(one, [&](int64_t i, T* sum) {
-        const T p = v.p(i);
+        const T p = v.mass_p(i);
         sum[0] = T::fma(p, v.where(p, v.log_p(i)) - v.log_q(i), sum[0]);
       });
-      return mean = one[0];
+      return mean = one[0] * v.p_scale;
     }
     case SCE: {
       l.sums(s, [&](int64_t i, T* sum) {
-        const T q = v.q(i);
+        const T q = v.mass_q(i);
         sum[0] = T::fma(q, v.where(q, v.log_p(i)), sum[0]);
-        sum[1] = T::fma(v.p(i), v.log_q(i), sum[1]);
+        sum[1] = T::fma(v.mass_p(i), v.log_q(i), sum[1]);
       });
-      mean = s[1];
-      return (b - 1) * s[0] - b * s[1];
+      mean = s[1] * v.p_scale;
+      return (b - 1) * (s[0] * v.q_scale) - b * mean;
     }
     case PRODUCT: return product(l, v, r, mean);
     case JSD: break;
@@ -103,14 +107,14 @@ W2S_INLINE Number divergence(const L& l, const Both<L>& v, A* r, Number& mean) {
   }
   log_row(r, l.n);
   l.sums(s, [&](int64_t i, T* sum) {
-    const T p = v.p(i), q = v.q(i), d = v.log_q(i) - v.log_p(i), over = T::set(0) - T::load(r + i);
+    const T p = v.mass_p(i), q = v.mass_q(i), d = v.log_q(i) - v.log_p(i), over = T::set(0) - T::load(r + i);
     const T mine = v.where(p, over - T::max(d, T::set(0))), theirs = v.where(q, over + T::min(d, T::set(0)));
     mine.store(r + i);
     sum[0] = T::fma(q, theirs, sum[0]);
     sum[1] = T::fma(p, mine, sum[1]);
   });
-  mean = s[1];
-  return b * s[0] + (1 - b) * s[1];
+  mean = s[1] * v.p_scale;
+  return b * (s[0] * v.q_scale) + (1 - b) * mean;
 }
 
 // d (c D) / d z into g, c with the chain 1 / tau. `one` of the cross-entropy: its softmax at temperature 1 is p itself, or

@@ -4,8 +4,19 @@
 // once, for both.
 #include "cpu/pack_kernel.h"
 
+// The sum of the lanes in double: a lane's is of few terms, but every halving across lanes would round once more.
+template <class A>
+W2S_INLINE double fine_sum(Vec<A> x) {
+  A lane[Vec<A>::W];
+  x.store(lane);
+  double four[4] = {};
+  for (int i = 0; i < Vec<A>::W; i += 4)
+    for (int j = 0; j < 4 && j < Vec<A>::W; ++j) four[j] += double(lane[i + j]);
+  return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
 // Sums over a padded row, tile by tile: `step(i, sums)` adds a vector at i to N running sums.
-template <class A, int N, class Step>
+template <class A, bool FINE = false, int N, class Step>
 W2S_INLINE void row_sums_of(int64_t n, double (&out)[N], const Step& step) {
   using V = Vec<A>;
   for (int k = 0; k < N; ++k) out[k] = 0;
@@ -17,8 +28,8 @@ W2S_INLINE void row_sums_of(int64_t n, double (&out)[N], const Step& step) {
     const int64_t end = n < at + TILE ? n : at + TILE;
     for (int64_t i = at; i < end; i += U * V::W)
       for (int u = 0; u < U; ++u) step(i + u * V::W, sums[u]);
-    for (auto& part : sums)
-      for (int k = 0; k < N; ++k) out[k] += double(part[k].sum());
+    for (const auto& part : sums)
+      for (int k = 0; k < N; ++k) out[k] += FINE ? fine_sum<A>(part[k]) : double(part[k].sum());
   }
 }
 
@@ -106,8 +117,8 @@ struct OneRow {
   W2S_INLINE double at_target(const A* x) const { return double(x[row.target]); }
   W2S_INLINE void take_target(A* g) const { g[row.target] -= A(row.coef_ce); }
 
-  template <int N, class Step>
-  W2S_INLINE void sums(double (&out)[N], const Step& step) const { row_sums_of<A>(n, out, step); }
+  template <bool FINE = false, int N, class Step>
+  W2S_INLINE void sums(double (&out)[N], const Step& step) const { row_sums_of<A, FINE>(n, out, step); }
 
   W2S_INLINE void load(const RowSource& s, A fill, A* x) const {
     widen<A>(s.data, s.dtype, int(loss.V), fill, x);
@@ -171,7 +182,7 @@ struct Lanes {
     for (int l = 0; l < W; ++l) g[rows.target[index[l]] * W + l] -= A(rows.coef_ce[index[l]]);
   }
 
-  template <int N, class Step>
+  template <bool FINE = false, int N, class Step>
   W2S_INLINE void sums(PerLane<A> (&out)[N], const Step& step) const {
     T sum[N];
     for (int k = 0; k < N; ++k) sum[k] = T::set(0);

@@ -20,7 +20,7 @@ W2S_INLINE Mass<L> softmax_of(const L& l, const Source& s, A* x, A* e, Number* o
   Number sum[1] = {0.0};
   if (one) {
     Number both[2] = {0.0, 0.0};
-    l.sums(both, [&](int64_t i, T* acc) {
+    l.template sums<true>(both, [&](int64_t i, T* acc) {
       const T z = T::load(x + i) - top, scaled = z * heat, mass = vexp(scaled);
       scaled.store(x + i);
       mass.store(e + i);
@@ -30,7 +30,7 @@ W2S_INLINE Mass<L> softmax_of(const L& l, const Source& s, A* x, A* e, Number* o
     sum[0] = both[0];
     *one = both[1];
   } else {
-    l.sums(sum, [&](int64_t i, T* acc) {
+    l.template sums<true>(sum, [&](int64_t i, T* acc) {
       const T scaled = (T::load(x + i) - top) * heat, mass = vexp(scaled);
       scaled.store(x + i);
       mass.store(e + i);
