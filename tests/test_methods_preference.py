@@ -101,6 +101,29 @@ def test_gradient_ascent_runs_away_and_npo_does_not():
     assert lost["npo"] < 0.7 * lost["ga"]
 
 
+def test_a_stopped_fit_goes_on_as_if_it_had_not_stopped(tmp_path):
+    ids = torch.randint(40, (64, 12), generator=torch.Generator().manual_seed(5))
+
+    def fit(name, last=-1, key="a"):
+        def tick(value):
+            told.append(value)
+            if len(told) == last:
+                raise KeyboardInterrupt
+
+        told: list[float] = []
+        model = models.llama(models.Size(16, 1, 2), 40, seed=0, positions=32)
+        models.fit(model, lambda step: seq.cross_entropy(model, seq.after(ids[step % 16::16], 1)), 30, 0.02, tick=tick,
+                   checkpoint=tmp_path / name, key=key)  # fmt: skip
+        return told, [p.sum().item() for p in model.parameters()]
+
+    expected = fit("whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        fit("stopped.pt", 19)
+    assert len(torch.load(tmp_path / "stopped.pt", weights_only=True)["losses"]) == 14
+    assert fit("stopped.pt") == expected and fit("stopped.pt") == expected
+    assert fit("stopped.pt", key="b") == expected  # trained anew
+
+
 def test_a_stopped_unlearning_goes_on_as_if_it_had_not_stopped(tmp_path):
     model = models.llama(models.Size(16, 1, 2), seq.VOCABULARY, seed=0, positions=64)
     given = npo.data(3, forget=20, retain=20)

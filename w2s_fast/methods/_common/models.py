@@ -43,9 +43,12 @@ def clone(model: Any) -> Any:
 
 
 def fit(
-    model: Any, loss: Callable[[int], Tensor], steps: int, rate: float, *, tick: Callable[[float], None] | None = None
-) -> float:
+    model: Any, loss: Callable[[int], Tensor], steps: int, rate: float, *,
+    tick: Callable[[float], None] | None = None, checkpoint: Path | None = None, key: str = "",
+) -> float:  # fmt: skip
     """Minimise ``loss(step)``; returns the mean loss of the last tenth.
+
+    Every quarter the state goes to ``checkpoint``; a file of the same ``key`` is gone on from, as in `training.train`.
 
     Muon for the matrices (rate) and AdamW for the rest (0.4 rate), warm-up, then linear to zero over the last two
     thirds: about twice as far per step as AdamW alone on models this small (5.52 against 4.92 nats after 80 steps).
@@ -65,8 +68,18 @@ def fit(
         for o in optimizers
     ]
     model.train()
-    losses = []
-    for step in range(steps):
+    losses: list[float] = []
+    parts = [model, *optimizers, *schedules]
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["key"] == key:
+            losses = state["losses"]
+            for part, own in zip(parts, state["parts"], strict=True):
+                part.load_state_dict(own)
+    if tick is not None:
+        for past in losses:
+            tick(past)
+    for step in range(len(losses), steps):
         value = loss(step)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -78,6 +91,11 @@ def fit(
         losses.append(value.item())
         if tick is not None:
             tick(losses[-1])
+        if checkpoint is not None and (len(losses) == steps or len(losses) % max(1, steps // 4) == 0):
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            scratch = checkpoint.with_suffix(".part")
+            torch.save({"key": key, "losses": losses, "parts": [part.state_dict() for part in parts]}, scratch)
+            scratch.replace(checkpoint)
     model.eval()
     tail = losses[-max(1, steps // 10):]
     return sum(tail) / max(1, len(tail))
