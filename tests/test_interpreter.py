@@ -291,6 +291,16 @@ def test_modes_lose_what_they_may_and_no_more(conv: bool, compute: str):
         assert float((center[0] - center[1])[alive].abs().max() / center[0].abs().max()) < 2**-13
 
 
+def _distilled(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+    """Every form of a teacher, with all outputs."""
+    top = torch.linspace(0, 0.3, h.shape[0])[:, None].sub(2.0).expand(-1, 2)
+    ids = (y.clamp_min(0)[:, None] + torch.tensor([0, 1])) % 90
+    teachers = [("linear", h.detach() * 0.5, w.detach()), ("logits", told), ("topk", ids, top)]
+    names = ("kd", "ce", "entropy_s", "entropy_t", "agree")
+    loss, rows = w2s_fast.linear_kd(h, w, teachers, kind="jsd", alpha=0.6, tau=2.0, target=y, hard="ce", outputs=names)
+    return loss + sum(rows[name].float().sum() for name in names)
+
+
 def _vocabulary_calls(poison: float) -> list[torch.Tensor]:
     """Losses and gradients of rows of which some do not count and hold ``poison``."""
     generator = torch.Generator().manual_seed(0)
@@ -298,6 +308,8 @@ def _vocabulary_calls(poison: float) -> list[torch.Tensor]:
     y = torch.randint(90, (24,), generator=generator)
     y[torch.tensor([0, 1, 6, 7, 12, 15, 18, 23])] = -100
     h[y == -100] = poison
+    told = torch.randn(24, 90, generator=generator)
+    told[y == -100] = poison
     ids = torch.arange(24) // 6
     packed = {"segment_ids": ids, "num_segments": 4}
     order = torch.tensor([[2, 0], [3, 1]])
@@ -314,6 +326,8 @@ def _vocabulary_calls(poison: float) -> list[torch.Tensor]:
         lambda h, w: w2s_fast.linear_preference(h, w, y, shared, kind="dpo", **options)[0],
         lambda h, w: w2s_fast.linear_preference(h, w, y, kind="npo", ref_logp=options["ref_logp"], **packed)[0],
         lambda h, w: w2s_fast.linear_ce(h, w, torch.full_like(y, -100)),
+        lambda h, w: _distilled(h, w, y, told),
+        lambda h, w: _distilled(h, w, torch.full_like(y, -100), told),
     ):
         states, head = h.clone().requires_grad_(), w.clone().requires_grad_()
         value = loss(states, head)

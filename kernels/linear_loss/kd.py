@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..common import AotCase, Meta, dtype, launch, refuse_double
+from .packing import used_rows
 from .rows import block_of, chunk_rows, logits, row_statistics, warps_of
 
 FKL, RKL, JSD, SCE, CE_SOFT, PRODUCT = (tl.constexpr(i) for i in range(6))
@@ -278,14 +279,18 @@ def rows_of_logits(z: Any, given: tuple, need: bool, statistics: bool, grad: Any
 def launch_linear_kd(*args: Any) -> tuple[Any, ...]:
     """Arguments of `linear_kd` -> (loss, kd, ce, stats, dhidden, dhead, dbias)."""
     (hidden, head, bias), given, (need_hidden, need_head, need_bias, statistics) = args[:3], args[3:14], args[14:]
-    rows, vocab, keep, f32 = hidden.shape[0], head.shape[0], given[8], dtype(hidden, "float32")
-    if keep is not None:  # what such a row holds must not reach the products
+    total, vocab, keep, f32 = hidden.shape[0], head.shape[0], given[8], dtype(hidden, "float32")
+    index, split = None if keep is None else used_rows(keep), _split(given[0], given[1])
+    if index is not None:
+        hidden, given = hidden[index], (*given[:7], *(x if x is None else x[index] for x in given[7:]))
+        split = [(t[0][index], *t[1:]) if form >= 3 else t for form, t in zip(given[1], split, strict=True)]
+    elif keep is not None:  # what such a row holds must not reach the products
         hidden = hidden.masked_fill(keep.logical_not().unsqueeze(1), 0.0)
-    need = need_hidden or need_head or need_bias
+    rows, need = hidden.shape[0], need_hidden or need_head or need_bias
     dhidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     dhead = head.new_zeros(head.shape if need_head else (0,), dtype=f32)
     dbias = head.new_zeros((vocab,) if need_bias else (0,), dtype=f32)
-    split, out = _split(given[0], given[1]), _outputs(hidden, rows, statistics)
+    out = _outputs(hidden, rows, statistics)
     linear = sum(form >= 3 for form in given[1])
     chunk = chunk_rows(rows, vocab, 4 * (1 + linear) + head.element_size())
     for first in range(0, rows, chunk):
@@ -300,7 +305,8 @@ def launch_linear_kd(*args: Any) -> tuple[Any, ...]:
                 logits(t[0], t[1], t[2] if form == 4 else None, first, tile)
                 teachers.append((0, tile, None))
             else:
-                teachers.append((form, t[-1][part], t[0][part] if form == 2 else None))
+                own = part if index is None else index[part]
+                teachers.append((form, t[-1][own], t[0][own] if form == 2 else None))
         dz = z if z.dtype == head.dtype else head.new_empty((size, vocab))
         _rows(z, teachers, given, out, first, dz if need else None)
         if need_hidden:
@@ -309,11 +315,22 @@ def launch_linear_kd(*args: Any) -> tuple[Any, ...]:
             dhead += dz.t().matmul(hidden[part])
         if need_bias:
             dbias += dz.float().sum(0)
-    like = hidden if bias is None else bias
+    like, loss = hidden if bias is None else bias, _total(given, out[0], out[1])
+    if index is not None:
+        kd, ce, stats = out
+        stats = _spread(stats, index, total, 1) if statistics else stats
+        out = (_spread(kd, index, total, 0), _spread(ce, index, total, 0), stats)
+        dhidden = _spread(dhidden, index, total, 0) if need_hidden else dhidden
     return (
-        _total(given, out[0], out[1]), *out, dhidden, dhead.to(head.dtype),
+        loss, *out, dhidden, dhead.to(head.dtype),
         dbias.to(like.dtype) if need_bias else like.new_empty((0,)),
     )
+
+
+def _spread(x: Any, index: Any, rows: int, axis: int) -> Any:
+    """Rows ``index`` of a tensor with ``rows`` of them along an axis, zeros elsewhere."""
+    shape = (*x.shape[:axis], rows, *x.shape[axis + 1 :])
+    return x.new_zeros(shape).index_copy(axis, index, x)
 
 
 def supports_kd(*args: Any) -> str | None:
