@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 
-from w2s_fast.methods._common import models, training
+from w2s_fast.methods._common import arithmetic, models, training
 from w2s_fast.methods.preference import _sequences as seq
 from w2s_fast.methods.preference import npo
+from w2s_fast.methods.preference import per_step_advantage as per_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,6 +48,16 @@ def test_scores_are_those_of_the_logits(model):
     torch.testing.assert_close(seq.scores(model, given), plain.sum(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(seq.scores(model, given, "mean"), plain.sum(1) / 8, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(seq.cross_entropy(model, given), -plain.sum() / 40, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("nll", [0.0, 0.7])
+def test_pair_loss_is_the_papers(model, nll):
+    chosen, rejected, ref = some(3), some(3, 1), torch.linspace(-40, -30, 6)
+    ours = seq.pair_loss(model, chosen, rejected, ref, 0.3, nll)
+    a, b = (plain_logp(model, g).sum(1) for g in (chosen, rejected))
+    plain = -F.logsigmoid(0.3 * ((a - ref[:3]) - (b - ref[3:]))).mean() - nll * a.mean() / 8
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients(model, ours), gradients(model, plain), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["npo", "ga"])
@@ -157,3 +168,84 @@ def test_npo_command(tmp_path, capsys):
     assert (tmp_path / "npo.png").stat().st_size > 10_000
     printed = capsys.readouterr()
     assert "Utility at the end" in printed.out and "wrote" in printed.out
+
+
+def test_pit_is_the_first_step_of_the_lowest_advantage():
+    values = torch.tensor([[0.5, 0.75, 0.25, 0.0], [0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [0.25, 0.25, 1.0, 0.0]])
+    assert per_step.pits(values).tolist() == [1, 0, 0, 2]
+
+
+def test_shortcuts_work_on_the_last_digit_alone(monkeypatch):
+    monkeypatch.setattr(per_step, "SHORTCUTS", 1.0)
+    problems = torch.tensor([[47, 5, -8, 3, -2], [12, 7, 9, -9, -4]])
+    made = arithmetic.decode(per_step.shortened(problems, torch.Generator()))
+    assert made == ["47+05:42;42-08:46;46+03:49;49-02:47;\n", "12+07:19;19+09:18;18-09:11;11-04:13;\n"]
+    monkeypatch.setattr(per_step, "SHORTCUTS", 0.0)
+    assert torch.equal(per_step.shortened(problems, torch.Generator()), arithmetic.solutions(problems))
+
+
+def test_only_the_tokens_of_the_step_count():
+    problems = torch.tensor([[47, 5, -8, 3, 1], [30, 1, 2, 3, 1]])
+    ids = torch.cat((arithmetic.questions(problems), arithmetic.solutions(problems)), 1)
+    step = per_step.only_step(ids, torch.tensor([1, 2]))
+    words = [arithmetic.decode(row[mask][None])[0] for row, mask in zip(ids, step.labels >= 0, strict=True)]
+    assert words == ["52-08=44;", "33+03=36;"]
+    model = models.llama(models.Size(16, 1, 2), len(arithmetic.CHARACTERS), seed=0, positions=64)
+    hidden = seq.states(model, ids).detach().requires_grad_()
+    first, second = (step.at(torch.tensor([i])) for i in (0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seq, "states", lambda model, ids: hidden)
+        seq.pair_loss(model, first, second, torch.zeros(2), 0.1, 1.0).backward()
+    assert torch.equal((hidden.grad != 0).any(2), step.labels[:, 1:] >= 0)
+
+
+def test_pool_finds_the_spoilt_step(monkeypatch):
+    """Samples whose second value is wrong by one, but for the last of four; what follows a wrong value is wrong too."""
+    problems = torch.tensor([[47, 5, -8, 3, 1], [30, 1, 2, 3, 1], [60, -1, 4, -7, 1]])
+
+    def continued(model, ids, draw):
+        done = (ids.shape[1] - per_step.QUESTION) // per_step.STEP
+        rows, count = ids.repeat_interleave(per_step.SAMPLES, 0), len(ids) * per_step.SAMPLES
+        asked = problems.repeat_interleave(count // len(problems), 0)  # three wrong ones of four, problem by problem
+        stated = arithmetic.values(asked)
+        wrong = torch.arange(count) % per_step.SAMPLES < per_step.SAMPLES - 1
+        stated[:, 2:] += (wrong | (done >= 2))[:, None]
+        made = arithmetic.solutions(asked, stated)
+        return torch.cat((rows, made[:, done * per_step.STEP:]), 1).unflatten(0, (-1, per_step.SAMPLES))
+
+    monkeypatch.setattr(per_step, "continued", continued)
+    made = per_step.pool(None, problems, torch.Generator().manual_seed(0))
+    good, bad = made.pit
+    first = per_step.QUESTION + per_step.STEP
+    place, asked = slice(first, first + per_step.STEP), problems.repeat_interleave(3, 0)
+    truth = arithmetic.solutions(asked)[:, per_step.STEP : 2 * per_step.STEP]
+    assert torch.equal(good.labels[:, place], truth) and (bad.labels[:, place] != truth).any(1).all()
+    assert ((good.labels >= 0).sum(1) == per_step.STEP).all() and ((bad.labels >= 0).sum(1) == per_step.STEP).all()
+    assert torch.equal(good.ids[:, :first], bad.ids[:, :first]), "the same prefix"
+    assert len(made.right.ids) == 12  # one of four of each question, and after the first step of each wrong solution
+    whole = [arithmetic.grade(asked, part.ids[:, per_step.QUESTION:]).right for part in made.whole]
+    assert whole[0].all() and not whole[1].any()
+
+    def margin(model, pair):
+        return (seq.scores(model, pair[0]) - seq.scores(model, pair[1])).mean()
+
+    base = models.llama(models.Size(16, 1, 2), len(arithmetic.CHARACTERS), seed=0, positions=64)
+    for method in per_step.SETTINGS:
+        tuned = per_step.tuned(base, method, made, 20, 0)
+        if method in (per_step.RIGHT, per_step.STEP_ALONE):
+            data = made.right if method == per_step.RIGHT else good
+            assert seq.cross_entropy(tuned, data) < seq.cross_entropy(base, data) - 0.01
+        else:
+            pair = made.whole if method == per_step.WHOLE else made.pit
+            assert margin(tuned, pair) > margin(base, pair) + 0.01
+
+
+def test_per_step_command(tmp_path, capsys):
+    arguments = ["--quick", "--seeds", "0", "1", "--out", str(tmp_path)]
+    assert per_step.main(arguments) == 0
+    found = json.loads((tmp_path / "per_step_advantage.json").read_text())["accuracy"]
+    assert set(found) == {"sampled", "greedy"} and len(found["greedy"][per_step.BASE]) == 2
+    assert (tmp_path / "per_step_advantage.png").stat().st_size > 10_000
+    assert "Accuracy, greedy" in capsys.readouterr().out
+    assert per_step.main(arguments) == 0  # from the checkpoints
+    assert json.loads((tmp_path / "per_step_advantage.json").read_text())["accuracy"] == found

@@ -1,4 +1,4 @@
-"""What the preference methods share: log-probabilities of sequences, batches, a small language model of text.
+"""What the preference methods share: log-probabilities and losses of sequences, batches, a language model of text.
 
 Sequences are ``ids [N, S]`` with ``labels [N, S]``, -100 where a token is not to be scored (prompts); not shifted.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import w2s_fast
 
-from .._common import models, text, tokens
+from .._common import models, text, tokens, training
 
 Tick = Callable[[float], None]
 Start = Callable[[str, int], Tick]
@@ -66,11 +66,32 @@ def cross_entropy(model: Any, given: Sequences) -> Tensor:
     return cast(Tensor, w2s_fast.linear_ce(states(model, given.ids), model.lm_head.weight, given.labels[:, 1:]))
 
 
+def pair_loss(model: Any, chosen: Sequences, rejected: Sequences, ref: Tensor, beta: float, nll: float = 0.0) -> Tensor:
+    """DPO's loss over pairs; ``ref [2P]`` are the reference model's log-probabilities of chosen, then rejected."""
+    both, count = join(chosen, rejected), len(chosen.ids)
+    index = torch.stack((torch.arange(count), count + torch.arange(count)), 1)
+    loss, _ = w2s_fast.linear_preference(states(model, both.ids), model.lm_head.weight, both.labels[:, 1:], index,
+                                         kind="dpo", beta=beta, ref_logp=ref, nll_coef=nll)  # fmt: skip
+    return loss
+
+
 def batches(count: int, batch: int, steps: int, generator: torch.Generator) -> list[Tensor]:
     """Indices of every step's batch, epoch after epoch without replacement; all full."""
     epochs = -(-batch * steps // max(1, count))
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
     return list(order[: batch * steps].split(batch))
+
+
+def tune(
+    model: Any, loss: Callable[[Any, int], Tensor], steps: int, rate: float, watch: training.Watch = training.NOTHING
+) -> Any:
+    """A copy of ``model`` that has minimised ``loss(copy, step)``: AdamW, warm-up over a tenth, linear decay."""
+    copy, warm = models.clone(model), max(1, steps // 10)
+    training.train(
+        copy, lambda step: loss(copy, step), steps, lambda s: rate * min(1.0, (s + 1) / warm) * (1 - s / steps),
+        training.ALONE, checkpoint=watch.path, every=max(1, steps // 2), key=watch.key, tick=watch.tick,
+    )  # fmt: skip
+    return copy
 
 
 VOCABULARY, SIZE = 512, models.Size(64, 2, 2)
