@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -29,6 +33,17 @@ def test_the_extension_is_built():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accuracy(sample: Sample, dtype: torch.dtype, backend: str):
     compare(sample, backend, dtype)
+
+
+@pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_accuracy_of_other_instruction_sets(isa: str):
+    """Fused logits and the losses over a vocabulary on narrower vectors, in a process where those are chosen."""
+    ops = ("kd_loss", "linear_kd", "linear_eisl", "linear_ce", "fuse_logits")
+    chosen = f"test_accuracy and cpp and ({' or '.join(f'{op}-' for op in ops)})"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    run = subprocess.run(command, env={**os.environ, "W2S_FAST_CPU": isa}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
 
 
 @pytest.mark.gpu

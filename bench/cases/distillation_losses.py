@@ -96,7 +96,7 @@ def _linear_kd_case(rows: int, student: int, teacher: int, vocab: int, dtype: to
         # Measured: 2.4 against eager and 1.8 against torch.compile in fp32; 2.6 and 1.0 in bf16, 0.72 of the four bare
         # torch.mm. What lost in bf16: gradient products of dz in float32 (1.6 times the time of all), operands gathered
         # word by word while packed (1.15), two chunks with a [V, D] sum beside dW where one chunk of the same memory
-        # will do (1.1), and in both dtypes page faults for 4 KiB at a time (1.1).
+        # will do (1.1); scratch in large pages: 1.1 in calls back to back, nothing between other providers.
         prediction="four products at our product's rate and 20 ms of row work (two exponentials a logit): 1.1 times "
         "those products, half the time of eager, whose torch.mm runs AVX2 in fp32; in bf16 all four at twice the rate, "
         "85 ms at 1 TFLOP/s, beside 15 ms of packing and 20 of row work: a little less than torch.compile's 155, whose "

@@ -112,7 +112,9 @@ def _ce(
         flops=6.0 * count * vocab * width,
         # Measured: as predicted (three torch.mm take 1.8 times as long in float32). What lost: bfloat16 operands
         # widened to float32 for gemm: 1.04 against eager in bfloat16, where gemm_bf16 makes it 1.6, and 1.8 since it
-        # turns squares of words as it packs them, where it gathered them one by one.
+        # turns squares of words as it packs them, where it gathered them one by one; 48 MiB that keep the logits of
+        # most rows that dW has no room for: 1.03 (float32 and bfloat16), as touching fresh memory costs nearly the half
+        # product it saves; the same memory in large pages: 1.13 in calls back to back, 0.8 between other providers.
         prediction="three products over the rows that count at our product's rate (AVX-512, where torch.mm runs AVX2 "
         "code on AMD: half of three torch.mm), a sixth more where T > D, as dW's memory keeps the logits of D rows, "
         "and a tenth of row work; eager adds passes over [T, V] to torch.mm's products: twice as fast",

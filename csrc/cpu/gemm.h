@@ -45,8 +45,4 @@ inline A* scratch_of(int slot, int64_t elements) {
   return static_cast<A*>(scratch(slot, elements * int64_t(sizeof(A))));
 }
 
-// Asks for large pages behind fresh memory of some MiB: one page fault for 2 MiB in place of 512. No effect where the
-// system has none, or the memory has been used before.
-void large_pages(void* data, int64_t bytes);
-
 }  // namespace w2s

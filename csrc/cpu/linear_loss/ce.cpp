@@ -37,7 +37,9 @@ Loss run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, T
     row[size_t(m)] = mass * lse - at.ids_sum(m) - at.all_sum(m) - at.dense_sum(m) + wanted.z_loss * lse * lse;
     if (w[size_t(m)] != 0) total += double(w[size_t(m)]) * row[size_t(m)];
     g.lse[size_t(m)] = A(lse);
-    g.b[size_t(m)] = A(double(w[size_t(m)]) * (mass + 2 * wanted.z_loss * lse));
+    // what rounding lse takes from a whole row of exp(z - lse)
+    const double rounded = std::isfinite(lse) ? std::exp(double(A(lse)) - lse) : 1.0;
+    g.b[size_t(m)] = A(double(w[size_t(m)]) * (mass + 2 * wanted.z_loss * lse) * rounded);
   }
   Tensor loss = e.output({});
   *static_cast<A*>(loss.data_ptr()) = A(total);

@@ -28,7 +28,6 @@ struct Scratch {
   template <class A>
   A* get(int64_t elements) {
     kept.push_back(torch::stable::new_empty(like, {std::max<int64_t>(elements, 1)}, scalar_type<A>));
-    large_pages(kept.back().data_ptr(), elements * int64_t(sizeof(A)));
     return static_cast<A*>(kept.back().data_ptr());
   }
 };
@@ -115,7 +114,6 @@ struct Spend {
       : head(of), dhidden(like(h, need_hidden)), dhead(like(w, need_head)), dbias(like(b ? *b : h, need_bias)),
         hidden(need_hidden), weight(need_head), offset(need_bias), whole(pieces > 1),
         dtype(of.h16 ? Dtype::bf16 : own_dtype<A>) {
-    if (weight) large_pages(dhead.data_ptr(), elements(dhead) * bytes_of(dtype_of(dhead.scalar_type())));
     if (hidden) raw = scratch.get<A>(head.M * head.D);
     if (weight && !own()) wide = scratch.get<A>((whole ? head.V : std::min(head.V, COLUMNS)) * head.D);
     if (offset) {

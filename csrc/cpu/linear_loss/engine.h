@@ -132,7 +132,6 @@ struct Engine {
 
   A* scratch(int64_t elements) {
     keep.push_back(torch::stable::new_empty(hiddens[0], {std::max<int64_t>(elements, 1)}, scalar<A>));
-    large_pages(keep.back().data_ptr(), elements * int64_t(sizeof(A)));
     return static_cast<A*>(keep.back().data_ptr());
   }
   Tensor output(std::vector<int64_t> shape) const { return torch::stable::new_empty(hiddens[0], shape, scalar<A>); }

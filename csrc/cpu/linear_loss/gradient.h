@@ -41,7 +41,6 @@ struct Gradients {
     for (int i = 0; i < e.n; ++i) {
       dhiddens.push_back(like(e.hiddens[size_t(i)], need.hiddens >> i & 1));
       dheads.push_back(like(heads[size_t(i)], need.heads >> i & 1));
-      if (needs_head(i)) large_pages(dheads.back().data_ptr(), heads[size_t(i)].size(0) * e.D[size_t(i)] * e.head[size_t(i)].bytes);
     }
     for (int i = 0; i < int(biases.size()); ++i) {
       dbiases.push_back(like(biases[size_t(i)], need.biases >> i & 1));

@@ -7,6 +7,24 @@
 #include "cpu/logit_fusion/fusion_kernel.h"
 #include "cpu/logit_fusion/select_kernel.h"
 
+// A sum over a padded tile, of(i, sum) adding a vector at i: as many partial sums, hence as small an error, on every
+// target; shorter ones on the portable one, where a product is rounded before it is added.
+template <class A, class F>
+W2S_INLINE double tile_sum(int n, const F& of) {
+  using V = Vec<A>;
+  constexpr int U = 16 / V::W > 1 ? 16 / V::W : 1, BLOCK = V::W * sizeof(A) == 16 ? 64 : TILE;
+  double total = 0;
+  for (int at = 0; at < padded(n); at += BLOCK) {
+    V part[U];
+    for (V& p : part) p = V::set(0);
+    const int end = padded(n) < at + BLOCK ? padded(n) : at + BLOCK;
+    for (int i = at; i < end; i += U * V::W)
+      for (int u = 0; u < U; ++u) part[u] = of(i + u * V::W, part[u]);
+    for (const V& p : part) total += double(p.sum());
+  }
+  return total;
+}
+
 template <class A>
 struct BackwardRun {
   const Fusion& f;
@@ -22,13 +40,6 @@ struct BackwardRun {
       : f(fusion), up(u), out(dz), S(segments(f.V)), cut(size_t(f.B)), row_sum(size_t(f.B * S)),
         dweight(size_t(f.B * S * f.K)), dheat(size_t(f.B * S)) {}
 
-  static A sum(const A* x, int n) {
-    using V = Vec<A>;
-    V s = V::set(0);
-    for (int i = 0; i < padded(n); i += V::W) s = s + V::load(x + i);
-    return s.sum();
-  }
-
   // sum of grad over the columns that z keeps
   void sum_item(int64_t i) {
     const int64_t row = i / S, begin = i % S * SEGMENT, end = std::min(f.V, begin + SEGMENT);
@@ -41,7 +52,7 @@ struct BackwardRun {
       widen<A>(up.grad.at(row, c), up.grad.dtype, n, A(0), g);
       fused.tile(c, n, z);
       mask(z, g, n);
-      total += double(sum(g, n));
+      total += tile_sum<A>(n, [&](int v, Vec<A> sum) { return sum + Vec<A>::load(g + v); });
     }
     row_sum[size_t(i)] = total;
   }
@@ -96,18 +107,15 @@ struct BackwardRun {
   void parameters(int64_t i, int64_t row, int64_t c, int n, const A* z, const A* g, A* e, A* low) {
     using V = Vec<A>;
     const V none = V::set(-infinity<A>);
-    V heat = V::set(0);
-    for (int v = 0; v < padded(n); v += V::W) {
+    dheat[size_t(i)] -= tile_sum<A>(n, [&](int v, V sum) {
       const V zi = V::load(z + v);
-      heat = V::fma(V::load(g + v), V::select(V::eq(zi, none), V::set(0), zi), heat);
-    }
-    dheat[size_t(i)] -= double(heat.sum());
+      return V::fma(V::load(g + v), V::select(V::eq(zi, none), V::set(0), zi), sum);
+    });
     for (int k = 0; k < f.K; ++k) {
       const Rows* r = f.anti_of(k);
       const A* x = fetch(f.expert[size_t(k)], row, c, n, e);
       const A* y = r ? fetch(*r, row, c, n, low) : nullptr;
-      V total = V::set(0);
-      for (int v = 0; v < padded(n); v += V::W) {
+      dweight[size_t(i * f.K + k)] += tile_sum<A>(n, [&](int v, V sum) {
         const V ei = V::load(x + v), gi = V::load(g + v);
         V d = ei;
         if (y) {
@@ -115,9 +123,8 @@ struct BackwardRun {
           d = V::select(V::eq(ei, yi), V::set(0), ei - yi);
         }
         d = V::select(V::eq(V::load(z + v), none), V::set(0), d);
-        total = V::fma(gi, d, total);
-      }
-      dweight[size_t(i * f.K + k)] += double(total.sum());
+        return V::fma(gi, d, sum);
+      });
     }
   }
 

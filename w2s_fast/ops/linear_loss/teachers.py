@@ -235,8 +235,10 @@ def coefficients(
             if not share.requires_grad:
                 used = share != 0
                 keep = used if keep is None else keep & used
-        total = share.sum()
-        share = share / torch.where(total == 0, 1.0, total)
+        # the gradient of a share is a difference of numbers that may be equal: in float64, where it is wanted
+        wide = share.double() if share.requires_grad else share
+        total = wide.sum()
+        share = (wide / torch.where(total == 0, 1.0, total)).to(dtype)
     ce = None if hard == "none" else share * (1 - alpha)
     return Rows(y if hard == "ce" else None, keep, share * (alpha * scale), ce)
 
