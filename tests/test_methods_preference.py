@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from w2s_fast.methods._common import arithmetic, models, training
 from w2s_fast.methods.preference import _sequences as seq
-from w2s_fast.methods.preference import npo
+from w2s_fast.methods.preference import grape, npo
 from w2s_fast.methods.preference import per_step_advantage as per_step
 
 
@@ -249,3 +249,76 @@ def test_per_step_command(tmp_path, capsys):
     assert "Accuracy, greedy" in capsys.readouterr().out
     assert per_step.main(arguments) == 0  # from the checkpoints
     assert json.loads((tmp_path / "per_step_advantage.json").read_text())["accuracy"] == found
+
+
+def test_grape_takes_the_likeliest_response_a_token(model):
+    """Responses of unequal lengths; the mean and the sum choose otherwise."""
+    made = [some(9, seed, prompt) for seed, prompt in ((0, 4), (1, 8), (2, 10))]
+    sums = torch.stack([plain_logp(model, part).sum(1) for part in made], 1)
+    torch.testing.assert_close(grape.likelihoods(model, made, "sum"), sums, atol=1e-5, rtol=1e-5)
+    means = sums / torch.tensor([8, 4, 2])
+    torch.testing.assert_close(grape.likelihoods(model, made), means, atol=1e-5, rtol=1e-5)
+    which = grape.choose("GRAPE", model, made, torch.Generator())
+    assert which.tolist() == means.argmax(1).tolist() and len(which.unique()) > 1
+    assert grape.grape(model, made, "sum").tolist() == sums.argmax(1).tolist() != which.tolist()
+    assert grape.choose("least probable", model, made, torch.Generator()).tolist() == means.argmin(1).tolist()
+    taken = grape.take(made, which)
+    for row, i in enumerate(which.tolist()):
+        assert torch.equal(taken.ids[row], made[i].ids[row]) and torch.equal(taken.labels[row], made[i].labels[row])
+
+
+def test_grape_does_not_score_prompts(model):
+    made = [some(6, 0), some(6, 1)]
+    unscored = [part._replace(labels=part.labels.clone()) for part in made]
+    for part in unscored:
+        part.labels[:, 4:8] = -100
+    tails = torch.stack([plain_logp(model, part)[:, -4:].mean(1) for part in made], 1)
+    torch.testing.assert_close(grape.likelihoods(model, unscored), tails, atol=1e-5, rtol=1e-5)
+
+
+def test_grape_writers_differ_in_way_and_slips():
+    problem = torch.tensor([[47, 5, -8, 3]])
+    written = [grape.write(way, 0.0, problem, torch.Generator()).ids[:, 12:] for way in grape.WRITERS]
+    words = arithmetic.decode(torch.cat(written))
+    assert words == ["47+05=52;52-08=44;44+03=47;\n", "05+47=52;08-52=44;03+44=47;\n", "47+03=50;50-08=42;42+05=47;\n"]
+    draw = torch.Generator().manual_seed(0)
+    given = grape.instructions(2000, draw)
+    for way in grape.WRITERS:
+        made = grape.write(way, 0.3, given, draw)
+        assert torch.equal(made.ids[:, :12], arithmetic.questions(given)) and (made.labels[:, :12] == -100).all()
+        found = arithmetic.grade(given, made.ids[:, 12:])
+        assert (found.answer >= 0).all() and (~found.right).float().mean().item() == pytest.approx(0.3, abs=0.04)
+        if way == "left to right":
+            assert torch.equal(found.steps.all(1), found.right), "every slip is carried on"
+
+
+def test_a_stopped_grape_goes_on_as_if_it_had_not_stopped(tmp_path):
+    target = models.llama(models.Size(16, 1, 2), len(arithmetic.CHARACTERS), seed=0, positions=64)
+
+    class Stop(Exception):
+        pass
+
+    def learn(folder, last):
+        def tick(value):
+            told.append(value)
+            if len(told) == last:
+                raise Stop
+
+        told: list[float] = []
+        start = training.watches(lambda *_: tick, tmp_path / folder, grape.__file__)
+        return grape.learn(target, "GRAPE", 128, 1e-2, 0, start, 16), told
+
+    expected = learn("whole", -1)
+    with pytest.raises(Stop):
+        learn("stopped", 5)
+    assert learn("stopped", -1) == expected and len(expected[1]) == 8
+
+
+def test_grape_command(tmp_path, capsys):
+    assert grape.main(["--quick", "--seeds", "0", "1", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "grape.json").read_text())["outcomes"]
+    assert set(found) == {"target, before", *(f"{m}, {n}" for m, rates in grape.RATES.items() for n in rates)}
+    assert found["strongest writer, 512"][0]["writers"] == [0, 0, 1] and len(found["GRAPE, 512"]) == 2
+    assert (tmp_path / "grape.png").stat().st_size > 10_000
+    printed = capsys.readouterr()
+    assert "Whose answers GRAPE takes" in printed.out and "wrote" in printed.out
