@@ -290,91 +290,6 @@ def test_preference_twice_and_no_second_order(frozen, reduction):
         grad.sum().backward()
 
 
-# ---------------------------------------------------------------- w2s_confidence_loss
-
-
-def official_logconf(logits, weak, coef):
-    """The released code's steps for two classes."""
-    p = logits.softmax(-1)
-    threshold = torch.quantile(p[:, 0], weak.mean(0)[1])
-    hard = torch.cat([(p[:, 0] >= threshold)[:, None], (p[:, 0] < threshold)[:, None]], 1).to(p.dtype)
-    return F.cross_entropy(logits, weak * (1 - coef) + hard.detach() * coef)
-
-
-def weak_inputs(batch=16, classes=2, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    logits = torch.randn(batch, classes, generator=g, dtype=torch.float64).requires_grad_()
-    return logits, torch.randn(batch, classes, generator=g, dtype=torch.float64).softmax(-1)
-
-
-@pytest.mark.parametrize("batch", [1, 2, 16, 33])
-def test_logconf_is_the_official_one(batch):
-    logits, weak = weak_inputs(batch)
-    ours, official = w2s_fast.w2s_confidence_loss(logits, weak, coef=0.3), official_logconf(logits, weak, 0.3)
-    torch.testing.assert_close(ours, official)
-    torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (ours, official)))
-
-
-def test_balance_of_the_hardened_labels():
-    """coef = 1 leaves the hardened labels alone: their share of class 1 is read off the gradient p - t."""
-    logits, weak = weak_inputs(1000)
-    for balance, share in (("weak_prior", weak[:, 1].mean().item()), ("median", 0.5)):
-        loss = w2s_fast.w2s_confidence_loss(logits, weak, coef=1.0, balance=balance)
-        target = logits.softmax(-1) - 1000 * torch.autograd.grad(loss, logits)[0]
-        assert abs(target[:, 1].mean().item() - share) <= 1e-3 + 1e-9
-    loss = w2s_fast.w2s_confidence_loss(logits, weak, coef=1.0, balance="none")
-    torch.testing.assert_close(loss, F.cross_entropy(logits, logits.argmax(1)))
-
-
-def test_many_classes_match_the_prior_of_the_weak_labels():
-    logits, weak = weak_inputs(64, 5)
-    p = logits.softmax(-1)
-    hard = F.one_hot((p.log() - (p.mean(0) / weak.mean(0)).log()).argmax(1), 5).double()
-    expected = F.cross_entropy(logits, (0.25 * weak + 0.75 * hard).detach())
-    torch.testing.assert_close(w2s_fast.w2s_confidence_loss(logits, weak, coef=0.75), expected)
-
-
-def test_product_and_xent():
-    logits, weak = weak_inputs(9, 4)
-    t = (logits.softmax(-1) ** 2 * weak**0.5).detach()
-    t = t / t.sum(1, keepdim=True)
-    ours = w2s_fast.w2s_confidence_loss(logits, weak, kind="product", alpha=0.5, beta=2.0)
-    torch.testing.assert_close(ours, F.cross_entropy(logits, t))
-    torch.testing.assert_close(w2s_fast.w2s_confidence_loss(logits, weak, kind="xent"), F.cross_entropy(logits, weak))
-    hard = F.one_hot(weak.argmax(1), 4).double()
-    product = w2s_fast.w2s_confidence_loss(logits, hard, kind="product")
-    torch.testing.assert_close(product, F.cross_entropy(logits, hard))
-
-
-def test_one_logit_is_two():
-    logits, weak = weak_inputs(12)
-    single = (logits[:, 1] - logits[:, 0]).detach().requires_grad_()
-    a = w2s_fast.w2s_confidence_loss(single, weak[:, 1])
-    torch.testing.assert_close(a, w2s_fast.w2s_confidence_loss(logits, weak))
-    a.backward()
-    assert single.grad.abs().max() > 0
-
-
-def test_a_batch_in_parts_with_the_threshold_of_the_whole():
-    logits, weak = weak_inputs(20)
-    threshold = torch.quantile(logits.detach().softmax(-1)[:, 0], weak[:, 1].mean())
-    parts = [
-        w2s_fast.w2s_confidence_loss(logits[i : i + 5], weak[i : i + 5], threshold=threshold) for i in (0, 5, 10, 15)
-    ]
-    torch.testing.assert_close(torch.stack(parts).mean(), w2s_fast.w2s_confidence_loss(logits, weak))
-
-
-def test_ramps():
-    ramp = w2s_fast.confidence_ramp
-    assert (
-        ramp(0, 100, 0.5, 0.1) == 0
-        and ramp(10, 100, 0.5, 0.1) == pytest.approx(0.05)
-        and ramp(11, 100, 0.5, 0.1) == 0.5
-    )
-    assert ramp(5, 100, 0.5, 0.1, "linear") == pytest.approx(0.25) and ramp(50, 100, 0.5, 0.1, "linear") == 0.5
-    assert ramp(0, 10, 0.5, 0.0, "linear") == 0.5
-
-
 # ---------------------------------------------------------------- errors
 
 H, W, Y, P = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64), torch.tensor([[0, 1]])
@@ -387,10 +302,6 @@ def logp(*a, **k):
 
 def pref(*a, kind="dpo", **k):
     return w2s_fast.linear_preference(*a, kind=kind, **k)
-
-
-def conf(*a, **k):
-    return w2s_fast.w2s_confidence_loss(*a, **k)
 
 
 @pytest.mark.parametrize(
@@ -428,12 +339,6 @@ def conf(*a, **k):
         ),
         (lambda: pref(H, W, Y, P, cu_seqlens=torch.tensor([0, 1])), ValueError, "cu_seqlens must be from 0 to 2"),
         (lambda: pref(H, W, Y, P, labels=torch.ones(2), **S), ValueError, "labels must be left out"),
-        (lambda: conf(torch.zeros(2, 3), torch.zeros(2, 2)), ValueError, "soft_labels must be of the shape of logits"),
-        (lambda: conf(torch.zeros(2, 1), torch.zeros(2, 1)), ValueError, "logits must be of shape"),
-        (lambda: conf(torch.zeros(2, 2), torch.full((2, 2), 1.5)), ValueError, r"soft_labels must be in \[0, 1\]"),
-        (lambda: conf(torch.zeros(2, 2), torch.zeros(2, 2), coef=1.5), ValueError, r"coef must be in \[0, 1\]"),
-        (lambda: conf(torch.zeros(2, 3), torch.ones(2, 3) / 3, threshold=0.5), ValueError, "threshold must be None"),
-        (lambda: w2s_fast.confidence_ramp(5, 4, 0.5, 0.1), ValueError, "confidence_ramp: step must be"),
     ],
 )
 def test_errors(call, error, text):

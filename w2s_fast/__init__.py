@@ -31,7 +31,7 @@ from .ops.kv_compressed_attention.fold_kv_projection import FoldedKV, fold_kv_pr
 from .ops.kv_compressed_attention.kv_compress import kv_compress
 from .ops.kv_compressed_attention.kv_compressed_attention import kv_compressed_attention
 from .ops.linear_loss.arm import ArmLoss, arm_loss, linear_arm_loss
-from .ops.linear_loss.confidence import confidence_ramp, w2s_confidence_loss
+from .ops.linear_loss.confidence import confidence_ramp, confidence_threshold, w2s_confidence_loss
 from .ops.linear_loss.cross_entropy import linear_fusion_cross_entropy
 from .ops.linear_loss.dynamic_weights import linear_dynamic_weights
 from .ops.linear_loss.eisl import linear_eisl
@@ -68,6 +68,7 @@ __all__ = [
     "backend",
     "compressed_attention",
     "confidence_ramp",
+    "confidence_threshold",
     "ddim_step",
     "dynamic_fusion_weights",
     "explain",

@@ -1,4 +1,4 @@
-"""Losses over the vocabulary of one model against plain PyTorch, and weak-to-strong generalization's own loss."""
+"""Losses over the vocabulary of one model against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -216,35 +216,8 @@ def _logp(pairs: int, length: int, vocab: int, width: int) -> Case:
     )
 
 
-def _confidence(batch: int, classes: int) -> Case:
-    def make(generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-        weak = _random(generator, device, batch, classes).softmax(-1)
-        return _random(generator, device, batch, classes), weak
-
-    def plain(logits: Tensor, weak: Tensor) -> Tensor:
-        with torch.no_grad():
-            p = logits.softmax(-1)
-            threshold = torch.quantile(p[:, 0], weak.mean(0)[1])
-            hard = torch.stack((p[:, 0] >= threshold, p[:, 0] < threshold), 1).to(p.dtype)
-        return F.cross_entropy(logits, 0.5 * weak + 0.5 * hard)
-
-    return Case(
-        op="w2s_confidence_loss",
-        name=f"B{batch}-C{classes}-fp32",
-        dtype="float32",
-        shape={"B": batch, "C": classes},
-        bytes=8.0 * batch * classes,
-        flops=0.0,
-        prediction="a dozen vector operations and a sort, as the official steps: about equal",
-        inputs=make,
-        ours=lambda logits, weak: w2s_fast.w2s_confidence_loss(logits, weak, coef=0.5),
-        reference=plain,
-        providers={"official": official(plain)},
-    )
-
-
 def cases(device: str) -> list[Case]:
-    """Cross-entropy, log-probabilities, preferences and the confidence loss."""
+    """Cross-entropy, log-probabilities and preferences."""
     del device
     return [
         _ce(1024, 32000, 512, hot=True, targets={"eager": 1.2, "compile": 1.0, "three products": 1 / 1.08}),
@@ -253,5 +226,4 @@ def cases(device: str) -> list[Case]:
         _ce(1024, 32000, 512, dtype="bfloat16", targets={"eager": 1.3}),
         *(_dpo(4, 128, 32000, 512, trainable) for trainable in (True, False)),
         _logp(4, 128, 32000, 512),
-        _confidence(1024, 2),
     ]

@@ -7,10 +7,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import checks, dispatch, extension
+from ...library import Kernel, define
+from ...reference.linear_loss import confidence as reference
+from ...reference.linear_loss.confidence import BALANCES
+from ...reference.numerics import accumulate_dtype
+from .inputs import _unit_stride as unit_stride
+from .inputs import once
+from .kd import scaled
 
 Balance = Literal["weak_prior", "median", "none"]
-OP = "w2s_confidence_loss"
+KINDS = ("logconf", "product", "xent")
+NAME = "w2s_confidence_loss"
 
 
 def confidence_ramp(
@@ -46,6 +54,151 @@ def confidence_ramp(
     return coef if x > warmup_frac else coef * x
 
 
+def _fake(logits: Tensor, labels: Tensor, product: bool, coef: float, *args: Any) -> tuple[Tensor, ...]:
+    _, _, _, threshold, _, need = args
+    dtype = accumulate_dtype(logits)
+    classes = 2 if logits.ndim == 1 else logits.shape[1]
+    made = not product and coef > 0 and threshold is None
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty((0,) if not made else (1,) if classes == 2 else (classes,), dtype=dtype),
+        logits.new_empty(logits.shape if need else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """The gradient, which is made already, and what makes it where it is not."""
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.made = output[2].shape == inputs[0].shape
+    if ctx.made:
+        ctx.save_for_backward(output[2])
+    else:
+        ctx.settings = inputs[2:7]
+        ctx.save_for_backward(*inputs[:2], inputs[7])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
+    if grad is None:
+        return {}
+    if ctx.made:
+        dlogits = ctx.saved_tensors[0]
+    else:
+        logits, labels, threshold = ctx.saved_tensors
+        dlogits = W2S_CONFIDENCE_LOSS.on(ctx.backend)(logits, labels, *ctx.settings, threshold, True, True)[2]
+    return {"logits": once(NAME, *scaled(grad, [dlogits]))[0]}
+
+
+W2S_CONFIDENCE_LOSS = define(
+    "w2s_confidence_loss",
+    "(Tensor logits, Tensor soft_labels, bool product, float coef, float alpha, float beta, int balance, "
+    "Tensor? threshold, bool need_loss, bool need_gradient) -> (Tensor loss, Tensor threshold_made, Tensor dlogits)",
+    reference=reference.w2s_confidence_loss,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton=Kernel("kernels.linear_loss.confidence:launch_confidence", "kernels.linear_loss.confidence:supports"),
+)
+
+
+class _Eager(torch.autograd.Function):
+    """`W2S_CONFIDENCE_LOSS` with the same gradient, for eager mode: two classes cost less than the dispatcher's way
+    around a Python gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.backend = dispatch.STATE
+        output: tuple[Tensor, ...] = W2S_CONFIDENCE_LOSS(*inputs)
+        ctx.save_for_backward(output[2])
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (dlogits,) = once(NAME, *scaled(grad, list(ctx.saved_tensors)))
+        return dlogits, None, None, None, None, None, None, None, None, None
+
+
+def _outside(op: str, soft_labels: Tensor) -> None:
+    """An error for labels off [0, 1]."""
+    bad = (soft_labels < 0) | (soft_labels > 1)
+    if bool(bad.any()):
+        checks.fail(op, "soft_labels", "in [0, 1]", soft_labels[bad][0].item())
+
+
+def _inputs(op: str, logits: Any, soft_labels: Any) -> tuple[Tensor, Tensor]:
+    """Both as the kernels take them."""
+    checks.is_float_tensor(op, "logits", logits)
+    checks.is_float_tensor(op, "soft_labels", soft_labels)
+    if soft_labels.shape != logits.shape:
+        checks.fail(op, "soft_labels", f"of the shape of logits {tuple(logits.shape)}", tuple(soft_labels.shape))
+    if logits.ndim not in (1, 2) or (logits.ndim == 2 and logits.shape[1] < 2):
+        checks.fail(op, "logits", "of shape [B, C] with C >= 2, or [B]", tuple(logits.shape))
+    if soft_labels.device != logits.device:
+        checks.same_device(op, [("logits", logits), ("soft_labels", soft_labels)])
+    if soft_labels.requires_grad:
+        soft_labels = soft_labels.detach()
+    return _rows(logits), _rows(soft_labels)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.contiguous() if t.ndim == 1 else unit_stride(t)
+
+
+def _threshold(op: str, logits: Tensor, balance: str, threshold: Any) -> Tensor | None:
+    """``threshold`` as the kernels take it."""
+    classes = 2 if logits.ndim == 1 else logits.shape[1]
+    if classes > 2 and balance == "median":
+        checks.fail(op, "balance", "'weak_prior' or 'none' for more than two classes", repr(balance))
+    if threshold is None:
+        return None
+    dtype = accumulate_dtype(logits)
+    if not isinstance(threshold, Tensor):
+        if classes > 2:
+            checks.fail(op, "threshold", f"None or of shape [{classes}]", type(threshold).__name__)
+        return logits.new_full((1,), checks.number(op, "threshold", threshold), dtype=dtype)
+    if threshold.shape not in (((), (1,)) if classes == 2 else ((classes,),)):
+        wanted = "a number, or of shape [] or [1]" if classes == 2 else f"None or of shape [{classes}]"
+        checks.fail(op, "threshold", wanted, tuple(threshold.shape))
+    checks.same_device(op, [("logits", logits), ("threshold", threshold)])
+    return threshold.detach().to(dtype).reshape(-1)
+
+
+def confidence_threshold(logits: Tensor, soft_labels: Tensor, *, balance: Balance = "weak_prior") -> Tensor:
+    """The threshold that `w2s_confidence_loss` chooses in a whole batch, for a batch whose loss is taken in parts.
+
+    Args:
+        logits: as in `w2s_confidence_loss`, of the whole batch.
+        soft_labels: of the same shape.
+        balance: with C = 2 the quantile of p_0 at the mean of w_1 (``"weak_prior"``), at 1/2 (``"median"``) or 1/2
+            itself (``"none"``); with C > 2 ``log(mean p_c / mean w_c)``, mean p_c at least 2^-126 (``"weak_prior"``),
+            or 0 (``"none"``).
+
+    Returns:
+        ``[1]`` for C = 2, ``[C]`` for more classes; float32 (float64 for float64 logits), without a gradient.
+
+    Raises:
+        ValueError, TypeError: naming the argument; on a CPU also for soft labels outside [0, 1].
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> logits, weak = torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.5, 0.5], [0.5, 0.5]])
+        >>> threshold = w2s_fast.confidence_threshold(logits, weak)
+        >>> halves = [w2s_fast.w2s_confidence_loss(logits[i:i+1], weak[i:i+1], threshold=threshold) for i in (0, 1)]
+        >>> round(float(sum(halves)) / 2, 4)
+        0.8451
+    """
+    op = "confidence_threshold"
+    checks.choice(op, "balance", balance, BALANCES)
+    z, weak = _inputs(op, logits, soft_labels)
+    _threshold(op, z, balance, None)
+    if z.device.type == "cpu" and not torch.compiler.is_compiling():
+        _outside(op, weak)
+    found: tuple[Tensor, ...] = W2S_CONFIDENCE_LOSS(
+        z.detach(), weak, False, 1.0, 1.0, 1.0, BALANCES.index(balance), None, False, False
+    )
+    return found[1]
+
+
 def w2s_confidence_loss(
     logits: Tensor,
     soft_labels: Tensor,
@@ -67,7 +220,7 @@ def w2s_confidence_loss(
       quantile of p_0 at the mean of w_1: the hardened labels have the weak labels' prior. With ``"median"`` (the paper)
       half of the batch is above it, with ``"none"`` it is 1/2. With C > 2, hard is the class of the largest log p_c,
       less log(mean p_c / mean w_c) for ``"weak_prior"``.
-    - product: t proportional to ``p^beta w^alpha``.
+    - product: t proportional to ``p^beta w^alpha``; a row in which that is 0 everywhere has the loss 0.
     - xent: ``t = w``.
 
     Args:
@@ -75,12 +228,14 @@ def w2s_confidence_loss(
         soft_labels: ``[B, C]`` probabilities.
         coef: weight of the own prediction in [0, 1]; see `confidence_ramp`.
         balance: see above; the whole batch must be present unless a threshold is given.
-        threshold: on p_0, for C = 2: instead of the batch's own (of a batch that comes in parts, say).
+        threshold: in place of the batch's own, for a batch that comes in parts: on p_0 with C = 2 (a number or a
+            tensor), ``[C]`` with C > 2, taken from log p_c. `confidence_threshold` makes it from the whole batch.
         kind: see above.
         alpha, beta: exponents of ``"product"``.
 
     Returns:
-        loss, a float32 scalar (float64 for float64 logits; 0 for B = 0), differentiable in logits: (p - t) / B.
+        loss, a float32 scalar (float64 for float64 logits; 0 for B = 0), differentiable, once, in logits:
+        (p sum_c t_c - t) / B, made in forward (as many bytes as logits). Deterministic.
 
     Raises:
         ValueError, TypeError: naming the argument; on a CPU also for soft labels outside [0, 1].
@@ -91,65 +246,34 @@ def w2s_confidence_loss(
         >>> round(w2s_fast.w2s_confidence_loss(logits, weak, coef=0.5).item(), 4)
         0.8451
     """
-    checks.choice(OP, "kind", kind, ("logconf", "product", "xent"))
-    checks.choice(OP, "balance", balance, ("weak_prior", "median", "none"))
-    coef = checks.number(OP, "coef", coef, low=0.0, high=1.0)
-    z, weak = _inputs(logits, soft_labels)
-    logp = z.log_softmax(-1)
-    with torch.no_grad():
-        if kind == "product":
-            alpha, beta = checks.number(OP, "alpha", alpha), checks.number(OP, "beta", beta)
-            # an exponent of 0 leaves a factor out, where 0 * log 0 would be NaN
-            target = (
-                (beta * logp if beta else 0.0) + (alpha * weak.log() if alpha else torch.zeros_like(logp))
-            ).softmax(-1)
-        elif kind == "xent" or coef == 0 or not z.shape[0]:
-            target = weak
+    checks.choice(NAME, "kind", kind, KINDS)
+    checks.choice(NAME, "balance", balance, BALANCES)
+    coef = checks.number(NAME, "coef", coef, low=0.0, high=1.0)
+    z, weak = _inputs(NAME, logits, soft_labels)
+    product = kind == "product"
+    if product:
+        alpha, beta = checks.number(NAME, "alpha", alpha), checks.number(NAME, "beta", beta)
+    else:
+        alpha = beta = 1.0
+    if kind != "logconf":
+        coef, threshold = 0.0, None
+    elif coef > 0:
+        threshold = _threshold(NAME, z, balance, threshold)
+    else:
+        threshold = None
+    settings = (product, coef, alpha, beta, BALANCES.index(balance), threshold, True)
+    if torch.compiler.is_compiling():
+        loss: Tensor = W2S_CONFIDENCE_LOSS(z, weak, *settings, torch.is_grad_enabled() and z.requires_grad)[0]
+        return loss
+    if z.device.type == "cpu" and (extension.ERROR is not None or dispatch.STATE not in ("auto", "cpp", "explain")):
+        _outside(NAME, weak)
+    try:
+        if torch.is_grad_enabled() and z.requires_grad:
+            loss = _Eager.apply(z, weak, *settings, True)
         else:
-            target = (1 - coef) * weak + coef * _harden(logp, weak, balance, threshold)
-    # a class of target 0 adds 0, also where its log-probability is -inf
-    return -torch.where(target > 0, target * logp, 0.0).sum() / max(z.shape[0], 1)
-
-
-def _inputs(logits: Any, soft_labels: Any) -> tuple[Tensor, Tensor]:
-    """Both as ``[B, C]``, wide."""
-    checks.is_float_tensor(OP, "logits", logits)
-    checks.is_float_tensor(OP, "soft_labels", soft_labels)
-    if soft_labels.shape != logits.shape:
-        checks.fail(OP, "soft_labels", f"of the shape of logits {tuple(logits.shape)}", tuple(soft_labels.shape))
-    if logits.ndim not in (1, 2) or (logits.ndim == 2 and logits.shape[1] < 2):
-        checks.fail(OP, "logits", "of shape [B, C] with C >= 2, or [B]", tuple(logits.shape))
-    checks.same_device(OP, [("logits", logits), ("soft_labels", soft_labels)])
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    weak = soft_labels.detach().to(z.dtype)
-    if weak.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((weak < 0) | (weak > 1)).any()):
-        checks.fail(OP, "soft_labels", "in [0, 1]", weak[(weak < 0) | (weak > 1)][0].item())
-    if z.ndim == 1:
-        return torch.stack((torch.zeros_like(z), z), 1), torch.stack((1 - weak, weak), 1)
-    return z, weak
-
-
-def _harden(logp: Tensor, weak: Tensor, balance: str, threshold: Any) -> Tensor:
-    """One-hot guesses ``[B, C]``."""
-    p, classes = logp.exp(), logp.shape[1]
-    if classes == 2:
-        if threshold is None and balance == "none":
-            threshold = 0.5
-        elif threshold is None:
-            threshold = _quantile(p[:, 0], weak[:, 1].mean() if balance == "weak_prior" else 0.5)
-        elif not isinstance(threshold, Tensor):
-            threshold = checks.number(OP, "threshold", threshold)
-        first = p[:, 0] >= threshold
-        return torch.stack((first, ~first), 1).to(logp.dtype)
-    if threshold is not None:
-        checks.fail(OP, "threshold", "None for more than two classes", type(threshold).__name__)
-    if balance == "median":
-        checks.fail(OP, "balance", "'weak_prior' or 'none' for more than two classes", repr(balance))
-    if balance == "weak_prior":
-        logp = logp - (p.mean(0) / weak.mean(0)).log()
-    return torch.nn.functional.one_hot(logp.argmax(1), classes).to(logp.dtype)
-
-
-def _quantile(x: Tensor, q: Tensor | float) -> Tensor:
-    """Linear interpolation between order statistics; a q off [0, 1] by rounding is taken as its end."""
-    return torch.quantile(x, torch.as_tensor(q, dtype=x.dtype, device=x.device).clamp(0, 1))
+            loss = W2S_CONFIDENCE_LOSS(z, weak, *settings, False)[0]
+    except RuntimeError:  # the C++ kernel looks at the labels while it reads them
+        if z.device.type == "cpu":
+            _outside(NAME, weak)
+        raise
+    return loss

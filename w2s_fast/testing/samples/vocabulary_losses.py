@@ -1,4 +1,4 @@
-"""Samples of the losses over a vocabulary of one model, and of weak-to-strong generalization."""
+"""Samples of the losses over a vocabulary of one model."""
 
 from __future__ import annotations
 
@@ -118,17 +118,6 @@ def _preference_packed(m: Make) -> Inputs:
     return (h, w, target, torch.tensor([[0, 1], [1, 2]], device=h.device)), {"kind": "dpo", **own, "softcap": 5.0}
 
 
-def _weak(batch: int, classes: int, **kwargs: Any) -> Callable[[Make], Inputs]:
-    def make(m: Make) -> Inputs:
-        return (m.logits(batch, classes), m.logits(batch, classes).softmax(-1)), dict(kwargs)
-
-    return make
-
-
-def _weak_single(m: Make) -> Inputs:
-    return (m.logits(9), m.uniform(9)), {"balance": "median"}
-
-
 SAMPLES: list[Sample] = [
     Sample("linear_ce", "plain", _ce((33,), 517, 24)),
     Sample("linear_ce", "layouts", _ce_layouts),
@@ -158,10 +147,4 @@ SAMPLES: list[Sample] = [
     *(Sample("linear_preference", kind, _preference(kind)) for kind in ("npo", "ga", "kto")),
     Sample("linear_preference", "kto-weighted", _preference("kto", label_weights=(1.0, 2.0), kl=0.3, reduction="sum")),
     Sample("linear_preference", "packed", _preference_packed, refused_by=("triton",)),
-    Sample("w2s_confidence_loss", "binary", _weak(17, 2)),
-    Sample("w2s_confidence_loss", "logit", _weak_single),
-    Sample("w2s_confidence_loss", "classes", _weak(33, 11, coef=0.75)),
-    Sample("w2s_confidence_loss", "product", _weak(5, 7, kind="product", alpha=0.5, beta=2.0)),
-    Sample("w2s_confidence_loss", "xent", _weak(5, 7, kind="xent")),
-    Sample("w2s_confidence_loss", "empty", _weak(0, 3)),
 ]

@@ -1,0 +1,172 @@
+// w2s_confidence_loss. Two classes: p_0 of every row, a quantile of them, then blocks of rows. More: column sums of p and w
+// for the classes' shifts, then one row kernel a row, loss and gradient together.
+#include <algorithm>
+#include <string>
+
+#include "cpu/linear_loss/confidence.h"
+
+#define W2S_KERNEL "cpu/linear_loss/confidence_kernel.h"
+#include "cpu/for_each_target.h"
+
+#include "cpu/gemm.h"
+
+namespace w2s {
+namespace {
+
+enum Balance : int64_t { WEAK_PRIOR, MEDIAN, NONE };
+constexpr double LEAST_MEAN = 1.1754943508222875e-38;  // as the reference
+constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
+
+struct Call {
+  Tensor logits, labels;
+  Mixture mixture;
+  Balance balance;
+  std::optional<Tensor> given;  // threshold
+  bool loss;
+
+  int64_t B() const { return logits.size(0); }
+  bool guesses() const { return !mixture.product && mixture.coef > 0; }
+};
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+template <class A>
+Tensor make(const Call& call, std::vector<int64_t> shape) {
+  return torch::stable::new_empty(call.logits, shape, sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float);
+}
+
+// The loss from its parts, in their order whatever the threads; an error for a label off [0, 1].
+template <class A>
+Tensor total(const Call& call, const std::vector<ConfidenceResult>& parts) {
+  double sum = 0;
+  for (const ConfidenceResult& part : parts) {
+    STD_TORCH_CHECK(std::isnan(part.outside),
+                    "w2s_fast.w2s_confidence_loss: soft_labels must be in [0, 1], got " + std::to_string(part.outside) + ".");
+    sum += part.loss;
+  }
+  Tensor loss = make<A>(call, {});
+  *static_cast<A*>(loss.data_ptr()) = A(sum * call.mixture.share);
+  return loss;
+}
+
+template <class A>
+Tensor to_tensor(const Call& call, const A* values, int64_t n) {
+  Tensor made = make<A>(call, {n});
+  std::copy(values, values + n, static_cast<A*>(made.data_ptr()));
+  return made;
+}
+
+// As torch.quantile: linear between order statistics.
+template <class A>
+A quantile(std::vector<A>& x, double q) {
+  for (A value : x)
+    if (std::isnan(value)) return A(NOT_A_NUMBER);
+  if (std::isnan(q)) return A(NOT_A_NUMBER);
+  const A rank = A(std::clamp(q, 0.0, 1.0)) * A(x.size() - 1);
+  const auto at = x.begin() + int64_t(rank);
+  std::nth_element(x.begin(), at, x.end());
+  const A low = *at, share = rank - A(int64_t(rank));
+  if (share == 0) return low;
+  const A high = *std::min_element(at + 1, x.end());
+  return share < A(0.5) ? low + share * (high - low) : high - (high - low) * (1 - share);
+}
+
+template <class A>
+A threshold(const Call& call, const ConfidencePairs& pairs, int64_t blocks) {
+  if (call.given) return A(numbers(*call.given)[0]);
+  if (call.balance == NONE || !call.B()) return A(0.5);
+  const int64_t B = call.B();
+  std::vector<A> p0{};
+  p0.resize(size_t(B));
+  std::vector<double> sums(size_t(blocks), 0.0);
+  parallel_items(blocks, 32, [&](int64_t i) {
+    const int64_t first = i * PAIRS;
+    sums[size_t(i)] = W2S_DISPATCH(pair_scores<A>)(pairs, first, int(std::min<int64_t>(PAIRS, B - first)), p0.data() + first);
+  });
+  double mean = 0;
+  for (double sum : sums) mean += sum;
+  return quantile(p0, call.balance == MEDIAN ? 0.5 : mean / double(B));
+}
+
+template <class A>
+Three two_classes(const Call& call) {
+  const int64_t B = call.B(), blocks = (B + PAIRS - 1) / PAIRS;
+  const bool single = call.logits.dim() == 1;
+  ConfidencePairs pairs{Rows(call.logits), Rows(call.labels), single};
+  A line = 0;
+  Tensor made = make<A>(call, {call.guesses() && !call.given ? 1 : 0});
+  if (call.guesses()) {
+    line = threshold<A>(call, pairs, blocks);
+    if (!call.given) *static_cast<A*>(made.data_ptr()) = line;
+  }
+  const bool gradient = call.mixture.gradient;
+  Tensor grad = torch::stable::new_empty(call.logits, !gradient ? std::vector<int64_t>{0}
+                                                      : single  ? std::vector<int64_t>{B}
+                                                                : std::vector<int64_t>{B, 2});
+  std::vector<ConfidenceResult> parts(size_t(call.loss ? blocks : 0));
+  char* to = static_cast<char*>(grad.data_ptr());
+  const int64_t bytes = pairs.z.bytes * (single ? 1 : 2);
+  parallel_items(int64_t(parts.size()), 32, [&](int64_t i) {
+    const int64_t first = i * PAIRS;
+    parts[size_t(i)] = W2S_DISPATCH(pair_rows<A>)(call.mixture, pairs, first, int(std::min<int64_t>(PAIRS, B - first)), double(line),
+                                                  to + first * bytes, pairs.z.dtype);
+  });
+  return {total<A>(call, parts), made, grad};
+}
+
+// shift_c = log(mean p_c / mean w_c). Rows are summed in groups whose number does not depend on the threads.
+template <class A>
+void prior_shifts(const Rows& z, const Rows& w, int64_t B, int64_t V, A* shift) {
+  const int64_t width = kd_width(V), wanted = std::clamp<int64_t>(B / 16, 1, 64);
+  const int64_t size = (B + wanted - 1) / wanted, groups = (B + size - 1) / size;
+  std::vector<A> sums(size_t(groups * 2 * width), A(0));
+  parallel_items(groups, 1, [&](int64_t g) {
+    A* own = sums.data() + g * 2 * width;
+    W2S_DISPATCH(confidence_columns<A>)(z, w, g * size, std::min(B, (g + 1) * size), V, own, own + width, scratch_of<A>(2, 2 * width));
+  });
+  for (int64_t c = 0; c < V; ++c) {
+    double p = 0, weak = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      p += double(sums[size_t(g * 2 * width + c)]);
+      weak += double(sums[size_t((g * 2 + 1) * width + c)]);
+    }
+    shift[c] = std::log(A(std::max(p / double(B), LEAST_MEAN) / (weak / double(B))));
+  }
+}
+
+template <class A>
+Three many_classes(const Call& call) {
+  const int64_t B = call.B(), V = call.logits.size(1), width = kd_width(V);
+  const Rows z(call.logits), w(call.labels);
+  std::vector<A> shift(size_t(call.guesses() ? width : 0), A(0));
+  if (call.guesses() && call.given) {
+    const std::vector<double> given = numbers(*call.given);
+    std::copy(given.begin(), given.end(), shift.begin());
+  } else if (call.guesses() && call.balance == WEAK_PRIOR && B) {
+    prior_shifts<A>(z, w, B, V, shift.data());
+  }
+  Tensor made = to_tensor<A>(call, shift.data(), call.guesses() && !call.given ? V : 0);
+  Tensor grad = torch::stable::new_empty(call.logits, call.mixture.gradient ? std::vector<int64_t>{B, V} : std::vector<int64_t>{0});
+  char* to = static_cast<char*>(grad.data_ptr());
+  std::vector<ConfidenceResult> parts(size_t(call.loss ? B : 0));
+  parallel_items(int64_t(parts.size()), std::max<int64_t>(1, 8192 / V), [&](int64_t r) {
+    const ConfidenceRow row{V, {z.at(r, 0), z.dtype, nullptr}, {w.at(r, 0), w.dtype, nullptr}, shift.data()};
+    parts[size_t(r)] =
+        W2S_DISPATCH(confidence_row<A>)(call.mixture, row, scratch_of<A>(2, 3 * width), to + r * V * z.bytes, z.dtype);
+  });
+  return {total<A>(call, parts), made, grad};
+}
+
+Three w2s_confidence_loss(Tensor logits, Tensor soft_labels, bool product, double coef, double alpha, double beta, int64_t balance,
+                          std::optional<Tensor> threshold, bool need_loss, bool need_gradient) {
+  const Mixture mixture{product, coef, alpha, beta, 1.0 / double(std::max<int64_t>(logits.size(0), 1)), need_gradient};
+  const Call call{logits, soft_labels, mixture, Balance(balance), threshold, need_loss};
+  const bool two = logits.dim() == 1 || logits.size(1) == 2, f64 = logits.scalar_type() == ScalarType::Double;
+  if (two) return f64 ? two_classes<double>(call) : two_classes<float>(call);
+  return f64 ? many_classes<double>(call) : many_classes<float>(call);
+}
+
+}  // namespace
+}  // namespace w2s
+
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("w2s_confidence_loss", TORCH_BOX(&w2s::w2s_confidence_loss)); }

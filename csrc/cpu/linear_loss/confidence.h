@@ -1,0 +1,34 @@
+// What the loss of weak-to-strong generalization takes; see w2s_fast/reference/linear_loss/confidence.py for the equations.
+#pragma once
+
+#include "cpu/linear_loss/kd.h"
+
+namespace w2s {
+
+// How the target is made of soft labels w and own prediction p.
+struct Mixture {
+  bool product;        // p^beta w^alpha in place of (1 - coef) w + coef guess
+  double coef, alpha, beta;
+  double share;        // of a row in the loss: 1 / B
+  bool gradient;
+};
+
+struct ConfidenceRow {
+  int64_t V;
+  RowSource z, w;
+  const void* shift;  // of the accumulating type, padded: taken from z before the guess
+};
+
+struct ConfidenceResult {
+  double loss, outside;  // of soft labels off [0, 1] the first, otherwise NaN
+};
+
+// Two classes: pairs of logits, or single ones, which are z_1 beside z_0 = 0.
+struct ConfidencePairs {
+  Rows z, w;
+  bool single;
+};
+
+constexpr int PAIRS = 256;  // rows of two classes done at a time
+
+}  // namespace w2s
