@@ -93,10 +93,12 @@ def _linear_kd_case(rows: int, student: int, teacher: int, vocab: int, dtype: to
         shape={"T": rows, "V": vocab, "Ds": student, "Dt": teacher},
         bytes=size * (2 * rows * student + 2 * vocab * student + rows * teacher + vocab * teacher),
         flops=2.0 * rows * vocab * (3 * student + teacher),
-        # Measured: 2.4 against eager and 1.8 against torch.compile in fp32; 2.6 and 1.0 in bf16, 0.72 of the four bare
-        # torch.mm. What lost in bf16: gradient products of dz in float32 (1.6 times the time of all), operands gathered
-        # word by word while packed (1.15), two chunks with a [V, D] sum beside dW where one chunk of the same memory
-        # will do (1.1); scratch in large pages: 1.1 in calls back to back, nothing between other providers.
+        # Measured: 2.4 against eager and 1.8 against torch.compile in fp32; 2.4 and 0.98 in bf16, 0.62 of the four bare
+        # torch.mm: the page faults of 170 MB of fresh memory are what the prediction left out. What lost in bf16, in
+        # calls back to back: gradient products of dz in float32 and operands gathered word by word while packed (1.2
+        # times as long), no prefetch of the next panel (1.1), two chunks with a [V, D] sum beside dW where one chunk of
+        # the same memory will do (1.1). Scratch in large pages: a tenth less back to back, but linear_ce took 1.25
+        # times as long between other providers on this machine.
         prediction="four products at our product's rate and 20 ms of row work (two exponentials a logit): 1.1 times "
         "those products, half the time of eager, whose torch.mm runs AVX2 in fp32; in bf16 all four at twice the rate, "
         "85 ms at 1 TFLOP/s, beside 15 ms of packing and 20 of row work: a little less than torch.compile's 155, whose "
@@ -158,7 +160,8 @@ def _eisl_case(batch: int, length: int, width: int, vocab: int, dtype: torch.dty
         shape={"B": batch, "T": length, "V": vocab, "D": width},
         bytes=size * (2 * rows * width + 2 * vocab * width),
         flops=6.0 * rows * vocab * width,
-        # Measured: 2.7 against the official form in fp32, 2.4 in bf16. What lost: as for linear_kd.
+        # Measured: 2.7 against the official form in fp32; in bf16 2.3, and 1.04 against torch.compile. What lost: as
+        # for linear_kd.
         prediction="three products at our product's rate and one exponential a logit; the n-gram part is [T, T] and "
         "small; the official form adds five passes over [B, T, V]: twice as fast; in bf16 the products take half the "
         "time of fp32, 55 ms, and torch.compile's as long as ours: 1.2 times as fast as that",
