@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from w2s_fast.methods._common import arithmetic, models, training
 from w2s_fast.methods.preference import _sequences as seq
-from w2s_fast.methods.preference import grape, npo
+from w2s_fast.methods.preference import grape, npo, spin
 from w2s_fast.methods.preference import per_step_advantage as per_step
 
 
@@ -322,3 +322,75 @@ def test_grape_command(tmp_path, capsys):
     assert (tmp_path / "grape.png").stat().st_size > 10_000
     printed = capsys.readouterr()
     assert "Whose answers GRAPE takes" in printed.out and "wrote" in printed.out
+
+
+@pytest.mark.parametrize("kind", ["spin", "hinge"])
+def test_spin_loss_is_the_papers(model, kind):
+    human, own = some(3), some(3, seed=1)
+    ref = torch.tensor([-31.0, -28.0, -33.0, -30.0, -29.5, -29.0])
+    ours = spin.spin_loss(model, human, own, ref, kind)
+    lp, lp_own = plain_logp(model, human).sum(1), plain_logp(model, own).sum(1)
+    u = spin.LAMBDA * ((lp - ref[:3]) - (lp_own - ref[3:]))
+    plain = (-F.logsigmoid(u) if kind == "spin" else (1 - u).clamp_min(0)).mean()
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    found = gradients(model, ours)
+    torch.testing.assert_close(found, gradients(model, plain), atol=1e-5, rtol=1e-4)
+    # pair by pair: the weight that pulls the human answer up pushes the own one down
+    lp, lp_own = (plain_logp(model, part).sum(1) for part in (human, own))
+    weight = torch.sigmoid(-u) if kind == "spin" else (u < 1).float()
+    by_hand = (spin.LAMBDA * weight.detach() * (lp_own - lp)).mean()
+    torch.testing.assert_close(found, gradients(model, by_hand), atol=1e-5, rtol=1e-4)
+
+
+def test_spin_plays_against_the_frozen_model_of_the_last_iteration(monkeypatch):
+    first = models.llama(models.Size(16, 1, 2), len(arithmetic.CHARACTERS), seed=0, positions=64)
+    before = {name: value.clone() for name, value in first.state_dict().items()}
+    problems = arithmetic.draw(spin.ANSWERS, spin.STEPS, torch.Generator().manual_seed(0))
+    human, seen = spin.answered(problems), []
+
+    def spied(model, chosen, own, ref, kind="spin"):
+        seen.append((chosen, own, ref))
+        return loss(model, chosen, own, ref, kind)
+
+    loss = spin.spin_loss
+    monkeypatch.setattr(spin, "spin_loss", spied)
+    second = spin.self_play(first, problems, 3, 1, 1e-3, training.unwatched, "")
+    spin.self_play(second, problems, 4, 1, 1e-3, training.unwatched, "")
+    assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())
+    assert not torch.equal(second.lm_head.weight, first.lm_head.weight)
+    half = len(seen) // 2
+    asked = arithmetic.questions(problems)
+    for opponent, seed, part in ((first, 3, seen[:half]), (second, 4, seen[half:])):
+        draw = torch.Generator().manual_seed(seed)
+        made = torch.cat((asked, arithmetic.sample(opponent, asked, spin.SOLUTION, 1.0, draw)), 1)
+        expected = {tuple(row) for row in made.tolist()}
+        assert {tuple(row) for _, own, _ in part for row in own.ids.tolist()} == expected
+        for chosen, own, ref in part:
+            assert torch.equal(chosen.ids[:, : asked.shape[1]], own.ids[:, : asked.shape[1]]), "the same prompts"
+            assert (own.labels[:, : asked.shape[1]] == -100).all()
+            torch.testing.assert_close(ref, seq.scores(opponent, seq.join(chosen, own)), atol=1e-4, rtol=1e-5)
+    shown = {tuple(row) for chosen, _, _ in seen for row in chosen.ids.tolist()}
+    assert shown == {tuple(row) for row in human.ids.tolist()}
+
+
+def test_forgetful_writers_forget_the_carry():
+    problems = torch.tensor([[47, 5, -8], [52, -3, 4], [20, 3, 4]])
+    never, always = (spin.forgetful(problems, share, torch.Generator()) for share in (0.0, 1.0))
+    assert torch.equal(never, arithmetic.values(problems))
+    assert always.tolist() == [[47, 42, 44], [52, 59, 53], [20, 23, 27]]
+
+
+def test_spin_command(tmp_path, capsys):
+    def saved():
+        assert spin.main(["--quick", "--seeds", "0", "1", "--out", str(tmp_path)]) == 0
+        return json.loads((tmp_path / "spin.json").read_text())["accuracy"]
+
+    found = saved()
+    names = {"base model", "SFT", *(f"{method}, round {turn}" for method in spin.RATES for turn in range(spin.ROUNDS))}
+    assert set(found["sampled"]) == set(found["greedy"]) == names
+    assert all(len(seeds) == 2 and 0 <= min(seeds) <= max(seeds) <= 1 for seeds in found["sampled"].values())
+    assert (tmp_path / "spin.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2 * (1 + len(spin.RATES) * spin.ROUNDS)
+    printed = capsys.readouterr()
+    assert "Accuracy, greedy" in printed.out and "wrote" in printed.out
+    assert saved() == found  # from the checkpoints
