@@ -34,8 +34,8 @@ from torch import Tensor
 
 from .._common import arithmetic, models, report, training
 from .._common.arithmetic import STEP
-from .._common.console import progress, quiet_transformers
 from . import _sequences as seq
+from ._report import Accuracies, command
 from ._sequences import Sequences
 
 STEPS, SHORTCUTS, SAMPLES = 4, 0.5, 4
@@ -175,7 +175,7 @@ def accuracy(model: Any, seed: int, temperature: float, count: int) -> float:
     return arithmetic.grade(problems, made).right.float().mean().item()
 
 
-def run(seed: int, quick: bool, start: training.Start) -> dict[str, dict[str, float]]:
+def run(seed: int, quick: bool, start: training.Start) -> Accuracies:
     """Accuracies by method and number of problems, sampled and greedy."""
     base_steps, steps, sizes, test = (2, 2, (8,), 16) if quick else (600, 32, SIZES, 512)
     model = base_model(base_steps, lambda *bar: start(*bar).tick)
@@ -193,7 +193,7 @@ def run(seed: int, quick: bool, start: training.Start) -> dict[str, dict[str, fl
     return found
 
 
-def draw(found: list[dict[str, dict[str, float]]]) -> Any:
+def draw(found: list[Accuracies]) -> Any:
     """Accuracy over the number of problems, mean of the seeds and every seed."""
     drawn = report.figure(9, 3.6)
     if drawn is None:
@@ -214,17 +214,7 @@ def draw(found: list[dict[str, dict[str, float]]]) -> Any:
 
 def main(arguments: list[str]) -> int:
     """`w2s-fast train per_step_advantage`; about 105 seconds of one CPU core."""
-    from rich.console import Console
-
-    given = report.parser("per_step_advantage", __doc__, seeds=3).parse_args(arguments)
-    with progress() as bars, quiet_transformers():
-        start = training.watches(bars, given.out, __file__)
-        found = [run(seed, given.quick, start) for seed in given.seeds]
-    rows = {kind: {name: [s[name][kind] for s in found] for name in found[0]} for kind in ("sampled", "greedy")}
-    for kind, part in rows.items():
-        Console().print(report.seed_table(f"Accuracy, {kind}", "trained by", given.seeds, part, 3))
-    report.finish(given.out, "per_step_advantage", {"seeds": given.seeds, "accuracy": rows}, draw(found))
-    return 0
+    return command(__file__, __doc__, arguments, run, draw)
 
 
 if __name__ == "__main__":

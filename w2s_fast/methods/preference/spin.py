@@ -32,10 +32,10 @@ from torch import Tensor
 
 import w2s_fast
 
-from .._common import arithmetic, models, report, training
-from .._common.console import progress, quiet_transformers
+from .._common import arithmetic, models, report
 from .._common.training import Start
 from . import _sequences as seq
+from ._report import Accuracies, command
 from ._sequences import Sequences
 
 STEPS, ANSWERS, FORGOTTEN = 2, 256, 0.45
@@ -118,7 +118,7 @@ def accuracy(model: Any, seed: int, temperature: float, count: int) -> float:
     return arithmetic.grade(problems, made).steps.all(1).float().mean().item()
 
 
-def run(seed: int, quick: bool, start: Start) -> dict[str, dict[str, float]]:
+def run(seed: int, quick: bool, start: Start) -> Accuracies:
     """Accuracies, sampled and greedy, of every model on the way."""
     steps, epochs, unseen = (10, 1, 64) if quick else (1500, EPOCHS, 1024)
     problems = arithmetic.draw(ANSWERS, STEPS, torch.Generator().manual_seed(seed))
@@ -147,7 +147,7 @@ def run(seed: int, quick: bool, start: Start) -> dict[str, dict[str, float]]:
     return found
 
 
-def draw(found: list[dict[str, dict[str, float]]]) -> Any:
+def draw(found: list[Accuracies]) -> Any:
     """Accuracy over the rounds, mean of the seeds and every seed."""
     drawn = report.figure(9, 3.6)
     if drawn is None:
@@ -166,17 +166,7 @@ def draw(found: list[dict[str, dict[str, float]]]) -> Any:
 
 def main(arguments: list[str]) -> int:
     """`w2s-fast train spin`; about 80 seconds on one CPU core."""
-    from rich.console import Console
-
-    given = report.parser("spin", __doc__, seeds=3).parse_args(arguments)
-    with progress() as bars, quiet_transformers():
-        start = training.watches(bars, given.out, __file__)
-        found = [run(seed, given.quick, start) for seed in given.seeds]
-    rows = {kind: {name: [s[name][kind] for s in found] for name in found[0]} for kind in ("sampled", "greedy")}
-    for kind, part in rows.items():
-        Console().print(report.seed_table(f"Accuracy, {kind}", "trained by", given.seeds, part, 3))
-    report.finish(given.out, "spin", {"seeds": given.seeds, "accuracy": rows}, draw(found))
-    return 0
+    return command(__file__, __doc__, arguments, run, draw)
 
 
 if __name__ == "__main__":
