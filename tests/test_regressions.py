@@ -84,3 +84,68 @@ def test_a_tangent_is_refused_and_not_dropped(backend, where):
         else:
             with pytest.raises(NotImplementedError, match="forward-mode"):
                 loss(forward_ad.make_dual(x, tangent))
+
+
+@pytest.mark.skipif("cpp" not in CPU_BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("classes", [5, 70])
+@pytest.mark.parametrize("bad", [10**9, 200, -7])
+def test_a_compiled_distillation_does_not_read_or_write_at_a_bad_id(classes, bad):
+    """Python's checks of values are not traced; the kernel indexed with what it got."""
+    z, told, y = torch.zeros(4, classes), torch.full((4, classes), 1 / classes), torch.zeros(4, dtype=torch.int64)
+    y[2] = bad
+    hard = torch.compile(lambda z, y: w2s_fast.kd_loss(z, [("probs", told)], alpha=0.5, target=y, hard="ce")[0])
+    with pytest.raises(RuntimeError, match="target must be in"):
+        hard(z, y)
+    listed = torch.compile(lambda z, ids: w2s_fast.kd_loss(z, [("topk", ids, torch.full((4, 1), -0.1))])[0])
+    with pytest.raises(RuntimeError, match="ids of a top-k teacher must be in"):
+        listed(z, y[:, None])
+
+
+@pytest.mark.parametrize("op", ["kd_loss", "w2s_confidence_loss", "linear_ce"])
+def test_a_loss_scale_beyond_float16_does_not_become_infinite(op):
+    scale, (z, q) = 2.0**17, (torch.linspace(-1, 1, 32).reshape(8, 4) * i for i in (1, 2))
+    half = z.half().requires_grad_()
+    loss = {
+        "kd_loss": lambda: w2s_fast.kd_loss(half, [("logits", q.half())])[0],
+        "w2s_confidence_loss": lambda: w2s_fast.w2s_confidence_loss(half, q.softmax(1).half(), kind="xent"),
+        "linear_ce": lambda: w2s_fast.linear_ce(half, torch.eye(4).half().repeat(2, 1), torch.arange(8) % 4),
+    }[op]()
+    (grad,) = torch.autograd.grad(loss * scale / 100, half)
+    assert grad.isfinite().all() and grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["dpo", "simpo", "cdpo"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_preference_with_an_impossible_sequence(kind, which):
+    """log p = -inf of the rejected sequence is a loss of 0, of the chosen one infinity; not NaN."""
+    h, w, y = torch.zeros(2, 1, 3), torch.zeros(5, 3), torch.tensor([[1], [2]])
+    bias = torch.zeros(5).index_fill(0, y[1 - which], -torch.inf)
+    pair = {} if kind == "simpo" else {"reference_free": True}
+    for backend in CPU_BACKENDS:
+        with w2s_fast.backend(backend):
+            head = w.clone().requires_grad_()
+            value, _ = w2s_fast.linear_preference(h, head, y, torch.tensor([[0, 1]]), kind=kind, bias=bias, **pair)
+        assert value.item() == (torch.inf if which else 0.0)
+
+
+def test_the_own_guess_is_no_class_beyond_the_last():
+    z, weak = torch.zeros(1, 3), torch.full((1, 3), 1 / 3)
+    for backend in CPU_BACKENDS:
+        with w2s_fast.backend(backend):
+            loss = w2s_fast.w2s_confidence_loss(z, weak, threshold=torch.full((3,), torch.nan))
+        torch.testing.assert_close(loss, torch.tensor(3.0).log())
+
+
+@pytest.mark.parametrize("given, text", [
+    ({"label_weights": 2.0}, "label_weights must be a pair"), ({"label_weights": (1.0, 2.0, 3.0)}, "label_weights"),
+    ({"kl": torch.zeros(2)}, "kl must be a number"),
+])  # fmt: skip
+def test_kto_names_the_argument(given, text):
+    options = {"labels": torch.tensor([1.0, -1.0]), "reference_free": True, "kind": "kto", **given}
+    with pytest.raises(ValueError, match=f"linear_preference: {text}"):
+        w2s_fast.linear_preference(torch.zeros(2, 1, 3), torch.zeros(5, 3), torch.tensor([[1], [2]]), **options)
+    with pytest.raises(ValueError, match="linear_preference: kl must be left out for kind 'dpo'"):
+        w2s_fast.linear_preference(
+            torch.zeros(2, 1, 3), torch.zeros(5, 3), torch.tensor([[1], [2]]), torch.tensor([[0, 1]]), kind="dpo",
+            kl=torch.zeros(2), reference_free=True,
+        )  # fmt: skip

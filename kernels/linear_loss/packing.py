@@ -1,7 +1,7 @@
 """Rows that count, brought together before a GPU's products and spread out again: ignored ones cost nothing.
 
-The number of rows is needed on the host, so a call with ignored rows waits for the device once. A CUDA graph that is
-being captured allows no waiting: there every row is computed, and those that do not count have the gradient 0.
+The number of rows is needed on the host, so a call that may leave out rows waits for the device once. A CUDA graph that
+is being captured allows no waiting: there every row is computed, and those that do not count have the gradient 0.
 """
 
 from __future__ import annotations

@@ -56,10 +56,12 @@ def _pair_kernel(
     a = tl.load(i_a + at, mask=mask, other=0.0)
     b = tl.load(i_b + at, mask=mask, other=0.0)
     mean = tl.load(i_mean + at, mask=mask, other=0.0)
-    loss, d_a, d_b, d_mean = -nll * mean, a * 0.0, a * 0.0, a * 0.0 - nll
+    # scores may be infinite: a term without weight is left out
+    none = tl.zeros((BLOCK,), tl.float32)
+    loss, d_a, d_b, d_mean = tl.where(none + nll == 0, 0.0, -nll * mean), none, none, none - nll
     if KIND <= 2 or KIND == 5:  # dpo, spin, cdpo, simpo
         u = beta * (a - b) - gamma
-        loss += (1.0 - eps) * softplus(-u) + eps * softplus(u)
+        loss += (1.0 - eps) * softplus(-u) + tl.where(none + eps == 0, 0.0, eps * softplus(u))
         d_a = -beta * ((1.0 - eps) * sigmoid(-u) - eps * sigmoid(u))
         d_b = -d_a
     elif KIND == 3:  # hinge
@@ -164,7 +166,7 @@ def launch_linear_preference(*args: Any) -> tuple[Any, ...]:
     """Arguments of `linear_preference` -> its outputs."""
     target, ignored, weights, segments, counts = args[8:13]
     used = target != ignored
-    own = used.float() if weights is None else used * weights.float()
+    own = used.float() if weights is None else weights.float().masked_fill(used.logical_not(), 0.0)
     found = _groups(own != 0, segments, counts.shape[0], args[14])
     chunks = None if found is None else _group_chunks(found[1], most_rows(args[7]))
     return _two_passes(args, own) if found is None or chunks is None else _one_pass(args, own, found[0], chunks)

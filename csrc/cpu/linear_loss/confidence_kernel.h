@@ -45,7 +45,8 @@ W2S_INLINE int64_t guess_row(const A* x, const A* shift, int64_t V) {
   const T top = T::set(most.top());
   for (int64_t i = 0; i < n; i += T::W) {
     const auto found = T::eq(T::load(x + i) - T::load(shift + i), top);
-    if (found.any()) return i + __builtin_ctz(found.bits());
+    const int64_t at = found.any() ? i + __builtin_ctz(found.bits()) : V;
+    if (at < V) return at;  // beyond it lies what fills the last vector
   }
   return 0;  // a row of NaN
 }

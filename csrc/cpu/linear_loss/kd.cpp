@@ -59,6 +59,21 @@ struct Distillation {
     index.reserve(size_t(T));
     for (int64_t t = 0; t < T; ++t)
       if (!kept || kept[t]) index.push_back(t);
+    check_ids();
+  }
+
+  // Under torch.compile nobody has looked at them yet, and they are places to read and to write.
+  void check_ids() const {
+    const auto check = [&](const char* what, int64_t id) {
+      STD_TORCH_CHECK(id >= 0 && id < loss.V,
+                      std::string(what) + " must be in [0, " + std::to_string(loss.V) + "), got " + std::to_string(id) + ".");
+    };
+    for (int64_t t : index) {
+      if (target) check("target", target[t]);
+      for (const Given& g : teachers)
+        for (int64_t k = 0; g.form == TOPK && k < g.tensors[0].size(1); ++k)
+          check("ids of a top-k teacher", reinterpret_cast<const int64_t*>(g.ids.at(t, 0))[k]);
+    }
   }
 
   // Whether a vector of rows at a time is worked on; a top-k list and statistics are taken row by row.

@@ -45,10 +45,10 @@ Slope pair_loss(const Settings& s, double a, double b, double mean) {
     if (std::isnan(x)) loss = g = x;
   } else {
     const double u = s.beta * (a - b) - s.gamma;
-    loss = (1 - s.eps) * softplus(-u) + s.eps * softplus(u);
+    loss = (1 - s.eps) * softplus(-u) + (s.eps ? s.eps * softplus(u) : 0);  // u may be infinite
     g = -s.beta * ((1 - s.eps) * sigmoid(-u) - s.eps * sigmoid(u));
   }
-  return {loss - s.nll * mean, g, -g, -s.nll};
+  return {s.nll ? loss - s.nll * mean : loss, g, -g, -s.nll};
 }
 
 Slope single_loss(const Settings& s, double d, double label, double kl) {

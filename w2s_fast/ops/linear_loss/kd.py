@@ -78,9 +78,11 @@ def scaled(grad: Tensor | None, found: Sequence[Tensor]) -> list[Tensor]:
     """``found`` times the upstream gradient of the loss, which is usually 1: then as they are."""
     if grad is None:
         return [torch.zeros_like(g) for g in found]
-    if type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0:  # a tracer's tensor is a subclass
+    own = type(grad) is Tensor and grad.device.type == "cpu"  # a tracer's tensor is a subclass
+    if own and float(grad.detach()) == 1.0:
         return list(found)
-    return [g * grad.to(g.dtype) if g.numel() else g for g in found]
+    # a number keeps its own dtype: a loss scale need not fit into float16
+    return [g * grad if g.numel() else g for g in found]
 
 
 def _backward(

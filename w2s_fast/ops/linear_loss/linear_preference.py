@@ -71,14 +71,19 @@ def _labels(
     """KTO's labels, times their weights, and its baseline."""
     if kind != "kto":
         for name, value, default in (("labels", labels, None), ("kl", kl, 0.0), ("label_weights", label_weights, None)):
-            if value is not default and value != default:
+            if value is not default and (isinstance(value, Tensor) or value != default):
                 checks.fail(OP, name, f"left out for kind {kind!r}", type(value).__name__)
         return None, None
     like, dtype = given.hiddens[0], given.accumulate
     rows = _row("labels", labels, count, like, dtype)
     if rows.device.type == "cpu" and not torch.compiler.is_compiling() and bool((rows.abs() != 1).any()):
         checks.fail(OP, "labels", "+1 (desirable) or -1", rows[rows.abs() != 1][0].item())
-    good, bad = (1.0, 1.0) if label_weights is None else label_weights
+    pair = (1.0, 1.0) if label_weights is None else label_weights
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        checks.fail(OP, "label_weights", "a pair of numbers, of the labels +1 and -1", repr(label_weights))
+    if isinstance(kl, Tensor) and kl.numel() != 1:
+        checks.fail(OP, "kl", "a number", f"a tensor of shape {tuple(kl.shape)}")
+    good, bad = pair
     good, bad = (checks.number(OP, "label_weights", w, low=0.0) for w in (good, bad))
     rows = torch.where(rows > 0, good, -bad)
     baseline = kl.detach() if isinstance(kl, Tensor) else torch.tensor(checks.number(OP, "kl", kl), dtype=dtype)

@@ -38,7 +38,8 @@ def stored_gradients(name: str, ctx: Any, grad: Tensor | None, need: tuple[Any, 
     if grad is None:
         return by_name((*lists(ctx, found), found[-1]), (0, 0, 0, False), None)
     # the usual upstream gradient is 1: then the gradients go out as they are (a tracer's tensor is a subclass)
-    if not (type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0):
-        found = [g * grad.to(g.dtype) if g.numel() else g for g in found]
+    if not (type(grad) is Tensor and grad.device.type == "cpu" and float(grad.detach()) == 1.0):
+        # a number keeps its own dtype: a loss scale need not fit into float16
+        found = [g * grad if g.numel() else g for g in found]
     found = once(name, *found)
     return by_name((*lists(ctx, found), found[-1]), need, weights)

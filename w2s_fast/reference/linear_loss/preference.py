@@ -81,7 +81,9 @@ def preference_losses(
         loss = -means[chosen] - given.beta * logsigmoid(log_odds(x[chosen]) - log_odds(x[rejected]))
     else:
         u, eps = given.beta * margin - given.gamma, given.label_smoothing
-        loss = -(1 - eps) * logsigmoid(u) - eps * logsigmoid(-u)
+        loss = -(1 - eps) * logsigmoid(u)
+        if eps:  # u may be infinite
+            loss = loss - eps * logsigmoid(-u)
     return loss - given.nll_coef * means[chosen] if given.nll_coef else loss
 
 
