@@ -235,7 +235,7 @@ def w2s_confidence_loss(
         threshold: in place of the batch's own, for a batch that comes in parts: on p_0 with C = 2 (a number or a
             tensor), ``[C]`` with C > 2, taken from log p_c. `confidence_threshold` makes it from the whole batch.
         kind: see above.
-        alpha, beta: exponents of ``"product"``; a soft label of 0 is impossible to raise to a negative one (NaN).
+        alpha, beta: exponents of ``"product"``; with a negative alpha a soft label of 0 gives NaN.
 
     Returns:
         loss, a float32 scalar (float64 for float64 logits; 0 for B = 0), differentiable, once, in logits:
