@@ -32,6 +32,26 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """In one rename, so that an interrupted run leaves the file before it."""
+    import torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".part")
+    torch.save(state, scratch)
+    os.replace(scratch, path)
+
+
+def read_checkpoint(path: Path, key: str, device: Any = None) -> dict[str, Any] | None:
+    """What `write_checkpoint` wrote under ``state["key"] == key``; None if there is no such file."""
+    import torch
+
+    if not path.exists():
+        return None
+    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    return state if state["key"] == key else None
+
+
 def kept(name: str, key: str, make: Callable[[Path], None], fresh: bool = False) -> Path:
     """Folder of the cache that holds ``name``; ``make(folder)`` fills it when it is missing or ``fresh``.
 

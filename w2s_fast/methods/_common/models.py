@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cache import digest, kept
+from .cache import digest, kept, read_checkpoint, write_checkpoint
 
 
 class Size(NamedTuple):
@@ -70,12 +70,11 @@ def fit(
     model.train()
     losses: list[float] = []
     parts = [model, *optimizers, *schedules]
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["key"] == key:
-            losses = state["losses"]
-            for part, own in zip(parts, state["parts"], strict=True):
-                part.load_state_dict(own)
+    state = None if checkpoint is None else read_checkpoint(checkpoint, key)
+    if state is not None:
+        losses = state["losses"]
+        for part, own in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(own)
     if tick is not None:
         for past in losses:
             tick(past)
@@ -92,10 +91,8 @@ def fit(
         if tick is not None:
             tick(losses[-1])
         if checkpoint is not None and (len(losses) == steps or len(losses) % max(1, steps // 4) == 0):
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            scratch = checkpoint.with_suffix(".part")
-            torch.save({"key": key, "losses": losses, "parts": [part.state_dict() for part in parts]}, scratch)
-            scratch.replace(checkpoint)
+            kept_parts = [part.state_dict() for part in parts]
+            write_checkpoint(checkpoint, {"key": key, "losses": losses, "parts": kept_parts})
     model.eval()
     tail = losses[-max(1, steps // 10):]
     return sum(tail) / max(1, len(tail))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import optim
-from .cache import digest
+from .cache import digest, read_checkpoint, write_checkpoint
 from .models import windows
 
 
@@ -201,10 +201,8 @@ def save(
     also: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint in one rename; under torchrun a file for every process."""
-    path = _own_file(path, where)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    torch.save(
+    write_checkpoint(
+        _own_file(path, where),
         {
             "key": key, "losses": losses, "gradient_bytes": optimizer.gradient_bytes, "optimizer": optimizer.state(),
             "model": {name: optim.local(tensor) for name, tensor in model.state_dict().items()},
@@ -213,9 +211,7 @@ def save(
                 for name, part in (also or {}).items()
             },
         },
-        scratch,
     )  # fmt: skip
-    os.replace(scratch, path)
 
 
 def load(
@@ -223,11 +219,8 @@ def load(
     also: Mapping[str, Any] | None = None,
 ) -> list[float]:
     """Restore a checkpoint of the same ``key``; the losses up to it, none if there is no such file."""
-    path = _own_file(path, where)
-    if not path.exists():
-        return []
-    found = torch.load(path, map_location=where.device, weights_only=True)
-    if found["key"] != key:
+    found = read_checkpoint(_own_file(path, where), key, where.device)
+    if found is None:
         return []
     own = model.state_dict()
     model.load_state_dict({name: optim.sharded_like(t, own[name]) for name, t in found["model"].items()})

@@ -3,8 +3,7 @@
 Tightness of a linear map is the radius of the best box around its image over the radius of interval bound propagation.
 For deep linear networks with Gaussian weights the paper predicts it; for ReLU networks on the digits it is measured
 with the units that are active at each picture (local tightness of the margins), before training, after plain training
-and after IBP training: same steps, batches and learning rate;
-radius and schedule were settled on seed 0.
+and after IBP training: same steps, batches and learning rate; radius and schedule were settled on seed 0.
 """
 
 from __future__ import annotations

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._common import arithmetic, models, report, training
+from .._common import arithmetic, models, report
 from .._common.arithmetic import STEP
-from .._common.console import progress, quiet_transformers
 from .._common.training import Start
 from . import _sequences as seq
+from ._report import seeds
 from ._sequences import Sequences
 
 STEPS, LARGEST, SLIP, BATCH, EPOCHS = 3, 9, 3, 32, 2
@@ -202,10 +202,7 @@ def main(arguments: list[str]) -> int:
     """`w2s-fast train grape`; under two minutes on one CPU core."""
     from rich.console import Console
 
-    given = report.parser("grape", __doc__, seeds=3).parse_args(arguments)
-    with progress() as bars, quiet_transformers():
-        start = training.watches(bars, given.out, __file__)
-        found = [run(seed, given.quick, start) for seed in given.seeds]
+    given, found = seeds(__file__, __doc__, arguments, run)
     learnt = [name for name in found[0] if name != "target, before"]
     for title, kind, names in (("Accuracy, greedy", "greedy", list(found[0])),
                                ("Accuracy, sampled", "sampled", list(found[0])),

@@ -28,9 +28,9 @@ from torch import Tensor
 import w2s_fast
 
 from .._common import models, report, tokens, training
-from .._common.console import progress, quiet_transformers
 from .._common.training import Start, Watch
 from . import _sequences as seq
+from ._report import seeds
 from ._sequences import Sequences
 
 LENGTH, PROMPT = 48, 16
@@ -199,10 +199,7 @@ def main(arguments: list[str]) -> int:
     """`w2s-fast train npo`; about 75 seconds on one CPU core."""
     from rich.console import Console
 
-    given = report.parser("npo", __doc__, seeds=3).parse_args(arguments)
-    with progress() as bars, quiet_transformers():
-        start = training.watches(bars, given.out, __file__)
-        found = [run(seed, given.quick, start) for seed in given.seeds]
+    given, found = seeds(__file__, __doc__, arguments, run)
     for title, value in (
         ("Highest forget quality on the way", lambda points: best(points).quality),
         ("Utility there", lambda points: best(points).utility),
