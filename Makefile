@@ -1,6 +1,7 @@
 # Two commands set everything up on a fresh Debian or Ubuntu machine with Python 3.11 and a C++ compiler:
 #   make bench    the kernel benchmark table of the hot paths on this machine
 #   make test     the test suite
+#   make test-full   every case of the sweeps that make test samples
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -9,7 +10,7 @@ TRITON ?= triton==3.7.1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install bench bench-full test lint aot demo cuda-check readme clean
+.PHONY: install bench bench-full test test-full lint aot demo cuda-check readme clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
@@ -30,6 +31,9 @@ bench-full: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-full: $(STAMP)
+	W2S_FAST_TEST_FULL=1 $(BIN)/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
