@@ -80,7 +80,7 @@ struct Sequences {
       }
       return total;
     }
-    const int64_t* index = static_cast<const int64_t*>(pairs->data_ptr());
+    const int64_t* index = places(*pairs, int64_t(sum.size()), "pair_index");
     for (int64_t p = 0; p < pairs->size(0); ++p) {
       const int64_t w = index[2 * p], l = index[2 * p + 1];
       const Slope d = pair_loss(given, score(given, w), score(given, l), sum[size_t(w)] / size(w));
@@ -125,8 +125,8 @@ Loss run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, c
 Loss linear_preference(W2S_LINEAR_PARAMETERS, Tensor target, int64_t ignore_index, Optional token_weights, Tensor segments,
                        Tensor counts, Optional ref, Optional pairs, Optional labels, Optional kl, std::string kind,
                        std::vector<double> settings, bool mean, double scale, W2S_NEED_PARAMETERS) {
-  const int64_t* y = static_cast<const int64_t*>(target.data_ptr());
-  const int64_t* sequence = static_cast<const int64_t*>(segments.data_ptr());
+  const int64_t* y = integers<int64_t>(target);
+  const int64_t* sequence = places(segments, counts.size(0), "segment_ids");
   const Settings given{kind, settings[0], settings[1], settings[2], settings[3], mean};
   Sequences all(counts.size(0), ref);
   all.count = numbers(counts);
@@ -145,4 +145,4 @@ Loss linear_preference(W2S_LINEAR_PARAMETERS, Tensor target, int64_t ignore_inde
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_preference", TORCH_BOX(&w2s::linear::linear_preference)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_preference", W2S_BOX(&w2s::linear::linear_preference)); }

@@ -64,7 +64,11 @@ SPMM = define(
     fake=_spmm_fake,
     setup_context=_spmm_context,
     backward=_spmm_backward,
-    triton=Kernel("kernels.sparse_lowrank.products:launch_spmm", "kernels.sparse_lowrank.products:supports_spmm"),
+    triton=Kernel(
+        "kernels.sparse_lowrank.products:launch_spmm",
+        "kernels.sparse_lowrank.products:supports_spmm",
+        rowwise="x",
+    ),
 )
 SDDMM = define(
     "sddmm",
@@ -73,7 +77,11 @@ SDDMM = define(
     fake=_sddmm_fake,
     setup_context=_sddmm_context,
     backward=_sddmm_backward,
-    triton=Kernel("kernels.sparse_lowrank.products:launch_sddmm", "kernels.sparse_lowrank.products:supports_sddmm"),
+    triton=Kernel(
+        "kernels.sparse_lowrank.products:launch_sddmm",
+        "kernels.sparse_lowrank.products:supports_sddmm",
+        rowwise="g x",
+    ),
 )
 
 
