@@ -87,7 +87,7 @@ def test_min_p_ties(backend: str, level: float, offset: float):
     for dtype in (torch.float64, torch.float32):
         rows = z.to(dtype)
         if dtype == torch.float32:  # what the rounded logits say
-            expected = (rows - rows.amax() >= math.log(level) - 2.0**-21) & rows.isfinite()
+            expected = (rows - rows.amax() >= math.log(level) - 2.0**-20) & rows.isfinite()
         assert torch.equal(_plausible(rows, "min_p", level), expected)
         assert w2s_fast.fused_sample(rows, min_p=level).kept.item() == int(expected.sum())
 
@@ -158,8 +158,8 @@ def test_confidence_threshold_at_equality(two: bool):
     found = []
     for name in CPU_BACKENDS:
         with w2s_fast.backend(name):
-            for balance in ("weak_prior", "median", "none"):
-                found.append((name, balance, w2s_fast.w2s_confidence_loss(z, labels, 0.5, balance=balance)))
+            for balance in ("weak_prior", "median", "none") if two else ("weak_prior", "none"):
+                found.append((name, balance, w2s_fast.w2s_confidence_loss(z, labels, balance=balance)))
     for name, balance, loss in found:
         expected = next(x for n, b, x in found if n == "reference" and b == balance)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6, msg=f"{name} {balance}")

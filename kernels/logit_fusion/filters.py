@@ -21,7 +21,7 @@ from .fusion import fusion_tuple, load_fused
 from .partials import merge_sums, tile_stats
 
 THRESHOLDS = tl.constexpr(16)
-SLACK = tl.constexpr(2.0**-21)  # reference/logit_fusion/filters.py: how ties are decided
+SLACK = tl.constexpr(2.0**-20)  # reference/logit_fusion/filters.py: how ties are decided
 LOWEST = tl.constexpr(-(2**31))  # below every key
 BOTTOM = tl.constexpr(-2139095040)  # the key of the most negative finite float32
 

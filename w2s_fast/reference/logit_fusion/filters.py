@@ -13,8 +13,8 @@ both stop in front of v. There its float32 sums decide, which keep one token too
 equal tokens at the boundary it keeps those of larger index, as an ascending sort leaves them.
 
 Here a tie is a tie in every backend: a mass that comes within a relative `SLACK` of top_p has reached it, and a token
-within `SLACK` of min_p is likely enough. SLACK is above what float32 exponentials and sums of a few tokens are off, and
-below half a token's share of two million equal ones.
+within `SLACK` of min_p is likely enough. SLACK is above what float32 logits, exponentials and sums of a few tokens are
+off, and below the share of one of a million equal tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..numerics import mass_before, unsort
 
-SLACK = 2.0**-21
+SLACK = 2.0**-20
 
 
 def nucleus(mass: Tensor, top_p: float) -> Tensor:
