@@ -82,12 +82,14 @@ def built(name: str, quick: bool) -> Path:
 
 def run(library: Path, *options: str) -> int:
     """The calls in a process that loads the sanitizer first."""
-    find = [setup.compiler() or "c++", "-print-file-name=libasan.so"]
-    runtime = subprocess.run(find, capture_output=True, text=True, check=True)
+    preload = []
+    for name in ("libasan.so", "libstdc++.so"):  # the second so that the first finds what throws exceptions
+        find = [setup.compiler() or "c++", f"-print-file-name={name}"]
+        preload.append(subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip())
     last = library.with_name("last.txt")
     env = {
         **os.environ,
-        "LD_PRELOAD": runtime.stdout.strip(),
+        "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "W2S_FAST_OPS": str(library),
