@@ -23,6 +23,20 @@ READ_ONLY: dict[str, Any] = {
 }  # fmt: skip
 
 
+#: classes that are refused, because in the transformers of today their steps with a cache give other logits than the
+#: same tokens read at once (`w2s_fast.testing.sweep_decoding` measures it)
+UNSTEADY = {
+    "BltForCausalLM", "CpmAntForCausalLM", "ProphetNetForCausalLM", "ReformerModelWithLMHead", "XLNetLMHeadModel",
+}  # fmt: skip
+
+#: classes that draft for another model and cannot read a prompt by themselves
+ASSISTANTS = {"Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"}
+
+#: classes whose steps with a cache forget the padding, or mix the rows of a batch
+NOT_PADDED = {"GitForCausalLM"}
+NOT_BATCHED = {"RwkvForCausalLM"}
+
+
 class Prepared(NamedTuple):
     """What ``model.generate`` of transformers makes before its first step; None where it is another module."""
 
@@ -63,6 +77,7 @@ class CachedModel:
         #: how many ids it has, None if unknown
         self.vocab_size = _vocab_size(self._owner)
         self._takes = set(inspect.signature(self._owner.forward).parameters)
+        self._masks = "attention_mask" in self._takes
         #: whether it is stepped as transformers steps it
         self.steps = _is_transformers(self._owner)
         self._ids: Tensor | None = None
@@ -101,16 +116,18 @@ class CachedModel:
         Without a mask, transformers takes pad tokens for padding where it can tell them.
         """
         ids = input_ids.to(self.device)
+        if len(ids) > 1 and self.name in NOT_BATCHED:
+            self._refuse("a model that keeps rows apart where there are several",
+                         "Its steps mix them in transformers; give it one prompt at a time.")
         if token_type_ids is not None and "token_type_ids" in self._takes:
             inputs["token_type_ids"] = token_type_ids.to(self.device)
         if attention_mask is not None:
             attention_mask = attention_mask.to(self.device, torch.int64)
             ids = self._readable(ids, attention_mask)
-            if "attention_mask" in self._takes:
+            if self._masks:
                 inputs["attention_mask"] = attention_mask
-            elif not bool(attention_mask.all()):
-                self._refuse("a model that takes an attention mask where prompts are padded",
-                             "Give it prompts of one length.")
+            if not (self._masks and self.name not in NOT_PADDED) and not bool(attention_mask.all()):
+                self._refuse("a model that masks padding", "Give it prompts of one length.")
         if not self.steps:
             lists = inputs.get("logits_processor"), inputs.get("stopping_criteria")
             return Prepared(ids, None, *lists, {k: v for k, v in inputs.items() if k in self._takes})
@@ -123,7 +140,11 @@ class CachedModel:
             made.append(Prepared(input_ids, generation_config, logits_processor, stopping_criteria, kwargs))
             return input_ids
 
-        self._owner.generate(input_ids=ids, custom_generate=capture, **inputs)
+        try:
+            self._owner.generate(input_ids=ids, custom_generate=capture, **inputs)
+        except (TypeError, ValueError, RuntimeError):
+            if _has_common_generate(self._owner):
+                raise
         if not made:
             self._refuse("a model that decodes by the generate of transformers", "Its class has one of its own.")
         return made[0]
@@ -229,6 +250,13 @@ class CachedModel:
         """Refuse what no step by step reading serves."""
         if getattr(getattr(self._owner, "config", None), "is_encoder_decoder", False):
             self._refuse("a decoder-only language model", "An encoder-decoder reads its prompt in the encoder.")
+        if self.name in ASSISTANTS:
+            self._refuse("a language model", "It drafts for another model and reads no prompt by itself.")
+        if self.name in UNSTEADY:
+            self._refuse("a model whose cache does not change what it says",
+                         "In transformers its steps differ from the same tokens read at once.")
+        if _is_encoder(self._owner):
+            self._refuse("a decoder", "Its configuration has is_decoder=False: a token sees those behind it.")
         adapters = getattr(_uncompiled(self.model), "peft_config", None)
         for adapter in adapters.values() if isinstance(adapters, dict) else ():
             if adapter.is_prompt_learning or getattr(adapter, "alora_invocation_tokens", None):
@@ -262,6 +290,21 @@ def _owner(model: Any) -> Any:
 def _is_transformers(model: Any) -> bool:
     return all(hasattr(model, name) for name in
                ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"))
+
+
+def _has_common_generate(model: Any) -> bool:
+    from transformers import GenerationMixin
+
+    return type(model).generate is GenerationMixin.generate
+
+
+def _is_encoder(model: Any) -> bool:
+    """Whether a model that can be either (BERT and its kind) is an encoder: its layers say so, where they can be."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_decoder", None) is not False:
+        return False
+    kinds = {getattr(module, "is_decoder", None) for module in model.modules()}
+    return False in kinds and True not in kinds
 
 
 def _vocab_size(model: Any) -> int | None:

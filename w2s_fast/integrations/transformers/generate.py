@@ -144,7 +144,6 @@ def generate(
     ends, pad = special_tokens(large, generation_config, eos_token_id, pad_token_id)
 
     own = {
-        **settings,
         "generation_config": generation_config,
         "logits_processor": processors_of(logits_processor),
         "stopping_criteria": criteria_of(stopping_criteria, stop_strings, tokenizer, generation_config, large),
@@ -156,7 +155,7 @@ def generate(
         refuse_settings(settings, generation_config, prefix_allowed_tokens_fn)
     plan = models[0].prepare(
         prompt.ids, prompt.mask, prompt.types, **{name: value for name, value in own.items() if value is not None},
-        eos_token_id=ends or None, **SAMPLES_HERE,
+        eos_token_id=ends or None, **SAMPLES_HERE, **settings,
     )  # fmt: skip
     if prompt.mask is None:
         prompt = prompt._replace(mask=inferred_mask(plan, pad))
