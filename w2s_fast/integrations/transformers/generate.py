@@ -24,7 +24,9 @@ from .settings import (
     processors_of,
     read_prompt,
     refuse_settings,
+    settings_of,
     special_tokens,
+    take,
 )
 
 #: settings of the large model's own ``generate`` that are decided here
@@ -74,7 +76,7 @@ def generate(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
-    num_return_sequences: int = 1,
+    num_return_sequences: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     uniform: Tensor | None = None,
@@ -111,7 +113,7 @@ def generate(
         temperature, top_k, top_p, min_p: see `w2s_fast.fused_sample`, defaults 1.0, 0, 1.0, 0.0 (with a
             ``generation_config``: as transformers reads it); temperature 0 is greedy. Tensors ``[B]`` hold a value for
             each prompt.
-        num_return_sequences: continuations of each prompt, in consecutive rows.
+        num_return_sequences: continuations of each prompt, in consecutive rows; default 1.
         eos_token_id: one or several ids that end a row; default those of ``large``'s generation config; ``()``: none.
         pad_token_id: fills rows behind their end; default that of the generation config, else an end token, else 0.
         uniform: ``[B, max_new_tokens]`` numbers in [0, 1): the result is then a pure function of the inputs, and a
@@ -122,7 +124,8 @@ def generate(
             stop_strings, settings: as in ``model.generate`` of transformers (``repetition_penalty``,
             ``no_repeat_ngram_size``, ``min_new_tokens``, ``bad_words_ids``, ``cache_implementation``, ...), of which
             ``large`` makes its processors and criteria. They also come from its own generation config, except for
-            temperature, top_k, top_p and min_p. Processors get the fused log-probabilities.
+            temperature, top_k, top_p and min_p. Processors get the fused logits, so that at weight 0 they do what they
+            do in ``large.generate``.
 
     Returns:
         `FusedGeneration` on the device of ``large``.
@@ -134,35 +137,43 @@ def generate(
     fuser = Fuser(method, weights, base_weight, plausible, student_temperature, dynamic, vocab_size)
     expert_models, anti_models = as_models(experts), as_models(anti)
     fuser.check_models(len(expert_models), len(anti_models))
-    check_settings(settings, generation_config)
-    repeats = checks.integer("generate", "num_return_sequences", num_return_sequences, low=1)
+    settings = {**settings_of(generation_config), **settings}
+    eos_token_id, pad_token_id, max_new_tokens = (
+        take(settings, "eos_token_id", eos_token_id), take(settings, "pad_token_id", pad_token_id),
+        take(settings, "max_new_tokens", max_new_tokens),
+    )  # fmt: skip
+    do_sample, stop_strings = take(settings, "do_sample", do_sample), take(settings, "stop_strings", stop_strings)
+    repeats = checks.integer(
+        "generate", "num_return_sequences", take(settings, "num_return_sequences", num_return_sequences) or 1, low=1
+    )
+    check_settings(settings)
     models = cached_models("generate", large=[large], experts=expert_models, anti=anti_models)
     prompt = read_prompt(input_ids, attention_mask, token_type_ids)
     rows = len(prompt.ids)
     prompt, fuser = prompt.repeated(repeats), fuser.for_rows(rows, repeats)
     check_vocabulary("generate", prompt.ids, prompt.mask, models)
-    ends, pad = special_tokens(large, generation_config, eos_token_id, pad_token_id)
+    ends, pad = special_tokens(large, eos_token_id, pad_token_id)
 
     own = {
-        "generation_config": generation_config,
         "logits_processor": processors_of(logits_processor),
-        "stopping_criteria": criteria_of(stopping_criteria, stop_strings, tokenizer, generation_config, large),
+        "stopping_criteria": criteria_of(stopping_criteria, stop_strings, tokenizer, large),
         "prefix_allowed_tokens_fn": for_prompts(prefix_allowed_tokens_fn, repeats),
-        "max_new_tokens": new_tokens(max_new_tokens, settings, generation_config),
+        "max_new_tokens": new_tokens(max_new_tokens, settings),
         "pad_token_id": pad_token_id if prompt.mask is None else pad,
     }
     if not models[0].steps:
-        refuse_settings(settings, generation_config, prefix_allowed_tokens_fn)
+        refuse_settings({**settings, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn})
     plan = models[0].prepare(
         prompt.ids, prompt.mask, prompt.types, **{name: value for name, value in own.items() if value is not None},
-        eos_token_id=ends or None, **SAMPLES_HERE, **settings,
+        **{**settings, **SAMPLES_HERE, "eos_token_id": ends or None},
     )  # fmt: skip
     if prompt.mask is None:
         prompt = prompt._replace(mask=inferred_mask(plan, pad))
     length = max_new_tokens or plan.new_tokens(prompt.ids, 64)
     if uniform is not None and tuple(uniform.shape) != (len(prompt.ids), length):
         checks.fail("generate", "uniform", f"of shape {(len(prompt.ids), length)}", tuple(uniform.shape))
-    filters = filters_of((temperature, top_k, top_p, min_p), do_sample, large, generation_config, plan.config)
+    merged = None if generation_config is None else plan.config
+    filters = filters_of((temperature, top_k, top_p, min_p), do_sample, large, merged)
     filters = filters.for_rows(rows, repeats, models[0].device)
     kept = {name: settings[name] for name in CACHE_SETTINGS if name in settings}
     logits = [models[0].begin(plan)]
@@ -220,11 +231,11 @@ class _Steps:
         return FusedGeneration(ids, torch.stack(logprobs, 1), torch.stack(alphas, 1) if alphas else None, lengths)
 
     def _fused(self, ids: Tensor, logits: list[Tensor]) -> tuple[dict[str, Any], Tensor | None]:
-        """Arguments of `w2s_fast.fused_sample`: the fusion, or what the processors leave of its log-probabilities."""
+        """Arguments of `w2s_fast.fused_sample`: the fusion, or what the processors leave of its logits."""
         base, experts, anti = logits[0], logits[1 : 1 + self.experts], logits[1 + self.experts :]
         if not self.processors:
             return self.fuser.arguments(base, experts, anti), None
-        scores, alpha = self.fuser.log_probs(base, experts, anti)
+        scores, alpha = self.fuser.fuse(base, experts, anti)
         return {"base": self.processors(ids, scores)}, alpha
 
     @property

@@ -107,19 +107,15 @@ class Fuser:
         }  # fmt: skip
 
     def fuse(self, base: Tensor, experts: list[Tensor], anti: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The fused logits ``[B, vocab_size]`` and, with dynamic weights, the weights ``[B, K]``."""
+        """The fused logits ``[B, V]``, as wide as ``base`` (-inf where no column takes part), and dynamic weights."""
         arguments, alpha = self._solved(base, experts, anti)
-        return w2s_fast.fuse_logits(**arguments), alpha
+        wide = torch.promote_types(base.dtype, torch.float32)
+        return _widened(w2s_fast.fuse_logits(**arguments, out_dtype=wide), base.shape[1]), alpha
 
     def log_probs(self, base: Tensor, experts: list[Tensor], anti: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of the fused distribution ``[B, V]``, as wide as ``base``, and the dynamic weights.
-
-        Columns that take no part hold -inf.
-        """
+        """Log-probabilities of the fused distribution ``[B, V]``, as `fuse` gives its logits."""
         arguments, alpha = self._solved(base, experts, anti)
-        found = w2s_fast.fused_log_softmax(**arguments)
-        missing = base.shape[1] - found.shape[1]
-        return torch.nn.functional.pad(found, (0, missing), value=-torch.inf) if missing else found, alpha
+        return _widened(w2s_fast.fused_log_softmax(**arguments), base.shape[1]), alpha
 
     def for_rows(self, rows: int, repeats: int) -> Fuser:
         """The fuser for every one of ``rows`` repeated: weights ``[rows, K]`` are repeated too."""
@@ -143,6 +139,12 @@ class Fuser:
         if isinstance(self.weights, (int, float, Tensor)):
             return self.weights * scale
         return [float(w) * scale for w in self.weights or ()]
+
+
+def _widened(scores: Tensor, width: int) -> Tensor:
+    """With -inf in the columns up to ``width``."""
+    missing = width - scores.shape[1]
+    return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
 
 
 def as_models(value: Any) -> list[Any]:

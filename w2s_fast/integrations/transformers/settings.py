@@ -92,22 +92,33 @@ def check_vocabulary(op: str, ids: Tensor, mask: Tensor | None, models: Sequence
         checks.fail(op, "input_ids", "at least 0", lowest)
 
 
-def check_settings(settings: dict[str, Any], config: Any) -> None:
+def check_settings(settings: dict[str, Any]) -> None:
     """ValueError where a setting is one that `generate` does not have."""
     for name, hint in ELSEWHERE.items():
         value = settings.get(name)
-        if value is None and name not in ("cache", "past_key_values"):
-            value = getattr(config, name, None)
         if not any(value is neutral or (type(value) in (int, float) and value == neutral) for neutral in _NEUTRAL):
             checks.fail("generate", name, "left alone", value if isinstance(value, (int, float, str)) else type(value),
                         hint)
 
 
-def special_tokens(
-    large: Any, config: Any, eos: int | Sequence[int] | None, pad: int | None
-) -> tuple[list[int], int]:
+def settings_of(config: Any) -> dict[str, Any]:
+    """What a generation configuration of transformers sets, as keyword arguments of ``model.generate``."""
+    if config is None:
+        return {}
+    defaults = type(config)()
+    return {name: getattr(config, name) for name in config.to_diff_dict()
+            if hasattr(defaults, name) and not name.startswith("_") and name != "transformers_version"}  # fmt: skip
+
+
+def take(settings: dict[str, Any], name: str, given: Any) -> Any:
+    """An argument as given, else as the settings have it, which lose it."""
+    found = settings.pop(name, None)
+    return found if given is None else given
+
+
+def special_tokens(large: Any, eos: int | Sequence[int] | None, pad: int | None) -> tuple[list[int], int]:
     """The ids that end a row and the one that follows, as given or from the first configuration that names them."""
-    configs = [c for c in (config, getattr(large, "generation_config", None), getattr(large, "config", None)) if c]
+    configs = [c for c in (getattr(large, "generation_config", None), getattr(large, "config", None)) if c]
     if eos is None:
         eos = next((e for c in configs if (e := getattr(c, "eos_token_id", None)) is not None), None)
     ends = [] if eos is None else [eos] if isinstance(eos, int) else [int(e) for e in eos]
@@ -116,40 +127,32 @@ def special_tokens(
     return ends, pad if pad is not None else ends[0] if ends else 0
 
 
-def new_tokens(given: int | None, settings: dict[str, Any], config: Any, default: int = 64) -> int | None:
-    """The length as given or the default; None where the settings or the configuration have one."""
-    if given is not None:
-        return checks.integer("generate", "max_new_tokens", given, low=1)
-    told = getattr(config, "max_new_tokens", None) is not None or getattr(config, "max_length", None) not in (None, 20)
-    return None if told or settings.get("max_length") is not None else default
+def new_tokens(given: int | None, settings: dict[str, Any], default: int = 64) -> int | None:
+    """The length as given or the default; None where ``max_length`` says it."""
+    if given is None:
+        return None if settings.get("max_length") is not None else default
+    return checks.integer("generate", "max_new_tokens", given, low=1)
 
 
-def filters_of(
-    given: tuple[Any, Any, Any, Any], do_sample: bool | None, large: Any, config: Any, merged: Any
-) -> Filters:
-    """Temperature, top_k, top_p, min_p: as given, else as the configuration that the caller gave has them.
-
-    ``merged`` is that configuration with what it leaves open filled in by transformers.
+def filters_of(given: tuple[Any, Any, Any, Any], do_sample: bool | None, large: Any, merged: Any) -> Filters:
+    """Temperature, top_k, top_p, min_p as given, else as ``merged`` has them: the configuration of transformers, where
+    the caller gave one.
     """
-    values = Filters(1.0, 0, 1.0, 0.0)
-    names = ("temperature", "top_k", "top_p", "min_p")
-    for name, value in zip(names, given, strict=True):
-        if value is None and config is not None:
-            value = getattr(merged, name, None)
-        if value is not None:
-            setattr(values, name, value)
-    if do_sample is None and config is not None:
-        asked = (getattr(c, "do_sample", None) for c in (config, getattr(large, "generation_config", None)))
-        do_sample = next((a for a in asked if a is not None), False)
+    values = Filters()
+    for name, value in zip(("temperature", "top_k", "top_p", "min_p"), given, strict=True):
+        found = getattr(merged, name, None) if value is None else value
+        if found is not None:
+            setattr(values, name, found)
+    if do_sample is None and merged is not None:
+        do_sample = bool(getattr(large.generation_config, "do_sample", False))
     if do_sample is False:
         values.temperature = 0.0
     return values
 
 
-def refuse_settings(settings: dict[str, Any], *others: Any) -> None:
+def refuse_settings(settings: dict[str, Any]) -> None:
     """ValueError where settings of transformers' ``generate`` are given and the model is not of transformers."""
-    given = [*settings, *(type(o).__name__ for o in others if o is not None)]
-    if given:
+    if given := [name for name, value in settings.items() if value is not None]:
         checks.fail("generate", "large", "a model of transformers to take " + ", ".join(given), "another module")
 
 
@@ -164,13 +167,13 @@ def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def criteria_of(stopping_criteria: Any, stop_strings: Any, tokenizer: Any, config: Any, large: Any) -> Any:
+def criteria_of(stopping_criteria: Any, stop_strings: Any, tokenizer: Any, large: Any) -> Any:
     """The caller's stopping criteria as transformers' list, with those for stop strings."""
     from transformers import StoppingCriteriaList, StopStringCriteria
 
     found = _listed(stopping_criteria)
-    for c in (config, getattr(large, "generation_config", None)):
-        stop_strings = getattr(c, "stop_strings", None) if stop_strings is None else stop_strings
+    if stop_strings is None:
+        stop_strings = getattr(getattr(large, "generation_config", None), "stop_strings", None)
     if stop_strings is not None:
         if tokenizer is None:
             checks.fail("generate", "tokenizer", "given with stop_strings", None)
