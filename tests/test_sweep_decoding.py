@@ -4,10 +4,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from w2s_fast.integrations.transformers.cached import ASSISTANTS, NOT_BATCHED, NOT_PADDED, UNSTEADY  # noqa: E402
-from w2s_fast.testing import sweep_decoding, tiny_models  # noqa: E402
-from w2s_fast.testing.selection import sampled  # noqa: E402
-from w2s_fast.testing.sweep import checked, main  # noqa: E402
+from w2s_fast.integrations.transformers.cached import ASSISTANTS, NOT_BATCHED, NOT_PADDED, UNSTEADY
+from w2s_fast.testing import sweep_decoding, tiny_models
+from w2s_fast.testing.selection import sampled
+from w2s_fast.testing.sweep import checked, main
 
 SPECIAL = {"BambaForCausalLM", "MambaForCausalLM", "RecurrentGemmaForCausalLM"}  # inputs that went wrong once
 REFUSED = (

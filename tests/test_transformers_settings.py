@@ -123,7 +123,7 @@ def test_no_cache(models):
 def test_stop_strings(models, tokenizer):
     said = spoken(models)
     string = "".join(CHARACTERS[i] for i in said[1:3])
-    settings = {"stop_strings": [string], "tokenizer": tokenizer, "eos_token_id": 1}  # with an end token rows are padded
+    settings = {"stop_strings": [string], "tokenizer": tokenizer, "eos_token_id": 1}  # ended rows are padded
     want = theirs(models[0], **settings)
     assert want[0, 10:].eq(0).all() and not torch.equal(want, theirs(models[0]))  # ended behind the third token
     assert torch.equal(ours(models, **settings), want)
