@@ -109,7 +109,7 @@ def test_assisted_decoding_says_the_same(models, mode):
     large, expert, anti = models
     torch.manual_seed(0)
     ids = torch.randint(3, 60, (1, 5)).repeat(1, 3)  # repetitions, so that the prompt holds candidates
-    settings = {"input_ids": ids, "max_new_tokens": 12, **PLAIN}
+    settings = {"input_ids": ids, "max_new_tokens": 12, **PLAIN, "eos_token_id": 1}
     plain = large.generate(**settings, logits_processor=[FusionLogitsProcessor(expert, anti)])
     how = {"assistant_model": anti} if mode == "assistant" else {"prompt_lookup_num_tokens": 3}
     with Counting(expert) as widths:

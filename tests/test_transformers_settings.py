@@ -168,13 +168,13 @@ def test_settings_of_the_models_own_configuration(models):
 
 def test_processors_get_the_fused_logits(models):
     """Against whole prefixes row by row: fusion, then transformers' repetition penalty, then the draw."""
-    ids, mask = prompts()
+    ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
     uniform = torch.rand(3, 4, generator=torch.Generator().manual_seed(2))
-    out = generate(*models, **given(), weights=0.6, eos_token_id=(), max_new_tokens=4, temperature=0.7, uniform=uniform,
+    out = generate(*models, input_ids=ids, weights=0.6, eos_token_id=(), max_new_tokens=4, temperature=0.7, uniform=uniform,
                    repetition_penalty=1.5)  # fmt: skip
     penalty = transformers.RepetitionPenaltyLogitsProcessor(1.5)
     for row in range(3):
-        prefix = ids[row][mask[row].bool()]
+        prefix = ids[row]
         for step in range(4):
             with torch.no_grad():
                 large, expert, anti = (m(input_ids=prefix[None]).logits[0, -1] for m in models)
@@ -182,7 +182,7 @@ def test_processors_get_the_fused_logits(models):
             token = out.sequences[row, 7 + step]
             assert abs(logp[token] - out.logprobs[row, step]) < 1e-4
             mass = logp.exp().cumsum(0)
-            assert mass[token] - logp[token].exp() - 1e-5 <= uniform[row, step] <= mass[token] + 1e-5
+            assert mass[token] - logp[token].exp() - 1e-4 <= uniform[row, step] <= mass[token] + 1e-4
             prefix = torch.cat((prefix, token[None]))
 
 

@@ -191,7 +191,7 @@ def _shrunk(default: Any, vocab_size: int) -> Any:
             changed[key] = small
     if values.get("num_key_value_heads") == values.get("num_attention_heads") and "num_attention_heads" in changed:
         changed["num_key_value_heads"] = changed["num_attention_heads"]
-    if values.get("is_decoder") is False:  # an encoder otherwise, which sees what it is to say
+    if getattr(default, "is_decoder", None) is False:  # an encoder otherwise, which sees what it is to say
         changed["is_decoder"] = True
     config = config_class(**{**changed, **special})
     for key, value in changed.items():
