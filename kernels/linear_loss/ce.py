@@ -60,16 +60,16 @@ def _ce_kernel(
     keep = tl.load(i_keep + row) != 0
     if dense is not None:
         dense += row * dense_stride
+    # before the sweeps: the gradient may overwrite the logits, and only a sweep's reductions hold the row's threads together
+    k = tl.arange(0, KP)
+    ids = tl.load(i_ids + row * K + k, mask=k < K, other=-1)
+    a = tl.load(i_probs + row * K + k, mask=(k < K) & (ids >= 0), other=0.0).to(tl.float32)
+    at, _ = capped(tl.load(i_z + ids, mask=(k < K) & (ids >= 0), other=0.0), scale, cap, CAP)
     top, mass, spread, best, total, cross, share = statistics_row(
         i_z, vocab, scale, cap, dense, CAP, o_entropy is not None, o_best is not None, i_uniform is not None, BLOCK
     )
     line, log_mass = safe(top), tl.log(mass)
     lse = log_mass + line
-
-    k = tl.arange(0, KP)
-    ids = tl.load(i_ids + row * K + k, mask=k < K, other=-1)
-    a = tl.load(i_probs + row * K + k, mask=(k < K) & (ids >= 0), other=0.0).to(tl.float32)
-    at, _ = capped(tl.load(i_z + ids, mask=(k < K) & (ids >= 0), other=0.0), scale, cap, CAP)
     # everything relative to the row's maximum, so that a common offset of the logits costs no digits
     core = tl.sum(a, 0) + share
     found = tl.sum(tl.where(a != 0, a * (at - line), 0.0), 0) + (cross - share * line)
@@ -100,8 +100,8 @@ def _ce_kernel(
 
 def launch_linear_ce(*args: Any) -> tuple[Any, ...]:
     """Arguments of `linear_ce` -> its outputs."""
-    keep = args[8] if args[12] is None else None  # a dense target is [T, V]: not copied
-    return packed(_all_rows, args, keep, (0, 3, 8, 9, 10, 11, 13), (1, 2, 3, 4, 5, 6, 7, 10))
+    dense = args[12] is not None  # [T, V]: not copied
+    return packed(_all_rows, args, args[8], (0, 3, 8, 9, 10, 11, 13), (1, 2, 3, 4, 5, 6, 7, 10), every_row=dense)
 
 
 def _all_rows(*args: Any) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ SCRATCH = 1 << 30
 ROWS = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first", "chunk", "blocks"])  # they change with every batch
 def logits_kernel(
     models, count, first, chunk, vocab, blocks, o_z,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, DOT_F32: tl.constexpr,

@@ -2,8 +2,9 @@
 
 First (max, log sum) of the student's and each teacher's row, then one sweep for D and the mean that its gradient needs,
 one for the gradient; see reference/linear_loss/distillation.py for the equations. Floor: every logit read once, the
-gradient written once; the sweeps after the first read from the L2 cache. linear_kd makes the logits of a chunk of rows
-with `rows.logits` and spends its gradient in two products of the library.
+gradient written once. Each sweep reads the row again, from memory where the rows in flight (a few hundred of a language
+model's) are more than the L2 cache holds. linear_kd makes the logits of a chunk of rows with `rows.logits` and spends
+its gradient in two products of the library.
 """
 
 from __future__ import annotations
@@ -101,6 +102,11 @@ def _row_kernel(
     if keep is not None:
         kept = tl.load(keep + at) != 0
     top, log_sum = tl.load(s_max + row), tl.load(s_log_sum + row)
+    y = tl.full((), -1, tl.int64)
+    z_y = 0.0
+    if HARD:  # before the sweeps: the gradient may overwrite the logits
+        y = tl.load(target + at)
+        z_y = tl.load(student + row * stride + y, mask=kept, other=0.0).to(tl.float32)
     # sums: of terms of D, of terms under p, of q, of p log p, of q log q; largest entries and where they are
     a, b, mass, h_s, h_t = 0.0, 0.0, 0.0, 0.0, 0.0
     best_s, best_t = tl.full((), NONE, tl.float32), tl.full((), NONE, tl.float32)
@@ -156,13 +162,10 @@ def _row_kernel(
     else:
         d = a
     tl.store(o_kd + at, tl.where(kept, d, 0.0))
-    y = tl.full((), -1, tl.int64)
     one = log_sum
     ce = 0.0
     if HARD:
-        y = tl.load(target + at)
         one = tl.load(s_one + row)
-        z_y = tl.load(student + row * stride + y, mask=kept, other=0.0).to(tl.float32)
         ce = one - (z_y - top)
     tl.store(o_ce + at, tl.where(kept, ce, 0.0))
     if STATISTICS:
