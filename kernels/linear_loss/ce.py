@@ -60,16 +60,16 @@ def _ce_kernel(
     keep = tl.load(i_keep + row) != 0
     if dense is not None:
         dense += row * dense_stride
-    # before the sweeps: the gradient may overwrite the logits, and only a sweep's reductions hold the row's threads together
-    k = tl.arange(0, KP)
-    ids = tl.load(i_ids + row * K + k, mask=k < K, other=-1)
-    a = tl.load(i_probs + row * K + k, mask=(k < K) & (ids >= 0), other=0.0).to(tl.float32)
-    at, _ = capped(tl.load(i_z + ids, mask=(k < K) & (ids >= 0), other=0.0), scale, cap, CAP)
     top, mass, spread, best, total, cross, share = statistics_row(
         i_z, vocab, scale, cap, dense, CAP, o_entropy is not None, o_best is not None, i_uniform is not None, BLOCK
     )
     line, log_mass = safe(top), tl.log(mass)
     lse = log_mass + line
+
+    k = tl.arange(0, KP)
+    ids = tl.load(i_ids + row * K + k, mask=k < K, other=-1)
+    a = tl.load(i_probs + row * K + k, mask=(k < K) & (ids >= 0), other=0.0).to(tl.float32)
+    at, _ = capped(tl.load(i_z + ids, mask=(k < K) & (ids >= 0), other=0.0), scale, cap, CAP)
     # everything relative to the row's maximum, so that a common offset of the logits costs no digits
     core = tl.sum(a, 0) + share
     found = tl.sum(tl.where(a != 0, a * (at - line), 0.0), 0) + (cross - share * line)

@@ -102,11 +102,6 @@ def _row_kernel(
     if keep is not None:
         kept = tl.load(keep + at) != 0
     top, log_sum = tl.load(s_max + row), tl.load(s_log_sum + row)
-    y = tl.full((), -1, tl.int64)
-    z_y = 0.0
-    if HARD:  # before the sweeps: the gradient may overwrite the logits
-        y = tl.load(target + at)
-        z_y = tl.load(student + row * stride + y, mask=kept, other=0.0).to(tl.float32)
     # sums: of terms of D, of terms under p, of q, of p log p, of q log q; largest entries and where they are
     a, b, mass, h_s, h_t = 0.0, 0.0, 0.0, 0.0, 0.0
     best_s, best_t = tl.full((), NONE, tl.float32), tl.full((), NONE, tl.float32)
@@ -162,10 +157,13 @@ def _row_kernel(
     else:
         d = a
     tl.store(o_kd + at, tl.where(kept, d, 0.0))
+    y = tl.full((), -1, tl.int64)
     one = log_sum
     ce = 0.0
     if HARD:
+        y = tl.load(target + at)
         one = tl.load(s_one + row)
+        z_y = tl.load(student + row * stride + y, mask=kept, other=0.0).to(tl.float32)
         ce = one - (z_y - top)
     tl.store(o_ce + at, tl.where(kept, ce, 0.0))
     if STATISTICS:
@@ -177,6 +175,7 @@ def _row_kernel(
         hard = 0.0
         if HARD:
             hard = tl.load(coef_ce + at).to(tl.float32)
+        tl.debug_barrier()  # the sweep may overwrite the logits, once every thread has read its label's
         for start in range(0, vocab, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             mask = cols < vocab
