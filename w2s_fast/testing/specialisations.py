@@ -35,6 +35,13 @@ from .selection import sampled
 #: Modules whose launchers ask whether a CUDA graph is being captured; then they read nothing back: these tensors hold nothing.
 CAPTURE_AWARE = ("linear_loss.packing", "linear_loss.preference")
 
+#: Spilled bytes allowed to (Triton, op, kernel), each with its reason.
+SPILLS = {
+    # 3.6 keeps two tiles of S alive in the loop of 128 rows; 3.7 spills nothing
+    ("3.6", "sparse_lowrank_linear", "_spmm_kernel"): 256,
+    ("3.6", "sparse_lowrank_backward", "_spmm_kernel"): 256,
+}
+
 
 class Found(NamedTuple):
     """A launch to be compiled and the sample it came from."""
@@ -198,7 +205,8 @@ def compile_one(item: Found, arch: int) -> Result:
         text = f"{type(error).__name__}: {str(error)[-400:]}"
         return Result(item.sample, item.op, kernel, arch, 0, 0, 0, f"does not compile: {text}")
     shared = compiled.metadata.shared
-    problem = f"{spills} bytes spilled" if spills else ""
+    version = ".".join(triton.__version__.split(".")[:2])
+    problem = f"{spills} bytes spilled" if spills > SPILLS.get((version, item.op, kernel), 0) else ""
     if shared > aot.MAX_SHARED[arch]:
         problem = f"{shared} bytes of shared memory"
     problem = problem or ptx.race(compiled.asm["ptx"], aliases(item.launch))
