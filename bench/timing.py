@@ -88,7 +88,7 @@ class Runner:
         return seconds / calls
 
     def _captured(self) -> Any:
-        """A CUDA graph of one call on each set of inputs: replayed, it costs the host nothing. None if it reads back."""
+        """A CUDA graph of a call on each set of inputs, which costs the host nothing; None where a call reads back."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()

@@ -60,7 +60,9 @@ def cdiv(a: int, b: int) -> int:
 
 def dtype(like: Any, name: str) -> Any:
     """The dtype of that name as the tensor ``like`` spells it, because kernels do not import torch."""
-    return f"torch.{name}" if isinstance(like, Meta) else getattr(sys.modules["torch"], name)  # loaded: there is a tensor
+    if isinstance(like, Meta):
+        return f"torch.{name}"
+    return getattr(sys.modules["torch"], name)  # loaded, as there is a tensor
 
 
 def capturing(like: Any) -> bool:

@@ -269,6 +269,7 @@ def test_ours_is_labelled_with_what_auto_takes(monkeypatch: pytest.MonkeyPatch):
     case = fake_case(ours=lambda x: w2s_fast.fuse_logits(x[None], [x[None]]), name="fused")
     inputs = case.inputs(torch.Generator(), torch.device("cpu"))
     assert harness.serving_backend(case, inputs, "cpu")[0] == dispatch.explain(case.ours, *inputs).backend
-    found = dispatch.Explanation("x", "triton", (("cuda", "opt-in: not measured yet"), ("cpp", "triton comes first on cuda")))
+    rejected = (("cuda", "opt-in: not measured yet"), ("cpp", "triton comes first on cuda"))
+    found = dispatch.Explanation("x", "triton", rejected)
     monkeypatch.setattr(dispatch, "explain", lambda *_: found)
     assert harness.serving_backend(case, inputs, "cuda") == ("triton", [("cuda", "opt-in: not measured yet")])

@@ -1,4 +1,4 @@
-"""Samples under ttsem: what the compiled kernels access, out of bounds, in two programs at once, or before it is written."""
+"""Samples under ttsem: no compiled kernel goes out of bounds, races another program or reads unwritten memory."""
 
 from __future__ import annotations
 

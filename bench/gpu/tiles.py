@@ -3,8 +3,8 @@
     python -m bench.gpu.tiles [--out FILE.json] [--dry]
 
 Each setting replaces what the module's ``config()`` returns, is checked against the present one's result, and timed by
-graph replay in interleaved rounds. The JSON lists milliseconds by shape and setting, the fastest first, and why a setting
-could not run (shared memory, registers).
+graph replay. The JSON lists milliseconds by shape and setting, the fastest first, and why a setting could not run
+(shared memory, registers).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from w2s_fast.bench import timing
 
 import w2s_fast
-from w2s_fast.bench import timing
 
 
 class Sweep(NamedTuple):

@@ -1,8 +1,8 @@
 """What PTX shows that a GPU is needed to run into: a row overwritten in place while another warp still reads it.
 
 Where a launch passes one tensor for two pointers, a kernel reads a row, then sweeps it again and overwrites it. In the
-sweep each thread reads what it writes itself. A read before the sweep, of a label's logit say, is safe only if a barrier
-stands between it and the first write: without one a fast warp writes what a slow one has not read.
+sweep each thread reads what it writes itself. A read before the sweep, of a label's logit say, is safe only if a
+barrier stands between it and the first write: without one a fast warp writes what a slow one has not read.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     python -m w2s_fast.testing.specialisations --arch 90 [--op NAME] [--limit 200]
 
-A GPU compiles a kernel anew for other dtypes, alignments, integers that are 1 or multiples of 16, and arguments that are
-None. So every sample runs, forward and backward, through the launchers on tensors without data; launches are recorded,
-reduced to the distinct ones, and compiled, with the resources of `testing.aot`. Of each kernel one launch is compiled
-again with all its integers 1, 16 and 17: `top_k=1` once failed where `top_k=30` did not.
+A GPU compiles a kernel anew for other dtypes, alignments, integers that are 1 or multiples of 16, and arguments that
+are None. So every sample runs, forward and backward, through the launchers on tensors without data; launches are
+recorded, reduced to the distinct ones, and compiled, with the resources of `testing.aot`. Of each kernel one launch is
+compiled again with all its integers 1, 16 and 17: `top_k=1` once failed where `top_k=30` did not.
 
-Runs under any Triton that is first on the path: the package supports several. Not for a process with TRITON_INTERPRET=1.
+Runs under the Triton that is first on the path: the package supports several. Not for a process with
+TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from . import aot, ptx
 from .samples import Sample, all_samples, tensors, with_grad
 from .selection import sampled
 
-#: Modules whose launchers ask whether a CUDA graph is being captured; then they read nothing back: these tensors hold nothing.
+#: Modules whose launchers ask whether a CUDA graph is being captured; then they read nothing back, as is needed here.
 CAPTURE_AWARE = ("linear_loss.packing", "linear_loss.preference")
 
 #: Spilled bytes allowed to (Triton, op, kernel), each with its reason.
@@ -68,15 +69,16 @@ def _fake(value: Any) -> Any:
     """The same arguments on the meta device: shapes, strides and offsets kept."""
 
     def one(t: Tensor) -> Tensor:
-        last = 0 if t.numel() == 0 else 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
-        base = torch.empty(max(t.storage_offset() + last, 1), dtype=t.dtype, device="meta")
+        steps = [(size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)]
+        last = 1 + sum(steps) if t.numel() else 1
+        base = torch.empty(t.storage_offset() + last, dtype=t.dtype, device="meta")
         return base.as_strided(t.shape, t.stride(), t.storage_offset())
 
     return torch.utils._pytree.tree_map_only(Tensor, one, value)
 
 
 def _stand_in(common: Any, made: dict[int, Any]) -> Callable[[Any], Any]:
-    """Replaces tensors by `Meta` stand-ins that keep alignment, the same one for the same tensor (so that aliases show)."""
+    """Replaces tensors by `Meta` stand-ins that keep alignment, one a tensor, so that aliases show."""
 
     class Aligned(common.Meta):  # type: ignore[misc, name-defined]
         def __init__(self, t: Tensor) -> None:
@@ -84,7 +86,7 @@ def _stand_in(common: Any, made: dict[int, Any]) -> Callable[[Any], Any]:
             self.tensor, self.offset = t, t.storage_offset() * t.element_size()
 
         def data_ptr(self) -> int:
-            return self.offset
+            return int(self.offset)
 
     def strip(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -260,8 +262,8 @@ def main() -> None:
             print(problem if isinstance(result, str) else result, flush=True)
         elif not isinstance(result, str):
             count[result.op] += 1
-    print(f"Triton {triton.__version__}, sm_{given.arch}: {sum(count.values())} specialisations of {len(count)} ops fine, "
-          f"{wrong} wrong")  # fmt: skip
+    fine = f"{sum(count.values())} specialisations of {len(count)} ops fine"
+    print(f"Triton {triton.__version__}, sm_{given.arch}: {fine}, {wrong} wrong")
     if wrong:
         sys.exit(1)
 
