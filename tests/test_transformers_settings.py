@@ -170,8 +170,8 @@ def test_processors_get_the_fused_logits(models):
     """Against whole prefixes row by row: fusion, then transformers' repetition penalty, then the draw."""
     ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
     uniform = torch.rand(3, 4, generator=torch.Generator().manual_seed(2))
-    out = generate(*models, input_ids=ids, weights=0.6, eos_token_id=(), max_new_tokens=4, temperature=0.7, uniform=uniform,
-                   repetition_penalty=1.5)  # fmt: skip
+    out = generate(*models, input_ids=ids, weights=0.6, eos_token_id=(), max_new_tokens=4, temperature=0.7,
+                   uniform=uniform, repetition_penalty=1.5)  # fmt: skip
     penalty = transformers.RepetitionPenaltyLogitsProcessor(1.5)
     for row in range(3):
         prefix = ids[row]
