@@ -273,6 +273,20 @@ def test_padding_is_told_as_transformers_tells_it(models):
         generate(*models, input_ids=ids.flip(1), pad_token_id=0, **settings)
 
 
+def test_a_pad_token_that_ends_texts_is_read_as_text(models):
+    """Without a mask it cannot be told from an end within the prompt, also where no row shall end."""
+    large = models[0]
+    before = large.generation_config
+    ids = prompts()[0][:1].index_fill(1, torch.tensor([2]), 0)
+    settings = {"input_ids": ids, "weights": 0.8, "eos_token_id": (), "max_new_tokens": 5, "temperature": 0}
+    want = generate(*models, attention_mask=torch.ones_like(ids), **settings)
+    try:
+        large.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=0)
+        assert torch.equal(generate(*models, **settings).sequences, want.sequences)
+    finally:
+        large.generation_config = before
+
+
 @pytest.mark.parametrize("setting, value", [
     ("num_beams", 4), ("penalty_alpha", 0.6), ("prompt_lookup_num_tokens", 3), ("typical_p", 0.5),
     ("output_scores", True), ("past_key_values", object()), ("inputs_embeds", torch.zeros(1, 1, 32)),

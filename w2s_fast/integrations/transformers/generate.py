@@ -150,6 +150,9 @@ def generate(
     models = cached_models("generate", large=[large], experts=expert_models, anti=anti_models)
     prompt = read_prompt(input_ids, attention_mask, token_type_ids)
     rows = len(prompt.ids)
+    own_ends, own_pad = special_tokens(large, None, pad_token_id)
+    if prompt.mask is None and own_pad in own_ends:  # it may end a text within a prompt, also where no row shall end
+        prompt = prompt._replace(mask=torch.ones_like(prompt.ids))
     prompt, fuser = prompt.repeated(repeats), fuser.for_rows(rows, repeats)
     check_vocabulary("generate", prompt.ids, prompt.mask, models)
     ends, pad = special_tokens(large, eos_token_id, pad_token_id)
