@@ -15,9 +15,12 @@ from ... import checks
 #: what models call the argument that holds their cache, in this and earlier versions of transformers
 CACHES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
+#: no sampling, and its filters as transformers has them by default, so that it does not warn of them
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
+
 #: settings of ``model.generate`` of a model that is only read: nothing of its own configuration decodes
 READ_ONLY: dict[str, Any] = {
-    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "stop_strings": None, "use_cache": True,
+    **GREEDY, "num_beams": 1, "num_return_sequences": 1, "stop_strings": None, "use_cache": True,
     "cache_implementation": None, "prompt_lookup_num_tokens": None, "return_dict_in_generate": False,
     "token_healing": False, "eos_token_id": None, "min_length": None, "min_new_tokens": None,
 }  # fmt: skip

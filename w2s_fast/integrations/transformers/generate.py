@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from .cached import CachedModel, cached_models
+from .cached import GREEDY, CachedModel, cached_models
 from .recipes import Fuser, as_models
 from .sampling import Filters, draw
 from .settings import (
@@ -31,8 +31,8 @@ from .settings import (
 
 #: settings of the large model's own ``generate`` that are decided here
 SAMPLES_HERE: dict[str, Any] = {
-    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "stop_strings": None,
-    "prompt_lookup_num_tokens": None, "return_dict_in_generate": False,
+    **GREEDY, "num_beams": 1, "num_return_sequences": 1, "stop_strings": None, "prompt_lookup_num_tokens": None,
+    "return_dict_in_generate": False,
 }  # fmt: skip
 
 #: what the small models take over from the settings: how a cache is kept
@@ -157,6 +157,8 @@ def generate(
     check_vocabulary("generate", prompt.ids, prompt.mask, models)
     ends, pad = special_tokens(large, eos_token_id, pad_token_id)
 
+    filters = filters_of({"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}, do_sample, large,
+                         settings, generation_config is not None).for_rows(rows, repeats, models[0].device)  # fmt: skip
     own = {
         "logits_processor": processors_of(logits_processor),
         "stopping_criteria": criteria_of(stopping_criteria, stop_strings, tokenizer, large),
@@ -175,9 +177,6 @@ def generate(
     length = max_new_tokens or plan.new_tokens(prompt.ids, 64)
     if uniform is not None and tuple(uniform.shape) != (len(prompt.ids), length):
         checks.fail("generate", "uniform", f"of shape {(len(prompt.ids), length)}", tuple(uniform.shape))
-    merged = None if generation_config is None else plan.config
-    filters = filters_of((temperature, top_k, top_p, min_p), do_sample, large, merged)
-    filters = filters.for_rows(rows, repeats, models[0].device)
     kept = {name: settings[name] for name in CACHE_SETTINGS if name in settings}
     logits = [models[0].begin(plan)]
     logits += [m.start(prompt.ids, prompt.mask, prompt.types, max_new_tokens=length, **kept) for m in models[1:]]

@@ -134,17 +134,22 @@ def new_tokens(given: int | None, settings: dict[str, Any], default: int = 64) -
     return checks.integer("generate", "max_new_tokens", given, low=1)
 
 
-def filters_of(given: tuple[Any, Any, Any, Any], do_sample: bool | None, large: Any, merged: Any) -> Filters:
-    """Temperature, top_k, top_p, min_p as given, else as ``merged`` has them: the configuration of transformers, where
-    the caller gave one.
+def filters_of(
+    given: dict[str, Any], do_sample: bool | None, large: Any, settings: dict[str, Any], configured: bool
+) -> Filters:
+    """Temperature, top_k, top_p, min_p as given; where the caller gave a generation configuration, else as transformers
+    has them: as ``settings`` (which lose them), the model's own configuration, or transformers' defaults.
     """
-    values = Filters()
-    for name, value in zip(("temperature", "top_k", "top_p", "min_p"), given, strict=True):
-        found = getattr(merged, name, None) if value is None else value
+    values, own = Filters(), getattr(large, "generation_config", None)
+    for name, value in given.items():
+        found = take(settings, name, value)
+        if found is None and configured:
+            found = getattr(own, name, None)
+            found = 50 if found is None and name == "top_k" else found
         if found is not None:
             setattr(values, name, found)
-    if do_sample is None and merged is not None:
-        do_sample = bool(getattr(large.generation_config, "do_sample", False))
+    if do_sample is None and configured:
+        do_sample = bool(getattr(own, "do_sample", False))
     if do_sample is False:
         values.temperature = 0.0
     return values
