@@ -26,8 +26,9 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = (error.name or "a package").split(".")[0]
-        message = f'w2s_fast: {package} is not installed: pip install "w2s_fast[{name}]"'
+        package = (error.name or "").split(".")[0]
+        what = f"{package} is not installed" if package.isidentifier() else str(error)
+        message = f'w2s_fast: {what}: pip install "w2s_fast[{name}]"'
         raise ModuleNotFoundError(message, name=error.name) from error
 
 

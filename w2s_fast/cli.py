@@ -183,7 +183,10 @@ def bench(
         from .bench.plots import needs
 
         needs()
-    command.try_out(options)
+    try:
+        command.try_out(options)
+    except ValueError as error:
+        _fail(f"--out {to}: {error}", code=2)
     out.print(command.intention(cases, settings))
     if command.busy():
         err.print(f"[yellow]note:[/yellow] {command.busy()}", soft_wrap=True)

@@ -63,7 +63,12 @@ def write_tensors(path: str | Path, value: Any) -> None:
     import torch
 
     with replacing(path) as scratch, scratch.open("wb") as file:
-        torch.save(value, file)
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # torch's archive, which could not be ended after a write had failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def write_figure(path: str | Path, figure: Any, **settings: Any) -> None:

@@ -33,7 +33,7 @@ class _Taps(nn.Conv2d):
 class _Norm(nn.LayerNorm):
     """Likewise of a LayerNorm."""
 
-    def forward(self, use: Use) -> Tensor:
+    def forward(self, use: Use) -> Tensor:  # type: ignore[override]
         return use(self.weight, self.bias)
 
 
@@ -157,8 +157,9 @@ def _tell_grid(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     for block in transformer.transformer_blocks:
         if isinstance(block.attn1.processor, KVCompressedAttnProcessor):
             block.attn1.processor.grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
-    if transformer.gradient_checkpointing and not isinstance(transformer._gradient_checkpointing_func, _KeepGrids):
-        transformer._gradient_checkpointing_func = _KeepGrids(transformer._gradient_checkpointing_func)
+    function = getattr(transformer, "_gradient_checkpointing_func", None)
+    if transformer.gradient_checkpointing and function is not None and not isinstance(function, _KeepGrids):
+        transformer._gradient_checkpointing_func = _KeepGrids(function)
 
 
 def _compress(block: Any, ratio: int, mode: str, training: bool) -> list[nn.Parameter]:

@@ -128,8 +128,6 @@ def main(arguments: list[str]) -> int:
                        for seed in given.seeds]
                 for name in given.tasks
             }  # fmt: skip
-    except ImportError as error:
-        options.error(str(error))
     finally:
         training.leave()
     if where.rank == 0:
