@@ -151,15 +151,15 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path):
 
 
 #: A method that only reports: a table, and numbers of more than the small disk takes.
-WITHOUT_TRAINING = """
+WITHOUT_TRAINING = r"""
 from w2s_fast.methods.diffusion import ict
 from w2s_fast.methods._common import report
 
 def main(arguments):
     from rich.console import Console
     given = report.parser("ict", None, 1).parse_args(arguments)
-    Console().print(report.seed_table("Größe ±", "⏎", [0, 1], {"a": [0.1, 0.2]}))
-    report.finish(given.out, "ict", {"große": list(range(5000))}, None)
+    Console().print(report.seed_table("Gr\u00f6\u00dfe \u00b1", "\u23ce", [0, 1], {"a": [0.1, 0.2]}))
+    report.finish(given.out, "ict", {"gro\u00dfe": list(range(5000))}, None)
     return 0
 
 ict.main = main
