@@ -1,6 +1,7 @@
 """Key-value compression in diffusers' PixArt transformer, on a small model with random weights."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -305,3 +306,15 @@ def test_settings_that_make_no_sense():
     for setting in ({"1": 2}, {"x": [2, "conv"]}):
         with pytest.raises(ValueError, match=r"kv_compression must be a dict of block to \(ratio, mode\)"):
             KVCompressedPixArtTransformer2DModel(**TINY, kv_compression=setting)
+
+
+def test_autocast_and_pickle(model):
+    model.float()
+    new = enable_kv_compression(model, [1, 2])
+    want = call(model)
+    torch.testing.assert_close(call(pickle.loads(pickle.dumps(model))), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call(model)
+        gradients = torch.autograd.grad(found.float().square().sum(), new)
+    assert found.dtype == torch.bfloat16 and (found - want).abs().max() < 0.05 * want.abs().max()
+    assert all(g.isfinite().all() and g.abs().sum() > 0 for g in gradients)
