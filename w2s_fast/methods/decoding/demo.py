@@ -155,10 +155,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="train anew, not from the cache")
     given = parser.parse_args(arguments)
     try:
-        run_demo(given.out, seed=given.seed, fresh=given.fresh)
+        run_demo(str(given.out), seed=given.seed, fresh=given.fresh)
     except KeyboardInterrupt:
         stderr_console().print("[yellow]stopped; models that were finished are kept.[/yellow]")
         return 130
+    except OSError as error:
+        stderr_console().print(f"[red]w2s-fast demo:[/red] {_escaped(str(error))}")
+        return 1
     return 0
 
 
