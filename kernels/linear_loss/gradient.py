@@ -73,11 +73,11 @@ def _all_rows(*args: Any) -> tuple[Any, ...]:
 
 
 def chunk_gradient(work: Chunks, first: int, size: int, z: Any, dz: Any, lse: Any, ids: Any, coef: Any) -> None:
-    """dz = coef ([v = id] - p) of a chunk's rows; ids and coef ``[T, 1]``."""
+    """dz = sum_k coef_k ([v = id_k] - p) of a chunk's rows; ids and coef ``[T, K]``; a negative id is none and has 0."""
     scale, cap, has = work.cap
     launch(
-        _rows_kernel, size, z, z, dz, work.vocab_size, first, 1, scale, cap, lse, ids, coef, -coef, None, None, None, 0,
-        None, CAP=has, **options(),
+        _rows_kernel, size, z, z, dz, work.vocab_size, first, ids.shape[1], scale, cap, lse, ids, coef, -coef.sum(1), None,
+        None, None, 0, None, CAP=has, **options(),
     )  # fmt: skip
     work.spend(first, size, dz)
 

@@ -94,11 +94,11 @@ def _ce_masked(m: Make) -> Inputs:
     return (h, w, target.where((target < 0) | (target == 66), 66)), {"bias": bias, "outputs": ("entropy", "argmax")}
 
 
-def _preference(kind: str, **kwargs: Any) -> Callable[[Make], Inputs]:
+def _preference(kind: str | list[str], scale: float = 2.0, **kwargs: Any) -> Callable[[Make], Inputs]:
     def make(m: Make) -> Inputs:
-        h, w, target = _tokens(m, (4, 7), 101, 16)
+        h, w, target = _tokens(m, (4, 7), 101, 16, scale)
         own: dict[str, Any] = {"kind": kind, "beta": 0.3, **kwargs}
-        if kind in ("dpo", "spin", "cdpo", "hinge", "ipo", "npo", "kto"):
+        if kind not in ("simpo", "orpo", "ga", "sft"):
             own["ref_logp"] = -m.uniform(4) * 20
         if kind == "kto":
             own["labels"] = torch.tensor([1.0, -1.0, -1.0, 1.0], device=h.device)
@@ -116,6 +116,20 @@ def _preference_packed(m: Make) -> Inputs:
     cu = torch.tensor([0, 4, 9, 13], device=h.device)
     own = {"ref_h": ref_h.detach(), "ref_W": ref_w, "cu_seqlens": cu, "weights": m.uniform(13), "nll_coef": 0.5}
     return (h, w, target, torch.tensor([[0, 1], [1, 2]], device=h.device)), {"kind": "dpo", **own, "softcap": 5.0}
+
+
+def _preference_nll(m: Make) -> Inputs:
+    """A cross-entropy of labels of its own, some where there are no others and some different; states and head sliced."""
+    h, w, target = _tokens(m, (4, 7), 67, 12)
+    labels = m.integers(67, 4, 14)[:, ::2]
+    labels[:, 0], labels[3] = -100, -100
+    h = torch.cat((h, h), -1)[..., 5:17].detach()
+    w = torch.cat((w, w), 0)[30:97]
+    own = {"kind": ["ipo", "sft", "discopop", "cdpo"], "kind_weights": [0.5, 1.0, 2.0, 0.3], "label_smoothing": 0.2}
+    weights = m.uniform(4, 7)
+    ref = -m.uniform(4) * 20
+    pairs = torch.tensor([[0, 1], [3, 2]], device=h.device)
+    return (h, w, target, pairs), {**own, "nll_target": labels, "weights": weights, "ref_logp": ref}
 
 
 SAMPLES: list[Sample] = [
@@ -146,5 +160,19 @@ SAMPLES: list[Sample] = [
     Sample("linear_preference", "simpo", _preference("simpo", gamma=0.5, reduction="none")),
     *(Sample("linear_preference", kind, _preference(kind)) for kind in ("npo", "ga", "kto")),
     Sample("linear_preference", "kto-weighted", _preference("kto", label_weights=(1.0, 2.0), kl=0.3, reduction="sum")),
+    *(
+        Sample("linear_preference", kind, _preference(kind))
+        for kind in ("nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sigmoid_norm")
+    ),
+    *(
+        Sample("linear_preference", kind, _preference(kind, label_smoothing=0.1))
+        for kind in ("robust", "exo_pair", "aot", "aot_unpaired")
+    ),
+    Sample("linear_preference", "bco_pair", _preference("bco_pair", kl=0.7)),
+    Sample("linear_preference", "sft-sequences", _preference("sft", nll_average="sequences", nll_coef=0.5)),
+    Sample("linear_preference", "several", _preference(["dpo", "aot", "sft"], kind_weights=[0.8, 1.0, -0.2])),
+    Sample("linear_preference", "discopop-extreme", _preference("discopop", scale=40.0, discopop_tau=1.0)),
+    Sample("linear_preference", "exo-extreme", _preference("exo_pair", scale=40.0, label_smoothing=1e-3)),
+    Sample("linear_preference", "nll-target", _preference_nll),
     Sample("linear_preference", "packed", _preference_packed, refused_by=("triton",)),
 ]
