@@ -289,12 +289,13 @@ def _two_passes(
     for k in range(tokens.ids.shape[1]):
         y, w = tokens.ids[:, k : k + 1], tokens.own[:, k]
         logp, lse = launch_linear_ce(
-            *model, keep, y, w.unsqueeze(1), None, None, w, 0.0, False, False, 0, 0, 0, False
+            *model, keep, y, w.unsqueeze(1), None, None, None, w, 0.0, False, False, False, 0, 0, 0, False
         )[2:4]
         sums.append(w.new_zeros(given.counts.shape).index_put((segments,), logp * w, accumulate=True))
     losses, score, nll = given.losses(sums[0], sums[-1], slice(None))
     coef = tokens.slopes(segments, scale, score, nll)
-    grads = launch_linear_loss_backward(*model, lse, tokens.ids, coef, -coef.sum(1), None, None, None, None, *need)
+    none = (None,) * 5
+    grads = launch_linear_loss_backward(*model, lse, tokens.ids, coef, -coef.sum(1), *none, *need)
     return (scale * losses.sum(), sums[0], sums[-1].clone(), *grads)
 
 

@@ -339,7 +339,7 @@ def linear_preference(
     coef = torch.stack([scale * s[segments] * w for s, w in zip(slopes, weight, strict=True)], 1)
     places = torch.stack([torch.where(y == ignore_index, -1, y) for y in ids], 1)
     grads = linear_loss_backward(
-        *model, lse, places, coef, -coef.sum(1), None, None, None, None, need_hiddens, need_heads, need_biases,
+        *model, lse, places, coef, -coef.sum(1), None, None, None, None, None, need_hiddens, need_heads, need_biases,
         need_weights,
     )  # fmt: skip
     return scale * preference_losses(terms, given).sum(), sums, nll.clone(), *grads

@@ -86,6 +86,30 @@ def _ce_dense(m: Make) -> Inputs:
     }
 
 
+def _classes(m: Make, vocab: int) -> Tensor:
+    """Weights of classes, every other of a larger tensor, some 0."""
+    found = m.uniform(2 * vocab)[::2] * 2
+    found[::7] = 0
+    return found
+
+
+def _ce_classes(shape: tuple[int, ...], vocab: int, width: int, scale: float = 2.0, **kwargs: Any) -> Callable[[Make], Inputs]:
+    def make(m: Make) -> Inputs:
+        return _tokens(m, shape, vocab, width, scale), {"class_weight": _classes(m, vocab), **kwargs}
+
+    return make
+
+
+def _ce_classes_soft(own: Callable[[Make], Inputs], vocab: int, **kwargs: Any) -> Callable[[Make], Inputs]:
+    """Class weights of another sample's soft targets."""
+
+    def make(m: Make) -> Inputs:
+        args, options = own(m)
+        return args, {**options, "class_weight": _classes(m, vocab), **kwargs}
+
+    return make
+
+
 def _ce_masked(m: Make) -> Inputs:
     """A bias of -inf takes tokens out, targets not among them."""
     h, w, target = _tokens(m, (6,), 67, 8)
@@ -142,6 +166,15 @@ SAMPLES: list[Sample] = [
     Sample("linear_ce", "none-outputs", _ce((3, 4), 257, 16, reduction="none", label_smoothing=0.1, outputs=ALL)),
     Sample("linear_ce", "outputs", _ce((9,), 131, 16, outputs=("entropy", "lse"), softcap=4.0)),
     Sample("linear_ce", "extreme", _ce((5,), 301, 16, scale=50.0, z_loss=1e-4)),
+    Sample("linear_ce", "classes", _ce_classes((9,), 131, 16)),
+    Sample("linear_ce", "classes-smooth", _ce_classes((3, 5), 257, 16, label_smoothing=0.1, softcap=9.0)),
+    Sample("linear_ce", "classes-none", _ce_classes((9,), 131, 16, label_smoothing=0.2, z_loss=1e-3, reduction="none",
+                                                    outputs=("logp", "entropy"))),
+    Sample("linear_ce", "classes-dense", _ce_classes_soft(_ce_dense, 131, label_smoothing=0.1)),
+    Sample("linear_ce", "classes-topk", _ce_classes_soft(_ce_topk, 301)),
+    Sample("linear_ce", "token-scaling", _ce((33,), 517, 24, token_scaling=True)),
+    Sample("linear_ce", "token-scaling-all", _ce_classes((7,), 67, 12, token_scaling=True, label_smoothing=0.1,
+                                                         z_loss=1e-3, reduction="none", outputs=("logp",))),
     Sample("linear_ce", "masked", _ce_masked),
     Sample("linear_ce", "ignored", lambda m: ((m.logits(4, 8), m.logits(67, 8), m.integers(1, 4) - 100), {})),
     Sample("linear_ce", "one-row", _ce((1,), 1000, 33, ignore_index=3)),
