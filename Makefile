@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A process a core: most of a test's time is Python. They share the cores, so nobody may spin while it waits.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: install bench bench-full test test-full lint aot demo cuda-check readme clean
 install: $(STAMP)
@@ -30,10 +32,10 @@ bench-full: $(STAMP)
 	$(BIN)/w2s-fast bench --full
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: $(STAMP)
-	W2S_FAST_TEST_FULL=1 $(BIN)/python -m pytest
+	W2S_FAST_TEST_FULL=1 $(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

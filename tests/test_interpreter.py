@@ -1,6 +1,6 @@
 """Triton kernels on CPU tensors, in a process of their own: TRITON_INTERPRET=1 acts when a kernel is decorated.
 
-In a process without it this file is one test, which runs the rest in a child.
+In a process without it this file is a few tests, each of which runs a part of the rest in a child.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ def _samples() -> list[Sample]:
     return [s for s in all_samples() if s.op not in OPS or OPS[s.op].triton is not None]
 
 
+SHARDS = 4
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the child")
-def test_in_a_process_of_its_own():
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_in_a_process_of_its_own(shard: int):
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}  # its products are too small to share
+    env = {name: value for name, value in env.items() if not name.startswith("PYTEST_XDIST")}
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:xdist", __file__]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", __file__], env=env,
-        capture_output=True, text=True, timeout=2400, check=False,
+        [*command, "--shard", f"{shard}/{SHARDS}"], env=env, capture_output=True, text=True, timeout=2400, check=False
     )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
 
 
 pytestmark: list[pytest.MarkDecorator] = []
