@@ -171,7 +171,8 @@ def test_class_weights_are_those_of_cross_entropy(backend, frozen, eps, reductio
         torch.testing.assert_close(plain.sum() * (9 if reduction == "mean" else 1), -(smooth * z.log_softmax(1)).sum())
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=1e-13)
     upstream = torch.rand(loss.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
-    for got, want in zip(torch.autograd.grad(loss, wrt, upstream), torch.autograd.grad(plain, wrt, upstream), strict=True):
+    grads = (torch.autograd.grad(x, wrt, upstream) for x in (loss, plain))
+    for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
 
 
@@ -234,7 +235,8 @@ def test_token_scaling(backend, frozen, reduction, eps, z_loss, classes):
     torch.testing.assert_close(loss, plain, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(two[0], plain, rtol=1e-11, atol=1e-13)
     upstream = torch.rand(loss.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
-    for got, want in zip(torch.autograd.grad(loss, wrt, upstream), torch.autograd.grad(plain, wrt, upstream), strict=True):
+    grads = (torch.autograd.grad(x, wrt, upstream) for x in (loss, plain))
+    for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
 
 

@@ -16,11 +16,11 @@ supports_linear_ce = supports_chunk
 
 @triton.jit
 def statistics_row(
-    i_z, vocab, scale, cap, dense, classes, CAP: tl.constexpr, ENTROPY: tl.constexpr, BEST: tl.constexpr, TOTAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    i_z, vocab, scale, cap, dense, classes,
+    CAP: tl.constexpr, ENTROPY: tl.constexpr, BEST: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """max, mass, spread = sum e^(z - max) (z - max), first place of the maximum, sum c z, sum c, sum dense z, sum dense,
-    sum c dense z and sum c dense, with c of ``classes`` or 1."""
+    """max, mass, spread = sum e^(z - max) (z - max), first place of the maximum, sum c z, sum c, sum dense z,
+    sum dense, sum c dense z and sum c dense, with c of ``classes`` or 1."""
     top = tl.full((), -INF, tl.float32)
     mass, spread = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     total, cross, share = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
@@ -118,8 +118,8 @@ def _ce_kernel(
             w = tl.where(w != 0, w * tl.exp(logp), 0.0)
         coef = w * (q_mass + 2.0 * z_loss * lse)
         gradient_row(
-            i_z, o_grad + local * vocab, vocab, scale, cap, line, unit, coef, 0.0, lse, -w * uniform, dense, -w, classes,
-            i_ids + row * K, i_coefs + row * K, K, -w, keep, CAP, False, BLOCK,
+            i_z, o_grad + local * vocab, vocab, scale, cap, line, unit, coef, 0.0, lse, -w * uniform, dense, -w,
+            classes, i_ids + row * K, i_coefs + row * K, K, -w, keep, CAP, False, BLOCK,
         )  # fmt: skip
 
 
@@ -170,8 +170,9 @@ def chunk_logp(work: Chunks, first: int, size: int, z: Any, keep: Any, ids: Any,
     scale, cap, has = work.cap
     logp, lse, other = out
     launch(
-        _ce_kernel, size, z, z, z, work.vocab_size, first, 1, scale, cap, keep, ids, weight, weight, None, None, 0, None,
-        weight, 0.0, other, other, logp, lse, None, None, None, CAP=has, SCALED=False, GRAD=False, KP=1, **options(),
+        _ce_kernel, size, z, z, z, work.vocab_size, first, 1, scale, cap, keep, ids, weight, weight, None, None, 0,
+        None, weight, 0.0, other, other, logp, lse, None, None, None,
+        CAP=has, SCALED=False, GRAD=False, KP=1, **options(),
     )  # fmt: skip
 
 
@@ -191,7 +192,8 @@ def aot_cases() -> list[AotCase]:
         for first, size, z, dz in work.each():
             launch(
                 _ce_kernel, size, z, z, dz, vocab, first, count, *work.cap[:2], keep, ids, probs, probs, extra, dense,
-                vocab if full else 0, Meta((vocab,), "float32") if full else None, row, 1e-4, row, row, row, row, extra, best, extra,
+                vocab if full else 0, Meta((vocab,), "float32") if full else None, row, 1e-4, row, row, row, row,
+                extra, best, extra,
                 CAP=full, SCALED=full, GRAD=True, KP=next_power(count), **options(),
             )  # fmt: skip
 

@@ -74,11 +74,11 @@ def _all_rows(*args: Any) -> tuple[Any, ...]:
 
 
 def chunk_gradient(work: Chunks, first: int, size: int, z: Any, dz: Any, lse: Any, ids: Any, coef: Any) -> None:
-    """dz = sum_k coef_k ([v = id_k] - p) of a chunk's rows; ids and coef ``[T, K]``; a negative id is none and has 0."""
+    """dz = sum_k coef_k ([v = id_k] - p) of a chunk's rows; ids and coef ``[T, K]``, coef 0 where an id is negative."""
     scale, cap, has = work.cap
     launch(
-        _rows_kernel, size, z, z, dz, work.vocab_size, first, ids.shape[1], scale, cap, lse, ids, coef, -coef.sum(1), None,
-        None, None, 0, None, None, CAP=has, **options(),
+        _rows_kernel, size, z, z, dz, work.vocab_size, first, ids.shape[1], scale, cap, lse, ids, coef, -coef.sum(1),
+        None, None, None, 0, None, None, CAP=has, **options(),
     )  # fmt: skip
     work.spend(first, size, dz)
 
@@ -93,7 +93,8 @@ def aot_cases() -> list[AotCase]:
         dense = Meta((8192, 128256), "float32") if full else None
         launch(
             _rows_kernel, 2048, z, z, dz, 128256, 2048, 4, 1.0, 30.0 if full else 1.0, row, ids, coefs, row, extra,
-            extra, dense, 128256 if full else 0, extra, Meta((128256,), "float32") if full else None, CAP=full, **options(),
+            extra, dense, 128256 if full else 0, extra, Meta((128256,), "float32") if full else None, CAP=full,
+            **options(),
         )  # fmt: skip
 
     return [

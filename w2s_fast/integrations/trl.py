@@ -14,15 +14,17 @@ from torch import Tensor
 from trl.trainer.utils import use_adapter
 
 from .. import checks
+from ..ops.linear_loss.linear_ce import linear_ce
 from ..ops.linear_loss.linear_preference import Kind, linear_preference
 from ..ops.linear_loss.logp import linear_logp
 from ..reference.linear_loss.preference import AVERAGED, PAIRED, SMOOTHED
 from .transformers.fused_loss import Head, head_of, loss_of, shifted, unwrap
 
 #: TRL's loss types and the kinds of `w2s_fast.linear_preference` that they are.
+_NOT_THEIRS = ("dpo", "spin", "cdpo", "simpo", "orpo")
 LOSSES: dict[str, Kind] = {
     "sigmoid": "dpo",
-    **{kind: kind for kind in get_args(Kind) if kind in PAIRED and kind not in ("dpo", "spin", "cdpo", "simpo", "orpo")},
+    **{kind: kind for kind in get_args(Kind) if kind in PAIRED and kind not in _NOT_THEIRS},
 }
 _SFT, _DPO = "integrations.trl.SFTTrainer", "integrations.trl.DPOTrainer"
 _Fused = Callable[[Tensor, Head], Any]
@@ -53,12 +55,22 @@ def _check_model(model: Any, op: str) -> None:
         checks.fail(op, "model", "without prompt learning", type(model.active_peft_config).__name__)
 
 
+def _dft(head: Head, hidden: Tensor, target: Tensor, count: Any) -> Tensor:
+    """Every token's loss times its own probability, held fixed (arXiv 2508.05629)."""
+    loss = linear_ce(
+        hidden, head.weight, target, bias=head.bias, temperature=head.temperature, softcap=head.softcap,
+        denominator=count, token_scaling=True,
+    )  # fmt: skip
+    assert isinstance(loss, Tensor)  # not a pair: no other outputs were asked for
+    return loss
+
+
 class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
     """`trl.SFTTrainer` whose training loss is `w2s_fast.linear_ce`; evaluation is TRL's own.
 
-    The arguments are TRL's, for the loss types ``"nll"`` and ``"chunked_nll"`` and the models of `use_fused_loss` (with
-    PEFT adapters, but none on the head). Logged in training besides the loss is ``num_tokens``: entropy and accuracy
-    need other passes.
+    The arguments are TRL's, for the loss types ``"nll"``, ``"chunked_nll"`` and ``"dft"`` and the models of
+    `use_fused_loss` (with PEFT adapters, but none on the head). Logged in training besides the loss is ``num_tokens``:
+    entropy and accuracy need other passes.
 
     Raises:
         ValueError: an unsupported model or setting.
@@ -67,7 +79,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _check_model(self.model, _SFT)
-        checks.choice(_SFT, "loss_type", self.args.loss_type, ("nll", "chunked_nll"))
+        checks.choice(_SFT, "loss_type", self.args.loss_type, ("nll", "chunked_nll", "dft"))
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
             checks.fail(_SFT, "args", "without label smoothing and loss function", "one of them")
         _attach(self.model, _SFT)
@@ -83,6 +95,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         target = shifted(labels, -100) if target is None else target
 
         def fused(hidden: Tensor, head: Head) -> Tensor:
+            if self.args.loss_type == "dft":
+                return _dft(head, hidden, target, num_items_in_batch)
             return loss_of(head, hidden, target, -100, num_items_in_batch)
 
         loss = model(**{**given, "use_cache": False}, fused=fused)

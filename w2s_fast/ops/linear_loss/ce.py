@@ -34,8 +34,8 @@ class Target(NamedTuple):
         """sum_v q_tv, ``[T]``."""
         found = self.class_probs(dtype).sum(1)
         if self.dense is not None:
-            given = self.classes
-            found = found + (self.dense.sum(1, dtype=dtype) if given is None else self.dense.to(dtype) @ given.to(dtype))
+            q, c = self.dense, self.classes
+            found = found + (q.sum(1, dtype=dtype) if c is None else q.to(dtype) @ c.to(dtype))
         everywhere: Any = vocab_size if self.classes is None else self.classes.sum(dtype=dtype)
         return found if self.uniform is None else found + everywhere * self.uniform.to(dtype)
 
@@ -121,8 +121,8 @@ def _coefficients(
 
 LINEAR_CE = define(
     "linear_ce",
-    f"({LINEAR}, Tensor keep, Tensor ids, Tensor probs, Tensor? uniform, Tensor? dense, Tensor? classes, Tensor weight, "
-    "float z_loss, bool scaled, "
+    f"({LINEAR}, Tensor keep, Tensor ids, Tensor probs, Tensor? uniform, Tensor? dense, Tensor? classes, "
+    "Tensor weight, float z_loss, bool scaled, "
     f"bool need_entropy, bool need_best, {NEED}) -> (Tensor loss, Tensor row, Tensor logp, Tensor lse, Tensor entropy, "
     f"Tensor best, Tensor largest, {GRADIENTS})",
     reference=reference.linear_ce,

@@ -218,7 +218,8 @@ def kd_loss(
             differ are an error.
 
     Returns:
-        (loss, outputs): loss a scalar (``[..., C]`` without reduction), outputs of the leading shape and 0 in rows that do not count; float32 (float64
+        (loss, outputs): loss a scalar (``[..., C]`` without reduction), outputs of the leading shape, both 0 in rows
+        that do not count; float32 (float64
         if the student or a teacher is). Differentiable, once, in logits, alpha and weights. The gradient of the logits
         is made in forward (as many bytes as logits). Deterministic.
 

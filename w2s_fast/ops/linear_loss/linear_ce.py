@@ -98,7 +98,8 @@ def _classes(class_weight: Any, given: Linear) -> Tensor | None:
         return None
     checks.is_float_tensor(OP, "class_weight", class_weight)
     if class_weight.shape != (given.vocab_size,):
-        checks.fail(OP, "class_weight", f"of shape {(given.vocab_size,)}, one number a class", tuple(class_weight.shape))
+        wanted = f"of shape {(given.vocab_size,)}, one number a class"
+        checks.fail(OP, "class_weight", wanted, tuple(class_weight.shape))
     checks.same_device(OP, [("h", given.hiddens[0]), ("class_weight", class_weight)])
     found: Tensor = class_weight.detach().to(given.accumulate).contiguous()
     return found

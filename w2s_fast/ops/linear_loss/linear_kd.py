@@ -109,8 +109,8 @@ def linear_kd(
             ``[V, D_m]`` and ``[V]``, whose logits are not held whole either.
         kind, alpha, tau, beta_jsd, beta_sce, power_student, power_teacher, target, hard, weights, ignore_index,
             teacher_weights, tau_scale, outputs, vocab: see `kd_loss`.
-        reduction: see `kd_loss`; ``"none"`` is refused, as entries are as large as the logits (``outputs=("kd",)`` has a
-            number a row).
+        reduction: see `kd_loss`; ``"none"`` is refused, as entries are as large as the logits (``outputs=("kd",)``
+            has a number a row).
         bias: ``[V]`` or None.
 
     Returns:

@@ -77,7 +77,8 @@ def _settings(
         checks.fail(OP, "label_smoothing", "in [0, 0.5) for kind 'robust'", eps)
     if "exo_pair" in kinds and not 0 < eps < 1:
         checks.fail(OP, "label_smoothing", "between 0 and 1 for kind 'exo_pair' (1e-3, say)", eps)
-    checks.choice(OP, "normalize", normalize, (None, "sum", "mean"))
+    if normalize is not None:
+        checks.choice(OP, "normalize", normalize, ("sum", "mean"))
     means = [one in AVERAGED if normalize is None else normalize == "mean" for one in kinds]
     averaged = [mean for one, mean in zip(kinds, means, strict=True) if one != "sft"]
     terms = [
@@ -280,14 +281,14 @@ def linear_preference(
         nll_target: the token ids of nll where they are not those of ``target``: labels that include the prompt, say.
             Without ``weights``.
         nll_average: ``"tokens"``: nll is the mean over all tokens of the chosen sequences of the batch, as a
-            cross-entropy's (a pair has its share of it, whose mean it is); ``"sequences"``: every pair has the mean over
-            its own chosen sequence.
+            cross-entropy's (a pair has its share of it, whose mean it is); ``"sequences"``: every pair has the mean
+            over its own chosen sequence.
         reduction: over pairs (sequences).
 
     Returns:
         (loss, metrics): loss is float32 (float64 for float64 inputs), a scalar or ``[P]`` (``[S]``), differentiable,
-        once, in h, W, bias and weights. metrics, without gradient: ``logp`` and ``ref_logp`` ``[S]`` (averaged where all
-        kinds are); ``empty``, the number of sequences without a token (their x is 0); of pairs ``reward_chosen``,
+        once, in h, W, bias and weights. metrics, without gradient: ``logp`` and ``ref_logp`` ``[S]`` (averaged where
+        all kinds are); ``empty``, the number of sequences without a token (their x is 0); of pairs ``reward_chosen``,
         ``reward_rejected`` and ``margin`` ``[P]`` (beta times x - ref) and ``accuracy``; of labelled sequences
         ``reward`` ``[S]``; with an nll, ``nll``. Losses and gradients of a trainable head are made in one pass, three
         products; ``reduction="none"``, a gradient of weights, aot and aot_unpaired (which need the whole batch's order)
@@ -328,7 +329,8 @@ def linear_preference(
             ref = _sums(linear_logp(ref_h, head, target, bias=ref_bias, weights=weights, grad="none", **options))
             ref = ref / counts.clamp_min(1) if given.mean else ref
         else:
-            checks.fail(OP, "ref_logp", f"given, or ref_h, or reference_free=True, for kind {_shown(given.kinds)}", None)
+            wanted = f"given, or ref_h, or reference_free=True, for kind {_shown(given.kinds)}"
+            checks.fail(OP, "ref_logp", wanted, None)
     scale = token_weights(OP, weights, batch, model)
     share, y_nll = None, None
     if given.uses(reference.NLL):

@@ -33,9 +33,9 @@ HIGHEST = -1e-6
 #: exp(-x) is 0 from here on: stands for an infinite x where 0 is multiplied with it
 FAR = 1e4
 
-#: What a term is a function of: score_w - score_l; the chosen one's score (or that of a labelled sequence); the rejected
-#: one's; the difference of their log-odds; the chosen one's share of the cross-entropy; and two that need the whole
-#: batch's order: sort(x_w - x_l) - sort(ref_w - ref_l) and sort(score_w) - sort(score_l).
+#: What a term is a function of: score_w - score_l; the chosen one's score (or that of a sequence without a pair); the
+#: rejected one's; the difference of their log-odds; the chosen one's share of the cross-entropy; and two that need the
+#: whole batch's order: sort(x_w - x_l) - sort(ref_w - ref_l) and sort(score_w) - sort(score_l).
 MARGIN, CHOSEN, REJECTED, ODDS, NLL, SORTED, SORTED_APART = range(7)
 IDENTITY, SOFTPLUS, SIGMOID, SQUARE, RELU, NEGENTROPY, DISCOPOP = range(7)
 #: Bits of a mode: scores are averaged over a sequence's tokens; are less the reference's.
@@ -334,8 +334,8 @@ def linear_preference(
         None if share is None else share.to(kind),
     )  # fmt: skip
     terms = unpacked(forms, numbers)
-    slopes = preference_slopes(terms, given)
-    slopes = slopes if nll_target is not None else (slopes[0] + slopes[1],)
+    slope, slope_nll = preference_slopes(terms, given)
+    slopes = [slope + slope_nll] if nll_target is None else [slope, slope_nll]
     coef = torch.stack([scale * s[segments] * w for s, w in zip(slopes, weight, strict=True)], 1)
     places = torch.stack([torch.where(y == ignore_index, -1, y) for y in ids], 1)
     grads = linear_loss_backward(

@@ -93,9 +93,9 @@ def _classes(m: Make, vocab: int) -> Tensor:
     return found
 
 
-def _ce_classes(shape: tuple[int, ...], vocab: int, width: int, scale: float = 2.0, **kwargs: Any) -> Callable[[Make], Inputs]:
+def _ce_classes(shape: tuple[int, ...], vocab: int, width: int, **kwargs: Any) -> Callable[[Make], Inputs]:
     def make(m: Make) -> Inputs:
-        return _tokens(m, shape, vocab, width, scale), {"class_weight": _classes(m, vocab), **kwargs}
+        return _tokens(m, shape, vocab, width), {"class_weight": _classes(m, vocab), **kwargs}
 
     return make
 
@@ -143,7 +143,7 @@ def _preference_packed(m: Make) -> Inputs:
 
 
 def _preference_nll(m: Make) -> Inputs:
-    """A cross-entropy of labels of its own, some where there are no others and some different; states and head sliced."""
+    """A cross-entropy of labels of its own, some where there are no others, some different; states and head sliced."""
     h, w, target = _tokens(m, (4, 7), 67, 12)
     labels = m.integers(67, 4, 14)[:, ::2]
     labels[:, 0], labels[3] = -100, -100
