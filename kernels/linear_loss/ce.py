@@ -177,27 +177,28 @@ def chunk_logp(work: Chunks, first: int, size: int, z: Any, keep: Any, ids: Any,
 
 
 def aot_cases() -> list[AotCase]:
-    """The logits and the kernel of a chunk: a hard label in bf16; everything at once in fp32."""
+    """The logits and the kernel of a chunk: a hard label in bf16, smoothed with class weights; everything in fp32."""
 
-    def run(kind: str, full: bool) -> None:
+    def run(kind: str, full: bool, smooth: bool = False) -> None:
         vocab, rows = (32000, 2048) if full else (128256, 2048)
         hiddens, heads = [Meta((rows, 2048), kind)], [Meta((vocab, 2048), kind)]
         work = Chunks((hiddens, heads, [], None, [1.0], 1.0, 30.0 if full else 0.0, vocab), (0, 0, 0, False))
         work.any = True
         row, count = Meta((rows,), "float32"), 10 if full else 1
         ids, probs, keep = Meta((rows, count), "int64"), Meta((rows, count), "float32"), Meta((rows,), "bool")
-        extra = row if full else None
+        extra, uniform = row if full else None, row if full or smooth else None
+        classes = Meta((vocab,), "float32") if full or smooth else None
         dense = Meta((rows, vocab), "float32") if full else None
         best = Meta((rows,), "int64") if full else None
         for first, size, z, dz in work.each():
             launch(
-                _ce_kernel, size, z, z, dz, vocab, first, count, *work.cap[:2], keep, ids, probs, probs, extra, dense,
-                vocab if full else 0, Meta((vocab,), "float32") if full else None, row, 1e-4, row, row, row, row,
-                extra, best, extra,
+                _ce_kernel, size, z, z, dz, vocab, first, count, *work.cap[:2], keep, ids, probs, probs, uniform,
+                dense, vocab if full else 0, classes, row, 1e-4, row, row, row, row, extra, best, extra,
                 CAP=full, SCALED=full, GRAD=True, KP=next_power(count), **options(),
             )  # fmt: skip
 
     return [
         AotCase("bf16-v128256", lambda: run("bfloat16", False)),
+        AotCase("bf16-v128256-classes", lambda: run("bfloat16", False, True)),
         AotCase("fp32-v32000-all", lambda: run("float32", True)),
     ]

@@ -72,10 +72,10 @@ def gradient_row(
         else:
             g = p * coef
         if classes is not None:
-            own = tl.full(g.shape, 0.0, tl.float32) + coef_all
+            weighed = tl.full(g.shape, 0.0, tl.float32) + coef_all
             if dense is not None:
-                own += coef_dense * tl.load(dense + cols, mask=mask, other=0.0).to(tl.float32)
-            g += own * tl.load(classes + cols, mask=mask, other=0.0)
+                weighed += coef_dense * tl.load(dense + cols, mask=mask, other=0.0).to(tl.float32)
+            g += weighed * tl.load(classes + cols, mask=mask, other=0.0)
         else:
             g += coef_all
             if dense is not None:

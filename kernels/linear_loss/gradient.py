@@ -84,20 +84,21 @@ def chunk_gradient(work: Chunks, first: int, size: int, z: Any, dz: Any, lse: An
 
 
 def aot_cases() -> list[AotCase]:
-    """The kernel of a chunk: a hard label in bf16, everything at once in fp32."""
+    """The kernel of a chunk: a hard label in bf16, smoothed with class weights; everything at once in fp32."""
 
-    def run(kind: str, full: bool) -> None:
+    def run(kind: str, full: bool, smooth: bool = False) -> None:
         z, dz = Meta((2048, 128256), "float32"), Meta((2048, 128256), kind)
         row, ids, coefs = Meta((8192,), "float32"), Meta((8192, 4), "int64"), Meta((8192, 4), "float32")
-        extra = row if full else None
+        extra, everywhere = row if full else None, row if full or smooth else None
+        classes = Meta((128256,), "float32") if full or smooth else None
         dense = Meta((8192, 128256), "float32") if full else None
         launch(
             _rows_kernel, 2048, z, z, dz, 128256, 2048, 4, 1.0, 30.0 if full else 1.0, row, ids, coefs, row, extra,
-            extra, dense, 128256 if full else 0, extra, Meta((128256,), "float32") if full else None, CAP=full,
-            **options(),
+            everywhere, dense, 128256 if full else 0, extra, classes, CAP=full, **options(),
         )  # fmt: skip
 
     return [
         AotCase("bf16-v128256", lambda: run("bfloat16", False)),
+        AotCase("bf16-v128256-classes", lambda: run("bfloat16", False, True)),
         AotCase("fp32-v128256-all", lambda: run("float32", True)),
     ]
