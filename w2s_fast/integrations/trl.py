@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
 from types import MethodType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import trl
@@ -20,12 +20,9 @@ from ..ops.linear_loss.logp import linear_logp
 from ..reference.linear_loss.preference import AVERAGED, PAIRED, SMOOTHED
 from .transformers.fused_loss import Head, head_of, loss_of, shifted, unwrap
 
-#: TRL's loss types and the kinds of `w2s_fast.linear_preference` that they are.
 _NOT_THEIRS = ("dpo", "spin", "cdpo", "simpo", "orpo")
-LOSSES: dict[str, Kind] = {
-    "sigmoid": "dpo",
-    **{kind: kind for kind in get_args(Kind) if kind in PAIRED and kind not in _NOT_THEIRS},
-}
+#: TRL's loss types and the kinds of `w2s_fast.linear_preference` that they are.
+LOSSES: dict[str, Kind] = {"sigmoid": "dpo", **{kind: kind for kind in PAIRED if kind not in _NOT_THEIRS}}
 _SFT, _DPO = "integrations.trl.SFTTrainer", "integrations.trl.DPOTrainer"
 _Fused = Callable[[Tensor, Head], Any]
 

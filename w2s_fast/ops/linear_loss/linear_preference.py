@@ -15,10 +15,7 @@ from .inputs import Linear, single, targets
 from .logp import linear_logp, segments, token_counts, token_weights
 from .preference import LINEAR_PREFERENCE
 
-Kind = Literal[
-    "dpo", "spin", "cdpo", "hinge", "ipo", "simpo", "orpo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
-    "apo_zero", "apo_down", "discopop", "aot", "aot_unpaired", "sigmoid_norm", "sft", "npo", "ga", "kto",
-]  # fmt: skip
+Kind = reference.Paired | reference.Unpaired
 OP = "linear_preference"
 
 
@@ -279,7 +276,7 @@ def linear_preference(
         normalize: ``"sum"`` or ``"mean"``, where the kind's own is not wanted.
         nll_coef: adds ``nll_coef nll``.
         nll_target: the token ids of nll where they are not those of ``target``: labels that include the prompt, say.
-            Without ``weights``.
+            Without ``weights``. Where the logits are made again (see below) it takes a pass of its own.
         nll_average: ``"tokens"``: nll is the mean over all tokens of the chosen sequences of the batch, as a
             cross-entropy's (a pair has its share of it, whose mean it is); ``"sequences"``: every pair has the mean
             over its own chosen sequence.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from torch.nn.functional import logsigmoid
 from .ce import linear_loss_backward
 from .fusion import linear_fusion_logprobs
 
-PAIRED = (
+Paired = Literal[
     "dpo", "spin", "cdpo", "hinge", "ipo", "simpo", "orpo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
     "apo_zero", "apo_down", "discopop", "aot", "aot_unpaired", "sigmoid_norm", "sft",
-)  # fmt: skip
-UNPAIRED = ("npo", "ga", "kto")
+]  # fmt: skip
+Unpaired = Literal["npo", "ga", "kto"]
+PAIRED: tuple[Paired, ...] = get_args(Paired)
+UNPAIRED: tuple[Unpaired, ...] = get_args(Unpaired)
 #: kinds that do not compare with a reference model
 UNREFERENCED = ("simpo", "orpo", "ga", "sft")
 #: kinds that take length-averaged log-probabilities unless told otherwise

@@ -209,7 +209,7 @@ KD: dict[str, Callable[[Make], Inputs]] = {
     "cosine-zeros": _cosine_zeros,
     "sum": _kd(7, 257, "lp", tau=2.0, reduction="sum", hard=True),
     "mean-of-entries": _kd(7, 130, kind="jsd", reduction="mean"),
-    "jsd-of-one": _kd(7, 130, "pl", kind="jsd", beta_jsd=1.0),
+    "jsd-of-one": _kd(7, 130, kind="jsd", beta_jsd=1.0),
     "entries-fkl": _kd(6, 67, "lpk", kind="fkl", tau=1.5, reduction="none"),
     "entries-jsd": _kd(6, 67, "lpk", kind="jsd", tau=1.5, reduction="none"),
     "one-row": _kd(1, 1000),
