@@ -143,9 +143,8 @@ def generate(
         take(settings, "max_new_tokens", max_new_tokens),
     )  # fmt: skip
     do_sample, stop_strings = take(settings, "do_sample", do_sample), take(settings, "stop_strings", stop_strings)
-    repeats = checks.integer(
-        "generate", "num_return_sequences", take(settings, "num_return_sequences", num_return_sequences) or 1, low=1
-    )
+    repeats = take(settings, "num_return_sequences", num_return_sequences)
+    repeats = checks.integer("generate", "num_return_sequences", 1 if repeats is None else repeats, low=1)
     check_settings(settings)
     models = cached_models("generate", large=[large], experts=expert_models, anti=anti_models)
     prompt = read_prompt(input_ids, attention_mask, token_type_ids)
@@ -154,7 +153,6 @@ def generate(
     if prompt.mask is None and own_pad in own_ends:  # it may end a text within a prompt, also where no row shall end
         prompt = prompt._replace(mask=torch.ones_like(prompt.ids))
     prompt, fuser = prompt.repeated(repeats), fuser.for_rows(rows, repeats)
-    check_vocabulary("generate", prompt.ids, prompt.mask, models)
     ends, pad = special_tokens(large, eos_token_id, pad_token_id)
 
     filters = filters_of({"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}, do_sample, large,
@@ -174,6 +172,7 @@ def generate(
     )  # fmt: skip
     if prompt.mask is None:
         prompt = prompt._replace(mask=inferred_mask(plan, pad))
+    check_vocabulary("generate", prompt.ids, prompt.mask, models)
     length = max_new_tokens or plan.new_tokens(prompt.ids, 64)
     if uniform is not None and tuple(uniform.shape) != (len(prompt.ids), length):
         checks.fail("generate", "uniform", f"of shape {(len(prompt.ids), length)}", tuple(uniform.shape))
