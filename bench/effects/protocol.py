@@ -1,8 +1,9 @@
 """Whether a paper's effect shows: settings chosen on dev, a verdict from paired differences on test.
 
 An experiment is ``bench/effects/<family>/<paper>.py``: its docstring tells the mathematics and the regime, ``CLAIMS``
-what must hold, ``measure(seed, chosen)`` returns ``{arm: {metric: value}}`` on test, and ``choices()``, if there is one,
-the settings that `choose` found on dev. `w2s-fast effect NAME` runs it, bench/results/effects.json holds the results.
+what must hold, ``measure(seed, chosen)`` returns ``{arm: {metric: value}}`` on test, and ``choices()``, if there is
+one, the settings that `choose` found on dev. `w2s-fast effect NAME` runs it, bench/results/effects.json holds the
+results.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ def judge(claims: Sequence[Claim], measured: Sequence[Mapping[str, Mapping[str, 
 
 def overall(rows: Sequence[Mapping[str, Any]]) -> str:
     """Shown if every claim is; otherwise how many of each verdict."""
-    counts = {name: sum(row["verdict"] == name for row in rows) for name in (SHOWN, NOT_SHOWN, REVERSED, NOT_RESOLVABLE)}
+    verdicts = [row["verdict"] for row in rows]
+    counts = {name: verdicts.count(name) for name in (SHOWN, NOT_SHOWN, REVERSED, NOT_RESOLVABLE)}
     if counts[SHOWN] == len(rows):
         return SHOWN
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
@@ -137,7 +139,7 @@ def run(name: str, seeds: Sequence[int] = SEEDS, tick: Callable[[str], None] = l
 
     family, summary = available()[name]
     module: Any = import_module(f"{__package__}.{family}.{name}")
-    start = time.perf_counter()
+    start = time.process_time()
     tick("choosing on dev")
     choices: dict[str, Choice] = module.choices() if hasattr(module, "choices") else {}
     measured = []
@@ -147,7 +149,7 @@ def run(name: str, seeds: Sequence[int] = SEEDS, tick: Callable[[str], None] = l
     claims = judge(module.CLAIMS, measured) if len(seeds) >= 5 else []
     return {
         "family": family, "summary": summary, "seeds": list(seeds), "verdict": overall(claims) if claims else "",
-        "claims": claims, "seconds": round(time.perf_counter() - start, 1), "torch": torch.__version__,
+        "claims": claims, "seconds": round(time.process_time() - start, 1), "torch": torch.__version__,
         "machine": platform.machine(), "chosen": {k: choice.best for k, choice in choices.items()},
         "tried": {k: choice.tried for k, choice in choices.items()},
         "measured": {
@@ -179,9 +181,8 @@ def _short(value: Any) -> Any:
 
 
 def table(results: Mapping[str, Any]) -> list[str]:
-    """Lines: a claim with its mean difference, what these seeds resolve, and the verdict."""
-    lines = []
-    for claim in results["claims"]:
-        bound = f"{'>=' if claim['by'] >= 0 else '>= '}{claim['by']:g}"
-        lines.append(f"{claim['verdict']:<15} {claim['mean']:+.4f} ± {claim['resolved']:.4f} ({bound})  {claim['text']}")
-    return lines
+    """Lines: the verdict of a claim, its mean difference, what these seeds resolve, what was asked for."""
+    return [
+        f"{row['verdict']:<15}{row['mean']:+.4f} ± {row['resolved']:.4f} (>= {row['by']:g})  {row['text']}"
+        for row in results["claims"]
+    ]

@@ -112,6 +112,12 @@ class _Contract:
         self._restart()
         self._load_more(state)
 
+    def rewind(self) -> None:
+        """Back to the start of a loaded epoch, keeping what else was loaded: for loops that draw again what they skip."""
+        self._position, self._resumed = 0, False
+        self._version += 1
+        self._restart()
+
 
 class StreamSampler(_Contract, Sampler[int]):
     """Base of the samplers of indices.

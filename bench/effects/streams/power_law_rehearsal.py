@@ -18,7 +18,7 @@ from ..data import Split, accuracy, digits, mlp
 from ..protocol import Choice, Claim, choose
 
 TASKS, PICTURES, EPOCHS, BATCH = 8, 400, 3, 32
-RATES = (0.05, 0.1, 0.2)
+RATES = (0.1, 0.2, 0.4)
 ARMS: dict[str, dict[str, Any]] = {
     "none": {"kind": "none"}, "exponential": {"kind": "exponential"}, "uniform": {"kind": "uniform"},
     "power 0.5": {"alpha": 0.5}, "power 1": {"alpha": 1.0}, "power 2": {"alpha": 2.0},
@@ -27,7 +27,6 @@ CLAIMS = [
     Claim("the power law beats no rehearsal by 10 points", "mean", "power 1", "none", 0.10),
     Claim("the power law beats an exponential by 2 points", "mean", "power 1", "exponential", 0.02),
     Claim("the power law loses at most 5 points to uniform rehearsal", "mean", "power 1", "uniform", -0.05),
-    Claim("the power law beats uniform rehearsal (not expected)", "mean", "power 1", "uniform", 0.0),
 ]
 
 

@@ -1,8 +1,8 @@
 """RS2 (repeated random sampling, arXiv 2305.18424): a new random part of the digits every round, against a static one.
 
 MLP 64-128-10 on the digits, 60 rounds of a share r of the training pictures, batch 16, SGD with Nesterov momentum 0.9
-and a cosine over all steps. Arms: without and with replacement over rounds, and the same static part in every round. The
-rate is chosen for each arm on dev at r = 0.05.
+and a cosine over all steps. Arms: without and with replacement over rounds, and the same static part in every round.
+The rate is chosen for each arm on dev at r = 0.05.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def run(memory: int, seed: int) -> dict[str, float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for task, part in enumerate(train):
         kept = [random_part(old, memory, seed) for old in train[:task]]
-        train_task(model, optimizer, part, kept, evaluator, task=task, steps=STEPS, batch_size=BATCH, seed=10 * seed + task)
+        train_task(model, optimizer, part, kept, evaluator, task=task, steps=STEPS, batch_size=BATCH,
+                   seed=10 * seed + task)  # fmt: skip
     first = [accuracies[0] for accuracies in evaluator.history]
     before, found = first[STEPS - 1], evaluator.metrics.compute()
     return {

@@ -55,7 +55,9 @@ def fit(
 
 
 @torch.no_grad()
-def losses_of(model: nn.Module, dataset: Any, batch_size: int, per_sample: Callable[[nn.Module, Any], Tensor]) -> Tensor:
+def losses_of(
+    model: nn.Module, dataset: Any, batch_size: int, per_sample: Callable[[nn.Module, Any], Tensor]
+) -> Tensor:
     """``per_sample(model, batch)`` over a dataset in its order, on the CPU; in evaluation mode."""
     training, device = model.training, device_of(model)
     model.eval()

@@ -35,7 +35,7 @@ def train_tasks(
         loader: for the DataLoader.
     """
     sampler = PowerLawRehearsalSampler(list(tasks), alpha=alpha, rho=rho, kind=kind, seed=seed)
-    batches = DataLoader(ConcatDataset(tasks), batch_size, sampler=sampler, **loader)
+    batches: DataLoader[Any] = DataLoader(ConcatDataset(tasks), batch_size, sampler=sampler, **loader)
     found: list[float] = []
     for task in range(len(tasks)):
         sampler.set_phase(task)

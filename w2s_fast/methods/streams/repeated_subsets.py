@@ -32,8 +32,9 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int) -> Any:
 
 def train(
     model: nn.Module, dataset: Any, optimizer: torch.optim.Optimizer, *, fraction: float, rounds: int, batch_size: int,
-    loss: Loss = classify, schedule: Callable[[torch.optim.Optimizer, int], Any] | None = cosine, replacement: bool = False,
-    labels: Any = None, seed: int = 0, rank: int | None = None, world_size: int | None = None, **loader: Any,
+    loss: Loss = classify, schedule: Callable[[torch.optim.Optimizer, int], Any] | None = cosine,
+    replacement: bool = False, labels: Any = None, seed: int = 0, rank: int | None = None, world_size: int | None =
+    None, **loader: Any,
 ) -> list[float]:  # fmt: skip
     """Train ``model`` on a new random part of ``dataset`` in each of ``rounds``; the loss of every step.
 

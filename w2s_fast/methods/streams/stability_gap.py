@@ -44,7 +44,8 @@ class ContinualEvaluator:
     ) -> None:  # fmt: skip
         self.metrics = StreamMetrics(len(tests), windows=windows, beta=beta)
         self.history: list[list[float]] = []  # an accuracy a task begun, evaluation by evaluation
-        self._parts = [next(iter(DataLoader(part, len(part)))) for part in (random_part(t, per_task, seed) for t in tests)]
+        parts = [random_part(test, per_task, seed) for test in tests]
+        self._parts = [next(iter(DataLoader(part, len(part)))) for part in parts]
         self._begun: list[int] = []
         self._period, self._updates = period, 0
 
@@ -77,14 +78,15 @@ def replay_loss(model: nn.Module, new: Any, memory: Any, share: float, loss: Los
 
 def endless(dataset: Any, batch_size: int, seed: int = 0) -> Iterator[Any]:
     """Batches for ever, every item once before any comes again; for data and for a memory of parts (ConcatDataset)."""
-    parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
+    parts: list[Any] = list(dataset.datasets) if isinstance(dataset, ConcatDataset) else [dataset]
     sampler = MixtureSampler(parts, num_samples=1 << 40, seed=seed, rank=0, world_size=1)
     return iter(DataLoader(dataset, batch_size, sampler=sampler))
 
 
 def train_task(
-    model: nn.Module, optimizer: torch.optim.Optimizer, data: Any, memory: Sequence[Any], evaluator: ContinualEvaluator, *,
-    task: int, steps: int, batch_size: int, share: float = 0.5, loss: Loss = classify, seed: int = 0,
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Any, memory: Sequence[Any],
+    evaluator: ContinualEvaluator, *, task: int, steps: int, batch_size: int, share: float = 0.5,
+    loss: Loss = classify, seed: int = 0,
 ) -> None:  # fmt: skip
     """Learn a task by experience replay from the earlier ones' memories, evaluated after every update."""
     evaluator.begin(task)
