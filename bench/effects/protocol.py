@@ -180,9 +180,23 @@ def _short(value: Any) -> Any:
     return [_short(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def table(results: Mapping[str, Any]) -> list[str]:
-    """Lines: the verdict of a claim, its mean difference, what these seeds resolve, what was asked for."""
-    return [
-        f"{row['verdict']:<15}{row['mean']:+.4f} ± {row['resolved']:.4f} (>= {row['by']:g})  {row['text']}"
-        for row in results["claims"]
-    ]
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """One result: what was measured, arm by arm, then the claims with their verdicts."""
+    found = [f"{result['summary']} ({result['seconds']:g} CPU seconds, seeds {', '.join(map(str, result['seeds']))})"]
+    for arm, metrics in result["measured"].items():
+        values = ", ".join(f"{name} {sum(v) / len(v):.4g}" for name, v in metrics.items())
+        found.append(f"  {arm}: {values}")
+    for row in result["claims"]:
+        numbers = f"{row['mean']:+.4f} ± {row['resolved']:.4f} (asked: >= {row['by']:g})"
+        found.append(f"{row['verdict']:<15}{numbers}  {row['text']}")
+    return [*found, f"verdict: {result['verdict'] or 'none from fewer than five seeds'}"]
+
+
+def listing(path: Path = FILE) -> list[str]:
+    """All experiments: family, name, recorded verdict, CPU seconds, one line."""
+    found, known = [], load(path)
+    for name, (family, summary) in available().items():
+        kept = known.get(name)
+        state = f"{kept['verdict']}, {kept['seconds']:.0f} s" if kept else "not run"
+        found.append(f"{family}/{name}: {state}. {summary}")
+    return found

@@ -113,7 +113,7 @@ class _Contract:
         self._load_more(state)
 
     def rewind(self) -> None:
-        """Back to the start of a loaded epoch, keeping what else was loaded: for loops that draw again what they skip."""
+        """Back to the start of a loaded epoch, keeping the rest of the state: for loops that skip by drawing again."""
         self._position, self._resumed = 0, False
         self._version += 1
         self._restart()

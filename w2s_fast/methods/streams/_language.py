@@ -110,7 +110,7 @@ def losses(made: Any, parts: Mapping[str, Any], count: int = 256) -> dict[str, f
 
 
 def train(made: Any, model: Any, tokenizer: Any, given: argparse.Namespace, parts: Mapping[str, Any]) -> int:
-    """Train; save model, tokenizer and numbers.json: losses of each part before and after, on text that is trained on."""
+    """Train; save model, tokenizer and numbers.json: losses before and after on each part, which is trained on."""
     from transformers.trainer_utils import get_last_checkpoint
 
     last = get_last_checkpoint(str(given.out)) if given.resume else None
