@@ -200,3 +200,21 @@ def listing(path: Path = FILE) -> list[str]:
         state = f"{kept['verdict']}, {kept['seconds']:.0f} s" if kept else "not run"
         found.append(f"{family}/{name}: {state}. {summary}")
     return found
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """A table of every claim with its verdict, for the docs."""
+    rows = ["| experiment | claim | difference | asked | verdict |", "|---|---|---|---|---|"]
+    for name, kept in sorted(results.items()):
+        for row in kept["claims"]:
+            numbers = f"{row['mean']:+.3g} ± {row['resolved']:.2g} | >= {row['by']:g}"
+            rows.append(f"| `{name}` | {row['text']} | {numbers} | {row['verdict']} |")
+    return "\n".join(rows)
+
+
+def write_docs(page: Path, family: str) -> None:
+    """Put a family's table between the markers of a page."""
+    begin, end = "<!-- effects:begin -->", "<!-- effects:end -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    own = {name: kept for name, kept in load().items() if kept["family"] == family}
+    page.write_text(f"{before}{begin}\n{markdown(own)}\n{end}{rest.split(end)[1]}", encoding="utf-8")
