@@ -291,6 +291,19 @@ def test_weights_may_be_announced_and_last_over_epochs():
         sampler.set_weights([1, 0], at=20)
 
 
+def test_a_change_of_weights_moves_the_end():
+    whole = MixtureSampler([30, 50], [1, 0], exhausted="renormalise")
+    running = iter(whole)
+    first = list(itertools.islice(running, 10))
+    whole.set_weights([1, 1])
+    assert sorted([*first, *running]) == list(range(80))
+    short = MixtureSampler([30, 50], [1, 0], exhausted="stop")
+    running = iter(short)
+    first = list(itertools.islice(running, 10))
+    assert len(short) == 30 and short.set_weights([0, 1]) == 10
+    assert sorted([*first, *running]) == sorted([*first, *range(30, 80)]) and len(short) == 60
+
+
 def test_long_jumps_count_again():
     whole = list(MixtureSampler([5000, 70_000], [1, 2], num_samples=90_000))
     sampler = MixtureSampler([5000, 70_000], [1, 2], num_samples=90_000)

@@ -89,7 +89,8 @@ def test_every_experiment_says_what_it_claims(name):
     family, summary = protocol.available()[name]
     module = importlib.import_module(f"w2s_fast.bench.effects.{family}.{name}")
     assert "arXiv" in summary and module.CLAIMS and all(isinstance(claim, Claim) for claim in module.CLAIMS)
-    source = (ROOT / "w2s_fast" / "methods" / family / f"{name}.py").read_text(encoding="utf-8")
+    method = getattr(module, "METHOD", name)
+    source = (ROOT / "w2s_fast" / "methods" / family / f"{method}.py").read_text(encoding="utf-8")
     assert re.search(r"arXiv (\d{4}\.\d{5})", summary)[1] in source  # the method of the same name, of the same paper
 
 

@@ -167,9 +167,8 @@ class StreamSampler(_Contract, Sampler[int]):
         return self._run(self._begin())  # begun here, so that a state before the first index is right
 
     def _run(self, position: int) -> Iterator[int]:
-        end = self._rounded()
         step = max(1, CHUNK // self._unit) * self._unit
-        while position < end:
+        while position < (end := self._rounded()):  # which a change of weights may move
             stop = min(end, (position // step + 1) * step)
             places = np.arange(position + self.rank, stop, self.world_size, dtype=np.int64)
             version = self._version

@@ -138,6 +138,7 @@ class MixtureSampler(StreamSampler):
             start = checks.integer(self._op, "at", at, low=drawn)
         self._changes = [change for change in self._changes if change[0] != start] + [(start, found)]
         self._version += 1
+        self._ends = None
         return start
 
     # the order
