@@ -38,7 +38,7 @@ ARMS = {
     "easy: terms to 6": Data(easy="small"), "easy: two terms": Data(easy="two"),
 }  # fmt: skip
 CLAIMS = [
-    Claim("0.9 wrong answers, low step error: 95 % right", "answers", "0.9 wrong, low", 0.95, -0.005),
+    Claim("0.9 wrong answers, low step error: 95 % right", "answers", "0.9 wrong, low", 0.95, 0.0),
     Claim("0.9 wrong answers, mid step error: at least 55 % right", "answers", "0.9 wrong, mid", 0.55, 0.0),
     Claim("0.9 wrong answers, mid step error: at most 85 % right", "answers", "0.9 wrong, mid", 0.85, 0.0, "lower"),
     Claim("0.9 wrong answers, high step error: at most 15 % right", "answers", "0.9 wrong, high", 0.15, 0.0, "lower"),
@@ -46,7 +46,7 @@ CLAIMS = [
           "0.5 wrong, high", 0.10),
     Claim("they beat right answers of easy problems that lack some facts by 50 points", "answers", "0.9 wrong, low",
           "easy: terms to 6", 0.50),
-    Claim("they beat right answers of easy problems that cover all facts (not expected)", "answers", "0.9 wrong, low",
+    Claim("they beat right answers of easy problems that cover all facts (they need not)", "answers", "0.9 wrong, low",
           "easy: two terms", 0.0),
 ]  # fmt: skip
 
