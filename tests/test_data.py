@@ -291,6 +291,45 @@ def test_weights_may_be_announced_and_last_over_epochs():
         sampler.set_weights([1, 0], at=20)
 
 
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """A process group of two whose other rank is further on and has sent what the test says."""
+    import torch.distributed as dist
+
+    other = {}
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist, "all_reduce", lambda t, op=dist.ReduceOp.SUM: t.copy_(
+        torch.maximum(t, torch.as_tensor(other["position"])) if op == dist.ReduceOp.MAX else t + other["sum"]
+    ))  # fmt: skip
+    monkeypatch.setattr(dist, "broadcast", lambda t, source: t.copy_(other["weights"]))
+    return other
+
+
+def test_ranks_agree_on_weights_and_position(two_ranks):
+    two_ranks.update(position=37, weights=torch.tensor([0.0, 1.0], dtype=torch.float64))
+    sampler = MixtureSampler([50, 50], [1, 0], num_samples=80, rank=1, world_size=2, batch_size=4)
+    running = iter(sampler)
+    first = list(itertools.islice(running, 10))
+    assert sampler.set_weights([1, 1]) == 40  # the other rank has drawn 37: the next whole batch of both
+    drawn = [*first, *running]
+    assert max(drawn[:20]) < 50 <= min(drawn[20:]) and sampler.weights == {"0": 0.0, "1": 1.0}
+
+
+def test_ranks_share_their_losses(two_ranks):
+    two_ranks["sum"] = torch.tensor([[5.0, 0, 0, 3], [1.0, 0, 0, 1]], dtype=torch.float64)
+    sampler = HardBatchSampler(40, 10, 0.5, rank=0, world_size=2)
+    sampler.update_losses([0, 1, 2], [1.0, 4.0, 2.0])  # batch 0: the mean of 1 and 5, batch 3: the other rank's
+    assert sampler._losses.tolist() == [3.0, 4.0, 2.0, 3.0] and sampler.chosen() == [1, 0]
+
+
+def test_a_sampler_among_processes_must_be_told(two_ranks):
+    with pytest.raises(ValueError, match=r"world_size must be given with rank.*accelerate"):
+        iter(MixtureSampler([5]))
+    assert len(list(MixtureSampler([5], rank=0, world_size=1))) == 5
+
+
 def test_a_change_of_weights_moves_the_end():
     whole = MixtureSampler([30, 50], [1, 0], exhausted="renormalise")
     running = iter(whole)

@@ -74,6 +74,17 @@ def test_metrics_right_after_a_switch():
     assert found["ACC"] == pytest.approx(0.7) and found["min_ACC"] == 0.9 and found["FORG"] == 0
 
 
+def test_ranks_count_together(monkeypatch):
+    import torch.distributed as dist
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda pair: pair.add_(torch.tensor([[1.0], [4.0]], dtype=pair.dtype)))
+    metrics = StreamMetrics(1)
+    metrics.begin(0)
+    metrics.update(torch.tensor([3]), torch.tensor([4]))
+    assert metrics.compute()["ACC"] == 0.5
+
+
 def test_the_queues_stay_short():
     metrics = StreamMetrics(1, windows=(10,))
     metrics.begin(0)
