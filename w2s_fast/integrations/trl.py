@@ -9,14 +9,17 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
-import trl
 from torch import Tensor
-from trl.trainer.utils import use_adapter
 
 from .. import checks
 from ..ops.linear_loss.linear_preference import linear_preference
 from ..ops.linear_loss.logp import linear_logp
-from .transformers.fused_loss import Head, head_of, loss_of, shifted, unwrap
+
+with checks.extra("trl"):
+    import trl
+    from trl.trainer.utils import use_adapter
+
+    from .transformers.fused_loss import Head, head_of, loss_of, shifted, unwrap
 
 #: TRL's loss types and the kinds of `w2s_fast.linear_preference` that they are.
 LOSSES: dict[str, Literal["dpo", "hinge", "ipo"]] = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}
