@@ -300,6 +300,7 @@ def effect(
     to: Annotated[Path | None, typer.Option("--out", help="A JSON file that gets the result.")] = None,
 ) -> None:
     """Run the experiment that shows a paper's effect, or that it does not show; alone, list them with verdicts."""
+    from . import files
     from .bench.effects import protocol
 
     if listed or not name:
@@ -310,13 +311,13 @@ def effect(
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         _fail(f"--seeds must be numbers and commas, got {seeds!r}", code=2)
+    if to is not None:
+        files.writable_folder(to.parent)  # before the work
     try:
         with err.status(name) as status:
             result = protocol.run(name.replace("-", "_"), numbers, lambda what: status.update(f"{name}: {what}"))
     except KeyError:
         _fail(f"no experiment named {name}; w2s-fast effect --list names them", code=2)
-    except ImportError as error:
-        _fail(f'{name} cannot run ({error}); its data need pip install "w2s_fast[test]"')
     for line in protocol.lines(result):
         out.print(escape(line), soft_wrap=True, highlight=False)
     if to is not None:

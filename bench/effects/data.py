@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from w2s_fast import checks
+
 TEST, DEV = 360, 360
 
 
@@ -20,7 +22,8 @@ class Split(NamedTuple):
 
 def digits(seed: int) -> dict[str, Split]:
     """scikit-learn's digits: the same 360 test pictures always, the others 1077 train and 360 dev, shuffled by seed."""
-    from sklearn.datasets import load_digits
+    with checks.extra("demo"):
+        from sklearn.datasets import load_digits
 
     pictures, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

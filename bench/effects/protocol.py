@@ -18,6 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from w2s_fast.files import write_text
+
 RESULTS = Path(__file__).parent.parent / "results"
 FILE = RESULTS / "effects.json"
 DEV_SEEDS = (100, 101, 102)
@@ -167,9 +169,8 @@ def load(path: Path = FILE) -> dict[str, Any]:
 
 def save(name: str, result: Mapping[str, Any], path: Path) -> None:
     """Put one result into a file that may hold others; numbers to six digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**load(path), name: _short(result)}, indent=1, sort_keys=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def _short(value: Any) -> Any:
@@ -217,4 +218,4 @@ def write_docs(page: Path, family: str) -> None:
     begin, end = "<!-- effects:begin -->", "<!-- effects:end -->"
     before, rest = page.read_text(encoding="utf-8").split(begin)
     own = {name: kept for name, kept in load().items() if kept["family"] == family}
-    page.write_text(f"{before}{begin}\n{markdown(own)}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    write_text(page, f"{before}{begin}\n{markdown(own)}\n{end}{rest.split(end)[1]}")

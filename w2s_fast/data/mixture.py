@@ -93,6 +93,7 @@ class MixtureSampler(StreamSampler):
         if num_samples is not None:
             checks.integer(self._op, "num_samples", num_samples, low=1)
         self._num_samples = num_samples
+        self._ends: int | None = None  # of a stream that stops, once it was counted
         self._changes = [(0, self._normal(self._groups.sizes if weights is None else weights))]
         self._restart()
 
@@ -150,16 +151,16 @@ class MixtureSampler(StreamSampler):
         self._marks = [start, start]
         if self._position:  # otherwise nothing was drawn, and changes announced for later still hold
             self._changes = [(0, self._changes[-1][1])]
-        self._ends: int | None = None
+        self._ends = None
 
     def _count(self) -> int:
         if self._num_samples is not None:
             return self._num_samples
         used = np.any([weights > 0 for _, weights in self._changes], axis=0)
         if self.exhausted == "stop":
-            if self._ends is None:
-                self._ends = self._end_of_stream()
-            return self._ends
+            end = self._end_of_stream() if self._ends is None else self._ends
+            self._ends = end
+            return end
         sizes = self._groups.sizes[used] if self.exhausted == "renormalise" else self._groups.sizes
         return int(sizes.sum())
 

@@ -7,7 +7,6 @@ and the losses after every step; all ranks start from it. KIND is ``replay`` (pa
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from .. import files
 from ..data import MixtureSampler, ReplayMixtureBatchSampler
 from ..methods.streams.skill_it import SkillIt
 from ..metrics import segment_mean
@@ -86,9 +86,8 @@ def run(kind: str, folder: Path, steps: int, rank: int = 0, world: int = 1) -> l
                 parts["skills"].update(segment_mean(each, data.tensors[0][:, 8:].argmax(1), 3).mean)
             if rank == 0:
                 state = {name: part.state_dict() for name, part in parts.items()}
-                torch.save({**state, "losses": losses}, kept.with_suffix(".part"))
-                os.replace(kept.with_suffix(".part"), kept)
-                (folder / "losses.json").write_text(json.dumps(losses))
+                files.write_tensors(kept, {**state, "losses": losses})
+                files.write_json(folder / "losses.json", losses)
             if len(losses) == steps:
                 break
         else:

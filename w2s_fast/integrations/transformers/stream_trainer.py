@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from ... import checks
+from ... import checks, files
 from ...data import StreamBatchSampler, StreamSampler
 
 OP = "integrations.transformers.StreamTrainer"
@@ -28,7 +28,7 @@ class _KeepStream(TrainerCallback):  # type: ignore[misc]
         """After a checkpoint."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / FILE).write_text(json.dumps(self.stream.state_dict()), encoding="utf-8")
+            files.write_json(folder / FILE, self.stream.state_dict())
 
 
 class StreamTrainer(Trainer):  # type: ignore[misc]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ... import checks, files
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
@@ -16,7 +17,7 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "te
 def options(parser: argparse.ArgumentParser, epochs: float = 1.0) -> None:
     """Of every command: model, output, batch, length, rate, steps."""
     parser.add_argument("--model", required=True, help="a causal language model with its tokenizer: folder or hub name")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, the model and numbers.json")
+    parser.add_argument("--out", type=files.out_folder, required=True, help="folder of checkpoints, model, numbers.json")
     parser.add_argument("--batch", type=int, default=8, help="blocks of a process's batch (default 8)")
     parser.add_argument("--accumulate", type=int, default=1, help="batches of an update (default 1)")
     parser.add_argument("--length", type=int, default=512, help="tokens of a block (default 512)")
@@ -32,11 +33,11 @@ def options(parser: argparse.ArgumentParser, epochs: float = 1.0) -> None:
 
 def model_of(given: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer, with the fused loss where the model has a head it knows."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    with checks.extra("streams"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ...integrations.transformers.fused_loss import use_fused_loss
 
-    given.out.mkdir(parents=True, exist_ok=True)  # before any work
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModelForCausalLM.from_pretrained(given.model)
     try:
@@ -48,7 +49,8 @@ def model_of(given: argparse.Namespace) -> tuple[Any, Any]:
 
 def documents(path: Path) -> Any:
     """A dataset with the column ``text``, on disk (Arrow) however large the file is."""
-    from datasets import load_dataset
+    with checks.extra("streams"):
+        from datasets import load_dataset
 
     if path.suffix not in LOADERS:
         raise OSError(f"{path}: text must be one of {', '.join(LOADERS)}")
@@ -121,7 +123,7 @@ def train(made: Any, model: Any, tokenizer: Any, given: argparse.Namespace, part
     if made.is_world_process_zero():
         tokenizer.save_pretrained(str(given.out))
         numbers = {"steps": result.global_step, "loss before": before, "loss after": after}
-        (given.out / "numbers.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        files.write_json(given.out / "numbers.json", numbers)
         for name in parts:
             start = "" if before is None else f"{before[name]:.4f} -> "
             print(f"{name}: loss {start}{after[name]:.4f}")

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 
+from ... import checks
 from ...data import ReplayMixtureBatchSampler
 from ...optim import InfiniteLR, RewarmCosineLR
 from .._common import console
@@ -81,7 +82,8 @@ def trainer(model: Any, new: Any, old: Any, args: Any, *, replay: float, schedul
     ``args`` are the user's ``TrainingArguments``: batch size, epochs, precision, FSDP, checkpoints, ``learning_rate``
     (the peak). The replay share holds in each process's batch. Checkpoints resume in the middle of an epoch.
     """
-    from datasets import concatenate_datasets
+    with checks.extra("streams"):
+        from datasets import concatenate_datasets
 
     from ...integrations.transformers.stream_trainer import StreamTrainer
 

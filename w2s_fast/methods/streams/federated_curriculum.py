@@ -6,7 +6,7 @@ first for the anti-curriculum; randomly for the pacing alone) and draws the batc
 (FedAvg).
 
 `client_update` is a client's part, `simulate` runs rounds in this process, `flower_client` and `flower_strategy` are
-the same under Flower, which is imported there only (``pip install flwr``).
+the same under Flower, which is imported there only (``pip install "w2s_fast[flower]"``).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ... import checks
 from ...data import CurriculumSampler
 from ...data._hash import bits, key_of
 from ...data.curriculum import Pacing
@@ -97,8 +98,9 @@ def flower_client(
         make_model: an empty model of the architecture.
         client_data: the dataset of a client's ``partition-id``.
     """
-    from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-    from flwr.clientapp import ClientApp
+    with checks.extra("flower"):
+        from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+        from flwr.clientapp import ClientApp
 
     app = ClientApp()
 
@@ -119,7 +121,8 @@ def flower_client(
 
 def flower_strategy(order: Order | None = "easy", **fedavg: Any) -> Any:
     """Flower's FedAvg that tells its clients the order of their samples; ``fedavg`` goes to ``FedAvg``."""
-    from flwr.serverapp.strategy import FedAvg
+    with checks.extra("flower"):
+        from flwr.serverapp.strategy import FedAvg
 
     class CurriculumFedAvg(FedAvg):  # type: ignore[misc]
         """FedAvg with the order of samples in the configuration of every round."""

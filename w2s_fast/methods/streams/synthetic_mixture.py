@@ -61,7 +61,8 @@ def _source(text: str) -> tuple[str, float, Path]:
 
 def main(arguments: list[str]) -> int:
     """`w2s-fast train synthetic_mixture --model ... --source NAME=WEIGHT:FILE ...`."""
-    from datasets import concatenate_datasets
+    with checks.extra("streams"):
+        from datasets import concatenate_datasets
 
     from ...integrations.transformers.stream_trainer import StreamTrainer
     from . import _language
