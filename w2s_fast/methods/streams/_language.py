@@ -17,7 +17,7 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "te
 def options(parser: argparse.ArgumentParser, epochs: float = 1.0) -> None:
     """Of every command: model, output, batch, length, rate, steps."""
     parser.add_argument("--model", required=True, help="a causal language model with its tokenizer: folder or hub name")
-    parser.add_argument("--out", type=files.out_folder, required=True, help="folder of checkpoints, model, numbers.json")
+    parser.add_argument("--out", type=files.out_folder, required=True, help="folder for checkpoints, model, numbers")
     parser.add_argument("--batch", type=int, default=8, help="blocks of a process's batch (default 8)")
     parser.add_argument("--accumulate", type=int, default=1, help="batches of an update (default 1)")
     parser.add_argument("--length", type=int, default=512, help="tokens of a block (default 512)")
