@@ -14,7 +14,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def reports(folder: Path = RESULTS) -> list[Report]:
     """The committed results, in the order of their file names."""
-    return [Report.load(path) for path in sorted(folder.glob("*.json"))]
+    return [Report.load(path) for path in sorted(folder.glob("*.json")) if path.name != "effects.json"]
 
 
 def _line(cells: list[str]) -> str:

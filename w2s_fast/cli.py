@@ -1,4 +1,4 @@
-"""`w2s-fast`: info, check, bench, demo, train. Heavy imports happen inside the commands, so that --help is quick."""
+"""`w2s-fast`: info, check, bench, effect, demo, train. Heavy imports happen inside the commands: --help is quick."""
 
 from __future__ import annotations
 
@@ -290,6 +290,39 @@ def train(context: typer.Context) -> None:
     code = main(arguments)
     if code:
         raise typer.Exit(int(code))
+
+
+@app.command()
+def effect(
+    name: Annotated[str, typer.Argument(help="An experiment; none lists them.")] = "",
+    seeds: Annotated[str, typer.Option(help="Comma-separated; a verdict needs at least five.")] = "0,1,2,3,4",
+    listed: Annotated[bool, typer.Option("--list", help="All experiments with their recorded verdicts.")] = False,
+    to: Annotated[Path | None, typer.Option("--out", help="A JSON file that gets the result.")] = None,
+) -> None:
+    """Run the experiment that shows a paper's effect, or that it does not show; alone, list them with verdicts."""
+    from . import files
+    from .bench.effects import protocol
+
+    if listed or not name:
+        for line in protocol.listing():
+            out.print(escape(line), soft_wrap=True, highlight=False)
+        return
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        _fail(f"--seeds must be numbers and commas, got {seeds!r}", code=2)
+    if to is not None:
+        files.writable_folder(to.parent)  # before the work
+    try:
+        with err.status(name) as status:
+            result = protocol.run(name.replace("-", "_"), numbers, lambda what: status.update(f"{name}: {what}"))
+    except KeyError:
+        _fail(f"no experiment named {name}; w2s-fast effect --list names them", code=2)
+    for line in protocol.lines(result):
+        out.print(escape(line), soft_wrap=True, highlight=False)
+    if to is not None:
+        protocol.save(name.replace("-", "_"), result, to)
+        out.print(f"results: {to}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":
