@@ -4,7 +4,8 @@ Order-2 Markov languages over 12 tokens, an MLP language model, AdamW 3e-3 to 3e
 language and 500 on the new: at the minimum rate, re-warmed, and re-warmed with 5, 25 and 50 % replay; against 1000
 steps on both from the start. Then one language of 24 tokens, 1000 and another 1000 steps on the same distribution:
 re-warming against the infinite schedule, annealed over the last 200, and one cosine. Losses in nats on unseen text. The
-regime is that of the method's text; the languages' sharpness of 2 gives the losses of the old phase that it reports.
+regime is that of the text but for the languages' sharpness, which it leaves open: of 2 and 2.3, tried on seed 100, 2 is
+taken; the 24-token language is then harder than the text's (2.31 nats before the change, not 2.04).
 """
 
 from __future__ import annotations
