@@ -17,10 +17,15 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import dispatch, extension
+from . import dispatch, extension, transforms
 
 _LIBRARY = torch.library.Library("w2s_fast", "FRAGMENT")
 _LOG = logging.getLogger("w2s_fast")
+
+# looked up once: a small call takes a few microseconds
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_any_requires_grad, _below_autograd = torch._C._any_requires_grad, torch._C._AutoDispatchBelowAutograd
+_transforms_active = transforms.active
 
 #: Every op, by name, in the order of definition.
 OPS: dict[str, Op] = {}
@@ -80,24 +85,27 @@ class Op:
         self.name, self.schema, self.reference, self.triton, self.cuda = name, schema, reference, triton, cuda
         self._auto: Any = None
         self._forced: Any = None
+        #: ``(ctx, backend, inputs, output)`` and ``(ctx, grads, origins)``, of `define`
+        self.setup: Callable[..., None]
+        self.gradients: Callable[..., list[Any]]
 
     def __call__(self, *args: Any) -> Any:
         state = dispatch.STATE
         if state == "auto":
-            if torch.compiler.is_compiling():
+            if _is_compiling():
                 return self._auto(*args)
             if forward_ad._current_level >= 0:
                 self._refuse_tangents(args)
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if _transforms_active():
+                return transforms.call(self, "auto", args)
+            if _is_grad_enabled() and _any_requires_grad(*args):
                 return self._auto(*args)
             # no gradient is wanted: past the Python autograd kernel, which costs a small call as much as the op
-            with torch._C._AutoDispatchBelowAutograd():
+            with _below_autograd():
                 return self._auto(*args)
-        if forward_ad._current_level >= 0:
-            self._refuse_tangents(args)
         if state == "explain":
             raise dispatch.Explained(self.explain(args))
-        return self._forced(*args, state)
+        return self.on(state)(*args)
 
     def _refuse_tangents(self, args: Sequence[Any]) -> None:
         """The kernels would drop a tangent and the derivative would silently be 0."""
@@ -115,6 +123,8 @@ class Op:
         def call(*args: Any) -> Any:
             if forward_ad._current_level >= 0:
                 self._refuse_tangents(args)
+            if not _is_compiling() and _transforms_active():
+                return transforms.call(self, backend, args)
             return self._auto(*args) if backend == "auto" else self._forced(*args, backend)
 
         return call
@@ -202,6 +212,7 @@ def define(
     triton: Kernel | None = None,
     cuda: Kernel | None = None,
     differentiable: bool = True,
+    twice: bool = False,
 ) -> Op:
     """Register op ``name``.
 
@@ -210,13 +221,17 @@ def define(
         reference: the op in plain PyTorch; its definition and the default kernel on every device.
         fake: shapes and dtypes of the outputs (contiguous), for the compiler.
         setup_context: ``(ctx, inputs, output)`` saves what backward needs. ``ctx.backend`` is already set.
-        backward: ``(ctx, *grads) -> {argument name: gradient}``; names left out get no gradient.
+        backward: ``(ctx, *grads) -> {argument name: gradient}``; names left out get no gradient. It may read
+            ``ctx.saved_tensors`` as often as it likes: autograd's are unpacked once.
             None with ``differentiable=True`` makes a gradient through the op an error (double backward).
         differentiable: False for ops such as sampling, whose outputs never carry a gradient.
+        twice: whether backward consists of differentiable operations on what forward was given, so that it can be
+            differentiated too. Otherwise that is an error.
     """
     op = Op(name, schema, reference, triton, cuda)
     arguments, returns = schema.rsplit(" -> ", 1)
     names = re.findall(r"(\w+)(?:=[^,()]*)?(?=[,)])", arguments)
+    op.setup, op.gradients = _make_setup(setup_context, differentiable), _make_gradients(name, names, backward, twice)
     for suffix, text, kernel in (
         ("", schema, op._run_default),
         ("_on", f"{arguments[:-1]}, str backend) -> {returns}", op._run_forced),
@@ -227,10 +242,7 @@ def define(
         _LIBRARY.impl(f"{name}{suffix}", kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, (lambda *args: fake(*args[:-1])) if forced else fake, lib=_LIBRARY)
         torch.library.register_autograd(
-            qualified,
-            _make_backward(name, names, backward, forced),
-            setup_context=_make_setup(setup_context, differentiable, forced),
-            lib=_LIBRARY,
+            qualified, _autograd_backward(op, forced), setup_context=_autograd_setup(op, forced), lib=_LIBRARY
         )
     _LIBRARY.impl(name, op._run_cuda, "CUDA")
     op._auto = getattr(torch.ops.w2s_fast, name).default
@@ -248,32 +260,57 @@ def _is_tensor_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in value)
 
 
-def _make_setup(
-    setup_context: Callable[..., None] | None, differentiable: bool, forced: bool
-) -> Callable[[Any, tuple[Any, ...], Any], None]:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend = inputs[-1] if forced else "auto"
-        inputs = inputs[:-1] if forced else inputs
+def _make_setup(setup_context: Callable[..., None] | None, differentiable: bool) -> Callable[..., None]:
+    def setup(ctx: Any, backend: str, inputs: Sequence[Any], output: Any) -> None:
+        ctx.backend = backend
         # backward must return a list as long as a list of tensors (of None where there is no gradient)
         ctx.lists = tuple(len(value) if _is_tensor_list(value) else None for value in inputs)
         if not differentiable:
             ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
         elif setup_context is not None:
-            setup_context(ctx, inputs, output)
+            setup_context(ctx, tuple(inputs), output)
 
     return setup
 
 
-def _make_backward(
-    name: str, names: list[str], backward: Callable[..., dict[str, Any]] | None, forced: bool
-) -> Callable[..., Any]:
-    def run(ctx: Any, *grads: Any) -> Any:
+def _make_gradients(
+    name: str, names: list[str], backward: Callable[..., dict[str, Any]] | None, twice: bool
+) -> Callable[..., list[Any]]:
+    def gradients(ctx: Any, grads: Sequence[Any], origins: Sequence[Any]) -> list[Any]:
         if backward is None:
-            raise NotImplementedError(f"w2s_fast::{name}: double backward is not supported")
-        found = backward(ctx, *grads)
-        result: list[Any] = []
-        for argument, length in zip(names, ctx.lists, strict=True):
-            result.append(found.get(argument, None if length is None else [None] * length))
-        return (*result, None) if forced else tuple(result)
+            transforms.no_second_derivative(name)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and twice):  # on only with create_graph
+            found = backward(ctx, *grads)
+        result = [
+            found.get(argument, None if length is None else [None] * length)
+            for argument, length in zip(names, ctx.lists, strict=True)
+        ]
+        return result if twice else transforms.once(name, result, (*origins, *grads))
 
-    return run
+    return gradients
+
+
+class _Unpacked:
+    """autograd's ctx with the saved tensors read once: hooks that hand each out once (checkpointing, offloading)
+    refuse a second time, and a copy from elsewhere is not made twice."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _autograd_setup(op: Op, forced: bool) -> Callable[[Any, tuple[Any, ...], Any], None]:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        op.setup(ctx, *((inputs[-1], inputs[:-1]) if forced else ("auto", inputs)), output)
+
+    return setup
+
+
+def _autograd_backward(op: Op, forced: bool) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        found = op.gradients(_Unpacked(ctx), grads, ())
+        return (*found, None) if forced else tuple(found)
+
+    return backward

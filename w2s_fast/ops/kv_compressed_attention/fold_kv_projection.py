@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import checks, transforms
 from .inputs import MODES
 from .kv_compress import KV_COMPRESS
 
@@ -102,7 +102,7 @@ def fold_kv_projection(
         return _folded(w_qkv, b_qkv, c, w_qkv[c:], None if b_qkv is None else b_qkv[c:], ratio, mode, False)
     taps, offset = _taps(op, c, ratio, weight, bias)
     # a graph cannot depend on the values of the taps
-    if not torch.compiler.is_compiling() and bool((taps == 1.0 / ratio**2).all()):
+    if not torch.compiler.is_compiling() and not transforms.active() and bool((taps == 1.0 / ratio**2).all()):
         shift = None if b_qkv is None else b_qkv[c:]
         shift = shift if offset is None else offset.repeat(2) + (0 if shift is None else shift)
         return _folded(w_qkv, b_qkv, c, w_qkv[c:], shift, ratio, mode, False)

@@ -7,13 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, extension
+from ... import checks, dispatch, extension, transforms
 from ...library import Kernel, define
 from ...reference.linear_loss import confidence as reference
 from ...reference.linear_loss.confidence import BALANCES
 from ...reference.numerics import accumulate_dtype
 from .inputs import _unit_stride as unit_stride
-from .inputs import once
 from .kd import scaled
 
 Balance = Literal["weak_prior", "median", "none"]
@@ -86,7 +85,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
     else:
         logits, labels, threshold = ctx.saved_tensors
         dlogits = W2S_CONFIDENCE_LOSS.on(ctx.backend)(logits, labels, *ctx.settings, threshold, True, True)[2]
-    return {"logits": once(NAME, *scaled(grad, [dlogits]))[0]}
+    return {"logits": scaled(grad, [dlogits])[0]}
 
 
 W2S_CONFIDENCE_LOSS = define(
@@ -114,7 +113,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (dlogits,) = once(NAME, *scaled(grad, list(ctx.saved_tensors)))
+        with torch.no_grad():
+            found = scaled(grad, ctx.saved_tensors)
+        (dlogits,) = transforms.once(NAME, found, ())
         return dlogits, None, None, None, None, None, None, None, None, None
 
 
@@ -195,7 +196,7 @@ def confidence_threshold(logits: Tensor, soft_labels: Tensor, *, balance: Balanc
     checks.choice(op, "balance", balance, BALANCES)
     z, weak = _inputs(op, logits, soft_labels)
     _threshold(op, z, balance, None)
-    if z.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.readable(z):
         _outside(op, weak)
     found: tuple[Tensor, ...] = W2S_CONFIDENCE_LOSS(
         z.detach(), weak, False, 1.0, 1.0, 1.0, BALANCES.index(balance), None, False, False
@@ -266,8 +267,8 @@ def w2s_confidence_loss(
     else:
         threshold = None
     settings = (product, coef, alpha, beta, BALANCES.index(balance), threshold, True)
-    if torch.compiler.is_compiling():
-        loss: Tensor = W2S_CONFIDENCE_LOSS(z, weak, *settings, torch.is_grad_enabled() and z.requires_grad)[0]
+    if torch.compiler.is_compiling() or transforms.active():
+        loss: Tensor = W2S_CONFIDENCE_LOSS(z, weak, *settings, transforms.wants_grad(z))[0]
         return loss
     if z.device.type == "cpu" and (extension.ERROR is not None or dispatch.STATE not in ("auto", "cpp", "explain")):
         _outside(NAME, weak)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ... import checks
 from ...library import Kernel, define
 from ...reference.linear_loss import eisl as reference
+from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
-from .inputs import once
 from .kd import scaled
 from .teachers import check_head
 
@@ -28,9 +28,8 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
     wanted = [made and need for made, need in zip(ctx.need, ctx.needs_input_grad[:3], strict=True)]
     if grad is None or not any(wanted):
         return {}
-    found = once("linear_eisl", *(g for g, want in zip(scaled(grad, ctx.saved_tensors), wanted, strict=True) if want))
-    names = (name for name, want in zip(("hidden", "head", "bias"), wanted, strict=True) if want)
-    return dict(zip(names, found, strict=True))
+    found = zip(("hidden", "head", "bias"), scaled(grad, ctx.saved_tensors), wanted, strict=True)
+    return {name: g for name, g, want in found if want}
 
 
 def _fake(hidden: Tensor, head: Tensor, bias: Tensor | None, _: Tensor, ngrams: list[int], *args: Any) -> Any:
@@ -125,7 +124,7 @@ def _mask(op: str, name: str, mask: Any, shape: tuple[int, int], hidden: Tensor)
 
 def _target(op: str, target: Any, keep: Tensor | None, hidden: Tensor, vocab: int) -> Tensor:
     y: Tensor = target.to(torch.int64)
-    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.readable(y):
         bad = (y < 0) | (y >= vocab)
         bad = bad if keep is None else bad & keep
         if bool(bad.any()):
@@ -212,7 +211,7 @@ def linear_eisl(
     kept, values = _sizes(op, ngrams, weights, t, u)
     src, tgt = _mask(op, "src_mask", src_mask, (batch, t), hidden), _mask(op, "tgt_mask", tgt_mask, (batch, u), hidden)
     y = _target(op, target, tgt, hidden, lm_head.shape[0])
-    need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, lm_head, bias)]
+    need = [wants_grad(x) for x in (hidden, lm_head, bias)]
     loss, parts, *_ = LINEAR_EISL(
         hidden.contiguous(), unit_stride(lm_head), None if bias is None else bias.contiguous(), y, kept, values, tau,
         select == "logsumexp", floor, _noise(op, noise, select, kept, hidden, u), src, tgt, ngram_coef, ce_coef, *need,

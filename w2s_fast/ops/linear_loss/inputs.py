@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...transforms import wants_grad
 
 #: The part of every schema that describes z_t = (1 / temperature) sum_i w_ti cap(W_i h_ti + b_i); see `Linear`.
 LINEAR = (
@@ -46,9 +47,7 @@ class Linear(NamedTuple):
 
     def needs(self, tensors: Sequence[Tensor]) -> int:
         """Bit i says that tensor i will get a gradient."""
-        if not torch.is_grad_enabled():
-            return 0
-        return sum(1 << i for i, t in enumerate(tensors) if t.requires_grad)
+        return sum(1 << i for i, t in enumerate(tensors) if wants_grad(t))
 
 
 class Names(NamedTuple):
@@ -204,7 +203,7 @@ def targets(
     if target.shape != batch:
         checks.fail(op, name, f"of shape {tuple(batch)}", tuple(target.shape))
     checks.same_device(op, [("hiddens[0]", given.hiddens[0]), (name, target)])
-    if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
+    if checks.readable(target) and target.numel():
         bad = ((target < 0) | (target >= given.vocab_size)) & (target != ignore_index)
         if bool(bad.any()):
             checks.fail(
@@ -216,23 +215,3 @@ def targets(
             )
     rows: Tensor = target.reshape(-1).to(torch.int64).contiguous()
     return rows
-
-
-class _Once(torch.autograd.Function):
-    """Identity whose gradient is an error."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, x: Tensor) -> Tensor:
-        ctx.name = name
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(f"w2s_fast::{ctx.name}: double backward is not supported")
-
-
-def once(name: str, *grads: Tensor) -> list[Tensor]:
-    """The gradients of a backward made of plain PyTorch; differentiating them again raises NotImplementedError."""
-    if not torch.is_grad_enabled():
-        return list(grads)
-    return [_Once.apply(name, g.detach().requires_grad_()) for g in grads]

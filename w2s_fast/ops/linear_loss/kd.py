@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch
+from ... import checks, dispatch, transforms
 from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
+from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
-from .inputs import once
 from .teachers import (
     DISTILLATION,
     Distillation,
@@ -78,8 +78,8 @@ def scaled(grad: Tensor | None, found: Sequence[Tensor]) -> list[Tensor]:
     """``found`` times the upstream gradient of the loss, which is usually 1: then as they are."""
     if grad is None:
         return [torch.zeros_like(g) for g in found]
-    own = type(grad) is Tensor and grad.device.type == "cpu"  # a tracer's tensor is a subclass
-    if own and float(grad.detach()) == 1.0:
+    # a tracer's tensor is a subclass
+    if type(grad) is Tensor and checks.readable(grad) and float(grad.detach()) == 1.0:
         return list(found)
     # a number keeps its own dtype: a loss scale need not fit into float16
     return [g * grad if g.numel() else g for g in found]
@@ -91,8 +91,8 @@ def _backward(
     (dlogits,), (logits,), given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
     if ctx.needs_input_grad[0]:
         made = made and dlogits.shape == logits.shape
-        (found,) = scaled(grad, [dlogits]) if made else [KD_LOSS.on(ctx.backend)(logits, *given(), True, False)[4]]
-        (rows["logits"],) = once("kd_loss", found)
+        found = scaled(grad, [dlogits])[0] if made else KD_LOSS.on(ctx.backend)(logits, *given(), True, False)[4]
+        rows["logits"] = found
     return rows
 
 
@@ -134,8 +134,10 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        found = _backward(ctx, *grads)
-        return found.get("logits"), found.get("coef_kd"), found.get("coef_ce"), None, None, None
+        with torch.no_grad():
+            found = _backward(ctx, *grads)
+        trained = [found.get(name) for name in ("logits", "coef_kd", "coef_ce")]
+        return (*transforms.once("kd_loss", trained, ()), None, None, None)
 
 
 def kd_loss(
@@ -227,11 +229,10 @@ def kd_loss(
     dtype = accumulate_dtype(student, tensors)
     rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale)
     given = Distillation(tensors, forms, shares, number, tau, beta, power, *rows)
-    need = torch.is_grad_enabled() and student.requires_grad
+    need = wants_grad(student)
     statistics = any(name not in ("kd", "ce") for name in outputs)
     trained = (student, rows.coef_kd, rows.coef_ce)
-    plainly = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-    if plainly or not any(t is not None and t.requires_grad for t in trained):
+    if torch.compiler.is_compiling() or transforms.active() or not wants_grad(*trained):
         out = KD_LOSS(student, *given, need, statistics)
     else:
         out = _Eager.apply(*trained, given, need, statistics)

@@ -33,7 +33,7 @@ def _numbers(name: str, value: Any, shape: tuple[int, ...], given: Linear) -> Te
 
 
 def _at_least_zero(name: str, value: Tensor) -> None:
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value < 0).any()):
+    if checks.readable(value) and bool((value < 0).any()):
         checks.fail(OP, name, ">= 0", value[value < 0][0].item())
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import checks
 from ...reference.linear_loss.preference import AVERAGED, PAIRED, REFERENCED, UNPAIRED, Preference, preference_losses
+from ...transforms import wants_grad
 from .inputs import Linear, single, targets
 from .logp import linear_logp, segments, token_counts, token_weights
 from .preference import LINEAR_PREFERENCE
@@ -76,7 +77,7 @@ def _labels(
         return None, None
     like, dtype = given.hiddens[0], given.accumulate
     rows = _row("labels", labels, count, like, dtype)
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and bool((rows.abs() != 1).any()):
+    if checks.readable(rows) and bool((rows.abs() != 1).any()):
         checks.fail(OP, "labels", "+1 (desirable) or -1", rows[rows.abs() != 1][0].item())
     pair = (1.0, 1.0) if label_weights is None else label_weights
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -99,7 +100,7 @@ def _ids(batch: torch.Size, given: Linear, segment_ids: Any, cu_seqlens: Any, nu
     checks.is_tensor(OP, "cu_seqlens", cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or len(batch) != 1:
         checks.fail(OP, "cu_seqlens", "of shape [S + 1], for h of shape [T, D]", tuple(cu_seqlens.shape))
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.readable(cu_seqlens):
         steps = cu_seqlens.diff()
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != batch[0] or bool((steps < 0).any()):
             checks.fail(OP, "cu_seqlens", f"from 0 to {batch[0]}, not falling", cu_seqlens.tolist())
@@ -221,7 +222,7 @@ def linear_preference(
             checks.fail(OP, "ref_logp", f"given, or ref_h, or reference_free=True, for kind {kind!r}", None)
     scale = token_weights(OP, weights, batch, model)
     trainable = bool(model.needs(model.heads) or model.needs(model.biases))
-    if trainable and reduction != "none" and not (scale is not None and scale.requires_grad):
+    if trainable and reduction != "none" and not wants_grad(scale):
         total = (count if pairs is None else pairs.shape[0]) if reduction == "mean" else 1
         loss, sums = _in_one_pass(
             model, y, ignore_index, scale, ids, counts, ref, pairs, signed, baseline, given, 1.0 / max(total, 1)

@@ -30,7 +30,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
-    return stored_gradients("linear_preference", ctx, grad, ctx.need)
+    return stored_gradients(ctx, grad, ctx.need)
 
 
 LINEAR_PREFERENCE = define(

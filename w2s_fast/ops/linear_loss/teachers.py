@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import checks
 from ...reference.linear_loss.distillation import FORMS, KINDS, LINEAR, LINEAR_BIAS, LOGITS, PROBS, TOPK
+from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
 
 Kind = Literal["fkl", "rkl", "jsd", "sce", "ce_soft", "product"]
@@ -178,7 +179,7 @@ def labels(op: str, target: Any, batch: torch.Size, vocab: int, student: Tensor,
     if target.shape != batch:
         checks.fail(op, "target", f"of shape {tuple(batch)}", tuple(target.shape))
     checks.same_device(op, [("the student", student), ("target", target)])
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.readable(target):
         bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)
         if bool(bad.any()):
             checks.fail(op, "target", f"in [0, {vocab}) or ignore_index ({ignore_index})", int(target[bad][0]))
@@ -232,11 +233,11 @@ def coefficients(
         else:
             share = _per_row(op, "weights", weights, batch, student, dtype)
             share = share if keep is None else torch.where(keep, share, 0.0)
-            if not share.requires_grad:
+            if not wants_grad(share):
                 used = share != 0
                 keep = used if keep is None else keep & used
         # the gradient of a share is a difference of numbers that may be equal: in float64, where it is wanted
-        wide = share.double() if share.requires_grad else share
+        wide = share.double() if wants_grad(share) else share
         total = wide.sum()
         share = (wide / torch.where(total == 0, 1.0, total)).to(dtype)
     ce = None if hard == "none" else share * (1 - alpha)

@@ -12,6 +12,7 @@ from ... import checks
 from ...library import Kernel, define
 from ...reference.sparse_lowrank import linear as reference
 from ...reference.sparse_lowrank.support import gathered
+from ...transforms import wants_grad
 from .support import SUPPORT, SparseSupport, Support, _check_values, contiguous_rows
 
 MODES = ("auto", "factored", "materialize")
@@ -210,7 +211,7 @@ def sparse_lowrank_linear(
     dense = materializes(mode, kind, flat.shape[0], given.rows, given.columns, A.shape[0], values.shape[0])
     if kind == "cpu" and not torch.is_grad_enabled() and flat.shape[0] <= DECODE:
         given = support._decoding
-    trained = torch.is_grad_enabled() and (B.requires_grad or (factor is not None and factor.requires_grad))
+    trained = wants_grad(B, factor)
     bias = None if bias is None else bias.contiguous()
     factors = (contiguous_rows(flat), contiguous_rows(A), contiguous_rows(B), values.contiguous())
     y: Tensor = SPARSE_LOWRANK_LINEAR(*factors, factor, number, bias, *given, dense, trained and not dense)[0]
@@ -297,6 +298,7 @@ SPARSE_LOWRANK_MATERIALIZE = define(
     fake=_fake_materialize,
     setup_context=_materialize_context,
     backward=_materialize_backward,
+    twice=True,
     triton=Kernel(
         "kernels.sparse_lowrank.materialize:launch_sparse_lowrank_materialize",
         "kernels.sparse_lowrank.materialize:supports_sparse_lowrank_materialize",

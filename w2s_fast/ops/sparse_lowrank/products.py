@@ -64,6 +64,7 @@ SPMM = define(
     fake=_spmm_fake,
     setup_context=_spmm_context,
     backward=_spmm_backward,
+    twice=True,
     triton=Kernel("kernels.sparse_lowrank.products:launch_spmm", "kernels.sparse_lowrank.products:supports_spmm"),
 )
 SDDMM = define(
@@ -73,6 +74,7 @@ SDDMM = define(
     fake=_sddmm_fake,
     setup_context=_sddmm_context,
     backward=_sddmm_backward,
+    twice=True,
     triton=Kernel("kernels.sparse_lowrank.products:launch_sddmm", "kernels.sparse_lowrank.products:supports_sddmm"),
 )
 
