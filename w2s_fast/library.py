@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch, extension, transforms
@@ -26,6 +27,7 @@ _LOG = logging.getLogger("w2s_fast")
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _any_requires_grad, _below_autograd = torch._C._any_requires_grad, torch._C._AutoDispatchBelowAutograd
 _transforms_active = transforms.active
+_autocast_off = torch._C._DisableAutocast
 
 #: Every op, by name, in the order of definition.
 OPS: dict[str, Op] = {}
@@ -85,6 +87,10 @@ class Op:
         self.name, self.schema, self.reference, self.triton, self.cuda = name, schema, reference, triton, cuda
         self._auto: Any = None
         self._forced: Any = None
+        arguments = re.findall(r"([\w\[\]?]+) (\w+)(?:=[^,()]*)?(?=[,)])", schema.rsplit(" -> ", 1)[0])
+        self.names = [argument for _, argument in arguments]
+        #: places of the lists, and whether they are of tensors
+        self.lists = [(i, kind == "Tensor[]") for i, (kind, _) in enumerate(arguments) if kind.endswith("[]")]
         #: ``(ctx, backend, inputs, output)`` and ``(ctx, grads, origins)``, of `define`
         self.setup: Callable[..., None]
         self.gradients: Callable[..., list[Any]]
@@ -106,6 +112,17 @@ class Op:
         if state == "explain":
             raise dispatch.Explained(self.explain(args))
         return self.on(state)(*args)
+
+    def directly(self, args: Sequence[Any], trained: Sequence[str]) -> Any:
+        """The op, for eager calls whose gradients go to the tensors named ``trained`` only: on a small batch the
+        dispatcher's way around an op with many arguments or lists of tensors costs more than the op."""
+        if _is_compiling() or _transforms_active() or not _is_grad_enabled():
+            return self(*args)
+        places = tuple(self.names.index(name) for name in trained)
+        tensors = [args[place] for place in places]
+        if not _any_requires_grad(*tensors):
+            return self(*args)
+        return _Direct.apply(self, args, places, *tensors)
 
     def _refuse_tangents(self, args: Sequence[Any]) -> None:
         """The kernels would drop a tangent and the derivative would silently be 0."""
@@ -174,11 +191,13 @@ class Op:
     def _run_cuda(self, *args: Any) -> Any:
         for backend, kernel in (("cuda", self.cuda), ("triton", self.triton)):
             if kernel is not None and kernel.opt_in is None and self.why_not(backend, args) is None:
-                return kernel(*args)
+                with _autocast_off():
+                    return kernel(*args)
         _LOG.warning(
             "w2s_fast.%s: no GPU kernel serves this call, plain PyTorch does:\n%s", self.name, self.explain(args)
         )
-        return self.reference(*args)
+        with _autocast_off():
+            return self.reference(*args)
 
     def _run_forced(self, *args: Any) -> Any:
         *inputs, backend = args
@@ -187,18 +206,18 @@ class Op:
             raise RuntimeError(
                 f"w2s_fast.{self.name}: backend {backend!r} cannot serve this call: {reason}. Use backend='auto'."
             )
-        if backend == "reference":
-            return self.reference(*inputs)
         if backend == "cpp":
             return self._auto(*inputs)
-        kernel = self.triton if backend == "triton" else self.cuda
+        kernel = {"triton": self.triton, "cuda": self.cuda, "reference": self.reference}[backend]
         assert kernel is not None
-        return kernel(*inputs)
+        with _autocast_off():
+            return kernel(*inputs)
 
     def _run_default(self, *args: Any) -> Any:
         if _first_tensor(args).device.type == "cpu":
             extension.warn_once()
-        return self.reference(*args)
+        with _autocast_off():
+            return self.reference(*args)
 
 
 def define(
@@ -230,8 +249,8 @@ def define(
     """
     op = Op(name, schema, reference, triton, cuda)
     arguments, returns = schema.rsplit(" -> ", 1)
-    names = re.findall(r"(\w+)(?:=[^,()]*)?(?=[,)])", arguments)
-    op.setup, op.gradients = _make_setup(setup_context, differentiable), _make_gradients(name, names, backward, twice)
+    op.setup = _make_setup(op, setup_context, differentiable)
+    op.gradients = _make_gradients(op, backward, twice)
     for suffix, text, kernel in (
         ("", schema, op._run_default),
         ("_on", f"{arguments[:-1]}, str backend) -> {returns}", op._run_forced),
@@ -256,38 +275,57 @@ def define_raw(name: str, schema: str) -> None:
     _LIBRARY.define(f"{name}{schema}")
 
 
-def _is_tensor_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in value)
-
-
-def _make_setup(setup_context: Callable[..., None] | None, differentiable: bool) -> Callable[..., None]:
+def _make_setup(op: Op, setup_context: Callable[..., None] | None, differentiable: bool) -> Callable[..., None]:
     def setup(ctx: Any, backend: str, inputs: Sequence[Any], output: Any) -> None:
         ctx.backend = backend
-        # backward must return a list as long as a list of tensors (of None where there is no gradient)
-        ctx.lists = tuple(len(value) if _is_tensor_list(value) else None for value in inputs)
+        # a list of numbers counts only where it is empty: then nothing tells it from an empty list of tensors
+        ctx.lengths = [(place, len(inputs[place])) for place, kind in op.lists if kind or not inputs[place]]
         if not differentiable:
             ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
         elif setup_context is not None:
-            setup_context(ctx, tuple(inputs), output)
+            setup_context(ctx, inputs, output)
 
     return setup
 
 
-def _make_gradients(
-    name: str, names: list[str], backward: Callable[..., dict[str, Any]] | None, twice: bool
-) -> Callable[..., list[Any]]:
+def _make_gradients(op: Op, backward: Callable[..., dict[str, Any]] | None, twice: bool) -> Callable[..., list[Any]]:
     def gradients(ctx: Any, grads: Sequence[Any], origins: Sequence[Any]) -> list[Any]:
         if backward is None:
-            transforms.no_second_derivative(name)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and twice):  # on only with create_graph
-            found = backward(ctx, *grads)
-        result = [
-            found.get(argument, None if length is None else [None] * length)
-            for argument, length in zip(names, ctx.lists, strict=True)
-        ]
-        return result if twice else transforms.once(name, result, (*origins, *grads))
+            transforms.no_second_derivative(op.name)
+        with _autocast_off():
+            if twice or not torch.is_grad_enabled():
+                found = backward(ctx, *grads)
+            else:  # create_graph
+                with torch.no_grad():
+                    found = backward(ctx, *grads)
+        result = [found.get(name) for name in op.names]
+        for place, length in ctx.lengths:  # where autograd wants a list as long
+            if result[place] is None:
+                result[place] = [None] * length
+        return result if twice else transforms.once(op.name, result, (*origins, *grads))
 
     return gradients
+
+
+class _Direct(torch.autograd.Function):
+    """An op whose gradients go to the arguments at ``places`` only."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, args: Sequence[Any], places: tuple[int, ...], *trained: Tensor | None) -> Any:
+        output = op(*args)
+        ctx.op, ctx.places, ctx.count = op, places, len(args)
+        op.setup(ctx, dispatch.STATE, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        once = _Unpacked(ctx)
+        needs = [False] * ctx.count
+        for place, need in zip(ctx.places, ctx.needs_input_grad[3:], strict=True):
+            needs[place] = need
+        once.needs_input_grad = needs
+        found = ctx.op.gradients(once, grads, once.saved_tensors)
+        return (None, None, None, *(found[place] for place in ctx.places))
 
 
 class _Unpacked:
@@ -296,6 +334,7 @@ class _Unpacked:
 
     def __init__(self, ctx: Any) -> None:
         self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+        self.needs_input_grad = ctx.needs_input_grad
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ctx, name)
@@ -310,7 +349,8 @@ def _autograd_setup(op: Op, forced: bool) -> Callable[[Any, tuple[Any, ...], Any
 
 def _autograd_backward(op: Op, forced: bool) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
-        found = op.gradients(_Unpacked(ctx), grads, ())
+        once = _Unpacked(ctx)
+        found = op.gradients(once, grads, once.saved_tensors)
         return (*found, None) if forced else tuple(found)
 
     return backward

@@ -59,8 +59,8 @@ def once(name: str, grads: Sequence[Any], origins: Sequence[Tensor | None]) -> l
     """``grads`` (tensors, lists of them, None) as a backward hands them out: differentiating them again is an error.
 
     Args:
-        origins: what the gradients depend on; read only while a transform is active, which has no other way of marking
-            them (a plain tensor can be told to require a gradient).
+        origins: what the gradients depend on. `torch.autograd.grad` with respect to one of them runs into the error
+            only if it finds a way there.
     """
     if not torch.is_grad_enabled():
         return list(grads)
@@ -68,11 +68,10 @@ def once(name: str, grads: Sequence[Any], origins: Sequence[Tensor | None]) -> l
     found = [t for t in flat if isinstance(t, Tensor)]
     if not found:
         return list(grads)
-    if active():
-        anchors = [t for t in origins if isinstance(t, Tensor) and t.is_floating_point()]
-        marked = iter(_Once.apply(name, len(found), *anchors, *found))
-    else:
-        marked = iter(_Once.apply(name, len(found), *(t.detach().requires_grad_() for t in found)))
+    anchors = [t for t in origins if isinstance(t, Tensor) and t.is_floating_point()]
+    if not active():  # inside a transform no tensor can be told to require a gradient
+        found = [t.detach().requires_grad_() for t in found]
+    marked = iter(_Once.apply(name, len(found), *anchors, *found))
     made: list[Any] = pytree.tree_unflatten([next(marked) if isinstance(t, Tensor) else t for t in flat], spec)
     return made
 
@@ -122,7 +121,7 @@ class _Transformed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *flat = inputs
         record = _Record()
-        call.op.setup(record, call.backend, pytree.tree_unflatten(flat, call.spec),
+        call.op.setup(record, call.backend, tuple(pytree.tree_unflatten(flat, call.spec)),
                       pytree.tree_unflatten(list(output), call.output_spec))  # fmt: skip
         ctx.mark_non_differentiable(*record.fixed, *(t for t in output if not t.is_floating_point()))
         ctx.set_materialize_grads(record.materialize)
@@ -139,7 +138,8 @@ class _Transformed(torch.autograd.Function):
         record.saved_tensors, origins = saved[: ctx.count], saved[ctx.count :]
         record.needs_input_grad = pytree.tree_unflatten(list(ctx.needs_input_grad[1:]), call.spec)
         try:
-            found = call.op.gradients(record, pytree.tree_unflatten(list(grads), call.output_spec), origins)
+            given = grads if call.output_spec.is_leaf() else pytree.tree_unflatten(list(grads), call.output_spec)
+            found = call.op.gradients(record, given, origins)
         finally:
             record.saved_tensors = ()
         flat: list[Any] = []

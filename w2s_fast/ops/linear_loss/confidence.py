@@ -71,7 +71,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
     ctx.made = output[2].shape == inputs[0].shape
     if ctx.made:
-        ctx.save_for_backward(output[2])
+        ctx.save_for_backward(output[2], inputs[0])  # the second only says what the gradient depends on
     else:
         ctx.settings = inputs[2:7]
         ctx.save_for_backward(*inputs[:2], inputs[7])
@@ -98,25 +98,6 @@ W2S_CONFIDENCE_LOSS = define(
     backward=_backward,
     triton=Kernel("kernels.linear_loss.confidence:launch_confidence", "kernels.linear_loss.confidence:supports"),
 )
-
-
-class _Eager(torch.autograd.Function):
-    """`W2S_CONFIDENCE_LOSS` with the same gradient, for eager mode: two classes cost less than the dispatcher's way
-    around a Python gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        ctx.backend = dispatch.STATE
-        output: tuple[Tensor, ...] = W2S_CONFIDENCE_LOSS(*inputs)
-        ctx.save_for_backward(output[2])
-        return output[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        with torch.no_grad():
-            found = scaled(grad, ctx.saved_tensors)
-        (dlogits,) = transforms.once(NAME, found, ())
-        return dlogits, None, None, None, None, None, None, None, None, None
 
 
 def _outside(op: str, soft_labels: Tensor) -> None:
@@ -273,10 +254,7 @@ def w2s_confidence_loss(
     if z.device.type == "cpu" and (extension.ERROR is not None or dispatch.STATE not in ("auto", "cpp", "explain")):
         _outside(NAME, weak)
     try:
-        if torch.is_grad_enabled() and z.requires_grad:
-            loss = _Eager.apply(z, weak, *settings, True)
-        else:
-            loss = W2S_CONFIDENCE_LOSS(z, weak, *settings, False)[0]
+        loss = W2S_CONFIDENCE_LOSS.directly((z, weak, *settings, transforms.wants_grad(z)), ("logits",))[0]
     except RuntimeError:  # the C++ kernel looks at the labels while it reads them
         if z.device.type == "cpu":
             _outside(NAME, weak)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.linear_loss import eisl as reference
 from ...transforms import wants_grad
@@ -21,14 +21,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.need = inputs[-3:]  # the gradients that forward made
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*output[2:], *inputs[:3])  # the inputs only say what the gradients depend on
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
     wanted = [made and need for made, need in zip(ctx.need, ctx.needs_input_grad[:3], strict=True)]
     if grad is None or not any(wanted):
         return {}
-    found = zip(("hidden", "head", "bias"), scaled(grad, ctx.saved_tensors), wanted, strict=True)
+    found = zip(("hidden", "head", "bias"), scaled(grad, ctx.saved_tensors[:3]), wanted, strict=True)
     return {name: g for name, g, want in found if want}
 
 
@@ -188,6 +188,7 @@ def linear_eisl(
         1.3863
     """
     op = "linear_eisl"
+    hidden, lm_head, bias = autocast.linear(hidden, lm_head, bias)
     checks.is_float_tensor(op, "hidden", hidden)
     checks.is_float_tensor(op, "lm_head", lm_head)
     if hidden.ndim != 3 or hidden.shape[1] < 1:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...transforms import wants_grad
 
 #: The part of every schema that describes z_t = (1 / temperature) sum_i w_ti cap(W_i h_ti + b_i); see `Linear`.
@@ -96,10 +96,10 @@ def linear(
     hiddens, heads = _list(op, "hiddens", hiddens), _list(op, "lm_heads", lm_heads)
     if len(heads) != len(hiddens):
         checks.fail(op, "lm_heads", f"one a hidden ({len(hiddens)})", f"{len(heads)} tensors")
+    hiddens, heads = list(autocast.linear(*hiddens)), list(autocast.linear(*heads))
     named: list[tuple[str, Tensor | None]] = []
     for i, (h, head) in enumerate(zip(hiddens, heads, strict=True)):
         named += _pair(op, names.hidden.format(i), names.head.format(i), h, head, hiddens[0])
-    hiddens, heads = _autocast(hiddens), _autocast(heads)
     batch = hiddens[0].shape[:-1]
     width = min(head.shape[0] for head in heads)
     vocab_size = width if vocab_size is None else checks.integer(op, "vocab_size", vocab_size, low=1, high=width)
@@ -127,15 +127,6 @@ def single(op: str, h: Any, W: Any, bias: Any, temperature: Any, softcap: Any) -
     return linear(op, [h], [W], None, biases, temperature, softcap, None, names=Names("h", "W", "bias"))
 
 
-def _autocast(tensors: list[Tensor]) -> list[Tensor]:
-    """In the dtype of autocast, as torch.nn.functional.linear takes them, where it is on."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-
-
 def _pair(op: str, name: str, head_name: str, h: Any, head: Any, first: Tensor) -> list[tuple[str, Tensor | None]]:
     checks.is_float_tensor(op, name, h)
     checks.is_float_tensor(op, head_name, head)
@@ -145,7 +136,7 @@ def _pair(op: str, name: str, head_name: str, h: Any, head: Any, first: Tensor) 
         checks.fail(op, head_name, f"of shape [V, {h.shape[-1]}]", tuple(head.shape))
     if head.shape[0] < 1:
         checks.fail(op, head_name, "at least one row long (V >= 1)", tuple(head.shape))
-    if head.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
+    if head.dtype != h.dtype:
         checks.fail(op, head_name, f"of the dtype of {name} ({h.dtype})", head.dtype, error=TypeError)
     return [(name, h), (head_name, head)]
 
@@ -158,6 +149,7 @@ def _biases(op: str, name: str, biases: Any, heads: list[Tensor], vocab_size: in
         checks.fail(op, "biases", f"one a head ({len(heads)})", f"{len(biases)} tensors")
     found = []
     for i, bias in enumerate(biases):
+        (bias,) = autocast.linear(bias)
         if bias is None:
             bias = rows[i].new_zeros(heads[i].shape[0])
         checks.is_float_tensor(op, name.format(i), bias)

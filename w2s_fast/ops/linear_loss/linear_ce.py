@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from .ce import Target, cross_entropy
 from .inputs import Linear, single, targets
 from .inputs import _unit_stride as unit_stride
@@ -252,7 +252,8 @@ def _frozen(
     row = z_loss * lse.square() - (1 - eps) * logp if z_loss else -(1 - eps) * logp
     if eps:  # sum_v z_tv = h_t . sum_v W_v, without a softcap
         h, head, acc = given.hiddens[0], given.heads[0], given.accumulate
-        total = h.to(acc) @ head.sum(0, dtype=acc)
+        with autocast.off(h.device):
+            total = h.to(acc) @ head.sum(0, dtype=acc)
         total = total + given.biases[0].sum(dtype=acc) if given.biases else total
         row = row + eps * (lse - total / (given.temperature * given.vocab_size))
     row = w * torch.where(keep, row, 0.0)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
 from ...transforms import wants_grad
@@ -122,6 +122,7 @@ def linear_kd(
         0.0
     """
     op = "linear_kd"
+    hidden, lm_head, bias = autocast.linear(hidden, lm_head, bias)
     checks.is_float_tensor(op, "hidden", hidden)
     checks.is_float_tensor(op, "lm_head", lm_head)
     if hidden.ndim < 1:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...reference.linear_loss.distillation import FORMS, KINDS, LINEAR, LINEAR_BIAS, LOGITS, PROBS, TOPK
 from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
@@ -97,6 +97,7 @@ def _one(op: str, i: int, teacher: Any, batch: torch.Size, linear: bool) -> tupl
 
 
 def _linear(op: str, name: str, given: list[Any], batch: torch.Size) -> tuple[int, list[Tensor], int]:
+    given = [*autocast.linear(*given)]
     h, head = _rows(op, f"{name}[1]", given[0], batch), checks.is_float_tensor(op, f"{name}[2]", given[1])
     bias = given[2] if len(given) == 3 else None
     check_head(op, (f"{name}[1]", f"{name}[2]", f"{name}[3]"), h, head, bias)

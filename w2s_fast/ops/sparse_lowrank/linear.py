@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.sparse_lowrank import linear as reference
 from ...reference.sparse_lowrank.support import gathered
@@ -204,9 +204,8 @@ def sparse_lowrank_linear(
         given, factor, number = _checked(op, x, A, B, values, support, scale, bias)
     if mode not in MODES:
         checks.choice(op, "mode", mode, MODES)
+    x, A, B, values, bias = autocast.linear(x, A, B, values, bias)
     kind = x.device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(kind))
     flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), given.columns)
     dense = materializes(mode, kind, flat.shape[0], given.rows, given.columns, A.shape[0], values.shape[0])
     if kind == "cpu" and not torch.is_grad_enabled() and flat.shape[0] <= DECODE:

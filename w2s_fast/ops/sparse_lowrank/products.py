@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.sparse_lowrank import products as reference
 from .support import SUPPORT, SparseSupport, Support, _check_values, contiguous_rows
@@ -113,6 +113,7 @@ def spmm(x: Tensor, values: Tensor, support: SparseSupport, *, transpose: bool =
         >>> w2s_fast.spmm(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([10.0, 20.0]), support)
         tensor([[20., 60.]])
     """
+    x, values = autocast.linear(x, values)
     rows = _matrix("spmm", "x", x, support, "rows" if transpose else "columns")
     checks.is_float_tensor("spmm", "values", values)
     _check_values("spmm", support, values)
@@ -143,6 +144,7 @@ def sddmm(g: Tensor, x: Tensor, support: SparseSupport) -> Tensor:
         >>> w2s_fast.sddmm(torch.tensor([[1.0, 10.0]]), torch.tensor([[1.0, 2.0, 3.0]]), support)
         tensor([ 2., 30.])
     """
+    g, x = autocast.linear(g, x)
     left, right = _matrix("sddmm", "g", g, support, "rows"), _matrix("sddmm", "x", x, support, "columns")
     if g.shape[:-1] != x.shape[:-1]:
         checks.fail("sddmm", "x", f"of leading shape {[*g.shape[:-1]]}, as g", tuple(x.shape))
