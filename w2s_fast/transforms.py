@@ -152,8 +152,9 @@ class _Transformed(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *flat: Any) -> Any:
         if not info.batch_size:
             raise ValueError(f"w2s_fast.{call.op.name}: vmap must be over at least one entry, got 0.")
+        # kernels count on the layout that a public function makes, which it cannot see of an entry inside vmap
         rows = [
-            t.movedim(dim, 0).unbind(0) if dim is not None else [t] * info.batch_size
+            [entry.contiguous() for entry in t.unbind(dim)] if dim is not None else [t] * info.batch_size
             for t, dim in zip(flat, in_dims[1:], strict=True)
         ]
         found = [call.run(entry) for entry in zip(*rows, strict=True)]

@@ -78,8 +78,8 @@ def same(found: Sequence[Tensor], wanted: Sequence[Tensor], what: str) -> None:
         _close(a, b, 0.0, f"{what} {index}")
 
 
-def near(found: Sequence[Tensor], wanted: Sequence[Tensor], what: str) -> None:
-    """Up to the rounding of a sum in another order."""
+def near(found: Sequence[Tensor], wanted: Sequence[Tensor], what: str, units: float = 64.0) -> None:
+    """Up to the rounding of a sum in another order: ``units`` of the dtype's eps at the largest entry."""
     assert len(found) == len(wanted), f"{what}: {len(found)} tensors instead of {len(wanted)}"
     for index, (a, b) in enumerate(zip(found, wanted, strict=True)):
         assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{what} {index}: {a.dtype} {a.shape}, not {b.dtype} {b.shape}"
@@ -88,7 +88,7 @@ def near(found: Sequence[Tensor], wanted: Sequence[Tensor], what: str) -> None:
             continue
         finite = b.detach().isfinite()
         size = max(1.0, float(b.detach()[finite].abs().max()) if bool(finite.any()) else 0.0)
-        _close(a, b, 64 * torch.finfo(b.dtype).eps * size, f"{what} {index}")
+        _close(a, b, units * torch.finfo(b.dtype).eps * size, f"{what} {index}")
 
 
 def _close(a: Tensor, b: Tensor, error: float, what: str) -> None:

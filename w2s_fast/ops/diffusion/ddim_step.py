@@ -197,6 +197,8 @@ def _level(op: str, name: str, value: float | Tensor, x: Tensor) -> float | Tens
         value = value.expand(x.shape[:1])
     if x.ndim < 1 or value.shape != x.shape[:1]:
         checks.fail(op, name, f"a number or of shape {tuple(x.shape[:1])}", tuple(value.shape))
+    if value.is_meta != x.is_meta:  # another real device is fine: B numbers are copied
+        checks.same_device(op, [("x", x), (name, value)])
     if checks.readable(value) and value.numel():
         low, high = value.min().item(), value.max().item()
         if not (low > 0 and high <= 1):

@@ -13,7 +13,7 @@ from ...reference.linear_loss import confidence as reference
 from ...reference.linear_loss.confidence import BALANCES
 from ...reference.numerics import accumulate_dtype
 from .inputs import _unit_stride as unit_stride
-from .kd import scaled
+from .stored import scaled
 
 Balance = Literal["weak_prior", "median", "none"]
 KINDS = ("logconf", "product", "xent")

@@ -13,7 +13,7 @@ from ...library import Kernel, define
 from ...reference.linear_loss import eisl as reference
 from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
-from .kd import scaled
+from .stored import scaled
 from .teachers import check_head
 
 

@@ -13,6 +13,7 @@ from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
 from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
+from .stored import scaled
 from .teachers import (
     DISTILLATION,
     Distillation,
@@ -72,17 +73,6 @@ def saved_distillation(
 def _merged(grad: Tensor | None, rows: Tensor | None, coef: Tensor | None) -> Tensor | None:
     own = None if grad is None or coef is None else grad * coef
     return rows if own is None else own if rows is None else own + rows
-
-
-def scaled(grad: Tensor | None, found: Sequence[Tensor]) -> list[Tensor]:
-    """``found`` times the upstream gradient of the loss, which is usually 1: then as they are."""
-    if grad is None:
-        return [torch.zeros_like(g) for g in found]
-    # a tracer's tensor is a subclass
-    if type(grad) is Tensor and checks.readable(grad) and float(grad.detach()) == 1.0:
-        return list(found)
-    # a number keeps its own dtype: a loss scale need not fit into float16
-    return [g * grad if g.numel() else g for g in found]
 
 
 def _backward(
@@ -212,4 +202,4 @@ def kd_loss(
     statistics = any(name not in ("kd", "ce") for name in outputs)
     # a small batch: the dispatcher's own way around an op with a list of tensors costs more than the loss does
     loss, kd, ce, stats, _ = KD_LOSS.directly((student, *given, need, statistics), ("logits", "coef_kd", "coef_ce"))
-    return loss, named_outputs(outputs, batch, kd, ce, stats, scale)
+    return loss, named_outputs(outputs, batch, kd, ce, stats, scale, weights)

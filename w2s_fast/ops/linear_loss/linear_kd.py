@@ -12,7 +12,8 @@ from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
 from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
-from .kd import save_distillation, saved_distillation, scaled
+from .kd import save_distillation, saved_distillation
+from .stored import scaled
 from .teachers import (
     DISTILLATION,
     Distillation,
@@ -144,4 +145,4 @@ def linear_kd(
     need = [wants_grad(t) for t in (student, head, offset)]
     statistics = any(name not in ("kd", "ce") for name in outputs)
     loss, kd, ce, stats, *_ = LINEAR_KD(student, head, offset, *given, *need, statistics)
-    return loss, named_outputs(outputs, batch, kd, ce, stats, scale)
+    return loss, named_outputs(outputs, batch, kd, ce, stats, scale, weights)

@@ -98,6 +98,7 @@ def _ids(batch: torch.Size, given: Linear, segment_ids: Any, cu_seqlens: Any, nu
     if segment_ids is not None or num_segments is not None:
         checks.fail(OP, "segment_ids", "left out where cu_seqlens is given", "both")
     checks.is_tensor(OP, "cu_seqlens", cu_seqlens)
+    checks.same_device(OP, [("h", given.hiddens[0]), ("cu_seqlens", cu_seqlens)])
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or len(batch) != 1:
         checks.fail(OP, "cu_seqlens", "of shape [S + 1], for h of shape [T, D]", tuple(cu_seqlens.shape))
     if checks.readable(cu_seqlens):

@@ -268,9 +268,13 @@ def settings(
 
 
 def named_outputs(
-    outputs: Sequence[str], batch: torch.Size, kd: Tensor, ce: Tensor, stats: Tensor, scale: float
+    outputs: Sequence[str], batch: torch.Size, kd: Tensor, ce: Tensor, stats: Tensor, scale: float,
+    weights: Tensor | None,
 ) -> dict[str, Tensor]:
     """The rows that were asked for, of the leading shape."""
+    if outputs and weights is not None and wants_grad(weights):  # then rows of weight 0 were computed, for its gradient
+        out = weights.detach().reshape(-1) == 0
+        kd, ce, stats = (t.masked_fill(out, 0) if t.numel() else t for t in (kd, ce, stats))
     found: dict[str, Tensor] = {}
     for name in outputs:
         if name == "kd":

@@ -87,7 +87,7 @@ def _matrix(op: str, name: str, value: Any, support: Any, width: str) -> Tensor:
     size = support.shape[0] if width == "rows" else support.shape[1]
     if tensor.ndim < 1 or tensor.shape[-1] != size:
         checks.fail(op, name, f"of shape [..., {size}], the support's {width}", tuple(tensor.shape))
-    checks.same_device(op, [(name, tensor), ("support", support.cols)])
+    checks.same_device(op, [(name, tensor), ("support", support.row_ptr)])
     return contiguous_rows(tensor.reshape(math.prod(tensor.shape[:-1]), size))
 
 
