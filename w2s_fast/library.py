@@ -91,6 +91,7 @@ class Op:
         self.names = [argument for _, argument in arguments]
         #: places of the lists, and whether they are of tensors
         self.lists = [(i, kind == "Tensor[]") for i, (kind, _) in enumerate(arguments) if kind.endswith("[]")]
+        self._places: dict[tuple[str, ...], tuple[int, ...]] = {}
         #: ``(ctx, backend, inputs, output)`` and ``(ctx, grads, origins)``, of `define`
         self.setup: Callable[..., None]
         self.gradients: Callable[..., list[Any]]
@@ -113,12 +114,14 @@ class Op:
             raise dispatch.Explained(self.explain(args))
         return self.on(state)(*args)
 
-    def directly(self, args: Sequence[Any], trained: Sequence[str]) -> Any:
+    def directly(self, args: Sequence[Any], trained: tuple[str, ...]) -> Any:
         """The op, for eager calls whose gradients go to the tensors named ``trained`` only: on a small batch the
         dispatcher's way around an op with many arguments or lists of tensors costs more than the op."""
         if _is_compiling() or _transforms_active() or not _is_grad_enabled():
             return self(*args)
-        places = tuple(self.names.index(name) for name in trained)
+        places = self._places.get(trained)
+        if places is None:
+            places = self._places[trained] = tuple(self.names.index(name) for name in trained)
         tensors = [args[place] for place in places]
         if not _any_requires_grad(*tensors):
             return self(*args)

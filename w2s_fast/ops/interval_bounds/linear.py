@@ -138,6 +138,7 @@ def interval_linear(
     direct = out_form == "cr" and not relu and not sound
     shape = (*a.shape[:-1], weight.shape[0])
     a_rows, b_rows = rows(a), rows(b)
+    bias = None if bias is None else bias.contiguous()
     x, y = INTERVAL_LINEAR(
         a_rows, b_rows, _weight(weight, a_rows.shape[0]), bias, bounds_in, not direct, relu, compute, sound
     )

@@ -198,7 +198,11 @@ class SparseSupport(nn.Module):
             return self._arguments
         buffers, seen = self._buffers, self._seen
         cols, row_ptr = buffers["cols"], buffers["row_ptr"]
-        if cols is not seen[0] or row_ptr is not seen[1] or _version(cols) != seen[2] or _version(row_ptr) != seen[3]:
+        try:
+            same = cols is seen[0] and row_ptr is seen[1] and cols._version == seen[2] and row_ptr._version == seen[3]
+        except RuntimeError:  # inference tensors do not count
+            same = seen[2] == -1
+        if not same:
             self._renew()
         return self._arguments
 
