@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from . import transforms
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -99,6 +101,11 @@ def same_device(op: str, tensors: Sequence[tuple[str, Tensor | None]]) -> None:
             fail(op, name, f"on the device of {first_name} ({first.device})", tensor.device)
 
 
+def readable(t: Tensor) -> bool:
+    """Whether Python may look at the values of ``t``: not on a GPU (a wait), not in a graph, not under `torch.func`."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms.active()
+
+
 def choice(op: str, argument: str, value: Any, options: Sequence[str]) -> str:
     """``value``, which must be one of ``options``."""
     if value not in options:
@@ -108,7 +115,7 @@ def choice(op: str, argument: str, value: Any, options: Sequence[str]) -> str:
 
 def index_range(op: str, argument: str, index: Tensor, size: int) -> None:
     """Every index must lie in ``[0, size)``; looked at on a CPU only, because a GPU would have to be waited for."""
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+    if not readable(index) or not index.numel():
         return
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= size:

@@ -57,6 +57,7 @@ DDIM_STEP = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    twice=True,
     triton=Kernel(f"{_MODULE}:launch_ddim_step", f"{_MODULE}:supports_ddim_step"),
 )
 
@@ -206,7 +207,9 @@ def _level(op: str, name: str, value: float | Tensor, x: Tensor, prediction: str
         value = value.expand(x.shape[:1])
     if x.ndim < 1 or value.shape != x.shape[:1]:
         checks.fail(op, name, f"a number or of shape {tuple(x.shape[:1])}", tuple(value.shape))
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
+    if value.is_meta != x.is_meta:  # another real device is fine: B numbers are copied
+        checks.same_device(op, [("x", x), (name, value)])
+    if checks.readable(value) and value.numel():
         low, high = value.min().item(), value.max().item()
         if not (low >= 0 and high <= 1):
             checks.fail(op, name, "in [0, 1]", low if not low >= 0 else high)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.diffusion import modulation as reference
 from ...reference.numerics import accumulate_dtype
@@ -116,18 +116,26 @@ def unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-def tokens(op: str, name: str, value: Any, like: Tensor | None = None) -> Tensor:
-    """``value``, which must be (B, N, C), like ``like``."""
+def tokens(op: str, name: str, value: Any) -> Tensor:
+    """``value``, which must be (B, N, C)."""
     checks.is_float_tensor(op, name, value)
     if value.ndim != 3 or value.shape[2] < 1:
         checks.fail(op, name, "of shape (B, N, C), C >= 1", tuple(value.shape))
-    if like is not None:
-        if value.shape != like.shape:
-            checks.fail(op, name, f"of the shape of x {tuple(like.shape)}", tuple(value.shape))
-        if value.dtype != like.dtype:
-            checks.fail(op, name, f"of the dtype of x ({like.dtype})", value.dtype, error=TypeError)
-        checks.same_device(op, [("x", like), (name, value)])
     return unit_stride(value)
+
+
+def both_tokens(op: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """x and y, which must be (B, N, C) and alike; under autocast in the wider dtype, as PyTorch adds them."""
+    x, y = tokens(op, "x", x), tokens(op, "y", y)
+    if y.shape != x.shape:
+        checks.fail(op, "y", f"of the shape of x {tuple(x.shape)}", tuple(y.shape))
+    checks.same_device(op, [("x", x), ("y", y)])
+    if y.dtype != x.dtype:
+        found = autocast.widest(x, y)
+        if found is None:
+            checks.fail(op, "y", f"of the dtype of x ({x.dtype})", y.dtype, error=TypeError)
+        x, y = found
+    return x, y
 
 
 def vector(op: str, name: str, value: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:

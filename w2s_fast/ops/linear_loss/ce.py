@@ -73,7 +73,7 @@ def _backward(ctx: Any, grad: Tensor | None, *others: Any) -> dict[str, Any]:
     wanted = ctx.needs_input_grad[:4]
     need = (bits(wanted[0]), bits(wanted[1]), bits(wanted[2]), bool(wanted[3] and weights is not None))
     if all(g is None for g in others) and all(n & ~m == 0 for n, m in zip(need, ctx.need, strict=True)):
-        return stored_gradients("linear_ce", ctx, grad, need)
+        return stored_gradients(ctx, grad, need)
     given = Linear(*lists(ctx, saved), weights, *ctx.numbers)
     coefs = _coefficients(ctx.z_loss, ctx.scaled, given, saved[2 * ctx.counts[0] + ctx.counts[1] :], grad, *others)
     return by_name(LINEAR_LOSS_BACKWARD.on(ctx.backend)(*given, *coefs, *need), need, weights)

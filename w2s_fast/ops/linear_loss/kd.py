@@ -8,11 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch
+from ... import checks
 from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
+from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
-from .inputs import once
+from .stored import scaled
 from .teachers import (
     DISTILLATION,
     Distillation,
@@ -76,25 +77,14 @@ def _merged(grad: Tensor | None, rows: Tensor | None, coef: Tensor | None) -> Te
     return rows if own is None else own if rows is None else own + rows
 
 
-def scaled(grad: Tensor | None, found: Sequence[Tensor]) -> list[Tensor]:
-    """``found`` times the upstream gradient of the loss, which is usually 1: then as they are."""
-    if grad is None:
-        return [torch.zeros_like(g) for g in found]
-    own = type(grad) is Tensor and grad.device.type == "cpu"  # a tracer's tensor is a subclass
-    if own and float(grad.detach()) == 1.0:
-        return list(found)
-    # a number keeps its own dtype: a loss scale need not fit into float16
-    return [g * grad if g.numel() else g for g in found]
-
-
 def _backward(
     ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None, *_: Any
 ) -> dict[str, Any]:
     (dlogits,), (logits,), given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
     if ctx.needs_input_grad[0]:
         made = made and dlogits.shape == logits.shape
-        (found,) = scaled(grad, [dlogits]) if made else [KD_LOSS.on(ctx.backend)(logits, *given(), True, False)[4]]
-        (rows["logits"],) = once("kd_loss", found)
+        found = scaled(grad, [dlogits])[0] if made else KD_LOSS.on(ctx.backend)(logits, *given(), True, False)[4]
+        rows["logits"] = found
     return rows
 
 
@@ -119,25 +109,6 @@ KD_LOSS = define(
     backward=_backward,
     triton=Kernel("kernels.linear_loss.kd:launch_kd_loss", "kernels.linear_loss.kd:supports_kd"),
 )
-
-
-class _Eager(torch.autograd.Function):
-    """`KD_LOSS` with the same gradient, for eager mode: the dispatcher's own way around an op with a list of tensors
-    costs a small batch more than the loss does (0.29 ms against 0.16 ms of all of plain PyTorch at 512 x 10)."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, coef_kd: Tensor, coef_ce: Tensor | None, *rest: Any) -> Any:
-        given, need, statistics = rest
-        ctx.backend = dispatch.STATE
-        inputs = (logits, *given[:9], coef_kd, coef_ce, need, statistics)
-        output = KD_LOSS(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        found = _backward(ctx, *grads)
-        return found.get("logits"), found.get("coef_kd"), found.get("coef_ce"), None, None, None
 
 
 def _entries(logits: Tensor, given: Distillation) -> Tensor:
@@ -253,13 +224,8 @@ def kd_loss(
         if hard == "ce" or kind == "cosine" or outputs:
             checks.fail(op, "reduction", 'other than "none" with hard, kind "cosine" or outputs', repr(reduction))
         return _entries(student, given).reshape(*batch, width), {}
-    need = torch.is_grad_enabled() and student.requires_grad
+    need = wants_grad(student)
     statistics = any(name not in ("kd", "ce") for name in outputs)
-    trained = (student, rows.coef_kd, rows.coef_ce)
-    plainly = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-    if plainly or not any(t is not None and t.requires_grad for t in trained):
-        out = KD_LOSS(student, *given, need, statistics)
-    else:
-        out = _Eager.apply(*trained, given, need, statistics)
-    loss, kd, ce, stats, _ = out
-    return loss, named_outputs(outputs, batch, kd, ce, stats, scale)
+    # a small batch: the dispatcher's own way around an op with a list of tensors costs more than the loss does
+    loss, kd, ce, stats, _ = KD_LOSS.directly((student, *given, need, statistics), ("logits", "coef_kd", "coef_ce"))
+    return loss, named_outputs(outputs, batch, kd, ce, stats, scale, weights)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from .ce import Target, cross_entropy
 from .inputs import Linear, single, targets
 from .inputs import _unit_stride as unit_stride
@@ -33,7 +33,7 @@ def _numbers(name: str, value: Any, shape: tuple[int, ...], given: Linear) -> Te
 
 
 def _at_least_zero(name: str, value: Tensor) -> None:
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value < 0).any()):
+    if checks.readable(value) and bool((value < 0).any()):
         checks.fail(OP, name, ">= 0", value[value < 0][0].item())
 
 
@@ -296,7 +296,8 @@ def _frozen(
     row = z_loss * lse.square() - own * logp if z_loss else -own * logp
     if eps:  # sum_v c_v z_tv = h_t . sum_v c_v W_v, without a softcap
         h, head, acc = given.hiddens[0], given.heads[0], given.accumulate
-        total = h.to(acc) @ (head.sum(0, dtype=acc) if classes is None else classes @ head.to(acc))
+        with autocast.off(h.device):
+            total = h.to(acc) @ (head.sum(0, dtype=acc) if classes is None else classes @ head.to(acc))
         if given.biases:
             bias = given.biases[0].to(acc)
             total = total + (bias if classes is None else torch.where(classes == 0, 0.0, classes * bias)).sum()

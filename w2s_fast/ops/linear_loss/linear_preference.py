@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import checks
 from ...reference.linear_loss import preference as reference
 from ...reference.linear_loss.preference import AVERAGED, PAIRED, SMOOTHED, UNPAIRED, UNREFERENCED, Sequences, Term
+from ...transforms import wants_grad
 from .inputs import Linear, single, targets
 from .logp import linear_logp, segments, token_counts, token_weights
 from .preference import LINEAR_PREFERENCE
@@ -143,7 +144,7 @@ def _labels(kinds: tuple[str, ...], labels: Any, label_weights: Any, count: int,
         return None
     like, dtype = given.hiddens[0], given.accumulate
     rows = _row("labels", labels, count, like, dtype)
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and bool((rows.abs() != 1).any()):
+    if checks.readable(rows) and bool((rows.abs() != 1).any()):
         checks.fail(OP, "labels", "+1 (desirable) or -1", rows[rows.abs() != 1][0].item())
     pair = (1.0, 1.0) if label_weights is None else label_weights
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -171,9 +172,10 @@ def _ids(batch: torch.Size, given: Linear, segment_ids: Any, cu_seqlens: Any, nu
     if segment_ids is not None or num_segments is not None:
         checks.fail(OP, "segment_ids", "left out where cu_seqlens is given", "both")
     checks.is_tensor(OP, "cu_seqlens", cu_seqlens)
+    checks.same_device(OP, [("h", given.hiddens[0]), ("cu_seqlens", cu_seqlens)])
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or len(batch) != 1:
         checks.fail(OP, "cu_seqlens", "of shape [S + 1], for h of shape [T, D]", tuple(cu_seqlens.shape))
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.readable(cu_seqlens):
         steps = cu_seqlens.diff()
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != batch[0] or bool((steps < 0).any()):
             checks.fail(OP, "cu_seqlens", f"from 0 to {batch[0]}, not falling", cu_seqlens.tolist())
@@ -341,7 +343,7 @@ def linear_preference(
     trainable = bool(model.needs(model.heads) or model.needs(model.biases))
     whole = given.uses(reference.SORTED, reference.SORTED_APART)
     known = Sequences(counts, counts, ref, given.mean, pairs, signed, baseline, counts, share)
-    if trainable and not whole and reduction != "none" and not (scale is not None and scale.requires_grad):
+    if trainable and not whole and reduction != "none" and not wants_grad(scale):
         total = (count if pairs is None else pairs.shape[0]) if reduction == "mean" else 1
         loss, known = _in_one_pass(model, y, ignore_index, scale, y_nll, ids, known, given, 1.0 / max(total, 1))
     else:

@@ -27,11 +27,13 @@ def _fake(*args: Any) -> tuple[Any, ...]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
-    keep_gradients(ctx, Linear(*inputs[:8]), inputs[23:], output[3:])
+    given = Linear(*inputs[:8])
+    # the inputs only say what the gradients depend on
+    keep_gradients(ctx, given, inputs[23:], output[3:], *given.hiddens, *given.heads, *given.biases)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
-    return stored_gradients("linear_preference", ctx, grad, ctx.need)
+    return stored_gradients(ctx, grad, ctx.need)
 
 
 LINEAR_PREFERENCE = define(

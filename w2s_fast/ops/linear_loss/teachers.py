@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...reference.linear_loss.distillation import FORMS, KINDS, LINEAR, LINEAR_BIAS, LOGITS, PROBS, TOPK
+from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
 
 Kind = Literal["fkl", "rkl", "jsd", "sce", "ce_soft", "product", "cosine"]
@@ -97,6 +98,7 @@ def _one(op: str, i: int, teacher: Any, batch: torch.Size, linear: bool) -> tupl
 
 
 def _linear(op: str, name: str, given: list[Any], batch: torch.Size) -> tuple[int, list[Tensor], int]:
+    given = [*autocast.linear(*given)]
     h, head = _rows(op, f"{name}[1]", given[0], batch), checks.is_float_tensor(op, f"{name}[2]", given[1])
     bias = given[2] if len(given) == 3 else None
     check_head(op, (f"{name}[1]", f"{name}[2]", f"{name}[3]"), h, head, bias)
@@ -189,7 +191,7 @@ def labels(op: str, target: Any, batch: torch.Size, vocab: int, student: Tensor,
     if target.shape != batch:
         checks.fail(op, "target", f"of shape {tuple(batch)}", tuple(target.shape))
     checks.same_device(op, [("the student", student), ("target", target)])
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.readable(target):
         bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)
         if bool(bad.any()):
             checks.fail(op, "target", f"in [0, {vocab}) or ignore_index ({ignore_index})", int(target[bad][0]))
@@ -249,12 +251,12 @@ def coefficients(
         else:
             share = _per_row(op, "weights", weights, batch, student, dtype)
             share = share if keep is None else torch.where(keep, share, 0.0)
-            if not share.requires_grad:
+            if not wants_grad(share):
                 used = share != 0
                 keep = used if keep is None else keep & used
         if reduction in ("batchmean", "mean"):
             # the gradient of a share is a difference of numbers that may be equal: in float64, where it is wanted
-            wide = share.double() if share.requires_grad else share
+            wide = share.double() if wants_grad(share) else share
             total = wide.sum()
             share = (wide / torch.where(total == 0, 1.0, total)).to(dtype)
     ce = None if hard == "none" else share * (1 - alpha)
@@ -284,9 +286,13 @@ def settings(
 
 
 def named_outputs(
-    outputs: Sequence[str], batch: torch.Size, kd: Tensor, ce: Tensor, stats: Tensor, scale: float
+    outputs: Sequence[str], batch: torch.Size, kd: Tensor, ce: Tensor, stats: Tensor, scale: float,
+    weights: Tensor | None,
 ) -> dict[str, Tensor]:
     """The rows that were asked for, of the leading shape."""
+    if outputs and weights is not None and wants_grad(weights):  # then rows of weight 0 were computed, for its gradient
+        out = weights.detach().reshape(-1) == 0
+        kd, ce, stats = (t.masked_fill(out, 0) if t.numel() else t for t in (kd, ce, stats))
     found: dict[str, Tensor] = {}
     for name in outputs:
         if name == "kd":
