@@ -74,6 +74,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots3_note_text": {
         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
         "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "head_dim": 16,
+        "index_topk": 64,
+    },
+    "doge": {"keep_window_size": 64},
+    "dory": {
+        "num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gemma3n_text": {
@@ -92,6 +98,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"head_dim": 8},
+    "moshi": {"sliding_window": 64},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
@@ -184,6 +191,8 @@ def _shrunk(default: Any, vocab_size: int) -> Any:
             changed[key] = small
     if values.get("num_key_value_heads") == values.get("num_attention_heads") and "num_attention_heads" in changed:
         changed["num_key_value_heads"] = changed["num_attention_heads"]
+    if values.get("is_decoder") is False:  # an encoder otherwise, which sees what it is to say
+        changed["is_decoder"] = True
     config = config_class(**{**changed, **special})
     for key, value in changed.items():
         if hasattr(value, "architecture"):  # a picture encoder of the package timm: no picture is looked at here

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -108,13 +108,35 @@ class Fuser:
 
     def fuse(self, base: Tensor, experts: list[Tensor], anti: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """The fused logits ``[B, vocab_size]`` and, with dynamic weights, the weights ``[B, K]``."""
-        arguments = self.arguments(base, experts, anti)
-        alpha = None
-        if self.method == "dynamic":
-            solve = {"vocab_size": self.vocab_size, **(arguments.pop("dynamic") or {})}
-            alpha = w2s_fast.dynamic_fusion_weights(base, experts, anti, **solve).alpha
-            arguments["weights"] = alpha
+        arguments, alpha = self._solved(base, experts, anti)
         return w2s_fast.fuse_logits(**arguments), alpha
+
+    def log_probs(self, base: Tensor, experts: list[Tensor], anti: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of the fused distribution ``[B, V]``, as wide as ``base``, and the dynamic weights.
+
+        Columns that take no part hold -inf.
+        """
+        arguments, alpha = self._solved(base, experts, anti)
+        found = w2s_fast.fused_log_softmax(**arguments)
+        missing = base.shape[1] - found.shape[1]
+        return torch.nn.functional.pad(found, (0, missing), value=-torch.inf) if missing else found, alpha
+
+    def for_rows(self, rows: int, repeats: int) -> Fuser:
+        """The fuser for every one of ``rows`` repeated: weights ``[rows, K]`` are repeated too."""
+        if repeats == 1 or not isinstance(self.weights, Tensor) or self.weights.ndim != 2 or len(self.weights) != rows:
+            return self
+        return replace(self, weights=self.weights.repeat_interleave(repeats, 0))
+
+    def _solved(
+        self, base: Tensor, experts: list[Tensor], anti: list[Tensor]
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """`arguments` with dynamic weights solved, and those weights ``[B, K]``."""
+        arguments = self.arguments(base, experts, anti)
+        if self.method != "dynamic":
+            return arguments, None
+        solve = {"vocab_size": self.vocab_size, **(arguments.pop("dynamic") or {})}
+        arguments["weights"] = alpha = w2s_fast.dynamic_fusion_weights(base, experts, anti, **solve).alpha
+        return arguments, alpha
 
     def _negated(self) -> Any:
         scale = -1.0 / self.student_temperature
