@@ -168,20 +168,23 @@ def fused_class(kind: type) -> type:
             return (_empty, (kind,), *made[2:])
         return made
 
+    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    if isinstance(theirs := getattr(kind, "loss_function", None), property):
+        body["loss_function"] = _loss_property(theirs.fget, theirs.fset)
+    made_class = type(kind.__name__, (kind, _Fused), {**body, "__qualname__": kind.__qualname__})
+    return made_class
+
+
+def _loss_property(get: Any, put: Any) -> property:
+    """A model's ``loss_function`` that takes deferred logits, if it is transformers' own."""
+
     def loss_function(self: Any) -> Any:
         from transformers.loss.loss_utils import ForCausalLMLoss
 
-        found = super(made_class, self).loss_function  # type: ignore[misc]
+        found = get(self)
         return causal_loss if found is ForCausalLMLoss else found
 
-    def set_loss_function(self: Any, value: Any) -> None:
-        kind.loss_function.fset(self, value)  # type: ignore[attr-defined]
-
-    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    if isinstance(getattr(kind, "loss_function", None), property):
-        body["loss_function"] = property(loss_function, set_loss_function)
-    made_class = type(kind.__name__, (kind, _Fused), {**body, "__qualname__": kind.__qualname__})
-    return made_class
+    return property(loss_function, put)
 
 
 def _empty(kind: type) -> Any:
