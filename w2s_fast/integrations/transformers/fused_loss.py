@@ -53,6 +53,34 @@ def loss_of(head: Head, hidden: Tensor, target: Tensor, ignore_index: int, count
     return loss
 
 
+def observed(
+    head: Head, hidden: Tensor, target: Tensor, ignore_index: int, count: Tensor | int | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`loss_of`, and from the same pass each target's ``entropy`` and whether it is ``correct``, 0 where ignored."""
+    loss, found = linear_ce(
+        hidden, head.weight, target.to(hidden.device), bias=head.bias, temperature=head.temperature,
+        softcap=head.softcap, ignore_index=ignore_index, denominator=count, outputs=("entropy", "correct"),
+    )  # fmt: skip
+    return loss, {name: value.detach() for name, value in found.items()}
+
+
+@torch.no_grad()
+def look(hidden: Tensor, head: Head, target: Tensor, rows: int = 1024) -> dict[str, Tensor]:
+    """``entropy``, ``correct`` and ``mean_logit`` of each target that is not -100, elsewhere 0."""
+    found = observed(head, hidden, target, -100, None)[1]
+    if head.softcap is None:
+        bias = 0.0 if head.bias is None else head.bias.float().mean()
+        mean = (hidden.float() @ head.weight.mean(0, dtype=torch.float32) + bias) / head.temperature
+        return {**found, "mean_logit": torch.where(target == -100, 0.0, mean)}
+    mean = torch.zeros_like(found["entropy"])
+    for block in (target != -100).nonzero().split(rows):  # a cap has no such sum: the logits of some rows at a time
+        at = tuple(block.T)
+        logits = nn.functional.linear(hidden[at], head.weight, head.bias).float()
+        capped = head.softcap * (logits / head.softcap).tanh() / head.temperature
+        mean[at] = capped.mean(1).to(mean.dtype)
+    return {**found, "mean_logit": mean}
+
+
 class FusedLoss:
     """What `use_fused_loss` returns: `remove`, or leaving its ``with`` block, gives the model its own class back."""
 
