@@ -270,12 +270,12 @@ def _output(output: Any, asked: bool, plain: bool) -> Any:
     """
     if not isinstance(output, dict):
         return output
-    found = {name for name, value in output.items() if type(value) is DeferredLogits}
+    found = {name: value for name, value in output.items() if type(value) is DeferredLogits}
     if not found:
         return output
-    if not asked:
+    if not asked and all(logits.pending for logits in found.values()):
         return type(output)(**{name: value for name, value in output.items() if name not in found})
-    if plain:
+    if plain or not asked:  # the second: they were made anyway
         return type(output)(**{n: v.tensor() if n in found else v for n, v in output.items()})
     output.__class__ = _lazy_class(type(output))
     return output
@@ -298,5 +298,14 @@ def _lazy_class(kind: type) -> type:
     def reduce(self: Any) -> Any:
         return kind(**{name: self[name] for name in self.keys()}).__reduce__()
 
-    body = {"__getattribute__": attribute, "__getitem__": item, "__reduce__": reduce, "__module__": kind.__module__}
-    return type(kind.__name__, (kind,), {**body, "__qualname__": kind.__qualname__})
+    def post_init(self: Any) -> None:  # a copy that pytree makes, say for FSDP, looks at every field
+        self.__class__ = kind
+        kind.__post_init__(self)  # type: ignore[attr-defined]
+        self.__class__ = made
+
+    body = {
+        "__getattribute__": attribute, "__getitem__": item, "__reduce__": reduce, "__post_init__": post_init,
+        "__module__": kind.__module__, "__qualname__": kind.__qualname__,
+    }  # fmt: skip
+    made = type(kind.__name__, (kind,), body)
+    return made
