@@ -2,9 +2,11 @@
 
 import copy
 import doctest
+import gc
 import inspect
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -197,6 +199,22 @@ def test_no_tensor_of_the_size_of_the_logits():
     with use_fused_loss(model), Watch():
         loss_and_grads(model, **given)
     assert largest == 997 * 32, "the head's own gradient"
+
+
+def test_hidden_states_are_freed_with_the_output():
+    """No circle of objects keeps them until a collection."""
+    model, given, seen = make("LlamaForCausalLM"), batch(), []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+    use_fused_loss(model)
+    gc.disable()
+    try:
+        for mode in (True, False):
+            output = model.train(mode)(**given)
+            assert seen[-1]() is not None
+            del output
+            assert seen[-1]() is None
+    finally:
+        gc.enable()
 
 
 def test_frozen_head_and_autocast():
@@ -403,7 +421,7 @@ def test_other_heads_and_other_losses():
     model.set_output_embeddings(Doubled(32, V))
     with pytest.warns(UserWarning, match="its own"):
         ours = model(**given)
-    with pytest.raises(ValueError, match="with a plain nn.Linear as head, got Doubled"):
+    with pytest.raises(ValueError, match=r"with a plain nn.Linear as head, got Doubled"):
         use_fused_loss(model)
     use = make("LlamaForCausalLM", tie_word_embeddings=False)
     use.set_output_embeddings(model.lm_head)
@@ -428,7 +446,7 @@ def test_other_heads_and_other_losses():
 def test_quantised_head_is_refused_or_right():
     model, given = make("LlamaForCausalLM", tie_word_embeddings=False).eval(), batch()
     model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
-    with pytest.raises(ValueError, match="with a plain nn.Linear as head"):
+    with pytest.raises(ValueError, match=r"with a plain nn.Linear as head"):
         use_fused_loss(model)
     assert model(**given).loss is not None
 
@@ -509,7 +527,8 @@ def test_fully_sharded(units, tied, mesh):
         with pytest.raises(RuntimeError, match="DeferredLogits: logits must be read before"):
             evaluated.logits.sum()
     else:
-        torch.testing.assert_close(evaluated.logits, own.logits)
+        logits = evaluated.logits
+        torch.testing.assert_close(logits.tensor() if type(logits) is DeferredLogits else logits, own.logits)
     handle.remove()
     assert type(model).__mro__[2] is transformers.LlamaForCausalLM and type(model).__name__ == "FSDPLlamaForCausalLM"
     torch.testing.assert_close(model(**given).loss, own.loss)
@@ -531,7 +550,7 @@ def test_distributed_data_parallel(settings, mesh):
 
 
 def test_activations_are_computed_again():
-    """Gradient checkpointing inside the model and around all of it."""
+    """Gradient checkpointing of the model's layers, both ways."""
     model, given = make("LlamaForCausalLM"), batch()
     own, own_grads = loss_and_grads(model, **given)
     for reentrant in (False, True):
@@ -543,11 +562,6 @@ def test_activations_are_computed_again():
         torch.testing.assert_close(ours.loss, own.loss)
         for name, grad in own_grads.items():
             torch.testing.assert_close(grads[name], grad, atol=2e-6, rtol=2e-4)
-    with use_fused_loss(model):
-        model.zero_grad()
-        torch.utils.checkpoint.checkpoint(lambda **kw: model(**kw).loss, **given, use_reentrant=False).backward()
-    for name, grad in own_grads.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, grad, atol=2e-6, rtol=2e-4)
 
 
 def test_evaluation_makes_logits_when_they_are_looked_at():
@@ -582,11 +596,12 @@ def test_deferred_logits_are_the_tensor_to_every_use():
         lambda z: z.view(-1, 7), lambda z: z.reshape((10, -1)), lambda z: z.view(70), lambda z: z.view(2, 35),
         lambda z: z.reshape(5, 2, 7), lambda z: z.double(), lambda z: z.to(torch.float64), lambda z: z.float(),
         lambda z: z * 3, lambda z: 3 * z, lambda z: z / 2, lambda z: 2 / z, lambda z: z * -1, lambda z: z * 0,
-        lambda z: 2 * torch.tanh(z / 2), lambda z: (z.tanh() * 2).tanh(), lambda z: z + 1, lambda z: 1 - z, lambda z: -z,
-        lambda z: z * torch.ones(7), lambda z: torch.ones(7) * z, lambda z: z @ torch.ones(7), lambda z: z > 0,
-        lambda z: z.softmax(-1), lambda z: torch.log_softmax(z, -1), lambda z: torch.cat([z, z]), lambda z: z.argmax(-1),
-        lambda z: z.mT, lambda z: torch.stack(list(z)), lambda z: z.transpose(0, 1), lambda z: z.detach(),
-        lambda z: z.clone().mul_(2), lambda z: torch.tensor(z.size()), lambda z: torch.tensor([len(z), z.dim(), z.ndim]),
+        lambda z: 2 * torch.tanh(z / 2), lambda z: (z.tanh() * 2).tanh(), lambda z: z + 1, lambda z: 1 - z,
+        lambda z: -z, lambda z: z * torch.ones(7), lambda z: torch.ones(7) * z, lambda z: z @ torch.ones(7),
+        lambda z: z > 0, lambda z: z.softmax(-1), lambda z: torch.log_softmax(z, -1), lambda z: torch.cat([z, z]),
+        lambda z: z.argmax(-1), lambda z: z.mT, lambda z: torch.stack(list(z)), lambda z: z.transpose(0, 1),
+        lambda z: z.detach(), lambda z: z.clone().mul_(2), lambda z: torch.tensor(z.size()),
+        lambda z: torch.tensor([len(z), z.dim(), z.ndim]),
         lambda z: torch.nn.functional.cross_entropy(z[0], torch.arange(5)),
         lambda z: torch.nn.functional.cross_entropy(z[0], torch.arange(5), reduction="sum"),
         lambda z: torch.nn.functional.cross_entropy(z[0], torch.arange(5), reduction="none"),
@@ -633,7 +648,7 @@ def test_the_example_runs():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="a causal language model of transformers, such as LlamaForCausalLM, got Linear"):
+    with pytest.raises(ValueError, match="a language model of transformers, such as LlamaForCausalLM, got Linear"):
         use_fused_loss(torch.nn.Linear(2, 2))
     model = make("LlamaForCausalLM")
     model.set_output_embeddings(torch.nn.Sequential(model.lm_head))

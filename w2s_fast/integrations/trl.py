@@ -43,7 +43,7 @@ def _attach(model: Any, op: str) -> None:
             output = inner(*args, **given, return_dict=True)
             logits = output.logits
             if type(logits) is not DeferredLogits or not logits.pending:
-                checks.fail(op, "model", "one whose logits are its head's product, scaled or capped", type(self).__name__)
+                checks.fail(op, "model", "one whose logits are its head's, scaled or capped", type(self).__name__)
             return logits.through(fused), getattr(output, "aux_loss", None)
 
     model.forward = MethodType(forward, model)
@@ -65,7 +65,8 @@ def _add_router(trainer: Any, loss: Tensor, aux: Tensor | None, steps: int) -> T
     if not trainer.aux_loss_enabled or aux is None:
         return loss
     trainer._metrics["train"]["aux_loss"].append(trainer.accelerator.gather_for_metrics(aux).mean().item())
-    return loss + trainer.router_aux_loss_coef * aux / steps
+    weight: float = trainer.router_aux_loss_coef / steps
+    return loss + weight * aux
 
 
 def _note_tokens(trainer: Any, found: dict[str, Tensor], mask: Tensor, scored: Tensor | None = None) -> None:
@@ -81,8 +82,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
     """`trl.SFTTrainer` whose training loss is `w2s_fast.linear_ce`; evaluation is TRL's own.
 
     The arguments are TRL's, for the loss types ``"nll"`` and ``"chunked_nll"`` and the models of `use_fused_loss` (with
-    PEFT adapters, but none on the head). Logged in training besides the loss are ``num_tokens``, and, from the same pass
-    over the vocabulary, ``entropy`` and ``mean_token_accuracy``.
+    PEFT adapters, but none on the head). Logged in training are TRL's metrics, entropy and accuracy from the same
+    pass over the vocabulary as the loss.
 
     Raises:
         ValueError: an unsupported model or setting.

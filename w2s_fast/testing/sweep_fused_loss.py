@@ -1,7 +1,7 @@
-"""`use_fused_loss` on a model class: the loss and all gradients of the class itself, and whether no logits were made.
+"""`use_fused_loss` on a model class: loss and all gradients of the class itself, and whether no logits were made.
 
-A verdict is ``fused``; ``materialised`` (right, but with logits); ``refused``; ``untested``, where the class has no loss of
-its own for plain tokens; or ``wrong``.
+A verdict is ``fused``; ``materialised`` (right, but with logits); ``refused``; ``untested``, where the class has no
+loss of its own for plain tokens; or ``wrong``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def batch(model: Any) -> dict[str, Tensor]:
     given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if name == "GitForCausalLM":
         size = model.config.vision_config.image_size
-        given["pixel_values"] = torch.randn(ROWS, 3, size, size, generator=generator, dtype=torch.float64).to(model.dtype)
+        pictures = torch.randn(ROWS, 3, size, size, generator=generator, dtype=torch.float64)
+        given["pixel_values"] = pictures.to(model.dtype)
     return given
 
 
@@ -86,9 +87,9 @@ def head_products(model: Any) -> Iterator[list[str]]:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             made = func(*args, **(kwargs or {}))
             mine = any(isinstance(a, Tensor) and a.data_ptr() == weight.data_ptr() for a in args)
-            if mine and isinstance(made, Tensor) and made.ndim >= 2 and made.shape[-1] == weight.shape[0]:
-                if made.data_ptr() != weight.data_ptr():
-                    found.append(f"{func} of shape {tuple(made.shape)}")
+            wide = isinstance(made, Tensor) and made.ndim >= 2 and made.shape[-1] == weight.shape[0]
+            if mine and wide and made.data_ptr() != weight.data_ptr():
+                found.append(f"{func} of shape {tuple(made.shape)}")
             return made
 
     with Watch():

@@ -7,13 +7,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ... import checks
 from ...ops.linear_loss.linear_ce import linear_ce
+
+Number: TypeAlias = float  # `DeferredLogits` has a method of that name
 
 
 class Head(NamedTuple):
@@ -75,7 +77,7 @@ class DeferredLogits:
     """
 
     def __init__(
-        self, product: _Product, hidden: Tensor, rows: int, before: float, capped: bool, after: float,
+        self, product: _Product, hidden: Tensor, rows: int, before: Number, capped: bool, after: Number,
         dtype: torch.dtype, made_by: Callable[[str], Tensor],
     ) -> None:  # fmt: skip
         self._product, self.hidden, self._rows = product, hidden, rows
@@ -115,9 +117,8 @@ class DeferredLogits:
 
     def _head(self, weight: Tensor, bias: Tensor | None) -> Head:
         weight, bias = weight[: self._rows], None if bias is None else bias[: self._rows]
-        if self._capped:
-            return Head(weight, bias, 1 / (self._before * self._after), 1 / self._before)
-        return Head(weight, bias, 1 / (self._before * self._after), None)
+        cap = 1 / self._before if self._capped else None
+        return Head(weight, bias, 1 / (self._before * self._after), cap)
 
     def through(self, loss: Callable[[Tensor, Head], Any]) -> Any:
         """``loss(hidden, head)``, where FSDP shards the head by itself within a call of it."""
@@ -149,10 +150,10 @@ class DeferredLogits:
 
     # What is recorded. Each is called as a method, an operator, or through `torch.<name>`.
 
-    def float(self) -> DeferredLogits:  # noqa: D102
+    def float(self) -> Any:
         return self.to(torch.float32)
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
             if isinstance(args[0], torch.dtype) and args[0].is_floating_point:
                 return self._then("to", args, dtype=args[0])
@@ -160,19 +161,19 @@ class DeferredLogits:
                 return self
         return self._own("to", *args, **kwargs)
 
-    def contiguous(self) -> DeferredLogits:  # noqa: D102
+    def contiguous(self) -> DeferredLogits:
         return self
 
-    def size(self, dim: int | None = None) -> Any:  # noqa: D102
+    def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
-    def dim(self) -> int:  # noqa: D102
+    def dim(self) -> int:
         return self.ndim
 
-    def view(self, *shape: Any) -> Any:  # noqa: D102
+    def view(self, *shape: Any) -> Any:
         return self._shaped("view", shape)
 
-    def reshape(self, *shape: Any) -> Any:  # noqa: D102
+    def reshape(self, *shape: Any) -> Any:
         return self._shaped("reshape", shape)
 
     def _shaped(self, name: str, shape: tuple[Any, ...]) -> Any:
@@ -200,17 +201,17 @@ class DeferredLogits:
             return self._own("__getitem__", index)
         return self._then("__getitem__", (index,), hidden=self.hidden[parts], rows=rows)
 
-    def tanh(self) -> Any:  # noqa: D102
+    def tanh(self) -> Any:
         if self._capped:
             return self._own("tanh")
         return self._then("tanh", (), capped=True, before=self._before * self._after, after=1.0)
 
-    def mul(self, other: Any) -> Any:  # noqa: D102
+    def mul(self, other: Any) -> Any:
         if not _is_scale(other):
             return self._own("mul", other)
         return self._then("mul", (other,), after=self._after * other)
 
-    def div(self, other: Any, **kwargs: Any) -> Any:  # noqa: D102
+    def div(self, other: Any, **kwargs: Any) -> Any:
         if not _is_scale(other) or kwargs:
             return self._own("div", other, **kwargs)
         return self._then("div", (other,), after=self._after / other)
@@ -220,20 +221,21 @@ class DeferredLogits:
 
     def cross_entropy(
         self, target: Any, weight: Any = None, size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
-        reduction: str = "mean", label_smoothing: float = 0.0,
+        reduction: str = "mean", label_smoothing: Number = 0.0,
     ) -> Any:  # fmt: skip
         """`torch.nn.functional.cross_entropy`."""
         given = (weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        fits = type(target) is not DeferredLogits and self.ndim == 2 and target.shape == self.hidden.shape[:-1]
-        if not (self.pending and fits and target.dtype == torch.int64) or given[:2] != (None, None) or reduce is not None:
+        plain = weight is None and size_average is None and reduce is None and type(target) is not DeferredLogits
+        fits = self.pending and self.ndim == 2 and target.shape == self.shape[:1] and target.dtype == torch.int64
+        if not (plain and fits):
             return nn.functional.cross_entropy(self.tensor("cross_entropy"), _tensor(target), *given)
-        mean = "mean" if reduction == "sum" else reduction  # the gradients kept are those of a mean: float16 holds them
+        mean: Any = "mean" if reduction == "sum" else reduction  # the gradients kept are a mean's: float16 holds them
 
         def loss(hidden: Tensor, head: Head) -> Any:
             return linear_ce(
-                hidden, *head[:1], target, bias=head.bias, temperature=head.temperature, softcap=head.softcap,
+                hidden, head.weight, target, bias=head.bias, temperature=head.temperature, softcap=head.softcap,
                 ignore_index=ignore_index, reduction=mean, label_smoothing=label_smoothing,
-            )  # type: ignore[call-overload]  # fmt: skip
+            )  # fmt: skip
 
         found = self.through(loss)
         self._product.reason = ""
@@ -260,6 +262,8 @@ class DeferredLogits:
 
     def __array__(self, *args: Any) -> Any:
         return self.tensor("numpy").__array__(*args)
+
+    __hash__ = object.__hash__
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -299,7 +303,6 @@ def _operator(name: str) -> Callable[..., Any]:
 
 for _name in _OPERATORS.split():
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
-DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def _same(value: Any) -> Any:
@@ -335,7 +338,7 @@ def _is_gone(tensor: Tensor) -> bool:
 
 
 def linear_layers(head: Any) -> list[nn.Linear]:
-    """The layers of a model's head that may make the logits: itself, or the copies that PEFT's modules_to_save keeps."""
+    """The layers of a head that may make the logits: itself, or the copies that PEFT's modules_to_save keeps."""
     saved = getattr(head, "modules_to_save", None)
     found = [head] if saved is None else [*saved.values(), head.original_module]
     return [m for m in found if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward]
@@ -360,7 +363,8 @@ class _Request:
     """The forward of a layer within `deferred`: what it yields is not its product but a promise of it."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        self.layer, self.products = layer, []  # type: tuple[nn.Linear, list[_Product]]
+        self.layer = layer
+        self.products: list[_Product] = []
         self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
         self.wanted: Callable[..., Any] | None = None
 
@@ -404,17 +408,21 @@ def defer(head: Any) -> list[_Request]:
     return requests
 
 
-def undefer(requests: list[_Request]) -> None:
-    """Give the layers their own forward back."""
+def undefer(requests: list[_Request]) -> list[_Product]:
+    """Give the layers their own forward back; what they promised meanwhile."""
+    made = []
     for request in requests:
         request.layer.__dict__.pop("forward", None)
+        made += request.products
+        request.products = []  # otherwise a circle that keeps hidden states alive
+    return made
 
 
 @contextmanager
-def deferred(head: Any) -> Iterator[list[_Request]]:
+def deferred(head: Any) -> Iterator[None]:
     """Within, the layers of a head yield `DeferredLogits`."""
     requests = defer(head)
     try:
-        yield requests
+        yield
     finally:
         undefer(requests)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...ops.linear_loss.linear_ce import linear_ce
-from .deferred import DeferredLogits, Head, _Request, defer, linear_layers, undefer
+from .deferred import DeferredLogits, Head, _Product, defer, linear_layers, undefer
 
 OP = "integrations.transformers.use_fused_loss"
 
@@ -30,9 +30,10 @@ def unwrap(model: Any) -> Any:
 
 def check_head(model: Any, op: str) -> None:
     """ValueError for a model whose head is not a linear layer as torch has it."""
-    if not (isinstance(model, nn.Module) and hasattr(model, "get_output_embeddings")):
-        checks.fail(op, "model", "a causal language model of transformers, such as LlamaForCausalLM", type(model).__name__)
-    layer = model.get_output_embeddings()
+    layer = getattr(model, "get_output_embeddings", None)
+    if not isinstance(model, nn.Module) or layer is None:
+        checks.fail(op, "model", "a language model of transformers, such as LlamaForCausalLM", type(model).__name__)
+    layer = layer()
     if not linear_layers(layer):  # an adapter around it would make its weight something else
         what = f"{type(layer).__name__} in {type(model).__name__}"
         checks.fail(op, "model", "with a plain nn.Linear as head", what)
@@ -123,9 +124,9 @@ def use_fused_loss(model: Any) -> FusedLoss:
     and a warning says once why; `FusedLoss.status` tells it of every pass.
 
     In training mode ``logits`` of the output is None (in a tuple: the deferred ones). In evaluation they are made when
-    they are looked at. Without labels nothing changes. The model stays what it was for pickle, deepcopy, PEFT,
-    DataParallel, DDP and FSDP2 (also with the head as a unit by itself: its weights are then gathered twice a forward
-    pass).
+    they are looked at (of a model that FSDP2 shards they are the deferred ones). Without labels nothing changes. The
+    model stays what it was for pickle, deepcopy, PEFT, DataParallel, DDP and FSDP2 (also with the head as a unit by
+    itself: its weights are then gathered twice a forward pass).
 
     Args:
         model: a transformers model with a linear head, or a PEFT model around one.
@@ -157,7 +158,8 @@ def use_fused_loss(model: Any) -> FusedLoss:
         return FusedLoss(model, False)
     if "forward" in model.__dict__:
         checks.fail(OP, "model", "with its class's own forward", "a forward that was replaced")
-    model.__class__ = fused_class(type(model))
+    kind: Any = type(model)
+    model.__class__ = fused_class(kind)
     return FusedLoss(model, True)
 
 
@@ -169,9 +171,9 @@ class _Fused:
 
 
 @cache
-def fused_class(kind: type) -> type:
+def fused_class(kind: Any) -> Any:
     """The class of models with the fused loss: of the same name, so that transformers takes it for the class it is."""
-    own: Callable[..., Any] = kind.forward  # type: ignore[attr-defined]
+    own: Callable[..., Any] = kind.forward
     names = list(inspect.signature(own).parameters)[1:]
 
     @wraps(own)  # its signature too: `Trainer` and `generate` look there for the arguments that a model takes
@@ -179,27 +181,31 @@ def fused_class(kind: type) -> type:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if given.get("labels") is None:
             return own(self, *args, **kwargs)
-        requests = defer(self.get_output_embeddings())
+        requests, products = defer(self.get_output_embeddings()), []
         try:
             output = own(self, *args, **kwargs)
         finally:
-            undefer(requests)
+            products = undefer(requests)
         if not torch.compiler.is_compiling():
-            _note(self, requests)
+            _note(self, products)
         keep = given.get("logits_to_keep", 0)
         asked = not self.training or isinstance(keep, Tensor) or keep != 0
-        return _output(output, asked, torch.compiler.is_compiling() or getattr(self, "_is_replica", False))
+        plain = torch.compiler.is_compiling() or getattr(self, "_is_replica", False)
+        return _output(output, asked, plain, _sharded(type(self)))
 
     def reduce(self: Any, protocol: Any) -> Any:
-        made = super(made_class, self).__reduce_ex__(protocol)  # type: ignore[misc]
+        made = kind.__reduce_ex__(self, protocol)
         if made[0] is copyreg.__newobj__ and made[1] == (made_class,):  # type: ignore[attr-defined]
             return (_empty, (kind,), *made[2:])
         return made
 
-    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    body: dict[str, Any] = {
+        "forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__, "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }  # fmt: skip
     if isinstance(theirs := getattr(kind, "loss_function", None), property):
         body["loss_function"] = _loss_property(theirs.fget, theirs.fset)
-    made_class = type(kind.__name__, (kind, _Fused), {**body, "__qualname__": kind.__qualname__})
+    made_class = type(kind.__name__, (kind, _Fused), body)
     return made_class
 
 
@@ -248,9 +254,8 @@ def causal_loss(
     return found.float()
 
 
-def _note(model: Any, requests: list[_Request]) -> None:
+def _note(model: Any, products: list[_Product]) -> None:
     """Remember whether the loss was fused, and say once if it was not."""
-    products = [product for request in requests for product in request.products]
     if any(not product.reason for product in products):
         status = "fused"
     elif products:
@@ -263,10 +268,16 @@ def _note(model: Any, requests: list[_Request]) -> None:
     model.__dict__[STATUS] = status
 
 
-def _output(output: Any, asked: bool, plain: bool) -> Any:
+def _sharded(kind: type) -> bool:
+    """Whether FSDP2 has put its class on top of a model's."""
+    return any(c.__name__ == "FSDPModule" and c.__module__.startswith("torch.distributed") for c in kind.__mro__)
+
+
+def _output(output: Any, asked: bool, plain: bool, walked: bool) -> Any:
     """The model's output without its logits, or with logits that are made when they are looked at.
 
-    ``plain``: with tensors at once, where a program looks at every entry (DataParallel's gather) or traces it.
+    ``plain``: with tensors at once, where a program needs every entry (DataParallel's gather) or traces it.
+    ``walked``: with `DeferredLogits`, where a program looks at every field and needs none (FSDP2).
     """
     if not isinstance(output, dict):
         return output
@@ -277,16 +288,18 @@ def _output(output: Any, asked: bool, plain: bool) -> Any:
         return type(output)(**{name: value for name, value in output.items() if name not in found})
     if plain or not asked:  # the second: they were made anyway
         return type(output)(**{n: v.tensor() if n in found else v for n, v in output.items()})
+    if walked:
+        return output
     output.__class__ = _lazy_class(type(output))
     return output
 
 
 @cache
-def _lazy_class(kind: type) -> type:
+def _lazy_class(kind: Any) -> Any:
     """A class of outputs whose deferred logits are tensors to whoever looks at them; items stay deferred."""
 
     def attribute(self: Any, name: str) -> Any:
-        value = kind.__getattribute__(self, name)
+        value = super(made, self).__getattribute__(name)
         return value.tensor() if type(value) is DeferredLogits else value
 
     def item(self: Any, key: Any) -> Any:
@@ -300,12 +313,12 @@ def _lazy_class(kind: type) -> type:
 
     def post_init(self: Any) -> None:  # a copy that pytree makes, say for FSDP, looks at every field
         self.__class__ = kind
-        kind.__post_init__(self)  # type: ignore[attr-defined]
+        kind.__post_init__(self)
         self.__class__ = made
 
     body = {
         "__getattribute__": attribute, "__getitem__": item, "__reduce__": reduce, "__post_init__": post_init,
         "__module__": kind.__module__, "__qualname__": kind.__qualname__,
     }  # fmt: skip
-    made = type(kind.__name__, (kind,), body)
+    made: Any = type(kind.__name__, (kind,), body)
     return made
