@@ -210,7 +210,7 @@ def test_hidden_states_are_freed_with_the_output():
     try:
         for mode in (True, False):
             output = model.train(mode)(**given)
-            assert seen[-1]() is not None
+            assert mode or seen[-1]() is not None, "evaluation may need them for the logits"
             del output
             assert seen[-1]() is None
     finally:
