@@ -286,6 +286,27 @@ def test_trainer_accumulates_gradients_as_before(tmp_path):
         torch.testing.assert_close(states[1][1][name], tensor, atol=1e-5, rtol=1e-4)
 
 
+def test_trainer_evaluates_as_before(tmp_path):
+    """With metrics of the logits, which are then made, and without, when they are not."""
+    pytest.importorskip("accelerate")
+    rows = [{name: t[i] for name, t in batch(4, 12).items()} for i in range(4)]
+    settings = {"output_dir": str(tmp_path), "per_device_eval_batch_size": 2, "report_to": [], "use_cpu": True}
+    args = transformers.TrainingArguments(**settings, disable_tqdm=True)
+
+    def mean(predicted):
+        return {"mean": float(predicted.predictions.mean())}
+
+    for metrics in (mean, None):
+        found = []
+        for fused in (False, True):
+            model = make("LlamaForCausalLM")
+            handle = use_fused_loss(model) if fused else None
+            trainer = transformers.Trainer(model=model, args=args, eval_dataset=rows, compute_metrics=metrics)
+            found.append({k: v for k, v in trainer.evaluate().items() if k in ("eval_loss", "eval_mean")})
+            assert handle is None or handle.status == "fused"
+        assert found[1] == pytest.approx(found[0], rel=1e-5) and len(found[0]) == (2 if metrics else 1)
+
+
 def test_compiles_whole():
     model, given = make("LlamaForCausalLM"), batch()
     expected, grads = loss_and_grads(model, **given)
@@ -569,8 +590,9 @@ def test_evaluation_makes_logits_when_they_are_looked_at():
     own = model(**given)
     with use_fused_loss(model) as handle, torch.no_grad():
         ours = model(**given)
-        assert handle.status == "fused" and type(dict(ours.items())["logits"]) is DeferredLogits
-        assert dict(ours.items())["logits"].pending, "the loss did not need them"
+        item = dict(ours.items())["logits"]
+        assert handle.status == "fused" and issubclass(type(item), DeferredLogits) and isinstance(item, torch.Tensor)
+        assert item.pending and item.shape == (3, 9, V) and not item.requires_grad, "the loss did not need them"
     torch.testing.assert_close(ours.loss, own.loss)
     for logits in (ours.logits, ours["logits"], ours[1], ours.to_tuple()[1], pickle.loads(pickle.dumps(ours)).logits):
         assert type(logits) is torch.Tensor and not logits.requires_grad

@@ -101,6 +101,17 @@ class DeferredLogits:
         return self.hidden.ndim
 
     @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient goes through them."""
+        operands = (self.hidden, self._product.weight, self._product.bias)
+        return self._product.grad and any(t is not None and t.requires_grad for t in operands)
+
+    @property
+    def grad_fn(self) -> Any:
+        """That of the tensor, which is made if there is one."""
+        return self.tensor("grad_fn").grad_fn if self.requires_grad else None
+
+    @property
     def pending(self) -> bool:
         """Whether the tensor was not made (nor one that this one is a part of), so that nobody can have changed it."""
         return self._product.tensor is None
@@ -225,7 +236,7 @@ class DeferredLogits:
     ) -> Any:  # fmt: skip
         """`torch.nn.functional.cross_entropy`."""
         given = (weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        plain = weight is None and size_average is None and reduce is None and type(target) is not DeferredLogits
+        plain = weight is None and size_average is None and reduce is None and not is_deferred(target)
         fits = self.pending and self.ndim == 2 and target.shape == self.shape[:1] and target.dtype == torch.int64
         if not (plain and fits):
             return nn.functional.cross_entropy(self.tensor("cross_entropy"), _tensor(target), *given)
@@ -305,12 +316,38 @@ for _name in _OPERATORS.split():
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
 
 
+class ReturnedLogits(DeferredLogits):
+    """Logits in an output without gradient: whoever asks ``isinstance`` is told that they are a tensor.
+
+    `Trainer` and accelerate ask so, and then call a method, which makes the tensor. With a gradient they must not say
+    so, since DDP would hand them to C++.
+    """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return Tensor
+
+
+def is_deferred(value: Any) -> bool:
+    """Whether it is `DeferredLogits`, whatever it claims to be."""
+    return issubclass(type(value), DeferredLogits)
+
+
+def returned(logits: DeferredLogits) -> DeferredLogits:
+    """Logits as an output carries them to a program that looks at its entries."""
+    if logits.requires_grad:
+        return logits
+    made = object.__new__(ReturnedLogits)
+    made.__dict__.update(logits.__dict__)
+    return made
+
+
 def _same(value: Any) -> Any:
     return value
 
 
 def _tensor(value: Any, reason: str = "an operation") -> Any:
-    return value.tensor(reason) if type(value) is DeferredLogits else value
+    return value.tensor(reason) if is_deferred(value) else value
 
 
 def _is_scale(value: Any) -> bool:

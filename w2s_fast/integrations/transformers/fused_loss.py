@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...ops.linear_loss.linear_ce import linear_ce
-from .deferred import DeferredLogits, Head, _Product, defer, linear_layers, undefer
+from .deferred import Head, _Product, defer, is_deferred, linear_layers, returned, undefer
 
 OP = "integrations.transformers.use_fused_loss"
 
@@ -243,7 +243,7 @@ def causal_loss(
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     target = labels if shift_labels is None else shift_labels
-    deferred = type(logits) is DeferredLogits and logits.pending and logits.shape[-1] == vocab_size
+    deferred = is_deferred(logits) and logits.pending and logits.shape[-1] == vocab_size
     if not deferred or target.shape != logits.shape[:-1] or target.dtype != torch.int64:
         return ForCausalLMLoss(
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs
@@ -281,7 +281,7 @@ def _output(output: Any, asked: bool, plain: bool, walked: bool) -> Any:
     """
     if not isinstance(output, dict):
         return output
-    found = {name: value for name, value in output.items() if type(value) is DeferredLogits}
+    found = {name: value for name, value in output.items() if is_deferred(value)}
     if not found:
         return output
     if not asked and all(logits.pending for logits in found.values()):
@@ -290,6 +290,8 @@ def _output(output: Any, asked: bool, plain: bool, walked: bool) -> Any:
         return type(output)(**{n: v.tensor() if n in found else v for n, v in output.items()})
     if walked:
         return output
+    for name, logits in found.items():
+        output[name] = returned(logits)
     output.__class__ = _lazy_class(type(output))
     return output
 
@@ -300,13 +302,13 @@ def _lazy_class(kind: Any) -> Any:
 
     def attribute(self: Any, name: str) -> Any:
         value = super(made, self).__getattribute__(name)
-        return value.tensor() if type(value) is DeferredLogits else value
+        return value.tensor() if is_deferred(value) else value
 
     def item(self: Any, key: Any) -> Any:
         value = dict(self.items())[key] if isinstance(key, str) else tuple(self.values())[key]
         if isinstance(value, tuple) and not isinstance(key, str):
-            return tuple(v.tensor() if type(v) is DeferredLogits else v for v in value)
-        return value.tensor() if type(value) is DeferredLogits else value
+            return tuple(v.tensor() if is_deferred(v) else v for v in value)
+        return value.tensor() if is_deferred(value) else value
 
     def reduce(self: Any) -> Any:
         return kind(**{name: self[name] for name in self.keys()}).__reduce__()
