@@ -320,8 +320,14 @@ def _vocabulary_calls(poison: float) -> list[torch.Tensor]:
     order = torch.tensor([[2, 0], [3, 1]])
     shared = torch.tensor([[2, 0], [2, 1]])
     options = {"beta": 0.5, "nll_coef": 0.3, "ref_logp": torch.tensor([-20.0, -25.0, -22.0, -21.0]), **packed}
+    own = torch.where(y == -100, -100, (y + 1) % 90)  # labels of the cross-entropy
+    own[2] = -100
+    several = {**options, "kind": ["dpo", "sft", "nca_pair"], "kind_weights": [1.0, 0.5, 0.25], "nll_target": own}
     found = []
     for loss in (
+        lambda h, w: w2s_fast.linear_preference(h, w, y, order, **several)[0],
+        lambda h, w: w2s_fast.linear_preference(h, w, y, shared, **several)[0],
+        lambda h, w: w2s_fast.linear_ce(h, w, y, class_weight=told[2].abs(), label_smoothing=0.1, token_scaling=True),
         lambda h, w: w2s_fast.linear_ce(h, w, y, label_smoothing=0.1),
         lambda h, w: w2s_fast.linear_ce(h, w, y, reduction="none").sum(),
         lambda h, w: w2s_fast.linear_ce(h, w.detach(), y),

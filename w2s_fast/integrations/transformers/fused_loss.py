@@ -55,12 +55,18 @@ def loss_of(head: Head, hidden: Tensor, target: Tensor, ignore_index: int, count
 
 
 def observed(
-    head: Head, hidden: Tensor, target: Tensor, ignore_index: int, count: Tensor | int | None
+    head: Head,
+    hidden: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    count: Tensor | int | None,
+    token_scaling: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`loss_of`, and from the same pass each target's ``entropy`` and whether it is ``correct``, 0 where ignored."""
     loss, found = linear_ce(
         hidden, head.weight, target.to(hidden.device), bias=head.bias, temperature=head.temperature,
-        softcap=head.softcap, ignore_index=ignore_index, denominator=count, outputs=("entropy", "correct"),
+        softcap=head.softcap, ignore_index=ignore_index, denominator=count, token_scaling=token_scaling,
+        outputs=("entropy", "correct"),
     )  # fmt: skip
     return loss, {name: value.detach() for name, value in found.items()}
 
