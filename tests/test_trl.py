@@ -39,6 +39,7 @@ SMALL = {
 KINDS = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 2.0}),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 2, "router_aux_loss_coef": 0.5}),
     "granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 3.0}),
 }
 
@@ -96,8 +97,11 @@ def assert_same(found, expected, metrics):
             assert evaluated[name] == pytest.approx(their_evaluated[name], rel=2e-4, abs=1e-5), name
 
 
+TOKENS = ["num_tokens", "entropy", "mean_token_accuracy"]
+
+
 @pytest.mark.parametrize(("kind", "settings"), [
-    ("llama", {}), ("llama", {"completion_only_loss": False}), ("gemma2", {}), ("granite", {}),
+    ("llama", {}), ("llama", {"completion_only_loss": False}), ("gemma2", {}), ("granite", {}), ("mixtral", {}),
     ("llama", {"loss_type": "dft"}), ("gemma2", {"loss_type": "dft"}),
 ])  # fmt: skip
 def test_sft(kind, settings, tokenizer, tmp_path):
@@ -107,18 +111,19 @@ def test_sft(kind, settings, tokenizer, tmp_path):
     found, expected = (
         run(module.SFTTrainer, args(), make(kind), SFT_DATA, tokenizer) for module in (ours, trl)
     )
-    assert_same(found, expected, ["num_tokens"])
+    assert_same(found, expected, [*TOKENS, "aux_loss"] if kind == "mixtral" else TOKENS)
 
 
 REWARDS = [
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
-    "num_tokens",
+    *TOKENS, "logits/chosen", "logits/rejected",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "settings"), [
     ("llama", {"loss_type": "sigmoid"}), ("llama", {"loss_type": "ipo", "beta": 0.5}),
-    ("llama", {"loss_type": "hinge"}), ("gemma2", {}), ("granite", {}), ("llama", {"precompute_ref_log_probs": True}),
+    ("llama", {"loss_type": "hinge"}), ("gemma2", {}), ("granite", {}), ("mixtral", {}),
+    ("llama", {"precompute_ref_log_probs": True}),
     ("llama", {"precompute_ref_log_probs": True, "loss_type": "ipo"}),
     ("llama", {"loss_type": ["ipo", "sft", "sigmoid_norm"], "loss_weights": [0.5, 2.0, 1.0]}),
     ("granite", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "ld_alpha": 0.3}),
@@ -132,7 +137,7 @@ def test_dpo(kind, settings, tokenizer, tmp_path):
         run(module.DPOTrainer, args(), make(kind), DPO_DATA, tokenizer, ref_model=make(kind, seed=1))
         for module in (ours, trl)
     )
-    assert_same(found, expected, REWARDS)
+    assert_same(found, expected, [*REWARDS, "aux_loss"] if kind == "mixtral" else REWARDS)
 
 
 def their_types():
@@ -188,14 +193,21 @@ def test_adapters(name, tokenizer, tmp_path):
         data = SFT_DATA if name == "SFTTrainer" else DPO_DATA
         made.append(run(getattr(module, name), config(output_dir=str(tmp_path), **COMMON), make(), data, tokenizer,
                         peft_config=lora))  # fmt: skip
-    assert_same(*made, ["num_tokens"] if name == "SFTTrainer" else REWARDS)
+    assert_same(*made, TOKENS if name == "SFTTrainer" else REWARDS)
 
 
 def test_no_logits_in_training(tokenizer, tmp_path, monkeypatch):
     model = make()
     args = trl.SFTConfig(output_dir=str(tmp_path), **COMMON)
     trainer = ours.SFTTrainer(model=model, args=args, train_dataset=SFT_DATA, processing_class=tokenizer)
-    monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("the head was applied"))
+    linear = torch.nn.functional.linear
+
+    def watched(hidden, weight, bias=None):
+        return pytest.fail("the head was applied") if weight is model.lm_head.weight else linear(hidden, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    with pytest.raises(pytest.fail.Exception, match="the head was applied"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long))
     trainer.train()
 
 
@@ -208,8 +220,10 @@ def test_refusals(tokenizer, tmp_path):
         args = trl.DPOConfig(output_dir=str(tmp_path), **COMMON, **settings)
         ours.DPOTrainer(model=make(), ref_model=make(), args=args, train_dataset=DPO_DATA, processing_class=tokenizer)
 
-    with pytest.raises(ValueError, match=r"trl.SFTTrainer: model must be one of .*, got MixtralForCausalLM"):
-        sft(MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2)))
+    headed = make()
+    headed.lm_head = torch.nn.Sequential(headed.lm_head)
+    with pytest.raises(ValueError, match=r"trl.SFTTrainer: model must be with a plain nn.Linear as head, got Seq"):
+        sft(headed)
     with pytest.raises(ValueError, match=r"trl.DPOTrainer: loss_type must be one of"):
         dpo(loss_type=["sigmoid", "another"], loss_weights=[1.0, 1.0])
     with pytest.raises(ValueError, match=r"trl.DPOTrainer: args must be with reverse_kl"):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..ops.linear_loss.linear_ce import linear_ce
 from ..ops.linear_loss.linear_preference import Kind, linear_preference
 from ..ops.linear_loss.logp import linear_logp
 from ..reference.linear_loss.preference import AVERAGED, PAIRED, SMOOTHED
@@ -21,7 +20,8 @@ with checks.extra("trl"):
     import trl
     from trl.trainer.utils import use_adapter
 
-    from .transformers.fused_loss import Head, head_of, loss_of, shifted, unwrap
+    from .transformers.deferred import DeferredLogits, Head, deferred
+    from .transformers.fused_loss import check_head, look, observed, shifted, unwrap
 
 
 _NOT_THEIRS = ("dpo", "spin", "cdpo", "simpo", "orpo")
@@ -32,9 +32,10 @@ _Fused = Callable[[Tensor, Head], Any]
 
 
 def _attach(model: Any, op: str) -> None:
-    """Give the model's forward an argument ``fused``, a function of hidden states and head whose result it returns.
+    """Give the model's forward an argument ``fused``, a function of hidden states and head; it returns (result, aux).
 
-    The head is read inside the forward, where FSDP has gathered it and autocast is on.
+    The model's own forward runs, to its logits. The function is called inside, where FSDP has gathered the head; aux is
+    the loss of a mixture's router, or None.
     """
     model = unwrap(model)
     inner = model.forward
@@ -44,34 +45,51 @@ def _attach(model: Any, op: str) -> None:
         if fused is None:
             return inner(*args, **kwargs)
         given = {name: value for name, value in kwargs.items() if name not in ("labels", "return_dict")}
-        hidden = self.get_decoder()(*args, **given, return_dict=True).last_hidden_state
-        return fused(*head_of(self, op).cast(hidden))
+        with deferred(self.get_output_embeddings()):
+            output = inner(*args, **given, return_dict=True)
+            logits = output.logits
+            if type(logits) is not DeferredLogits or not logits.pending:
+                checks.fail(op, "model", "one whose logits are its head's, scaled or capped", type(self).__name__)
+            return logits.through(fused), getattr(output, "aux_loss", None)
 
     model.forward = MethodType(forward, model)
 
 
 def _check_model(model: Any, op: str) -> None:
-    head_of(unwrap(model), op)
+    check_head(unwrap(model), op)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         checks.fail(op, "model", "without prompt learning", type(model.active_peft_config).__name__)
 
 
-def _dft(head: Head, hidden: Tensor, target: Tensor, count: Any) -> Tensor:
-    """Every token's loss times its own probability, held fixed (arXiv 2508.05629)."""
-    loss = linear_ce(
-        hidden, head.weight, target, bias=head.bias, temperature=head.temperature, softcap=head.softcap,
-        denominator=count, token_scaling=True,
-    )  # fmt: skip
-    assert isinstance(loss, Tensor)  # not a pair: no other outputs were asked for
-    return loss
+def _router(trainer: Any) -> dict[str, bool]:
+    """The argument that asks a mixture of experts for the loss of its router."""
+    return {"output_router_logits": True} if trainer.aux_loss_enabled else {}
+
+
+def _add_router(trainer: Any, loss: Tensor, aux: Tensor | None, steps: int) -> Tensor:
+    """The loss with that of the router, a mean a micro-batch, of which ``steps`` are added up."""
+    if not trainer.aux_loss_enabled or aux is None:
+        return loss
+    trainer._metrics["train"]["aux_loss"].append(trainer.accelerator.gather_for_metrics(aux).mean().item())
+    weight: float = trainer.router_aux_loss_coef / steps
+    return loss + weight * aux
+
+
+def _note_tokens(trainer: Any, found: dict[str, Tensor], mask: Tensor, scored: Tensor | None = None) -> None:
+    """Log the mean entropy of the tokens of the mask, and the share of right ones (of ``scored`` among them)."""
+    for name, value, within in (("entropy", "entropy", mask), ("mean_token_accuracy", "correct", scored)):
+        within = mask if within is None else within
+        sums = torch.stack([(found[value].detach() * within).sum().double(), within.sum().double()])
+        total, count = trainer.accelerator.gather_for_metrics(sums).view(-1, 2).sum(0).tolist()
+        trainer._metrics["train"][name].append(total / count if count else 0.0)
 
 
 class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
     """`trl.SFTTrainer` whose training loss is `w2s_fast.linear_ce`; evaluation is TRL's own.
 
     The arguments are TRL's, for the loss types ``"nll"``, ``"chunked_nll"`` and ``"dft"`` and the models of
-    `use_fused_loss` (with PEFT adapters, but none on the head). Logged in training besides the loss is ``num_tokens``:
-    entropy and accuracy need other passes.
+    `use_fused_loss` (with PEFT adapters, but none on the head). Logged in training are TRL's metrics, entropy and
+    accuracy from the same pass over the vocabulary as the loss.
 
     Raises:
         ValueError: an unsupported model or setting.
@@ -95,14 +113,16 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         labels, target = given.pop("labels"), given.pop("shift_labels", None)
         target = shifted(labels, -100) if target is None else target
 
-        def fused(hidden: Tensor, head: Head) -> Tensor:
-            if self.args.loss_type == "dft":
-                return _dft(head, hidden, target, num_items_in_batch)
-            return loss_of(head, hidden, target, -100, num_items_in_batch)
+        def fused(hidden: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+            dft = self.args.loss_type == "dft"  # each token's loss times its own probability (arXiv 2508.05629)
+            return observed(head, hidden, target, -100, num_items_in_batch, token_scaling=dft)
 
-        loss = model(**{**given, "use_cache": False}, fused=fused)
+        (loss, found), aux = model(**{**given, "use_cache": False, **_router(self)}, fused=fused)
+        _note_tokens(self, found, target != -100)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        loss = _add_router(self, loss, aux, steps)
         mask = given.get("attention_mask")
         count = torch.tensor(given["input_ids"].numel(), device=loss.device) if mask is None else mask.sum()
         self._total_train_tokens += int(self.accelerator.gather_for_metrics(count).sum())
@@ -122,8 +142,9 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
 
     The arguments are TRL's, for every loss type, several at once with their ``loss_weights``, ``ld_alpha``, and the
     models of `use_fused_loss` (with PEFT adapters, but none on the head). The reference model's log-probabilities are
-    `w2s_fast.linear_logp`'s or precomputed ones. Logged are TRL's ``rewards/*`` and ``logps/*``; entropy, accuracy and
-    mean logits need other passes. Not served: other f-divergences than the reverse KL, and ``use_weighting``.
+    `w2s_fast.linear_logp`'s or precomputed ones. Logged are TRL's metrics; entropy, accuracy and mean logits take one
+    more product of the answers' tokens with the head. Not served: other f-divergences than the reverse KL, and
+    ``use_weighting``.
 
     Raises:
         ValueError: an unsupported model or setting.
@@ -182,9 +203,23 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
                 hidden, head.weight / head.temperature, target, pairs, bias=head.bias, softcap=head.softcap, **options
             )
 
-        loss, found = model(**given, fused=fused)
+        def both(hidden: Tensor, head: Head) -> tuple[Any, dict[str, Tensor]]:
+            return fused(hidden, head), look(hidden, head, target)
+
+        ((loss, found), seen), aux = model(**given, **_router(self), fused=both)
+        loss = _add_router(self, loss, aux, 1)
+        self._note_logits(seen, target != -100)
         self._note(found, counts, given["attention_mask"])
         return loss
+
+    def _note_logits(self, seen: dict[str, Tensor], mask: Tensor) -> None:
+        """Entropy of the answers' tokens, accuracy of the chosen ones, and the mean logit of each kind."""
+        chosen = torch.arange(len(mask), device=mask.device)[:, None] < len(mask) // 2
+        _note_tokens(self, seen, mask, mask & chosen)
+        for name, rows in (("logits/chosen", mask & chosen), ("logits/rejected", mask & ~chosen)):
+            sums = torch.stack([(seen["mean_logit"] * rows).sum().double(), rows.sum().double()])
+            total, count = self.accelerator.gather_for_metrics(sums).view(-1, 2).sum(0).tolist()
+            self._metrics["train"][name].append(total / count if count else 0.0)
 
     def _reference(self, given: dict[str, Any], target: Tensor, weights: Tensor | None) -> Tensor:
         """Summed log-probabilities of the reference model, or of the model without its adapter."""
@@ -202,7 +237,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
             return found
 
         with torch.no_grad(), without, self.accelerator.autocast():
-            made: Tensor = model(**given, fused=fused)
+            made: Tensor = model(**given, fused=fused)[0]
         return made
 
     def _note(self, found: dict[str, Tensor], counts: Tensor, mask: Tensor) -> None:

@@ -47,7 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         counts[verdict.kind] += 1
         print(f"{name:42s} {verdict.kind:8s} {verdict.why}".rstrip(), flush=True)
     seconds = time.perf_counter() - begin
-    print(f"{counts['right']} right, {counts['refused']} refused, {counts['wrong']} wrong, {seconds:.0f} s")
+    counts.update(dict.fromkeys(("right", "refused", "wrong"), 0))
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items()) + f", {seconds:.0f} s")
     return int(counts["wrong"] > 0)
 
 
