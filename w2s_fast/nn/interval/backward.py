@@ -83,6 +83,8 @@ def _evaluate(way: Way, size: bool = False, one: str = "", given: Tensor | None 
     name = node.target._schema.name.split("::")[1]
     if name in ("view", "_unsafe_view"):
         found: Tensor = args[0].reshape(args[1])
+    elif name == "copy":
+        found = torch.zeros_like(args[0]) + args[1]
     elif name in (
         "to",
         "_to_copy",
@@ -131,6 +133,7 @@ def linear_back(*_: str, one: bool = False) -> Back:
                 size = size + (_evaluate(way, size=True, one=name, given=largest(box)) - blank).abs()
         return Rows(rows, ((a, zero),), size if way.sound else None)
 
+    run.straight = not one  # type: ignore[attr-defined]
     return run
 
 
@@ -219,6 +222,9 @@ def norm_back(way: Way, a: Tensor) -> Rows:
         terms = (largest(box) + _channels(mean.abs(), a.ndim - 1)) * s.abs()
         terms = terms if norm["bias"] is None else terms + _channels(norm["bias"].abs(), a.ndim - 1)
     return Rows({name: a * s}, ((a, t.expand(box.lower.shape)),), terms)
+
+
+norm_back.straight = True  # type: ignore[attr-defined]
 
 
 def relaxation(lower: Tensor, upper: Tensor, sound: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -444,12 +450,20 @@ def _through(env: Env, step: Step, a: Tensor) -> Rows:
     out = env.values[step.name]
     way = Way(call, step, {}, env, out)
     if step.rule is None:  # an item of what several results have
-        source = env.values[step.boxes[0]]
-        return Rows({step.boxes[0]: a}) if isinstance(source, Box) else ended(way, a)
+        return Rows({step.boxes[0]: a}) if isinstance(env.values[step.boxes[0]], Box) else _part_back(way, a)
     if step.rule.back is None or not all(isinstance(env.values[n], Box) for n in step.boxes):
         return ended(way, a)
     found: Rows = step.rule.back(way._replace(given=env.filled(step.bound)), a)
     return found
+
+
+def _part_back(way: Way, a: Tensor) -> Rows:
+    """One part of what split, chunk or unbind make: zeros for the others."""
+    whole = next(s for s in way.env.program.steps if s.name == way.step.boxes[0])
+    box, place = way.env.values[whole.boxes[0]], way.step.node.args[1]
+    rest, start = whole.node.args[1:], torch.zeros_like(wide(way.call, box.lower))
+    pull: Any = torch.func.vjp(lambda t: whole.node.target(t, *rest)[place], start)[1]
+    return Rows({whole.boxes[0]: torch.vmap(lambda r: pull(r)[0])(a)})
 
 
 def _at_input(env: Env, upper: Upper, name: str, a: Tensor) -> None:

@@ -142,20 +142,29 @@ class IntervalPass:
         """Boxes before every operation that bends, from front to back, by the way back; the better end of each."""
         if self._refined:
             return
-        samples = self._samples()
+        samples, env, changed = self._samples(), self._env, set()
         for step in self._program.steps:
-            bends = step.boxes and step.rule is not None and step.rule.back not in (None, backward.norm_back)
-            linear = bends and getattr(step.rule.back, "linear", False)
-            for name in step.boxes if bends and not linear else ():
-                box = self._box(name)
-                if name in self._refined or name in self._program.trace.inputs:
+            if not step.boxes:
+                continue
+            again = any(name in changed for name in step.boxes) and not self._program.uses_batch
+            if again:
+                env.values[step.name] = env.run(step)
+                changed.add(step.name)
+            for name in step.boxes if step.rule is not None and step.rule.bends else ():
+                if name in self._refined or samples.owners.get(name) is not None:
                     continue
                 self._refined.add(name)
+                box = env.values[name]
+                if not isinstance(box, Box) or not box.lower.is_floating_point():
+                    continue
                 low, high = self._by_rows(name, box, samples)
-                self._env.values[name] = box._replace(
-                    lower=torch.maximum(low, box.lower), upper=torch.minimum(high, box.upper)
-                )
-            self._box(step.name) if step.boxes else None
+                low, high = torch.maximum(low, box.lower), torch.minimum(high, box.upper)
+                env.values[name] = box._replace(lower=low, upper=high)
+                changed.add(name)
+            if not again and any(name in changed for name in step.boxes) and not self._program.uses_batch:
+                env.values[step.name] = env.run(step)
+                changed.add(step.name)
+        self._refined.add("")
 
 
 #: Modules by number, for a compiler, whose graph may hold numbers only.

@@ -70,7 +70,8 @@ def norm_ends(call: Call, box: Box, **norm: Any) -> Box:
 
 
 @layer("batch_norm", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "native_batch_norm",
-       "cudnn_batch_norm", shows="BatchNorm1d, BatchNorm2d, BatchNorm3d", back=norm_back)  # fmt: skip
+       "cudnn_batch_norm", shows="BatchNorm1d, BatchNorm2d, BatchNorm3d",
+    kind="elementwise", back=norm_back)  # fmt: skip
 def _batch_norm(call: Call, *, input: Box, **norm: Any) -> Box:
     return norm_ends(call, input, **norm)
 

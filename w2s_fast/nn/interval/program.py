@@ -51,6 +51,7 @@ class Program(NamedTuple):
 
 _NORMS = ("aten::batch_norm", "aten::_native_batch_norm_legit_functional", "aten::_native_batch_norm_legit_no_training",
           "aten::native_batch_norm", "aten::cudnn_batch_norm")  # fmt: skip
+_PARTS = tuple(f"aten::{name}" for name in ("split", "split_with_sizes", "chunk", "unbind", "tensor_split"))
 _RELUS = ("aten::relu",)
 
 
@@ -80,6 +81,12 @@ def program(traced: Trace, boxed: set[str], *, relu_apart: bool = False) -> Prog
     for node in traced.nodes:
         for name in node.refs:
             users.setdefault(name, []).append(node)
+    wanted = {traced.output, *(name for _, name in traced.mutated)}
+    for node in reversed(traced.nodes):
+        if node.name in wanted:
+            wanted.update(node.refs)
+    traced = traced._replace(nodes=[n for n in traced.nodes if n.name in wanted])
+    users = {name: [n for n in found if n.name in wanted] for name, found in users.items()}
     depends = set(boxed)
     for node in traced.nodes:
         if any(name in depends for name in node.refs):
@@ -110,7 +117,7 @@ def program(traced: Trace, boxed: set[str], *, relu_apart: bool = False) -> Prog
             continue
         boxes = tuple(dict.fromkeys(n for n in node.refs if n in depends))
         if node.target is operator.getitem:
-            if schema(_named(traced, boxes[0])) in _NORMS or node.args[1] == 0:
+            if schema(_named(traced, boxes[0])) in (*_NORMS, *_PARTS) or node.args[1] == 0:
                 steps.append(Step(node.name, (node,), boxes, None, ()))
                 continue
             refuse(_where(traced, node))
@@ -207,7 +214,7 @@ class Env:
             step = steps[self.done]
             self.done += 1
             if step.name not in self.values:
-                self.values[step.name] = self._run(step)
+                self.values[step.name] = self.run(step)
         if not self.updated:
             self.updated = True
             if self.program.trace.mutated:
@@ -249,7 +256,8 @@ class Env:
         found = self.state(name)
         return found.double() if self.mode.sound and isinstance(found, Tensor) and found.is_floating_point() else found
 
-    def _run(self, step: Step) -> Any:
+    def run(self, step: Step) -> Any:
+        """The box of one step, of those that are there."""
         node = step.node
         if not step.boxes:
             return self._constant(step)
@@ -284,7 +292,7 @@ class Env:
         """Buffers that the model's own forward changes, by values that do not depend on the input."""
         for step in self.program.steps[self.done :]:
             if not step.boxes:
-                self.values[step.name] = self._run(step)
+                self.values[step.name] = self.run(step)
         changed = {path for path, _ in self.program.trace.mutated}
         for own, path in self.program.trace.states.items():
             if path in changed:  # steps to come read what it was

@@ -25,6 +25,11 @@ class Layer(NamedTuple):
     shown: str
     kind: str
 
+    @property
+    def bends(self) -> bool:
+        """Whether tighter bounds of the input make better lines, or the only ones."""
+        return not getattr(self.back, "straight", False)
+
 
 LAYERS: dict[str, Layer] = {}
 

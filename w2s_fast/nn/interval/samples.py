@@ -28,6 +28,7 @@ class Samples:
         self.count = counts.pop()
         self.shapes = {**steps.shapes, **inputs}
         self.owners: dict[str, Tensor | None] = dict.fromkeys(inputs)
+        self.parts: dict[str, list[Tensor]] = {}
         if self.count < 2:
             self.owners |= dict.fromkeys(steps.shapes)
             return
@@ -72,6 +73,8 @@ class Samples:
         shape, node = self.shapes[step.node.name], step.node
         if any(n not in self.owners for n in step.boxes):
             self._mixed(step)
+        if step.rule is None and step.boxes[0] in self.parts:
+            return self._found(step, self.parts[step.boxes[0]][node.args[1]], shape)
         ordered = all(self.owners[n] is None for n in step.boxes)
         kind = "elementwise" if step.rule is None else step.rule.kind
         if registry_name(node) in ("max", "min") and step.bound.get("other") is None:
@@ -96,6 +99,8 @@ class Samples:
                     self._mixed(step)
                 together = torch.maximum(together, own)
             return self._found(step, together, shape)
+        if registry_name(node) in ("mean", "sum", "max", "min", "amax", "amin"):
+            return self._found(step, self._reduced(step, shape), shape)
         if self._mixes(step):
             self._mixed(step)
         if ordered and shape and shape[0] % self.count == 0 and all(self.shapes[n][0] == shape[0] for n in step.boxes):
@@ -151,9 +156,19 @@ class Samples:
             return found.round().long()  # type: ignore[no-any-return]
         found = node.target(*args, **{k: own(v) for k, v in node.kwargs})
         if isinstance(found, (list, tuple)):
-            self.lists = getattr(self, "lists", {}) | {node.name: found}
+            self.parts[step.name] = list(found)
             return found[0]  # type: ignore[no-any-return]
         return found  # type: ignore[no-any-return]
+
+    def _reduced(self, step: Step, shape: tuple[int, ...]) -> Tensor:
+        """Entries that are put together must be one sample's, or nobody's."""
+        own, dims = self._tensor(step.boxes[0]), step.bound.get("dim")
+        dims = [dims] if isinstance(dims, int) else dims
+        dims = list(range(own.ndim)) if dims is None or len(dims) == 0 else list(dims)
+        most = own.amax(dims)
+        if bool((torch.where(own > 0, own, self.count + 1).amin(dims) < most).any()):
+            self._mixed(step)
+        return most.reshape(shape)
 
     def _mixes(self, step: Step) -> bool:
         """Whether an operation joins entries along the first axis."""
@@ -161,12 +176,6 @@ class Samples:
         shapes = [self.shapes[n] for n in step.boxes]
         first = shapes[0]
         if name in (
-            "mean",
-            "sum",
-            "max",
-            "min",
-            "amax",
-            "amin",
             "cumsum",
             "softmax",
             "_softmax",
@@ -189,7 +198,18 @@ class Samples:
             return any(len(s) < (3 if by_box else 2) for s in shapes)
         if name == "scaled_dot_product_attention":
             return any(len(s) < 3 for s in shapes)
-        return name in ("einsum",)
+        return name == "einsum" and not self._one_label(step)
+
+    @staticmethod
+    def _one_label(step: Step) -> bool:
+        """Whether the first axis of every box of an einsum has one label, which is the result's first too."""
+        equation = step.bound["equation"].replace(" ", "")
+        if "->" not in equation or "." in equation:
+            return False
+        left, right = equation.split("->")
+        terms = zip(left.split(","), step.bound["tensors"], strict=True)
+        boxed = {labels[:1] for labels, tensor in terms if tensor.name in step.boxes}
+        return boxed == {right[:1]}
 
     def _mixed(self, step: Step) -> Any:
         return refuse(f"samples that meet, by crown-ibp or crown: {step.node.where}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.sparse_lowrank.linear import SPARSE_LOWRANK_MATERIALIZE
 from .backward import Rows, Way
-from .boxes import Box, Call, Ends, finished, largest, wide
+from .boxes import Box, Call, finished, largest, wide
 from .registry import layer
 
 _NAMES = (
@@ -31,7 +32,7 @@ _NAMES = (
 def _weight(call: Call, given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """The dense weight and, with sound rounding, more than its own rounding in float64."""
     kind = torch.float64 if call.sound else given["A"].dtype
-    arguments = {k: wide(call, v) for k, v in given.items()}
+    arguments = {k: wide(call, v) for k, v in given.items()} | {"plan": []}  # a trace holds the plan of its moment
     weight: Tensor = SPARSE_LOWRANK_MATERIALIZE(*[arguments[n] for n in _NAMES], kind)
     if not call.sound:
         return weight, None
@@ -54,12 +55,15 @@ def sparse_back(way: Way, a: Tensor) -> Rows:
 
 
 @layer("w2s_fast::sparse_lowrank_linear", shows="SparseLowRankLinear", back=sparse_back)
-def _sparse(call: Call, *, x: Box, bias: Tensor | None, **given: Any) -> Ends:
+def _sparse(call: Call, *, x: Box, bias: Tensor | None, **given: Any) -> Box:
     from .affine import apply_linear
 
     weight, error = _weight(call, given)
+    clean = None
+    if x.clean is not None:
+        clean = F.linear(x.clean, weight.to(x.clean.dtype), bias)
     low, high = apply_linear(call, x._replace(ball=None), weight, bias)
-    if error is None:
-        return low, high
-    lost = largest(x) @ error.t()
-    return finished(call, low.double() - lost, high.double() + lost)
+    if error is not None:
+        lost = largest(x) @ error.t()
+        low, high = finished(call, low.double() - lost, high.double() + lost)
+    return Box(low, high, clean)

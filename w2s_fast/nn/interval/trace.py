@@ -187,6 +187,8 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
             torch.backends.mha.set_fastpath_enabled(False)  # its fused operations compute what the plain ones do
             program = torch.export.export(model, inputs, strict=False)
             _only_literals(program)
+            _without_identities(program)
+            _writes_are_known(program)
             versions = _renames(program)
             return _converted(program if versions is not None else program.run_decompositions({}), versions)
     except (TypeError, ValueError) as error:
@@ -203,10 +205,15 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
 
 
 #: Composite operations whose result is a new tensor; others may give back their argument.
-_NEW = {
-    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "batch_norm",
-    "layer_norm", "group_norm", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool2d", "matmul", "softmax",
-}  # fmt: skip
+_NEW = set(
+    """
+    linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d batch_norm layer_norm group_norm
+    instance_norm rms_norm max_pool1d max_pool2d max_pool3d avg_pool1d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d matmul softmax log_softmax prelu selu celu rrelu relu6 pad upsample_nearest1d upsample_nearest2d
+    upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d scaled_dot_product_attention hstack
+    vstack concat square multiply subtract divide true_divide absolute negative clip where stack cat glu
+    """.split()
+)
 
 
 def _may_alias(node: fx.Node) -> bool:
@@ -273,13 +280,77 @@ def _renames(program: Any) -> dict[str, str] | None:
     return {own.name: node.name for own, node in version.items() if own.op == "placeholder"}
 
 
+def _without_identities(program: Any) -> None:
+    """Dropout in eval mode gives back its argument itself, which no schema says: a write to one is one to the other."""
+    for node in list(program.graph.nodes):
+        target = getattr(node.target, "_schema", None)
+        if target is None or target.name.split("::")[1] not in ("dropout", "feature_dropout", "alpha_dropout"):
+            continue
+        source, p, train = node.args
+        if train and p > 0:
+            continue
+        for spec in program.graph_signature.output_specs:
+            if getattr(spec.arg, "name", None) == node.name:
+                spec.arg.name = source.name
+        node.replace_all_uses_with(source)
+        program.graph.erase_node(node)
+
+
+def _annotated(node: fx.Node) -> bool:
+    """Whether the schema says that the result shares memory with an argument."""
+    return any(r.alias_info is not None for r in node.target._schema.returns)  # type: ignore[union-attr]
+
+
+def _writes_are_known(program: Any) -> None:
+    """Refuse writes whose effect PyTorch's own functional form may get wrong.
+
+    Those are a write to memory that a composite operation may share without saying so, and a copy between places that
+    overlap, whose result depends on the order in which entries are written.
+    """
+    root: dict[fx.Node, fx.Node] = {}
+    unclear: dict[fx.Node, fx.Node] = {}
+    written: list[tuple[fx.Node, fx.Node]] = []
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        item = getattr(node.target, "__name__", "") == "getitem"
+        changed = _changes(node)
+        if changed:
+            root[node] = root.get(changed[0], changed[0])
+            written.append((node, root[node]))
+            if "copy_" in node.target._schema.name:
+                _apart(node, root)
+        elif (item or (isinstance(node.target, torch._ops.OpOverload) and _may_alias(node))) and node.all_input_nodes:
+            sources = node.all_input_nodes
+            root[node] = root.get(sources[0], sources[0])
+            if not item and not _annotated(node):
+                unclear |= {root.get(n, n): node for n in sources}
+    for node, own in written:
+        if own in unclear:
+            refuse(f"a write to what {unclear[own].target._schema.name.split('::')[1]} may share: {_place(node)}")
+
+
+def _apart(node: fx.Node, root: dict[fx.Node, fx.Node]) -> None:
+    to, source = node.args[:2]
+    if not isinstance(source, fx.Node) or source is to or root.get(source, source) is not root.get(to, to):
+        return
+    places = []
+    for v in (to.meta["val"], source.meta["val"]):
+        size = 1 + v.storage_offset() + sum((n - 1) * s for n, s in zip(v.shape, v.stride(), strict=True))
+        places.append(torch.arange(size).as_strided(v.shape, v.stride(), v.storage_offset()).flatten())
+    if bool(torch.isin(*places).any()):
+        refuse(f"a copy between parts of a tensor that overlap: {_place(node)}")
+
+
 def _only_literals(program: Any) -> None:
     """Tensors that are neither parameters nor buffers nor attributes may change unseen: only literals are taken."""
     known = {s.arg.name for s in program.graph_signature.input_specs if s.kind == InputKind.CONSTANT_TENSOR}
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in known and "lifted_tensor" in node.name:
             for user in node.users:
-                if getattr(user.target, "_schema", None) is None or "lift_fresh" not in user.target._schema.name:
+                own = getattr(getattr(user.target, "_schema", None), "name", "")
+                # the walking order of a sparse support follows from its buffers: the rule does without
+                if "lift_fresh" not in own and own != "w2s_fast::sparse_lowrank_linear":
                     refuse("a tensor that is neither a parameter nor a buffer nor an attribute of a module")
 
 
@@ -316,20 +387,32 @@ def _converted(program: Any, versions: dict[str, str] | None) -> Trace:
     return Trace([n for n in nodes if n is not None], inputs, states, constants, outputs[0], mutated)  # type: ignore[arg-type]
 
 
+def _place(node: fx.Node) -> str:
+    """The layer's path and class, and the function if the class has another name."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path, kind = list(stack.values())[-1] if stack else ("", "")
+    schema = getattr(node.target, "_schema", None)
+    function = (str(node.target) if schema is None else schema.name).split("::")[-1]
+    if not path:
+        return function
+    where = f"{path}: {str(getattr(kind, '__name__', kind)).split('.')[-1]}"
+    return where if function in where.lower().replace("_", "") or function in where else f"{where} ({function})"
+
+
 def _node(node: fx.Node) -> Node:
     def arguments(value: Any) -> Any:
         if isinstance(value, fx.Node):
             return Ref(value.name)
         return tuple(arguments(v) for v in value) if isinstance(value, (tuple, list)) else value
 
-    stack = node.meta.get("nn_module_stack") or {}
-    path, kind = list(stack.values())[-1] if stack else ("", "")
-    name = str(getattr(node.target, "_schema", node.target).name if hasattr(node.target, "_schema") else node.target)
-    function = name.split("::")[-1]
-    kind = str(getattr(kind, "__name__", kind)).split(".")[-1]
-    where = f"{path}: {kind}" if path else function
     value = node.meta.get("val")
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
     shape = tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else ()
     dtype = value.dtype if isinstance(value, Tensor) else None
-    return Node(node.name, node.target, arguments(tuple(node.args)), tuple((k, arguments(v)) for k, v in node.kwargs.items()), shape, dtype,
-                where if function in where else f"{where} ({function})" if path else function)  # fmt: skip
+    kwargs = tuple((k, arguments(v)) for k, v in node.kwargs.items())
+    args: tuple[Any, ...] = arguments(tuple(node.args))
+    last = {"aten::slice": 3, "aten::slice_scatter": 4}.get(getattr(getattr(node.target, "_schema", None), "name", ""), 0)
+    if 0 < last < len(args) and isinstance(args[last], int):  # "to the end" is more than vmap takes
+        size = int(node.args[0].meta["val"].shape[args[last - 2]])  # type: ignore[union-attr]
+        args = (*args[:last], min(args[last], size), *args[last + 1 :])
+    return Node(node.name, node.target, args, kwargs, shape, dtype, _place(node))
