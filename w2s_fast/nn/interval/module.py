@@ -174,7 +174,7 @@ _NUMBERS = itertools.count()
 
 @torch.compiler.allow_in_graph
 def _in_graph(
-    number: int, ask: str, x: Tensor, y: Tensor | None, eps: Any, rounding: Any, clip: Any, method: Any, norm: Any,
+    number: int, flags: str, ask: str, x: Tensor, y: Tensor | None, eps: Any, rounding: Any, clip: Any, method: Any, norm: Any,
     clean: bool, *states: Tensor,
 ) -> Any:  # fmt: skip
     """One call as a compiler sees it: a function of tensors, of the module with that number."""
@@ -357,9 +357,9 @@ class IntervalModule(nn.Module):
         if not isinstance(x, Tensor) or any(isinstance(side, Tensor) for side in clip or ()):
             torch._dynamo.graph_break()
             return self.asked(ask, x, y, eps, rounding, clip, method, norm, clean, {})
-        for module in self.model.modules():
-            module.training  # noqa: B018  the compiler's guards
-        return _in_graph(self._number, ask, x, y, eps, rounding, clip, method, norm, clean, *self.states())
+        flags = "".join("t" if module.training else "e" for module in self.model.modules())  # the compiler's guards
+        given = (flags, ask, x, y, eps, rounding, clip, method, norm, clean)
+        return _in_graph(self._number, *given, *self.states())
 
     def states(self) -> list[Tensor]:
         """Parameters and buffers of the model."""
