@@ -1,4 +1,4 @@
-"""Every layer that has a rule: no point of a ball leaves its bounds, by any method, rounding or dtype; random models."""
+"""Every layer that has a rule, and random models: no point of a ball leaves the bounds, by any method and rounding."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ LAYERS |= {
     "conv3d": (lambda: nn.Conv3d(4, 2, 2, padding=1), (2, 4, 3, 3, 3)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 2, 3, 2, 1, 1), IMAGE), "transposed1d": (lambda: nn.ConvTranspose1d(5, 2, 3), SEQUENCE),
     "bn2d": (lambda: uneven(nn.BatchNorm2d(4)), IMAGE), "layernorm": (lambda: nn.LayerNorm(8), SEQUENCE),
-    "rmsnorm": (lambda: nn.RMSNorm(8), SEQUENCE), "groupnorm": (lambda: nn.GroupNorm(2, 4), IMAGE),
+    "rmsnorm": (lambda: nn.RMSNorm(8, 1e-6), SEQUENCE), "groupnorm": (lambda: nn.GroupNorm(2, 4), IMAGE),
     "instancenorm": (lambda: nn.InstanceNorm2d(4, affine=True), IMAGE),
     "maxpool": (lambda: nn.MaxPool2d(3, 2, 1), IMAGE), "maxpool ceil": (lambda: nn.MaxPool2d(3, 2, ceil_mode=True), IMAGE),
     "maxpool1d": (lambda: nn.MaxPool1d(2), SEQUENCE), "avgpool": (lambda: nn.AvgPool2d(3, 2, 1, True), IMAGE),
@@ -107,7 +107,7 @@ FUNCTIONS = {
     "indices": lambda x: x[:, [0, 3, 3]] + x.index_select(1, torch.tensor([1, 1, 2])),
     "roll, expand, repeat": lambda x: x.roll(1, 1) + x[:, :1].expand(-1, 6) + x[:, :2].repeat(1, 3),
     "matmul of boxes": lambda x: x.view(-1, 2, 3) @ x.view(-1, 3, 2),
-    "einsum": lambda x: torch.einsum("bi,ij->bj", x, torch.linspace(-1, 1, 18).view(6, 3)),
+    "einsum": lambda x: torch.einsum("bi,ij->bj", x, torch.linspace(-1, 1, 18, dtype=x.dtype).view(6, 3)),
     "einsum of boxes": lambda x: torch.einsum("bij,bkj->bik", x.view(-1, 2, 3), x.view(-1, 2, 3)),
     "padding": lambda x: F.pad(x, (1, 2), value=0.4) + F.pad(x.unsqueeze(1), (2, 1), mode="reflect").squeeze(1),
     "assignment": lambda x: _assigned(x), "masked_fill": lambda x: x.masked_fill(torch.tensor([True, False] * 3), 0.3),
@@ -150,7 +150,10 @@ def test_no_point_leaves_the_bounds_of_a_layer(name):
             for method in ("ibp", "crown-ibp", "crown"):
                 for rounding, slack in (("sound", 0.0), ("fast", 1e-5)):
                     found = module.bounds(x, eps, rounding, method=method)
-                    assert escapes(found, wide, inside, slack) == (0, pytest.approx(0, abs=math.inf)), (method, rounding)
+                    assert escapes(found, wide, inside, slack) == (0, pytest.approx(0, abs=math.inf)), (
+                        method,
+                        rounding,
+                    )
         low, high = module.bounds(x, 0.0, "fast")
         torch.testing.assert_close(low, model(x), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(high, model(x), rtol=1e-4, atol=1e-4)
@@ -177,7 +180,9 @@ def test_balls(norm, method):
     torch.manual_seed(0)
     models = {
         (2, 6): nn.Sequential(Of(lambda x: (x - 0.3) / 0.5), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
-        (2, 2, 5, 5): nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(75, 3)),
+        (2, 2, 5, 5): nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(75, 3)
+        ),
     }
     for shape, model in models.items():
         model.eval()
@@ -200,7 +205,9 @@ def test_the_ball_of_a_linear_layer_is_exact():
 
 def test_words_that_may_be_substituted():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(20, 6), Of(lambda x: x.mean(1)), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    model = nn.Sequential(
+        nn.Embedding(20, 6), Of(lambda x: x.mean(1)), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)
+    ).eval()
     options, y = torch.randint(0, 20, (3, 4, 3)), torch.tensor([0, 1, 1])
     for method in ("ibp", "crown-ibp", "crown"):
         low, high = bound(model).bounds(Choices(options), method=method)
@@ -248,7 +255,9 @@ def nets():
     class Dense(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), conv(c, 4, 3, padding=1)) for c in (4, 8))
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), conv(c, 4, 3, padding=1)) for c in (4, 8)
+            )
             self.first, self.last = conv(1, 4, 3, padding=1), nn.Linear(12, 5)
 
         def forward(self, x):
@@ -263,7 +272,8 @@ def nets():
             self.patches, self.token = conv(1, 8, 4, 4), nn.Parameter(torch.randn(1, 1, 8))
             self.places = nn.Parameter(torch.randn(1, 5, 8))
             self.blocks = nn.ModuleList(
-                nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, activation="gelu") for _ in range(2)
+                nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, activation="gelu")
+                for _ in range(2)
             )
             self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
 

@@ -168,7 +168,11 @@ def test_copies_and_pickles_bound_their_own_weights():
 
 
 def test_what_forward_is_asked():
-    model, x, y = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)).eval(), torch.randn(5, 3), torch.arange(5) % 3
+    model, x, y = (
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)).eval(),
+        torch.randn(5, 3),
+        torch.arange(5) % 3,
+    )
     module = bound(model)
     torch.testing.assert_close(module(x), model(x))
     torch.testing.assert_close(module(x, eps=0.1), module.bounds(x, 0.1))
@@ -184,8 +188,13 @@ def test_what_forward_is_asked():
 
 
 def test_boxes_labels_and_radii_are_checked_for_every_method():
-    model, x, y = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)).eval(), torch.rand(5, 3) * 9, torch.arange(5) % 3
+    model, x, y = (
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)).eval(),
+        torch.rand(5, 3) * 9,
+        torch.arange(5) % 3,
+    )
     for method in ("ibp", "crown-ibp", "crown"):
+
         def call(x=x, y=y, eps=0.1, method=method, **options):
             return verify(model, x, y, eps, method=method, **options)
 
@@ -202,7 +211,13 @@ def test_boxes_labels_and_radii_are_checked_for_every_method():
                 call(clip=clip)
         with pytest.raises(TypeError, match="clip must be None or"):
             call(clip=3)
-        for label, kind in ((y + 1, ValueError), (y - 1, ValueError), (y.float(), TypeError), (y[:4], ValueError), ([0] * 5, TypeError)):
+        for label, kind in (
+            (y + 1, ValueError),
+            (y - 1, ValueError),
+            (y.float(), TypeError),
+            (y[:4], ValueError),
+            ([0] * 5, TypeError),
+        ):
             with pytest.raises(kind, match="y must be"):
                 call(y=label)
         with pytest.raises(ValueError, match="norm must be inf, 2 or 1"):
@@ -222,11 +237,15 @@ def test_compiles(method):
         module.train(mode)
         losses = [F.cross_entropy(m(x, y=y, eps=0.1, method=method), y) for m in (compiled, twin)]
         torch.testing.assert_close(*losses)
-        grads = [torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, (module, twin), strict=True)]
+        grads = [
+            torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, (module, twin), strict=True)
+        ]
         torch.testing.assert_close(*grads)
         torch.testing.assert_close(module.state_dict(), twin.state_dict())
     exported = torch.export.export(module.eval(), (x,), {"y": y, "eps": 0.1, "method": method}, strict=False)
-    torch.testing.assert_close(exported.module()(x, y=y, eps=0.1, method=method), module(x, y=y, eps=0.1, method=method))
+    torch.testing.assert_close(
+        exported.module()(x, y=y, eps=0.1, method=method), module(x, y=y, eps=0.1, method=method)
+    )
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 def points(x: Tensor, eps: float, count: int, generator: torch.Generator, norm: float = math.inf) -> Tensor:
-    """``[count, *x.shape]`` float64: of a box a third corners, a third near them, the rest inside; of a ball its rim."""
+    """``[count, *x.shape]`` float64: of a box a third corners, a third near them; of a ball its rim."""
     shape = (count, *x.shape)
     step = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
     if norm == math.inf:

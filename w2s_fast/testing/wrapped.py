@@ -41,7 +41,6 @@ def work(rank: int, wrap: str, directory: str) -> None:
             assert "a sharded parameter" in str(error)
         else:
             raise AssertionError("bounds of parts of the parameters")
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -187,8 +187,9 @@ def _linear(call: Call, *, input: Any, weight: Any, bias: Any) -> Ends:
     if bias is None:
         return low, high
     b = bias if isinstance(bias, Box) else point(bias)
-    return finished(call, wide(call, low) + wide(call, b.lower), wide(call, high) + wide(call, b.upper),
-                    None if not call.sound else low.double().abs() + high.double().abs() + b.lower.double().abs() + b.upper.double().abs())  # fmt: skip
+    parts = [wide(call, t) for t in (low, high, b.lower, b.upper)]
+    size = torch.stack(torch.broadcast_tensors(*(t.abs() for t in parts))).sum(0) if call.sound else None
+    return finished(call, parts[0] + parts[2], parts[1] + parts[3], size)
 
 
 @layer("conv1d", "conv2d", "conv3d", shows="Conv1d, Conv2d, Conv3d", back=linear_back("input"))

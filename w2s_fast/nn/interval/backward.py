@@ -29,7 +29,7 @@ ROWS = 1 << 25
 
 
 class Rows(NamedTuple):
-    """Rows of the inputs by name; pairs (rows, vector) that make the constant; size of the terms (None: no rounding)."""
+    """Rows of the inputs by name; pairs (rows, vector) that make the constant; size of the terms, None if exact."""
 
     a: dict[str, Tensor]
     constants: tuple[tuple[Tensor, Tensor], ...] = ()

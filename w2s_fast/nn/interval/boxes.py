@@ -131,7 +131,7 @@ def linear_map(
 ) -> Ends:
     """An affine map: ``function(x, False)`` is linear in x, ``function(x, True)`` the same with |coefficients|.
 
-    Sound: the centre in float64, and its rounding, gamma |coefficients| |centre|, added to the radius before its product.
+    Sound: the centre in float64; its rounding, gamma |coefficients| |centre|, goes to the radius before its product.
     """
     if not call.sound:
         m, r = center_radius(box.lower, box.upper)

@@ -227,9 +227,10 @@ def _softplus(call: Call, *, self: Box, beta: Any = 1, threshold: Any = 20) -> E
     if beta <= 0:
         refuse(f"{call.where} with a negative beta")
     low, high = (call.op(t, beta, threshold) for t in ends(call, self))
+    jump = math.log1p(math.exp(-float(threshold))) / float(beta) * 1.001  # down, where PyTorch takes x itself
     if not call.sound:
-        return low, high
-    jump = math.log1p(math.exp(-float(threshold))) / float(beta) * 1.001  # where PyTorch takes x itself
+        across = (self.lower * beta <= threshold) & (self.upper * beta > threshold)
+        return torch.where(across, low - jump, low), torch.where(across, high + jump, high)
     return finished(call, (low - jump).clamp_min(0), high + jump)
 
 
@@ -260,8 +261,21 @@ def _where(call: Call, *, condition: Any, self: Any, other: Any) -> Ends:
     one, two = (
         (v.lower.to(call.dtype), v.upper.to(call.dtype))
         if isinstance(v, Box)
-        else finished(call, *(wide(call, torch.as_tensor(v)),) * 2)
+        else finished(call, *(wide(call, v) if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64),) * 2)
         for v in (self, other)
     )
     low = torch.where(sure, one[0], torch.where(possible, torch.minimum(one[0], two[0]), two[0]))
     return low, torch.where(sure, one[1], torch.where(possible, torch.maximum(one[1], two[1]), two[1]))
+
+
+@layer("fill", shows="filling", kind="elementwise")
+def _fill(call: Call, *, self: Any, value: Any) -> Ends:
+    found = wide(call, value) if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+    return tuple(t.to(self.lower.device).expand(call.shape) for t in finished(call, found, found))  # type: ignore[return-value]
+
+
+@layer("glu", shows="GLU", kind="other")
+def _glu(call: Call, *, self: Box, dim: int = -1) -> Ends:
+    (al, bl), (au, bu) = (t.chunk(2, dim) for t in ends(call, self))
+    low, high = torch.sigmoid(bl), torch.sigmoid(bu)
+    return finished(call, *hull(al * low, al * high, au * low, au * high))

@@ -174,8 +174,8 @@ _NUMBERS = itertools.count()
 
 @torch.compiler.allow_in_graph
 def _in_graph(
-    number: int, flags: str, ask: str, x: Tensor, y: Tensor | None, eps: Any, rounding: Any, clip: Any, method: Any, norm: Any,
-    clean: bool, *states: Tensor,
+    number: int, flags: str, ask: str, x: Tensor, y: Tensor | None, eps: Any, rounding: Any, clip: Any, method: Any,
+    norm: Any, clean: bool, *states: Tensor,
 ) -> Any:  # fmt: skip
     """One call as a compiler sees it: a function of tensors, of the module with that number."""
     module = _LIVE[number]

@@ -89,6 +89,8 @@ class Samples:
         )
         if ordered and as_it_was and all(torch.Size(s).numel() == torch.Size(shape).numel() for s in inputs):
             return None
+        if ordered and self._picks(step):
+            return None
         if kind == "index":
             return self._found(step, self._moved(step), shape)
         if kind == "elementwise":
@@ -159,6 +161,15 @@ class Samples:
             self.parts[step.name] = list(found)
             return found[0]  # type: ignore[no-any-return]
         return found  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _picks(step: Step) -> bool:
+        """Whether entries are picked by tensors along one axis that is not the first."""
+        name, bound = registry_name(step.node), step.bound
+        if name == "index":
+            indices = bound["indices"]
+            return indices[0] is None and sum(i is not None for i in indices) == 1
+        return name in ("index_select", "gather") and bound["dim"] > 0
 
     def _reduced(self, step: Step, shape: tuple[int, ...]) -> Tensor:
         """Entries that are put together must be one sample's, or nobody's."""

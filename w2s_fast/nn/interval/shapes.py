@@ -20,6 +20,13 @@ _ONCE = {"view", "reshape", "_unsafe_view", "flatten", "permute", "transpose", "
 def _exact(call: Call, given: dict[str, Any], which: str) -> Any:
     """The same operation on lower bounds and on upper ones."""
 
+    value = given.get("value")
+    if isinstance(value, float) and torch.tensor(value, dtype=call.dtype).item() != value and call.sound:
+        # padding with a number that the dtype does not hold
+        inner = [v.double() for v in ends(call, given["self"])]
+        rest = [given[a.name] for a in call.op._schema.arguments[1:]]
+        return finished(call, *(call.op(t, *rest) for t in inner))
+
     def on(side: str) -> Any:
         def end(v: Any) -> Any:
             if isinstance(v, Box):
@@ -113,7 +120,9 @@ def _index_by_tensors(call: Call, *, self: Box, indices: Any) -> Ends:
 def _masked_fill(call: Call, *, self: Box, mask: Any, value: Any) -> Ends:
     if isinstance(mask, Box) or isinstance(value, Box) or not isinstance(self, Box):
         refuse(f"{call.where} with a mask that has bounds")
-    return self.lower.masked_fill(mask, value), self.upper.masked_fill(mask, value)
+    number = torch.tensor(float(value), dtype=torch.float64) if not isinstance(value, Tensor) else value.double()
+    down, up = finished(call, number, number) if bool(number.isfinite()) else (number.to(call.dtype),) * 2
+    return torch.where(mask, down, self.lower), torch.where(mask, up, self.upper)
 
 
 @layer("dropout", "feature_dropout", "native_dropout", "alpha_dropout", shows="Dropout (in eval mode)", kind="index",

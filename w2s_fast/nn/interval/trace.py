@@ -205,15 +205,15 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
 
 
 #: Composite operations whose result is a new tensor; others may give back their argument.
-_NEW = set(
-    """
-    linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d batch_norm layer_norm group_norm
-    instance_norm rms_norm max_pool1d max_pool2d max_pool3d avg_pool1d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d matmul softmax log_softmax prelu selu celu rrelu relu6 pad upsample_nearest1d upsample_nearest2d
-    upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d scaled_dot_product_attention hstack
-    vstack concat square multiply subtract divide true_divide absolute negative clip where stack cat glu
-    """.split()
-)
+_NEW = {
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "batch_norm",
+    "layer_norm", "group_norm", "instance_norm", "rms_norm", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "matmul", "softmax", "log_softmax", "prelu",
+    "selu", "celu", "rrelu", "relu6", "pad", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "scaled_dot_product_attention", "hstack",
+    "vstack", "concat", "square", "multiply", "subtract", "divide", "true_divide", "absolute", "negative", "clip",
+    "where", "stack", "cat", "glu",
+}  # fmt: skip
 
 
 def _may_alias(node: fx.Node) -> bool:
@@ -296,9 +296,9 @@ def _without_identities(program: Any) -> None:
         program.graph.erase_node(node)
 
 
-def _annotated(node: fx.Node) -> bool:
+def _annotated(node: Any) -> bool:
     """Whether the schema says that the result shares memory with an argument."""
-    return any(r.alias_info is not None for r in node.target._schema.returns)  # type: ignore[union-attr]
+    return any(r.alias_info is not None for r in node.target._schema.returns)
 
 
 def _writes_are_known(program: Any) -> None:
@@ -308,7 +308,7 @@ def _writes_are_known(program: Any) -> None:
     overlap, whose result depends on the order in which entries are written.
     """
     root: dict[fx.Node, fx.Node] = {}
-    unclear: dict[fx.Node, fx.Node] = {}
+    unclear: dict[fx.Node, Any] = {}
     written: list[tuple[fx.Node, fx.Node]] = []
     for node in program.graph.nodes:
         if node.op != "call_function":
@@ -330,7 +330,7 @@ def _writes_are_known(program: Any) -> None:
             refuse(f"a write to what {unclear[own].target._schema.name.split('::')[1]} may share: {_place(node)}")
 
 
-def _apart(node: fx.Node, root: dict[fx.Node, fx.Node]) -> None:
+def _apart(node: Any, root: dict[fx.Node, fx.Node]) -> None:
     to, source = node.args[:2]
     if not isinstance(source, fx.Node) or source is to or root.get(source, source) is not root.get(to, to):
         return
@@ -399,7 +399,7 @@ def _place(node: fx.Node) -> str:
     return where if function in where.lower().replace("_", "") or function in where else f"{where} ({function})"
 
 
-def _node(node: fx.Node) -> Node:
+def _node(node: Any) -> Node:
     def arguments(value: Any) -> Any:
         if isinstance(value, fx.Node):
             return Ref(value.name)
@@ -411,8 +411,10 @@ def _node(node: fx.Node) -> Node:
     dtype = value.dtype if isinstance(value, Tensor) else None
     kwargs = tuple((k, arguments(v)) for k, v in node.kwargs.items())
     args: tuple[Any, ...] = arguments(tuple(node.args))
-    last = {"aten::slice": 3, "aten::slice_scatter": 4}.get(getattr(getattr(node.target, "_schema", None), "name", ""), 0)
+    last = {"aten::slice": 3, "aten::slice_scatter": 4}.get(
+        getattr(getattr(node.target, "_schema", None), "name", ""), 0
+    )
     if 0 < last < len(args) and isinstance(args[last], int):  # "to the end" is more than vmap takes
-        size = int(node.args[0].meta["val"].shape[args[last - 2]])  # type: ignore[union-attr]
+        size = int(node.args[0].meta["val"].shape[args[last - 2]])
         args = (*args[:last], min(args[last], size), *args[last + 1 :])
     return Node(node.name, node.target, args, kwargs, shape, dtype, _place(node))
