@@ -50,38 +50,80 @@ def uneven(norm):
 
 
 ACTIVATIONS = [
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, lambda: nn.LeakyReLU(-0.2), lambda: nn.LeakyReLU(1.5), nn.PReLU, nn.ELU, nn.CELU,
-    nn.SELU, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU,
-    nn.Mish, nn.Softplus, lambda: nn.Softplus(3.0, 1.0), nn.LogSigmoid, nn.Softsign, nn.Softshrink, nn.Hardshrink,
-    lambda: nn.Threshold(0.1, 0.7), lambda: nn.Threshold(0.1, -0.7), nn.Tanhshrink, nn.Identity, nn.Dropout,
-    lambda: nn.Softmax(-1), lambda: nn.LogSoftmax(-1), lambda: nn.GLU(),
-]  # fmt: skip
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    lambda: nn.LeakyReLU(-0.2),
+    lambda: nn.LeakyReLU(1.5),
+    nn.PReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.Hardtanh,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.GELU,
+    lambda: nn.GELU("tanh"),
+    nn.SiLU,
+    nn.Mish,
+    nn.Softplus,
+    lambda: nn.Softplus(3.0, 1.0),
+    nn.LogSigmoid,
+    nn.Softsign,
+    nn.Softshrink,
+    nn.Hardshrink,
+    lambda: nn.Threshold(0.1, 0.7),
+    lambda: nn.Threshold(0.1, -0.7),
+    nn.Tanhshrink,
+    nn.Identity,
+    nn.Dropout,
+    lambda: nn.Softmax(-1),
+    lambda: nn.LogSoftmax(-1),
+    lambda: nn.GLU(),
+]
 
-LAYERS = {f"{i}-{type(make()).__name__}": (lambda make=make: nn.Sequential(Spread(), make()), FLAT)
-          for i, make in enumerate(ACTIVATIONS)}  # fmt: skip
+LAYERS = {
+    f"{i}-{type(make()).__name__}": (lambda make=make: nn.Sequential(Spread(), make()), FLAT)
+    for i, make in enumerate(ACTIVATIONS)
+}
 LAYERS |= {
-    "linear": (lambda: nn.Linear(6, 4), FLAT), "sparse": (sparse, FLAT), "bn1d": (lambda: uneven(nn.BatchNorm1d(6)), FLAT),
+    "linear": (lambda: nn.Linear(6, 4), FLAT),
+    "sparse": (sparse, FLAT),
+    "bn1d": (lambda: uneven(nn.BatchNorm1d(6)), FLAT),
     "bn1d on 3-D": (lambda: nn.Sequential(nn.Linear(8, 8), uneven(nn.BatchNorm1d(5)), nn.ReLU()), SEQUENCE),
-    "conv1d": (lambda: nn.Conv1d(5, 4, 3, 2, 1), SEQUENCE), "conv1d same": (lambda: nn.Conv1d(5, 4, 4, padding="same"), SEQUENCE),
+    "conv1d": (lambda: nn.Conv1d(5, 4, 3, 2, 1), SEQUENCE),
+    "conv1d same": (lambda: nn.Conv1d(5, 4, 4, padding="same"), SEQUENCE),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, 2, 1, groups=2), IMAGE),
     "conv2d dilated": (lambda: nn.Conv2d(4, 2, (3, 2), 1, (2, 1), dilation=2), IMAGE),
     "reflect": (lambda: nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect"), IMAGE),
     "circular": (lambda: nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular"), IMAGE),
     "replicate": (lambda: nn.Conv2d(4, 2, 3, padding=1, padding_mode="replicate"), IMAGE),
     "conv3d": (lambda: nn.Conv3d(4, 2, 2, padding=1), (2, 4, 3, 3, 3)),
-    "transposed": (lambda: nn.ConvTranspose2d(4, 2, 3, 2, 1, 1), IMAGE), "transposed1d": (lambda: nn.ConvTranspose1d(5, 2, 3), SEQUENCE),
-    "bn2d": (lambda: uneven(nn.BatchNorm2d(4)), IMAGE), "layernorm": (lambda: nn.LayerNorm(8), SEQUENCE),
-    "rmsnorm": (lambda: nn.RMSNorm(8, 1e-6), SEQUENCE), "groupnorm": (lambda: nn.GroupNorm(2, 4), IMAGE),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 2, 3, 2, 1, 1), IMAGE),
+    "transposed1d": (lambda: nn.ConvTranspose1d(5, 2, 3), SEQUENCE),
+    "bn2d": (lambda: uneven(nn.BatchNorm2d(4)), IMAGE),
+    "layernorm": (lambda: nn.LayerNorm(8), SEQUENCE),
+    "rmsnorm": (lambda: nn.RMSNorm(8, 1e-6), SEQUENCE),
+    "groupnorm": (lambda: nn.GroupNorm(2, 4), IMAGE),
     "instancenorm": (lambda: nn.InstanceNorm2d(4, affine=True), IMAGE),
-    "maxpool": (lambda: nn.MaxPool2d(3, 2, 1), IMAGE), "maxpool ceil": (lambda: nn.MaxPool2d(3, 2, ceil_mode=True), IMAGE),
-    "maxpool1d": (lambda: nn.MaxPool1d(2), SEQUENCE), "avgpool": (lambda: nn.AvgPool2d(3, 2, 1, True), IMAGE),
-    "avgpool1d": (lambda: nn.AvgPool1d(2), SEQUENCE), "adaptive": (lambda: nn.AdaptiveAvgPool2d(4), IMAGE),
-    "adaptive1": (lambda: nn.AdaptiveAvgPool2d(1), IMAGE), "adaptive max": (lambda: nn.AdaptiveMaxPool2d(2), IMAGE),
+    "maxpool": (lambda: nn.MaxPool2d(3, 2, 1), IMAGE),
+    "maxpool ceil": (lambda: nn.MaxPool2d(3, 2, ceil_mode=True), IMAGE),
+    "maxpool1d": (lambda: nn.MaxPool1d(2), SEQUENCE),
+    "avgpool": (lambda: nn.AvgPool2d(3, 2, 1, True), IMAGE),
+    "avgpool1d": (lambda: nn.AvgPool1d(2), SEQUENCE),
+    "adaptive": (lambda: nn.AdaptiveAvgPool2d(4), IMAGE),
+    "adaptive1": (lambda: nn.AdaptiveAvgPool2d(1), IMAGE),
+    "adaptive max": (lambda: nn.AdaptiveMaxPool2d(2), IMAGE),
     "nearest": (lambda: nn.Upsample(scale_factor=2), IMAGE),
-    "bilinear": (lambda: nn.Upsample(scale_factor=2, mode="bilinear"), IMAGE), "shuffle": (lambda: nn.PixelShuffle(2), IMAGE),
+    "bilinear": (lambda: nn.Upsample(scale_factor=2, mode="bilinear"), IMAGE),
+    "shuffle": (lambda: nn.PixelShuffle(2), IMAGE),
     "attention": (lambda: Of(lambda x, a: a(x, x, x)[0], nn.MultiheadAttention(8, 2, batch_first=True)), SEQUENCE),
     "attention, no weights": (
-        lambda: Of(lambda x, a: a(x, x, x, need_weights=False)[0], nn.MultiheadAttention(8, 2, batch_first=True)), SEQUENCE),
+        lambda: Of(lambda x, a: a(x, x, x, need_weights=False)[0], nn.MultiheadAttention(8, 2, batch_first=True)),
+        SEQUENCE,
+    ),
     "causal": (lambda: Of(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True)), SEQUENCE),
     "masked": (lambda: Of(lambda x: F.scaled_dot_product_attention(x, x, x, torch.eye(5).log())), SEQUENCE),
     "encoder": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu"), SEQUENCE),
@@ -89,19 +131,28 @@ LAYERS |= {
     "spectral_norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4)), FLAT),
     "old spectral_norm": (lambda: nn.utils.spectral_norm(nn.Linear(6, 4)), FLAT),
     "pruned": (lambda: prune.l1_unstructured(nn.Linear(6, 4), "weight", 0.5), FLAT),
-}  # fmt: skip
+}
 
 FUNCTIONS = {
     "arithmetic": lambda x: 1.0 / (x * x + 2.0) + (x - 0.3) / 0.7 - 2.0 * x,
-    "quotient of boxes": lambda x: x / (x.abs() + 1.0), "powers": lambda x: x**3 + x.pow(2) + x.square(),
+    "quotient of boxes": lambda x: x / (x.abs() + 1.0),
+    "powers": lambda x: x**3 + x.pow(2) + x.square(),
     "roots": lambda x: (x.abs() + 0.1).sqrt() + (x * x + 0.5).rsqrt() + (x.abs() + 1).log() + x.exp(),
-    "waves": lambda x: torch.sin(3 * x) + torch.cos(5 * x), "where": lambda x: torch.where(x > 0, x * 2, x.tanh()),
+    "waves": lambda x: torch.sin(3 * x) + torch.cos(5 * x),
+    "where": lambda x: torch.where(x > 0, x * 2, x.tanh()),
     "clamp": lambda x: x.clamp(-0.2, 0.4) + x.clamp(min=0.1) + torch.clamp(x, max=torch.full((6,), 0.3)),
     "two": lambda x: torch.maximum(x, 0.5 - x) + torch.minimum(x, x.flip(1)) + torch.max(x, -x),
-    "mean and sum": lambda x: x.mean(1, keepdim=True) + x.sum(1, keepdim=True) + x.cumsum(1) + x.amax(1, keepdim=True)
-    + x.max(1, keepdim=True)[0],
-    "shapes": lambda x: x.view(x.shape[0], 2, -1).permute(0, 2, 1).reshape(-1, 6).unsqueeze(1).squeeze(1).contiguous()
-    + x.view(x.size(0), 3, 2).transpose(1, 2).flatten(1),
+    "mean and sum": lambda x: (
+        x.mean(1, keepdim=True)
+        + x.sum(1, keepdim=True)
+        + x.cumsum(1)
+        + x.amax(1, keepdim=True)
+        + x.max(1, keepdim=True)[0]
+    ),
+    "shapes": lambda x: (
+        x.view(x.shape[0], 2, -1).permute(0, 2, 1).reshape(-1, 6).unsqueeze(1).squeeze(1).contiguous()
+        + x.view(x.size(0), 3, 2).transpose(1, 2).flatten(1)
+    ),
     "slices": lambda x: torch.cat([x[:, :2], x[..., 2:3], torch.stack([x[:, i] for i in (5, 4, 3)], 1)], dim=1),
     "split": lambda x: sum(p * (i + 1.0) for i, p in enumerate(x.chunk(3, 1))) + x.split([2, 4], 1)[0],
     "indices": lambda x: x[:, [0, 3, 3]] + x.index_select(1, torch.tensor([1, 1, 2])),
@@ -110,8 +161,9 @@ FUNCTIONS = {
     "einsum": lambda x: torch.einsum("bi,ij->bj", x, torch.linspace(-1, 1, 18, dtype=x.dtype).view(6, 3)),
     "einsum of boxes": lambda x: torch.einsum("bij,bkj->bik", x.view(-1, 2, 3), x.view(-1, 2, 3)),
     "padding": lambda x: F.pad(x, (1, 2), value=0.4) + F.pad(x.unsqueeze(1), (2, 1), mode="reflect").squeeze(1),
-    "assignment": lambda x: _assigned(x), "masked_fill": lambda x: x.masked_fill(torch.tensor([True, False] * 3), 0.3),
-}  # fmt: skip
+    "assignment": lambda x: _assigned(x),
+    "masked_fill": lambda x: x.masked_fill(torch.tensor([True, False] * 3), 0.3),
+}
 
 
 def _assigned(x):

@@ -135,7 +135,10 @@ def test_clip_and_a_radius_a_channel():
     assert bool((wide[1] - wide[0]).sum() > (high - low).sum())
 
 
-@pytest.mark.parametrize("kernel, dilation, padding", [(3, 1, "same"), ((1, 5), 2, "same"), (3, 1, "valid"), (2, 1, "same")])
+PADDINGS = [(3, 1, "same"), ((1, 5), 2, "same"), (3, 1, "valid"), (2, 1, "same")]
+
+
+@pytest.mark.parametrize("kernel, dilation, padding", PADDINGS)
 def test_padding_by_name(kernel, dilation, padding):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(2, 3, kernel, dilation=dilation, padding=padding)), torch.rand(2, 2, 6, 7)

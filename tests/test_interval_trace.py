@@ -62,8 +62,17 @@ class Net(nn.Module):
         return self.b(h)
 
 
-KINDS = ("self.relu(h)", "F.relu(h, inplace=True)", "h.add_(x)", "g += x", "pre-activation skip", "a part", "view",
-         "the input", "dropout gives back")  # fmt: skip
+KINDS = (
+    "self.relu(h)",
+    "F.relu(h, inplace=True)",
+    "h.add_(x)",
+    "g += x",
+    "pre-activation skip",
+    "a part",
+    "view",
+    "the input",
+    "dropout gives back",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,10 +209,14 @@ def test_boxes_labels_and_radii_are_checked_for_every_method():
 
         with pytest.raises(ValueError, match=r"x must be within eps of clip: no input lies in both, got an entry"):
             call(clip=(0.0, 1.0))
-        for eps, text in ((-0.5, "eps must be a finite number >= 0, got -0.5"), (float("nan"), "eps must be a finite"),
-                          (torch.tensor(-0.5), "eps must be a finite number >= 0 in every entry, got -0.5"),
-                          (torch.tensor([0.1, float("nan"), 0.1]), "in every entry, got nan"),
-                          (torch.rand(5, 1, 1), "eps must be of a shape that broadcasts to x"), (torch.rand(4), "eps must be of a shape")):  # fmt: skip
+        for eps, text in (
+            (-0.5, "eps must be a finite number >= 0, got -0.5"),
+            (float("nan"), "eps must be a finite"),
+            (torch.tensor(-0.5), "eps must be a finite number >= 0 in every entry, got -0.5"),
+            (torch.tensor([0.1, float("nan"), 0.1]), "in every entry, got nan"),
+            (torch.rand(5, 1, 1), "eps must be of a shape that broadcasts to x"),
+            (torch.rand(4), "eps must be of a shape"),
+        ):
             with pytest.raises(ValueError, match=text):
                 call(eps=eps)
         for clip in ((1.0, 0.0), (float("nan"), 1.0)):

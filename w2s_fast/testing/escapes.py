@@ -86,24 +86,45 @@ class Random(nn.Module):
 
     def _flat_layers(self) -> list[Callable[[], nn.Module]]:
         w = self.width
-        return [lambda: nn.Linear(w, w), lambda: nn.Linear(w, w), lambda: nn.BatchNorm1d(w), lambda: nn.LayerNorm(w),
-                *self._activations()]  # fmt: skip
+        return [
+            lambda: nn.Linear(w, w),
+            lambda: nn.Linear(w, w),
+            lambda: nn.BatchNorm1d(w),
+            lambda: nn.LayerNorm(w),
+            *self._activations(),
+        ]
 
     def _image_layers(self) -> list[Callable[[], nn.Module]]:
         w = self.width
         return [
-            lambda: nn.Conv2d(w, w, 3, padding=1), lambda: nn.Conv2d(w, w, 3, padding=1, padding_mode="reflect"),
-            lambda: nn.Conv2d(w, w, 1), lambda: nn.BatchNorm2d(w), lambda: nn.MaxPool2d(3, 1, 1), lambda: nn.AvgPool2d(3, 1, 1),
-            lambda: nn.GroupNorm(1, w), lambda: nn.ConvTranspose2d(w, w, 3, padding=1), *self._activations(),
-        ]  # fmt: skip
+            lambda: nn.Conv2d(w, w, 3, padding=1),
+            lambda: nn.Conv2d(w, w, 3, padding=1, padding_mode="reflect"),
+            lambda: nn.Conv2d(w, w, 1),
+            lambda: nn.BatchNorm2d(w),
+            lambda: nn.MaxPool2d(3, 1, 1),
+            lambda: nn.AvgPool2d(3, 1, 1),
+            lambda: nn.GroupNorm(1, w),
+            lambda: nn.ConvTranspose2d(w, w, 3, padding=1),
+            *self._activations(),
+        ]
 
     @staticmethod
     def _activations() -> list[Callable[[], nn.Module]]:
         return [
-            nn.ReLU, nn.ReLU, lambda: nn.ReLU(inplace=True), lambda: nn.LeakyReLU(0.1, inplace=True), nn.Tanh, nn.Sigmoid,
-            nn.GELU, lambda: nn.SiLU(inplace=True), nn.Softplus, lambda: nn.Hardtanh(-0.5, 0.5, inplace=True), nn.ELU,
-            nn.PReLU, nn.ReLU6,
-        ]  # fmt: skip
+            nn.ReLU,
+            nn.ReLU,
+            lambda: nn.ReLU(inplace=True),
+            lambda: nn.LeakyReLU(0.1, inplace=True),
+            nn.Tanh,
+            nn.Sigmoid,
+            nn.GELU,
+            lambda: nn.SiLU(inplace=True),
+            nn.Softplus,
+            lambda: nn.Hardtanh(-0.5, 0.5, inplace=True),
+            nn.ELU,
+            nn.PReLU,
+            nn.ReLU6,
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3] or [B, 3, 4, 4] to [B, 3]."""
@@ -125,9 +146,15 @@ class Random(nn.Module):
     def _function(self, number: int, a: Tensor) -> Tensor:
         shift = self.shift.reshape(-1, 1, 1) if self.images else self.shift
         return (
-            lambda: a * self.factor + shift, lambda: (a - shift) / 2.0, lambda: torch.clamp(a, -1.0, 0.8), lambda: -a,
-            lambda: 0.3 - a, lambda: a.abs(), lambda: a - a.mean(1, keepdim=True), lambda: torch.softmax(a, 1),
-        )[number]()  # fmt: skip
+            lambda: a * self.factor + shift,
+            lambda: (a - shift) / 2.0,
+            lambda: torch.clamp(a, -1.0, 0.8),
+            lambda: -a,
+            lambda: 0.3 - a,
+            lambda: a.abs(),
+            lambda: a - a.mean(1, keepdim=True),
+            lambda: torch.softmax(a, 1),
+        )[number]()
 
     def _inplace(self, number: int, a: Tensor, b: Tensor) -> Tensor:
         if number == 0:
@@ -149,15 +176,23 @@ class Random(nn.Module):
 
     def _two(self, number: int, a: Tensor, b: Tensor) -> Tensor:
         return (
-            lambda: a + b, lambda: a - 0.5 * b, lambda: torch.maximum(a, b), lambda: torch.minimum(a, b),
-            lambda: torch.cat((a[:, :1], b[:, 1:]), 1), lambda: a * torch.sigmoid(b), lambda: torch.where(a > 0, a, b),
-        )[number]()  # fmt: skip
+            lambda: a + b,
+            lambda: a - 0.5 * b,
+            lambda: torch.maximum(a, b),
+            lambda: torch.minimum(a, b),
+            lambda: torch.cat((a[:, :1], b[:, 1:]), 1),
+            lambda: a * torch.sigmoid(b),
+            lambda: torch.where(a > 0, a, b),
+        )[number]()
 
     def _view(self, number: int, a: Tensor, b: Tensor) -> Tensor:
         return (
-            lambda: a.flip(1), lambda: a.transpose(0, 1).contiguous().transpose(0, 1), lambda: a.reshape(-1).view(a.shape),
-            lambda: torch.stack((a, b)).mean(0), lambda: sum(a.unbind(1)).unsqueeze(1).expand_as(a).contiguous(),  # type: ignore[union-attr, arg-type]
-        )[number]()  # fmt: skip
+            lambda: a.flip(1),
+            lambda: a.transpose(0, 1).contiguous().transpose(0, 1),
+            lambda: a.reshape(-1).view(a.shape),
+            lambda: torch.stack((a, b)).mean(0),
+            lambda: sum(a.unbind(1)).unsqueeze(1).expand_as(a).contiguous(),  # type: ignore[union-attr, arg-type]
+        )[number]()
 
 
 def seeds(count: int) -> itertools.chain[tuple[int, bool]]:

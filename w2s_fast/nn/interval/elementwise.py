@@ -54,8 +54,18 @@ def _kinks(call: Call, given: dict[str, Any]) -> tuple[float, ...]:
     return {"relu6": (0.0, 6.0), "hardsigmoid": (-3.0, 3.0), "leaky_relu": (0.0,), "abs": (0.0,)}[name]
 
 
-@layer("hardtanh", "leaky_relu", "abs", "hardsigmoid", "clamp", "clamp_min", "clamp_max",
-       shows="ReLU6, LeakyReLU, Hardtanh, Hardsigmoid, abs, clamp", kind="elementwise", back=relaxed_back(_kinks))  # fmt: skip
+@layer(
+    "hardtanh",
+    "leaky_relu",
+    "abs",
+    "hardsigmoid",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    shows="ReLU6, LeakyReLU, Hardtanh, Hardsigmoid, abs, clamp",
+    kind="elementwise",
+    back=relaxed_back(_kinks),
+)
 def _bent(call: Call, *, self: Box, **given: Any) -> Ends:
     if any(isinstance(v, (Box, Tensor)) for v in given.values()):
         return _clamp_by_tensors(call, self, **given)
@@ -261,7 +271,9 @@ def _where(call: Call, *, condition: Any, self: Any, other: Any) -> Ends:
     one, two = (
         (v.lower.to(call.dtype), v.upper.to(call.dtype))
         if isinstance(v, Box)
-        else finished(call, *(wide(call, v) if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64),) * 2)
+        else finished(
+            call, *(wide(call, v) if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64),) * 2
+        )
         for v in (self, other)
     )
     low = torch.where(sure, one[0], torch.where(possible, torch.minimum(one[0], two[0]), two[0]))

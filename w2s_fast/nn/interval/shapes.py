@@ -13,8 +13,26 @@ from .boxes import OP, Box, Call, Choices, Ends, ends, finished, refuse, wide
 from .registry import layer
 
 #: Operations after which every entry is still there at most once: the ball of the input goes through.
-_ONCE = {"view", "reshape", "_unsafe_view", "flatten", "permute", "transpose", "t", "squeeze", "unsqueeze", "slice",
-         "select", "clone", "contiguous", "unflatten", "alias", "lift_fresh_copy", "view_as", "movedim"}  # fmt: skip
+_ONCE = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "permute",
+    "transpose",
+    "t",
+    "squeeze",
+    "unsqueeze",
+    "slice",
+    "select",
+    "clone",
+    "contiguous",
+    "unflatten",
+    "alias",
+    "lift_fresh_copy",
+    "view_as",
+    "movedim",
+}
 
 
 def _exact(call: Call, given: dict[str, Any], which: str) -> Any:
@@ -84,10 +102,30 @@ def _index(*names: str, shows: str) -> None:
         return _exact(call, given, shows)
 
 
-_index("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "alias", "squeeze", "unsqueeze",
-       shows="Flatten, Unflatten, view, reshape, flatten, squeeze, unsqueeze")  # fmt: skip
-_index("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T", "flip", "roll", "adjoint",
-       shows="permute, transpose, flip, roll")  # fmt: skip
+_index(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "view_as",
+    "alias",
+    "squeeze",
+    "unsqueeze",
+    shows="Flatten, Unflatten, view, reshape, flatten, squeeze, unsqueeze",
+)
+_index(
+    "permute",
+    "transpose",
+    "t",
+    "movedim",
+    "swapaxes",
+    "numpy_T",
+    "flip",
+    "roll",
+    "adjoint",
+    shows="permute, transpose, flip, roll",
+)
 _index("clone", "contiguous", "detach", "lift_fresh_copy", shows="Identity, clone, contiguous, detach")
 _index(
     "slice",
@@ -103,8 +141,16 @@ _index("split", "split_with_sizes", "chunk", "unbind", "tensor_split", shows="sp
 _index("expand", "expand_as", "repeat", "repeat_interleave", "broadcast_to", shows="expand, repeat")
 _index("cat", "stack", "concat", "hstack", "vstack", shows="cat, stack")
 _index("slice_scatter", "select_scatter", "copy", "as_strided_scatter", shows="assignment to a slice")
-_index("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d",
-       "zero_pad2d", shows="padding (zeros, reflect, replicate, circular)")  # fmt: skip
+_index(
+    "pad",
+    "constant_pad_nd",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "zero_pad2d",
+    shows="padding (zeros, reflect, replicate, circular)",
+)
 _index("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", shows="PixelShuffle")
 _index("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", shows="Upsample (nearest)")
 
@@ -125,8 +171,15 @@ def _masked_fill(call: Call, *, self: Box, mask: Any, value: Any) -> Ends:
     return torch.where(mask, down, self.lower), torch.where(mask, up, self.upper)
 
 
-@layer("dropout", "feature_dropout", "native_dropout", "alpha_dropout", shows="Dropout (in eval mode)", kind="index",
-       back=linear_back())  # fmt: skip
+@layer(
+    "dropout",
+    "feature_dropout",
+    "native_dropout",
+    "alpha_dropout",
+    shows="Dropout (in eval mode)",
+    kind="index",
+    back=linear_back(),
+)
 def _dropout(call: Call, *, input: Box, p: float, train: bool | None) -> Any:
     if train and p > 0:
         where = call.where.split(": ")[0]
@@ -161,8 +214,16 @@ def _positional(call: Call, options: dict[str, Any]) -> list[Any]:
     return [options[a.name] for a in call.op._schema.arguments[1:] if a.name in options and not a.kwarg_only]
 
 
-_average("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-         "_adaptive_avg_pool2d", shows="AvgPool1d, AvgPool2d, AvgPool3d, AdaptiveAvgPool1d, AdaptiveAvgPool2d")  # fmt: skip
+_average(
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "_adaptive_avg_pool2d",
+    shows="AvgPool1d, AvgPool2d, AvgPool3d, AdaptiveAvgPool1d, AdaptiveAvgPool2d",
+)
 _average("mean", "sum", "cumsum", shows="mean, sum, cumsum")
 _average("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", shows="Upsample (linear, bilinear)")
 
@@ -176,8 +237,14 @@ def _largest(*names: str, shows: str, back: Any = None) -> None:
         return tuple(f if isinstance(f, Tensor) else f[0] for f in found)
 
 
-_largest("max_pool1d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "max_pool2d_with_indices",
-         shows="MaxPool1d, MaxPool3d, AdaptiveMaxPool2d")  # fmt: skip
+_largest(
+    "max_pool1d",
+    "max_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "max_pool2d_with_indices",
+    shows="MaxPool1d, MaxPool3d, AdaptiveMaxPool2d",
+)
 _largest("max_pool2d", shows="MaxPool2d", back=maxpool_back)
 _largest("amax", "amin", shows="amax, amin")
 
