@@ -81,6 +81,7 @@ class Random(nn.Module):
             for p in m.parameters(recurse=False):
                 with torch.no_grad():
                     p.copy_(torch.randn(p.shape, generator=draw) * (0.7 / math.sqrt(max(p[0].numel(), 1))))
+        self.shift: Tensor
         self.register_buffer("shift", torch.randn(self.width, generator=draw))
         self.factor = float(torch.randn((), generator=draw))
 

@@ -26,7 +26,7 @@ def work(rank: int, wrap: str, directory: str) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        wrapped = fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+        wrapped = fully_shard(module, mesh=init_device_mesh("cpu", (2,)))  # type: ignore[assignment]
     part = slice(4 * rank, 4 * rank + 4)
     F.cross_entropy(wrapped(x[part], y=y[part], eps=0.1, method="crown-ibp"), y[part]).backward()
     for ours, whole in zip(wrapped.parameters(), twin.parameters(), strict=True):

@@ -94,7 +94,15 @@ def apply_conv(
             stride, pads, dilation = [1, *stride], [0, *pads], [1, *dilation]
         options: dict[str, Any] = {"act": act, "rounding": call.mode.rounding, "compute": call.mode.compute}
         low, high = interval_conv2d(
-            lower, upper, weight, bias, stride=stride, padding=pads, dilation=dilation, groups=groups, **options
+            lower,
+            upper,
+            weight,
+            bias,
+            stride=stride,
+            padding=(pads[0], pads[1]),
+            dilation=dilation,
+            groups=groups,
+            **options,
         )
         low, high = (low, high) if same else _narrowed(call, (low, high))
         low, high = (low.squeeze(2), high.squeeze(2)) if axes == 1 else (low, high)

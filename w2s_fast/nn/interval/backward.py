@@ -264,7 +264,11 @@ def by_lines(way: Way, a: Tensor, lines: Lines) -> Rows:
     """Rows by lines; where a line is not finite, or knows less than the box, the ends of the box are taken."""
     name, box = way.only
     (low, high), (first, second) = ends(way.call, way.out), ends(way.call, box)
-    fine = (first.abs() < torch.inf) & (second.abs() < torch.inf) & torch.isfinite(sum(lines))
+    fine = (
+        (first.abs() < torch.inf)
+        & (second.abs() < torch.inf)
+        & torch.isfinite(lines.low + lines.below + lines.slope + lines.above)
+    )
     zero = torch.zeros_like(lines.low)
     slopes = [torch.where(fine, v, zero) for v in (lines.low, lines.slope)]
     shifts = [torch.where(fine, v, end) for v, end in ((lines.below, low), (lines.above, high))]
@@ -388,7 +392,7 @@ def maxpool_back(way: Way, a: Tensor) -> Rows:
     pads = options[2] if len(options[2]) == 2 else [options[2][0]] * 2
     padded = F.pad(upper, (pads[1], pads[1], pads[0], pads[0]), value=-torch.inf)
     kernel = options[0] if len(options[0]) == 2 else [options[0][0]] * 2
-    windows = F.unfold(padded, kernel, options[3], 0, options[1]).unflatten(1, (lower.shape[1], -1))
+    windows = F.unfold(padded, tuple(kernel), options[3], 0, options[1]).unflatten(1, (lower.shape[1], -1))
     rivals = (windows > lowest.flatten(2).unsqueeze(2)).sum(2).reshape(lowest.shape)
     own = upper.flatten(2).gather(2, index.flatten(2)).reshape(lowest.shape)
     alone = rivals == (own > lowest).to(rivals.dtype)

@@ -86,7 +86,8 @@ def _limits(clip: Any, x: Tensor) -> tuple[Any, Any] | None:
 def _to(value: Any, like: Tensor) -> Tensor:
     """A number or tensor, exactly."""
     if isinstance(value, Tensor):
-        return value.to(like.device, like.dtype if like.dtype == torch.float64 else value.dtype)
+        moved: Tensor = value.to(like.device, like.dtype if like.dtype == torch.float64 else value.dtype)
+        return moved
     return torch.full((), value, dtype=torch.float64, device=like.device)
 
 

@@ -82,9 +82,9 @@ class IntervalPass:
             weight, bias = (self._env.filled(last.bound[k]) for k in ("weight", "bias"))
             if box.ball is None and weight.dtype == box.lower.dtype:
                 if not looks(label):
-                    return MARGIN_LOGITS(
-                        *map(rows, (box.lower, box.upper, weight)), bias, label, True, self._mode.sound
-                    )  # type: ignore[no-any-return]
+                    flat = map(rows, (box.lower, box.upper, weight))
+                    found: Tensor = MARGIN_LOGITS(*flat, bias, label, True, self._mode.sound)
+                    return found
                 return margin_logits(box.lower, box.upper, weight, bias, label, rounding=self._mode.rounding)
         box = self._output()
         label = self._labels(y, box)
@@ -172,7 +172,7 @@ _LIVE: weakref.WeakValueDictionary[int, IntervalModule] = weakref.WeakValueDicti
 _NUMBERS = itertools.count()
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _in_graph(
     number: int, flags: str, ask: str, x: Tensor, y: Tensor | None, eps: Any, rounding: Any, clip: Any, method: Any,
     norm: Any, clean: bool, *states: Tensor,

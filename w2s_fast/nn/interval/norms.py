@@ -31,7 +31,7 @@ def norm_clean(norm: dict[str, Any], clean: Tensor | None) -> Tensor | None:
     """The norm of the clean activations; in training mode the running statistics move."""
     if clean is None:
         return None
-    own = (norm["running_mean"], norm["running_var"], norm["weight"], norm["bias"])
+    own: tuple[Any, ...] = (norm["running_mean"], norm["running_var"], norm["weight"], norm["bias"])
     own = (
         tuple(t if t is None else t.to(clean.dtype) for t in own)
         if own[2] is not None and own[2].dtype != clean.dtype

@@ -206,8 +206,8 @@ def product_sum(call: Call, first: Any, second: Any, positive: bool = False) -> 
     if call.sound:
         size = torch.matmul(torch.maximum(al.abs(), au.abs()), torch.maximum(bl.abs(), bu.abs()))
     if positive:
-        low = al @ bl.clamp_min(0) + au @ bl.clamp_max(0)
-        return finished(call, low, au @ bu.clamp_min(0) + al @ bu.clamp_max(0), size, k)
+        least = al @ bl.clamp_min(0) + au @ bl.clamp_max(0)
+        return finished(call, least, au @ bu.clamp_min(0) + al @ bu.clamp_max(0), size, k)
     if al.ndim < 2 or bl.ndim < 2:
         return bilinear(call, torch.matmul, first, second, k)
     low: Any = 0.0
@@ -231,7 +231,8 @@ def _matmul(call: Call, *, self: Any, other: Any = None, mat2: Any = None, vec: 
 def _addmm(call: Call, *, self: Any, beta: Any = 1, alpha: Any = 1, **given: Any) -> Ends:
     if beta != 1 or alpha != 1:
         refuse(f"{call.where} with beta or alpha")
-    first, second = given.get("mat1", given.get("batch1")), given.get("mat2", given.get("batch2"))
+    first: Any = given.get("mat1", given.get("batch1"))
+    second: Any = given.get("mat2", given.get("batch2"))
     low, high = (
         product_sum(call, first, second) if isinstance(first, Box) or isinstance(second, Box) else (first @ second,) * 2
     )
@@ -251,8 +252,8 @@ def _einsum(call: Call, *, equation: str, tensors: Any, path: Any = None) -> End
     if len(tensors) == 1:
         low, high = ends(call, tensors[0])
         size = _sized(call, torch.maximum(low.abs(), high.abs()))
-        return finished(call, *(torch.einsum(equation, t) for t in (low, high)),
-                        None if size is None else torch.einsum(equation, size), terms)  # fmt: skip
+        size = None if size is None else torch.einsum(equation, size)
+        return finished(call, torch.einsum(equation, low), torch.einsum(equation, high), size, terms)
     a, b = tensors
     if isinstance(a, Box) and isinstance(b, Box):
         return bilinear(call, lambda x, y: torch.einsum(equation, x, y), a, b, terms)

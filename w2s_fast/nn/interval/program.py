@@ -278,7 +278,7 @@ class Env:
         if all(s.clean is not None for s in sources):
             clean = node.target(*self.filled(node.args, self._clean), **self.filled(dict(node.kwargs), self._clean))
             clean = clean[0] if isinstance(clean, (tuple, list)) else clean
-        return Box(*found, clean)
+        return Box(found[0], found[1], clean)
 
     def _constant(self, step: Step) -> Any:
         node = step.node

@@ -368,13 +368,13 @@ def _converted(program: Any, versions: dict[str, str] | None) -> Trace:
         else:
             refuse(f"an input of kind {spec.kind.name}")
     mutated = [(states[own], new) for own, new in (versions or {}).items() if own in states]
-    outputs = []
+    outputs: list[Any] = []
     for spec in signature.output_specs:
         name = getattr(spec.arg, "name", None)
         if spec.kind == OutputKind.USER_OUTPUT:
             outputs.append(name)
         elif spec.kind == OutputKind.BUFFER_MUTATION:
-            mutated.append((tuple(spec.target.split(".")), name))
+            mutated.append((tuple(spec.target.split(".")), str(name)))
         elif spec.kind != OutputKind.USER_INPUT_MUTATION:
             refuse(f"an output of kind {spec.kind.name}")
     last = next(n for n in program.graph.nodes if n.op == "output")
