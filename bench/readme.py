@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..files import write_text
 from . import tables
 from .report import RESULTS, Report
 
@@ -61,9 +62,11 @@ def updated(readme: str, body: str) -> str:
 
 def write(readme: Path = README, folder: Path = RESULTS) -> bool:
     """Regenerate README; True if it changed."""
+    if not readme.is_file():
+        raise ValueError("--readme rewrites README.md of a source tree; this is an installed package")
     before = readme.read_text(encoding="utf-8")
     after = updated(before, text(folder))
-    readme.write_text(after, encoding="utf-8")
+    write_text(readme, after)
     return before != after
 
 

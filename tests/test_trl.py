@@ -1,5 +1,9 @@
 """Our SFT and DPO trainers against TRL's own on a tiny model: losses, gradients' steps, metrics."""
 
+import ast
+import inspect
+import re
+
 import pytest
 import torch
 
@@ -94,6 +98,7 @@ def assert_same(found, expected, metrics):
 
 @pytest.mark.parametrize(("kind", "settings"), [
     ("llama", {}), ("llama", {"completion_only_loss": False}), ("gemma2", {}), ("granite", {}),
+    ("llama", {"loss_type": "dft"}), ("gemma2", {"loss_type": "dft"}),
 ])  # fmt: skip
 def test_sft(kind, settings, tokenizer, tmp_path):
     def args():
@@ -115,6 +120,9 @@ REWARDS = [
     ("llama", {"loss_type": "sigmoid"}), ("llama", {"loss_type": "ipo", "beta": 0.5}),
     ("llama", {"loss_type": "hinge"}), ("gemma2", {}), ("granite", {}), ("llama", {"precompute_ref_log_probs": True}),
     ("llama", {"precompute_ref_log_probs": True, "loss_type": "ipo"}),
+    ("llama", {"loss_type": ["ipo", "sft", "sigmoid_norm"], "loss_weights": [0.5, 2.0, 1.0]}),
+    ("granite", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "ld_alpha": 0.3}),
+    ("llama", {"loss_type": "sigmoid", "ld_alpha": 0.0, "precompute_ref_log_probs": True}),
 ])  # fmt: skip
 def test_dpo(kind, settings, tokenizer, tmp_path):
     def args():
@@ -125,6 +133,49 @@ def test_dpo(kind, settings, tokenizer, tmp_path):
         for module in (ours, trl)
     )
     assert_same(found, expected, REWARDS)
+
+
+def their_types():
+    """The loss types that the installed TRL's DPO knows, from the list in its own error."""
+    source = inspect.getsource(trl.DPOTrainer)
+    return ast.literal_eval("[" + re.sub(r'"\s*"', "", source.split("Should be one of [")[1]).split("]")[0] + "]")
+
+
+def test_every_loss_type_of_trl(tokenizer, tmp_path):
+    """Loss and all gradients of a batch are those that TRL's own trainer makes, for each type and all at once."""
+    types = their_types()
+    assert set(types) == set(ours.LOSSES)
+    settings = {**COMMON, "beta": 0.3, "label_smoothing": 0.1, "discopop_tau": 0.4}
+    args = trl.DPOConfig(output_dir=str(tmp_path), **settings)
+    made = [
+        module.DPOTrainer(model=make(), ref_model=make(seed=1), args=args, train_dataset=DPO_DATA,
+                          processing_class=tokenizer)
+        for module in (ours, trl)
+    ]  # fmt: skip
+    (batch, *_) = made[0].get_train_dataloader()
+    four = made[0].data_collator([made[0].train_dataset[i] for i in (0, 2, 5, 7)])
+    for chosen in ([one] for one in types):
+        check_loss_types(tokenizer, tmp_path, made, four, chosen, None)
+    check_loss_types(tokenizer, tmp_path, made, batch, types, [0.1 * (i + 1) for i in range(len(types))])
+
+
+def check_loss_types(tokenizer, tmp_path, made, batch, types, weights):
+    found = []
+    for trainer in made:
+        trainer.loss_types, trainer.loss_weights = types, weights or [1.0]
+        trainer.args.loss_type, trainer.args.loss_weights = types, weights
+        if isinstance(trainer, ours.DPOTrainer):
+            trainer._choose_losses()
+        trainer.model.train()
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in trainer.model.parameters()]))
+    (loss, grads), (their_loss, their_grads) = found
+    assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5, abs=1e-6), types
+    for got, want in zip(grads, their_grads, strict=True):
+        scale = float(want.abs().max())
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * scale + 1e-9, msg=lambda m: f"{types}: {m}")
 
 
 @pytest.mark.parametrize("name", ["SFTTrainer", "DPOTrainer"])
@@ -159,11 +210,11 @@ def test_refusals(tokenizer, tmp_path):
 
     with pytest.raises(ValueError, match=r"trl.SFTTrainer: model must be one of .*, got MixtralForCausalLM"):
         sft(MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2)))
-    with pytest.raises(ValueError, match=r"trl.SFTTrainer: loss_type must be"):
-        sft(make(), loss_type="dft")
-    with pytest.raises(ValueError, match=r"trl.DPOTrainer: loss_type must be"):
-        dpo(loss_type="apo_zero")
-    with pytest.raises(ValueError, match=r"trl.DPOTrainer: loss_type must be one loss type"):
-        dpo(loss_type=["sigmoid", "ipo"], loss_weights=[1.0, 1.0])
+    with pytest.raises(ValueError, match=r"trl.DPOTrainer: loss_type must be one of"):
+        dpo(loss_type=["sigmoid", "another"], loss_weights=[1.0, 1.0])
     with pytest.raises(ValueError, match=r"trl.DPOTrainer: args must be with reverse_kl"):
         dpo(f_divergence_type="js_divergence")
+    with pytest.raises(ValueError, match=r"trl.DPOTrainer: args must be with reverse_kl"):
+        dpo(use_weighting=True)
+    with pytest.raises(ValueError, match=r"trl.DPOTrainer: label_smoothing must be in"):
+        dpo(loss_type="robust", label_smoothing=0.5)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,18 @@ def fail(
 ) -> NoReturn:
     """Raise the one error a bad argument gets."""
     raise error(f"w2s_fast.{op}: {argument} must be {requirement}, got {got}." + (f" {hint}" if hint else ""))
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports of packages that the extra ``name`` brings: of a missing one the error says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        what = f"{package} is not installed" if package.isidentifier() else str(error)
+        message = f'w2s_fast: {what}: pip install "w2s_fast[{name}]"'
+        raise ModuleNotFoundError(message, name=error.name) from error
 
 
 def is_tensor(op: str, argument: str, value: Any, requirement: str = "a tensor") -> Tensor:

@@ -14,7 +14,8 @@ def gate_residual(x: Tensor, y: Tensor, gate: Vector | None = None, *, out: Tens
     Args:
         x: ``(B, N, C)``; float32, bfloat16, float16 or float64; outer strides free.
         y: like x.
-        gate: ``(B, C)``, ``(B, 1, C)`` or ``(1, 1, C)``, or a pair (row ``(C,)``, such a tensor); None is 1.
+        gate: ``(B, C)``, ``(B, 1, C)``, ``(1, 1, C)``, or one a token, ``(B, N, C)`` or ``(1, N, C)``; or a pair (row
+            ``(C,)``, such a tensor); None is 1.
         out: ``(B, N, C)`` to write to, may be x; no gradient then.
 
     Returns:

@@ -18,8 +18,10 @@ from .teachers import (
     DISTILLATION,
     Distillation,
     Kind,
+    Reduction,
     Teacher,
     accumulate_dtype,
+    check_cosine,
     check_head,
     coefficients,
     named_outputs,
@@ -92,6 +94,7 @@ def linear_kd(
     bias: Tensor | None = None,
     teacher_weights: Sequence[float] | None = None,
     tau_scale: bool = True,
+    reduction: Reduction = "batchmean",
     outputs: Sequence[str] = (),
     vocab: Literal["intersect"] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,6 +109,8 @@ def linear_kd(
             ``[V, D_m]`` and ``[V]``, whose logits are not held whole either.
         kind, alpha, tau, beta_jsd, beta_sce, power_student, power_teacher, target, hard, weights, ignore_index,
             teacher_weights, tau_scale, outputs, vocab: see `kd_loss`.
+        reduction: see `kd_loss`; ``"none"`` is refused, as entries are as large as the logits (``outputs=("kd",)``
+            has a number a row).
         bias: ``[V]`` or None.
 
     Returns:
@@ -124,6 +129,9 @@ def linear_kd(
         0.0
     """
     op = "linear_kd"
+    if reduction == "none":
+        checks.fail(op, "reduction", '"batchmean", "sum" or "mean"', repr(reduction),
+                    'Entries are as large as the logits, which are never held whole; outputs=("kd",) has the rows.')
     checks.is_float_tensor(op, "hidden", hidden)
     checks.is_float_tensor(op, "lm_head", lm_head)
     if hidden.ndim < 1:
@@ -138,9 +146,10 @@ def linear_kd(
     found = checked(op, student, batch, teachers, lm_head.shape[0], teacher_weights, vocab, linear=True)
     tensors, forms, shares, width = found
     head, offset = unit_stride(lm_head[:width]), None if bias is None else bias[:width].contiguous()
-    scale = tau * tau if tau_scale else 1.0
+    check_cosine(op, number, forms)
+    scale = tau * tau if tau_scale and kind != "cosine" else 1.0
     dtype = accumulate_dtype(student, tensors)
-    rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale)
+    rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale, reduction)
     given = Distillation(tensors, forms, shares, number, tau, beta, power, *rows)
     need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (student, head, offset)]
     statistics = any(name not in ("kd", "ce") for name in outputs)

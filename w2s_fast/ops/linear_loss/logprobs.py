@@ -54,7 +54,8 @@ def _backward(ctx: Any, grad_logp: Tensor, grad_lse: Tensor, *_: Any) -> dict[st
         keep = target != ignore_index
         coefs = [torch.where(keep, g, 0.0) for g in (grad_logp, grad_lse - grad_logp)]
         grads = LINEAR_LOSS_BACKWARD.on(ctx.backend)(
-            *given, lse, target.unsqueeze(1), coefs[0].unsqueeze(1), coefs[1], None, None, None, None, *need
+            *given, lse, target.unsqueeze(1), coefs[0].unsqueeze(1), coefs[1], None, None, None, None, None,
+            *need,
         )
         return by_name(grads, need, weights)
     return _from_expectations(given, target, ignore_index, rows, logits, grad_logp, grad_lse, need)
