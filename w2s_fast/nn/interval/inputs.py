@@ -140,7 +140,8 @@ def labels(y: Any, batch: int, classes: int) -> Tensor:
         checks.fail(OP, "y", f"of shape ({batch},)", tuple(y.shape))
     if looks(y):
         checks.index_range(OP, "y", y, classes)
-    return y.long()
+    found: Tensor = y.long()
+    return found
 
 
 def boxes(x: Any, eps: Any, sound: bool, clip: Clip, norm: float, clean: bool) -> list[Any]:

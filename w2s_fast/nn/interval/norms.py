@@ -37,7 +37,7 @@ def norm_clean(norm: dict[str, Any], clean: Tensor | None) -> Tensor | None:
         if own[2] is not None and own[2].dtype != clean.dtype
         else own
     )
-    return F.batch_norm(clean, *own, _trains(norm), norm["momentum"], norm["eps"])
+    return F.batch_norm(clean, *own[:4], _trains(norm), norm["momentum"], norm["eps"])  # type: ignore[call-arg]
 
 
 def scale_of(norm: dict[str, Any], mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

@@ -158,7 +158,8 @@ def _pow(call: Call, *, self: Any, exponent: Any = 2) -> Ends:
         if exponent == 2:
             return square(call, self)
         if exponent == 0.5:
-            return sqrt(call, self=self)
+            root: Ends = sqrt(call, self=self)
+            return root
         if float(exponent).is_integer() and exponent > 0:
             odd = int(exponent) % 2
             low, high = ends(call, self)
