@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A process a core: most of a test's time is Python. They share the cores, so nobody may spin while it waits.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: install bench bench-full test test-full lint aot demo cuda-check readme clean
 install: $(STAMP)
@@ -22,6 +24,9 @@ $(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
 	-$(BIN)/pip install --quiet --no-deps --no-build-isolation auto_LiRPA==0.3 appdirs sortedcontainers
 	-$(BIN)/pip install --quiet --no-deps cut-cross-entropy==25.1.1
 	-$(BIN)/pip install --quiet --no-deps --target $(VENV)/ctrain ctrain==0.6.1
+	# the oldest Triton that is supported, and a checker of compiled kernels (it runs here whatever it declares), beside ours
+	-$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
+	-$(BIN)/pip install --quiet --no-deps --ignore-requires-python --target $(VENV)/ttsem ttsem==0.1.0
 	touch $@
 
 bench: $(STAMP)
@@ -31,10 +36,10 @@ bench-full: $(STAMP)
 	$(BIN)/w2s-fast bench --full
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: $(STAMP)
-	W2S_FAST_TEST_FULL=1 $(BIN)/python -m pytest
+	W2S_FAST_TEST_FULL=1 $(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

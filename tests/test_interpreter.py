@@ -1,6 +1,6 @@
 """Triton kernels on CPU tensors, in a process of their own: TRITON_INTERPRET=1 acts when a kernel is decorated.
 
-In a process without it this file is one test, which runs the rest in a child.
+In a process without it this file is a few tests, each of which runs a part of the rest in a child.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ def _samples() -> list[Sample]:
     return [s for s in all_samples() if s.op not in OPS or OPS[s.op].triton is not None]
 
 
+SHARDS = 4
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the child")
-def test_in_a_process_of_its_own():
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_in_a_process_of_its_own(shard: int):
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}  # its products are too small to share
+    env = {name: value for name, value in env.items() if not name.startswith("PYTEST_XDIST")}
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:xdist", __file__]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", __file__], env=env,
-        capture_output=True, text=True, timeout=2400, check=False,
+        [*command, "--shard", f"{shard}/{SHARDS}"], env=env, capture_output=True, text=True, timeout=2400, check=False
     )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
 
 
 pytestmark: list[pytest.MarkDecorator] = []
@@ -374,3 +379,61 @@ def test_a_preference_makes_its_logits_once(monkeypatch: pytest.MonkeyPatch):
         with w2s_fast.backend("triton"):
             w2s_fast.linear_preference(torch.zeros(4, 3, 3), w, y, pairs, kind="simpo")[0].backward()
         assert seen == expected
+
+
+def _padded_call(name: str, h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A scalar loss of one op over rows of which some do not count."""
+    if name == "linear_ce":
+        return w2s_fast.linear_ce(h, w, y, reduction="sum")
+    if name == "linear_ce, none":
+        return w2s_fast.linear_ce(h, w, y, reduction="none").sum()
+    if name == "linear_ce, dense":
+        dense = torch.linspace(0.1, 1, y.numel() * len(w)).reshape(*y.shape, len(w))
+        return w2s_fast.linear_ce(h, w, soft_target=dense, weights=(y >= 0).float(), reduction="sum")
+    if name == "linear_kd":
+        teacher = torch.linspace(-1, 1, y.numel() * len(w)).reshape(*y.shape, len(w))
+        return w2s_fast.linear_kd(h, w, [("logits", teacher)], target=y)[0]
+    if name == "linear_logp":
+        return w2s_fast.linear_logp(h, w, y)[0].sum()
+    if name == "linear_fusion_cross_entropy":
+        return w2s_fast.linear_fusion_cross_entropy([h, h], [w, w + 1], y, weights=torch.ones(*y.shape, 2))
+    pairs = torch.tensor([[0, 1], [2, 3]])
+    return w2s_fast.linear_preference(h, w, y, pairs, kind="simpo")[0]
+
+
+@interpreted
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["linear_ce", "linear_ce, none", "linear_ce, dense", "linear_kd", "linear_logp", "linear_preference",
+     "linear_fusion_cross_entropy"],
+)  # fmt: skip
+def test_padding_that_holds_nan(name: str, captured: bool, monkeypatch: pytest.MonkeyPatch):
+    """Rows that do not count reach neither loss nor gradients, also where a CUDA graph's capture computes every row."""
+    from w2s_fast.kernels.linear_loss import packing, preference
+
+    g = torch.Generator().manual_seed(0)
+    h, w = torch.randn(4, 3, 5, generator=g), torch.randn(11, 5, generator=g)
+    y = torch.randint(0, 11, (4, 3), generator=g)
+    y[:, 0] = -100
+    results = []
+    for poison in (0.0, NAN):
+        hidden = h.masked_fill((y < 0)[..., None], poison).requires_grad_()
+        head = w.clone().requires_grad_()
+        with monkeypatch.context() as patch, w2s_fast.backend("triton"):
+            if captured:
+                patch.setattr(packing, "capturing", lambda like: True)
+                patch.setattr(preference, "capturing", lambda like: True)
+            loss = _padded_call(name, hidden, head, y)
+            results.append((loss.detach(), *torch.autograd.grad(loss, (hidden, head))))
+    for clean, poisoned in zip(*results, strict=True):
+        assert bool(clean.isfinite().all()), name
+        torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)
+
+
+@interpreted
+def test_one_and_many_candidates():
+    """top_k = 1 is a plain integer to a compiled kernel."""
+    z = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    with w2s_fast.backend("triton"):
+        assert torch.equal(w2s_fast.fused_sample(z, top_k=1).token, z.argmax(-1))

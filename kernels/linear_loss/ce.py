@@ -100,8 +100,8 @@ def _ce_kernel(
 
 def launch_linear_ce(*args: Any) -> tuple[Any, ...]:
     """Arguments of `linear_ce` -> its outputs."""
-    keep = args[8] if args[12] is None else None  # a dense target is [T, V]: not copied
-    return packed(_all_rows, args, keep, (0, 3, 8, 9, 10, 11, 13), (1, 2, 3, 4, 5, 6, 7, 10))
+    dense = args[12] is not None  # [T, V]: not copied
+    return packed(_all_rows, args, args[8], (0, 3, 8, 9, 10, 11, 13), (1, 2, 3, 4, 5, 6, 7, 10), every_row=dense)
 
 
 def _all_rows(*args: Any) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ SCRATCH = 1 << 30
 ROWS = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first", "chunk", "blocks"])  # they change with every batch
 def logits_kernel(
     models, count, first, chunk, vocab, blocks, o_z,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, DOT_F32: tl.constexpr,
@@ -62,7 +62,8 @@ def gradient_row(
     K, sign, keep, CAP: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dz = slope (p (coef + coef_log log p) + coef_all + coef_dense dense + sum_k sign coefs_k [v = ids_k]), with p =
-    unit exp(z - line) and log p = z - log_line."""
+    unit exp(z - line) and log p = z - log_line. It may overwrite the logits, once every thread has read its label's."""
+    tl.debug_barrier()
     for start in range(0, vocab, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z, slope, mask = row_block(i_z, cols, vocab, scale, cap, CAP)

@@ -49,9 +49,11 @@ def launch_linear_loss_backward(*args: Any) -> tuple[Any, ...]:
     keep = (coef != 0) | (coefs != 0).any(1)
     for rows in (log, everywhere):
         keep = keep if rows is None else keep | (rows != 0)
-    if dense is not None:  # [T, V]: not copied
-        keep = None
-    return packed(_all_rows, args, keep, (0, 3, 8, 9, 10, 11, 12, 13), (0, 3))
+    if dense is not None:
+        share = args[15]
+        keep = keep | (True if share is None else share != 0)
+    # a dense target is [T, V]: not copied
+    return packed(_all_rows, args, keep, (0, 3, 8, 9, 10, 11, 12, 13), (0, 3), every_row=dense is not None)
 
 
 def _all_rows(*args: Any) -> tuple[Any, ...]:

@@ -2,8 +2,9 @@
 
 First (max, log sum) of the student's and each teacher's row, then one sweep for D and the mean that its gradient needs,
 one for the gradient; see reference/linear_loss/distillation.py for the equations. Floor: every logit read once, the
-gradient written once; the sweeps after the first read from the L2 cache. linear_kd makes the logits of a chunk of rows
-with `rows.logits` and spends its gradient in two products of the library.
+gradient written once. Each sweep reads the row again, from memory where the rows in flight (a few hundred of a language
+model's) are more than the L2 cache holds. linear_kd makes the logits of a chunk of rows with `rows.logits` and spends
+its gradient in two products of the library.
 """
 
 from __future__ import annotations
@@ -174,6 +175,7 @@ def _row_kernel(
         hard = 0.0
         if HARD:
             hard = tl.load(coef_ce + at).to(tl.float32)
+        tl.debug_barrier()  # the sweep may overwrite the logits, once every thread has read its label's
         for start in range(0, vocab, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             mask = cols < vocab

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dispatch import backend as use_backend
-from .accuracy import Errors, measure
+from .accuracy import Errors, measure, pooled
 from .samples import Sample, tensors, to_double, with_grad
+
+#: Draws that decide where the first one is beyond the policy.
+DRAWS = 8
 
 
 class Mismatch(AssertionError):
@@ -19,9 +23,31 @@ class Mismatch(AssertionError):
 def compare(sample: Sample, backend: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> float:
     """Run ``sample`` and return the largest share of the allowed error that was used (at most 1).
 
+    Where one draw of the inputs is beyond the policy, the errors of `DRAWS` draws together decide.
+
     Raises:
         Mismatch: an output or gradient beyond the policy, naming it.
     """
+    first = dict(_draw(sample, backend, dtype, device, seed))
+    if all(errors.worst <= 1.0 for errors in first.values()):
+        return max((errors.worst for errors in first.values()), default=0.0)
+    draws = [first] + [dict(_draw(sample, backend, dtype, device, seed + i)) for i in range(1, DRAWS)]
+    worst = 0.0
+    for name in first:
+        found = pooled([draw[name] for draw in draws])
+        if not found.worst <= 1.0:
+            raise Mismatch(
+                f"{sample.id} {dtype} {name}: {found.worst:.3g} times the allowed error over {DRAWS} draws: {found}; "
+                f"the first draw alone {first[name].worst:.3g}"
+            )
+        worst = max(worst, found.worst)
+    return worst
+
+
+def _draw(
+    sample: Sample, backend: str, dtype: torch.dtype, device: str, seed: int
+) -> Iterator[tuple[str, Errors]]:
+    """The errors of every output and gradient for one draw of the inputs, by name."""
     args, kwargs = sample.inputs(dtype, device, seed)
     args64, kwargs64 = to_double((args, kwargs))
     with torch.no_grad():
@@ -29,17 +55,16 @@ def compare(sample: Sample, backend: str, dtype: torch.dtype, device: str = "cpu
             ours = sample.call(args, kwargs)
         if sample.verify is not None:
             sample.verify(args64, kwargs64, ours)
-            worst = 0.0
         else:
             with use_backend("reference"):
                 eager, exact = sample.call(args, kwargs), sample.call(args64, kwargs64)
-            worst = _worst(sample, "output", tensors(ours), tensors(eager), tensors(exact), dtype, "forward")
+            yield from _errors(sample, "output", tensors(ours), tensors(eager), tensors(exact), dtype)
     if sample.grad:
-        worst = max(worst, _gradients(sample, backend, dtype, args, kwargs))
-    return worst
+        yield from _errors(sample, "gradient", *_gradients(sample, backend, args, kwargs), dtype)
 
 
-def _gradients(sample: Sample, backend: str, dtype: torch.dtype, args: Any, kwargs: Any) -> float:
+def _gradients(sample: Sample, backend: str, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients in all inputs: ours, eager's, float64's."""
     found = []
     for name, inputs in (
         (backend, (args, kwargs)),
@@ -58,27 +83,16 @@ def _gradients(sample: Sample, backend: str, dtype: torch.dtype, args: Any, kwar
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         found.append([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)])
     ours, eager, exact = found
-    return _worst(sample, "gradient", ours, eager, exact, dtype, "gradient")
+    return ours, eager, exact
 
 
-def _worst(
-    sample: Sample,
-    what: str,
-    ours: list[Tensor],
-    eager: list[Tensor],
-    exact: list[Tensor],
-    dtype: torch.dtype,
-    kind: str,
-) -> float:
-    worst = 0.0
+def _errors(
+    sample: Sample, what: str, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, Errors]]:
     for index, (a, e, r) in enumerate(zip(ours, eager, exact, strict=True)):
-        where = f"{sample.id} {dtype} {what} {index}"
-        if not a.is_floating_point():
-            if not torch.equal(a, r):
-                raise Mismatch(f"{where}: {int((a != r).sum())} of {a.numel()} integers differ")
-            continue
-        errors: Errors = measure(a, e, r, a.dtype if kind == "forward" else dtype, kind)
-        if not errors.worst <= 1.0:
-            raise Mismatch(f"{where}: {errors.worst:.3g} times the allowed error: {errors}")
-        worst = max(worst, errors.worst)
-    return worst
+        if a.is_floating_point():
+            own, kind = (a.dtype, "forward") if what == "output" else (dtype, "gradient")
+            yield f"{what} {index}", measure(a, e, r, own, kind)
+        elif not torch.equal(a, r):
+            where = f"{sample.id} {dtype} {what} {index}"
+            raise Mismatch(f"{where}: {int((a != r).sum())} of {a.numel()} integers differ")

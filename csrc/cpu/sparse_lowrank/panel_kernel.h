@@ -5,7 +5,7 @@
 // in L2. Rows come in runs of equal length Q, unrolled; longer rows take the general loop.
 #include "cpu/pack_kernel.h"
 
-// y[row] += sum_q v x[column]
+// y[row] += sum_q v x[column]; a block's sum is made by itself, so that no row is one long chain of roundings
 template <class A, int NV, int Q>
 W2S_INLINE void gather_run(const Run& run, const A* v, const A* x, A* y) {
   using V = Vec<A>;
@@ -15,14 +15,15 @@ W2S_INLINE void gather_run(const Run& run, const A* v, const A* x, A* y) {
   for (int64_t i = 0; i < run.count; ++i, v += q, column += q) {
     A* p = y + (run.row ? run.row[i] : i) * P;
     V sum[NV];
-    for (int n = 0; n < NV; ++n) sum[n] = V::load(p + n * V::W);
+    const V first = V::set(v[0]);
+    for (int n = 0; n < NV; ++n) sum[n] = first * V::load(x + column[0] * P + n * V::W);
 #pragma GCC unroll 8
-    for (int64_t k = 0; k < q; ++k) {
+    for (int64_t k = 1; k < q; ++k) {
       const V value = V::set(v[k]);
       const A* from = x + column[k] * P;
       for (int n = 0; n < NV; ++n) sum[n] = V::fma(value, V::load(from + n * V::W), sum[n]);
     }
-    for (int n = 0; n < NV; ++n) sum[n].store(p + n * V::W);
+    for (int n = 0; n < NV; ++n) (V::load(p + n * V::W) + sum[n]).store(p + n * V::W);
   }
 }
 
