@@ -15,7 +15,7 @@ from ...ops.interval_bounds.inputs import COMPUTES, ROUNDINGS, Compute, Rounding
 from ...ops.interval_bounds.margin import MARGIN_LOGITS, margin_logits
 from ...reference.interval_bounds.boxes import outward
 from . import backward
-from .boxes import OP, Box, Choices, Mode, finished_margins, refuse
+from .boxes import OP, Box, Call, Choices, Mode, ends, finished, finished_margins, refuse, wide
 from .inputs import Clip, boxes, labels, looks
 from .program import Env, Program, program
 from .samples import Samples
@@ -91,6 +91,53 @@ class IntervalPass:
         own = box.lower.gather(1, label[:, None])
         z = finished_margins(self._mode, box.upper, own)
         return z.scatter(1, label[:, None], 0.0)
+
+    def specified(self, C: Tensor, method: Method = "ibp") -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds ``[B, S]`` of ``C output``.
+
+        Args:
+            C: specifications ``[B, S, outputs]`` or ``[1, S, outputs]``; constants. A last Linear is merged with them
+                under ``"ibp"``.
+            method: see `IntervalModule.bounds`.
+        """
+        shape = tuple(self._program.shapes.get(self._program.trace.output, ()))
+        checks.is_float_tensor(OP, "C", C)
+        if len(shape) != 2:
+            checks.fail(OP, "model", "one whose output is [B, C] for specifications", shape)
+        if C.ndim != 3 or C.shape[0] not in (1, shape[0]) or C.shape[2] != shape[1]:
+            checks.fail(OP, "C", f"of shape ({shape[0]}, S, {shape[1]})", tuple(C.shape))
+        if self._backward(method) and shape[0] and C.shape[1]:
+            own = self._output().lower.dtype
+            kind = torch.float64 if self._mode.sound else own
+            samples, output = self._samples(), self._program.trace.output
+            samples.in_order(output)
+            rows = C.to(kind).expand(shape[0], -1, -1).transpose(0, 1)  # [S, B, outputs]
+            both = self._upper(samples, output, torch.cat((-rows, rows))).t()
+            return -both[:, : C.shape[1]], both[:, C.shape[1] :]
+        return self._specified_ibp(C)
+
+    def _specified_ibp(self, C: Tensor) -> tuple[Tensor, Tensor]:
+        """``C W`` times the box before a last Linear, else C times the box of the output."""
+        last = self._program.last
+        box = self._output() if last is None else self._box(last.boxes[0])
+        call = Call(self._mode, None, box.lower.dtype, (), "C")
+        matrix, shift = wide(call, C), None
+        if last is not None:
+            weight, bias = (self._env.filled(last.bound[k]) for k in ("weight", "bias"))
+            shift = None if bias is None else wide(call, C) @ wide(call, bias)
+            matrix, size = wide(call, C) @ wide(call, weight), wide(call, C).abs() @ wide(call, weight).abs()
+        low, high = ends(call, box)
+        center, radius = (low + high) / 2, (high - low) / 2
+        middle = (matrix @ center.unsqueeze(-1)).squeeze(-1)
+        spread = (matrix.abs() @ radius.unsqueeze(-1)).squeeze(-1)
+        middle = middle if shift is None else middle + shift
+        terms = None
+        if self._mode.sound:
+            size = matrix.abs() if last is None else size
+            terms = (size @ (center.abs() + radius).unsqueeze(-1)).squeeze(-1) + middle.abs()
+            if last is not None and bias is not None:
+                terms = terms + wide(call, C).abs() @ wide(call, bias).abs()
+        return finished(call, middle - spread, middle + spread, terms, matrix.shape[-1] + C.shape[-1])
 
     def _labels(self, y: Tensor, box: Box) -> Tensor:
         if box.lower.ndim != 2:
