@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...nn.interval.module import IntervalModule, Method
+from ...ops.interval_bounds.inputs import Rounding
 from .perturbations import BoundedTensor, plain
 
 OP = "compat.auto_lirpa.BoundedModule"
@@ -102,7 +103,7 @@ class BoundedModule(nn.Module):
         self._last = given
         balls = tuple(t.ptb.ball(plain(t)) if isinstance(t, BoundedTensor) and t.ptb else plain(t) for t in given)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
-        rounding = self.rounding or ("fast" if trains else "sound")
+        rounding: Rounding = self.rounding or ("fast" if trains else "sound")
         found = self.bounded.propagate(balls if len(balls) > 1 else balls[0], rounding=rounding)
         chosen = method_of(method, IBP)
         lower, upper = found.bounds(chosen) if C is None else found.specified(C, chosen)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ... import checks
+from ... import autocast, checks
 from ...ops.interval_bounds.inputs import COMPUTES, ROUNDINGS, Compute, Rounding, rows
 from ...ops.interval_bounds.margin import MARGIN_LOGITS, margin_logits
 from ...reference.interval_bounds.boxes import outward
@@ -26,6 +28,20 @@ METHODS = ("ibp", "crown-ibp", "crown")
 ASKS = ("output", "bounds", "margins", "verified")
 
 
+_Method = Callable[..., Any]
+
+
+def unlowered(method: _Method) -> _Method:
+    """A method of `IntervalPass` outside autocast: a bound in fewer digits would be none."""
+
+    @wraps(method)
+    def run(self: IntervalPass, *args: Any, **kwargs: Any) -> Any:
+        with autocast.off(self.device):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 class IntervalPass:
     """The boxes of every layer, from one pass of `IntervalModule.propagate`: several bounds and losses share it."""
 
@@ -34,6 +50,14 @@ class IntervalPass:
         self._samples = samples
         self._refined: set[str] = set()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        found = self._env.values[self._program.trace.inputs[0]]
+        tensor = found.lower if isinstance(found, Box) else found.clean if isinstance(found, Choices) else found
+        return tensor.device  # type: ignore[no-any-return]
+
+    @unlowered
     def _box(self, name: str) -> Box:
         found = self._env.box(name)
         if not isinstance(found, Box):
@@ -63,6 +87,7 @@ class IntervalPass:
             checks.fail(OP, "clean", "True in propagate for logits", False)
         return clean
 
+    @unlowered
     def bounds(self, method: Method = "ibp") -> tuple[Tensor, Tensor]:
         """See `IntervalModule.bounds`."""
         box = self._output()
@@ -71,6 +96,7 @@ class IntervalPass:
             return self._by_rows(self._program.trace.output, box, samples)
         return box.lower, box.upper
 
+    @unlowered
     def margins(self, y: Tensor, method: Method = "ibp") -> Tensor:
         """See `IntervalModule.margins`."""
         if self._backward(method):
@@ -92,6 +118,7 @@ class IntervalPass:
         z = finished_margins(self._mode, box.upper, own)
         return z.scatter(1, label[:, None], 0.0)
 
+    @unlowered
     def specified(self, C: Tensor, method: Method = "ibp") -> tuple[Tensor, Tensor]:
         """Lower and upper bounds ``[B, S]`` of ``C output``.
 
