@@ -53,7 +53,8 @@ def cuda_sources(torch) -> list[str]:
 
 
 def facts(torch, cuda: list[str], flags: dict[str, list[str]]) -> dict:
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()
+    done = subprocess.run([compiler(), "--version"], capture_output=True, encoding="utf-8", errors="replace")
+    version = done.stdout.splitlines()
     return {
         "compiler": version[0] if version else "unknown",
         "flags": " ".join(flags["cxx"]),

@@ -10,7 +10,6 @@ clock. That both loops compute the same loss is checked before.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import cache_dir, out_folder, write_figure, write_json
 from ..methods._common.digits import digits
 from ..methods._common.report import figure
 from ..methods.certified import fast, ibp
@@ -31,11 +31,13 @@ from ..methods.certified._training import Loss, Ramp, Schedule, Stage, Trainer, 
 from ..nn import bound
 from ..testing.peers import auto_lirpa
 from .cases.interval_networks import _regularisers
+from .command import SOURCE
 from .report import RESULTS
 
 NAMES = ("w2s_fast", "auto_LiRPA")
 COLORS = {"w2s_fast": "#c8553d", "auto_LiRPA": "#3b6fb6"}
-FOLDER = RESULTS / "training"  # a folder of its own: the files in results/ are reports of cases
+# a folder of its own: the files in results/ are reports of cases
+FOLDER = (RESULTS if SOURCE else cache_dir() / "bench") / "training"
 
 
 class Setting(NamedTuple):
@@ -167,7 +169,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     methods = list(dict.fromkeys(found["method"] for found in runs))
     drawn = figure(5.2 * len(methods), 3.8)
     if drawn is None:
-        raise SystemExit("the figure needs matplotlib: pip install matplotlib")
+        raise SystemExit('the figure needs matplotlib: pip install "w2s_fast[plot]"')
     for axis, method in zip(drawn.subplots(1, len(methods), squeeze=False)[0], methods, strict=True):
         for i, found in enumerate(f for f in runs if f["method"] == method):
             for name, curve in found["curves"].items():
@@ -179,7 +181,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         axis.legend([handles[name] for name in NAMES], NAMES, frameon=False)
-    drawn.savefig(path, dpi=120)
+    write_figure(path, drawn, dpi=120)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -189,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--epochs", type=int, help="(default: the method's)")
-    options.add_argument("--out", type=Path, default=FOLDER, help="(default %(default)s)")
+    options.add_argument("--out", type=out_folder, default=str(FOLDER), help="(default %(default)s)")
     given = options.parse_args(arguments)
     torch.set_num_threads(given.threads)
     runs = []
@@ -205,9 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
                   f"{reached[NAMES[1]]:.2f} s on auto_LiRPA ({found['ratio']:.2f}x)", flush=True)  # fmt: skip
         ratios = [found["ratio"] for found in runs if found["method"] == method]
         print(f"{method}: median {statistics.median(ratios):.2f}x", flush=True)
-    given.out.mkdir(parents=True, exist_ok=True)
     facts = {"torch": torch.__version__, "threads": given.threads, "epochs": given.epochs}
-    (given.out / "certified.json").write_text(json.dumps({**facts, "runs": runs}, indent=1))
+    write_json(given.out / "certified.json", {**facts, "runs": runs})
     draw(runs, given.out / "certified.png")
     print(f"wrote {given.out / 'certified.json'}, {given.out / 'certified.png'}")
     return 0

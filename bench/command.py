@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +10,16 @@ from pathlib import Path
 
 import torch
 
+from ..files import cache_dir, writable_folder
 from . import ceilings, harness, readme
 from . import overhead as overheads
 from .case import BACKENDS, KINDS, Case, load
 from .report import RESULTS, Report, new_report
 
+#: whether bench/ lies in a source tree; an installed package is never written to
+SOURCE = (RESULTS.parent.parent / "setup.py").is_file()
 #: where results of this machine go that are not meant to be committed
-LOCAL = RESULTS / "local"
+LOCAL = RESULTS / "local" if SOURCE else cache_dir() / "bench"
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,19 @@ def path_for(report: Report, out: Path | None) -> Path:
     return folder if folder.suffix == ".json" else folder / f"{report.slug}.json"
 
 
+def try_out(options: Options) -> None:
+    """Make and try the place of the results, before the work. Raises OSError saying why it cannot be written."""
+    out = LOCAL if options.out is None else options.out
+    if out.suffix != ".json":
+        writable_folder(out)
+        return
+    writable_folder(out.parent)
+    if out.is_dir():
+        raise OSError(errno.EISDIR, f"--out {out} is a folder, not a result file")
+    if out.exists():
+        Report.load(out)  # other cases that are kept
+
+
 def save(report: Report, options: Options) -> Path:
     """Write the report, merged into what the file already holds of other cases."""
     path = path_for(report, options.out)
@@ -120,6 +137,8 @@ def save(report: Report, options: Options) -> Path:
 
 def write_readme() -> str:
     """Rewrite README's tables and charts from the committed results; says what happened."""
+    if not SOURCE:
+        raise ValueError("--readme rewrites README.md of a source tree; this is an installed package")
     for report in readme.reports():
         from .plots import draw
 

@@ -101,7 +101,18 @@ def _row(case: Case, provider: str, kind: str) -> Row:
 
 
 def serving_backend(case: Case, inputs: tuple[Any, ...], device: str) -> tuple[str, list[tuple[str, str]]]:
-    """The first backend in `auto`'s order that serves the case, and the reasons of those before it."""
+    """The backend that `auto` takes for the case, and the reasons of those before it.
+
+    A kernel that only who asks for it gets (opt-in) is not what `auto` takes, whether or not it could serve.
+    """
+    from .. import dispatch
+
+    try:
+        found = dispatch.explain(case.ours, *inputs)
+    except ValueError:  # the case begins with something else than an op
+        pass
+    else:
+        return found.backend, [(name, why) for name, why in found.rejected if "comes first on" not in why]
     rejected: list[tuple[str, str]] = []
     for name in BACKENDS[device]:
         try:

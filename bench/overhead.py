@@ -20,7 +20,8 @@ def import_seconds(runs: int = 3) -> float:
     root = str(Path(__file__).parent.parent)
     times = []
     for _ in range(runs):
-        done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True, cwd=root)
+        command = [sys.executable, "-c", _IMPORT]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, cwd=root)
         times.append(float(done.stdout.strip().splitlines()[-1]))
     return sorted(times)[len(times) // 2]
 

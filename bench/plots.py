@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .. import checks
+from ..files import write_figure
 from . import tables
 from .harness import Row
 from .report import Report
@@ -12,9 +14,15 @@ from .report import Report
 COLORS = {"eager": "#8c96a5", "compile": "#3b6fb6", "official": "#c8553d", "peer": "#7a9e4b"}
 
 
-def _figure(height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
+def needs() -> type:
+    """matplotlib's Figure. Raises ImportError saying what to install where there is none."""
+    with checks.extra("plot"):
+        from matplotlib.figure import Figure
+    return Figure  # type: ignore[no-any-return]
 
+
+def _figure(height: float) -> tuple[Any, Any]:
+    Figure = needs()
     figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -22,10 +30,9 @@ def _figure(height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, folder: Path, name: str) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{ending}" for ending in ("png", "svg")]
-    figure.savefig(paths[0], dpi=130, metadata={"Software": None})
-    figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+    write_figure(paths[0], figure, dpi=130, metadata={"Software": None})
+    write_figure(paths[1], figure, metadata={"Date": None, "Creator": None})
     return paths
 
 

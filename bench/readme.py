@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..files import write_text
 from . import tables
 from .report import RESULTS, Report
 
@@ -13,7 +14,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def reports(folder: Path = RESULTS) -> list[Report]:
     """The committed results, in the order of their file names."""
-    return [Report.load(path) for path in sorted(folder.glob("*.json"))]
+    return [Report.load(path) for path in sorted(folder.glob("*.json")) if path.name != "effects.json"]
 
 
 def _line(cells: list[str]) -> str:
@@ -61,9 +62,11 @@ def updated(readme: str, body: str) -> str:
 
 def write(readme: Path = README, folder: Path = RESULTS) -> bool:
     """Regenerate README; True if it changed."""
+    if not readme.is_file():
+        raise ValueError("--readme rewrites README.md of a source tree; this is an installed package")
     before = readme.read_text(encoding="utf-8")
     after = updated(before, text(folder))
-    readme.write_text(after, encoding="utf-8")
+    write_text(readme, after)
     return before != after
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from ..files import write_text
 from .ceilings import Ceilings
 from .harness import Row, Settings
 
-#: Committed results, from which README is made. `w2s-fast bench` writes to the folder `local` in it.
+#: Committed results, from which README is made. `w2s-fast bench` writes to the folder `local` in it of a source tree.
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1
 
@@ -34,7 +35,6 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write the JSON, one row a line so that a diff reads."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         head = {
             "schema": SCHEMA,
             "device": self.device,
@@ -44,7 +44,7 @@ class Report:
         }
         text = json.dumps(head, indent=1, ensure_ascii=False)
         lines = ",\n".join(json.dumps(_compact(row), ensure_ascii=False) for row in self.rows)
-        path.write_text(f'{text[:-2]},\n "rows": [\n{lines}\n]\n}}\n', encoding="utf-8")
+        write_text(path, f'{text[:-2]},\n "rows": [\n{lines}\n]\n}}\n')
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -120,7 +120,7 @@ def commit() -> str | None:
     """The source tree's commit, ``+`` if it has changes outside the results; None outside a repository."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, encoding="utf-8", timeout=20)
         if done.returncode:
             raise OSError(done.stderr)
         return done.stdout.strip()

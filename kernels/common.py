@@ -60,9 +60,9 @@ def cdiv(a: int, b: int) -> int:
 
 def dtype(like: Any, name: str) -> Any:
     """The dtype of that name as the tensor ``like`` spells it, because kernels do not import torch."""
-    empty = like.new_empty((0,))
-    methods = {"float32": "float", "float64": "double", "int64": "long", "int32": "int", "bool": "bool"}
-    return getattr(empty, methods[name])().dtype
+    if isinstance(like, Meta):
+        return f"torch.{name}"
+    return getattr(sys.modules["torch"], name)  # loaded, as there is a tensor
 
 
 def capturing(like: Any) -> bool:

@@ -1,4 +1,4 @@
-"""One option: `--shard I/N` runs every N-th test from the I-th on, for the parts of a long file in processes of their own."""
+"""`--shard I/N` runs every N-th test from the I-th on, for the parts of a long file in processes of their own."""
 
 from __future__ import annotations
 

@@ -259,3 +259,17 @@ def test_a_yardstick_must_still_compute_something():
     rows = harness.run([fake_case(providers=providers, targets={})], QUICK, CEILINGS)
     found = {row.provider: row.status for row in rows}
     assert found == {"ours": "ok", "fine": "ok", **dict.fromkeys(broken, "wrong")}
+
+
+def test_ours_is_labelled_with_what_auto_takes(monkeypatch: pytest.MonkeyPatch):
+    """A kernel that could serve but is taken only by who asks for it is not what the row says."""
+    import w2s_fast
+    from w2s_fast import dispatch
+
+    case = fake_case(ours=lambda x: w2s_fast.fuse_logits(x[None], [x[None]]), name="fused")
+    inputs = case.inputs(torch.Generator(), torch.device("cpu"))
+    assert harness.serving_backend(case, inputs, "cpu")[0] == dispatch.explain(case.ours, *inputs).backend
+    rejected = (("cuda", "opt-in: not measured yet"), ("cpp", "triton comes first on cuda"))
+    found = dispatch.Explanation("x", "triton", rejected)
+    monkeypatch.setattr(dispatch, "explain", lambda *_: found)
+    assert harness.serving_backend(case, inputs, "cuda") == ("triton", [("cuda", "opt-in: not measured yet")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,99 @@ def test_the_module_loads_no_kernels_library():
     code = "import sys, w2s_fast.cli; print(*(m in sys.modules for m in ('triton', 'matplotlib', 'transformers')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.split() == ["False", "False", "False"]
+
+
+def test_version(run):
+    found = run("--version")
+    assert found.exit_code == 0 and found.stdout == f"w2s_fast {w2s_fast.__version__}\n"
+
+
+#: A command and the function that does its work.
+WORK = {
+    ("info",): "w2s_fast.info.versions",
+    ("check", "--op", "fuse_logits"): "w2s_fast.check.run",
+    ("bench", "--op", "fuse_logits"): "w2s_fast.bench.command.measure",
+    ("train",): "w2s_fast.methods.available",
+}
+
+
+@pytest.mark.parametrize("words", WORK, ids=lambda words: words[0])
+def test_what_stops_a_command_is_one_sentence(run, monkeypatch, words, tmp_path):
+    import errno
+
+    monkeypatch.setenv("W2S_FAST_CACHE", str(tmp_path))
+    errors = {
+        KeyboardInterrupt(): (130, f"w2s-fast: {words[0]}: stopped"),
+        OSError(errno.ENOSPC, "No space left on device"): (1, "No space left on device"),
+        PermissionError(errno.EROFS, "Read-only file system", "x"): (1, "Read-only file system: 'x'"),
+        Exception("I/O error: No space left on device (os error 28)"): (1, "No space left on device"),
+        ModuleNotFoundError('w2s_fast: y is not installed: pip install "w2s_fast[plot]"'): (1, "w2s_fast[plot]"),
+    }
+    for error, (code, text) in errors.items():
+
+        def work(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(WORK[words], work)
+        found = run(*words)
+        assert found.exit_code == code and isinstance(found.exception, SystemExit), (error, found.exception)
+        (line,) = found.stderr.strip().splitlines()[-1:]
+        assert line.startswith(f"w2s-fast: {words[0]}: ") and text in line
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("a defect of ours")
+
+    monkeypatch.setattr(WORK[words], broken)
+    assert isinstance(run(*words).exception, RuntimeError)
+
+
+@cache
+def _texts(path: Path) -> list[str]:
+    """The strings of a module, f-strings with their parts joined."""
+    import ast
+
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(v.value if isinstance(v, ast.Constant) else "{}" for v in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
+
+
+def _bad_hints(texts: list[str], extras: set[str]) -> list[str]:
+    """Commands that texts name and that do not exist."""
+    import re
+
+    from w2s_fast import methods
+
+    commands, known = {"info", "check", "bench", "effect", "demo", "train"}, set(methods.available())
+    bad = []
+    for text in texts:
+        for extra in re.findall(r"pip install \"?(?:w2s_fast|\.|-e \.)\\?\[(\w+)\\?\]", text):
+            bad += [extra] if extra not in extras else []
+        for words in re.findall(r"`?w2s-fast ([\w-]+(?: [\w-]+)?)", text):
+            command, _, method = words.partition(" ")
+            if command not in commands or (command == "train" and method.islower() and method not in known):
+                bad.append(words)
+        for module in re.findall(r"python -m (w2s_fast(?:\.\w+)+)", text):
+            import importlib.util
+
+            bad += [module] if importlib.util.find_spec(module) is None else []
+    return bad
+
+
+def test_hints_name_commands_that_exist():
+    import re
+
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = ", section, re.M))
+    paths = [*(ROOT / "w2s_fast").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    assert not _bad_hints([text for path in paths for text in _texts(path)], extras)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(.*?)^```|(`[^`\n]+`)", readme, re.M | re.S)
+    assert not _bad_hints(["".join(b) for b in blocks], extras)
+    assert _bad_hints(['pip install "w2s_fast[none]"', "w2s-fast nothing", "w2s-fast train no_such"], extras) != []
+    bare = [t for p in paths for t in _texts(p) if re.search(r"pip install (?!--|-e|\"w2s_fast\[|\"w2s_fast\\)\w", t)]
+    assert not bare, "a missing package's hint names the extra"

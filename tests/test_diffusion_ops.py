@@ -47,6 +47,45 @@ def test_gradcheck(backend):
     )
 
 
+def test_vector_a_token(backend):
+    """(B, N, C) and (1, N, C), alone and beside a row, are what the repeated vector of a sample is, and the formula."""
+    b, n, c = 2, 70, 19
+    x, y = _double(b, n, c), _double(b, n, c)
+    token, shared, sample = (b, n, c), (1, n, c), (b, c)
+    for shapes in ((token,) * 3, (shared, sample, token), (sample, shared, (1, 1, c)), (token, (1, c), (b, 1, c))):
+        gate, shift, scale = (_double(*s) for s in shapes)
+        rows = [_double(c) for _ in range(3)]
+        leaves = (x, y, gate, shift, scale, *rows)
+        wide = [(v if v.ndim == 3 else v[:, None]) + r for v, r in zip((gate, shift, scale), rows, strict=True)]
+        added = x + wide[0] * y
+        want = added, F.layer_norm(added, (c,), eps=1e-6) * (1 + wide[2]) + wide[1]
+        pairs = list(zip(rows, (gate, shift, scale), strict=True))
+        got = w2s_fast.gate_residual_adaln(x, y, *pairs)
+        upstream = [torch.randn(b, n, c, dtype=torch.float64) for _ in range(2)]
+        for a, e in zip(got, want, strict=True):
+            torch.testing.assert_close(a, e)
+        ours = torch.autograd.grad(got, leaves, upstream)
+        for a, e, leaf in zip(ours, torch.autograd.grad(want, leaves, upstream), leaves, strict=True):
+            assert a.shape == leaf.shape
+            torch.testing.assert_close(a, e)
+
+
+def test_vector_a_token_is_the_one_of_a_sample_repeated(backend):
+    """To the bit, in every dtype, and with each gradient alone."""
+    b, n, c = 2, 5, 33
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, y, gate, shift, scale = (torch.randn(s).to(dtype) for s in ((b, n, c),) * 2 + ((b, c),) * 3)
+        each = [v[:, None].expand(b, n, c) for v in (gate, shift, scale)]
+        for form in (each, [v.contiguous() for v in each], [v.mT.contiguous().mT for v in each]):
+            assert torch.equal(w2s_fast.gate_residual(x, y, form[0]), w2s_fast.gate_residual(x, y, gate))
+            assert torch.equal(w2s_fast.adaln_modulate(x, *form[1:]), w2s_fast.adaln_modulate(x, shift, scale))
+        one = [v.contiguous().requires_grad_() for v in each]
+        for i in range(3):
+            made = w2s_fast.gate_residual_adaln(x, y, *(one[j] if i == j else one[j].detach() for j in range(3)))[1]
+            (grad,) = torch.autograd.grad(made.float().sum(), [one[i]])
+            assert grad.shape == (b, n, c) and grad.dtype == dtype and grad.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_gradcheck_qk_norm(kind, per_head, backend):
@@ -103,7 +142,8 @@ X = torch.randn(2, 3, 4)
     "call, error, text",
     [
         (lambda: w2s_fast.adaln_modulate(X[0], X[:, 0], X[:, 0]), ValueError, "adaln_modulate: x must be of shape"),
-        (lambda: w2s_fast.adaln_modulate(X, X, X[:, 0]), ValueError, "adaln_modulate: shift must be of shape"),
+        (lambda: w2s_fast.adaln_modulate(X, X[:, :2], X[:, 0]), ValueError, "adaln_modulate: shift must be of shape"),
+        (lambda: w2s_fast.adaln_modulate(X, X[..., :3], X), ValueError, "adaln_modulate: shift must be of shape"),
         (lambda: w2s_fast.adaln_modulate(X, X[:, 0], X[:, 0], eps=-1.0), ValueError, "adaln_modulate: eps must be"),
         (lambda: w2s_fast.gate_residual(X, X[:, :2]), ValueError, "gate_residual: y must be of the shape of x"),
         (lambda: w2s_fast.gate_residual(X, X.half()), TypeError, "gate_residual: y must be of the dtype of x"),

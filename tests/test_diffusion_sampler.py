@@ -31,6 +31,84 @@ def test_ddim_golden(t, forward, back_shifted):
     assert w2s_fast.ddim_step(y, eps, abar_from=c, abar_to=b).item() == pytest.approx(back_shifted, abs=1e-14)
 
 
+def schedulers():
+    """diffusers' DDIM over its predictions, spacings and ends of the schedule."""
+    for kind, zero, one, spacing in itertools.product(
+        ("epsilon", "v_prediction", "sample"), (False, True), (False, True), ("leading", "trailing", "linspace")
+    ):
+        if not (zero and kind == "epsilon"):  # noise at level 0 says nothing about the sample: there ours is an error
+            yield kind, zero, one, spacing
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("kind, zero, one, spacing", schedulers())
+def test_steps_are_those_of_diffusers(kind, zero, one, spacing, clip):
+    """Every step of a schedule, its first from pure noise and its last to the sample where the settings say so."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler(
+        prediction_type=kind, rescale_betas_zero_snr=zero, set_alpha_to_one=one, timestep_spacing=spacing,
+        steps_offset=1 if spacing == "leading" else 0, clip_sample=clip, clip_sample_range=0.7,
+    )  # fmt: skip
+    theirs.alphas_cumprod = theirs.alphas_cumprod.double()
+    theirs.final_alpha_cumprod = theirs.final_alpha_cumprod.double()
+    if zero:
+        theirs.alphas_cumprod[-1] = 0.0  # there a remainder of rounding
+    theirs.set_timesteps(8)
+    x, made = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    for t in theirs.timesteps.tolist():
+        before = t - 1000 // 8
+        a = theirs.alphas_cumprod[t]
+        b = theirs.alphas_cumprod[before] if before >= 0 else theirs.final_alpha_cumprod
+        want = theirs.step(made, t, x).prev_sample
+        prediction = {"v_prediction": "v"}.get(kind, kind)
+        for levels in ((a.item(), b.item()), (a.expand(2), b.expand(2))):
+            got = w2s_fast.ddim_step(x, made, abar_from=levels[0], abar_to=levels[1], prediction=prediction,
+                                     x0_clip=0.7 if clip else None)
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("one", [False, True])
+def test_sampling_is_that_of_diffusers(zero, one):
+    """Without reflection; batch 1; `set_alpha_to_one` and zero terminal SNR as there."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=zero, set_alpha_to_one=one, clip_sample=False,
+        timestep_spacing="trailing",
+    )  # fmt: skip
+    theirs.set_timesteps(10)
+    x = start = torch.randn(1, 3, 4, dtype=torch.float64)
+    for t in theirs.timesteps:
+        x = theirs.step(torch.cos(x + t / 1000), t, x).prev_sample
+
+    def network(x, t, branch):
+        return torch.cos(x + t / 1000)
+
+    got = w2s_fast.w2sd_sample(
+        network, network, start, theirs.timesteps, theirs.alphas_cumprod.clamp(0, 1), guidance=1.0, reflect_steps=0,
+        prediction="v", set_alpha_to_one=one,
+    )  # fmt: skip
+    torch.testing.assert_close(got, x, rtol=1e-5, atol=1e-5)
+
+
+def test_reflection_from_pure_noise_in_v():
+    """One network on both sides without a gap: what is stepped down is inverted to where it was, level 0 included."""
+    table = torch.cat((ABAR[:-1], torch.zeros(1, dtype=torch.float64)))
+    x = torch.randn(1, 4, dtype=torch.float64)
+
+    def still(x, t, branch):
+        return torch.full_like(x, 0.3)
+
+    moved = w2s_fast.reflect(x, still, still, 999, abar_from=0.0, abar_to=0.5, strong_guidance=1.0, weak_guidance=1.0,
+                             prediction="v")
+    y = w2s_fast.ddim_step(x, torch.full_like(x, 0.3), abar_from=0.0, abar_to=0.5, prediction="v")
+    want = w2s_fast.ddim_step(y, torch.full_like(x, 0.3), abar_from=0.5, abar_to=0.0, prediction="v")
+    torch.testing.assert_close(moved, want)
+    made = w2s_fast.w2sd_sample(still, still, x, [999, 500], table, guidance=1.0, strong_guidance=1.0, prediction="v",
+                                set_alpha_to_one=True)
+    assert made.isfinite().all()
+
+
 def test_guidance_golden():
     made = w2s_fast.ddim_step(tensor(1.5), tensor(0.3), tensor(0.1), 5.5, abar_from=ABAR[981].item(),
                               abar_to=ABAR[961].item(), return_eps=True)
@@ -272,8 +350,13 @@ def test_ict_loss_is_its_parts():
 X = torch.zeros(2, 3)
 LEVELS = {"abar_from": 0.5, "abar_to": 0.6}
 BAD = [
-    (lambda: w2s_fast.ddim_step(X, X, abar_from=0.0, abar_to=0.5), r"ddim_step: abar_from must be in \(0, 1\], got 0"),
-    (lambda: w2s_fast.ddim_step(X, X, abar_from=0.5, abar_to=torch.tensor([0.5, 1.5])), r"abar_to must be in \(0, 1\]"),
+    (lambda: w2s_fast.ddim_step(X, X, abar_from=0.0, abar_to=0.5),
+     "ddim_step: abar_from must be above 0 with prediction='epsilon', got 0"),
+    (lambda: w2s_fast.ddim_step(X, X, abar_from=-0.1, abar_to=0.5), r"abar_from must be in \[0, 1\], got -0.1"),
+    (lambda: w2s_fast.ddim_step(X, X, abar_from=0.5, abar_to=torch.tensor([0.5, 1.5])), r"abar_to must be in \[0, 1\]"),
+    (lambda: w2s_fast.ddim_step(X, X, abar_from=torch.tensor([0.5, 0.0]), abar_to=0.5), "abar_from must be above 0"),
+    (lambda: w2s_fast.ddim_step(X, X, abar_from=torch.tensor([0.5, 1.0]), abar_to=0.5, prediction="sample"),
+     "abar_from must be below 1"),
     (lambda: w2s_fast.ddim_step(X, X, abar_from=torch.ones(3), abar_to=0.5), r"abar_from must be a number or of shape"),
     (lambda: w2s_fast.ddim_step(X, X, None, 5.5, **LEVELS), "eps_uncond must be given with guidance 5.5, got None"),
     (lambda: w2s_fast.ddim_step(X, None, **LEVELS), "eps_cond must be given with guidance 1"),
@@ -285,6 +368,12 @@ BAD = [
     (lambda: w2s_fast.ddim_step(X, X, x0_clip=0.0, **LEVELS), "x0_clip must be a finite number > 0"),
     (lambda: w2s_fast.w2sd_sample(None, None, X, [1, 5], ABAR), "timesteps must be decreasing"),
     (lambda: w2s_fast.w2sd_sample(None, None, X, [1000], ABAR), r"timesteps must be in \[0, 1000\)"),
+    (lambda: w2s_fast.w2sd_sample(None, None, X, [5, 5, 1], ABAR), "timesteps must be decreasing, got 5 before 5"),
+    (lambda: w2s_fast.w2sd_sample(None, None, X, [], ABAR), "timesteps must be at least one label"),
+    (lambda: w2s_fast.w2sd_sample(None, None, X, torch.tensor([5.5, 1.0]), ABAR), "timesteps must be integers"),
+    (lambda: w2s_fast.w2sd_sample(None, None, X, [1], [0.9, 1.1]), r"abar must be in \[0, 1\], got 1.1"),
+    (lambda: w2s_fast.w2sd_sample(None, None, X, [1], [0.9, 0.0]), "abar must be above 0 wherever a step starts"),
+    (lambda: w2s_fast.w2sd_sample(None, None, X, [1, 0], [1.0, 0.0], prediction="sample"), "abar must be below 1"),
     (lambda: w2s_fast.w2sd_sample(None, None, X, [5, 1], ABAR, reflect_steps=2, schedule="released"),
      r"reflect_steps must be in \[0, 1\]"),
     (lambda: w2s_fast.pseudo_huber_loss(X, X, c=0.0), "c must be a finite number > 0"),

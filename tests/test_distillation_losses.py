@@ -103,6 +103,129 @@ def test_kd_gradcheck(backend, kind):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows, vocab", [(1, 1000), (7, 33), (40, 10), (5, 2051)])
+def test_cosine_is_cosine_similarity(backend, rows, vocab):
+    """Loss and gradients of logits, alpha and weights, beside labels; whatever tau is."""
+    target, alpha, weights = rows_of(rows, vocab)
+    y = random(rows, vocab, seed=5, scale=2.0)
+    z, al, w = leaves(random(rows, vocab, seed=4, scale=2.0), alpha, weights)
+    expected = None
+    for tau in (1.0, 3.0):
+        with w2s_fast.backend(backend):
+            loss, found = w2s_fast.kd_loss(
+                z, [("logits", y)], kind="cosine", tau=tau, alpha=al, weights=w, target=target, hard="ce",
+                outputs=("kd",),
+            )  # fmt: skip
+        keep = (target != -100) * w
+        d = 1 - F.cosine_similarity(z, y)
+        ce = F.cross_entropy(z, target.clamp_min(0), reduction="none")
+        expected = (keep * (al * d + (1 - al) * ce)).sum() / keep.sum()
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(found["kd"], torch.where(target != -100, d, 0.0), rtol=1e-11, atol=1e-13)
+        for a, b in zip(torch.autograd.grad(loss, (z, al, w)), torch.autograd.grad(expected, (z, al, w)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_cosine(backend):
+    hidden, head, bias = leaves(random(6, 5), random(17, 5, seed=1), random(17, seed=2))
+    theirs = (random(6, 4, seed=3), random(17, 4, seed=4), random(17, seed=5))
+
+    def loss(*args):
+        return w2s_fast.linear_kd(args[0], args[1], [("linear", *theirs)], kind="cosine", bias=args[2])[0]
+
+    with w2s_fast.backend(backend):
+        found = loss(hidden, head, bias)
+        plain = (1 - F.cosine_similarity(F.linear(hidden, head, bias), F.linear(*theirs))).mean()
+        torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
+        assert torch.autograd.gradcheck(loss, (hidden, head, bias))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab", [9, 300])
+def test_cosine_of_a_row_of_zeros(backend, vocab):
+    """As F.cosine_similarity has it: D = 1, and a gradient of the student's zero row that its floor of 1e-8 sets."""
+    z, y = random(5, vocab), random(5, vocab, seed=1)
+    z[1], y[3] = 0, 0
+    mine, plain = leaves(z, z)
+    with w2s_fast.backend(backend):
+        loss, found = w2s_fast.kd_loss(mine, [("logits", y)], kind="cosine", reduction="sum", outputs=("kd",))
+    expected = (1 - F.cosine_similarity(plain, y)).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-13)
+    assert found["kd"][1] == 1 and found["kd"][3] == 1
+    (a,), (b,) = torch.autograd.grad(loss, mine), torch.autograd.grad(expected, plain)
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("beta, kind", [(0.0, "fkl"), (1.0, "rkl")])
+def test_the_ends_of_jsd_are_the_divergences(backend, beta, kind):
+    """Bit for bit, in both ops; and they are the limits of jsd / beta and jsd / (1 - beta)."""
+    z, y, hidden, head = random(5, 70), random(5, 70, seed=1), random(5, 8, seed=2), random(70, 8, seed=3)
+    near, size = (1e-6, 1e-6) if beta == 0 else (1 - 1e-6, 1e-6)
+    for op, student in ((w2s_fast.kd_loss, (z,)), (w2s_fast.linear_kd, (hidden, head))):
+        student = leaves(*student)
+        with w2s_fast.backend(backend):
+            ours, theirs, limit = (
+                op(*student, [("logits", y)], tau=2.0, **given)[0]
+                for given in ({"kind": "jsd", "beta_jsd": beta}, {"kind": kind}, {"kind": "jsd", "beta_jsd": near})
+            )
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(limit / size, ours, rtol=1e-4, atol=1e-6)
+        for a, b in zip(torch.autograd.grad(ours, student), torch.autograd.grad(theirs, student), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean", "none"])
+@pytest.mark.parametrize("kind", ["fkl", "rkl"])
+def test_reductions_are_those_of_kl_div(backend, reduction, kind):
+    z, y = random(4, 5, 30, scale=2.0), random(4, 5, 30, seed=1, scale=2.0)
+    mine, plain = leaves(z, z)
+    with w2s_fast.backend(backend):
+        loss, _ = w2s_fast.kd_loss(mine, [("logits", y)], kind=kind, reduction=reduction)
+    pair = (plain.log_softmax(-1).flatten(0, 1), y.log_softmax(-1).flatten(0, 1))
+    expected = F.kl_div(*(pair if kind == "fkl" else pair[::-1]), log_target=True, reduction=reduction)
+    expected = expected.reshape(z.shape) if reduction == "none" else expected
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-13)
+    upstream = random(*loss.shape, seed=3)
+    (a,), (b,) = torch.autograd.grad(loss, mine, upstream), torch.autograd.grad(expected, plain, upstream)
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", (*KINDS, "product"))
+def test_entries_add_up_to_the_rows(kind):
+    """Their sum is the summed loss, gradients of logits, alpha and weights too; rows that do not count hold NaN."""
+    target, alpha, weights = rows_of(6, 40)
+    z, y = random(6, 40, scale=2.0), random(6, 40, seed=1, scale=2.0)
+    z[1], y[1] = math.nan, math.nan
+    y[2, ::3] = -math.inf
+    found = []
+    for reduction in ("none", "sum"):
+        leaf = leaves(z, alpha, weights)
+        loss, _ = w2s_fast.kd_loss(
+            leaf[0], [("logits", y)], kind=kind, alpha=leaf[1], weights=leaf[2], target=target, tau=1.7, beta_jsd=0.3,
+            reduction=reduction,
+        )  # fmt: skip
+        assert loss.shape == (z.shape if reduction == "none" else ())
+        found.append([loss.sum(), *torch.autograd.grad(loss.sum(), leaf)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("call, text", [
+    (lambda: w2s_fast.linear_kd(torch.ones(2, 3), torch.ones(5, 3), T, reduction="none"), "the logits, which are"),
+    (lambda: w2s_fast.kd_loss(torch.ones(2, 5), T, reduction="none", outputs=("kd",)), "reduction must be other than"),
+    (lambda: w2s_fast.kd_loss(torch.ones(2, 5), T, reduction="none", kind="cosine"), "reduction must be other than"),
+    (lambda: w2s_fast.kd_loss(torch.ones(2, 5), T, reduction="mean", hard="ce", alpha=0.5, target=torch.tensor([1, 2])),
+     'reduction must be other than "mean"'),
+])  # fmt: skip
+def test_reductions_that_are_refused(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["linear", "mixture"])
 def test_linear_kd_gradcheck(backend, kind, form):
@@ -299,7 +422,10 @@ T = [("logits", Z)]
         (lambda f, s: f(*s, [("topk", Z[:, :1], Z[:, :1])]), TypeError, r"teachers\[0\]\[1\] must be int64"),
         (lambda f, s: f(*s, T, kind="kl"), ValueError, "kind must be one of"),
         (lambda f, s: f(*s, T, tau=0.0), ValueError, "tau must be a finite number > 0"),
-        (lambda f, s: f(*s, T, kind="jsd", beta_jsd=1.0), ValueError, "beta_jsd must be between 0 and 1"),
+        (lambda f, s: f(*s, T, kind="jsd", beta_jsd=1.5), ValueError, r"beta_jsd must be .*in \[0, 1"),
+        (lambda f, s: f(*s, T, reduction="max"), ValueError, "reduction must be one of"),
+        (lambda f, s: f(*s, [T[0], T[0]], kind="cosine"), ValueError, "teachers must be one teacher of logits"),
+        (lambda f, s: f(*s, [("probs", T[0][1])], kind="cosine"), ValueError, "teachers must be one teacher of logits"),
         (lambda f, s: f(*s, T, beta_sce=1.5), ValueError, "beta_sce must be in"),
         (lambda f, s: f(*s, T, hard="ce", alpha=0.5), TypeError, "target must be labels"),
         (lambda f, s: f(*s, T, hard="ce", target=Y), TypeError, "alpha must be given"),

@@ -81,3 +81,45 @@ def test_two_commands_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in ("bench:", "test:", "demo:"):
         assert f"\n{target}" in makefile
+
+
+def test_packages_load_on_first_use(tmp_path: Path):
+    code = (
+        "import sys, w2s_fast\n"
+        "lazy = ('nn', 'methods', 'integrations')\n"
+        "assert not [m for m in sys.modules if m.startswith(tuple(f'w2s_fast.{n}' for n in lazy))]\n"
+        "assert set(lazy) <= set(dir(w2s_fast)) and 'fuse_logits' in dir(w2s_fast)\n"
+        "assert w2s_fast.nn.bound and 'genarm' in w2s_fast.methods.available()\n"
+        "assert {'trl', 'sltrain'} <= set(dir(w2s_fast.integrations))\n"
+        "assert w2s_fast.integrations.sltrain.load_pretrained\n"
+        "assert 'transformers' not in sys.modules and 'trl' not in sys.modules\n"
+        "for module in (w2s_fast, w2s_fast.integrations):\n"
+        "    try: module.nothing\n"
+        "    except AttributeError as error: assert 'nothing' in str(error)\n"
+        "    else: raise SystemExit('no error')\n"
+        "print('right')"
+    )
+    assert _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT)).strip().endswith("right")
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
+
+
+def test_an_installed_package_is_never_written_to(wheel: Path, tmp_path: Path):
+    """A benchmark's results go to the user's cache; `--readme`, which rewrites a source tree, is refused."""
+    target, own = tmp_path / "site", {"W2S_FAST_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    _run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
+    before = _files(target)
+    words = ["bench", "--op", "fuse_logits/V32000-B1", "--providers", "eager", "--rounds", "1", "--no-overhead"]
+    code = "from typer.testing import CliRunner; from w2s_fast.cli import app\n"
+    code += f"done = CliRunner().invoke(app, {words}); print(done.exit_code, done.output)\n"
+    code += "done = CliRunner().invoke(app, ['bench', '--readme']); print('readme', done.exit_code, done.stderr)"
+    printed = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target), **own)
+    assert printed.startswith("0 ") and "readme 2 w2s-fast: --readme rewrites README.md of a source tree" in printed
+    assert list((tmp_path / "cache" / "bench").glob("*.json"))
+    assert _files(target) == before

@@ -324,8 +324,14 @@ def _vocabulary_calls(poison: float) -> list[torch.Tensor]:
     order = torch.tensor([[2, 0], [3, 1]])
     shared = torch.tensor([[2, 0], [2, 1]])
     options = {"beta": 0.5, "nll_coef": 0.3, "ref_logp": torch.tensor([-20.0, -25.0, -22.0, -21.0]), **packed}
+    own = torch.where(y == -100, -100, (y + 1) % 90)  # labels of the cross-entropy
+    own[2] = -100
+    several = {**options, "kind": ["dpo", "sft", "nca_pair"], "kind_weights": [1.0, 0.5, 0.25], "nll_target": own}
     found = []
     for loss in (
+        lambda h, w: w2s_fast.linear_preference(h, w, y, order, **several)[0],
+        lambda h, w: w2s_fast.linear_preference(h, w, y, shared, **several)[0],
+        lambda h, w: w2s_fast.linear_ce(h, w, y, class_weight=told[2].abs(), label_smoothing=0.1, token_scaling=True),
         lambda h, w: w2s_fast.linear_ce(h, w, y, label_smoothing=0.1),
         lambda h, w: w2s_fast.linear_ce(h, w, y, reduction="none").sum(),
         lambda h, w: w2s_fast.linear_ce(h, w.detach(), y),
@@ -383,6 +389,64 @@ def test_a_preference_makes_its_logits_once(monkeypatch: pytest.MonkeyPatch):
         with w2s_fast.backend("triton"):
             w2s_fast.linear_preference(torch.zeros(4, 3, 3), w, y, pairs, kind="simpo")[0].backward()
         assert seen == expected
+
+
+def _padded_call(name: str, h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A scalar loss of one op over rows of which some do not count."""
+    if name == "linear_ce":
+        return w2s_fast.linear_ce(h, w, y, reduction="sum")
+    if name == "linear_ce, none":
+        return w2s_fast.linear_ce(h, w, y, reduction="none").sum()
+    if name == "linear_ce, dense":
+        dense = torch.linspace(0.1, 1, y.numel() * len(w)).reshape(*y.shape, len(w))
+        return w2s_fast.linear_ce(h, w, soft_target=dense, weights=(y >= 0).float(), reduction="sum")
+    if name == "linear_kd":
+        teacher = torch.linspace(-1, 1, y.numel() * len(w)).reshape(*y.shape, len(w))
+        return w2s_fast.linear_kd(h, w, [("logits", teacher)], target=y)[0]
+    if name == "linear_logp":
+        return w2s_fast.linear_logp(h, w, y)[0].sum()
+    if name == "linear_fusion_cross_entropy":
+        return w2s_fast.linear_fusion_cross_entropy([h, h], [w, w + 1], y, weights=torch.ones(*y.shape, 2))
+    pairs = torch.tensor([[0, 1], [2, 3]])
+    return w2s_fast.linear_preference(h, w, y, pairs, kind="simpo")[0]
+
+
+@interpreted
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["linear_ce", "linear_ce, none", "linear_ce, dense", "linear_kd", "linear_logp", "linear_preference",
+     "linear_fusion_cross_entropy"],
+)  # fmt: skip
+def test_padding_that_holds_nan(name: str, captured: bool, monkeypatch: pytest.MonkeyPatch):
+    """Rows that do not count reach neither loss nor gradients, also where a CUDA graph's capture computes every row."""
+    from w2s_fast.kernels.linear_loss import packing, preference
+
+    g = torch.Generator().manual_seed(0)
+    h, w = torch.randn(4, 3, 5, generator=g), torch.randn(11, 5, generator=g)
+    y = torch.randint(0, 11, (4, 3), generator=g)
+    y[:, 0] = -100
+    results = []
+    for poison in (0.0, NAN):
+        hidden = h.masked_fill((y < 0)[..., None], poison).requires_grad_()
+        head = w.clone().requires_grad_()
+        with monkeypatch.context() as patch, w2s_fast.backend("triton"):
+            if captured:
+                patch.setattr(packing, "capturing", lambda like: True)
+                patch.setattr(preference, "capturing", lambda like: True)
+            loss = _padded_call(name, hidden, head, y)
+            results.append((loss.detach(), *torch.autograd.grad(loss, (hidden, head))))
+    for clean, poisoned in zip(*results, strict=True):
+        assert bool(clean.isfinite().all()), name
+        torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)
+
+
+@interpreted
+def test_one_and_many_candidates():
+    """top_k = 1 is a plain integer to a compiled kernel."""
+    z = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    with w2s_fast.backend("triton"):
+        assert torch.equal(w2s_fast.fused_sample(z, top_k=1).token, z.argmax(-1))
 
 
 def _small(per: int) -> list[Sample]:

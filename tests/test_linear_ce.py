@@ -140,6 +140,106 @@ def test_gradcheck(backend, kind, reduction):
         assert torch.autograd.gradcheck(call, leaves(h, w, bias))
 
 
+def class_weights(vocab, target):
+    """Of either size, 0 for the first target and for some other classes."""
+    found = torch.rand(vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) * 3
+    found[target[0]], found[::7] = 0, 0
+    return found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("eps", [0.0, 0.15])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_class_weights_are_those_of_cross_entropy(backend, frozen, eps, reduction, soft, vocab=300):
+    """The formula of F.cross_entropy(weight=...), its label smoothing and what its mean divides by."""
+    h, w, bias, target = inputs(9, vocab, ignored=2)
+    weight = class_weights(vocab, target)
+    h, w, bias = leaves(h, w, bias)
+    w.requires_grad_(not frozen), bias.requires_grad_(not frozen)
+    wrt = [h] if frozen else [h, w, bias]
+    q = torch.rand(9, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).square() / 100
+    own = {"soft_target": q} if soft else {"target": target}
+    options = {"label_smoothing": eps, "reduction": reduction}
+    with w2s_fast.backend(backend):
+        loss = w2s_fast.linear_ce(h, w, bias=bias, class_weight=weight, temperature=0.8, **own, **options)
+    z = logits(h, w, bias, 0.8)
+    plain = F.cross_entropy(z, q if soft else target, weight=weight, **options)
+    if soft and eps:  # it takes q as a distribution: (1 - eps) q + eps / V either way
+        smooth = ((1 - eps) * q + eps / vocab) * weight
+        torch.testing.assert_close(plain.sum() * (9 if reduction == "mean" else 1), -(smooth * z.log_softmax(1)).sum())
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=1e-13)
+    upstream = torch.rand(loss.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+    grads = (torch.autograd.grad(x, wrt, upstream) for x in (loss, plain))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_class_weights_and_outputs(backend, kind, vocab=67):
+    """logp is over the target as it is, also of classes of weight 0; gradients of loss, logp and entropy together."""
+    h, w, bias, target = inputs(7, vocab, ignored=1)
+    arguments, q, keep = targets(kind, 7, vocab, target)
+    weight = class_weights(vocab, target)
+    h, w, bias = leaves(h, w, bias)
+    names = ("logp", "entropy", "lse")
+    with w2s_fast.backend(backend):
+        loss, found = w2s_fast.linear_ce(
+            h, w, bias=bias, class_weight=weight, label_smoothing=0.1, z_loss=1e-2, reduction="sum", outputs=names,
+            **arguments,
+        )  # fmt: skip
+    z = logits(h, w, bias)
+    logp, lse = z.log_softmax(1), z.logsumexp(1)
+    smooth = (0.9 * q + 0.1 / vocab) * weight
+    plain = torch.where(keep, -(smooth * logp).sum(1) + 1e-2 * lse.square(), 0.0).sum()
+    core = q - torch.as_tensor(arguments.get("uniform", 0.0)).reshape(-1, 1) if kind == "topk" else q
+    own = torch.where(keep, (core * logp).sum(1) / torch.where(keep, core.sum(1), 1.0), 0.0)
+    entropy = torch.where(keep, -(logp.exp() * logp).sum(1), 0.0)
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found["logp"], own, rtol=1e-11, atol=1e-12)
+    mixed = [a + (b.square() + c.sin()).sum() for a, b, c in (
+        (loss, found["logp"], found["entropy"]), (plain, own, entropy),
+    )]  # fmt: skip
+    for got, want in zip(*(torch.autograd.grad(m, (h, w, bias)) for m in mixed), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("eps, z_loss, classes", [(0.0, 0.0, False), (0.1, 1e-2, False), (0.1, 1e-2, True)])
+def test_token_scaling(backend, frozen, reduction, eps, z_loss, classes):
+    """Every row times the probability of its target, through which no gradient goes; means divide by what they did."""
+    h, w, bias, target = inputs(9, 120, ignored=2)
+    weight = class_weights(120, target) if classes else None
+    rows = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    rows[5] = 0
+    h, w, bias = leaves(h, w, bias)
+    w.requires_grad_(not frozen), bias.requires_grad_(not frozen)
+    wrt = [h] if frozen else [h, w, bias]
+    options = {"label_smoothing": eps, "z_loss": z_loss, "class_weight": weight, "weights": rows, "bias": bias}
+    with w2s_fast.backend(backend):
+        loss = w2s_fast.linear_ce(h, w, target, token_scaling=True, reduction=reduction, **options)
+        two = w2s_fast.linear_ce(h, w, target, token_scaling=True, reduction=reduction, outputs=("logp",), **options)
+    z = logits(h, w, bias)
+    p = z.softmax(1).gather(1, target.clamp_min(0)[:, None])[:, 0].detach()
+    plain = F.cross_entropy(z, target, weight=weight, label_smoothing=eps, reduction="none")
+    plain = rows * p * torch.where(target >= 0, plain + z_loss * z.logsumexp(1).square(), 0.0)
+    if reduction == "sum":
+        plain = plain.sum()
+    if reduction == "mean":
+        size = rows if weight is None else rows * weight[target.clamp_min(0)]
+        plain = plain.sum() / size[target >= 0].sum()
+    torch.testing.assert_close(loss, plain, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(two[0], plain, rtol=1e-11, atol=1e-13)
+    upstream = torch.rand(loss.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+    grads = (torch.autograd.grad(x, wrt, upstream) for x in (loss, plain))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("vocab", [300, 9001])
 def test_outputs(backend, vocab):
@@ -338,6 +438,12 @@ K = torch.zeros(2, 2, dtype=torch.int64)
         ({"soft_target": torch.ones(2, 4)}, ValueError, "soft_target must be of shape"),
         ({"target": Y, "weights": torch.ones(3)}, ValueError, "weights must be of shape"),
         ({"target": Y, "label_smoothing": 1.0}, ValueError, "label_smoothing must be in"),
+        ({"target": Y, "class_weight": torch.ones(4)}, ValueError, r"class_weight must be of shape \(5,\)"),
+        ({"target": Y, "class_weight": torch.ones(5).long()}, TypeError, "class_weight must be"),
+        ({"target": Y, "class_weight": [1.0] * 5}, TypeError, "class_weight must be"),
+        ({"target": Y, "token_scaling": 1}, TypeError, "token_scaling must be True or False"),
+        ({"soft_target": torch.ones(2, 5), "token_scaling": True}, ValueError, "token_scaling must be False unless"),
+        ({"target": Y, "target2": Y, "mix": 0.5, "token_scaling": True}, ValueError, "token_scaling must be False"),
         ({"target": Y, "temperature": -1.0}, ValueError, "temperature must be"),
         ({"target": Y, "softcap": 0.0}, ValueError, "softcap must be"),
         ({"target": Y, "reduction": "max"}, ValueError, "reduction must be one of"),

@@ -103,6 +103,7 @@ def test_demo_writes_figure_and_numbers(tiny, tmp_path):
 
 
 def test_demo_command(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)  # --out is made before the work
     given = {}
     monkeypatch.setattr(demo, "run_demo", lambda out, **settings: given.update(out=out, **settings))
     assert demo.main(["--out", "x", "--seed", "3", "--fresh"]) == 0

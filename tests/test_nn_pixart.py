@@ -76,7 +76,8 @@ def test_block_is_the_official_one(masked):
 
 
 def small(**settings):
-    return PixArtSigma(8, dim=16, depth=3, num_heads=2, caption_features=5, caption_tokens=4, **settings)
+    sizes = {"dim": 16, "depth": 3, "num_heads": 2, "caption_features": 5, "caption_tokens": 4}
+    return PixArtSigma(8, **{**sizes, **settings})
 
 
 def test_model_is_the_official_one():
@@ -168,6 +169,68 @@ def test_empty_captions_in_training():
     first, second = (model(x, t, torch.randn(2, 4, 5).double()) for _ in range(2))
     torch.testing.assert_close(first, second)
     assert not torch.allclose(model.eval()(x, t, torch.randn(2, 4, 5).double()), first)
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (2, 2), (6, 10), (10, 14), (4, 26)])
+def test_sizes_are_the_official_ones(height, width):
+    """Non-square, odd grids, and grids that windows of 2 x 2 do not cover."""
+    model = shake(small(compressed=[1], mode="conv", ratio=2) if min(height, width) > 2 else small()).eval()
+    x, t, y = torch.randn(2, 4, height, width).double(), torch.tensor([3, 981]), torch.randn(2, 4, 5).double()
+    made = model(x, t, y)
+    assert made.shape == (2, 8, height, width) and made.isfinite().all()
+    grid = (height // 2, width // 2)
+    block, tokens = model.blocks[1], torch.randn(2, grid[0] * grid[1], 16, dtype=torch.float64)
+    text, conditioning = torch.randn(2, 3, 16).double(), torch.randn(2, 6, 16).double()
+    want = official_block(block, tokens, text, conditioning, grid, [3, 3])
+    torch.testing.assert_close(block(tokens, text, conditioning, grid), want)
+
+
+def test_one_timestep_for_all():
+    model = shake(small()).eval()
+    x, y = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.randn(2, 4, 5).double()
+    want = model(x, torch.tensor([7, 7]), y)
+    for one in (torch.tensor(7), torch.tensor([7])):
+        torch.testing.assert_close(model(x, one, y), want)
+
+
+BAD = [
+    (lambda m: m(torch.zeros(1, 4, 9, 11), T, Y), r"x must be of shape \(B, 4, H, W\), H and W multiples of the"),
+    (lambda m: m(torch.zeros(1, 4, 8, 7), T, Y), r"H and W multiples of the patch 2, got \(1, 4, 8, 7\)"),
+    (lambda m: m(torch.zeros(1, 4, 0, 8), T, Y), "x must be of shape"),
+    (lambda m: m(torch.zeros(1, 3, 8, 8), T, Y), "x must be of shape"),
+    (lambda m: m(torch.zeros(4, 8, 8), T, Y), "x must be of shape"),
+    (lambda m: m(X, torch.tensor([7, 7]), Y), r"timestep must be of shape \(1,\), \(1,\) or \(\), got \(2,\)"),
+    (lambda m: m(X, T, torch.zeros(2, 3, 5)), r"y must be of shape \(1, L, 5\), L >= 1, got \(2, 3, 5\)"),
+    (lambda m: m(X, T, torch.zeros(1, 0, 5)), "y must be of shape"),
+    (lambda m: m(X, T, torch.zeros(1, 3, 6)), "y must be of shape"),
+    (lambda m: m(X, T, Y, torch.ones(1, 4)), r"mask must be of shape \(1, 3\), got \(1, 4\)"),
+    (lambda m: m.train()(X, T, torch.zeros(1, 7, 5)), "y must be of at most caption_tokens = 4 tokens in training"),
+    (lambda m: small(depth=0), "depth must be >= 1, got 0"),
+    (lambda m: small(patch=0), "patch must be >= 1, got 0"),
+    (lambda m: small(patch=3), "latent_size must be a multiple of the patch 3, got 8"),
+    (lambda m: small(in_channels=0), "in_channels must be >= 1"),
+    (lambda m: small(interpolation=0.0), "interpolation must be a finite number > 0"),
+    (lambda m: PixArtSigma(8, dim=18, depth=1, num_heads=2), "dim must be a multiple of 4, got 18"),
+    (lambda m: PixArtSigma(8, dim=16, depth=1, num_heads=0), "num_heads must be >= 1, got 0"),
+    (lambda m: PixArtSigma(8, dim=16, depth=1, num_heads=3), "num_heads must be a divisor of dim 16, got 3"),
+    (lambda m: m.set_resolution(9), "latent_size must be a multiple of the patch 2, got 9"),
+    (lambda m: KVCompressedAttention(12, 0), "num_heads must be >= 1, got 0"),
+    (lambda m: KVCompressedAttention(0, 1), "dim must be >= 1, got 0"),
+]
+X, T, Y = torch.zeros(1, 4, 8, 8), torch.tensor([7]), torch.zeros(1, 3, 5)
+
+
+@pytest.mark.parametrize("call, message", BAD, ids=range(len(BAD)))
+def test_sizes_that_fit_nothing(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(small().eval())
+
+
+def test_an_adapter_on_the_taps_is_refused():
+    module = KVCompressedAttention(8, 2, ratio=2)
+    module.sr = torch.nn.Sequential(module.sr)
+    with pytest.raises(ValueError, match="without an adapter, got Sequential"):
+        module(torch.zeros(1, 16, 8), (4, 4))
 
 
 def test_errors():

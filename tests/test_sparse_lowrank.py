@@ -147,7 +147,7 @@ def test_a_corrupt_support_is_refused(make, message):
 def test_a_corrupt_state_is_refused():
     support = w2s_fast.random_support(4, 60, 0.1)
     state = {name: tensor.clone() for name, tensor in support.state_dict().items()}
-    state["cols"] = (state["cols"].int() + 60).to(torch.uint16)
+    state["cols"] = (state["cols"].view(torch.uint16).int() + 60).to(torch.uint16)
     with pytest.raises(ValueError, match="cols must be"):
         support.load_state_dict(state)
     assert torch.equal(support.positions()[1], support.cols.long())  # nothing was overwritten

@@ -166,7 +166,7 @@ def test_state_dict_carries_the_support(layout, tmp_path):
 def test_a_corrupt_index_is_refused_on_loading():
     made = SparseLowRankLinear(200, 48, 4)
     state = made.state_dict()
-    state["support.cols"] = state["support.cols"].int().flip(0).to(torch.uint16)
+    state["support.cols"] = state["support.cols"].view(torch.uint16).int().flip(0).to(torch.uint16)
     with pytest.raises(ValueError, match="cols must be"):
         made.load_state_dict(state)
 

@@ -306,3 +306,101 @@ def test_backends_agree(prompts):
         plain = generate(large, expert, anti, **settings)
     assert torch.equal(auto.sequences, plain.sequences)
     torch.testing.assert_close(auto.alphas, plain.alphas, atol=1e-3, rtol=0)
+
+
+def test_what_is_returned_can_be_trained_on(prompts):
+    large, expert, anti = make("llama"), make("llama", seed=1), make("llama", seed=2)
+    out = generate(large, expert, anti, **padded(prompts), max_new_tokens=3, method="dynamic")
+    assert not any(x.is_inference() for x in out)
+    large(input_ids=out.sequences, labels=out.sequences).loss.backward()
+    assert large.lm_head.weight.grad.isfinite().all()
+
+
+def test_encoder_decoders_are_refused(prompts):
+    bart = transformers.BartForConditionalGeneration(transformers.BartConfig(
+        vocab_size=V, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16))  # fmt: skip
+    small = make("llama")
+    with pytest.raises(ValueError, match=r"large must be a decoder-only .* BartForConditionalGeneration. An encoder"):
+        generate(bart, small, small, input_ids=prompts[0])
+    with pytest.raises(ValueError, match=r"experts\[1\] must be a decoder-only"):
+        generate(small, [small, bart], small, input_ids=prompts[0])
+
+
+def test_encoders_are_refused(prompts):
+    """BERT and its kind are decoders only if their configuration says so."""
+    config = transformers.BertConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match=r"large must be a decoder, got BertLMHeadModel. .* is_decoder=False"):
+        generate(transformers.BertLMHeadModel(config), method="static", input_ids=prompts[0])
+
+
+def test_prompts_outside_a_vocabulary_are_refused(prompts):
+    large, expert, anti = make("llama"), make("llama", 40, seed=1), make("llama", 45, seed=2)
+    ids, mask = prompts[0].clamp(max=39), prompts[1]
+    with pytest.raises(ValueError, match=r"input_ids must be below 40, the narrowest vocabulary \(experts.* got 50"):
+        generate(large, expert, anti, input_ids=ids.index_fill(1, torch.tensor([6]), 50))
+    with pytest.raises(ValueError, match="input_ids must be at least 0, got -1"):
+        generate(large, expert, anti, input_ids=ids.index_fill(1, torch.tensor([6]), -1))
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "temperature": 0}
+    with_other_padding = generate(large, expert, anti, input_ids=torch.where(mask == 1, ids, 55), **settings)
+    plain = generate(large, expert, anti, input_ids=ids, **settings)
+    assert torch.equal(with_other_padding.sequences[:, 7:], plain.sequences[:, 7:])
+
+
+def test_rows_end_with_a_pad_token_that_small_models_do_not_have(prompts):
+    large, expert, anti = make("llama"), make("llama", 40, seed=1), make("llama", 45, seed=2)
+    ids = prompts[0].clamp(max=39)
+    settings = {"input_ids": ids, "attention_mask": prompts[1], "max_new_tokens": 8, "temperature": 0}
+    free = generate(large, expert, anti, eos_token_id=(), **settings)
+    out = generate(large, expert, anti, eos_token_id=int(free.sequences[0, 8]), pad_token_id=55, **settings)
+    assert (out.sequences == 55).any()
+    for row in range(3):
+        length = 7 + int(out.lengths[row])
+        assert torch.equal(out.sequences[row, :length], free.sequences[row, :length])
+        assert out.sequences[row, length:].eq(55).all()
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_one_prompt(length):
+    large, expert, anti = make("llama"), make("gpt2", seed=1), make("opt", seed=2)
+    ids = torch.arange(3, 3 + length)[None]
+    out = generate(large, expert, anti, input_ids=ids, max_new_tokens=4, eos_token_id=())
+    assert len(list(replay(out, (ids, torch.ones_like(ids)), large, [expert], [anti], "proxy_tuning", 1.0))) == 4
+
+
+def test_models_under_adapters(prompts):
+    """LoRA changes weights and is served; adapters that depend on the prompt are refused."""
+    peft = pytest.importorskip("peft")
+    large, small = make("llama"), make("llama", seed=1)
+    tuned = peft.get_peft_model(make("llama", seed=1), peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()  # fmt: skip
+    settings = {**padded(prompts), "max_new_tokens": 5}
+    out = generate(large, tuned, small, **settings)
+    merged = tuned.merge_and_unload()
+    list(replay(out, prompts, large, [merged], [small], "proxy_tuning", 1.0))
+    assert not torch.equal(last_logits(merged, prompts[0][0]), last_logits(small, prompts[0][0]))
+    prompted = peft.get_peft_model(make("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match=r"experts must be a model without adapters that depend on the prompt.*PROMPT"):
+        generate(large, prompted, small, **settings)
+
+
+def test_models_under_torch_compile(prompts):
+    large, expert, anti = make("llama"), make("llama", seed=1), make("llama", seed=2)
+    settings = {**padded(prompts), "max_new_tokens": 4, "temperature": 0}
+    compiled = [torch.compile(m) for m in (large, expert, anti)]
+    calls = []
+    compiled[1].register_forward_pre_hook(lambda m, a: calls.append(m))
+    with torch.compiler.set_stance("force_eager"):  # what runs is the module that was compiled, without the wait
+        out = generate(*compiled, **settings)
+    assert torch.equal(out.sequences, generate(large, expert, anti, **settings).sequences)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(prompts, dtype):
+    large, expert, anti = (make("llama", seed=i).to(dtype) for i in range(3))
+    settings = {"max_new_tokens": 6, "pad_token_id": 0}
+    theirs = large.generate(input_ids=prompts[0], attention_mask=prompts[1], do_sample=False, eos_token_id=None,
+                            **settings)  # fmt: skip
+    ours = generate(large, expert, anti, **padded(prompts), weights=0.0, temperature=0, **settings)
+    assert torch.equal(ours.sequences, theirs)

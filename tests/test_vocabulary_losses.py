@@ -14,7 +14,12 @@ from w2s_fast import extension
 
 BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
 needs_cpp = pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
-PAIRED = ("dpo", "spin", "cdpo", "hinge", "ipo", "simpo", "orpo")
+PAIRED = (
+    "dpo", "spin", "cdpo", "hinge", "ipo", "simpo", "orpo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
+    "apo_zero", "apo_down", "discopop", "aot", "aot_unpaired", "sigmoid_norm", "sft",
+)  # fmt: skip
+AVERAGED = ("ipo", "simpo", "orpo", "sigmoid_norm")
+UNREFERENCED = ("simpo", "orpo", "ga", "sft")
 UNPAIRED = ("npo", "ga", "kto")
 
 
@@ -107,8 +112,8 @@ def plain_preference(kind, h, w, target, pairs, ref, labels, beta, gamma, eps, n
     x, losses = [], []
     for s in range(h.shape[0]):
         total = tokens[s].sum()
-        x.append(total / counts[s].clamp_min(1) if kind in ("ipo", "simpo", "orpo") else total)
-    ratio = [x[s] - (ref[s] if kind not in ("simpo", "orpo", "ga") else 0) for s in range(len(x))]
+        x.append(total / counts[s].clamp_min(1) if kind in AVERAGED else total)
+    ratio = [x[s] - (ref[s] if kind not in UNREFERENCED else 0) for s in range(len(x))]
     if kind in UNPAIRED:
         for s, r in enumerate(ratio):
             if kind == "ga":
@@ -118,12 +123,39 @@ def plain_preference(kind, h, w, target, pairs, ref, labels, beta, gamma, eps, n
             else:
                 losses.append(1 - torch.sigmoid(labels[s] * (beta * r - 0.2)))
         return torch.stack(losses).mean()
-    for chosen, rejected in pairs.tolist():
-        u = beta * (ratio[chosen] - ratio[rejected])
-        if kind in ("dpo", "spin"):
+    chosen_tokens = sum(counts[w].double() for w, _ in pairs.tolist())
+    margins = [(x[w] - x[v], ref[w] - ref[v], ratio[w], ratio[v]) for w, v in pairs.tolist()]
+    own, theirs, good, bad = (torch.stack(list(column)).sort().values for column in zip(*margins, strict=True))
+    for place, (chosen, rejected) in enumerate(pairs.tolist()):
+        a, b = beta * ratio[chosen], beta * ratio[rejected]
+        u = a - b
+        if kind in ("aot", "aot_unpaired"):
+            u = beta * (own - theirs if kind == "aot" else good - bad)[place]
+        if kind in ("dpo", "spin", "sigmoid_norm"):
             loss = -torch.log(torch.sigmoid(u))
-        elif kind == "cdpo":
+        elif kind in ("cdpo", "aot", "aot_unpaired"):
             loss = -(1 - eps) * torch.log(torch.sigmoid(u)) - eps * torch.log(torch.sigmoid(-u))
+        elif kind == "robust":
+            loss = -(1 - eps) * torch.log(torch.sigmoid(u)) + eps * torch.log(torch.sigmoid(-u))
+            loss = loss / (1 - 2 * eps)
+        elif kind == "exo_pair":
+            p = torch.stack((torch.sigmoid(u), torch.sigmoid(-u)))
+            loss = (p * (p.log() - torch.tensor([1 - eps, eps], dtype=p.dtype).log())).sum()
+        elif kind == "nca_pair":
+            loss = -torch.log(torch.sigmoid(a)) - 0.5 * torch.log(torch.sigmoid(-a) * torch.sigmoid(-b))
+        elif kind == "bco_pair":
+            loss = -torch.log(torch.sigmoid(a - 0.2)) - torch.log(torch.sigmoid(0.2 - b))
+        elif kind == "sppo_hard":
+            loss = (ratio[chosen] - 0.5 / beta) ** 2 + (ratio[rejected] + 0.5 / beta) ** 2
+        elif kind == "apo_zero":
+            loss = torch.sigmoid(-a) + torch.sigmoid(b)
+        elif kind == "apo_down":
+            loss = torch.sigmoid(a) + torch.sigmoid(b - a)
+        elif kind == "discopop":
+            m = torch.sigmoid(u / 0.4)
+            loss = -(1 - m) * torch.log(torch.sigmoid(u)) + m * torch.exp(-u)
+        elif kind == "sft":
+            loss = -len(pairs) / chosen_tokens * tokens[chosen].sum()
         elif kind == "hinge":
             loss = torch.relu(1 - u)
         elif kind == "ipo":
@@ -132,8 +164,9 @@ def plain_preference(kind, h, w, target, pairs, ref, labels, beta, gamma, eps, n
             loss = -torch.log(torch.sigmoid(u - gamma))
         else:
             odds = [torch.log(torch.exp(x[s]) / (1 - torch.exp(x[s]))) for s in (chosen, rejected)]
-            loss = -x[chosen] - beta * torch.log(torch.sigmoid(odds[0] - odds[1]))
-        losses.append(loss - nll * tokens[chosen].sum() / counts[chosen].clamp_min(1))
+            nll_share = len(pairs) / chosen_tokens * tokens[chosen].sum()
+            loss = -nll_share - beta * torch.log(torch.sigmoid(odds[0] - odds[1]))
+        losses.append(loss - nll * len(pairs) / chosen_tokens * tokens[chosen].sum())
     return torch.stack(losses).mean()
 
 
@@ -141,7 +174,7 @@ def preference_inputs(kind, dtype=torch.float64, shape=(4, 5), vocab=30, width=4
     h, w, _, target = inputs(shape, vocab, width, seed, dtype=dtype)
     target[:, :2] = -100
     g = torch.Generator().manual_seed(7)
-    ref = -torch.rand(shape[0], generator=g, dtype=torch.float64) * (3 if kind == "ipo" else 10)
+    ref = -torch.rand(shape[0], generator=g, dtype=torch.float64) * (3 if kind in AVERAGED else 10)
     pairs = torch.tensor([[0, 1], [3, 2], [0, 2]])
     labels = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     options = {"beta": 0.3}
@@ -149,11 +182,15 @@ def preference_inputs(kind, dtype=torch.float64, shape=(4, 5), vocab=30, width=4
         options["nll_coef"] = 0.25
     if kind == "simpo":
         options["gamma"] = 0.5
-    if kind == "cdpo":
+    if kind in ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired"):
         options["label_smoothing"] = 0.1
     if kind == "kto":
         options.update(labels=labels, kl=0.2)
-    if kind not in ("simpo", "orpo", "ga"):
+    if kind == "bco_pair":
+        options["kl"] = 0.2
+    if kind == "discopop":
+        options["discopop_tau"] = 0.4
+    if kind not in UNREFERENCED:
         options["ref_logp"] = ref
     return h, w, target, None if kind in UNPAIRED else pairs, ref, labels, options
 
@@ -175,7 +212,7 @@ def test_preference_is_the_papers_formula(backend, kind, frozen):
     for a, b in zip(grads, torch.autograd.grad(3.5 * plain, wrt), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
     assert all(not m.requires_grad for m in metrics.values())
-    x = dense(h, w, target).sum(1) / (3 if kind in ("ipo", "simpo", "orpo") else 1)
+    x = dense(h, w, target).sum(1) / (3 if kind in AVERAGED else 1)
     torch.testing.assert_close(metrics["logp"], x.detach(), rtol=1e-11, atol=1e-11)
     if pairs is not None:
         reward = 0.3 * (x.detach() - (ref if "ref_logp" in options else 0.0))
@@ -185,7 +222,7 @@ def test_preference_is_the_papers_formula(backend, kind, frozen):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto"])
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto", "exo_pair", "discopop", "apo_down", "bco_pair", "aot"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_preference_gradcheck(backend, kind, reduction, frozen):
@@ -277,6 +314,93 @@ def test_a_response_without_tokens_counts_as_zero(backend):
     assert all(not g.any() for g in torch.autograd.grad(nothing, (h, w)))
 
 
+def tokens_of_every_length(seed=11):
+    """Four sequences with 1 to 5 tokens; states and head as leaves, in float64."""
+    h, w, _, target = inputs((4, 6), 30, 4, seed)
+    for s, prompt in enumerate((1, 5, 3, 2)):
+        target[s, :prompt] = -100
+    return *leaves(h, w), target
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("average", ["tokens", "sequences"])
+def test_the_cross_entropy_of_a_preference(backend, frozen, average):
+    """Over the batch's tokens it is F.cross_entropy of the chosen half, with labels of its own too."""
+    h, w, target = tokens_of_every_length()
+    w = w.detach().requires_grad_(not frozen)
+    wrt = [h] if frozen else [h, w]
+    pairs = torch.tensor([[0, 1], [3, 2]])
+    labels = torch.roll(target, 1, 1).clone()
+    labels[0, 3] = 7
+    for own in (None, labels):
+        given = {"kind": ["dpo", "sft"], "kind_weights": [1.0, 0.3], "nll_coef": 0.2, "reference_free": True}
+        with w2s_fast.backend(backend):
+            loss, metrics = w2s_fast.linear_preference(
+                h, w, target, pairs, nll_target=own, nll_average=average, **given
+            )
+            grads = torch.autograd.grad(loss, wrt)
+        y = (target if own is None else own)[[0, 3]]
+        z = F.linear(h[[0, 3]], w)
+        if average == "tokens":
+            nll = F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=-100)
+        else:
+            nll = torch.stack([F.cross_entropy(z[i], y[i], ignore_index=-100) for i in range(2)]).mean()
+        x = dense(h, w, target).sum(1)
+        expected = -F.logsigmoid(0.1 * (x[[0, 3]] - x[[1, 2]])).mean() + 0.5 * nll
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(metrics["nll"], nll.detach(), rtol=1e-12, atol=1e-12)
+        for got, want in zip(grads, torch.autograd.grad(expected, wrt), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_kinds_are_their_weighted_sum(backend):
+    """Also of kinds that average and kinds that do not, of a reference and of none, in one call of the op."""
+    h, w, target = tokens_of_every_length()
+    pairs, ref = torch.tensor([[0, 1], [3, 2]]), torch.tensor([-9.0, -4.0, -6.0, -12.0], dtype=torch.float64)
+    counts = (target >= 0).sum(1)
+    kinds = [kind for kind in PAIRED if kind != "aot_unpaired"]
+    shares = [0.1 * (i + 1) for i in range(len(kinds))]
+    more = {"label_smoothing": 0.1, "gamma": 0.5, "kl": 0.3}
+    own = {"label_smoothing": ("cdpo", "robust", "exo_pair", "aot"), "gamma": ("simpo",), "kl": ("bco_pair",)}
+    with w2s_fast.backend(backend):
+        loss = w2s_fast.linear_preference(h, w, target, pairs, kind=kinds, kind_weights=shares, ref_logp=ref, **more)[0]
+        total = 0.0
+        for kind, share in zip(kinds, shares, strict=True):
+            given = {name: more[name] for name, users in own.items() if kind in users}
+            known = ref / counts if kind in AVERAGED else ref
+            total = total + share * w2s_fast.linear_preference(
+                h, w, target, pairs, kind=kind, ref_logp=known, **given
+            )[0]
+    torch.testing.assert_close(loss, total, rtol=1e-12, atol=1e-12)
+    for got, want in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(total, (h, w)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [k for k in PAIRED if k not in ("ipo", "sppo_hard", "orpo")])
+def test_scores_without_bound(backend, kind):
+    """Margins of 10^5 and -10^5 nats: losses and gradients are finite or, as e^-u of discopop is not, as large as they
+    are."""
+    h, w, target = tokens_of_every_length()
+    pairs = torch.tensor([[0, 1]])
+    options = {"label_smoothing": 0.1} if kind in ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired") else {}
+    for sign in (1.0, -1.0):
+        ref = torch.tensor([-1e5 * sign, 1e5 * sign, 0, 0], dtype=torch.float64)
+        ref = {} if kind in UNREFERENCED else {"ref_logp": ref}
+        with w2s_fast.backend(backend):
+            loss = w2s_fast.linear_preference(h, w, target, pairs, kind=kind, beta=1.0, **ref, **options)[0]
+            slow = w2s_fast.linear_preference(
+                h, w, target, pairs, kind=kind, beta=1.0, reduction="none", **ref, **options
+            )[0][0]
+        torch.testing.assert_close(loss, slow, rtol=1e-10, atol=1e-10)
+        assert torch.isfinite(loss)
+        for got, want in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(slow, (h, w)), strict=True):
+            assert torch.isfinite(got).all()
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("frozen, reduction", [(False, "mean"), (False, "none"), (True, "mean")])
 def test_preference_twice_and_no_second_order(frozen, reduction):
     h, w, target, pairs, _, _, options = preference_inputs("dpo")
@@ -339,6 +463,17 @@ def pref(*a, kind="dpo", **k):
         ),
         (lambda: pref(H, W, Y, P, cu_seqlens=torch.tensor([0, 1])), ValueError, "cu_seqlens must be from 0 to 2"),
         (lambda: pref(H, W, Y, P, labels=torch.ones(2), **S), ValueError, "labels must be left out"),
+        (lambda: pref(H, W, Y, P, kind=["dpo", "npo"], **S), ValueError, "kind must be kinds that all take pairs"),
+        (lambda: pref(H, W, Y, P, kind=[], **S), ValueError, "kind must be a kind, or some"),
+        (lambda: pref(H, W, Y, P, kind=["dpo", "ppo"], **S), ValueError, "kind must be one of"),
+        (lambda: pref(H, W, Y, P, kind=["dpo"], kind_weights=[1.0, 2.0], **S), ValueError, "kind_weights must be one"),
+        (lambda: pref(H, W, Y, kind=["npo", "kto"], **S), ValueError, "kind must be 'kto' alone"),
+        (lambda: pref(H, W, Y, P, kind="robust", label_smoothing=0.5, **S), ValueError, r"must be in \[0, 0.5\)"),
+        (lambda: pref(H, W, Y, P, kind="exo_pair", **S), ValueError, "label_smoothing must be between 0 and 1"),
+        (lambda: pref(H, W, Y, P, kind="discopop", discopop_tau=0.0, **S), ValueError, "discopop_tau must be"),
+        (lambda: pref(H, W, Y, P, nll_target=Y, reference_free=True, **S), ValueError, "nll_target must be left out"),
+        (lambda: pref(H, W, Y, P, kind="sft", nll_target=Y + 5, **S), IndexError, r"nll_target must be in \[0, 5\)"),
+        (lambda: pref(H, W, Y, P, kind="sft", nll_average="batch", **S), ValueError, "nll_average must be one of"),
     ],
 )
 def test_errors(call, error, text):

@@ -1,7 +1,9 @@
 """w2s_fast: fused kernels for weak-to-strong, efficient and robust training."""
 
+import importlib as _importlib
 import importlib.util as _util
 import os as _os
+import typing as _typing
 
 _root = _os.path.dirname(_os.path.dirname(__file__))
 if _util.find_spec("w2s_fast.kernels") is None and _os.path.exists(_os.path.join(_root, "setup.py")):
@@ -52,6 +54,20 @@ from .ops.sparse_lowrank.products import sddmm, spmm
 from .ops.sparse_lowrank.support import SparseSupport, random_support
 
 __version__ = "0.1.0"
+
+#: Packages that are loaded on first use: ``w2s_fast.nn.bound`` needs no import of its own.
+_LAZY = ("data", "integrations", "methods", "metrics", "nn", "optim")
+
+
+def __getattr__(name: str) -> _typing.Any:
+    if name in _LAZY:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
 
 __all__ = [
     "ArmLoss",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from . import transforms
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,6 +20,18 @@ def fail(
 ) -> NoReturn:
     """Raise the one error a bad argument gets."""
     raise error(f"w2s_fast.{op}: {argument} must be {requirement}, got {got}." + (f" {hint}" if hint else ""))
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports of packages that the extra ``name`` brings: of a missing one the error says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        what = f"{package} is not installed" if package.isidentifier() else str(error)
+        message = f'w2s_fast: {what}: pip install "w2s_fast[{name}]"'
+        raise ModuleNotFoundError(message, name=error.name) from error
 
 
 def is_tensor(op: str, argument: str, value: Any, requirement: str = "a tensor") -> Tensor:
@@ -97,6 +112,11 @@ def same_device(op: str, tensors: Sequence[tuple[str, Tensor | None]]) -> None:
             fail(op, name, f"on the device of {first_name} ({first.device})", tensor.device)
 
 
+def readable(t: Tensor) -> bool:
+    """Whether Python may look at the values of ``t``: not on a GPU (a wait), not in a graph, not under `torch.func`."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms.active()
+
+
 def choice(op: str, argument: str, value: Any, options: Sequence[str]) -> str:
     """``value``, which must be one of ``options``."""
     if value not in options:
@@ -106,7 +126,7 @@ def choice(op: str, argument: str, value: Any, options: Sequence[str]) -> str:
 
 def index_range(op: str, argument: str, index: Tensor, size: int) -> None:
     """Every index must lie in ``[0, size)``; looked at on a CPU only, because a GPU would have to be waited for."""
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+    if not readable(index) or not index.numel():
         return
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= size:

@@ -1,7 +1,9 @@
-"""`w2s-fast`: info, check, bench, demo, train. Heavy imports happen inside the commands, so that --help is quick."""
+"""`w2s-fast`: info, check, bench, effect, demo, train. Heavy imports happen inside the commands: --help is quick."""
 
 from __future__ import annotations
 
+import errno
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -10,10 +12,59 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Fused kernels for weak-to-strong training: what they do here."
-)
 out, err = Console(), Console(stderr=True)
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands; what stops one from outside is a sentence on stderr and an exit status, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a terminal without a character loses that one, not the run
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _fail(f"{_named(ctx)}stopped", code=130)
+        except ImportError as error:
+            _fail(f"{_named(ctx)}{error}")
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # the reader of the output went away
+            _fail(f"{_named(ctx)}{error}")
+        except Exception as error:
+            if "(os error " not in str(error):  # how libraries written in Rust report a full or read-only disk
+                raise
+            _fail(f"{_named(ctx)}{error}")
+
+
+def _named(ctx: Any) -> str:
+    """``"train: "``, as far as a command was reached."""
+    return f"{ctx.invoked_subcommand}: " if ctx.invoked_subcommand else ""
+
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, cls=_Commands,
+    help="Fused kernels for weak-to-strong training: what they do here.",
+)  # fmt: skip
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        out.print(f"w2s_fast {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
@@ -104,7 +155,10 @@ def bench(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes the smaller of 2 and the cores.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds a case.")] = 15,
     to: Annotated[
-        Path | None, typer.Option("--out", help="Result file, or a folder for it; default bench/results/local.")
+        Path | None,
+        typer.Option(
+            "--out", help="Result file, or a folder for it; default bench/results/local, of a wheel the user's cache."
+        ),
     ] = None,
     plots: Annotated[bool, typer.Option("--plots", help="Also draw the charts beside the results.")] = False,
     overhead: Annotated[bool, typer.Option(help="Also measure import and call overhead.")] = True,
@@ -114,7 +168,10 @@ def bench(
     from .bench import command
 
     if readme:
-        out.print(command.write_readme())
+        try:
+            out.print(command.write_readme())
+        except ValueError as error:
+            _fail(str(error), code=2)
         return
     options = command.Options(tuple(op or ()), full, providers, device, threads, rounds, to, overhead)
     try:
@@ -122,6 +179,14 @@ def bench(
         cases = options.cases(settings)
     except ValueError as error:
         _fail(str(error), code=2)
+    if plots:
+        from .bench.plots import needs
+
+        needs()
+    try:
+        command.try_out(options)
+    except ValueError as error:
+        _fail(f"--out {to}: {error}", code=2)
     out.print(command.intention(cases, settings))
     if command.busy():
         err.print(f"[yellow]note:[/yellow] {command.busy()}", soft_wrap=True)
@@ -164,11 +229,8 @@ def _print_report(report: Any) -> None:
 def _draw(report: Any, folder: Path) -> None:
     from .bench.plots import draw
 
-    try:
-        for path in draw(report, folder):
-            out.print(f"chart: {path}", soft_wrap=True, highlight=False)
-    except ImportError:
-        _fail('charts need matplotlib: pip install "w2s_fast[plot]"')
+    for path in draw(report, folder):
+        out.print(f"chart: {path}", soft_wrap=True, highlight=False)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -177,10 +239,16 @@ def demo(context: typer.Context) -> None:
     try:
         from .methods.decoding.demo import main
     except ImportError as error:
-        _fail(f'the demo cannot be imported ({error}); it needs transformers: pip install "w2s_fast[demo]"')
+        _cannot_import("the demo", error)
     code = main(context.args)
     if code:
         raise typer.Exit(int(code))
+
+
+def _cannot_import(what: str, error: ImportError) -> NoReturn:
+    """One line that names what to install."""
+    hint = "" if "pip install" in str(error) else '; its examples need pip install "w2s_fast[demo]"'
+    _fail(f"{what} cannot be imported ({error}){hint}")
 
 
 def _list_methods(console: Console) -> None:
@@ -218,15 +286,43 @@ def train(context: typer.Context) -> None:
     try:
         main = importlib.import_module(method.module).main
     except ImportError as error:
-        _fail(f'{name} cannot be imported ({error}); its examples need pip install "w2s_fast[demo]"')
-    try:
-        code = main(arguments)
-    except KeyboardInterrupt:
-        _fail(f"{name}: stopped", code=130)
-    except OSError as error:
-        _fail(f"{name}: {error}")
+        _cannot_import(name, error)
+    code = main(arguments)
     if code:
         raise typer.Exit(int(code))
+
+
+@app.command()
+def effect(
+    name: Annotated[str, typer.Argument(help="An experiment; none lists them.")] = "",
+    seeds: Annotated[str, typer.Option(help="Comma-separated; a verdict needs at least five.")] = "0,1,2,3,4",
+    listed: Annotated[bool, typer.Option("--list", help="All experiments with their recorded verdicts.")] = False,
+    to: Annotated[Path | None, typer.Option("--out", help="A JSON file that gets the result.")] = None,
+) -> None:
+    """Run the experiment that shows a paper's effect, or that it does not show; alone, list them with verdicts."""
+    from . import files
+    from .bench.effects import protocol
+
+    if listed or not name:
+        for line in protocol.listing():
+            out.print(escape(line), soft_wrap=True, highlight=False)
+        return
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        _fail(f"--seeds must be numbers and commas, got {seeds!r}", code=2)
+    if to is not None:
+        files.writable_folder(to.parent)  # before the work
+    try:
+        with err.status(name) as status:
+            result = protocol.run(name.replace("-", "_"), numbers, lambda what: status.update(f"{name}: {what}"))
+    except KeyError:
+        _fail(f"no experiment named {name}; w2s-fast effect --list names them", code=2)
+    for line in protocol.lines(result):
+        out.print(escape(line), soft_wrap=True, highlight=False)
+    if to is not None:
+        protocol.save(name.replace("-", "_"), result, to)
+        out.print(f"results: {to}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

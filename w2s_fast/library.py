@@ -15,12 +15,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch, extension
+from . import dispatch, extension, transforms
 
 _LIBRARY = torch.library.Library("w2s_fast", "FRAGMENT")
 _LOG = logging.getLogger("w2s_fast")
+
+# looked up once: a small call takes a few microseconds
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_any_requires_grad, _below_autograd = torch._C._any_requires_grad, torch._C._AutoDispatchBelowAutograd
+_transforms_active = transforms.active
+_autocast_off = torch._C._DisableAutocast
 
 #: Every op, by name, in the order of definition.
 OPS: dict[str, Op] = {}
@@ -61,7 +68,7 @@ class Kernel:
 
     def bind(self, schema: str) -> None:
         """Learn the names of the arguments."""
-        names = argument_names(schema)
+        names = [name for _, name in _arguments(schema)]
         unknown = set(self._free) - set(names)
         assert not unknown, f"{self._names[0]}: no argument {unknown}"
         self._layouts = [self._free.get(name, torch.Tensor.contiguous) for name in names]
@@ -84,9 +91,9 @@ def _laid_out(value: Any, layout: Callable[[torch.Tensor], torch.Tensor]) -> Any
     return [layout(t) for t in value] if _is_tensor_list(value) else value
 
 
-def argument_names(schema: str) -> list[str]:
-    """Names of the arguments of ``"(Tensor x, float eps) -> ..."``, in order."""
-    return re.findall(r"(\w+)(?:=[^,()]*)?(?=[,)])", schema.rsplit(" -> ", 1)[0])
+def _arguments(schema: str) -> list[tuple[str, str]]:
+    """(type, name) of the arguments of ``"(Tensor x, float eps) -> ..."``, in order."""
+    return re.findall(r"([\w\[\]?]+) (\w+)(?:=[^,()]*)?(?=[,)])", schema.rsplit(" -> ", 1)[0])
 
 
 def _resolve(name: str) -> Callable[..., Any]:
@@ -113,6 +120,14 @@ class Op:
         self.name, self.schema, self.reference, self.triton, self.cuda = name, schema, reference, triton, cuda
         self._auto: Any = None
         self._forced: Any = None
+        arguments = _arguments(schema)
+        self.names = [argument for _, argument in arguments]
+        #: places of the lists, and whether they are of tensors
+        self.lists = [(i, kind == "Tensor[]") for i, (kind, _) in enumerate(arguments) if kind.endswith("[]")]
+        self._places: dict[tuple[str, ...], tuple[int, ...]] = {}
+        #: ``(ctx, backend, inputs, output)`` and ``(ctx, grads, origins)``, of `define`
+        self.setup: Callable[..., None]
+        self.gradients: Callable[..., list[Any]]
         for kernel in (triton, cuda):
             if kernel is not None:
                 kernel.bind(schema)
@@ -120,20 +135,33 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         state = dispatch.STATE
         if state == "auto":
-            if torch.compiler.is_compiling():
+            if _is_compiling():
                 return self._auto(*args)
             if forward_ad._current_level >= 0:
                 self._refuse_tangents(args)
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if _transforms_active():
+                return transforms.call(self, "auto", args)
+            if _is_grad_enabled() and _any_requires_grad(*args):
                 return self._auto(*args)
             # no gradient is wanted: past the Python autograd kernel, which costs a small call as much as the op
-            with torch._C._AutoDispatchBelowAutograd():
+            with _below_autograd():
                 return self._auto(*args)
-        if forward_ad._current_level >= 0:
-            self._refuse_tangents(args)
         if state == "explain":
             raise dispatch.Explained(self.explain(args))
-        return self._forced(*args, state)
+        return self.on(state)(*args)
+
+    def directly(self, args: Sequence[Any], trained: tuple[str, ...]) -> Any:
+        """The op, for eager calls whose gradients go to the tensors named ``trained`` only: on a small batch the
+        dispatcher's way around an op with many arguments or lists of tensors costs more than the op."""
+        if _is_compiling() or _transforms_active() or not _is_grad_enabled():
+            return self(*args)
+        places = self._places.get(trained)
+        if places is None:
+            places = self._places[trained] = tuple(self.names.index(name) for name in trained)
+        tensors = [args[place] for place in places]
+        if not _any_requires_grad(*tensors):
+            return self(*args)
+        return _Direct.apply(self, args, places, *tensors)
 
     def _refuse_tangents(self, args: Sequence[Any]) -> None:
         """The kernels would drop a tangent and the derivative would silently be 0."""
@@ -151,6 +179,8 @@ class Op:
         def call(*args: Any) -> Any:
             if forward_ad._current_level >= 0:
                 self._refuse_tangents(args)
+            if not _is_compiling() and _transforms_active():
+                return transforms.call(self, backend, args)
             return self._auto(*args) if backend == "auto" else self._forced(*args, backend)
 
         return call
@@ -200,11 +230,13 @@ class Op:
     def _run_cuda(self, *args: Any) -> Any:
         for backend, kernel in (("cuda", self.cuda), ("triton", self.triton)):
             if kernel is not None and kernel.opt_in is None and self.why_not(backend, args) is None:
-                return kernel(*args)
+                with _autocast_off():
+                    return kernel(*args)
         _LOG.warning(
             "w2s_fast.%s: no GPU kernel serves this call, plain PyTorch does:\n%s", self.name, self.explain(args)
         )
-        return self.reference(*args)
+        with _autocast_off():
+            return self.reference(*args)
 
     def _run_forced(self, *args: Any) -> Any:
         *inputs, backend = args
@@ -213,18 +245,18 @@ class Op:
             raise RuntimeError(
                 f"w2s_fast.{self.name}: backend {backend!r} cannot serve this call: {reason}. Use backend='auto'."
             )
-        if backend == "reference":
-            return self.reference(*inputs)
         if backend == "cpp":
             return self._auto(*inputs)
-        kernel = self.triton if backend == "triton" else self.cuda
+        kernel = {"triton": self.triton, "cuda": self.cuda, "reference": self.reference}[backend]
         assert kernel is not None
-        return kernel(*inputs)
+        with _autocast_off():
+            return kernel(*inputs)
 
     def _run_default(self, *args: Any) -> Any:
         if _first_tensor(args).device.type == "cpu":
             extension.warn_once()
-        return self.reference(*args)
+        with _autocast_off():
+            return self.reference(*args)
 
 
 def define(
@@ -238,6 +270,7 @@ def define(
     triton: Kernel | None = None,
     cuda: Kernel | None = None,
     differentiable: bool = True,
+    twice: bool = False,
 ) -> Op:
     """Register op ``name``.
 
@@ -246,13 +279,17 @@ def define(
         reference: the op in plain PyTorch; its definition and the default kernel on every device.
         fake: shapes and dtypes of the outputs (contiguous), for the compiler.
         setup_context: ``(ctx, inputs, output)`` saves what backward needs. ``ctx.backend`` is already set.
-        backward: ``(ctx, *grads) -> {argument name: gradient}``; names left out get no gradient.
+        backward: ``(ctx, *grads) -> {argument name: gradient}``; names left out get no gradient. It may read
+            ``ctx.saved_tensors`` as often as it likes: autograd's are unpacked once.
             None with ``differentiable=True`` makes a gradient through the op an error (double backward).
         differentiable: False for ops such as sampling, whose outputs never carry a gradient.
+        twice: whether backward consists of differentiable operations on what forward was given, so that it can be
+            differentiated too. Otherwise that is an error.
     """
     op = Op(name, schema, reference, triton, cuda)
     arguments, returns = schema.rsplit(" -> ", 1)
-    names = argument_names(schema)
+    op.setup = _make_setup(op, setup_context, differentiable)
+    op.gradients = _make_gradients(op, backward, twice)
     for suffix, text, kernel in (
         ("", schema, op._run_default),
         ("_on", f"{arguments[:-1]}, str backend) -> {returns}", op._run_forced),
@@ -263,10 +300,7 @@ def define(
         _LIBRARY.impl(f"{name}{suffix}", kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, (lambda *args: fake(*args[:-1])) if forced else fake, lib=_LIBRARY)
         torch.library.register_autograd(
-            qualified,
-            _make_backward(name, names, backward, forced),
-            setup_context=_make_setup(setup_context, differentiable, forced),
-            lib=_LIBRARY,
+            qualified, _autograd_backward(op, forced), setup_context=_autograd_setup(op, forced), lib=_LIBRARY
         )
     _LIBRARY.impl(name, op._run_cuda, "CUDA")
     op._auto = getattr(torch.ops.w2s_fast, name).default
@@ -280,18 +314,11 @@ def define_raw(name: str, schema: str) -> None:
     _LIBRARY.define(f"{name}{schema}")
 
 
-def _is_tensor_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in value)
-
-
-def _make_setup(
-    setup_context: Callable[..., None] | None, differentiable: bool, forced: bool
-) -> Callable[[Any, tuple[Any, ...], Any], None]:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend = inputs[-1] if forced else "auto"
-        inputs = inputs[:-1] if forced else inputs
-        # backward must return a list as long as a list of tensors (of None where there is no gradient)
-        ctx.lists = tuple(len(value) if _is_tensor_list(value) else None for value in inputs)
+def _make_setup(op: Op, setup_context: Callable[..., None] | None, differentiable: bool) -> Callable[..., None]:
+    def setup(ctx: Any, backend: str, inputs: Sequence[Any], output: Any) -> None:
+        ctx.backend = backend
+        # a list of numbers counts only where it is empty: then nothing tells it from an empty list of tensors
+        ctx.lengths = [(place, len(inputs[place])) for place, kind in op.lists if kind or not inputs[place]]
         if not differentiable:
             ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
         elif setup_context is not None:
@@ -300,16 +327,69 @@ def _make_setup(
     return setup
 
 
-def _make_backward(
-    name: str, names: list[str], backward: Callable[..., dict[str, Any]] | None, forced: bool
-) -> Callable[..., Any]:
-    def run(ctx: Any, *grads: Any) -> Any:
+def _make_gradients(op: Op, backward: Callable[..., dict[str, Any]] | None, twice: bool) -> Callable[..., list[Any]]:
+    def gradients(ctx: Any, grads: Sequence[Any], origins: Sequence[Any]) -> list[Any]:
         if backward is None:
-            raise NotImplementedError(f"w2s_fast::{name}: double backward is not supported")
-        found = backward(ctx, *grads)
-        result: list[Any] = []
-        for argument, length in zip(names, ctx.lists, strict=True):
-            result.append(found.get(argument, None if length is None else [None] * length))
-        return (*result, None) if forced else tuple(result)
+            transforms.no_second_derivative(op.name)
+        with _autocast_off():
+            if twice or not torch.is_grad_enabled():
+                found = backward(ctx, *grads)
+            else:  # create_graph
+                with torch.no_grad():
+                    found = backward(ctx, *grads)
+        result = [found.get(name) for name in op.names]
+        for place, length in ctx.lengths:  # where autograd wants a list as long
+            if result[place] is None:
+                result[place] = [None] * length
+        return result if twice else transforms.once(op.name, result, (*origins, *grads))
 
-    return run
+    return gradients
+
+
+class _Direct(torch.autograd.Function):
+    """An op whose gradients go to the arguments at ``places`` only."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, args: Sequence[Any], places: tuple[int, ...], *trained: Tensor | None) -> Any:
+        output = op(*args)
+        ctx.op, ctx.places, ctx.count = op, places, len(args)
+        op.setup(ctx, dispatch.STATE, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        once = _Unpacked(ctx)
+        needs = [False] * ctx.count
+        for place, need in zip(ctx.places, ctx.needs_input_grad[3:], strict=True):
+            needs[place] = need
+        once.needs_input_grad = needs
+        found = ctx.op.gradients(once, grads, once.saved_tensors)
+        return (None, None, None, *(found[place] for place in ctx.places))
+
+
+class _Unpacked:
+    """autograd's ctx with the saved tensors read once: hooks that hand each out once (checkpointing, offloading)
+    refuse a second time, and a copy from elsewhere is not made twice."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+        self.needs_input_grad = ctx.needs_input_grad
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _autograd_setup(op: Op, forced: bool) -> Callable[[Any, tuple[Any, ...], Any], None]:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        op.setup(ctx, *((inputs[-1], inputs[:-1]) if forced else ("auto", inputs)), output)
+
+    return setup
+
+
+def _autograd_backward(op: Op, forced: bool) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        once = _Unpacked(ctx)
+        found = op.gradients(once, grads, once.saved_tensors)
+        return (*found, None) if forced else tuple(found)
+
+    return backward

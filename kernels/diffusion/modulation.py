@@ -1,8 +1,10 @@
 """added = x + gate y and h = LN0(added) (1 + scale) + shift, either or both, and the gradient.
 
+gate, shift and scale are a vector a sample or one a token.
+
 Forward: one program a token, its row in registers. Backward: one program a range of tokens of a sample; it writes dx
 and dy and keeps the sums over its tokens (dgate, dshift, dscale) in registers; ranges are added in order afterwards, no
-atomics.
+atomics. The gradients of a gate and a scale a token are written at once.
 Floor: x and y read, added and h written once.
 """
 
@@ -20,9 +22,9 @@ RANGE = 32
 
 
 @triton.jit
-def _vector(v, row, b, c, mask):
-    """A modulation vector (tensor, stride from sample to sample), with its table row."""
-    x = tl.load(v[0] + b * v[1] + c, mask=mask, other=0.0).to(tl.float32)
+def _vector(v, row, b, n, c, mask):
+    """A modulation vector (tensor, stride from sample to sample, from token to token), with its table row."""
+    x = tl.load(v[0] + b * v[1] + n * v[2] + c, mask=mask, other=0.0).to(tl.float32)
     if row is not None:
         x += tl.load(row + c, mask=mask, other=0.0).to(tl.float32)
     return x
@@ -46,7 +48,7 @@ def _forward_kernel(
     if y is not None:
         step = _row(y, b, n, c, mask)
         if gate is not None:
-            step *= _vector(gate, gate_row, b, c, mask)
+            step *= _vector(gate, gate_row, b, n, c, mask)
         low = (a + step).to(added.dtype.element_ty)
         tl.store(added + pid * C + c, low, mask=mask)
         a = low.to(tl.float32)  # the LayerNorm is that of the rounded row, which backward sees
@@ -56,16 +58,17 @@ def _forward_kernel(
         rstd = 1.0 / tl.sqrt_rn(tl.sum(a * a, 0) / C + eps)
         tl.store(stats + pid * 2, mean)
         tl.store(stats + pid * 2 + 1, rstd)
-        out = a * rstd * (1.0 + _vector(scale, scale_row, b, c, mask)) + _vector(shift, shift_row, b, c, mask)
+        out = a * rstd * (1.0 + _vector(scale, scale_row, b, n, c, mask)) + _vector(shift, shift_row, b, n, c, mask)
         tl.store(h + pid * C + c, out.to(h.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward_kernel(
-    grad_added, grad_h, added, y, gate, gate_row, scale, scale_row, stats, dx, dy, partial, N, C, ranges,
-    NEED_GATE: tl.constexpr, RANGE: tl.constexpr, BLOCK: tl.constexpr,
+    grad_added, grad_h, added, y, gate, gate_row, scale, scale_row, stats, dx, dy, partial, dgates, dscales, N, C,
+    ranges, NEED_GATE: tl.constexpr, GATES: tl.constexpr, SCALES: tl.constexpr, RANGE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partial is [B, ranges, 3, C]: dgate, dshift, dscale."""
+    """partial is [B, ranges, 3, C]: dgate, dshift, dscale; GATES, SCALES: one a token, their gradients [B, N, C]."""
     pid = tl.program_id(0).to(tl.int64)
     b, part = pid // ranges, pid % ranges
     c = tl.arange(0, BLOCK)
@@ -73,11 +76,11 @@ def _backward_kernel(
     dgate = tl.zeros((BLOCK,), tl.float32)
     dshift, dscale = dgate, dgate
     gain = dgate
-    if grad_h is not None:
-        gain = 1.0 + _vector(scale, scale_row, b, c, mask)
+    if grad_h is not None and not SCALES:
+        gain = 1.0 + _vector(scale, scale_row, b, 0, c, mask)
     factor = dgate
-    if gate is not None:
-        factor = _vector(gate, gate_row, b, c, mask)
+    if gate is not None and not GATES:
+        factor = _vector(gate, gate_row, b, 0, c, mask)
     for i in range(RANGE):
         n = part * RANGE + i
         live = mask & (n < N)
@@ -91,16 +94,27 @@ def _backward_kernel(
             up = _row(grad_h, b, n, c, live)
             unit = tl.where(live, (_row(added, b, n, c, live) - mean) * rstd, 0.0)
             dshift += up
-            dscale += up * unit
+            if SCALES:
+                gain = 1.0 + _vector(scale, scale_row, b, n, c, live)
+                if dscales is not None:
+                    tl.store(dscales + line * C + c, up * unit, mask=live)
+            else:
+                dscale += up * unit
             g = up * gain
             d += rstd * (g - tl.sum(g, 0) / C - unit * (tl.sum(g * unit, 0) / C))
         if NEED_GATE:
-            dgate += tl.where(live, d, 0.0) * _row(y, b, n, c, live)
+            product = tl.where(live, d, 0.0) * _row(y, b, n, c, live)
+            if GATES:
+                tl.store(dgates + (b * N + n) * C + c, product, mask=live)
+            else:
+                dgate += product
         if dx is not None:
             tl.store(dx + (b * N + n) * C + c, d.to(dx.dtype.element_ty), mask=live)
         if dy is not None:
             e = d
             if gate is not None:
+                if GATES:
+                    factor = _vector(gate, gate_row, b, n, c, live)
                 e = d * factor
             tl.store(dy + (b * N + n) * C + c, e.to(dy.dtype.element_ty), mask=live)
     if partial is not None:
@@ -114,8 +128,13 @@ def _tokens(t: Any) -> tuple[Any, ...] | None:
     return None if t is None else (t, t.stride(0), t.stride(1))
 
 
-def _strided(v: Any) -> tuple[Any, int] | None:
-    return None if v is None else (v, v.stride(0) if v.shape[0] > 1 else 0)
+def _strided(v: Any) -> tuple[Any, int, int] | None:
+    return None if v is None else (v, *(v.stride(i) if v.shape[i] > 1 else 0 for i in (0, 1)))
+
+
+def _each(v: Any) -> bool:
+    """Whether there is a vector a token."""
+    return v is not None and v.shape[1] != 1
 
 
 def _warps(channels: int) -> int:
@@ -142,30 +161,35 @@ def launch_modulate(
 def backward(
     grad_added: Any, grad_h: Any, added: Any, y: Any, gate: Any, gate_row: Any, scale: Any, scale_row: Any, stats: Any,
     need_x: bool, need_y: bool, need_gate: bool, need_modulation: bool,
-) -> tuple[Any, Any, Any]:  # fmt: skip
-    """dx, dy (None where not needed) and the partial sums ``[B, ranges, 3, C]``."""
+) -> tuple[Any, Any, Any, Any, Any]:  # fmt: skip
+    """dx, dy (None where not needed), the partial sums ``[B, ranges, 3, C]``, and dgate, dscale of vectors a token."""
     batch, n, c = added.shape
     dx, dy = (added.new_empty(added.shape) if need else None for need in (need_x, need_y))
     ranges = cdiv(n, RANGE)
     sums = need_gate or need_modulation
-    partial = added.new_empty((batch, ranges, 3, c), dtype=dtype(added, "float32")) if sums else None
+    wide = dtype(added, "float32")
+    partial = added.new_empty((batch, ranges, 3, c), dtype=wide) if sums else None
+    gates, scales = _each(gate), _each(scale)
+    dgates = added.new_empty(added.shape, dtype=wide) if gates and need_gate else None
+    dscales = added.new_empty(added.shape, dtype=wide) if scales and need_modulation else None
     launch(
         _backward_kernel, batch * ranges, added, _tokens(grad_added), _tokens(grad_h), _tokens(added), _tokens(y),
-        _strided(gate), gate_row, _strided(scale), scale_row, stats, dx, dy, partial, n, c, ranges,
-        NEED_GATE=need_gate, RANGE=RANGE, BLOCK=next_power(c), num_warps=_warps(c),
+        _strided(gate), gate_row, _strided(scale), scale_row, stats, dx, dy, partial, dgates, dscales, n, c, ranges,
+        NEED_GATE=need_gate, GATES=gates, SCALES=scales, RANGE=RANGE, BLOCK=next_power(c), num_warps=_warps(c),
     )  # fmt: skip
-    return dx, dy, partial
+    return dx, dy, partial, dgates, dscales
 
 
 def launch_modulate_backward(*args: Any) -> tuple[Any, Any, Any, Any, Any]:
     """Arguments of `modulate_backward` -> (dx, dy, dgate, dshift, dscale)."""
     added, need_gate, need_modulation = args[2], args[11], args[12]
-    dx, dy, partial = backward(*args)
+    dx, dy, partial, dgates, dscales = backward(*args)
     empty = added.new_empty((0,))
     none = added.new_empty((0,), dtype=dtype(added, "float32"))
-    total = [none] * 3 if partial is None else list(partial.sum(1).unbind(1))
+    total = [none] * 3 if partial is None else list(partial.sum(1, keepdim=True).unbind(2))
     needs = (need_gate, need_modulation, need_modulation)
     dgate, dshift, dscale = ((t if need else none).clone() for t, need in zip(total, needs, strict=True))
+    dgate, dscale = dgate if dgates is None else dgates, dscale if dscales is None else dscales
     return empty if dx is None else dx, empty.clone() if dy is None else dy, dgate, dshift, dscale
 
 
@@ -178,10 +202,10 @@ supports_backward = supports
 
 
 def aot_cases() -> list[AotCase]:
-    """PixArt's 1152 channels: residual and adaptive LayerNorm in one, and 4096 in fp32."""
+    """PixArt's 1152 channels: residual and adaptive LayerNorm in one, also with a vector a token, and 4096 in fp32."""
 
-    def case(kind: str, c: int) -> Any:
-        x, vector, row = Meta((2, 4096, c), kind), Meta((2, c), kind), Meta((c,), "float32")
+    def case(kind: str, c: int, tokens: int = 1) -> Any:
+        x, vector, row = Meta((2, 4096, c), kind), Meta((2, tokens, c), kind), Meta((c,), "float32")
 
         def run() -> None:
             launch_modulate(x, x, vector, row, vector, row, vector, row, 1e-6)
@@ -192,5 +216,6 @@ def aot_cases() -> list[AotCase]:
 
     return [
         AotCase("bf16-both", case("bfloat16", 1152)),
+        AotCase("bf16-tokens", case("bfloat16", 1152, 4096)),
         AotCase("fp32-both-c4096", case("float32", 4096)),
     ]

@@ -24,9 +24,11 @@ RANGE = 64
 @triton.jit
 def token_of(m, tap, ratio, width, across, STRIDE: tl.constexpr):
     """Token of a tap of output m."""
-    if STRIDE:
-        return m * ratio
-    return ((m // across) * ratio + tap // ratio) * width + (m % across) * ratio + tap % ratio
+    if STRIDE:  # one return: Triton 3.6 takes the type of both branches
+        token = m * ratio
+    else:
+        token = ((m // across) * ratio + tap // ratio) * width + (m % across) * ratio + tap % ratio
+    return token
 
 
 @triton.jit

@@ -21,7 +21,7 @@ SCRATCH = 1 << 30
 ROWS = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first", "chunk", "blocks"])  # they change with every batch
 def logits_kernel(
     models, count, first, chunk, vocab, blocks, o_z,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, DOT_F32: tl.constexpr,
@@ -58,21 +58,30 @@ def row_block(i_z, cols, vocab, scale, cap, CAP: tl.constexpr):
 
 @triton.jit
 def gradient_row(
-    i_z, o_grad, vocab, scale, cap, line, unit, coef, coef_log, log_line, coef_all, dense, coef_dense, i_ids, i_coefs,
-    K, sign, keep, CAP: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr,
+    i_z, o_grad, vocab, scale, cap, line, unit, coef, coef_log, log_line, coef_all, dense, coef_dense, classes, i_ids,
+    i_coefs, K, sign, keep, CAP: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dz = slope (p (coef + coef_log log p) + coef_all + coef_dense dense + sum_k sign coefs_k [v = ids_k]), with p =
-    unit exp(z - line) and log p = z - log_line."""
+    """dz = slope (p (coef + coef_log log p) + classes (coef_all + coef_dense dense) + sum_k sign coefs_k [v = ids_k]),
+    with p = unit exp(z - line), log p = z - log_line, and classes 1 where there are none. It may overwrite the logits,
+    once every thread has read its label's."""
+    tl.debug_barrier()
     for start in range(0, vocab, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z, slope, mask = row_block(i_z, cols, vocab, scale, cap, CAP)
         p = unit * tl.exp(z - line)
         if LOG:
-            g = p * (coef + coef_log * tl.maximum(z - log_line, -1e4, propagate_nan=tl.PropagateNan.ALL)) + coef_all
+            g = p * (coef + coef_log * tl.maximum(z - log_line, -1e4, propagate_nan=tl.PropagateNan.ALL))
         else:
-            g = p * coef + coef_all
-        if dense is not None:
-            g += coef_dense * tl.load(dense + cols, mask=mask, other=0.0).to(tl.float32)
+            g = p * coef
+        if classes is not None:
+            weighed = tl.full(g.shape, 0.0, tl.float32) + coef_all
+            if dense is not None:
+                weighed += coef_dense * tl.load(dense + cols, mask=mask, other=0.0).to(tl.float32)
+            g += weighed * tl.load(classes + cols, mask=mask, other=0.0)
+        else:
+            g += coef_all
+            if dense is not None:
+                g += coef_dense * tl.load(dense + cols, mask=mask, other=0.0).to(tl.float32)
         for k in range(K):
             own = cols == tl.load(i_ids + k)
             g += tl.where(own, sign * tl.load(i_coefs + k).to(tl.float32), 0.0)

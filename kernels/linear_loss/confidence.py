@@ -2,7 +2,7 @@
 
 First (max, log sum) of every row; with two classes p_0 and its quantile, a sort of B numbers by the library; with more
 classes a program a block of columns for mean p and mean w, rows summed in one order. Floor: logits and labels read
-once, the gradient written once; the gradient's sweep reads from the L2 cache, the columns' sweep is a second read.
+once, the gradient written once; the gradient's and the columns' sweeps are reads of their own.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ supports_linear_loss_backward = supports_chunk
 @triton.jit
 def _rows_kernel(
     i_z, o_grad, vocab, first, K, scale, cap, i_lse, i_ids, i_coefs, i_coef, i_log, i_all, dense, dense_stride, i_dense,
-    CAP: tl.constexpr, BLOCK: tl.constexpr,
+    classes, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     local = tl.program_id(0).to(tl.int64)
     row = first + local
@@ -39,7 +39,7 @@ def _rows_kernel(
         keep |= tl.load(i_coefs + row * K + k).to(tl.float32) != 0
     gradient_row(
         i_z + local * vocab, o_grad + local * vocab, vocab, scale, cap, lse, 1.0, coef, coef_log, lse, coef_all, dense,
-        coef_dense, i_ids + row * K, i_coefs + row * K, K, 1.0, keep, CAP, i_log is not None, BLOCK,
+        coef_dense, classes, i_ids + row * K, i_coefs + row * K, K, 1.0, keep, CAP, i_log is not None, BLOCK,
     )  # fmt: skip
 
 
@@ -49,14 +49,17 @@ def launch_linear_loss_backward(*args: Any) -> tuple[Any, ...]:
     keep = (coef != 0) | (coefs != 0).any(1)
     for rows in (log, everywhere):
         keep = keep if rows is None else keep | (rows != 0)
-    if dense is not None:  # [T, V]: not copied
-        keep = None
-    return packed(_all_rows, args, keep, (0, 3, 8, 9, 10, 11, 12, 13), (0, 3))
+    if dense is not None:
+        share = args[15]
+        keep = keep | (True if share is None else share != 0)
+    # a dense target is [T, V]: not copied
+    return packed(_all_rows, args, keep, (0, 3, 8, 9, 10, 11, 12, 13), (0, 3), every_row=dense is not None)
 
 
 def _all_rows(*args: Any) -> tuple[Any, ...]:
-    work = Chunks(args[:8], args[16:])
-    lse, ids, coefs, coef, log, everywhere, dense, coef_dense = args[8:16]
+    work = Chunks(args[:8], args[17:])
+    lse, ids, coefs, coef, log, everywhere, dense, coef_dense, classes = args[8:17]
+    classes = None if classes is None else classes.float().contiguous()
     ids, coefs = ids.contiguous(), coefs.contiguous()
     rows = [x if x is None else x.contiguous() for x in (coef, log, everywhere)]
     coef_dense = None if coef_dense is None else coef_dense.contiguous()
@@ -66,36 +69,38 @@ def _all_rows(*args: Any) -> tuple[Any, ...]:
         for first, size, z, dz in work.each():
             launch(
                 _rows_kernel, size, z, z, dz, work.vocab_size, first, ids.shape[1], scale, cap, lse, ids, coefs, *rows,
-                dense, stride, coef_dense, CAP=has, **options(),
+                dense, stride, coef_dense, classes, CAP=has, **options(),
             )  # fmt: skip
             work.spend(first, size, dz)
     return work.gradients()
 
 
 def chunk_gradient(work: Chunks, first: int, size: int, z: Any, dz: Any, lse: Any, ids: Any, coef: Any) -> None:
-    """dz = coef ([v = id] - p) of a chunk's rows; ids and coef ``[T, 1]``."""
+    """dz = sum_k coef_k ([v = id_k] - p) of a chunk's rows; ids and coef ``[T, K]``, coef 0 where an id is negative."""
     scale, cap, has = work.cap
     launch(
-        _rows_kernel, size, z, z, dz, work.vocab_size, first, 1, scale, cap, lse, ids, coef, -coef, None, None, None, 0,
-        None, CAP=has, **options(),
+        _rows_kernel, size, z, z, dz, work.vocab_size, first, ids.shape[1], scale, cap, lse, ids, coef, -coef.sum(1),
+        None, None, None, 0, None, None, CAP=has, **options(),
     )  # fmt: skip
     work.spend(first, size, dz)
 
 
 def aot_cases() -> list[AotCase]:
-    """The kernel of a chunk: a hard label in bf16, everything at once in fp32."""
+    """The kernel of a chunk: a hard label in bf16, smoothed with class weights; everything at once in fp32."""
 
-    def run(kind: str, full: bool) -> None:
+    def run(kind: str, full: bool, smooth: bool = False) -> None:
         z, dz = Meta((2048, 128256), "float32"), Meta((2048, 128256), kind)
         row, ids, coefs = Meta((8192,), "float32"), Meta((8192, 4), "int64"), Meta((8192, 4), "float32")
-        extra = row if full else None
+        extra, everywhere = row if full else None, row if full or smooth else None
+        classes = Meta((128256,), "float32") if full or smooth else None
         dense = Meta((8192, 128256), "float32") if full else None
         launch(
             _rows_kernel, 2048, z, z, dz, 128256, 2048, 4, 1.0, 30.0 if full else 1.0, row, ids, coefs, row, extra,
-            extra, dense, 128256 if full else 0, extra, CAP=full, **options(),
+            everywhere, dense, 128256 if full else 0, extra, classes, CAP=full, **options(),
         )  # fmt: skip
 
     return [
         AotCase("bf16-v128256", lambda: run("bfloat16", False)),
+        AotCase("bf16-v128256-classes", lambda: run("bfloat16", False, True)),
         AotCase("fp32-v128256-all", lambda: run("float32", True)),
     ]

@@ -2,8 +2,9 @@
 
 First (max, log sum) of the student's and each teacher's row, then one sweep for D and the mean that its gradient needs,
 one for the gradient; see reference/linear_loss/distillation.py for the equations. Floor: every logit read once, the
-gradient written once; the sweeps after the first read from the L2 cache. linear_kd makes the logits of a chunk of rows
-with `rows.logits` and spends its gradient in two products of the library.
+gradient written once. Each sweep reads the row again, from memory where the rows in flight (a few hundred of a language
+model's) are more than the L2 cache holds. linear_kd makes the logits of a chunk of rows with `rows.logits` and spends
+its gradient in two products of the library.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from ..common import AotCase, Meta, dtype, launch, refuse_double
 from .packing import used_rows
 from .rows import block_of, chunk_rows, logits, row_statistics, warps_of
 
-FKL, RKL, JSD, SCE, CE_SOFT, PRODUCT = (tl.constexpr(i) for i in range(6))
+FKL, RKL, JSD, SCE, CE_SOFT, PRODUCT, COSINE = (tl.constexpr(i) for i in range(7))
 LOGITS, PROBS, TOPK = (tl.constexpr(i) for i in range(3))
 LOG_FLOOR, REMAINDER_FLOOR = tl.constexpr(-1e4), tl.constexpr(1e-12)
+NORM_FLOOR = tl.constexpr(1e-8)
 NONE = tl.constexpr(-float("inf"))
 
 
@@ -53,6 +55,13 @@ def _teacher(teachers, m: tl.constexpr, form: tl.constexpr, row, cols, mask, inv
             q += tl.where(own, tl.exp(tl.load(values + k).to(tl.float32)) - rest, 0.0)
         log_q = tl.log(q)
     return log_q, q
+
+
+@triton.jit
+def _raw(teachers, row, cols, mask):
+    """Logits of the first teacher, 0 in masked columns."""
+    values = teachers[0][0] + row * teachers[1][0]
+    return tl.load(values + cols, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -114,7 +123,14 @@ def _row_kernel(
         p = tl.exp(log_p)
         log_q, q = _mixture(teachers, FORMS, row, cols, mask, invtau)
         under_p, under_q = tl.where(p == 0, 0.0, log_p), tl.where(q == 0, 0.0, log_p)
-        mass += tl.sum(q, 0)
+        if KIND == COSINE:
+            y_t = _raw(teachers, row, cols, mask)
+            y_s = tl.where(mask, z, 0.0)
+            a += tl.sum(y_s * y_t, 0)
+            b += tl.sum(y_s * y_s, 0)
+            mass += tl.sum(y_t * y_t, 0)
+        else:
+            mass += tl.sum(q, 0)
         if KIND == FKL:
             a += tl.sum(q * (log_q - under_q), 0)
         elif KIND == CE_SOFT:
@@ -132,7 +148,7 @@ def _row_kernel(
             a = a * shrink - tl.sum(tl.where(t == 0, 0.0, t * log_p), 0)
             b = b * shrink + tl.sum(t, 0)
             peak = new
-        else:
+        elif KIND == JSD:
             r, s = _ratios(log_p, log_q, beta)
             a += tl.sum(q * tl.where(q == 0, 0.0, s), 0)
             b += tl.sum(p * tl.where(p == 0, 0.0, r), 0)
@@ -153,6 +169,14 @@ def _row_kernel(
         d = b
     elif KIND == PRODUCT:
         d = a / tl.where(b == 0, 1.0, b)
+    elif KIND == COSINE:
+        norm = tl.sqrt(b)
+        mine = tl.where(norm < NORM_FLOOR, NORM_FLOOR, norm)
+        other = tl.sqrt(mass)
+        theirs = 1.0 / (mine * tl.where(other < NORM_FLOOR, NORM_FLOOR, other))
+        similar = a * theirs
+        d = 1.0 - similar
+        own = tl.where(norm < NORM_FLOOR, 0.0, similar / (mine * mine))
     else:
         d = a
     tl.store(o_kd + at, tl.where(kept, d, 0.0))
@@ -174,6 +198,7 @@ def _row_kernel(
         hard = 0.0
         if HARD:
             hard = tl.load(coef_ce + at).to(tl.float32)
+        tl.debug_barrier()  # the sweep may overwrite the logits, once every thread has read its label's
         for start in range(0, vocab, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             mask = cols < vocab
@@ -191,6 +216,8 @@ def _row_kernel(
             elif KIND == PRODUCT:
                 t = tl.exp(_log_product(log_p, log_q, mask, beta, power) - tl.where(b == 0, 0.0, peak))
                 g = tl.where(b == 0, 0.0, p - t / tl.where(b == 0, 1.0, b))
+            elif KIND == COSINE:
+                g = (own * tl.where(mask, z, 0.0) - theirs * _raw(teachers, row, cols, mask)) / invtau
             else:
                 g = mass * p - q
             g *= c
@@ -361,5 +388,6 @@ def aot_cases() -> list[AotCase]:
         AotCase("fp32-v151936-rkl", lambda: run(1, (0,), 1024, 151936, "float32", False)),
         AotCase("bf16-v32000-jsd-two", lambda: run(2, (0, 1), 1024, 32000, "bfloat16", False)),
         AotCase("bf16-v32000-product", lambda: run(5, (0,), 1024, 32000, "bfloat16", False)),
+        AotCase("bf16-v32000-cosine", lambda: run(6, (0,), 1024, 32000, "bfloat16", False)),
         AotCase("bf16-v32000-sce-topk", lambda: run(3, (2,), 1024, 32000, "bfloat16", False)),
     ]

@@ -1,7 +1,8 @@
 """Rows that count, brought together before a GPU's products and spread out again: ignored ones cost nothing.
 
 The number of rows is needed on the host, so a call that may leave out rows waits for the device once. A CUDA graph that
-is being captured allows no waiting: there every row is computed, and those that do not count have the gradient 0.
+is being captured allows no waiting, and a dense target [T, V] is not copied: there every row is computed, those that do
+not count have the gradient 0, and what they hold (padding may be NaN) is 0 before it reaches a product.
 """
 
 from __future__ import annotations
@@ -36,16 +37,28 @@ def spread(x: Any, index: Any, rows: int) -> Any:
     return x.new_zeros((rows, *x.shape[1:])).index_copy(0, index, x[: index.shape[0]])
 
 
+def cleared(x: Any, keep: Any) -> Any:
+    """``x [T, ...]``, a list of such or None, with zeros in the rows without ``keep``."""
+    if x is None or isinstance(x, (list, tuple)):
+        return x if x is None else [cleared(part, keep) for part in x]
+    return x.masked_fill(keep.logical_not().reshape(-1, *(1,) * (len(x.shape) - 1)), 0.0)
+
+
+#: Of the arguments of a linear loss: hidden states and the models' weights a row, which the products multiply.
+FACTORS = (0, 3)
+
+
 def packed(
-    run: Callable[..., tuple[Any, ...]], args: tuple[Any, ...], keep: Any, of_rows: Sequence[int], out: Sequence[int]
-) -> tuple[Any, ...]:
+    run: Callable[..., tuple[Any, ...]], args: tuple[Any, ...], keep: Any, of_rows: Sequence[int], out: Sequence[int],
+    every_row: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
     """``run(*args)`` on the rows with ``keep``; ``of_rows`` and ``out`` number the arguments and results of T rows.
 
-    ``keep`` None is all rows.
+    ``every_row``: what does not count is cleared instead of left out.
     """
-    if keep is None:
-        return run(*args)
-    index = used_rows(keep)
+    index = None if every_row else used_rows(keep)
+    if every_row or capturing(keep):
+        args = tuple(cleared(x, keep) if i in FACTORS else x for i, x in enumerate(args))
     if index is None:
         return run(*args)
     found = run(*(pick(x, index) if i in of_rows else x for i, x in enumerate(args)))

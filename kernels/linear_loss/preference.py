@@ -1,13 +1,14 @@
-"""linear_preference on a GPU: log-probabilities, a small kernel for the pairs' slopes, the gradient; see chunk.py.
+"""linear_preference on a GPU: log-probabilities, a small kernel for a term's slopes, the gradient; see chunk.py.
 
-The coefficients of a token wait for every token of its pair. So rows are brought together pair by pair and a chunk
-holds whole pairs: three products in all. Where a pair alone exceeds a chunk, where a sequence is in two pairs or a CUDA
-graph is captured, the logits are made twice: four products.
+A loss is a sum of terms ``weight f(scale x + shift + base kl)``, x a number of a pair; what a kind is made of stands in
+w2s_fast/reference/linear_loss/preference.py. The coefficients of a token wait for every token of its pair. So rows are
+brought together pair by pair and a chunk holds whole pairs: three products in all. Where a pair alone exceeds a chunk,
+where a sequence is in two pairs or a CUDA graph is captured, the logits are made twice: four products.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -19,8 +20,12 @@ from .gradient import chunk_gradient, launch_linear_loss_backward
 from .packing import pick, spread
 
 supports_linear_preference = supports_chunk
-KINDS = ("dpo", "spin", "cdpo", "hinge", "ipo", "simpo", "orpo", "npo", "ga", "kto")
 BLOCK = 128
+#: arguments and functions of a term, and the bits of its mode, as the reference numbers them
+MARGIN, CHOSEN, REJECTED, ODDS, NLL = (tl.constexpr(i) for i in range(5))
+IDENTITY, SOFTPLUS, SIGMOID, SQUARE, RELU, NEGENTROPY, DISCOPOP = (tl.constexpr(i) for i in range(7))
+AVERAGE, REFERENCED = 1, 2
+FAR = tl.constexpr(1e4)
 
 
 @triton.jit
@@ -46,82 +51,126 @@ def log_odds(m):
 
 
 @triton.jit
-def _pair_kernel(
-    i_a, i_b, i_mean, i_label, i_kl, count, beta, gamma, eps, nll, o_loss, o_a, o_b, o_mean,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+def term_function(x, rate, FUNCTION: tl.constexpr):
+    """f(x) and its derivative; x may be infinite."""
+    value, slope = x, tl.full(x.shape, 1.0, tl.float32)
+    if FUNCTION == SOFTPLUS:
+        value, slope = softplus(x), sigmoid(x)
+    elif FUNCTION == SIGMOID:
+        value = sigmoid(x)
+        slope = value * sigmoid(-x)
+    elif FUNCTION == SQUARE:
+        value, slope = x * x, 2.0 * x
+    elif FUNCTION == RELU:
+        value = tl.where(x < 0, 0.0, x)
+        slope = tl.where(x > 0, 1.0, tl.where(x == x, 0.0, x))
+    elif FUNCTION == NEGENTROPY:  # of sigma(x)
+        near = tl.where(tl.abs(x) > FAR, tl.where(x > 0, FAR, -FAR), x)
+        far = tl.abs(near)
+        value = -softplus(-far) - far * sigmoid(-far)
+        slope = near * sigmoid(x) * sigmoid(-x)
+    elif FUNCTION == DISCOPOP:  # -log sigma(x) sigma(-rate x) + e^-x sigma(rate x)
+        near = tl.where(tl.abs(x) > FAR, tl.where(x > 0, FAR, -FAR), x)
+        part = sigmoid(-rate * near)
+        tail = tl.exp(-softplus(-rate * near) - near)  # together: one is small where the other is large
+        value = softplus(-x) * part + tail
+        slope = -sigmoid(-x) * part - rate * softplus(-near) * part * sigmoid(rate * near) + tail * (rate * part - 1.0)
+    return value, slope
+
+
+@triton.jit
+def _term_kernel(
+    i_a, i_b, i_nll, i_share, i_size_a, i_size_b, i_label, i_kl, count, weight, scale, shift, base, rate, o_loss, o_a,
+    o_b, o_nll,
+    ARGUMENT: tl.constexpr, FUNCTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss of a pair (a, b are scores less the reference's) or of a sequence (a), and its derivatives."""
+    """Adds a term's loss of a pair (or of a sequence, a) and its derivatives in both sums and the cross-entropy's."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
-    a = tl.load(i_a + at, mask=mask, other=0.0)
-    b = tl.load(i_b + at, mask=mask, other=0.0)
-    mean = tl.load(i_mean + at, mask=mask, other=0.0)
-    # scores may be infinite: a term without weight is left out
-    none = tl.zeros((BLOCK,), tl.float32)
-    loss, d_a, d_b, d_mean = tl.where(none + nll == 0, 0.0, -nll * mean), none, none, none - nll
-    if KIND <= 2 or KIND == 5:  # dpo, spin, cdpo, simpo
-        u = beta * (a - b) - gamma
-        loss += (1.0 - eps) * softplus(-u) + tl.where(none + eps == 0, 0.0, eps * softplus(u))
-        d_a = -beta * ((1.0 - eps) * sigmoid(-u) - eps * sigmoid(u))
-        d_b = -d_a
-    elif KIND == 3:  # hinge
-        x = 1.0 - beta * (a - b)
-        loss += tl.where(x < 0, 0.0, x)
-        d_a = tl.where(x > 0, -beta, 0.0)
-        d_b = -d_a
-    elif KIND == 4:  # ipo
-        x = a - b - 0.5 / beta
-        loss += x * x
-        d_a = 2.0 * x
-        d_b = -d_a
-    elif KIND == 6:  # orpo
-        odds_a, slope_a = log_odds(a)
-        odds_b, slope_b = log_odds(b)
-        u = odds_a - odds_b
-        g = -beta * sigmoid(-u)
-        loss += beta * softplus(-u) - mean
-        d_a, d_b, d_mean = g * slope_a, -g * slope_b, d_mean - 1.0
-    elif KIND == 7:  # npo
-        loss = 2.0 / beta * softplus(beta * a)
-        d_a = 2.0 * sigmoid(beta * a)
-    elif KIND == 8:  # ga
-        loss = a
-        d_a = d_a + 1.0
-    else:  # kto
-        label = tl.load(i_label + at, mask=mask, other=0.0)
-        sign = tl.where(label > 0, 1.0, tl.where(label < 0, -1.0, 0.0))
-        p = sigmoid(-sign * (beta * a - tl.load(i_kl)))
-        loss = tl.abs(label) * p
-        d_a = -label * beta * p * (1.0 - p)
-    tl.store(o_loss + at, loss, mask=mask)
-    tl.store(o_a + at, d_a, mask=mask)
-    tl.store(o_b + at, d_b, mask=mask)
-    tl.store(o_mean + at, d_mean, mask=mask)
-
-
-def _slopes(
-    kind: str, settings: Any, x: Any, means: Any, pairs: Any, labels: Any, kl: Any, part: slice
-) -> tuple[Any, Any, Any]:
-    """Of some of the pairs (sequences, without pairs): losses, derivatives in all sequences' scores and means [S]."""
-    if pairs is None:
-        first = second = own = x[part]
-        labels = None if labels is None else labels[part]
+    d_a, d_b = 1.0, -1.0
+    if ARGUMENT == NLL:
+        share = tl.load(i_share + at, mask=mask, other=0.0)
+        x = tl.load(i_nll + at, mask=mask, other=0.0) * share
+    elif ARGUMENT == REJECTED:
+        x = tl.load(i_b + at, mask=mask, other=0.0)
+        d_b = 1.0
+    elif ARGUMENT == CHOSEN:
+        x = tl.load(i_a + at, mask=mask, other=0.0)
+    elif ARGUMENT == ODDS:
+        odds_a, d_a = log_odds(tl.load(i_a + at, mask=mask, other=-1.0))
+        odds_b, d_b = log_odds(tl.load(i_b + at, mask=mask, other=-1.0))
+        x, d_b = odds_a - odds_b, -d_b
     else:
-        pairs = pairs[part]
-        first, second, own = x[pairs[:, 0]], x[pairs[:, 1]], means[pairs[:, 0]]
-    loss, d_a, d_b, d_mean = (first.new_empty(first.shape) for _ in range(4))
-    launch(
-        _pair_kernel, cdiv(first.shape[0], BLOCK), x, first, second, own, labels, kl, first.shape[0], *settings, loss,
-        d_a, d_b, d_mean, KIND=KINDS.index(kind), BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
-    score, mean = x.new_zeros(x.shape), x.new_zeros(x.shape)
-    if pairs is None:
-        score[part] = d_a
-        return loss, score, mean
-    # index_put sorts, where index_add would add atomically in any order
-    score = score.index_put((pairs[:, 0],), d_a, accumulate=True)
-    score = score.index_put((pairs[:, 1],), d_b, accumulate=True)
-    return loss, score, mean.index_put((pairs[:, 0],), d_mean, accumulate=True)
+        x = tl.load(i_a + at, mask=mask, other=0.0) - tl.load(i_b + at, mask=mask, other=0.0)
+    x = scale * x + shift
+    if i_kl is not None:
+        x += base * tl.load(i_kl)
+    sized = weight
+    if i_label is not None:
+        label = tl.load(i_label + at, mask=mask, other=0.0)
+        sign = tl.where(label > 0, 1.0, tl.where(label < 0, -1.0, label))
+        x, sized = sign * x, weight * tl.abs(label)
+        scale = scale * sign
+    value, slope = term_function(x, rate, FUNCTION)
+    tl.store(o_loss + at, tl.load(o_loss + at, mask=mask, other=0.0) + sized * value, mask=mask)
+    g = sized * scale * slope
+    if ARGUMENT == NLL:
+        tl.store(o_nll + at, tl.load(o_nll + at, mask=mask, other=0.0) + g * share, mask=mask)
+    if (ARGUMENT == MARGIN) | (ARGUMENT == CHOSEN) | (ARGUMENT == ODDS):
+        own = g * d_a / tl.load(i_size_a + at, mask=mask, other=1.0)
+        tl.store(o_a + at, tl.load(o_a + at, mask=mask, other=0.0) + own, mask=mask)
+    if (ARGUMENT == MARGIN) | (ARGUMENT == REJECTED) | (ARGUMENT == ODDS):
+        own = g * d_b / tl.load(i_size_b + at, mask=mask, other=1.0)
+        tl.store(o_b + at, tl.load(o_b + at, mask=mask, other=0.0) + own, mask=mask)
+
+
+class _Given(NamedTuple):
+    """What the losses are functions of besides the log-probabilities, ``[S]`` each."""
+
+    counts: Any
+    ref: Any
+    mean: bool
+    pairs: Any
+    labels: Any
+    kl: Any
+    share: Any
+    forms: Any
+    numbers: Any
+
+    def scores(self, sums: Any, mode: int) -> tuple[Any, Any]:
+        """Scores of a mode and what a sum is divided by in them."""
+        size = self.counts.float().clamp_min(1)
+        x = sums / size if mode & AVERAGE else sums
+        if self.ref is not None and mode & REFERENCED:
+            ref = self.ref.float()
+            x = x - (ref / size if mode & AVERAGE and not self.mean else ref)
+        return x, size if mode & AVERAGE else size.new_ones(size.shape)
+
+    def losses(self, sums: Any, nll: Any, part: slice) -> tuple[Any, Any, Any]:
+        """Of some of the pairs (sequences, without pairs): losses, derivatives in all sums and cross-entropies [S]."""
+        first = second = part
+        labels = None if self.labels is None else self.labels[part]
+        if self.pairs is not None:
+            first, second = self.pairs[part, 0], self.pairs[part, 1]
+        loss, d_a, d_b, d_nll = (sums[first].new_zeros(sums[first].shape) for _ in range(4))
+        modes = {mode: self.scores(sums, mode) for mode in set(self.forms[2::3])}
+        for i in range(len(self.forms) // 3):
+            argument, function, mode = self.forms[3 * i : 3 * i + 3]
+            x, size = modes[mode]
+            share = None if self.share is None else self.share.float()[first]
+            launch(
+                _term_kernel, cdiv(loss.shape[0], BLOCK), loss, x[first], x[second], nll[first], share, size[first],
+                size[second], labels, self.kl, loss.shape[0], *self.numbers[5 * i : 5 * i + 5], loss, d_a, d_b, d_nll,
+                ARGUMENT=argument, FUNCTION=function, BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
+        none = sums.new_zeros(sums.shape)
+        if self.pairs is None:
+            score, share = none.clone(), none
+            score[part] = d_a
+            return loss, score, share
+        # index_put sorts, where index_add would add atomically in any order
+        score = none.index_put((first,), d_a, accumulate=True).index_put((second,), d_b, accumulate=True)
+        return loss, score, none.index_put((first,), d_nll, accumulate=True)
 
 
 def _group_chunks(sizes: list[int], most: int) -> list[tuple[int, int, int, int]] | None:
@@ -162,69 +211,107 @@ def _groups(used: Any, segments: Any, sequences: int, pairs: Any) -> tuple[Any, 
     return rows[group.argsort(stable=True)], group.bincount(minlength=count).tolist()
 
 
+class _Tokens(NamedTuple):
+    """A target a row, -1 where there is none, and its weight; one column, or two with the cross-entropy's own."""
+
+    ids: Any
+    own: Any
+
+    def slopes(self, segments: Any, scale: float, score: Any, nll: Any) -> Any:
+        """Coefficients of the rows' targets, from the derivatives in the sequences' sums."""
+        columns = (score + nll,) if self.ids.shape[1] == 1 else (score, nll)
+        found = self.own.new_empty(self.own.shape)
+        for k, slope in enumerate(columns):
+            found[:, k] = scale * slope[segments] * self.own[:, k]
+        return found
+
+
+def _tokens(target: Any, ignored: int, weights: Any, nll_target: Any) -> _Tokens:
+    columns = 1 if nll_target is None else 2
+    ids = target.new_empty((target.shape[0], columns))
+    own = ids.float()
+    for k, (y, w) in enumerate(((target, weights), (nll_target, None))[:columns]):
+        keep = y != ignored
+        own[:, k] = keep.float() if w is None else w.float().masked_fill(keep.logical_not(), 0.0)
+        ids[:, k] = y.masked_fill(own[:, k] == 0, -1)
+    return _Tokens(ids, own)
+
+
 def launch_linear_preference(*args: Any) -> tuple[Any, ...]:
     """Arguments of `linear_preference` -> its outputs."""
-    target, ignored, weights, segments, counts = args[8:13]
-    used = target != ignored
-    own = used.float() if weights is None else weights.float().masked_fill(used.logical_not(), 0.0)
-    found = _groups(own != 0, segments, counts.shape[0], args[14])
+    target, ignored, weights, nll_target, segments, counts, ref, mean, pairs, labels, kl, share = args[8:20]
+    tokens = _tokens(target, ignored, weights, nll_target)
+    given = _Given(counts, ref, mean, pairs, labels, kl, share, *args[20:22])
+    found = _groups((tokens.own != 0).any(1), segments, counts.shape[0], pairs)
     chunks = None if found is None else _group_chunks(found[1], most_rows(args[7]))
-    return _two_passes(args, own) if found is None or chunks is None else _one_pass(args, own, found[0], chunks)
+    rest = (given, segments, args[22], args[23:])
+    if found is None or chunks is None:
+        return _two_passes(args[:8], tokens, *rest)
+    return _one_pass(args[:8], tokens, *rest, found[0], chunks)
 
 
-def _one_pass(args: tuple[Any, ...], own: Any, rows: Any, chunks: list[tuple[int, int, int, int]]) -> tuple[Any, ...]:
+def _one_pass(
+    model: tuple[Any, ...], tokens: _Tokens, given: _Given, segments: Any, scale: float, need: tuple[Any, ...],
+    rows: Any, chunks: list[tuple[int, int, int, int]],
+) -> tuple[Any, ...]:  # fmt: skip
     """A chunk holds whole pairs, so that its logits become dz in place."""
-    (target, _, _, segments, counts, ref, pairs, labels, kl), total = args[8:17], own.shape[0]
-    kind, settings, mean, scale, *need = args[17:]
-    work = Chunks((pick(args[0], rows), args[1], args[2], pick(args[3], rows), *args[4:8]), tuple(need))
-    ids, own, segments = pick(target, rows).unsqueeze(1), pick(own, rows), pick(segments, rows)
-    coef, keep, (logp, lse, other) = own.new_zeros((work.rows, 1)), own != 0, (work.row() for _ in range(3))
-    sums, size, losses = own.new_zeros(counts.shape), counts.float().clamp_min(1), own.new_zeros(())
+    total = segments.shape[0]
+    work = Chunks((pick(model[0], rows), *model[1:3], pick(model[3], rows), *model[4:]), need)
+    ids, own, segments = pick(tokens.ids, rows), pick(tokens.own, rows), pick(segments, rows)
+    columns = ids.shape[1]
+    keep, lse, other = (own != 0).any(1), work.row(), work.row()
+    coef = own.new_zeros(own.shape)
+    sums = [own.new_zeros(given.counts.shape) for _ in range(columns)]
+    losses = own.new_zeros(())
+    logps = [work.row() for _ in range(columns)]
+    one = [(ids[:, k].contiguous(), own[:, k].contiguous()) for k in range(columns)]
     for (first, count, z, dz), (_, _, low, high) in zip(work.each([c[:2] for c in chunks]), chunks, strict=True):
         part = slice(first, first + count)
-        chunk_logp(work, first, count, z, keep, ids, own, (logp, lse, other))
-        sums = sums.index_put((segments[part],), logp[part] * own[part], accumulate=True)
-        means = sums / size
-        x = (means if mean else sums) if ref is None else (means if mean else sums) - ref.float()
-        loss, slope, slope_mean = _slopes(kind, settings, x, means, pairs, labels, kl, slice(low, high))
+        for k, (y, w) in enumerate(one):
+            chunk_logp(work, first, count, z, keep, y, w, (logps[k], lse, other))
+            sums[k] = sums[k].index_put((segments[part],), logps[k][part] * w[part], accumulate=True)
+        loss, score, nll = given.losses(sums[0], sums[-1], slice(low, high))
         losses = losses + loss.sum()
         if work.any:
-            slope = (slope / size if mean else slope) + slope_mean / size
-            coef[part, 0] = scale * slope[segments[part]] * own[part]
+            here = _Tokens(ids[part], own[part])
+            coef[part] = here.slopes(segments[part], scale, score, nll)
             chunk_gradient(work, first, count, z, dz, lse, ids, coef)
     dhiddens, dheads, dbiases, dweights = work.gradients()
-    return scale * losses, sums, spread(dhiddens, rows, total), dheads, dbiases, spread(dweights, rows, total)
+    grads = (spread(dhiddens, rows, total), dheads, dbiases, spread(dweights, rows, total))
+    return (scale * losses, sums[0], sums[-1].clone(), *grads)
 
 
-def _two_passes(args: tuple[Any, ...], own: Any) -> tuple[Any, ...]:
+def _two_passes(
+    model: tuple[Any, ...], tokens: _Tokens, given: _Given, segments: Any, scale: float, need: tuple[Any, ...]
+) -> tuple[Any, ...]:
     """Log-probabilities of all sequences first, then the logits again."""
-    model, (target, _, _, segments, counts, ref, pairs, labels, kl) = args[:8], args[8:17]
-    kind, settings, mean, scale, *need = args[17:]
-    keep, ids = own != 0, target.unsqueeze(1)
-    logp, lse = launch_linear_ce(
-        *model, keep, ids, own.unsqueeze(1), None, None, own, 0.0, False, False, 0, 0, 0, False
-    )[2:4]
-    sums = own.new_zeros(counts.shape).index_put((segments,), logp * own, accumulate=True)
-    size = counts.float().clamp_min(1)
-    means = sums / size
-    x = means if mean else sums
-    x = x if ref is None else x - ref.float()
-    losses, slope, slope_mean = _slopes(kind, settings, x, means, pairs, labels, kl, slice(None))
-    slope = (slope / size if mean else slope) + slope_mean / size
-    coef = scale * slope[segments] * own
-    grads = launch_linear_loss_backward(*model, lse, ids, coef.unsqueeze(1), -coef, None, None, None, None, *need)
-    return (scale * losses.sum(), sums, *grads)
+    keep, sums = (tokens.own != 0).any(1), []
+    for k in range(tokens.ids.shape[1]):
+        y, w = tokens.ids[:, k : k + 1], tokens.own[:, k]
+        logp, lse = launch_linear_ce(
+            *model, keep, y, w.unsqueeze(1), None, None, None, w, 0.0, False, False, False, 0, 0, 0, False
+        )[2:4]
+        sums.append(w.new_zeros(given.counts.shape).index_put((segments,), logp * w, accumulate=True))
+    losses, score, nll = given.losses(sums[0], sums[-1], slice(None))
+    coef = tokens.slopes(segments, scale, score, nll)
+    none = (None,) * 5
+    grads = launch_linear_loss_backward(*model, lse, tokens.ids, coef, -coef.sum(1), *none, *need)
+    return (scale * losses.sum(), sums[0], sums[-1].clone(), *grads)
 
 
 def aot_cases() -> list[AotCase]:
-    """The pair kernel of DPO, ORPO and KTO."""
+    """Every function once, every argument once."""
 
-    def run(kind: int) -> None:
+    def run(argument: int, function: int, labelled: bool) -> None:
         row, one = Meta((64,), "float32"), Meta((1,), "float32")
-        label, kl = (row, one) if kind == 9 else (None, None)
+        label, kl = (row, one) if labelled else (None, None)
         launch(
-            _pair_kernel, 1, row, row, row, row, label, kl, 64, 0.1, 0.0, 0.0, 0.0, row, row, row, row, KIND=kind,
-            BLOCK=BLOCK, num_warps=4,
+            _term_kernel, 1, row, row, row, row, row, row, row, label, kl, 64, 1.0, 0.1, 0.0, 0.0, 20.0, row, row, row,
+            row, ARGUMENT=argument, FUNCTION=function, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
-    return [AotCase(KINDS[kind], lambda kind=kind: run(kind)) for kind in (0, 6, 9)]
+    cases = {
+        "dpo": (0, 1, False), "orpo": (3, 1, False), "kto": (1, 2, True), "ipo": (0, 3, False), "hinge": (0, 4, False),
+        "exo_pair": (0, 5, False), "discopop": (0, 6, False), "sft": (4, 0, False), "apo_zero": (2, 2, False),
+    }  # fmt: skip
+    return [AotCase(name, lambda case=case: run(*case)) for name, case in cases.items()]

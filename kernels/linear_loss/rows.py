@@ -1,7 +1,7 @@
 """Whole rows of logits on a GPU: the product that makes a tile, and (max, log sum) of its rows.
 
 `logits` writes float32 [rows, V] whatever the operands are; `row_statistics` reads rows of any dtype once. What a loss
-does with them is its own kernel, one program a row, whose second read of a row comes from the L2 cache.
+does with them is its own kernel, one program a row, which reads the row again (from memory: rows in flight exceed L2).
 """
 
 from __future__ import annotations

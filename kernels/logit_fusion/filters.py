@@ -4,7 +4,8 @@ A prefix is {v : z_v > t or (z_v = t and v <= i)}. With W(t) = the count (or mas
 with W(t) >= need: a search with THRESHOLDS thresholds a pass, the first pass half a nat apart below the maximum, the
 next ones in the float's ordered integers, until one value is left; ties are cut by index in one more pass.
 
-One program a row; a pass reads the row (from L2 after the first). Sums stay in lanes until the end of a pass.
+One program a row; a pass reads the row (from L2 while the batch's logits fit there). Sums stay in lanes until the end
+of a pass.
 Floor: K + 2 logit tensors read once; about five passes in all for float32 logits.
 """
 
@@ -109,7 +110,7 @@ def _cut_kernel(
     if tl.abs(top) < INF:  # otherwise nothing to filter, or NaN
         limit, limit_index = row * 0 + LOWEST, index
         if TOP_K:
-            need = top_k.to(tl.float64)
+            need = tl.full((), top_k, tl.float64)  # 1 is a plain int there
             limit, limit_index = prefix_end(fusion, row, vocab, top, limit, limit_index, need, False, BLOCK)
         if TOP_P:
             mass = total.to(tl.float64)

@@ -102,8 +102,8 @@ def _scaled(product: Any, a: Any, b: Any, scale: Any, scale_value: float, dtype:
 def _input_gradient(g: Any, t: Any, A: Any, B: Any, values: Any, scale: Any, where: Place, materialize: bool) -> Any:
     dx, rank = g.new_empty((g.shape[0], where.columns)), A.shape[0]
     if not materialize:
-        low = (t, t.stride(0), A, A.stride(0), rank, *scale) if rank else ()
-        return spmm_into(g, values, where, True, low, None, dx)
+        low = (t, t.stride(0), A, A.stride(0), rank) if rank else ()
+        return spmm_into(g, values, where, True, low, scale, None, dx)
     for tiles in column_panels(where, g.element_size()):
         first, end = (where.first_column(tile) for tile in tiles)
         w = g.new_empty((where.rows, end - first))

@@ -69,6 +69,8 @@ def _up_kernel(
     row_ptr,
     support,
     low,
+    scale,
+    scale_value,
     bias,
     out,
     count,
@@ -90,7 +92,7 @@ def _up_kernel(
             b = tl.load(at, mask=o_mask[:, None] & inside[None, :], other=0.0)
             h = tl.load(low[0] + n[:, None] * low[1] + k[None, :], mask=n_mask[:, None] & inside[None, :], other=0.0)
             acc += h.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :]
-        acc *= scale_of(low[5], low[6])
+        acc *= scale_of(scale, scale_value)
     if BLOCK == 0:
         first = tl.load(row_ptr + o, mask=o_mask, other=0)
         end = tl.load(row_ptr + o + 1, mask=o_mask, other=0)
@@ -126,14 +128,16 @@ def project(x: Any, A: Any) -> Any:
     return h
 
 
-def few_rows(x: Any, values: Any, support: Any, low: tuple[Any, ...], bias: Any, out: Any) -> Any:
-    """``out`` for up to `FEW` rows of x; ``low`` as in products.py, with h in float32."""
+def few_rows(
+    x: Any, values: Any, support: Any, low: tuple[Any, ...], scale: tuple[Any, float], bias: Any, out: Any
+) -> Any:
+    """``out`` for up to `FEW` rows of x; ``low`` and ``scale`` as in products.py, with h in float32."""
     row_ptr, cols, _, rows, columns, block, per_block = support
     blocks = cdiv(columns, block) if block else 0
     last = (2 * per_block * (columns - (blocks - 1) * block) + block) // (2 * block) if blocks else 0
     launch(
         _up_kernel, cdiv(rows, 4) if x.shape[0] else 0, x, x, x.stride(0), values, row_ptr,
-        (cols, None, rows, columns, blocks, last), low, bias, out, x.shape[0],
+        (cols, None, rows, columns, blocks, last), low, *scale, bias, out, x.shape[0],
         BLOCK=block if blocks else 0, PER_BLOCK=per_block, BLOCK_N=next_power(x.shape[0]), BLOCK_O=4, BLOCK_K=64,
     )  # fmt: skip
     return out
@@ -146,8 +150,8 @@ def aot_cases() -> list[AotCase]:
         support, nnz = meta_support(rows, columns, density, block)
         x, A, B = Meta((count, columns), kind), Meta((rank, columns), kind), Meta((rows, rank), kind)
         h = project(x, A)
-        low = (h, rank, B, rank, rank, None, 0.5)
-        few_rows(x, Meta((nnz,), kind), support, low, Meta((rows,), kind), Meta((count, rows), kind))
+        low, bias, out = (h, rank, B, rank, rank), Meta((rows,), kind), Meta((count, rows), kind)
+        few_rows(x, Meta((nnz,), kind), support, low, (None, 0.5), bias, out)
 
     return [
         AotCase("bf16-csr-11008x4096-n1", lambda: case("bfloat16", 1, 11008, 4096, 1024, 0.05, 0)),

@@ -41,10 +41,10 @@ def _materialized(x: Any, A: Any, B: Any, values: Any, scale: Any, bias: Any, wh
 
 def _factored(x: Any, h: Any, B: Any, values: Any, scale: Any, bias: Any, support: Any) -> Any:
     rank, out = B.shape[1], x.new_empty((x.shape[0], B.shape[0]))
-    low = (h, h.stride(0), B, B.stride(0), rank, *scale) if rank else ()
+    low = (h, h.stride(0), B, B.stride(0), rank) if rank else ()
     if x.shape[0] <= FEW:
-        return few_rows(x, values, support, low, bias, out)
-    return spmm_into(x, values, place(x, *support), False, low, bias, out)
+        return few_rows(x, values, support, low, scale, bias, out)
+    return spmm_into(x, values, place(x, *support), False, low, scale, bias, out)
 
 
 def launch_sparse_lowrank_linear(*args: Any) -> tuple[Any, Any]:

@@ -42,6 +42,8 @@ def _spmm_kernel(
     values,
     support,
     low,
+    scale,
+    scale_value,
     bias,
     out,
     count,
@@ -71,7 +73,7 @@ def _spmm_kernel(
         width = rows
         acc = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
     if len(low) > 0:
-        acc = _low_rank(low, n, n_mask, col, col_mask, acc, TRANSPOSE, BLOCK_K, DOT)
+        acc = _low_rank(low, n, n_mask, col, col_mask, acc, TRANSPOSE, BLOCK_K, DOT) * scale_of(scale, scale_value)
     if TRANSPOSE:
         for start in range(0, rows, BLOCK_O):
             o = start + tl.arange(0, BLOCK_O)
@@ -101,7 +103,7 @@ def _spmm_kernel(
 def _low_rank(
     low, n, n_mask, col, col_mask, acc, TRANSPOSE: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):
-    """s h P with P = B^T, or A with TRANSPOSE; low is (h, its stride, B or A, its stride, rank, scale, its value)."""
+    """h P with P = B^T, or A with TRANSPOSE; low is (h, its stride, B or A, its stride, rank)."""
     for start in range(0, low[4], BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         k_mask = k < low[4]
@@ -112,7 +114,7 @@ def _low_rank(
             at = low[2] + col.to(tl.int64)[None, :] * low[3] + k[:, None]
         p = tl.load(at, mask=k_mask[:, None] & col_mask[None, :], other=0.0)  # [BLOCK_K, columns of the output]
         acc = tl.dot(h.to(DOT), p.to(DOT), acc, input_precision="ieee")
-    return acc * scale_of(low[5], low[6])
+    return acc
 
 
 @triton.jit
@@ -169,15 +171,20 @@ def config(count: int, low: bool, transpose: bool) -> dict[str, Any]:
 
 
 def spmm_into(
-    x: Any, values: Any, where: Place, transpose: bool, low: tuple[Any, ...], bias: Any, out: Any
-) -> Any:
-    """``out`` = x S^T (x S with ``transpose``) + the low-rank part + bias; see `_low_rank` for ``low``."""
+    x: Any, values: Any, where: Place, transpose: bool, low: tuple[Any, ...], scale: tuple[Any, float], bias: Any,
+    out: Any,
+) -> Any:  # fmt: skip
+    """``out`` = x S^T (x S with ``transpose``) + scale times the low-rank part + bias.
+
+    ``low``: see `_low_rank`, () without that part; ``scale``: a tensor of one element or None, and the number instead.
+    """
     dot, count = dot_type(x), x.shape[0]
     options = config(count, large_tiles(x), transpose)
     units = where.tiles if transpose else cdiv(where.rows, options["BLOCK_O"])
     blocks = cdiv(count, options["BLOCK_N"])
     launch(
-        _spmm_kernel, blocks * units, x, x, x.stride(0), values, where.tensors, low, bias, out, count, blocks,
+        _spmm_kernel, blocks * units, x, x, x.stride(0), values, where.tensors, low, *scale, bias, out, count,
+        blocks,
         TRANSPOSE=transpose, DOT=dot, **where.options, **options,
     )  # fmt: skip
     return out
@@ -214,8 +221,8 @@ def launch_spmm(*args: Any) -> Any:
     rows, columns = support[3:5]
     out = x.new_empty((x.shape[0], columns if transpose else rows))
     if x.shape[0] <= FEW and not transpose:
-        return few_rows(x, values, support, (), None, out)
-    return spmm_into(x, values, place(x, *support), transpose, (), None, out)
+        return few_rows(x, values, support, (), (None, 1.0), None, out)
+    return spmm_into(x, values, place(x, *support), transpose, (), (None, 1.0), None, out)
 
 
 def launch_sddmm(*args: Any) -> Any:
@@ -242,8 +249,8 @@ def aot_cases() -> list[AotCase]:
         x, g, values = Meta((count, columns), kind), Meta((count, rows), kind), Meta((nnz,), kind)
         h, A, B = Meta((count, rank), kind), Meta((rank, columns), kind), Meta((rows, rank), kind)
         where = place(x, *support)
-        spmm_into(x, values, where, False, (h, rank, B, rank, rank, None, 0.5), Meta((rows,), kind), g)
-        spmm_into(g, values, where, True, (h, rank, A, columns, rank, Meta((1,), "float32"), 1.0), None, x)
+        spmm_into(x, values, where, False, (h, rank, B, rank, rank), (None, 0.5), Meta((rows,), kind), g)
+        spmm_into(g, values, where, True, (h, rank, A, columns, rank), (Meta((1,), "float32"), 1.0), None, x)
         _partial_sums(g, x, where, nnz, kind)
 
     def alone() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..files import write_json, write_tensors
 from ..nn.sparse_lowrank import TARGET, SparseLowRankLinear
 from ..ops.sparse_lowrank.support import SparseSupport
 
@@ -190,10 +191,11 @@ def load_pretrained(folder: str | Path, layout: str = "csr16") -> Any:
 
     Reads ``config.json``, ``splora_config.json`` and ``model.safetensors`` or ``pytorch_model.bin`` (tensors only).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    with checks.extra("transformers"):
+        from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder)
-    settings = json.loads((folder / CONFIG).read_text())
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if (folder / "model.safetensors").exists():
         from safetensors.torch import load_file
 
@@ -217,5 +219,5 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
         "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": 0.0, "sp_ratio": first.density,
         "target_modules": list(TARGET), "trainable_scaling": first.scaling is not None,
     }  # fmt: skip
-    (folder / CONFIG).write_text(json.dumps(settings, indent=1))
-    torch.save({name: t.contiguous() for name, t in export_state_dict(model).items()}, folder / WEIGHTS)
+    write_json(folder / CONFIG, settings)
+    write_tensors(folder / WEIGHTS, {name: t.contiguous() for name, t in export_state_dict(model).items()})

@@ -1,11 +1,13 @@
 """Drop-in torch.nn modules over the ops."""
 
-from .interval import IntervalModule, IntervalPass, bound, verify
+from .interval import Ball, Choices, IntervalModule, IntervalPass, bound, layer_table, verify
 from .kv_compressed_attention import KVCompressedAttention
 from .pixart import PixArtBlock, PixArtSigma
 from .sparse_lowrank import ModelSize, Replaced, SparseLowRankLinear, model_size, replace_linear
 
 __all__ = [
+    "Ball",
+    "Choices",
     "IntervalModule",
     "IntervalPass",
     "KVCompressedAttention",
@@ -15,6 +17,7 @@ __all__ = [
     "Replaced",
     "SparseLowRankLinear",
     "bound",
+    "layer_table",
     "model_size",
     "replace_linear",
     "verify",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import checks
@@ -22,10 +23,19 @@ def averaging_compression(ratio: int, like: Tensor) -> tuple[nn.Conv2d, nn.Layer
     """Taps and LayerNorm for the rows of ``like``, of its dtype and device, that average each window at first."""
     dim = like.shape[0]
     taps = nn.Conv2d(dim, dim, ratio, ratio, groups=dim, device=like.device, dtype=like.dtype)
-    nn.init.constant_(taps.weight, 1 / ratio**2)
+    norm = nn.LayerNorm(dim, device=like.device, dtype=like.dtype)
+    average_windows(taps, norm)
+    return taps, norm
+
+
+@torch.no_grad()
+def average_windows(taps: nn.Conv2d, norm: nn.LayerNorm) -> None:
+    """The initial values; not by `torch.nn.init`, which loaders of checkpoints switch off."""
     assert taps.bias is not None
-    nn.init.zeros_(taps.bias)
-    return taps, nn.LayerNorm(dim, device=like.device, dtype=like.dtype)
+    taps.weight.fill_(1 / (taps.kernel_size[0] * taps.kernel_size[1]))
+    taps.bias.zero_()
+    norm.weight.fill_(1.0)
+    norm.bias.zero_()
 
 
 class KVCompressedAttention(nn.Module):
@@ -53,6 +63,8 @@ class KVCompressedAttention(nn.Module):
         self, dim: int, num_heads: int, *, ratio: int = 1, mode: str = "conv", qk_norm: bool = False
     ) -> None:
         super().__init__()
+        checks.integer("nn.KVCompressedAttention", "dim", dim, low=1)
+        checks.integer("nn.KVCompressedAttention", "num_heads", num_heads, low=1)
         if dim % num_heads:
             checks.fail("nn.KVCompressedAttention", "num_heads", f"a divisor of dim {dim}", num_heads)
         self.num_heads, self.ratio, self.mode = num_heads, 1, mode
@@ -88,6 +100,10 @@ def compression_arguments(taps: nn.Conv2d | None, norm: nn.LayerNorm | None) -> 
     """Arguments of the compression ops from its two modules."""
     if taps is None or norm is None:
         return {}
+    if not isinstance(taps, nn.Conv2d) or not isinstance(norm, nn.LayerNorm):
+        # an adapter has the weight of its base, and what it adds would be left out silently
+        found = f"{type(taps).__name__} and {type(norm).__name__}"
+        checks.fail("nn.KVCompressedAttention", "sr and norm", "nn.Conv2d and nn.LayerNorm, without an adapter", found)
     return {
         "weight": taps.weight, "bias": taps.bias, "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps
     }  # fmt: skip

@@ -222,6 +222,14 @@ class PixArtSigma(nn.Module):
         compressed: Iterable[int] = (), ratio: int = 2, mode: str = "conv", interpolation: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        for name, value in (
+            ("in_channels", in_channels), ("out_channels", out_channels), ("patch", patch), ("depth", depth),
+            ("caption_features", caption_features), ("caption_tokens", caption_tokens),
+        ):  # fmt: skip
+            checks.integer("nn.PixArtSigma", name, value, low=1)
+        checks.number("nn.PixArtSigma", "mlp_ratio", mlp_ratio, low=1 / dim)
+        if dim % 4:
+            checks.fail("nn.PixArtSigma", "dim", "a multiple of 4", dim)
         self.patch, self.out_channels = patch, out_channels
         self.set_resolution(latent_size, interpolation)
         self.x_embedder = PatchEmbedding(patch, in_channels, dim)
@@ -237,7 +245,12 @@ class PixArtSigma(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_position_embedding)
 
     def set_resolution(self, latent_size: int, interpolation: float | None = None) -> None:
-        """Configure for another latent size; no parameter depends on it."""
+        """Configure for another latent size, a multiple of the patch; no parameter depends on it."""
+        checks.integer("nn.PixArtSigma", "latent_size", latent_size, low=self.patch)
+        if latent_size % self.patch:
+            checks.fail("nn.PixArtSigma", "latent_size", f"a multiple of the patch {self.patch}", latent_size)
+        if interpolation is not None:
+            checks.number("nn.PixArtSigma", "interpolation", interpolation, low=0.0, open_low=True)
         self.base_size = latent_size // self.patch
         self.interpolation = latent_size / 64 if interpolation is None else interpolation
 
@@ -257,14 +270,20 @@ class PixArtSigma(nn.Module):
         """Predict noise (and variance).
 
         Args:
-            x: ``(B, in_channels, H, W)`` latents, H and W multiples of the patch; any size.
-            timestep: ``(B)`` labels.
+            x: ``(B, in_channels, H, W)`` latents, H and W multiples of the patch; any size and shape.
+            timestep: ``(B)`` labels, or one for all: ``(1)`` or ``()``.
             y: ``(B, L, caption_features)`` text features, or ``(B, 1, L, ...)`` as in official code.
             mask: ``(B, L)``, nonzero for text; None where no token is padding.
 
         Returns:
             ``(B, out_channels, H, W)``.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
         """
+        y = y.squeeze(1) if isinstance(y, Tensor) and y.ndim == 4 else y
+        self._check(x, timestep, y, mask)
+        timestep = timestep.reshape(-1)
         height, width = x.shape[2] // self.patch, x.shape[3] // self.patch
         dtype = dtype_of(self)
         tokens = self.x_embedder(x.to(dtype))
@@ -273,13 +292,31 @@ class PixArtSigma(nn.Module):
         tokens = tokens + position.to(tokens.device, dtype)
         t = self.t_embedder(timestep)
         conditioning = self.t_block(t).unflatten(1, (6, dim))
-        text = self.y_embedder(y.squeeze(1) if y.ndim == 4 else y)
+        text = self.y_embedder(y)
         mask = None if mask is None else mask.reshape(len(x), -1) != 0
         tokens = self._run_blocks(tokens, text, conditioning, t, (height, width), mask)
         patches = self.final_layer.linear(tokens)
         patches = patches.unflatten(1, (height, width)).unflatten(3, (self.patch, self.patch, -1))
         made: Tensor = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return made
+
+    def _check(self, x: Any, timestep: Any, y: Any, mask: Any) -> None:
+        op, channels = "nn.PixArtSigma", self.x_embedder.proj.in_channels
+        tokens, features = self.y_embedder.y_embedding.shape
+        checks.is_float_tensor(op, "x", x)
+        checks.is_float_tensor(op, "y", y)
+        if x.ndim != 4 or x.shape[1] != channels or any(n < 1 or n % self.patch for n in x.shape[2:]):
+            wanted = f"of shape (B, {channels}, H, W), H and W multiples of the patch {self.patch}"
+            checks.fail(op, "x", wanted, tuple(x.shape))
+        batch = x.shape[0]
+        if tuple(checks.is_tensor(op, "timestep", timestep).shape) not in ((batch,), (1,), ()):
+            checks.fail(op, "timestep", f"of shape ({batch},), (1,) or ()", tuple(timestep.shape))
+        if y.ndim != 3 or y.shape[0] != batch or y.shape[1] < 1 or y.shape[2] != features:
+            checks.fail(op, "y", f"of shape ({batch}, L, {features}), L >= 1", tuple(y.shape))
+        if self.training and self.y_embedder.dropout and y.shape[1] > tokens:
+            checks.fail(op, "y", f"of at most caption_tokens = {tokens} tokens in training", y.shape[1])
+        if mask is not None and checks.is_tensor(op, "mask", mask).numel() != batch * y.shape[1]:
+            checks.fail(op, "mask", f"of shape ({batch}, {y.shape[1]})", tuple(mask.shape))
 
     def _run_blocks(
         self, x: Tensor, text: Tensor, conditioning: Tensor, t: Tensor, grid: tuple[int, int], mask: Tensor | None

@@ -34,12 +34,12 @@ class Size(NamedTuple):
 
     largest: float
     squares: float
-    count: int
+    entries: int
 
     @property
     def rms(self) -> float:
         """Root mean square."""
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
+        return math.sqrt(self.squares / self.entries) if self.entries else 0.0
 
 
 class Errors(NamedTuple):
@@ -60,7 +60,7 @@ class Errors(NamedTuple):
     @property
     def rms_allowed(self) -> float:
         """The third rule's right side."""
-        spread = 1 + 3 / math.sqrt(2 * max(1, self.exact.count))
+        spread = 1 + 3 / math.sqrt(2 * max(1, self.exact.entries))
         return spread * (1.5 * self.eager.rms + self.eps * self.exact.rms)
 
     @property
@@ -82,7 +82,7 @@ def pooled(draws: Sequence[Errors]) -> Errors:
     """The errors of several draws of one computation as one: largest of the largest, rms over all entries."""
 
     def join(sizes: Sequence[Size]) -> Size:
-        return Size(max(s.largest for s in sizes), sum(s.squares for s in sizes), sum(s.count for s in sizes))
+        return Size(max(s.largest for s in sizes), sum(s.squares for s in sizes), sum(s.entries for s in sizes))
 
     first = draws[0]
     ours, eager, exact = (join([getattr(d, part) for d in draws]) for part in ("ours", "eager", "exact"))

@@ -61,7 +61,7 @@ def modules() -> list[str]:
     """Kernel modules that have ahead-of-time cases, as paths below ``kernels`` with dots."""
     found = []
     for path in sorted(KERNELS.rglob("*.py")):
-        if "def aot_cases" in path.read_text():
+        if "def aot_cases" in path.read_text(encoding="utf-8"):
             found.append(".".join(path.relative_to(KERNELS).with_suffix("").parts))
     return found
 
@@ -111,11 +111,11 @@ def _resources(ptx: str, arch: int) -> tuple[int, int, int]:
     ptxas = (knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas).path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
+        path.write_text(ptx, encoding="utf-8")
         target = re.search(r"\.target (sm_\w+)", ptx)
         assert target is not None
         command = [ptxas, "-v", f"--gpu-name={target.group(1)}", str(path), "-o", str(Path(folder) / "kernel.cubin")]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        report = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
     stores = max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
     stack = max(int(n) for n in re.findall(r"(\d+) bytes stack frame", report))
@@ -131,7 +131,7 @@ def table(found: list[Job], architectures: Iterable[int] = ARCHITECTURES, worker
 def read(path: Path = GOLDEN) -> list[Row]:
     """The committed table."""
     texts = ("module", "case", "kernel", "mma")
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         lines = [{n: v if n in texts else int(v) for n, v in line.items()} for line in csv.DictReader(file)]
     return [Row(**line) for line in lines]  # type: ignore[arg-type]
 
@@ -139,7 +139,7 @@ def read(path: Path = GOLDEN) -> list[Row]:
 def write(rows: Iterable[Row], path: Path = GOLDEN) -> None:
     """Write the table, in order."""
     path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
         writer.writerows(sorted(rows))

@@ -91,8 +91,8 @@ def _errors(
 ) -> Iterator[tuple[str, Errors]]:
     for index, (a, e, r) in enumerate(zip(ours, eager, exact, strict=True)):
         if a.is_floating_point():
-            forward = what == "output"
-            yield f"{what} {index}", measure(a, e, r, a.dtype if forward else dtype, "forward" if forward else "gradient")
+            own, kind = (a.dtype, "forward") if what == "output" else (dtype, "gradient")
+            yield f"{what} {index}", measure(a, e, r, own, kind)
         elif not torch.equal(a, r):
             where = f"{sample.id} {dtype} {what} {index}"
             raise Mismatch(f"{where}: {int((a != r).sum())} of {a.numel()} integers differ")

@@ -79,9 +79,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_backward(OptionalRow
   const Dtype dtype = dtype_of(added.scalar_type());
   const ScalarType acc = dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
   Tensor dx = torch::stable::new_empty(added, need_x ? Shape{B, N, C} : Shape{0}), dy = torch::stable::new_empty(added, need_y ? Shape{B, N, C} : Shape{0});
-  Tensor dgate = torch::stable::new_empty(added, need_gate ? Shape{B, C} : Shape{0}, acc);
-  Tensor dshift = torch::stable::new_empty(added, need_modulation ? Shape{B, C} : Shape{0}, acc);
-  Tensor dscale = torch::stable::new_empty(added, need_modulation ? Shape{B, C} : Shape{0}, acc);
+  // a gradient a token for a vector a token, else their sum; dshift is a sum always: a token's is grad_h itself
+  const auto sums = [&](bool need, const Optional& vector) {
+    return torch::stable::new_empty(added, need ? Shape{B, vector ? vector->size(1) : 1, C} : Shape{0}, acc);
+  };
+  Tensor dgate = sums(need_gate, gate), dshift = sums(need_modulation, {}), dscale = sums(need_modulation, scale);
   const Backward f{B, N, C, Tokens(grad_added), Tokens(grad_h), Tokens(added), Tokens(y), need_x ? Tokens(dx) : Tokens(),
                    need_y ? Tokens(dy) : Tokens(), gate, gate_row, scale, scale_row, stats.data_ptr(), dgate.data_ptr(),
                    dshift.data_ptr(), dscale.data_ptr(), need_x, need_y, need_gate, need_modulation};

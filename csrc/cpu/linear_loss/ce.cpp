@@ -1,7 +1,7 @@
 #include "cpu/linear_loss/gradient.h"
 
-// Cross-entropy with the target q of `Target`: row_t = Q_t lse_t - sum_v q_tv z_tv + z_loss lse_t^2, Q_t = sum_v q_tv, and
-// loss = sum_t weight_t row_t. Its coefficients are known after the first sweep, so gradients are made at once: three
+// Cross-entropy with the target q of `Target`: row_t = s_t (Q_t lse_t - sum_v q_tv z_tv + z_loss lse_t^2), Q_t = sum_v q_tv,
+// and loss = sum_t weight_t row_t; s_t is 1, or the probability of the target, held fixed. Its coefficients are known after the first sweep, so gradients are made at once: three
 // products in all, as long as the logits fit into the memory of dW.
 namespace w2s {
 namespace linear {
@@ -12,7 +12,7 @@ using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 struct Wanted {
   double z_loss;
-  bool entropy, best;
+  bool scaled, entropy, best;
 };
 
 template <class A>
@@ -29,27 +29,33 @@ Loss run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, T
     s.add(r0, rows, z, ld);
     at.add(r0, rows, z, ld);
   });
-  const std::vector<A> w = Target<A>::rows(e, weight);
-  std::vector<double> row(size_t(e.Mp));
+  std::vector<A> w = Target<A>::rows(e, weight);
+  std::vector<double> row(size_t(e.Mp)), logp(size_t(e.Mp));
   double total = 0;
   for (int64_t m = 0; m < e.M; ++m) {
-    const double lse = s.lse(m), mass = at.ids_mass(m) + at.all_mass(m) + at.dense_mass(m);
-    row[size_t(m)] = mass * lse - at.ids_sum(m) - at.all_sum(m) - at.dense_sum(m) + wanted.z_loss * lse * lse;
-    if (w[size_t(m)] != 0) total += double(w[size_t(m)]) * row[size_t(m)];
+    const double lse = s.lse(m), mass = at.ids_mass(m, true) + at.all_mass(m) + at.dense_mass(m, true);
+    const double core = at.ids_mass(m, false) + at.dense_mass(m, false);
+    logp[size_t(m)] = core == 0 ? 0.0 : (at.ids_sum(m, false) + at.dense_sum(m, false)) / core - lse;
+    row[size_t(m)] = mass * lse - at.ids_sum(m, true) - at.all_sum(m) - at.dense_sum(m, true) + wanted.z_loss * lse * lse;
+    double weight_m = double(w[size_t(m)]);
+    if (wanted.scaled) {
+      const double p = std::exp(logp[size_t(m)]);
+      row[size_t(m)] *= p;
+      if (weight_m != 0) total += weight_m * row[size_t(m)], weight_m *= p;
+      w[size_t(m)] = A(weight_m);
+    } else if (weight_m != 0) {
+      total += weight_m * row[size_t(m)];
+    }
     g.lse[size_t(m)] = A(lse);
     // what rounding lse takes from a whole row of exp(z - lse)
     const double rounded = std::isfinite(lse) ? std::exp(double(A(lse)) - lse) : 1.0;
-    g.b[size_t(m)] = A(double(w[size_t(m)]) * (mass + 2 * wanted.z_loss * lse) * rounded);
+    g.b[size_t(m)] = A(weight_m * (mass + 2 * wanted.z_loss * lse) * rounded);
   }
   Tensor loss = e.output({});
   *static_cast<A*>(loss.data_ptr()) = A(total);
-  const auto logp = [&](int64_t m) {
-    const double mass = at.ids_mass(m) + at.dense_mass(m);
-    return mass == 0 ? 0.0 : (at.ids_sum(m) + at.dense_sum(m)) / mass - s.lse(m);
-  };
   Loss found{loss,
              scattered(e, [&](int64_t m) { return row[size_t(m)]; }),
-             scattered(e, logp),
+             scattered(e, [&](int64_t m) { return logp[size_t(m)]; }),
              scattered(e, [&](int64_t m) { return s.lse(m); }),
              e.output({0}),
              torch::stable::new_empty(e.hiddens[0], {wanted.best ? e.T : 0}, ScalarType::Long),
@@ -64,6 +70,7 @@ Loss run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, T
     for (int64_t m = 0; m < e.M; ++m) best[e.index[size_t(m)]] = s.best[size_t(m)];
   }
   if (any) {
+    target.weigh();
     for (int64_t m = 0; m < e.M; ++m) target.scale(m, -w[size_t(m)]);
     g.q = std::move(target);
     g.sweep(groups);
@@ -74,14 +81,14 @@ Loss run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, T
   return found;
 }
 
-Loss linear_ce(W2S_LINEAR_PARAMETERS, Tensor keep, Tensor ids, Tensor probs, Optional uniform, std::optional<Rowwise> dense, Tensor weight,
-               double z_loss, bool need_entropy, bool need_best, W2S_NEED_PARAMETERS) {
+Loss linear_ce(W2S_LINEAR_PARAMETERS, Tensor keep, Tensor ids, Tensor probs, Optional uniform, std::optional<Rowwise> dense, Optional classes,
+               Tensor weight, double z_loss, bool scaled, bool need_entropy, bool need_best, W2S_NEED_PARAMETERS) {
   const bool* counts = integers<bool>(keep);
   const std::vector<int64_t> rows = rows_where(hiddens[0].size(0), [&](int64_t t) { return counts[t]; });
-  const Wanted wanted{z_loss, need_entropy, need_best};
+  const Wanted wanted{z_loss, scaled, need_entropy, need_best};
   const auto call = [&](auto& e) {
     using A = std::remove_reference_t<decltype(*e.h)>;
-    return run(e, heads, biases, W2S_NEED, Target<A>(e, ids, probs, uniform, dense, Optional()), weight, wanted);
+    return run(e, heads, biases, W2S_NEED, Target<A>(e, ids, probs, uniform, dense, Optional(), classes), weight, wanted);
   };
   if (wants_double(hiddens, heads)) {
     Engine<double> e(W2S_LINEAR_ARGUMENTS, rows);

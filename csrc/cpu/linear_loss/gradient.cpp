@@ -10,7 +10,7 @@ using Optional = std::optional<Tensor>;
 
 #define W2S_COEFFICIENTS                                                                                                 \
   Tensor lse, Tensor ids, Tensor coef_ids, Tensor coef_lse, Optional coef_log, Optional coef_all, Optional dense, \
-      Optional coef_dense
+      Optional coef_dense, Optional classes
 
 template <class A>
 Lists run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, W2S_COEFFICIENTS) {
@@ -18,7 +18,7 @@ Lists run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, 
   g.lse = Target<A>::rows(e, lse);
   g.b = Target<A>::rows(e, coef_lse);
   if (coef_log) g.c = Target<A>::rows(e, *coef_log);
-  g.q = Target<A>(e, ids, coef_ids, coef_all, dense, coef_dense);
+  g.q = Target<A>(e, ids, coef_ids, coef_all, dense, coef_dense, classes);
   const auto groups = blocks(e);
   g.plan(widest<A>(groups));
   g.sweep(groups);
@@ -42,7 +42,7 @@ std::vector<int64_t> with_coefficient(W2S_COEFFICIENTS) {
 }
 
 Lists linear_loss_backward(W2S_LINEAR_PARAMETERS, W2S_COEFFICIENTS, W2S_NEED_PARAMETERS) {
-#define W2S_GIVEN lse, ids, coef_ids, coef_lse, coef_log, coef_all, dense, coef_dense
+#define W2S_GIVEN lse, ids, coef_ids, coef_lse, coef_log, coef_all, dense, coef_dense, classes
   const std::vector<int64_t> rows = with_coefficient(W2S_GIVEN);
   if (wants_double(hiddens, heads)) {
     Engine<double> e(W2S_LINEAR_ARGUMENTS, rows);

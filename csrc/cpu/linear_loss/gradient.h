@@ -103,7 +103,8 @@ struct Gradients {
     const A* all = q.r.empty() ? zeros.data() : &q.r[size_t(r0)];
     e.chunks([&](int64_t, int64_t v, int64_t k) {
       if (more)
-        W2S_DISPATCH(chunk_grad_more<A>)(in + v * ldi, ldi, out + v * ldo, ldo, k, columns, &lse[size_t(r0)], &b[size_t(r0)], log_coef, all);
+        W2S_DISPATCH(chunk_grad_more<A>)(in + v * ldi, ldi, out + v * ldo, ldo, k, columns, &lse[size_t(r0)], &b[size_t(r0)], log_coef, all,
+                                         q.classes.empty() ? nullptr : &q.classes[size_t(e.v0 + v)]);
       else
         W2S_DISPATCH(chunk_grad<A>)(in + v * ldi, ldi, out + v * ldo, ldo, k, columns, &lse[size_t(r0)], &b[size_t(r0)]);
     });

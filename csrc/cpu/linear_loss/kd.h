@@ -6,7 +6,7 @@
 
 namespace w2s {
 
-enum KdKind : int64_t { FKL, RKL, JSD, SCE, CE_SOFT, PRODUCT };
+enum KdKind : int64_t { FKL, RKL, JSD, SCE, CE_SOFT, PRODUCT, COSINE };
 enum KdForm : int64_t { LOGITS, PROBS, TOPK, LINEAR, LINEAR_BIAS };
 
 // What all rows have in common.

@@ -57,6 +57,28 @@ W2S_INLINE Number product(const L& l, const Both<L>& v, A* r, Number& scale) {
   return 0.0 - s[1] * scale;
 }
 
+constexpr double NORM_FLOOR = 1e-8;
+
+// cosine's D = 1 - z.y / (|z| |y|) of raw logits z in r and y in g, and what its gradient own z - theirs y is made of.
+template <class L, class A = typename L::Scalar, class Number = typename L::Number>
+W2S_INLINE Number cosine(const L& l, A* r, A* g, Number& own, Number& theirs) {
+  using T = Vec<A>;
+  l.load(l.student(), A(0), r);
+  l.load(l.teacher(0), A(0), g);
+  Number s[3] = {0.0, 0.0, 0.0};
+  l.template sums<true>(s, [&](int64_t i, T* sum) {
+    const T z = T::load(r + i), y = T::load(g + i);
+    sum[0] = T::fma(z, y, sum[0]);
+    sum[1] = T::fma(z, z, sum[1]);
+    sum[2] = T::fma(y, y, sum[2]);
+  });
+  const Number norm = sqrt_of(s[1]), mine = at_least(norm, NORM_FLOOR);
+  theirs = 1.0 / (mine * at_least(sqrt_of(s[2]), NORM_FLOOR));
+  const Number similar = s[0] * theirs;
+  own = from(norm, NORM_FLOOR, similar / (mine * mine));
+  return 1.0 - similar;
+}
+
 // D, and the mean under p that its gradient needs. jsd leaves log p - log m in r; product leaves its target there, and
 // the target's scale in mean.
 template <class L, class A = typename L::Scalar, class Number = typename L::Number>
@@ -96,6 +118,7 @@ W2S_INLINE Number divergence(const L& l, const Both<L>& v, A* r, Number& mean) {
       return (b - 1) * (s[0] * v.q_scale) - b * mean;
     }
     case PRODUCT: return product(l, v, r, mean);
+    case COSINE:
     case JSD: break;
   }
   // m / p from the difference of the logarithms
@@ -117,7 +140,7 @@ W2S_INLINE Number divergence(const L& l, const Both<L>& v, A* r, Number& mean) {
   return b * (s[0] * v.q_scale) + (1 - b) * mean;
 }
 
-// d (c D) / d z into g, c with the chain 1 / tau. `one` of the cross-entropy: its softmax at temperature 1 is p itself, or
+// d (c D) / d z into g, c with the chain 1 / tau. cosine: r and g hold the raw logits, mean and total `own` and `theirs`. `one` of the cross-entropy: its softmax at temperature 1 is p itself, or
 // exp(tau x) / sum_one
 template <class L, class A = typename L::Scalar, class Number = typename L::Number>
 W2S_INLINE void gradient_of(const L& l, const Both<L>& v, Number total, const A* r, Number mean, Number sum_one, A* g) {
@@ -157,6 +180,11 @@ W2S_INLINE void gradient_of(const L& l, const Both<L>& v, Number total, const A*
     case PRODUCT: {
       const T share = all<A>(mean * c), own = all<A>(unless_zero(mean, c, 0.0));
       write([&](int64_t i) { return own * v.p(i) - share * T::load(r + i); });
+      break;
+    }
+    case COSINE: {
+      const T own = all<A>(mean * l.coef_kd()), theirs = all<A>(total * l.coef_kd());
+      write([&](int64_t i) { return own * T::load(r + i) - theirs * T::load(g + i); });
       break;
     }
     case JSD: {
@@ -202,15 +230,17 @@ W2S_INLINE Distilled<L> distilled(const L& l, A* buffers) {
   const int64_t width = l.width();
   A *x = buffers, *e = x + width, *y = e + width, *f = y + width, *g = f + width, *work = g + width;
   const bool logs = loss.kind != CE_SOFT || loss.statistics;  // of the teacher
+  const bool apart = loss.kind == COSINE;                     // of logits: needs no distribution itself
   const bool warm = loss.hard && loss.tau != 1;
-  Number sum_one = 1.0, mean = 0.0, ce = 0.0;
+  Number sum_one = 1.0, mean = 0.0, ce = 0.0, theirs = 0.0;
   // the mixture first: it needs working rows that the student will take
-  const Mass<L> t = l.count() == 1 ? one_teacher(l, 0, y, f, logs) : mixture(l, y, f, x, e, work, logs);
-  const Mass<L> s = softmax_of(l, l.student(), x, e, warm ? &sum_one : nullptr);
+  Mass<L> t{y, f, 0.0, 1.0, 1.0}, s{x, e, 0.0, 1.0, 1.0};
+  if (!apart || loss.statistics) t = l.count() == 1 ? one_teacher(l, 0, y, f, logs) : mixture(l, y, f, x, e, work, logs);
+  if (!apart || loss.statistics || loss.hard) s = softmax_of(l, l.student(), x, e, warm ? &sum_one : nullptr);
   const Both<L> v(s, t);
-  const Number kd = divergence(l, v, work, mean);
+  const Number kd = apart ? cosine(l, work, g, mean, theirs) : divergence(l, v, work, mean);
   if (loss.hard) ce = warm ? log_of(sum_one) - loss.tau * l.at_target(x) : s.log_sum - l.at_target(x);
-  if (loss.gradient) gradient_of(l, v, t.total, work, mean, sum_one, g);
+  if (loss.gradient) gradient_of(l, v, apart ? theirs : t.total, work, mean, sum_one, g);
   return {s, t, kd, ce, g};
 }
 

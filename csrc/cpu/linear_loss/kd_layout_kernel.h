@@ -87,6 +87,29 @@ W2S_INLINE PerLane<A> log_of(PerLane<A> x) {
   return Vec<A>::load(lane);
 }
 
+W2S_INLINE double sqrt_of(double x) { return std::sqrt(x); }
+template <class A>
+W2S_INLINE PerLane<A> sqrt_of(PerLane<A> x) {
+  A lane[Vec<A>::W];
+  x.v.store(lane);
+  for (A& own : lane) own = std::sqrt(own);
+  return Vec<A>::load(lane);
+}
+
+// the larger one; NaN where x is
+W2S_INLINE double at_least(double x, double low) { return x < low ? low : x; }
+template <class A>
+W2S_INLINE PerLane<A> at_least(PerLane<A> x, double low) {
+  const Vec<A> floor = Vec<A>::set(A(low));
+  return Vec<A>::select(Vec<A>::gt(floor, x.v), floor, x.v);
+}
+// y where x >= low, 0 elsewhere
+W2S_INLINE double from(double x, double low, double y) { return x < low ? 0 : y; }
+template <class A>
+W2S_INLINE PerLane<A> from(PerLane<A> x, double low, std::type_identity_t<PerLane<A>> y) {
+  return Vec<A>::select(Vec<A>::gt(Vec<A>::set(A(low)), x.v), Vec<A>::set(0), y.v);
+}
+
 // y where x is not 0, `zero` elsewhere
 W2S_INLINE double unless_zero(double x, double y, double zero) { return x == 0 ? zero : y; }
 template <class A>

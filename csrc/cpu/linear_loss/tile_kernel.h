@@ -104,16 +104,17 @@ inline void chunk_grad(const A* z, int64_t ldz, A* out, int64_t ldo, int64_t row
     }
 }
 
-// out = p (coef + log_coef log p) + all, p = exp(z - lse); a lse of -infinity counts as 0
+// out = p (coef + log_coef log p) + weight_v all, p = exp(z - lse); a lse of -infinity counts as 0; null weights are 1
 template <class A>
 inline void chunk_grad_more(const A* z, int64_t ldz, A* out, int64_t ldo, int64_t rows, int64_t columns, const A* lse,
-                            const A* coef, const A* log_coef, const A* all) {
+                            const A* coef, const A* log_coef, const A* all, const A* weight) {
   using V = Vec<A>;
   for (int64_t v = 0; v < rows; ++v)
     for (int64_t t = 0; t < columns; t += V::W) {
       const V x = V::load(lse + t), safe = V::select(V::gt(x, V::set(-infinity<A>)), x, V::set(0));
       const V logp = V::max(V::set(-1e4), V::load(z + v * ldz + t) - safe);
-      V::fma(vexp(logp), V::fma(V::load(log_coef + t), logp, V::load(coef + t)), V::load(all + t)).store(out + v * ldo + t);
+      const V rest = V::load(all + t) * V::set(weight ? weight[v] : A(1));
+      V::fma(vexp(logp), V::fma(V::load(log_coef + t), logp, V::load(coef + t)), rest).store(out + v * ldo + t);
     }
 }
 

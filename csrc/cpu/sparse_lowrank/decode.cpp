@@ -32,12 +32,13 @@ void pause() {
 template <class A>
 const A* decode(const Pattern& s, const Operand& x, const Operand& a, const Operand& b, double scale, const Tensor& values,
                 const std::vector<A>& bias, A* h) {
-  const int tokens = int(x.rows);
+  const int given = int(x.rows), tokens = given <= 2 ? given : given <= 4 ? 4 : 8;
   const int64_t I = s.columns, O = s.rows, r = a.rows;
   A* xs = scratch_of<A>(X, tokens * I + 64);
-  for (int t = 0; t < tokens; ++t)
+  for (int t = 0; t < given; ++t)
     W2S_DISPATCH(pack<A>)(x.part(t, 1).data, x.dtype, I, 1, 1, I, I, xs + t * I);
-  A* hidden = h ? h : scratch_of<A>(H, tokens * r + 64);
+  std::fill(xs + given * I, xs + tokens * I, A(0));
+  A* hidden = h && given == tokens ? h : scratch_of<A>(H, tokens * r + 64);
   A* y = scratch_of<A>(Y, tokens * O + 64);
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const bool small = (r * (I + O) + 2 * s.nnz) * tokens < (1 << 18);  // less work than a region costs
@@ -56,12 +57,13 @@ const A* decode(const Pattern& s, const Operand& x, const Operand& a, const Oper
       A* part = scratch_of<A>(PART, (end - begin) * std::max<int64_t>(s.per_block, 1) + 64);
       W2S_DISPATCH(decode_output<A>)(s, b, A(scale), v, dtype, begin, end, tokens, xs, hidden, part, y);
       if (!bias.empty())
-        for (int t = 0; t < tokens; ++t)
+        for (int t = 0; t < given; ++t)
           for (int64_t o = begin; o < end; ++o) y[t * O + o] += bias[size_t(o)];
     }
   };
   if (workers == 1) work(0, 1);
   else torch::stable::parallel_for(0, workers, 1, work);
+  if (h && h != hidden) std::copy(hidden, hidden + given * r, h);
   return y;
 }
 

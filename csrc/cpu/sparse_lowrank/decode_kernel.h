@@ -141,36 +141,45 @@ inline void sparse_rows(const Pattern& s, const void* values, Dtype dtype, int64
   }
 }
 
-#define W2S_TOKENS(CALL) \
-  switch (tokens) {      \
-    case 1: CALL(1); break; \
-    case 2: CALL(2); break; \
-    case 3: CALL(3); break; \
-    case 4: CALL(4); break; \
-    case 5: CALL(5); break; \
-    case 6: CALL(6); break; \
-    case 7: CALL(7); break; \
-    default: CALL(8);       \
+// tokens is 1, 2, 4 or 8 (decode.cpp fills up with zeros); float64, which is not for speed, takes them one by one
+#define W2S_TOKENS(CALL)          \
+  switch (tokens) {               \
+    case 1: CALL(1); break;       \
+    case 2: CALL(2); break;       \
+    case 4: CALL(4); break;       \
+    default: CALL(8);             \
   }
 
 template <class A>
 inline void decode_hidden(const Operand& a, int64_t begin, int64_t end, int tokens, const A* x, A* h) {
+  if constexpr (sizeof(A) == 8) {
+    for (int t = 0; t < tokens; ++t) dots<A, 1>(a, begin, end, x + t * a.columns, A(1), h + t * a.rows, a.rows);
+  } else {
 #define W2S_CALL(T) dots<A, T>(a, begin, end, x, A(1), h, a.rows)
-  W2S_TOKENS(W2S_CALL)
+    W2S_TOKENS(W2S_CALL)
 #undef W2S_CALL
+  }
+}
+
+template <class A, int T>
+inline void output_rows(const Pattern& s, const Operand& b, A scale, const void* values, Dtype dtype, int64_t begin, int64_t end,
+                        const A* x, const A* h, A* part, A* y) {
+  dots<A, T>(b, begin, end, h, scale, y, s.rows);
+  if (!s.nnz) return;
+  if (dtype == own_dtype<A>) sparse_rows<A, T, true>(s, values, dtype, begin, end, x, part, y, s.rows);
+  else sparse_rows<A, T, false>(s, values, dtype, begin, end, x, part, y, s.rows);
 }
 
 template <class A>
 inline void decode_output(const Pattern& s, const Operand& b, A scale, const void* values, Dtype dtype, int64_t begin, int64_t end, int tokens,
                           const A* x, const A* h, A* part, A* y) {
-  const bool own = dtype == own_dtype<A>;
-#define W2S_CALL(T)                                                                           \
-  {                                                                                           \
-    dots<A, T>(b, begin, end, h, scale, y, s.rows);                                           \
-    if (s.nnz && own) sparse_rows<A, T, true>(s, values, dtype, begin, end, x, part, y, s.rows);  \
-    else if (s.nnz) sparse_rows<A, T, false>(s, values, dtype, begin, end, x, part, y, s.rows);   \
-  }
-  W2S_TOKENS(W2S_CALL)
+  if constexpr (sizeof(A) == 8) {
+    for (int t = 0; t < tokens; ++t)
+      output_rows<A, 1>(s, b, scale, values, dtype, begin, end, x + t * s.columns, h + t * b.columns, part, y + t * s.rows);
+  } else {
+#define W2S_CALL(T) output_rows<A, T>(s, b, scale, values, dtype, begin, end, x, h, part, y)
+    W2S_TOKENS(W2S_CALL)
 #undef W2S_CALL
+  }
 }
 #undef W2S_TOKENS

@@ -17,6 +17,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -82,10 +83,21 @@ void launch(Arguments& a, const Tensor& like, int device, cudaStream_t stream) {
   const Layout<T, NP> one(a.columns, a.rank, (a.rows + blocks - 1) / blocks, kThreads, a.row_ptr == nullptr);
   STD_TORCH_CHECK(one.total <= memory, "w2s_fast.sparse_lowrank_decode_cuda: ", a.n, " rows of ", a.columns,
                   " columns need ", one.total, " bytes of shared memory, a block has ", memory);
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(one.total)));
   const size_t bytes = static_cast<size_t>(one.total);
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, kThreads, bytes));
-  STD_TORCH_CHECK(fit >= 1, "w2s_fast.sparse_lowrank_decode_cuda: no block fits a multiprocessor");
+  // of each device, the bytes allowed so far, and the last layout's bytes and blocks: asking costs as much as a launch
+  static std::atomic<int64_t> allowed[64] = {}, known[64] = {};
+  if (one.total > allowed[device % 64]) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(one.total)));
+    allowed[device % 64] = one.total;
+  }
+  const int64_t last = known[device % 64];
+  if (last >> 8 == one.total) {
+    fit = static_cast<int>(last & 255);
+  } else {
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, kThreads, bytes));
+    STD_TORCH_CHECK(fit >= 1, "w2s_fast.sparse_lowrank_decode_cuda: no block fits a multiprocessor");
+    known[device % 64] = int64_t(one.total) << 8 | std::min(fit, 255);
+  }
   blocks = std::min(multiprocessors * std::min(fit, 2), a.rows);  // more own rows a block never: `one` is the largest
 
   const int warps = blocks * kWarps;

@@ -1,5 +1,10 @@
 """Hugging Face models: fused logits (a decoding loop, a processor for ``model.generate``), the fused training loss."""
 
+from ... import checks
+
+with checks.extra("transformers"):
+    import transformers  # noqa: F401
+
 from .cached import CachedModel
 from .fused_loss import FusedLoss, use_fused_loss
 from .generate import FusedGeneration, generate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -107,20 +107,44 @@ class Fuser:
         }  # fmt: skip
 
     def fuse(self, base: Tensor, experts: list[Tensor], anti: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The fused logits ``[B, vocab_size]`` and, with dynamic weights, the weights ``[B, K]``."""
+        """The fused logits ``[B, V]``, as wide as ``base`` (-inf where no column takes part), and dynamic weights."""
+        arguments, alpha = self._solved(base, experts, anti)
+        wide = torch.promote_types(base.dtype, torch.float32)
+        return _widened(w2s_fast.fuse_logits(**arguments, out_dtype=wide), base.shape[1]), alpha
+
+    def log_probs(self, base: Tensor, experts: list[Tensor], anti: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of the fused distribution ``[B, V]``, as `fuse` gives its logits."""
+        arguments, alpha = self._solved(base, experts, anti)
+        return _widened(w2s_fast.fused_log_softmax(**arguments), base.shape[1]), alpha
+
+    def for_rows(self, rows: int, repeats: int) -> Fuser:
+        """The fuser for every one of ``rows`` repeated: weights ``[rows, K]`` are repeated too."""
+        if repeats == 1 or not isinstance(self.weights, Tensor) or self.weights.ndim != 2 or len(self.weights) != rows:
+            return self
+        return replace(self, weights=self.weights.repeat_interleave(repeats, 0))
+
+    def _solved(
+        self, base: Tensor, experts: list[Tensor], anti: list[Tensor]
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """`arguments` with dynamic weights solved, and those weights ``[B, K]``."""
         arguments = self.arguments(base, experts, anti)
-        alpha = None
-        if self.method == "dynamic":
-            solve = {"vocab_size": self.vocab_size, **(arguments.pop("dynamic") or {})}
-            alpha = w2s_fast.dynamic_fusion_weights(base, experts, anti, **solve).alpha
-            arguments["weights"] = alpha
-        return w2s_fast.fuse_logits(**arguments), alpha
+        if self.method != "dynamic":
+            return arguments, None
+        solve = {"vocab_size": self.vocab_size, **(arguments.pop("dynamic") or {})}
+        arguments["weights"] = alpha = w2s_fast.dynamic_fusion_weights(base, experts, anti, **solve).alpha
+        return arguments, alpha
 
     def _negated(self) -> Any:
         scale = -1.0 / self.student_temperature
         if isinstance(self.weights, (int, float, Tensor)):
             return self.weights * scale
         return [float(w) * scale for w in self.weights or ()]
+
+
+def _widened(scores: Tensor, width: int) -> Tensor:
+    """With -inf in the columns up to ``width``."""
+    missing = width - scores.shape[1]
+    return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
 
 
 def as_models(value: Any) -> list[Any]:

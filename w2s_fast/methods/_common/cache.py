@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-def cache_dir() -> Path:
-    """``$W2S_FAST_CACHE``, or ``w2s_fast`` in the user's cache directory of this system."""
-    if override := os.environ.get("W2S_FAST_CACHE"):
-        return Path(override).expanduser()
-    home = Path.home()
-    if sys.platform == "darwin":
-        parent = home / "Library" / "Caches"
-    elif sys.platform == "win32":
-        parent = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
-    else:
-        parent = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return parent / "w2s_fast"
+from ...files import cache_dir as cache_dir
+from ...files import write_tensors
 
 
 def digest(*parts: Any) -> str:
@@ -34,12 +21,7 @@ def digest(*parts: Any) -> str:
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """In one rename, so that an interrupted run leaves the file before it."""
-    import torch
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    torch.save(state, scratch)
-    os.replace(scratch, path)
+    write_tensors(path, state)
 
 
 def read_checkpoint(path: Path, key: str, device: Any = None) -> dict[str, Any] | None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ... import checks
+
 
 def parser(method: str, doc: str | None) -> argparse.ArgumentParser:
     """Of ``w2s-fast train <method>``, described by the first paragraph of its module."""
@@ -19,6 +21,12 @@ def stderr_console() -> Any:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def no_figure() -> None:
+    """That a figure is left out, and what would draw it."""
+    hint = 'matplotlib is not installed: no figure (pip install "w2s_fast\\[plot]").'
+    stderr_console().print(f"[yellow]{hint}[/yellow]", soft_wrap=True, highlight=False)
 
 
 @contextmanager
@@ -41,7 +49,8 @@ def progress(quiet: bool = False) -> Iterator[Callable[[str, int], Callable[[flo
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """transformers' own bars and warnings off (loading a model of one megabyte needs no bar)."""
-    from transformers.utils import logging
+    with checks.extra("demo"):
+        from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import checks
+
 TEST = 360
 
 
@@ -19,10 +21,8 @@ class Split(NamedTuple):
 
 def digits() -> tuple[Split, Split]:
     """Training (1437) and test pictures (360), the same split always."""
-    try:
+    with checks.extra("demo"):
         from sklearn.datasets import load_digits
-    except ImportError:
-        raise ImportError("the digits need scikit-learn: pip install scikit-learn") from None
     pictures, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     x, y = torch.from_numpy(pictures).float()[order] / 16, torch.from_numpy(labels).long()[order]

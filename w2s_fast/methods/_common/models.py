@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import checks
 from .cache import digest, kept, read_checkpoint, write_checkpoint
 
 
@@ -23,7 +24,8 @@ class Size(NamedTuple):
 
 def llama(size: Size, vocab_size: int, seed: int, positions: int = 512) -> Any:
     """A randomly initialised `LlamaForCausalLM` with tied embeddings."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    with checks.extra("demo"):
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -121,7 +123,8 @@ def fit_language(
 
 def kept_model(name: str, recipe: Any, make: Callable[[], Any], fresh: bool = False) -> Any:
     """The model of this name and recipe (JSON types) from the cache; ``make()`` trains it when it is missing."""
-    from transformers import LlamaForCausalLM
+    with checks.extra("demo"):
+        from transformers import LlamaForCausalLM
 
     def save(folder: Path) -> None:
         make().save_pretrained(folder)

@@ -141,7 +141,8 @@ def adam8bit() -> tuple[Callable[[list[nn.Parameter]], torch.optim.Optimizer], s
 
         return lambda parameters: Adam(parameters, lr=0.0, weight_decay=0.0), "torchao"
     except ImportError:
-        raise ImportError('8-bit Adam needs bitsandbytes or torchao: pip install "w2s_fast[adam8bit]"') from None
+        hint = 'pip install "w2s_fast[adam8bit]"'
+        raise ImportError(f"w2s_fast: 8-bit Adam needs bitsandbytes or torchao: {hint}") from None
 
 
 def make(name: str, parameters: Iterable[nn.Parameter], decay: float = 0.0) -> Optimizer:

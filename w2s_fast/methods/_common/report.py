@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .console import stderr_console
+from ...files import out_folder, write_figure, write_json
+from .console import no_figure
 
 
 def parser(name: str, description: str | None, seeds: int) -> argparse.ArgumentParser:
@@ -18,7 +18,7 @@ def parser(name: str, description: str | None, seeds: int) -> argparse.ArgumentP
     made = argparse.ArgumentParser(prog=f"w2s-fast train {name}", description=description,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     made.add_argument("--seeds", type=int, nargs="+", default=list(range(seeds)), help="(default %(default)s)")
-    made.add_argument("--out", type=Path, default=Path(f"w2s_fast_{name}"), help="folder for figure and numbers")
+    made.add_argument("--out", type=out_folder, default=f"w2s_fast_{name}", help="folder for figure and numbers")
     made.add_argument("--quick", action="store_true", help="small and short, to see that it runs")
     return made
 
@@ -40,14 +40,13 @@ def finish(folder: Path, name: str, report: dict[str, Any], drawn: Any) -> None:
     """Write ``name.json`` and, if there is a figure, ``name.png``; say so."""
     from rich.console import Console
 
-    folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{name}.json"]
-    written[0].write_text(json.dumps({"torch": torch.__version__, **report}, indent=1))
+    write_json(written[0], {"torch": torch.__version__, **report})
     if drawn is None:
-        stderr_console().print("[yellow]matplotlib is not installed: no figure (pip install matplotlib).[/yellow]")
+        no_figure()
     else:
         written.append(folder / f"{name}.png")
-        drawn.savefig(written[1], dpi=120)
+        write_figure(written[1], drawn, dpi=120)
     Console().print("wrote " + ", ".join(map(str, written)), highlight=False, soft_wrap=True)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import checks
 from . import text
 from .cache import digest, kept
 
@@ -16,7 +17,8 @@ END = "<|end|>"  # between documents; id 0, also the end-of-sequence and padding
 
 def tokenizer(vocab_size: int = 2048, fresh: bool = False) -> Any:
     """Tokenizer (`tokenizers.Tokenizer`) of ``vocab_size`` entries, from the cache or trained in a few seconds."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    with checks.extra("demo"):
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     def train(folder: Path) -> None:
         made = Tokenizer(models.BPE())

@@ -55,7 +55,7 @@ Start = Callable[[str, int], Watch]
 def watches(start: Callable[[str, int], Callable[[float], None]], out: Path, source: str) -> Start:
     """Progress bars of ``start``; checkpoints in ``out``, void once the file ``source`` or one beside it changes."""
     folders = (Path(source).parent, Path(__file__).parent)
-    code = digest(*(path.read_text() for folder in folders for path in sorted(folder.glob("*.py"))))
+    code = digest(*(path.read_text(encoding="utf-8") for folder in folders for path in sorted(folder.glob("*.py"))))
 
     def watch(label: str, steps: int) -> Watch:
         name = re.sub(r"[^a-z0-9]+", "-", label.lower())

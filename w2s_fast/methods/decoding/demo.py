@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,9 +13,10 @@ import torch
 
 import w2s_fast
 
+from ...files import out_folder, write_figure, write_json
 from ...integrations.transformers import generate
 from .._common import models, tokens
-from .._common.console import quiet_transformers, stderr_console
+from .._common.console import no_figure, quiet_transformers, stderr_console
 from . import dynamic_logit_fusion as dlf
 from .speed import Speed, measure
 
@@ -73,7 +73,7 @@ def draw(samples: dict[str, dict[str, Any]], scores: list[dlf.DomainScore], path
         axis.margins(x=0.01)
     for axis in rows:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)
     return True
 
 
@@ -111,7 +111,7 @@ def run_demo(
     """
     from rich.console import Console
 
-    console, errors, folder = Console(quiet=quiet), stderr_console(), Path(out)
+    console, folder = Console(quiet=quiet), Path(out)
     result, family = dlf.run(settings, seed=seed, fresh=fresh, quiet=quiet, windows=windows)
     console.print(dlf.table(result))
     console.print(verdict(result.scores), highlight=False)
@@ -124,7 +124,6 @@ def run_demo(
     for domain, made in samples.items():
         console.rule(f"{domain}, large model + small expert")
         console.print(made["prompt"] + "[bold]" + _escaped(made["fused"]) + "[/bold]", highlight=False)
-    folder.mkdir(parents=True, exist_ok=True)
     report = {
         "scores": [asdict(s) for s in result.scores], "speed": asdict(speed), "samples": samples,
         "settings": result.settings, "versions": {
@@ -132,12 +131,12 @@ def run_demo(
             "threads": torch.get_num_threads(),
         },
     }  # fmt: skip
-    (folder / "demo.json").write_text(json.dumps(report, indent=1))
+    write_json(folder / "demo.json", report)
     written = [folder / "demo.json"]
     if draw(samples, result.scores, folder / "demo.png"):
         written.insert(0, folder / "demo.png")
     else:
-        errors.print("[yellow]matplotlib is not installed: no figure (pip install matplotlib).[/yellow]")
+        no_figure()
     console.print("wrote " + ", ".join(map(str, written)), highlight=False)
     return report
 
@@ -151,12 +150,12 @@ def _escaped(words: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`w2s-fast demo [--out FOLDER] [--seed N] [--fresh]`; 0 when it went well."""
     parser = argparse.ArgumentParser(prog="w2s-fast demo", description=__doc__)
-    parser.add_argument("--out", default="w2s_fast_demo", help="folder of demo.png and demo.json (%(default)s)")
+    parser.add_argument("--out", type=out_folder, default="w2s_fast_demo", help="folder of results (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the models and the samples (default %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="train anew, not from the cache")
     given = parser.parse_args(arguments)
     try:
-        run_demo(given.out, seed=given.seed, fresh=given.fresh)
+        run_demo(str(given.out), seed=given.seed, fresh=given.fresh)
     except KeyboardInterrupt:
         stderr_console().print("[yellow]stopped; models that were finished are kept.[/yellow]")
         return 130

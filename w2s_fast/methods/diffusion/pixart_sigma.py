@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, one_hot
 
+from ... import checks
 from ...nn import KVCompressedAttention, PixArtSigma
 from ...ops.diffusion.sampler import w2sd_sample
-from .._common.console import progress, stderr_console
+from .._common.console import progress
 from .._common.models import fit
 from .._common.report import figure, finish, parser
 
@@ -70,7 +71,9 @@ class HeldOut(NamedTuple):
 
 def photographs() -> Tensor:
     """The two photographs that come with scikit-learn, at half size: ``[2, 3, 213, 320]`` in [-1, 1]."""
-    from sklearn.datasets import load_sample_images
+    with checks.extra("demo"):
+        import PIL  # noqa: F401  (scikit-learn decodes the files with it)
+        from sklearn.datasets import load_sample_images
 
     pictures = torch.stack([torch.from_numpy(image.copy()) for image in load_sample_images().images])
     return avg_pool2d(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1, 2)
@@ -278,13 +281,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     given = parser("pixart_sigma", __doc__, seeds=1).parse_args(arguments)
     console, results = Console(), {}
-    try:
-        for seed in given.seeds:
-            results[seed] = run(QUICK if given.quick else Settings(), seed=seed)
-            console.print(table(results[seed]))
-    except ImportError as error:
-        stderr_console().print(f"[red]w2s-fast train pixart_sigma:[/red] {error}; pip install scikit-learn pillow")
-        return 1
+    for seed in given.seeds:
+        results[seed] = run(QUICK if given.quick else Settings(), seed=seed)
+        console.print(table(results[seed]))
     report = {seed: {"low": r.low, "raised": r.raised, "curves": r.curves} for seed, r in results.items()}
     finish(given.out, "pixart_sigma", {"seeds": report}, draw(results[given.seeds[0]]))
     return 0

@@ -71,7 +71,8 @@ def pair_loss(model: Any, chosen: Sequences, rejected: Sequences, ref: Tensor, b
     both, count = join(chosen, rejected), len(chosen.ids)
     index = torch.stack((torch.arange(count), count + torch.arange(count)), 1)
     loss, _ = w2s_fast.linear_preference(states(model, both.ids), model.lm_head.weight, both.labels[:, 1:], index,
-                                         kind="dpo", beta=beta, ref_logp=ref, nll_coef=nll)  # fmt: skip
+                                         kind="dpo", beta=beta, ref_logp=ref, nll_coef=nll,
+                                         nll_average="sequences")  # fmt: skip
     return loss
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ...files import write_figure, write_json
+from .._common.console import no_figure
 
 if TYPE_CHECKING:
     from .sltrain import Row
@@ -115,7 +117,7 @@ def draw(rows: list[Row], path: Path) -> bool:
         axis.set_xticks(range(len(methods)), [NAMES[m] for m in methods])
     for axis in (curves, bars, memory):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)
     return True
 
 
@@ -127,13 +129,10 @@ def write(out: Path, rows: list[Row], facts: dict[str, Any], quiet: bool = False
     console.print(table(rows))
     if verdict(rows):
         console.print(verdict(rows), highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
     written = [out / "sltrain.json"]
-    written[0].write_text(json.dumps({**facts, "rows": [asdict(r) for r in rows]}, indent=1))
+    write_json(written[0], {**facts, "rows": [asdict(r) for r in rows]})
     if draw(rows, out / "sltrain.png"):
         written.insert(0, out / "sltrain.png")
     else:
-        from .._common.console import stderr_console
-
-        stderr_console().print("[yellow]matplotlib is not installed: no figure (pip install matplotlib).[/yellow]")
+        no_figure()
     console.print("wrote " + ", ".join(map(str, written)), highlight=False)

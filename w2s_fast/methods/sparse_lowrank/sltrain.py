@@ -18,6 +18,8 @@ from torch import Tensor
 
 import w2s_fast
 
+from ... import checks
+from ...files import out_folder, write_tensors
 from ...nn import model_size, replace_linear
 from .._common import optim, text, tokens, training
 from .._common.cache import digest, kept
@@ -69,7 +71,8 @@ class Row:
 
 def llama(settings: Settings, seed: int) -> Any:
     """A `LlamaForCausalLM` as the paper's: 8/3 width in the MLP, an LM head of its own."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    with checks.extra("demo"):
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     heads = max(1, settings.width // 64) if settings.width >= 512 else max(1, settings.width // 32)
     with torch.random.fork_rng(devices=[]):
@@ -105,7 +108,7 @@ def data(settings: Settings) -> tuple[Tensor, Tensor]:
         tok = tokens.tokenizer(settings.vocab_size)
         domains: tuple[text.Domain, ...] = ("general", "code", "prose")
         for split in ("train", "valid"):
-            torch.save(torch.cat([tokens.stream(tok, d, split) for d in domains]), folder / f"{split}.pt")
+            write_tensors(folder / f"{split}.pt", torch.cat([tokens.stream(tok, d, split) for d in domains]))
 
     folder = kept("ids", digest(text.fingerprint(), settings.vocab_size), make)
     return tuple(torch.load(folder / f"{split}.pt", weights_only=True) for split in ("train", "valid"))  # type: ignore
@@ -173,7 +176,7 @@ def _options() -> argparse.ArgumentParser:
     made = parser("sltrain", __doc__)
     made.add_argument("--seeds", type=int, nargs="+", default=[0], help="of model and batches (default 0)")
     made.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all three")
-    made.add_argument("--out", type=Path, default=Path("w2s_fast_sltrain"), help="folder of results and checkpoints")
+    made.add_argument("--out", type=out_folder, default="w2s_fast_sltrain", help="folder of results and checkpoints")
     made.add_argument("--optimizer", choices=optim.NAMES, help=f"default {Settings.optimizer}")
     made.add_argument("--layout", choices=("csr16", "balanced"), help=f"of the supports (default {Settings.layout})")
     for name in ("width", "layers", "rank", "steps", "batch", "length"):
@@ -197,7 +200,7 @@ def main(arguments: list[str]) -> int:
     try:
         run(given.out, replace(settings, **changes), seeds=tuple(given.seeds), methods=tuple(given.methods),
             fresh=given.fresh)  # fmt: skip
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         options.error(str(error))
     finally:
         training.leave()

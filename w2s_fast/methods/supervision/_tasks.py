@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...files import write_tensors
 from .._common import digits, models, text, tokens
 from .._common.cache import digest, kept
 
@@ -174,7 +175,7 @@ def streams(quick: bool) -> dict[str, Tensor]:
     def make(folder: Path) -> None:
         tok = tokens.tokenizer(VOCABULARY)
         made = {f"{d} {s}": tokens.stream(tok, d, s, limit) for d in DOMAINS for s, limit in limits.items()}
-        torch.save(made, folder / "ids.pt")
+        write_tensors(folder / "ids.pt", made)
 
     folder = kept("two-domains", digest(text.fingerprint(), VOCABULARY, DOMAINS, limits), make)
     found: dict[str, Tensor] = torch.load(folder / "ids.pt", weights_only=True)

@@ -167,12 +167,9 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--threshold", type=float, default=THRESHOLD, help="T of the table (default %(default)s)")
     given = options.parse_args(arguments)
     SWEEP[:] = sorted({*SWEEP, given.threshold})
-    try:
-        with progress() as start, quiet_transformers():
-            found = [run(text_task(seed, given.quick, start), seed, start, given.alpha, given.quick,
-                         given.out / "checkpoints") for seed in given.seeds]  # fmt: skip
-    except ImportError as error:
-        options.error(str(error))
+    with progress() as start, quiet_transformers():
+        found = [run(text_task(seed, given.quick, start), seed, start, given.alpha, given.quick,
+                     given.out / "checkpoints") for seed in given.seeds]  # fmt: skip
     rows = {f"accuracy, {n}": [f.accuracy[n] for f in found] for n in found[0].accuracy}
     rows["conflict tax"] = [f.accuracy["without conflict"] - f.accuracy["with conflict"] for f in found]
     rows[f"deception score, T = {given.threshold:g}"] = [f.scores[given.threshold].score for f in found]

@@ -75,7 +75,8 @@ def student(
     checkpoint: Path | None = None,
 ) -> tuple[Classifier, list[float]]:
     """The strong model fine-tuned on the second half with ``labels``, and its training losses."""
-    model = Classifier(task.body, task.width, task.classes)
+    model = Classifier(task.body, task.width, task.classes).to(where.device)
+    x, targets = task.second.x.to(where.device), labels.to(where.device)
     if where.world > 1:
         training.shard(model, model.layers())
     draw = torch.Generator().manual_seed(seed)
@@ -85,8 +86,8 @@ def student(
     def of(step: int) -> Tensor:
         parts = [batches[step][rank :: where.world] for rank in range(where.world)]
         # the thresholds are statistics of the whole batch, so each process sees the logits of all
-        z = training.gathered(model(task.second.x[parts[where.rank]]), where)
-        return loss.of(z, labels[torch.cat(parts)], step, len(batches))
+        z = training.gathered(model(x[parts[where.rank]]), where)
+        return loss.of(z, targets[torch.cat(parts)], step, len(batches))
 
     key = digest(task.name, loss, seed, where.world, torch.__version__, labels.double().sum().item(), len(batches))
     found, _ = training.train(model, of, len(batches), lambda step: task.rate * cosine(step, len(batches)), where,
@@ -109,7 +110,7 @@ def run(task: Task, seed: int, where: Place, start: Start, checkpoints: Path | N
         tick = start(f"{task.name}, seed {seed}: {name}", length(task))
         path = checkpoints and checkpoints / f"{task.name}-{name.replace(', ', '-').replace(' ', '-')}-{seed}.pt"
         model, history = student(task, targets, loss, seed, where, tick, path)
-        p = logits(model, task.test.x)
+        p = logits(model, task.test.x.to(where.device)).cpu()
         agreement = (p.argmax(1) == weak.argmax(1)).float().mean().item()
         found[name] = _report.Row(accuracy(p, task.test.y), agreement, history)
     return found
@@ -128,8 +129,6 @@ def main(arguments: list[str]) -> int:
                        for seed in given.seeds]
                 for name in given.tasks
             }  # fmt: skip
-    except ImportError as error:
-        options.error(str(error))
     finally:
         training.leave()
     if where.rank == 0:

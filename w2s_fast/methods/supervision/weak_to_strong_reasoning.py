@@ -148,7 +148,9 @@ def preference_loss(model: Any, kind: Literal["dpo", "orpo"], questions: Tensor,
         rows, b = torch.cat((drawn[step], drawn[step] + count)), len(drawn[step])
         pair_index = torch.stack((torch.arange(b), torch.arange(b) + b), 1)
         ref = reference[rows] if kind == "dpo" else None
-        return linear_preference(*states(rows), pair_index, kind=kind, beta=BETA[kind], ref_logp=ref)[0]
+        return linear_preference(
+            *states(rows), pair_index, kind=kind, beta=BETA[kind], ref_logp=ref, nll_average="sequences"
+        )[0]
 
     return loss
 

@@ -18,8 +18,9 @@ def adaln_modulate(
 
     Args:
         x: ``(B, N, C)``; float32, bfloat16, float16 or float64; outer strides free.
-        shift: ``(B, C)``, ``(B, 1, C)`` or ``(1, 1, C)``; or a pair (row ``(C,)``, such a tensor), added on the fly, so
-            that a block's table and the shared embedding are never summed in memory.
+        shift: ``(B, C)``, ``(B, 1, C)``, ``(1, 1, C)``, or one a token, ``(B, N, C)`` or ``(1, N, C)``; or a pair (row
+            ``(C,)``, such a tensor), added on the fly, so that a block's table and the shared embedding are never
+            summed in memory.
         scale: the same.
         eps: added to the variance.
         out: ``(B, N, C)`` to write to; no gradient then.

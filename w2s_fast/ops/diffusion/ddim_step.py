@@ -57,6 +57,7 @@ DDIM_STEP = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    twice=True,
     triton=Kernel(f"{_MODULE}:launch_ddim_step", f"{_MODULE}:supports_ddim_step"),
 )
 
@@ -118,9 +119,10 @@ def ddim_step(
         x: ``(B, ...)``.
         eps_cond, eps_uncond: the network's outputs, shaped like x.
         guidance: a number.
-        abar_from, abar_to: in (0, 1], cumulative products of 1 - beta, numbers or ``(B)``.
-        prediction: what the network predicts: ``"epsilon"``, ``"v"`` (``eps = sqrt(a) v + sqrt(1 - a) x``) or
-            ``"sample"`` (``eps = (x - sqrt(a) x0) / sqrt(1 - a)``, abar_from below 1).
+        abar_from, abar_to: in [0, 1], cumulative products of 1 - beta, numbers or ``(B)``; 0 is pure noise (zero
+            terminal SNR). A tensor's values are looked at on a CPU only.
+        prediction: what the network predicts: ``"epsilon"`` (abar_from above 0), ``"v"`` (``eps = sqrt(a) v + sqrt(1 -
+            a) x``, any level) or ``"sample"`` (``eps = (x - sqrt(a) x0) / sqrt(1 - a)``, abar_from below 1).
         packed: eps_cond is ``(2B, ...)``, the unconditional half first; eps_uncond is None.
         x0_clip: clamp the predicted sample ``(x - sqrt(1 - a) eps) / sqrt(a)`` to ``[-x0_clip, x0_clip]``; eps stays.
         return_eps: also return the guided noise, in x's dtype.
@@ -144,9 +146,7 @@ def ddim_step(
     checks.number(op, "guidance", guidance)
     checks.choice(op, "prediction", prediction, ("epsilon", "v", "sample"))
     eps_cond, eps_uncond = _predictions(op, x, eps_cond, eps_uncond, guidance, packed)
-    level_from, level_to = _level(op, "abar_from", abar_from, x), _level(op, "abar_to", abar_to, x)
-    if prediction == "sample" and not isinstance(level_from, Tensor) and level_from == 1.0:
-        checks.fail(op, "abar_from", "below 1 with prediction='sample'", level_from)
+    level_from, level_to = _level(op, "abar_from", abar_from, x, prediction), _level(op, "abar_to", abar_to, x)
     if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
         checks.fail(op, "out", f"like x, {tuple(x.shape)} {x.dtype}", f"{tuple(out.shape)} {out.dtype}")
 
@@ -187,19 +187,34 @@ def _predictions(
     return cond, uncond
 
 
-def _level(op: str, name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A level as a float, or as float64 ``(B, 1, ...)``; the values of a tensor are looked at on a CPU only."""
+#: Where a prediction says nothing: of noise at level 0 about the sample, of the sample at level 1 about the noise.
+_MUTE = {"epsilon": (0.0, "above 0 with prediction='epsilon'"), "sample": (1.0, "below 1 with prediction='sample'")}
+
+
+def _level(op: str, name: str, value: float | Tensor, x: Tensor, prediction: str = "v") -> float | Tensor:
+    """A level as a float, or as float64 ``(B, 1, ...)``, at which ``prediction`` can be read (v: at any).
+
+    The values of a tensor are looked at on a CPU only.
+    """
+    mute, requirement = _MUTE.get(prediction, (None, ""))
     if not isinstance(value, Tensor):
-        return checks.number(op, name, value, low=0.0, high=1.0, open_low=True)
+        level = checks.number(op, name, value, low=0.0, high=1.0)
+        if level == mute:
+            checks.fail(op, name, requirement, level)
+        return level
     checks.is_float_tensor(op, name, value)
     if value.ndim == 0:
         value = value.expand(x.shape[:1])
     if x.ndim < 1 or value.shape != x.shape[:1]:
         checks.fail(op, name, f"a number or of shape {tuple(x.shape[:1])}", tuple(value.shape))
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
+    if value.is_meta != x.is_meta:  # another real device is fine: B numbers are copied
+        checks.same_device(op, [("x", x), (name, value)])
+    if checks.readable(value) and value.numel():
         low, high = value.min().item(), value.max().item()
-        if not (low > 0 and high <= 1):
-            checks.fail(op, name, "in (0, 1]", low if not low > 0 else high)
+        if not (low >= 0 and high <= 1):
+            checks.fail(op, name, "in [0, 1]", low if not low >= 0 else high)
+        if mute in (low, high):
+            checks.fail(op, name, requirement, mute)
     return value.to(x.device, torch.float64).reshape((-1,) + (1,) * (x.ndim - 1))
 
 
@@ -248,13 +263,21 @@ def _noise(given: Given, a: Any, prediction: str) -> Tensor:
     return torch.lerp(uncond.to(acc), cond.to(acc), guidance).to(x.dtype)
 
 
+def _sample_numbers(a: Any, prediction: str) -> tuple[Any, Any]:
+    """Coefficients of x and of the prediction in the predicted sample."""
+    if prediction == "v":
+        return _root(a), -_root(1 - a)
+    if prediction == "sample":
+        return a * 0.0, a * 0.0 + 1.0
+    return 1 / _root(a), -_root((1 - a) / a)
+
+
 def _clipped(given: Given, levels: tuple[Any, Any], prediction: str, clip: float) -> tuple[Tensor, Tensor]:
     """x_to and eps by way of the clamped sample, ``sqrt(b) x0 + sqrt(1 - b) eps``."""
     x, (a, b) = given[0], levels
     acc = accumulate_dtype(*(t for t in given[:3] if t is not None))
-    eps = _noise((x.to(acc), *given[1:]), a, prediction)
-    root_a, root_na, root_b, root_nb = (
-        v.to(acc) if isinstance(v, Tensor) else v for v in (_root(a), _root(1 - a), _root(b), _root(1 - b))
-    )
-    x0 = ((x.to(acc) - root_na * eps) / root_a).clamp(-clip, clip)
+    wide = (x.to(acc), *given[1:])
+    eps = _noise(wide, a, prediction)
+    root_b, root_nb = (v.to(acc) if isinstance(v, Tensor) else v for v in (_root(b), _root(1 - b)))
+    x0 = _combine(wide, _sample_numbers(a, prediction)).clamp(-clip, clip)
     return (root_b * x0 + root_nb * eps).to(x.dtype), eps.to(x.dtype)

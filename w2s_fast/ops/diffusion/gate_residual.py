@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..kv_compressed_attention.inputs import copy_out
-from .modulation import MODULATE, Vector, tokens, vector
+from .modulation import MODULATE, Vector, both_tokens, vector
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Vector | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -14,7 +14,8 @@ def gate_residual(x: Tensor, y: Tensor, gate: Vector | None = None, *, out: Tens
     Args:
         x: ``(B, N, C)``; float32, bfloat16, float16 or float64; outer strides free.
         y: like x.
-        gate: ``(B, C)``, ``(B, 1, C)`` or ``(1, 1, C)``, or a pair (row ``(C,)``, such a tensor); None is 1.
+        gate: ``(B, C)``, ``(B, 1, C)``, ``(1, 1, C)``, or one a token, ``(B, N, C)`` or ``(1, N, C)``; or a pair (row
+            ``(C,)``, such a tensor); None is 1.
         out: ``(B, N, C)`` to write to, may be x; no gradient then.
 
     Returns:
@@ -29,8 +30,8 @@ def gate_residual(x: Tensor, y: Tensor, gate: Vector | None = None, *, out: Tens
         tensor([[[1.5000, 3.0000]]])
     """
     op = "gate_residual"
-    given, x = x, tokens(op, "x", x)
-    y = tokens(op, "y", y, x)
+    given = x
+    x, y = both_tokens(op, x, y)
     vectors = (None, None) if gate is None else vector(op, "gate", gate, x)
     found = MODULATE(x, y, *vectors, None, None, None, None, 0.0)[0]
     return copy_out(op, out, found, (given, y, *vectors))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import checks
-from .modulation import MODULATE, Vector, tokens, vector
+from .modulation import MODULATE, Vector, both_tokens, vector
 
 
 def gate_residual_adaln(
@@ -35,8 +35,7 @@ def gate_residual_adaln(
         tensor([[[-1.,  1.]]])
     """
     op = "gate_residual_adaln"
-    x = tokens(op, "x", x)
-    y = tokens(op, "y", y, x)
+    x, y = both_tokens(op, x, y)
     gates = (None, None) if gate is None else vector(op, "gate", gate, x)
     vectors = (*gates, *vector(op, "shift", shift, x), *vector(op, "scale", scale, x))
     added, h, _ = MODULATE(x, y, *vectors, checks.number(op, "eps", eps, low=0.0))

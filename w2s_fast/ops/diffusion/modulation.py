@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.diffusion import modulation as reference
 from ...reference.numerics import accumulate_dtype
 
-#: A modulation vector: (B, C), (B, 1, C) or (1, 1, C), or a pair (table row (C,), such a vector) that is added up.
+#: A modulation vector: (B, C), (B, 1, C), (1, 1, C), or one a token, (B, N, C) or (1, N, C); or a pair (table row (C,),
+#: such a vector) that is added up.
 Vector = Tensor | tuple[Tensor, Tensor]
 
 _MODULE = "kernels.diffusion.modulation"
@@ -35,8 +36,11 @@ def _fake_backward(
     b, _, c = added.shape
     acc = accumulate_dtype(added)
     big = [added.new_empty(added.shape if need else (0,)) for need in (need_x, need_y)]
-    flags = (need_gate, need_modulation, need_modulation)
-    return (*big, *(added.new_empty((b, c) if need else (0,), dtype=acc) for need in flags))
+
+    def sums(need: bool, vector: Any) -> Tensor:
+        return added.new_empty((b, 1 if vector is None else vector.shape[1], c) if need else (0,), dtype=acc)
+
+    return (*big, sums(need_gate, gate), sums(need_modulation, None), sums(need_modulation, scale))
 
 
 MODULATE_BACKWARD = define(
@@ -90,10 +94,12 @@ def _backward(ctx: Any, grad_added: Tensor | None, grad_h: Tensor | None, _: Any
     ):
         if not wanted:
             continue
-        if need[at]:
-            found[name] = (d if vector.shape[0] == d.shape[0] else d.sum(0, keepdim=True)).to(vector.dtype)
         if need[at + 1]:
-            found[f"{name}_row"] = d.sum(0).to(row.dtype)
+            found[f"{name}_row"] = d.sum((0, 1)).to(row.dtype)
+        if need[at]:
+            if d.shape[1] != vector.shape[1]:  # a shift a token: nothing to add up
+                d = grad_h
+            found[name] = (d if vector.shape[0] == d.shape[0] else d.sum(0, keepdim=True)).to(vector.dtype)
     return found
 
 
@@ -114,22 +120,30 @@ def unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-def tokens(op: str, name: str, value: Any, like: Tensor | None = None) -> Tensor:
-    """``value``, which must be (B, N, C), like ``like``."""
+def tokens(op: str, name: str, value: Any) -> Tensor:
+    """``value``, which must be (B, N, C)."""
     checks.is_float_tensor(op, name, value)
     if value.ndim != 3 or value.shape[2] < 1:
         checks.fail(op, name, "of shape (B, N, C), C >= 1", tuple(value.shape))
-    if like is not None:
-        if value.shape != like.shape:
-            checks.fail(op, name, f"of the shape of x {tuple(like.shape)}", tuple(value.shape))
-        if value.dtype != like.dtype:
-            checks.fail(op, name, f"of the dtype of x ({like.dtype})", value.dtype, error=TypeError)
-        checks.same_device(op, [("x", like), (name, value)])
     return unit_stride(value)
 
 
+def both_tokens(op: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """x and y, which must be (B, N, C) and alike; under autocast in the wider dtype, as PyTorch adds them."""
+    x, y = tokens(op, "x", x), tokens(op, "y", y)
+    if y.shape != x.shape:
+        checks.fail(op, "y", f"of the shape of x {tuple(x.shape)}", tuple(y.shape))
+    checks.same_device(op, [("x", x), ("y", y)])
+    if y.dtype != x.dtype:
+        found = autocast.widest(x, y)
+        if found is None:
+            checks.fail(op, "y", f"of the dtype of x ({x.dtype})", y.dtype, error=TypeError)
+        x, y = found
+    return x, y
+
+
 def vector(op: str, name: str, value: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A `Vector` as ([B or 1, C], row [C] or None)."""
+    """A `Vector` as ([B or 1, N or 1, C], row [C] or None)."""
     row = None
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
@@ -139,9 +153,12 @@ def vector(op: str, name: str, value: Any, x: Tensor) -> tuple[Tensor, Tensor | 
         if tuple(row.shape) != (x.shape[2],):
             checks.fail(op, f"{name}[0]", f"of shape ({x.shape[2]},)", tuple(row.shape))
     checks.is_float_tensor(op, name, value)
-    b, _, c = x.shape
-    if tuple(value.shape) not in ((b, c), (1, c), (b, 1, c), (1, 1, c)):
-        checks.fail(op, name, f"of shape ({b}, {c}), ({b}, 1, {c}) or (1, 1, {c})", tuple(value.shape))
+    b, n, c = x.shape
+    found = tuple(value.shape)
+    if found not in ((b, c), (1, c)) and (
+        value.ndim != 3 or found[0] not in (b, 1) or found[1] not in (n, 1) or found[2] != c
+    ):
+        checks.fail(op, name, f"of shape ({b}, {c}), ({b}, 1, {c}), (1, 1, {c}) or ({b}, {n}, {c})", found)
     checks.same_device(op, [("x", x), (name, value), (f"{name}[0]", row)])
-    value = value if value.ndim == 2 else value.squeeze(1)
+    value = value if value.ndim == 3 else value.unsqueeze(1)
     return unit_stride(value), None if row is None else row.contiguous()

@@ -147,6 +147,7 @@ def qk_norm(
     found = []
     for name, value, weight, bias in (("q", q, q_weight, q_bias), ("k", k, k_weight, k_bias)):
         x = _rows(op, name, value, per_head)
+        checks.same_device(op, [("q", q), (name, x)])
         gamma, beta = _parameter(op, f"{name}_weight", weight, x), _parameter(op, f"{name}_bias", bias, x)
         y = QK_NORM(x, 0, x.shape[2], gamma, beta, kind == "rms", eps)[0].view(value.shape)
         found.append(value.copy_(y) if inplace else y)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from .ddim_step import ddim_step
+from .ddim_step import Prediction, ddim_step
 
 Schedule = Literal["exact", "released"]
-#: A network: (x, time label, "cond" | "uncond" | "both") -> noise; for "both" a pair (uncond, cond), or one (2B, ...).
+#: A network: (x, time label, "cond" | "uncond" | "both") -> what it predicts, by default the noise; for "both" a pair
+#: (uncond, cond), or one (2B, ...).
 Network = Callable[[Tensor, Any, str], Any]
 
 
@@ -28,6 +29,7 @@ def reflect(
     strong_guidance: float = 5.5,
     weak_guidance: float = 0.0,
     inversion: tuple[float, float] | None = None,
+    prediction: Prediction = "epsilon",
 ) -> Tensor:
     """One reflection: a denoising step with the strong network, then an inversion with the weak one.
 
@@ -42,6 +44,7 @@ def reflect(
         abar_from, abar_to: levels a and b.
         strong_guidance, weak_guidance: 1 asks a network for ``"cond"`` only, 0 for ``"uncond"`` only.
         inversion: levels of the second step, (b, a) unless given.
+        prediction: what both networks predict, see `ddim_step`.
 
     Returns:
         x' in x's dtype; differentiable as the networks are.
@@ -57,7 +60,8 @@ def reflect(
     """
     checks.is_float_tensor("reflect", "x", x)
     down, up = (abar_from, abar_to), inversion or (abar_to, abar_from)
-    return _ask(weak, _ask(strong, x, t, strong_guidance, down, x.dtype), t, weak_guidance, up, x.dtype)
+    y = _ask(strong, x, t, strong_guidance, down, x.dtype, prediction)
+    return _ask(weak, y, t, weak_guidance, up, x.dtype, prediction)
 
 
 class _Step(NamedTuple):
@@ -81,6 +85,8 @@ def w2sd_sample(
     strong_guidance: float = 5.5,
     weak_guidance: float = 0.0,
     schedule: Schedule = "exact",
+    prediction: Prediction = "epsilon",
+    set_alpha_to_one: bool = False,
 ) -> Tensor:
     """Weak-to-strong diffusion: DDIM sampling with a reflection before each of the first steps (arXiv 2502.00473).
 
@@ -93,13 +99,18 @@ def w2sd_sample(
     Args:
         strong, weak: see `reflect`.
         x_T: ``(B, ...)`` noise.
-        timesteps: T decreasing labels; networks get them as ints.
-        abar: table of the cumulative products of 1 - beta, indexed by label; the last step goes to ``abar[0]``.
+        timesteps: T strictly decreasing integer labels; networks get them as ints. A step goes from each to the next.
+        abar: table of the cumulative products of 1 - beta, indexed by label, in [0, 1]; the last step goes to
+            ``abar[0]``.
         reflect_steps: lambda in 0..T; default T - 1, all but the last.
         guidance: of the real steps.
         strong_guidance, weak_guidance: of the reflections.
         schedule: ``"exact"`` inverts between the levels that the strong step went between; ``"released"`` is one step
             off like the authors' published code (for parity with it; reflect_steps at most T - 1).
+        prediction: what both networks predict, see `ddim_step`; a first level of 0 (zero terminal SNR) needs ``"v"`` or
+            ``"sample"``.
+        set_alpha_to_one: the last step goes to 1, the sample itself, instead of ``abar[0]``: diffusers' setting of the
+            same name (there True unless a model's configuration says otherwise).
 
     Returns:
         x_0 in x_T's dtype; the latent is kept in float32 (float64 for float64) between steps. No gradient is recorded.
@@ -121,28 +132,55 @@ def w2sd_sample(
         ("guidance", guidance), ("strong_guidance", strong_guidance), ("weak_guidance", weak_guidance)
     ):  # fmt: skip
         checks.number(op, name, value)
-    steps = _plan(op, timesteps, abar, checks.choice(op, "schedule", schedule, ("exact", "released")) == "released")
-    last = len(steps) - (schedule == "released")
+    released = checks.choice(op, "schedule", schedule, ("exact", "released")) == "released"
+    checks.choice(op, "prediction", prediction, ("epsilon", "v", "sample"))
+    steps = _plan(op, timesteps, _table(op, abar), released, set_alpha_to_one)
+    last = len(steps) - released
     count = len(steps) - 1 if reflect_steps is None else reflect_steps
     checks.integer(op, "reflect_steps", count, low=0, high=last)
+    starts = [s.down[0] for s in steps] + [s.up[0] for s in steps[:count]]
+    if prediction == "epsilon" and 0.0 in starts:
+        checks.fail(op, "abar", "above 0 wherever a step starts with prediction='epsilon'", 0.0)
+    if prediction == "sample" and 1.0 in starts:
+        checks.fail(op, "abar", "below 1 wherever a step starts with prediction='sample'", 1.0)
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
     for index, step in enumerate(steps):
         if index < count:
-            y = _ask(strong, x, step.label, strong_guidance, step.down, x_T.dtype)
-            x = _ask(weak, y, step.label, weak_guidance, step.up, x_T.dtype)
-        x = _ask(strong, x, step.label, guidance, step.down, x_T.dtype)
+            y = _ask(strong, x, step.label, strong_guidance, step.down, x_T.dtype, prediction)
+            x = _ask(weak, y, step.label, weak_guidance, step.up, x_T.dtype, prediction)
+        x = _ask(strong, x, step.label, guidance, step.down, x_T.dtype, prediction)
     return x.to(x_T.dtype)
 
 
-def _plan(op: str, timesteps: Sequence[int] | Tensor, abar: Sequence[float] | Tensor, released: bool) -> list[_Step]:
-    labels = [int(t) for t in (timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps)]
+def _table(op: str, abar: Sequence[float] | Tensor) -> list[float]:
     table = [float(a) for a in (abar.tolist() if isinstance(abar, Tensor) else abar)]
-    if not labels or any(a <= b for a, b in itertools.pairwise(labels)):
-        checks.fail(op, "timesteps", "decreasing, at least one", labels)
-    if labels[-1] < 0 or labels[0] >= len(table):
-        checks.fail(op, "timesteps", f"in [0, {len(table)}), the table of abar", f"{labels[-1]} to {labels[0]}")
-    # past the last label lies label 0
-    levels = [table[label] for label in labels] + [table[0]] * 2
+    for a in table:
+        checks.number(op, "abar", a, low=0.0, high=1.0)
+    return table
+
+
+def _labels(op: str, timesteps: Sequence[int] | Tensor, size: int) -> list[int]:
+    given = [t.item() if isinstance(t, Tensor) else t for t in timesteps]
+    labels = [int(t) for t in given]
+    for label, t in zip(labels, given, strict=True):
+        if label != t:
+            checks.fail(op, "timesteps", "integers", t)
+    for a, b in itertools.pairwise(labels):
+        if a <= b:
+            checks.fail(op, "timesteps", "decreasing", f"{a} before {b}")
+    if not labels:
+        checks.fail(op, "timesteps", "at least one label", "none")
+    if labels[-1] < 0 or labels[0] >= size:
+        checks.fail(op, "timesteps", f"in [0, {size}), the table of abar", f"{labels[-1]} to {labels[0]}")
+    return labels
+
+
+def _plan(
+    op: str, timesteps: Sequence[int] | Tensor, table: list[float], released: bool, set_alpha_to_one: bool
+) -> list[_Step]:
+    labels = _labels(op, timesteps, len(table))
+    # past the last label lies label 0, or the sample itself
+    levels = [table[label] for label in labels] + [1.0 if set_alpha_to_one else table[0]] * 2
     return [
         _Step(label, (levels[i], levels[i + 1]), (levels[i + 2], levels[i + 1]) if released else
               (levels[i + 1], levels[i]))
@@ -151,8 +189,9 @@ def _plan(op: str, timesteps: Sequence[int] | Tensor, abar: Sequence[float] | Te
 
 
 def _ask(
-    network: Network, x: Tensor, t: Any, guidance: float, levels: tuple[float, float], dtype: torch.dtype
-) -> Tensor:
+    network: Network, x: Tensor, t: Any, guidance: float, levels: tuple[float, float], dtype: torch.dtype,
+    prediction: Prediction,
+) -> Tensor:  # fmt: skip
     """One step with the branches of ``network`` that ``guidance`` needs; the network gets x in ``dtype``."""
     branch = {1.0: "cond", 0.0: "uncond"}.get(float(guidance), "both")
     made = network(x.to(dtype), t, branch)
@@ -161,4 +200,6 @@ def _ask(
         cond, uncond = (made, None) if packed else (made[1], made[0])
     else:
         cond, uncond = (made, None) if branch == "cond" else (None, made)
-    return ddim_step(x, cond, uncond, guidance, abar_from=levels[0], abar_to=levels[1], packed=packed)
+    return ddim_step(
+        x, cond, uncond, guidance, abar_from=levels[0], abar_to=levels[1], prediction=prediction, packed=packed
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import checks
 from ...library import Kernel, define
 from ...reference.interval_bounds import affine as reference
-from .inputs import ROUNDINGS, Rounding, box, like
+from .inputs import ROUNDINGS, Rounding, alike, box
 
 
 def _kernel(name: str) -> Kernel:
@@ -132,7 +132,8 @@ def interval_affine(
         checks.is_float_tensor(op, name, vector)
         if vector.shape != lower.shape[1:2]:
             checks.fail(op, name, f"of shape [{lower.shape[1]}]", tuple(vector.shape))
-    like(op, lower, "lower", ("upper", upper), ("scale", scale), ("shift", shift))
+    named = (("lower", lower), ("upper", upper), ("scale", scale), ("shift", shift))
+    lower, upper, scale, shift = alike(op, *named)
     relu = checks.choice(op, "act", act, (None, "relu")) == "relu"  # type: ignore[arg-type]
     sound = checks.choice(op, "rounding", rounding, ROUNDINGS) == "sound"
     given = (lower.contiguous(), upper.contiguous(), scale.contiguous(), shift.contiguous())

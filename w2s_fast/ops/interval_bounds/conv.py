@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.interval_bounds import conv as reference
 from .affine import interval_affine
-from .inputs import COMPUTES, FORMS, ROUNDINGS, Compute, Form, Rounding, box, like, outward_center
+from .inputs import COMPUTES, FORMS, ROUNDINGS, Compute, Form, Rounding, alike, box, outward_center
 
 _OPTIONS = (
     "int[] stride, int[] padding, int[] dilation, int groups, bool bounds_in, bool bounds_out, bool relu, str compute"
@@ -165,7 +165,8 @@ def interval_conv2d(
     _filter(op, a, weight, groups, **vectors)
     if clean is not None and checks.is_float_tensor(op, "clean", clean).shape != a.shape:
         checks.fail(op, "clean", f"of the shape of a {tuple(a.shape)}", tuple(clean.shape))
-    like(op, a, "a", ("weight", weight), *vectors.items(), ("clean", clean))
+    named = (("b", b), ("weight", weight), *vectors.items(), ("clean", clean))
+    a, b, weight, bias, bn_scale, bn_shift, clean = alike(op, ("a", a), *named)
     options = [
         _pair(op, name, value, low)
         for name, value, low in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
@@ -178,7 +179,10 @@ def interval_conv2d(
     compute = checks.choice(op, "compute", compute, COMPUTES)  # type: ignore[assignment]
     relu = checks.choice(op, "act", act, (None, "relu")) == "relu"  # type: ignore[arg-type]
     direct = out_form == "cr" and not relu and not sound
-    extra = () if clean is None else (F.conv2d(clean, weight, bias, options[0], options[1], options[2], groups),)
+    extra: tuple[Tensor, ...] = ()
+    if clean is not None:
+        with autocast.off(a.device):
+            extra = (F.conv2d(clean, weight, bias, options[0], options[1], options[2], groups),)
     normed = bn_scale is not None or bn_shift is not None
     if normed and not sound:
         weight = weight if bn_scale is None else weight * bn_scale.reshape(-1, 1, 1, 1)

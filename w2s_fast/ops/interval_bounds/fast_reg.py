@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import checks
 from ...library import Kernel, define
 from ...reference.interval_bounds import fast_reg as reference
-from .inputs import box
+from .inputs import alike, box
 
 
 class FastReg(NamedTuple):
@@ -108,13 +108,16 @@ def fast_reg(bounds: Sequence[tuple[Tensor, Tensor]], input_box: tuple[Tensor, T
         checks.fail(op, "bounds", "a nonempty list of (lower, upper)", type(bounds).__name__, error=TypeError)
     tol = checks.number(op, "tol", tol, low=0.0, high=1.0, open_low=True)
     pairs = [*((f"bounds[{i}]", pair) for i, pair in enumerate(bounds)), ("input_box", input_box)]
+    sums = []
     for name, pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             checks.fail(op, name, "a pair (lower, upper)", type(pair).__name__, error=TypeError)
-        box(op, pair[0], pair[1], (f"{name}[0]", f"{name}[1]"))
-        if pair[0].dtype != pair[1].dtype or not pair[0].numel():
-            checks.fail(op, name, "of one dtype and not empty", tuple(pair[0].shape))
-    sums = [INTERVAL_MOMENTS(pair[0].reshape(-1).contiguous(), pair[1].reshape(-1).contiguous()) for _, pair in pairs]
+        names = (f"{name}[0]", f"{name}[1]")
+        box(op, pair[0], pair[1], names)
+        if not pair[0].numel():
+            checks.fail(op, name, "not empty", tuple(pair[0].shape))
+        ends = alike(op, (names[0], pair[0]), (names[1], pair[1]))
+        sums.append(INTERVAL_MOMENTS(*(t.reshape(-1).contiguous() for t in ends)))
     radius = 0.5 * sums[-1][0] / input_box[0].numel()
     counts = torch.tensor([pair[0].numel() for pair in bounds], dtype=torch.float64, device=radius.device)
     tight, relu = _layers(torch.stack(sums[:-1]), counts, radius, tol)

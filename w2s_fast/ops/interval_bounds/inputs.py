@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...reference.interval_bounds.boxes import center_radius
 
 Form = Literal["lu", "cr"]
@@ -19,20 +19,24 @@ FORMS = ("lu", "cr")
 
 
 def box(op: str, a: Any, b: Any, names: tuple[str, str] = ("a", "b")) -> None:
-    """``a`` and ``b`` must be two floating-point tensors of one shape, dtype and device."""
+    """``a`` and ``b`` must be two floating-point tensors of one shape."""
     checks.is_float_tensor(op, names[0], a)
     checks.is_float_tensor(op, names[1], b)
     if a.shape != b.shape:
         checks.fail(op, names[1], f"of the shape of {names[0]} {tuple(a.shape)}", tuple(b.shape))
-    like(op, a, names[0], (names[1], b))
 
 
-def like(op: str, first: Tensor, name: str, *others: tuple[str, Tensor | None]) -> None:
-    """Every other tensor must have the dtype and the device of ``first``."""
-    for other, tensor in others:
-        if tensor is not None and tensor.dtype != first.dtype:
-            checks.fail(op, other, f"of the dtype of {name} ({first.dtype})", tensor.dtype, error=TypeError)
-    checks.same_device(op, [(name, first), *others])
+def alike(op: str, first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -> tuple[Any, ...]:
+    """All tensors, which must have the dtype and the device of the first; under autocast they get the widest dtype."""
+    name, tensor = first
+    checks.same_device(op, [first, *others])
+    for other, value in others:
+        if value is not None and value.dtype != tensor.dtype:
+            found = autocast.widest(tensor, *(t for _, t in others))
+            if found is None:
+                checks.fail(op, other, f"of the dtype of {name} ({tensor.dtype})", value.dtype, error=TypeError)
+            return found
+    return (tensor, *(t for _, t in others))
 
 
 def layer(op: str, weight: Any, bias: Any, inputs: int) -> None:

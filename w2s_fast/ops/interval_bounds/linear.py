@@ -9,7 +9,7 @@ from torch import Tensor
 from ... import checks
 from ...library import Kernel, define
 from ...reference.interval_bounds import linear as reference
-from .inputs import COMPUTES, FORMS, ROUNDINGS, Compute, Form, Rounding, box, layer, like, outward_center, rows
+from .inputs import COMPUTES, FORMS, ROUNDINGS, Compute, Form, Rounding, alike, box, layer, outward_center, rows
 
 #: Rows of a batch up to which a weight stored [K, N] is read in place; csrc/cpu/interval_bounds/linear.cpp
 FEW = 4
@@ -130,7 +130,7 @@ def interval_linear(
     if a.ndim < 1:
         checks.fail(op, "a", "at least one-dimensional", tuple(a.shape))
     layer(op, weight, bias, a.shape[-1])
-    like(op, a, "a", ("weight", weight), ("bias", bias))
+    a, b, weight, bias = alike(op, ("a", a), ("b", b), ("weight", weight), ("bias", bias))
     out_form = checks.choice(op, "out_form", form if out_form is None else out_form, FORMS)  # type: ignore[assignment]
     bounds_in = checks.choice(op, "form", form, FORMS) == "lu"
     sound = checks.choice(op, "rounding", rounding, ROUNDINGS) == "sound"
@@ -140,6 +140,7 @@ def interval_linear(
     direct = out_form == "cr" and not relu and not sound
     shape = (*a.shape[:-1], weight.shape[0])
     a_rows, b_rows = rows(a), rows(b)
+    bias = None if bias is None else bias.contiguous()
     x, y = INTERVAL_LINEAR(
         a_rows, b_rows, _weight(weight, a_rows.shape[0]), bias, bounds_in, not direct, relu, compute, sound
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import checks
 from ...library import Kernel, define
 from ...reference.interval_bounds import margin as reference
-from .inputs import FORMS, ROUNDINGS, Form, Rounding, box, layer, like, rows
+from .inputs import FORMS, ROUNDINGS, Form, Rounding, alike, box, layer, rows
 
 _BOX = "Tensor a, Tensor b, Tensor weight, Tensor? bias, Tensor y, bool bounds, bool sound"
 
@@ -113,7 +113,7 @@ def _checked(
     layer(op, weight, bias, a.shape[-1])
     if weight.shape[0] < 1:
         checks.fail(op, "weight", "at least one row long", tuple(weight.shape))
-    like(op, a, "a", ("weight", weight), ("bias", bias))
+    a, b, weight, bias = alike(op, ("a", a), ("b", b), ("weight", weight), ("bias", bias))
     checks.is_tensor(op, "y", y)
     if y.dtype not in (torch.int64, torch.int32):
         checks.fail(op, "y", "int64 or int32", y.dtype, error=TypeError)

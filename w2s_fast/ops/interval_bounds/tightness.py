@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ... import checks
-from .inputs import like
+from .inputs import alike
 from .linear import interval_linear
 
 
@@ -55,14 +55,17 @@ def tightness_rows(
         checks.is_float_tensor(op, f"weights[{i}]", weight)
         if weight.ndim != 2 or weight.shape[0] != optimal.shape[-1]:
             checks.fail(op, f"weights[{i}]", f"of shape [{optimal.shape[-1]}, K]", tuple(weight.shape))
-        like(op, rows, "rows", (f"weights[{i}]", weight))
+        optimal, layerwise, weight = alike(op, ("rows", optimal), ("rows", layerwise), (f"weights[{i}]", weight))
         if mask is not None:
             wanted = (*rows.shape[:-2], weight.shape[0])
-            if tuple(mask.shape) != wanted:
+            if tuple(checks.is_tensor(op, f"patterns[{i}]", mask).shape) != wanted:
                 checks.fail(op, f"patterns[{i}]", f"of shape {wanted}", tuple(mask.shape))
+            checks.same_device(op, [("rows", rows), (f"patterns[{i}]", mask)])
             keep = mask.unsqueeze(-2).to(rows.dtype)
             optimal, layerwise = optimal * keep, layerwise * keep
         optimal, layerwise = interval_linear(optimal, layerwise, weight.t(), form="cr")
+    if isinstance(radius, Tensor):
+        checks.same_device(op, [("rows", rows), ("radius", radius)])
     ends = []
     for part in (optimal.abs(), layerwise):
         if isinstance(radius, Tensor):

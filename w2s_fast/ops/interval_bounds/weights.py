@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import checks
 from ...library import Kernel, define
 from ...reference.interval_bounds import weights as reference
-from .inputs import ROUNDINGS, Rounding, like, rows
+from .inputs import ROUNDINGS, Rounding, alike, rows
 
 _NAMES = ("xl", "xm", "xu", "wl", "wm", "wu")
 _TENSORS = ", ".join(f"Tensor {name}" for name in _NAMES)
@@ -123,7 +123,8 @@ def interval_linear_iw(
         if bias[0].shape != weight[0].shape[:1]:
             checks.fail(op, "bias[0]", f"of shape [{weight[0].shape[0]}]", tuple(bias[0].shape))
         named += [(f"bias[{i}]", t) for i, t in enumerate(bias)]
-    like(op, x[0], "x[0]", *named[1:])
+    found = alike(op, *named)
+    x, weight, bias = found[:3], found[3:6], None if bias is None else found[6:]
     kind = reference.MODES.index(checks.choice(op, "mode", mode, reference.MODES))
     sound = checks.choice(op, "rounding", rounding, ROUNDINGS) == "sound"
     found = INTERVAL_LINEAR_IW(*(rows(t) for t in x), *(rows(t) for t in weight), kind, sound)

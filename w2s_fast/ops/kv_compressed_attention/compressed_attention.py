@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.kv_compressed_attention import compressed_attention as reference
 from ...reference.numerics import accumulate_dtype
@@ -148,6 +148,7 @@ def compressed_attention(
         tensor([[2., 4.]])
     """
     op = "compressed_attention"
+    q, k, v = autocast.linear(q, k, v)
     q_, k_, v_ = _inputs(op, q, k, v, layout)
     found, softmax = COMPRESSED_ATTENTION(q_, k_, v_, scale_of(op, scale, q_.shape[3]))
     found = copy_out(op, out, found if layout == "bnhd" else found.transpose(1, 2), (q, k, v))

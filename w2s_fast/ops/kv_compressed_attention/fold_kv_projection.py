@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks, transforms
 from .inputs import MODES
 from .kv_compress import KV_COMPRESS
 
@@ -95,6 +95,8 @@ def fold_kv_projection(
         checks.fail(op, "b_qkv", f"of shape ({3 * c},)", tuple(b_qkv.shape))
     ratio = checks.integer(op, "ratio", ratio, low=2)
     checks.choice(op, "mode", mode, MODES)
+    named = (("b_qkv", b_qkv), ("weight", weight), ("bias", bias))
+    checks.same_device(op, [("w_qkv", w_qkv), *((n, t) for n, t in named if isinstance(t, Tensor))])
     if mode != "conv":
         for name, value in (("weight", weight), ("bias", bias)):
             if value is not None:
@@ -102,7 +104,7 @@ def fold_kv_projection(
         return _folded(w_qkv, b_qkv, c, w_qkv[c:], None if b_qkv is None else b_qkv[c:], ratio, mode, False)
     taps, offset = _taps(op, c, ratio, weight, bias)
     # a graph cannot depend on the values of the taps
-    if not torch.compiler.is_compiling() and bool((taps == 1.0 / ratio**2).all()):
+    if not torch.compiler.is_compiling() and not transforms.active() and bool((taps == 1.0 / ratio**2).all()):
         shift = None if b_qkv is None else b_qkv[c:]
         shift = shift if offset is None else offset.repeat(2) + (0 if shift is None else shift)
         return _folded(w_qkv, b_qkv, c, w_qkv[c:], shift, ratio, mode, False)
@@ -118,7 +120,8 @@ def _merged(
 ) -> FoldedKV:
     """The product over a window: columns (i, j, c_in)."""
     twice = taps.repeat(2, 1, 1).to(w_qkv.dtype)
-    weight = torch.einsum("cij,cd->cijd", twice, w_qkv[c:]).flatten(1)
+    with autocast.off(w_qkv.device):
+        weight = torch.einsum("cij,cd->cijd", twice, w_qkv[c:]).flatten(1)
     shift = None if b_qkv is None else b_qkv[c:] * twice.sum((1, 2))
     if offset is not None:
         shift = offset.repeat(2).to(w_qkv.dtype) + (0 if shift is None else shift)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import checks, transforms
 from ...reference.kv_compressed_attention.kv_compress import kept_tokens
 
 MODES = ("conv", "mean", "uniform", "nearest", "stride")
@@ -163,7 +163,7 @@ def _vector(op: str, name: str, value: Any, x: Tensor) -> Tensor | None:
 
 def wants(*tensors: Tensor | None) -> bool:
     """Whether any of them will get a gradient."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return transforms.wants_grad(*tensors)
 
 
 def copy_out(op: str, out: Tensor | None, found: Tensor, inputs: tuple[Tensor | None, ...]) -> Tensor:

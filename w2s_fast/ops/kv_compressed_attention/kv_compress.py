@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ... import autocast
 from ...library import Kernel, define
 from ...reference.kv_compressed_attention import kv_compress as reference
 from ...reference.numerics import accumulate_dtype
@@ -145,6 +146,7 @@ def kv_compress(
         tensor([ 2.5000,  4.5000, 10.5000, 12.5000])
     """
     op = "kv_compress"
+    (qkv,) = autocast.linear(qkv)
     x = packed(op, qkv)
     given = compression(op, x, grid, ratio, mode, weight, bias, norm_weight, norm_bias, normalize)
     shape = (x.shape[3],) if num_heads is None else (heads(op, num_heads, x.shape[3]), -1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.kv_compressed_attention import kv_compressed_attention as reference
 from ...reference.numerics import accumulate_dtype
@@ -173,6 +173,7 @@ def kv_compressed_attention(
         torch.Size([1, 16, 8])
     """
     op = "kv_compressed_attention"
+    (qkv,) = autocast.linear(qkv)
     x = packed(op, qkv)
     given = compression(op, x, grid, ratio, mode, weight, bias, norm_weight, norm_bias, normalize)
     num_heads = heads(op, num_heads, x.shape[3])

@@ -7,14 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, extension
+from ... import checks, dispatch, extension, transforms
 from ...library import Kernel, define
 from ...reference.linear_loss import confidence as reference
 from ...reference.linear_loss.confidence import BALANCES
 from ...reference.numerics import accumulate_dtype
 from .inputs import _unit_stride as unit_stride
-from .inputs import once
-from .kd import scaled
+from .stored import scaled
 
 Balance = Literal["weak_prior", "median", "none"]
 KINDS = ("logconf", "product", "xent")
@@ -72,7 +71,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
     ctx.made = output[2].shape == inputs[0].shape
     if ctx.made:
-        ctx.save_for_backward(output[2])
+        ctx.save_for_backward(output[2], inputs[0])  # the second only says what the gradient depends on
     else:
         ctx.settings = inputs[2:7]
         ctx.save_for_backward(*inputs[:2], inputs[7])
@@ -86,7 +85,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
     else:
         logits, labels, threshold = ctx.saved_tensors
         dlogits = W2S_CONFIDENCE_LOSS.on(ctx.backend)(logits, labels, *ctx.settings, threshold, True, True)[2]
-    return {"logits": once(NAME, *scaled(grad, [dlogits]))[0]}
+    return {"logits": scaled(grad, [dlogits])[0]}
 
 
 W2S_CONFIDENCE_LOSS = define(
@@ -103,23 +102,6 @@ W2S_CONFIDENCE_LOSS = define(
         rowwise="logits soft_labels",
     ),
 )
-
-
-class _Eager(torch.autograd.Function):
-    """`W2S_CONFIDENCE_LOSS` with the same gradient, for eager mode: two classes cost less than the dispatcher's way
-    around a Python gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        ctx.backend = dispatch.STATE
-        output: tuple[Tensor, ...] = W2S_CONFIDENCE_LOSS(*inputs)
-        ctx.save_for_backward(output[2])
-        return output[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (dlogits,) = once(NAME, *scaled(grad, list(ctx.saved_tensors)))
-        return dlogits, None, None, None, None, None, None, None, None, None
 
 
 def _outside(op: str, soft_labels: Tensor) -> None:
@@ -199,7 +181,7 @@ def confidence_threshold(logits: Tensor, soft_labels: Tensor, *, balance: Balanc
     checks.choice(op, "balance", balance, BALANCES)
     z, weak = _inputs(op, logits, soft_labels)
     _threshold(op, z, balance, None)
-    if z.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.readable(z):
         _outside(op, weak)
     found: tuple[Tensor, ...] = W2S_CONFIDENCE_LOSS(
         z.detach(), weak, False, 1.0, 1.0, 1.0, BALANCES.index(balance), None, False, False
@@ -270,16 +252,13 @@ def w2s_confidence_loss(
     else:
         threshold = None
     settings = (product, coef, alpha, beta, BALANCES.index(balance), threshold, True)
-    if torch.compiler.is_compiling():
-        loss: Tensor = W2S_CONFIDENCE_LOSS(z, weak, *settings, torch.is_grad_enabled() and z.requires_grad)[0]
+    if torch.compiler.is_compiling() or transforms.active():
+        loss: Tensor = W2S_CONFIDENCE_LOSS(z, weak, *settings, transforms.wants_grad(z))[0]
         return loss
     if z.device.type == "cpu" and (extension.ERROR is not None or dispatch.STATE not in ("auto", "cpp", "explain")):
         _outside(NAME, weak)
     try:
-        if torch.is_grad_enabled() and z.requires_grad:
-            loss = _Eager.apply(z, weak, *settings, True)
-        else:
-            loss = W2S_CONFIDENCE_LOSS(z, weak, *settings, False)[0]
+        loss = W2S_CONFIDENCE_LOSS.directly((z, weak, *settings, transforms.wants_grad(z)), ("logits",))[0]
     except RuntimeError:  # the C++ kernel looks at the labels while it reads them
         if z.device.type == "cpu":
             _outside(NAME, weak)

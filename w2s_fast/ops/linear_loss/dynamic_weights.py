@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ..logit_fusion.dynamic_weights import DynamicWeights, dynamic_fusion_weights
 from .inputs import Linear, linear
 
@@ -22,11 +22,12 @@ def _logits(given: Linear, i: int, rows: slice) -> Tensor:
     """Model i's logits of some rows in float32 (float64 if any model is)."""
     h = given.hiddens[i][rows].to(given.accumulate)
     head = given.heads[i][: given.vocab_size]
-    if head.dtype == given.accumulate:
-        x = h @ head.t()
-    else:
-        # the library's products in bfloat16 round the logits to bfloat16, and on a CPU they are slower
-        x = torch.cat([h @ part.to(h.dtype).t() for part in head.split(WIDEN)], 1)
+    with autocast.off(h.device):
+        if head.dtype == given.accumulate:
+            x = h @ head.t()
+        else:
+            # the library's products in bfloat16 round the logits to bfloat16, and on a CPU they are slower
+            x = torch.cat([h @ part.to(h.dtype).t() for part in head.split(WIDEN)], 1)
     if given.biases:
         x = x + given.biases[i][: given.vocab_size].to(x.dtype)
     return given.softcap * torch.tanh(x / given.softcap) if given.softcap else x

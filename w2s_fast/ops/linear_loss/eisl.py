@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.linear_loss import eisl as reference
+from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
-from .inputs import once
-from .kd import scaled
+from .stored import scaled
 from .teachers import check_head
 
 
@@ -21,16 +21,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.need = inputs[-3:]  # the gradients that forward made
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*output[2:], *inputs[:3])  # the inputs only say what the gradients depend on
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
     wanted = [made and need for made, need in zip(ctx.need, ctx.needs_input_grad[:3], strict=True)]
     if grad is None or not any(wanted):
         return {}
-    found = once("linear_eisl", *(g for g, want in zip(scaled(grad, ctx.saved_tensors), wanted, strict=True) if want))
-    names = (name for name, want in zip(("hidden", "head", "bias"), wanted, strict=True) if want)
-    return dict(zip(names, found, strict=True))
+    found = zip(("hidden", "head", "bias"), scaled(grad, ctx.saved_tensors[:3]), wanted, strict=True)
+    return {name: g for name, g, want in found if want}
 
 
 def _fake(hidden: Tensor, head: Tensor, bias: Tensor | None, _: Tensor, ngrams: list[int], *args: Any) -> Any:
@@ -125,7 +124,7 @@ def _mask(op: str, name: str, mask: Any, shape: tuple[int, int], hidden: Tensor)
 
 def _target(op: str, target: Any, keep: Tensor | None, hidden: Tensor, vocab: int) -> Tensor:
     y: Tensor = target.to(torch.int64)
-    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.readable(y):
         bad = (y < 0) | (y >= vocab)
         bad = bad if keep is None else bad & keep
         if bool(bad.any()):
@@ -191,6 +190,7 @@ def linear_eisl(
         1.3863
     """
     op = "linear_eisl"
+    hidden, lm_head, bias = autocast.linear(hidden, lm_head, bias)
     checks.is_float_tensor(op, "hidden", hidden)
     checks.is_float_tensor(op, "lm_head", lm_head)
     if hidden.ndim != 3 or hidden.shape[1] < 1:
@@ -214,7 +214,7 @@ def linear_eisl(
     kept, values = _sizes(op, ngrams, weights, t, u)
     src, tgt = _mask(op, "src_mask", src_mask, (batch, t), hidden), _mask(op, "tgt_mask", tgt_mask, (batch, u), hidden)
     y = _target(op, target, tgt, hidden, lm_head.shape[0])
-    need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, lm_head, bias)]
+    need = [wants_grad(x) for x in (hidden, lm_head, bias)]
     loss, parts, *_ = LINEAR_EISL(
         hidden.contiguous(), unit_stride(lm_head), None if bias is None else bias.contiguous(), y, kept, values, tau,
         select == "logsumexp", floor, _noise(op, noise, select, kept, hidden, u), src, tgt, ngram_coef, ce_coef, *need,

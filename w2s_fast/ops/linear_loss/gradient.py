@@ -28,9 +28,9 @@ def fake_gradients(given: Linear, need: tuple[Any, ...]) -> tuple[list[Tensor], 
 LINEAR_LOSS_BACKWARD = define(
     "linear_loss_backward",
     f"({LINEAR}, Tensor lse, Tensor ids, Tensor coef_ids, Tensor coef_lse, Tensor? coef_log, Tensor? coef_all, "
-    f"Tensor? dense, Tensor? coef_dense, {NEED}) -> ({GRADIENTS})",
+    f"Tensor? dense, Tensor? coef_dense, Tensor? classes, {NEED}) -> ({GRADIENTS})",
     reference=reference.linear_loss_backward,
-    fake=lambda *args: fake_gradients(Linear(*args[:8]), args[16:]),
+    fake=lambda *args: fake_gradients(Linear(*args[:8]), args[17:]),
     triton=Kernel(
         "kernels.linear_loss.gradient:launch_linear_loss_backward",
         "kernels.linear_loss.gradient:supports_linear_loss_backward",

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
+from ...transforms import wants_grad
 
 #: The part of every schema that describes z_t = (1 / temperature) sum_i w_ti cap(W_i h_ti + b_i); see `Linear`.
 LINEAR = (
@@ -46,9 +47,7 @@ class Linear(NamedTuple):
 
     def needs(self, tensors: Sequence[Tensor]) -> int:
         """Bit i says that tensor i will get a gradient."""
-        if not torch.is_grad_enabled():
-            return 0
-        return sum(1 << i for i, t in enumerate(tensors) if t.requires_grad)
+        return sum(1 << i for i, t in enumerate(tensors) if wants_grad(t))
 
 
 class Names(NamedTuple):
@@ -97,10 +96,10 @@ def linear(
     hiddens, heads = _list(op, "hiddens", hiddens), _list(op, "lm_heads", lm_heads)
     if len(heads) != len(hiddens):
         checks.fail(op, "lm_heads", f"one a hidden ({len(hiddens)})", f"{len(heads)} tensors")
+    hiddens, heads = list(autocast.linear(*hiddens)), list(autocast.linear(*heads))
     named: list[tuple[str, Tensor | None]] = []
     for i, (h, head) in enumerate(zip(hiddens, heads, strict=True)):
         named += _pair(op, names.hidden.format(i), names.head.format(i), h, head, hiddens[0])
-    hiddens, heads = _autocast(hiddens), _autocast(heads)
     batch = hiddens[0].shape[:-1]
     width = min(head.shape[0] for head in heads)
     vocab_size = width if vocab_size is None else checks.integer(op, "vocab_size", vocab_size, low=1, high=width)
@@ -121,15 +120,6 @@ def single(op: str, h: Any, W: Any, bias: Any, temperature: Any, softcap: Any) -
     return linear(op, [h], [W], None, biases, temperature, softcap, None, names=Names("h", "W", "bias"))
 
 
-def _autocast(tensors: list[Tensor]) -> list[Tensor]:
-    """In the dtype of autocast, as torch.nn.functional.linear takes them, where it is on."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-
-
 def _pair(op: str, name: str, head_name: str, h: Any, head: Any, first: Tensor) -> list[tuple[str, Tensor | None]]:
     checks.is_float_tensor(op, name, h)
     checks.is_float_tensor(op, head_name, head)
@@ -139,7 +129,7 @@ def _pair(op: str, name: str, head_name: str, h: Any, head: Any, first: Tensor) 
         checks.fail(op, head_name, f"of shape [V, {h.shape[-1]}]", tuple(head.shape))
     if head.shape[0] < 1:
         checks.fail(op, head_name, "at least one row long (V >= 1)", tuple(head.shape))
-    if head.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
+    if head.dtype != h.dtype:
         checks.fail(op, head_name, f"of the dtype of {name} ({h.dtype})", head.dtype, error=TypeError)
     return [(name, h), (head_name, head)]
 
@@ -152,6 +142,7 @@ def _biases(op: str, name: str, biases: Any, heads: list[Tensor], vocab_size: in
         checks.fail(op, "biases", f"one a head ({len(heads)})", f"{len(biases)} tensors")
     found = []
     for i, bias in enumerate(biases):
+        (bias,) = autocast.linear(bias)
         if bias is None:
             bias = rows[i].new_zeros(heads[i].shape[0])
         checks.is_float_tensor(op, name.format(i), bias)
@@ -197,7 +188,7 @@ def targets(
     if target.shape != batch:
         checks.fail(op, name, f"of shape {tuple(batch)}", tuple(target.shape))
     checks.same_device(op, [("hiddens[0]", given.hiddens[0]), (name, target)])
-    if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
+    if checks.readable(target) and target.numel():
         bad = ((target < 0) | (target >= given.vocab_size)) & (target != ignore_index)
         if bool(bad.any()):
             checks.fail(
@@ -209,23 +200,3 @@ def targets(
             )
     rows: Tensor = target.reshape(-1).to(torch.int64).contiguous()
     return rows
-
-
-class _Once(torch.autograd.Function):
-    """Identity whose gradient is an error."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, x: Tensor) -> Tensor:
-        ctx.name = name
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(f"w2s_fast::{ctx.name}: double backward is not supported")
-
-
-def once(name: str, *grads: Tensor) -> list[Tensor]:
-    """The gradients of a backward made of plain PyTorch; differentiating them again raises NotImplementedError."""
-    if not torch.is_grad_enabled():
-        return list(grads)
-    return [_Once.apply(name, g.detach().requires_grad_()) for g in grads]

@@ -8,17 +8,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch
+from ... import checks
 from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
+from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
-from .inputs import once
+from .stored import scaled
 from .teachers import (
     DISTILLATION,
     Distillation,
     Kind,
+    Reduction,
     Teacher,
     accumulate_dtype,
+    check_cosine,
     coefficients,
     flat_rows,
     named_outputs,
@@ -74,25 +77,14 @@ def _merged(grad: Tensor | None, rows: Tensor | None, coef: Tensor | None) -> Te
     return rows if own is None else own if rows is None else own + rows
 
 
-def scaled(grad: Tensor | None, found: Sequence[Tensor]) -> list[Tensor]:
-    """``found`` times the upstream gradient of the loss, which is usually 1: then as they are."""
-    if grad is None:
-        return [torch.zeros_like(g) for g in found]
-    own = type(grad) is Tensor and grad.device.type == "cpu"  # a tracer's tensor is a subclass
-    if own and float(grad.detach()) == 1.0:
-        return list(found)
-    # a number keeps its own dtype: a loss scale need not fit into float16
-    return [g * grad if g.numel() else g for g in found]
-
-
 def _backward(
     ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None, *_: Any
 ) -> dict[str, Any]:
     (dlogits,), (logits,), given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
     if ctx.needs_input_grad[0]:
         made = made and dlogits.shape == logits.shape
-        (found,) = scaled(grad, [dlogits]) if made else [KD_LOSS.on(ctx.backend)(logits, *given(), True, False)[4]]
-        (rows["logits"],) = once("kd_loss", found)
+        found = scaled(grad, [dlogits])[0] if made else KD_LOSS.on(ctx.backend)(logits, *given(), True, False)[4]
+        rows["logits"] = found
     return rows
 
 
@@ -123,23 +115,15 @@ KD_LOSS = define(
 )
 
 
-class _Eager(torch.autograd.Function):
-    """`KD_LOSS` with the same gradient, for eager mode: the dispatcher's own way around an op with a list of tensors
-    costs a small batch more than the loss does (0.29 ms against 0.16 ms of all of plain PyTorch at 512 x 10)."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, coef_kd: Tensor, coef_ce: Tensor | None, *rest: Any) -> Any:
-        given, need, statistics = rest
-        ctx.backend = dispatch.STATE
-        inputs = (logits, *given[:9], coef_kd, coef_ce, need, statistics)
-        output = KD_LOSS(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        found = _backward(ctx, *grads)
-        return found.get("logits"), found.get("coef_kd"), found.get("coef_ce"), None, None, None
+def _entries(logits: Tensor, given: Distillation) -> Tensor:
+    """coef_kd D of every class ``[T, C]``, 0 in rows that do not count."""
+    dtype = accumulate_dtype(logits, given.teachers)
+    t = reference.teacher(given.teachers, given.forms, given.shares, given.tau, logits.shape[1], dtype)
+    z = logits.to(dtype) if given.keep is None else torch.where(given.keep.unsqueeze(1), logits.to(dtype), 0.0)
+    log_p = torch.log_softmax(z / given.tau, -1)
+    found = reference.entries(given.kind, given.beta, given.power, log_p, t)
+    found = found if given.keep is None else torch.where(given.keep.unsqueeze(1), found, 0.0)
+    return found * given.coef_kd.unsqueeze(1)
 
 
 def kd_loss(
@@ -159,6 +143,7 @@ def kd_loss(
     ignore_index: int = -100,
     teacher_weights: Sequence[float] | None = None,
     tau_scale: bool = True,
+    reduction: Reduction = "batchmean",
     outputs: Sequence[str] = (),
     vocab: Literal["intersect"] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -171,10 +156,13 @@ def kd_loss(
     - ``"fkl"``: KL(q || p) (Hinton et al., arXiv 1503.02531);
     - ``"rkl"``: KL(p || q), log q floored at -1e4;
     - ``"jsd"``: ``b KL(q || m) + (1 - b) KL(p || m)``, ``m = b q + (1 - b) p``, b = beta_jsd (GKD, arXiv 2306.13649);
+      at b = 0 it is ``"fkl"`` and at b = 1 ``"rkl"``, which D / b and D / (1 - b) tend to (D itself is 0 there);
     - ``"sce"``: ``-(1 - b) sum q log p - b sum p log q``, b = beta_sce (robust mean teacher, arXiv 2211.13081);
     - ``"ce_soft"``: ``-sum q log p`` (MEAL V2, arXiv 2009.08453, with several teachers);
     - ``"product"``: ``-sum t log p`` with ``t = p^a q^b / sum p^a q^b`` held fixed, a = power_student and
-      b = power_teacher (the product confidence loss of weak-to-strong generalization, arXiv 2312.09390).
+      b = power_teacher (the product confidence loss of weak-to-strong generalization, arXiv 2312.09390);
+    - ``"cosine"``: ``1 - z . y / (max(|z|, 1e-8) max(|y|, 1e-8))`` of the logits z of student and y of teacher, as
+      `torch.nn.functional.cosine_similarity` has it. One teacher of logits; tau is no part of it, nor tau^2.
 
     Args:
         logits: ``[..., C]`` of the student: float32, bfloat16, float16 or float64; N-dimensional rows are flattened.
@@ -186,7 +174,7 @@ def kd_loss(
         alpha: a number or a tensor of the leading shape, with a gradient (TGeo-KD learns it); None is 1, and not
             allowed with ``hard="ce"``.
         tau: temperature, > 0.
-        beta_jsd: share of the teacher in the mixture, between 0 and 1.
+        beta_jsd: share of the teacher in the mixture, in [0, 1].
         beta_sce: share of the reverse cross-entropy, in [0, 1].
         power_student: a >= 0; 0 leaves p out of the product.
         power_teacher: b >= 0; 0 leaves q out. A row in which no class is possible for both has D = 0.
@@ -196,13 +184,17 @@ def kd_loss(
         ignore_index: label of the rows left out.
         teacher_weights: omega, one number >= 0 a teacher, divided by their sum; equal by default.
         tau_scale: whether D is multiplied by tau^2, which keeps its gradient's size.
+        reduction: as `torch.nn.functional.kl_div`. ``"batchmean"``: the L above; ``"sum"``: N = 1; ``"mean"``: N is
+            also multiplied with the number of classes, the mean over entries; ``"none"``: no sum at all, the entries
+            ``w_t alpha_t tau^2 D_tv`` ``[..., C]`` (not of cosine, and without ``hard``), in plain PyTorch.
         outputs: names of further results: ``"kd"`` (D_t, times tau^2 if scaled) and ``"ce"``, both differentiable;
             ``"entropy_s"``, ``"entropy_t"`` (of p and q) and ``"agree"`` (same largest class), which are not.
         vocab: ``"intersect"`` takes the columns that student and teachers of logits all have; otherwise widths that
             differ are an error.
 
     Returns:
-        (loss, outputs): loss a scalar, outputs of the leading shape and 0 in rows that do not count; float32 (float64
+        (loss, outputs): loss a scalar (``[..., C]`` without reduction), outputs of the leading shape, both 0 in rows
+        that do not count; float32 (float64
         if the student or a teacher is). Differentiable, once, in logits, alpha and weights. The gradient of the logits
         is made in forward (as many bytes as logits). Deterministic.
 
@@ -227,17 +219,17 @@ def kd_loss(
     found = checked(op, logits, batch, teachers, logits.shape[-1], teacher_weights, vocab, linear=False)
     tensors, forms, shares, width = found
     student = unit_stride(flat_rows(logits, batch, width))
-    scale = tau * tau if tau_scale else 1.0
+    check_cosine(op, number, forms)
+    scale = tau * tau if tau_scale and kind != "cosine" else 1.0
     dtype = accumulate_dtype(student, tensors)
-    rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale)
+    rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale, reduction)
     given = Distillation(tensors, forms, shares, number, tau, beta, power, *rows)
-    need = torch.is_grad_enabled() and student.requires_grad
+    if reduction == "none":
+        if hard == "ce" or kind == "cosine" or outputs:
+            checks.fail(op, "reduction", 'other than "none" with hard, kind "cosine" or outputs', repr(reduction))
+        return _entries(student, given).reshape(*batch, width), {}
+    need = wants_grad(student)
     statistics = any(name not in ("kd", "ce") for name in outputs)
-    trained = (student, rows.coef_kd, rows.coef_ce)
-    plainly = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-    if plainly or not any(t is not None and t.requires_grad for t in trained):
-        out = KD_LOSS(student, *given, need, statistics)
-    else:
-        out = _Eager.apply(*trained, given, need, statistics)
-    loss, kd, ce, stats, _ = out
-    return loss, named_outputs(outputs, batch, kd, ce, stats, scale)
+    # a small batch: the dispatcher's own way around an op with a list of tensors costs more than the loss does
+    loss, kd, ce, stats, _ = KD_LOSS.directly((student, *given, need, statistics), ("logits", "coef_kd", "coef_ce"))
+    return loss, named_outputs(outputs, batch, kd, ce, stats, scale, weights)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from .ce import Target, cross_entropy
 from .inputs import Linear, single, targets
 from .inputs import _unit_stride as unit_stride
@@ -33,7 +33,7 @@ def _numbers(name: str, value: Any, shape: tuple[int, ...], given: Linear) -> Te
 
 
 def _at_least_zero(name: str, value: Tensor) -> None:
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value < 0).any()):
+    if checks.readable(value) and bool((value < 0).any()):
         checks.fail(OP, name, ">= 0", value[value < 0][0].item())
 
 
@@ -93,15 +93,30 @@ def _smoothed(q: Target, eps: float, given: Linear) -> Target:
     )
 
 
-def _row_weights(weights: Tensor | None, keep: Tensor, reduction: str, denominator: Any, given: Linear) -> Tensor:
-    """What a row's loss is multiplied with in the sum."""
+def _classes(class_weight: Any, given: Linear) -> Tensor | None:
+    if class_weight is None:
+        return None
+    checks.is_float_tensor(OP, "class_weight", class_weight)
+    if class_weight.shape != (given.vocab_size,):
+        wanted = f"of shape {(given.vocab_size,)}, one number a class"
+        checks.fail(OP, "class_weight", wanted, tuple(class_weight.shape))
+    checks.same_device(OP, [("h", given.hiddens[0]), ("class_weight", class_weight)])
+    found: Tensor = class_weight.detach().to(given.accumulate).contiguous()
+    return found
+
+
+def _row_weights(
+    weights: Tensor | None, keep: Tensor, own: Tensor | None, reduction: str, denominator: Any, given: Linear
+) -> Tensor:
+    """What a row's loss is multiplied with in the sum; ``own`` are the class weights of hard labels, which a mean is
+    over."""
     w = keep.to(given.accumulate) if weights is None else torch.where(keep, weights.detach(), 0.0)
     if denominator is not None and reduction != "mean":
         checks.fail(OP, "denominator", "None unless reduction is 'mean'", type(denominator).__name__)
     if reduction != "mean":
         return w
     if denominator is None:
-        total = w.sum()
+        total = (w if own is None else w * own).sum()
         return w / torch.where(total == 0, 1.0, total)
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
@@ -123,7 +138,9 @@ def linear_ce(
     target2: Tensor | None = None,
     mix: Tensor | float | None = None,
     weights: Tensor | None = None,
+    class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    token_scaling: bool = False,
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -134,15 +151,16 @@ def linear_ce(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy from hidden states; the ``[T, V]`` logits are never formed, ignored rows cost nothing.
 
-    ``loss_t = weights_t (-sum_v q_tv log p_tv + z_loss lse_t^2)`` with ``z_t = (W h_t + bias) / temperature``,
-    ``p = softmax(z)``, ``lse_t = log sum_v exp z_tv``. The target q is one of
+    ``loss_t = weights_t s_t (-sum_v c_v q_tv log p_tv + z_loss lse_t^2)`` with ``z_t = (W h_t + bias) / temperature``,
+    ``p = softmax(z)``, ``lse_t = log sum_v exp z_tv``, c the ``class_weight`` (1 without) and s 1, or, with
+    ``token_scaling``, the probability p of the target, held fixed (DFT, arXiv 2508.05629). The target q is one of
 
     - hard: 1 at ``target``; with ``target2``, mix at ``target`` and 1 - mix there (mixup; a weak and a strong label);
     - sparse: ``topk_probs`` at ``topk_ids`` and ``uniform`` at every token (a stored teacher's top K and its remainder
       spread out, FKD, arXiv 2112.01528); ids that occur twice add up;
     - dense: ``soft_target``, for a caller that owns it anyway.
 
-    ``label_smoothing`` eps makes it ``(1 - eps) q + eps / V``. No gradient goes to a target or to weights.
+    ``label_smoothing`` eps makes it ``(1 - eps) q + eps / V``. No gradient goes to a target or to any weights.
 
     Args:
         h: final hidden states ``[..., D]``.
@@ -154,12 +172,17 @@ def linear_ce(
         soft_target: ``[..., V]``.
         target2, mix: of the leading shape; mix in [0, 1], or a number.
         weights: a number a row, any sign; rows of weight 0 cost nothing.
+        class_weight: ``[V]``, the ``weight`` of `torch.nn.functional.cross_entropy`, and as there the mean over hard
+            labels divides by the sum of their classes' weights (times ``weights``), that over other targets does not.
         label_smoothing: in [0, 1).
+        token_scaling: multiplies a row's loss, gradient and z-loss by the probability of its target; for one hard
+            target a row. A mean divides by the same number as without.
         ignore_index: rows with this target count nowhere, whatever their hidden state.
         temperature: > 0; the loss is of z as divided (no factor temperature^2).
         softcap: s makes the logits ``s tanh(x / s)``.
         z_loss: coefficient of the squared log-sum-exp.
         reduction: ``"mean"`` over the sum of the weights of the rows that count (0 if it is 0), ``"sum"``, ``"none"``.
+            F.cross_entropy gives NaN where that sum is 0.
         denominator: what ``"mean"`` divides by instead (the tokens of all micro-batches, say).
         outputs: what else to return, of the leading shape, 0 in ignored rows: ``logp``, the mean log p over the target
             before smoothing (log p of a hard label); ``lse``; ``entropy`` of p; ``argmax``, the first of ties;
@@ -189,17 +212,27 @@ def linear_ce(
     q = _target(given, batch, target, topk_ids, topk_probs, uniform, soft_target, target2, mix, ignore_index)
     if "correct" in outputs and (target is None or target2 is not None):
         checks.fail(OP, "outputs", "without 'correct' unless there is one hard target", repr(tuple(outputs)))
+    if not isinstance(token_scaling, bool):
+        checks.fail(OP, "token_scaling", "True or False", repr(token_scaling), error=TypeError)
+    if token_scaling and (target is None or target2 is not None):
+        checks.fail(OP, "token_scaling", "False unless there is one hard target", token_scaling)
     scale = token_weights(OP, weights, batch, given)
-    w = _row_weights(scale, q.keep, reduction, denominator, given)
+    hard = q.ids[:, 0] if target is not None and target2 is None else None
+    classes = _classes(class_weight, given)
+    own = None if classes is None or hard is None else torch.where(q.keep, classes[torch.where(q.keep, hard, 0)], 0.0)
+    w = _row_weights(scale, q.keep, own, reduction, denominator, given)
+    if own is not None and not eps and not z_loss:  # a weight of the row is all that it is then
+        w, classes = w * own, None
     if not outputs:
         q = q._replace(keep=q.keep & (w != 0))
-    hard = q.ids[:, 0] if target is not None and target2 is None else None
     if hard is not None and _kept_direction(given, eps, set(outputs)):
-        loss, found = _frozen(given, hard, q.keep, ignore_index, w, eps, z_loss, reduction)
+        settings = _RowLoss(eps, z_loss, token_scaling, classes)
+        loss, found = _frozen(given, hard, q.keep, ignore_index, w, settings, reduction)
     else:
         names = ("loss", "row", "logp", "lse", "entropy", "argmax", "maxprob")
         entropy, best = "entropy" in outputs, bool({"argmax", "maxprob", "correct"} & set(outputs))
-        values = cross_entropy(given, _smoothed(q, eps, given), w, z_loss, entropy, best, reduction != "none")
+        smooth = _smoothed(q, eps, given)._replace(classes=classes)
+        values = cross_entropy(given, smooth, w, z_loss, entropy, best, reduction != "none", token_scaling)
         found = dict(zip(names, values, strict=True))
         loss = found["loss"] if reduction != "none" else w * found["row"]
     loss = loss.reshape(batch) if reduction == "none" else loss
@@ -245,15 +278,32 @@ def _kept_direction(given: Linear, eps: float, outputs: set[str]) -> bool:
     return frozen and bool(given.needs(given.hiddens)) and outputs <= {"logp", "lse"} and not (eps and given.softcap)
 
 
+class _RowLoss(NamedTuple):
+    """What a row's loss is besides its target and weight."""
+
+    eps: float
+    z_loss: float
+    scaled: bool
+    classes: Tensor | None
+
+
 def _frozen(
-    given: Linear, y: Tensor, keep: Tensor, ignore_index: int, w: Tensor, eps: float, z_loss: float, reduction: str
+    given: Linear, y: Tensor, keep: Tensor, ignore_index: int, w: Tensor, settings: _RowLoss, reduction: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    eps, z_loss, scaled, classes = settings
     logp, lse = logprobs(given, torch.where(keep, y, ignore_index), ignore_index)
-    row = z_loss * lse.square() - (1 - eps) * logp if z_loss else -(1 - eps) * logp
-    if eps:  # sum_v z_tv = h_t . sum_v W_v, without a softcap
+    own = 1 - eps if classes is None else (1 - eps) * classes[torch.where(keep, y, 0)]
+    row = z_loss * lse.square() - own * logp if z_loss else -own * logp
+    if eps:  # sum_v c_v z_tv = h_t . sum_v c_v W_v, without a softcap
         h, head, acc = given.hiddens[0], given.heads[0], given.accumulate
-        total = h.to(acc) @ head.sum(0, dtype=acc)
-        total = total + given.biases[0].sum(dtype=acc) if given.biases else total
-        row = row + eps * (lse - total / (given.temperature * given.vocab_size))
+        with autocast.off(h.device):
+            total = h.to(acc) @ (head.sum(0, dtype=acc) if classes is None else classes @ head.to(acc))
+        if given.biases:
+            bias = given.biases[0].to(acc)
+            total = total + (bias if classes is None else torch.where(classes == 0, 0.0, classes * bias)).sum()
+        mean = 1.0 if classes is None else classes.mean()
+        row = row + eps * (mean * lse - total / (given.temperature * given.vocab_size))
     row = w * torch.where(keep, row, 0.0)
+    if scaled:
+        row = torch.where(w == 0, 0.0, row * logp.detach().exp())
     return row if reduction == "none" else row.sum(), {"logp": logp, "lse": lse}

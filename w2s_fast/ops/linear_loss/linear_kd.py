@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
+from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
-from .inputs import once
-from .kd import save_distillation, saved_distillation, scaled
+from .kd import save_distillation, saved_distillation
+from .stored import scaled
 from .teachers import (
     DISTILLATION,
     Distillation,
     Kind,
+    Reduction,
     Teacher,
     accumulate_dtype,
+    check_cosine,
     check_head,
     coefficients,
     named_outputs,
@@ -42,9 +44,8 @@ def _backward(
     if any(need):
         made = made and all(done or not want for done, want in zip(ctx.need, need, strict=True))
         found = scaled(grad, grads) if made else LINEAR_KD.on(ctx.backend)(*student, *given(), *need, False)[4:]
-        once_each = once("linear_kd", *(g for g, wanted in zip(found, need, strict=True) if wanted))
-        names = (name for name, wanted in zip(("hidden", "head", "bias"), need, strict=True) if wanted)
-        rows.update(zip(names, once_each, strict=True))
+        names = ("hidden", "head", "bias")
+        rows.update((name, g) for name, g, wanted in zip(names, found, need, strict=True) if wanted)
     return rows
 
 
@@ -96,6 +97,7 @@ def linear_kd(
     bias: Tensor | None = None,
     teacher_weights: Sequence[float] | None = None,
     tau_scale: bool = True,
+    reduction: Reduction = "batchmean",
     outputs: Sequence[str] = (),
     vocab: Literal["intersect"] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,6 +112,8 @@ def linear_kd(
             ``[V, D_m]`` and ``[V]``, whose logits are not held whole either.
         kind, alpha, tau, beta_jsd, beta_sce, power_student, power_teacher, target, hard, weights, ignore_index,
             teacher_weights, tau_scale, outputs, vocab: see `kd_loss`.
+        reduction: see `kd_loss`; ``"none"`` is refused, as entries are as large as the logits (``outputs=("kd",)``
+            has a number a row).
         bias: ``[V]`` or None.
 
     Returns:
@@ -128,6 +132,10 @@ def linear_kd(
         0.0
     """
     op = "linear_kd"
+    if reduction == "none":
+        checks.fail(op, "reduction", '"batchmean", "sum" or "mean"', repr(reduction),
+                    'Entries are as large as the logits, which are never held whole; outputs=("kd",) has the rows.')
+    hidden, lm_head, bias = autocast.linear(hidden, lm_head, bias)
     checks.is_float_tensor(op, "hidden", hidden)
     checks.is_float_tensor(op, "lm_head", lm_head)
     if hidden.ndim < 1:
@@ -142,11 +150,12 @@ def linear_kd(
     found = checked(op, student, batch, teachers, lm_head.shape[0], teacher_weights, vocab, linear=True)
     tensors, forms, shares, width = found
     head, offset = unit_stride(lm_head[:width]), None if bias is None else bias[:width].contiguous()
-    scale = tau * tau if tau_scale else 1.0
+    check_cosine(op, number, forms)
+    scale = tau * tau if tau_scale and kind != "cosine" else 1.0
     dtype = accumulate_dtype(student, tensors)
-    rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale)
+    rows = coefficients(op, student, batch, dtype, width, alpha, target, hard, weights, ignore_index, scale, reduction)
     given = Distillation(tensors, forms, shares, number, tau, beta, power, *rows)
-    need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (student, head, offset)]
+    need = [wants_grad(t) for t in (student, head, offset)]
     statistics = any(name not in ("kd", "ce") for name in outputs)
     loss, kd, ce, stats, *_ = LINEAR_KD(student, head, offset, *given, *need, statistics)
-    return loss, named_outputs(outputs, batch, kd, ce, stats, scale)
+    return loss, named_outputs(outputs, batch, kd, ce, stats, scale, weights)

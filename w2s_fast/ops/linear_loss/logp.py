@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...transforms import wants_grad
 from .ce import Target, cross_entropy
 from .inputs import Linear, single, targets
 from .logprobs import LINEAR_FUSION_LOGPROBS, logprobs
@@ -139,7 +140,7 @@ def _tokens(
     op: str, given: Linear, target: Tensor, ignore_index: int, scale: Tensor | None, grad: str, entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """(weighted log-probability, entropy or lse), ``[T]``."""
-    if scale is not None and not scale.requires_grad and not entropy:
+    if scale is not None and not wants_grad(scale) and not entropy:
         target = torch.where(scale == 0, ignore_index, target)
     frozen = not (given.needs(given.heads) or given.needs(given.biases))
     if grad == "saved_u" and not frozen:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...library import Kernel, define
 from ...reference.linear_loss import fusion as reference
 from .gradient import LINEAR_LOSS_BACKWARD, bits, by_name
-from .inputs import LINEAR, Linear, Weights, linear, once, targets
+from .inputs import LINEAR, Linear, Weights, linear, targets
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,7 +54,8 @@ def _backward(ctx: Any, grad_logp: Tensor, grad_lse: Tensor, *_: Any) -> dict[st
         keep = target != ignore_index
         coefs = [torch.where(keep, g, 0.0) for g in (grad_logp, grad_lse - grad_logp)]
         grads = LINEAR_LOSS_BACKWARD.on(ctx.backend)(
-            *given, lse, target.unsqueeze(1), coefs[0].unsqueeze(1), coefs[1], None, None, None, None, *need
+            *given, lse, target.unsqueeze(1), coefs[0].unsqueeze(1), coefs[1], None, None, None, None, None,
+            *need,
         )
         return by_name(grads, need, weights)
     return _from_expectations(given, target, ignore_index, rows, logits, grad_logp, grad_lse, need)
@@ -89,12 +90,11 @@ def _from_expectations(
             at_target.append(part)
         scale = given.weight_values[i] if given.weights is None else given.weights[:, i : i + 1].to(own.dtype)
         wanted = need[0] >> i & 1
-        grad = ((a * own + b * mean) * (scale / given.temperature)).to(h.dtype) if wanted else None
-        dhiddens.append(once("linear_fusion_logprobs", grad)[0] if grad is not None else None)
+        dhiddens.append(((a * own + b * mean) * (scale / given.temperature)).to(h.dtype) if wanted else None)
     dweights = None
     if need[3] and given.weights is not None:
         dweights = (a * torch.cat(at_target, 1) + b * logits) / given.temperature
-        dweights = once("linear_fusion_logprobs", dweights.to(given.weights.dtype))[0]
+        dweights = dweights.to(given.weights.dtype)
     return {
         "hiddens": dhiddens,
         "heads": [None] * len(given.heads),

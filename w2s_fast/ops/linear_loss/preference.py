@@ -14,30 +14,33 @@ from .stored import keep_gradients, stored_gradients
 
 
 def _fake(*args: Any) -> tuple[Any, ...]:
-    given, counts = Linear(*args[:8]), args[12]
+    given, counts = Linear(*args[:8]), args[13]
     first, acc = given.hiddens[0], given.accumulate
     return (
         first.new_empty((), dtype=acc),
         first.new_empty(counts.shape, dtype=acc),
-        *fake_gradients(given, args[21:]),
+        first.new_empty(counts.shape, dtype=acc),
+        *fake_gradients(given, args[23:]),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
-    keep_gradients(ctx, Linear(*inputs[:8]), inputs[21:], output[2:])
+    given = Linear(*inputs[:8])
+    # the inputs only say what the gradients depend on
+    keep_gradients(ctx, given, inputs[23:], output[3:], *given.hiddens, *given.heads, *given.biases)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
-    return stored_gradients("linear_preference", ctx, grad, ctx.need)
+    return stored_gradients(ctx, grad, ctx.need)
 
 
 LINEAR_PREFERENCE = define(
     "linear_preference",
-    f"({LINEAR}, Tensor target, int ignore_index, Tensor? token_weights, Tensor segments, Tensor counts, Tensor? ref, "
-    "Tensor? pairs, Tensor? labels, Tensor? kl, str kind, float[] settings, bool mean, float scale, "
-    f"{NEED}) -> (Tensor loss, Tensor sums, {GRADIENTS})",
+    f"({LINEAR}, Tensor target, int ignore_index, Tensor? token_weights, Tensor? nll_target, Tensor segments, "
+    "Tensor counts, Tensor? ref, bool mean, Tensor? pairs, Tensor? labels, Tensor? kl, Tensor? share, int[] forms, "
+    f"float[] numbers, float scale, {NEED}) -> (Tensor loss, Tensor sums, Tensor nll, {GRADIENTS})",
     reference=reference.linear_preference,
     fake=_fake,
     setup_context=_setup_context,

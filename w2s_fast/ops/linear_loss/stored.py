@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ... import checks
 from .gradient import by_name
-from .inputs import Linear, once
+from .inputs import Linear
 
 
 def keep_gradients(ctx: Any, given: Linear, need: tuple[Any, ...], grads: Any, *others: Tensor | None) -> None:
@@ -32,14 +35,22 @@ def kept(ctx: Any) -> tuple[list[Tensor], Tensor | None, list[Any]]:
     return list(saved[:size]), saved[size], list(saved[size + 1 :])
 
 
-def stored_gradients(name: str, ctx: Any, grad: Tensor | None, need: tuple[Any, ...]) -> dict[str, Any]:
+def stored_gradients(ctx: Any, grad: Tensor | None, need: tuple[Any, ...]) -> dict[str, Any]:
     """The saved gradients times that of the loss, by argument name."""
     found, weights, _ = kept(ctx)
     if grad is None:
         return by_name((*lists(ctx, found), found[-1]), (0, 0, 0, False), None)
-    # the usual upstream gradient is 1: then the gradients go out as they are (a tracer's tensor is a subclass)
-    if not (type(grad) is Tensor and grad.device.type == "cpu" and float(grad.detach()) == 1.0):
-        # a number keeps its own dtype: a loss scale need not fit into float16
-        found = [g * grad if g.numel() else g for g in found]
-    found = once(name, *found)
+    found = scaled(grad, found)
     return by_name((*lists(ctx, found), found[-1]), need, weights)
+
+
+def scaled(grad: Tensor | None, found: Sequence[Tensor]) -> list[Tensor]:
+    """Saved gradients times the upstream gradient of the loss, which is usually 1: then as they are."""
+    if grad is None:
+        return [torch.zeros_like(g) for g in found]
+    # a tracer's tensor is a subclass
+    if type(grad) is Tensor and checks.readable(grad) and float(grad.detach()) == 1.0:
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # then they must outlive what the caller does
+        return [g.clone() if again else g for g in found]
+    # a number keeps its own dtype: a loss scale need not fit into float16
+    return [g * grad if g.numel() else torch.empty_like(g) for g in found]

@@ -8,11 +8,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...reference.linear_loss.distillation import FORMS, KINDS, LINEAR, LINEAR_BIAS, LOGITS, PROBS, TOPK
+from ...transforms import wants_grad
 from .inputs import _unit_stride as unit_stride
 
-Kind = Literal["fkl", "rkl", "jsd", "sce", "ce_soft", "product"]
+Kind = Literal["fkl", "rkl", "jsd", "sce", "ce_soft", "product", "cosine"]
+Reduction = Literal["batchmean", "sum", "mean", "none"]
 Teacher = tuple[Any, ...]
 
 #: The part of the schemas that describes D and the coefficients of the rows; see `Distillation`.
@@ -96,6 +98,7 @@ def _one(op: str, i: int, teacher: Any, batch: torch.Size, linear: bool) -> tupl
 
 
 def _linear(op: str, name: str, given: list[Any], batch: torch.Size) -> tuple[int, list[Tensor], int]:
+    given = [*autocast.linear(*given)]
     h, head = _rows(op, f"{name}[1]", given[0], batch), checks.is_float_tensor(op, f"{name}[2]", given[1])
     bias = given[2] if len(given) == 3 else None
     check_head(op, (f"{name}[1]", f"{name}[2]", f"{name}[3]"), h, head, bias)
@@ -168,6 +171,16 @@ def teachers(
     return tensors, [form for form, _, _ in found], _shares(op, weights, len(found)), width
 
 
+def check_cosine(op: str, number: int, forms: Sequence[int]) -> None:
+    """The kind cosine compares logits with those of one teacher."""
+    if KINDS[number] == "cosine" and (len(forms) != 1 or forms[0] in (PROBS, TOPK)):
+        checks.fail(op, "teachers", "one teacher of logits for kind 'cosine'", f"{len(forms)} of {_names(forms)}")
+
+
+def _names(forms: Sequence[int]) -> str:
+    return ", ".join(sorted({list(FORMS)[form] for form in forms}))
+
+
 def labels(op: str, target: Any, batch: torch.Size, vocab: int, student: Tensor, ignore_index: Any) -> Tensor:
     """``target`` as int64 ``[T]``; its range is looked at on a CPU only."""
     checks.is_tensor(op, "target", target)
@@ -178,7 +191,7 @@ def labels(op: str, target: Any, batch: torch.Size, vocab: int, student: Tensor,
     if target.shape != batch:
         checks.fail(op, "target", f"of shape {tuple(batch)}", tuple(target.shape))
     checks.same_device(op, [("the student", student), ("target", target)])
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.readable(target):
         bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)
         if bool(bad.any()):
             checks.fail(op, "target", f"in [0, {vocab}) or ignore_index ({ignore_index})", int(target[bad][0]))
@@ -206,10 +219,16 @@ class Rows(NamedTuple):
 
 def coefficients(
     op: str, student: Tensor, batch: torch.Size, dtype: torch.dtype, vocab: int,
-    alpha: Any, target: Any, hard: Any, weights: Any, ignore_index: Any, scale: float,
+    alpha: Any, target: Any, hard: Any, weights: Any, ignore_index: Any, scale: float, reduction: Any,
 ) -> Rows:
-    """coef_kd = w alpha scale / N and coef_ce = w (1 - alpha) / N, with N the sum of w over the rows that count."""
+    """coef_kd = w alpha scale / N and coef_ce = w (1 - alpha) / N, with N the sum of w over the rows that count; 1 for
+    a sum, times the vocabulary for a mean over entries."""
     count = batch.numel()
+    checks.choice(op, "reduction", reduction, ("batchmean", "sum", "mean", "none"))
+    if reduction == "mean":
+        scale = scale / vocab
+        if hard == "ce":
+            checks.fail(op, "reduction", 'other than "mean" with hard="ce", which has no entries', repr(reduction))
     checks.choice(op, "hard", hard, ("none", "ce"))
     if hard == "ce" and target is None:
         checks.fail(op, "target", 'labels with hard="ce"', None, error=TypeError)
@@ -222,7 +241,7 @@ def coefficients(
     else:
         alpha = 1.0 if alpha is None else checks.number(op, "alpha", alpha)
     if weights is None and keep is None:
-        each = 1.0 / max(count, 1)
+        each = 1.0 / max(count, 1) if reduction in ("batchmean", "mean") else 1.0
         if hard == "none" and not isinstance(alpha, Tensor):
             return Rows(None, None, student.new_full((count,), each * alpha * scale, dtype=dtype), None)
         share: Tensor = student.new_full((count,), each, dtype=dtype)
@@ -232,13 +251,14 @@ def coefficients(
         else:
             share = _per_row(op, "weights", weights, batch, student, dtype)
             share = share if keep is None else torch.where(keep, share, 0.0)
-            if not share.requires_grad:
+            if not wants_grad(share):
                 used = share != 0
                 keep = used if keep is None else keep & used
-        # the gradient of a share is a difference of numbers that may be equal: in float64, where it is wanted
-        wide = share.double() if share.requires_grad else share
-        total = wide.sum()
-        share = (wide / torch.where(total == 0, 1.0, total)).to(dtype)
+        if reduction in ("batchmean", "mean"):
+            # the gradient of a share is a difference of numbers that may be equal: in float64, where it is wanted
+            wide = share.double() if wants_grad(share) else share
+            total = wide.sum()
+            share = (wide / torch.where(total == 0, 1.0, total)).to(dtype)
     ce = None if hard == "none" else share * (1 - alpha)
     return Rows(y if hard == "ce" else None, keep, share * (alpha * scale), ce)
 
@@ -251,8 +271,8 @@ def settings(
     checks.choice(op, "kind", kind, KINDS)
     tau = checks.number(op, "tau", tau, low=0.0, open_low=True)
     jsd = checks.number(op, "beta_jsd", beta_jsd, low=0.0, high=1.0)
-    if jsd in (0.0, 1.0):
-        checks.fail(op, "beta_jsd", "between 0 and 1, neither included", jsd)
+    if kind == "jsd" and jsd in (0.0, 1.0):  # what D / b and D / (1 - b) tend to
+        kind = "fkl" if jsd == 0 else "rkl"
     sce = checks.number(op, "beta_sce", beta_sce, low=0.0, high=1.0)
     own = checks.number(op, "power_student", power_student, low=0.0)
     theirs = checks.number(op, "power_teacher", power_teacher, low=0.0)
@@ -266,9 +286,13 @@ def settings(
 
 
 def named_outputs(
-    outputs: Sequence[str], batch: torch.Size, kd: Tensor, ce: Tensor, stats: Tensor, scale: float
+    outputs: Sequence[str], batch: torch.Size, kd: Tensor, ce: Tensor, stats: Tensor, scale: float,
+    weights: Tensor | None,
 ) -> dict[str, Tensor]:
     """The rows that were asked for, of the leading shape."""
+    if outputs and weights is not None and wants_grad(weights):  # then rows of weight 0 were computed, for its gradient
+        out = weights.detach().reshape(-1) == 0
+        kd, ce, stats = (t.masked_fill(out, 0) if t.numel() else t for t in (kd, ce, stats))
     found: dict[str, Tensor] = {}
     for name in outputs:
         if name == "kd":

@@ -247,8 +247,7 @@ def _direction(op: str, direction: Any, given: Logits) -> tuple[int, Tensor | No
         checks.fail(op, "direction", f"of shape [{count}] or {[*given.batch, count]}", tuple(direction.shape))
     checks.same_device(op, [("base", given.base), ("direction", direction)])
     if (
-        direction.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        checks.readable(direction)
         and not bool(((direction >= 0) & (direction < float("inf"))).all() and (direction.amax(-1) > 0).all())
     ):
         checks.fail(op, "direction", "finite and nonnegative with a positive entry in every row", direction.tolist())

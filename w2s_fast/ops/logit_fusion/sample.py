@@ -231,7 +231,7 @@ def uniform_of(
         checks.fail(op, "uniform", f"of shape {tuple(batch)}", tuple(uniform.shape))
     checks.same_device(op, [like, ("uniform", uniform)])
     rows: Tensor = uniform.reshape(-1)
-    looked_at = rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel() > 0
+    looked_at = checks.readable(rows) and rows.numel() > 0
     if looked_at and not bool(((rows >= 0) & (rows < 1)).all()):
         checks.fail(op, "uniform", "in [0, 1)", [rows.min().item(), rows.max().item()])
     return rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()

@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.sparse_lowrank import linear as reference
 from ...reference.sparse_lowrank.support import gathered
+from ...transforms import wants_grad
 from .support import SUPPORT, SparseSupport, Support, _check_values, contiguous_rows
 
 MODES = ("auto", "factored", "materialize")
@@ -128,7 +129,7 @@ def _factors(op: str, A: Any, B: Any, values: Any, support: Any, scale: Any) -> 
     if B.ndim != 2 or B.shape != (rows, A.shape[0]):
         checks.fail(op, "B", f"of shape [{rows}, {A.shape[0]}], the support's rows and A's rank", tuple(B.shape))
     _check_values(op, support, values)
-    same = [("A", A), ("B", B), ("values", values), ("support", support.cols)]
+    same = [("A", A), ("B", B), ("values", values), ("support", support.row_ptr)]
     if isinstance(scale, Tensor):
         checks.is_float_tensor(op, "scale", scale)
         if scale.numel() != 1:
@@ -139,19 +140,34 @@ def _factors(op: str, A: Any, B: Any, values: Any, support: Any, scale: Any) -> 
     return support.arguments(op), None, checks.number(op, "scale", scale)
 
 
-def materializes(mode: str, device: str, n: int, rows: int, columns: int, rank: int, nnz: int) -> bool:
+def materializes(mode: str, device: str, n: int | torch.SymInt, rows: int, columns: int, rank: int, nnz: int) -> bool:
     """Whether W is formed: what ``mode`` says, and for ``"auto"`` what costs less.
 
     In units of one dense product 2 n O I, forward: materialize 1 + r / n, factored r (I + O) / (O I) + density / e,
     with e the rate of the sparse kernels over that of the dense product: 0.3 on a CPU. A GPU's sparse kernels reach a
-    few percent of its tensor cores, so that rows decide: materialize from 1000 on.
+    percent of its tensor cores, so that rows decide: materialize from 1000 on. For a number of rows that a graph leaves
+    open (torch.export with a dynamic batch) it is what many rows want.
     """
     if mode != "auto":
         return mode == "materialize"
     if device != "cpu":
-        return n >= 1000 and rank > 0
-    size = max(rows * columns, 1)
-    return n > 8 and rank * (rows + columns) / size + nnz / size / 0.3 > 1 + rank / n
+        least = 1000 if rank else None
+    else:
+        size = max(rows * columns, 1)
+        gain = rank * (rows + columns) / size + nnz / size / 0.3 - 1
+        least = max(9, math.floor(rank / gain) + 1) if gain > 0 else None
+    if least is None:
+        return False
+    if torch.compiler.is_compiling():
+        return not _surely(n < least)
+    return bool(n >= least)
+
+
+def _surely(condition: Any) -> bool:
+    """Whether a condition of a graph's sizes holds for all of them; asking adds no guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(condition))
 
 
 def sparse_lowrank_linear(
@@ -206,14 +222,15 @@ def sparse_lowrank_linear(
         given, factor, number = _checked(op, x, A, B, values, support, scale, bias)
     if mode not in MODES:
         checks.choice(op, "mode", mode, MODES)
+    x, A, B, values, bias = autocast.linear(x, A, B, values, bias)
     kind = x.device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(kind))
     flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), given.columns)
     dense = materializes(mode, kind, flat.shape[0], given.rows, given.columns, A.shape[0], values.shape[0])
-    if kind == "cpu" and not torch.is_grad_enabled() and flat.shape[0] <= DECODE:
-        given = support._decoding
-    trained = torch.is_grad_enabled() and (B.requires_grad or (factor is not None and factor.requires_grad))
+    if kind == "cpu" and not torch.is_grad_enabled():
+        few = flat.shape[0] <= DECODE
+        if _surely(few) if torch.compiler.is_compiling() else few:
+            given = support._decoding
+    trained = wants_grad(B, factor)
     bias = None if bias is None else bias.contiguous()
     factors = (contiguous_rows(flat), contiguous_rows(A), contiguous_rows(B), values.contiguous())
     y: Tensor = SPARSE_LOWRANK_LINEAR(*factors, factor, number, bias, *given, dense, trained and not dense)[0]
@@ -231,7 +248,7 @@ def _plain(x: Any, A: Any, B: Any, values: Any, support: Any, scale: Any, bias: 
         return None
     if bias is not None and not isinstance(bias, Tensor):
         return None
-    given, dtype = support._arguments, x.dtype
+    given, dtype = support.current(), x.dtype
     plain = (
         dtype in checks.FLOATS
         and A.dtype is dtype
@@ -300,6 +317,7 @@ SPARSE_LOWRANK_MATERIALIZE = define(
     fake=_fake_materialize,
     setup_context=_materialize_context,
     backward=_materialize_backward,
+    twice=True,
     triton=Kernel(
         "kernels.sparse_lowrank.materialize:launch_sparse_lowrank_materialize",
         "kernels.sparse_lowrank.materialize:supports_sparse_lowrank_materialize",

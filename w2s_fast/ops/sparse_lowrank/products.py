@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.sparse_lowrank import products as reference
 from .support import SUPPORT, SparseSupport, Support, _check_values, contiguous_rows
@@ -64,6 +64,7 @@ SPMM = define(
     fake=_spmm_fake,
     setup_context=_spmm_context,
     backward=_spmm_backward,
+    twice=True,
     triton=Kernel(
         "kernels.sparse_lowrank.products:launch_spmm",
         "kernels.sparse_lowrank.products:supports_spmm",
@@ -77,6 +78,7 @@ SDDMM = define(
     fake=_sddmm_fake,
     setup_context=_sddmm_context,
     backward=_sddmm_backward,
+    twice=True,
     triton=Kernel(
         "kernels.sparse_lowrank.products:launch_sddmm",
         "kernels.sparse_lowrank.products:supports_sddmm",
@@ -93,7 +95,7 @@ def _matrix(op: str, name: str, value: Any, support: Any, width: str) -> Tensor:
     size = support.shape[0] if width == "rows" else support.shape[1]
     if tensor.ndim < 1 or tensor.shape[-1] != size:
         checks.fail(op, name, f"of shape [..., {size}], the support's {width}", tuple(tensor.shape))
-    checks.same_device(op, [(name, tensor), ("support", support.cols)])
+    checks.same_device(op, [(name, tensor), ("support", support.row_ptr)])
     return contiguous_rows(tensor.reshape(math.prod(tensor.shape[:-1]), size))
 
 
@@ -119,6 +121,7 @@ def spmm(x: Tensor, values: Tensor, support: SparseSupport, *, transpose: bool =
         >>> w2s_fast.spmm(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([10.0, 20.0]), support)
         tensor([[20., 60.]])
     """
+    x, values = autocast.linear(x, values)
     rows = _matrix("spmm", "x", x, support, "rows" if transpose else "columns")
     checks.is_float_tensor("spmm", "values", values)
     _check_values("spmm", support, values)
@@ -149,6 +152,7 @@ def sddmm(g: Tensor, x: Tensor, support: SparseSupport) -> Tensor:
         >>> w2s_fast.sddmm(torch.tensor([[1.0, 10.0]]), torch.tensor([[1.0, 2.0, 3.0]]), support)
         tensor([ 2., 30.])
     """
+    g, x = autocast.linear(g, x)
     left, right = _matrix("sddmm", "g", g, support, "rows"), _matrix("sddmm", "x", x, support, "columns")
     if g.shape[:-1] != x.shape[:-1]:
         checks.fail("sddmm", "x", f"of leading shape {[*g.shape[:-1]]}, as g", tuple(x.shape))

@@ -42,9 +42,11 @@ class SparseSupport(nn.Module):
     ============  ==========================================================  ============  =======================
 
     ``flat64`` is what official SLTrain checkpoints hold; it is for import and export, the ops refuse it. A module only
-    so that its index tensors are buffers: they move with ``.to(device)`` and stand in ``state_dict()``. On a CPU a csr
-    support also holds a walking order for the kernels (5.5 bytes a value, not in the state dict). The positions are
-    fixed: change them by `load_state_dict`, not by writing into the buffers.
+    so that its index tensors are buffers: they move with ``.to(device)`` and stand in ``state_dict()``, the columns of
+    csr16 as bytes (uint8 [2 K]), since collective operations and pickle know no uint16; a state dict with uint16 [K]
+    loads too. On a CPU a csr support also holds a walking order for the kernels (5.5 bytes a value, not in the state
+    dict), which is made anew where an eager call finds a buffer replaced or written to (by DistributedDataParallel,
+    say). torch.compile sees the index as it is when it traces.
 
     Args:
         shape: (O, I) of the matrix.
@@ -68,9 +70,11 @@ class SparseSupport(nn.Module):
     """
 
     row_ptr: Tensor
-    cols: Tensor
     _arguments: Support
     _decoding: Support
+    #: the buffers that `_arguments` were made of, their versions and what they held
+    _seen: tuple[Tensor, Tensor, int, int]
+    _content: tuple[int, ...]
 
     def __init__(
         self,
@@ -87,13 +91,12 @@ class SparseSupport(nn.Module):
         self.shape = _shape(shape)
         self.layout = checks.choice("SparseSupport", "layout", layout, LAYOUTS)
         self.block, self.per_block = int(block), int(per_block)
-        self.register_buffer("cols", checks.is_tensor("SparseSupport", "cols", cols).contiguous())
+        self.register_buffer("cols", _stored(self.layout, checks.is_tensor("SparseSupport", "cols", cols)))
         pointers = torch.empty(0, dtype=torch.int32, device=cols.device)
         if row_ptr is not None:
             pointers = checks.is_tensor("SparseSupport", "row_ptr", row_ptr).contiguous()
         checks.same_device("SparseSupport", [("cols", cols), ("row_ptr", pointers)])
         self.register_buffer("row_ptr", pointers)
-        self._collect([])
         _check_form(self)
         if validate:
             _check_index(self)
@@ -108,9 +111,17 @@ class SparseSupport(nn.Module):
         return flat if layout == "flat64" else flat.to_layout(layout)
 
     @property
+    def cols(self) -> Tensor:
+        """The index tensor of the layout."""
+        stored = self._buffers.get("cols")
+        if stored is None:
+            raise AttributeError("cols")
+        return stored.view(torch.uint16) if self.layout == "csr16" and stored.dtype == torch.uint8 else stored
+
+    @property
     def nnz(self) -> int:
         """K, the number of stored values."""
-        return self._arguments.cols.shape[0]
+        return self.cols.shape[0]
 
     @property
     def index_bytes(self) -> int:
@@ -179,6 +190,20 @@ class SparseSupport(nn.Module):
         """What the dispatcher ops take. Raises ValueError for ``flat64``."""
         if self.layout == "flat64":
             checks.fail(op, "support", "csr16, csr32 or balanced", "flat64", "Use support.to_layout('csr16').")
+        return self.current()
+
+    def current(self) -> Support:
+        """The same without a check of the layout; made anew where a buffer is another or was written to."""
+        if torch.compiler.is_compiling():
+            return self._arguments
+        buffers, seen = self._buffers, self._seen
+        cols, row_ptr = buffers["cols"], buffers["row_ptr"]
+        try:
+            same = cols is seen[0] and row_ptr is seen[1] and cols._version == seen[2] and row_ptr._version == seen[3]
+        except RuntimeError:  # inference tensors do not count
+            same = seen[2] == -1
+        if not same:
+            self._renew()
         return self._arguments
 
     def _blocks(self) -> tuple[int, int]:
@@ -191,8 +216,42 @@ class SparseSupport(nn.Module):
         self._decoding = self._arguments._replace(plan=[])
 
     def _make_plan(self) -> None:
-        walks = self.layout in ("csr16", "csr32") and self.cols.device.type == "cpu" and self.nnz > 0
+        on_cpu = self.cols.device.type == "cpu"
+        walks = self.layout in ("csr16", "csr32") and on_cpu and self.nnz > 0
+        self._content = _content(self.cols, self.row_ptr) if on_cpu else ()
         self._collect(plan.build(self.row_ptr, self.cols, *self.shape) if walks else [])
+        # the first call looks at the content: dist.broadcast writes without a trace
+        self._seen = (self.row_ptr, self.row_ptr, -2, -2)
+
+    def _renew(self) -> None:
+        """Everything made of the buffers again, if they hold something else than they did."""
+        for name, buffer in self._buffers.items():
+            while buffer is not None and torch._C._functorch.is_functorch_wrapped_tensor(buffer):
+                if torch._C._functorch.is_batchedtensor(buffer):
+                    checks.fail("SparseSupport", name, "the same for every entry of vmap", "a batched tensor",
+                                "Map over A, B and values, not over the support's buffers.")  # fmt: skip
+                buffer = torch._C._functorch.get_unwrapped(buffer)
+            self._buffers[name] = buffer
+        self._buffers["cols"] = _stored(self.layout, self.cols)
+        on_cpu = self.cols.device.type == "cpu"
+        if on_cpu and self._content == _content(self.cols, self.row_ptr):
+            self._collect(self._arguments.plan)
+        else:
+            _check_form(self)
+            if on_cpu:  # a GPU would have to be waited for
+                _check_index(self)
+            self._make_plan()
+        stored: Tensor = self._buffers["cols"]  # type: ignore[assignment]
+        self._seen = (stored, self.row_ptr, _version(stored), _version(self.row_ptr))
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("_arguments", "_decoding", "_seen", "_content")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buffers["cols"] = _stored(self.layout, self.cols)  # of an older version: uint16
+        self._make_plan()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseSupport:
         before = self.cols.device
@@ -206,12 +265,16 @@ class SparseSupport(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         cols, row_ptr = state_dict.get(prefix + "cols"), state_dict.get(prefix + "row_ptr")
         names = [prefix + name for name, tensor in (("cols", cols), ("row_ptr", row_ptr)) if tensor is not None]
+        if self.layout == "csr16" and cols is not None and cols.dtype == torch.uint8 and not cols.numel() % 2:
+            cols = cols.contiguous().view(torch.uint16)
         fits = cols is not None and row_ptr is not None
         fits = fits and cols.shape == self.cols.shape and row_ptr.shape == self.row_ptr.shape
         if fits and not cols.is_meta:
             pointers = row_ptr if row_ptr.numel() else None
             # refuses a corrupt index before anything is overwritten
             SparseSupport(self.shape, self.layout, cols, pointers, block=self.block, per_block=self.per_block)
+        if fits:
+            state_dict[prefix + "cols"] = _stored(self.layout, cols)
         if fits or not names:
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         else:  # half an index, or one of another size, is taken not at all
@@ -232,6 +295,27 @@ def _shape(shape: Any) -> tuple[int, int]:
         checks.integer("SparseSupport", "shape[0]", shape[0], low=0),
         checks.integer("SparseSupport", "shape[1]", shape[1], low=0),
     )
+
+
+def _stored(layout: str, cols: Tensor) -> Tensor:
+    """An index tensor as its buffer holds it."""
+    cols = cols.contiguous()
+    return cols.view(torch.uint8) if layout == "csr16" and cols.dtype == torch.uint16 else cols
+
+
+def _version(t: Tensor) -> int:
+    """Goes up where ``t`` is written to; inference tensors do not count."""
+    return -1 if t.is_inference() else t._version
+
+
+def _content(cols: Tensor, row_ptr: Tensor) -> tuple[int, ...]:
+    """Four numbers that tell index tensors apart."""
+    found: list[int] = []
+    for t in (cols, row_ptr):
+        wide = t.long()
+        weights = torch.arange(len(wide)).mul_(2654435761).bitwise_xor_(0x5DEECE66D)
+        found += [int(wide.sum()), int((wide * weights).sum())]
+    return tuple(found)
 
 
 _INDEX = {"csr16": torch.uint16, "csr32": torch.int32, "balanced": torch.uint8, "flat64": torch.int64}

@@ -9,9 +9,14 @@ from ..numerics import accumulate_dtype
 
 
 def _vector(value: Tensor, row: Tensor | None, acc: object) -> Tensor:
-    """A modulation vector [B or 1, 1, C], with its table row added."""
+    """A modulation vector [B or 1, N or 1, C], with its table row added."""
     value = value.to(acc)  # type: ignore[call-overload]
-    return (value if row is None else value + row.to(value.dtype)).unsqueeze(1)
+    return value if row is None else value + row.to(value.dtype)
+
+
+def _summed(product: Tensor, vector: Tensor | None) -> Tensor:
+    """A vector's gradient from its products with every token: their sum unless it has one a token."""
+    return product if vector is not None and vector.shape[1] != 1 else product.sum(1, keepdim=True)
 
 
 def modulate(
@@ -28,7 +33,7 @@ def modulate(
     """added = x + gate y; h = LN0(added) (1 + scale) + shift, both ``[B, N, C]``, and LN0's stats ``[B, N, 2]``.
 
     Without y, added is ``[0]`` and x takes its place; without shift and scale, h and stats are ``[0]``. gate, shift and
-    scale are ``[B or 1, C]`` plus a row ``[C]`` if given; gate None is 1. h is made from the rounded ``added``.
+    scale are ``[B or 1, N or 1, C]`` plus a row ``[C]`` if given; gate None is 1. h is made from the rounded ``added``.
     """
     acc = accumulate_dtype(x)
     added = h = x.new_empty(0)
@@ -57,10 +62,11 @@ def modulate_backward(
     need_gate: bool,
     need_modulation: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dy ``[B, N, C]``, dgate, dshift, dscale ``[B, C]`` (accumulation dtype); ``[0]`` where not needed.
+    """dx, dy ``[B, N, C]``, dgate, dshift, dscale (accumulation dtype); ``[0]`` where not needed.
 
     dx = grad_added + (g - mean g - unit mean(g unit)) / s with g = grad_h (1 + scale) and unit = LN0(added);
-    dy = gate dx; dgate = sum_n dx y; dshift = sum_n grad_h; dscale = sum_n grad_h unit.
+    dy = gate dx; dgate = sum_n dx y; dshift = sum_n grad_h; dscale = sum_n grad_h unit, each ``[B, 1, C]``; of a gate
+    and a scale a token ``[B, N, C]``, without the sum.
     """
     acc = accumulate_dtype(added)
     empty = added.new_empty(0, dtype=acc)
@@ -70,7 +76,7 @@ def modulate_backward(
         g, mean, rstd = grad_h.to(acc), stats[..., :1], stats[..., 1:]
         unit = (added.to(acc) - mean) * rstd
         if need_modulation:
-            dshift, dscale = g.sum(1), (g * unit).sum(1)
+            dshift, dscale = g.sum(1, keepdim=True), _summed(g * unit, scale)
         through = standardize_backward(g * (1 + _vector(scale, scale_row, acc)), unit, rstd)
         dx = through if dx is None else dx + through
     assert dx is not None
@@ -78,6 +84,6 @@ def modulate_backward(
     if need_y:
         dy = dx if gate is None else dx * _vector(gate, gate_row, acc)
     if need_gate and y is not None:
-        dgate = (dx * y.to(acc)).sum(1)
+        dgate = _summed(dx * y.to(acc), gate)
     dx = dx if need_x else empty
     return tuple(t.clone() for t in (dx.to(added.dtype), dy.to(added.dtype), dgate, dshift, dscale))  # type: ignore[return-value]

@@ -15,14 +15,21 @@ from .fusion import Fused, fused, probabilities
 
 
 def scattered(
-    shape: Tensor, ids: Tensor, coef_ids: Tensor, everywhere: Tensor | None, dense: Tensor | None, coef: Tensor | None
+    shape: Tensor,
+    ids: Tensor,
+    coef_ids: Tensor,
+    everywhere: Tensor | None,
+    dense: Tensor | None,
+    coef: Tensor | None,
+    classes: Tensor | None = None,
 ) -> Tensor:
-    """q_tv = everywhere_t + coef_t dense_tv + sum_k coef_ids_tk [v = ids_tk] in shape and dtype of ``shape``; a
-    negative id is none."""
+    """q_tv = classes_v (everywhere_t + coef_t dense_tv) + sum_k coef_ids_tk [v = ids_tk] in shape and dtype of
+    ``shape``; a negative id is none."""
     q = torch.zeros_like(shape) if everywhere is None else everywhere.to(shape.dtype).unsqueeze(1).expand_as(shape)
     if dense is not None:
         part = dense.to(shape.dtype)
         q = q + (part if coef is None else coef.to(shape.dtype).unsqueeze(1) * part)
+    q = q if classes is None else q * classes.to(shape.dtype)
     return q.scatter_add(1, ids.clamp_min(0), torch.where(ids < 0, 0.0, coef_ids.to(shape.dtype)))
 
 
@@ -45,8 +52,10 @@ def linear_ce(
     probs: Tensor,
     uniform: Tensor | None,
     dense: Tensor | None,
+    classes: Tensor | None,
     weight: Tensor,
     z_loss: float,
+    scaled: bool,
     need_entropy: bool,
     need_best: bool,
     need_hiddens: int,
@@ -56,9 +65,10 @@ def linear_ce(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
     """loss = sum_t weight_t row_t over the rows with ``keep``, and its gradients as in `linear_loss_backward`.
 
-    ``row_t = Q_t lse_t - sum_v q_tv z_tv + z_loss lse_t^2`` with ``Q_t = sum_v q_tv`` and the target ``q_tv =
-    uniform_t + dense_tv + sum_k probs_tk [v = ids_tk]``. Returns (loss, row, logp, lse, entropy, best, largest,
-    gradients): logp is the mean of log p over the target without its uniform part; entropy of p; best, the first token
+    ``row_t = s_t (Q_t lse_t - sum_v q_tv z_tv + z_loss lse_t^2)`` with ``Q_t = sum_v q_tv`` and the target ``q_tv =
+    classes_v (uniform_t + dense_tv + sum_k probs_tk [v = ids_tk])``, classes 1 where there are none. s is 1, or, where
+    ``scaled``, e^logp, a constant to the gradient. Returns (loss, row, logp, lse, entropy, best, largest, gradients):
+    logp is the mean of log p over the target without classes and its uniform part; entropy of p; best, the first token
     of the largest logit, and largest, its probability; all ``[T]``, 0 in other rows, ``[0]`` unless needed.
     """
     given = (hiddens, heads, biases, weights, weight_values, temperature, softcap, vocab_size)
@@ -66,27 +76,32 @@ def linear_ce(
     lse = log_sum_exp(z)
     core = scattered(z, ids, probs, None, dense, None)
     q = core if uniform is None else core + uniform.to(z.dtype).unsqueeze(1)
+    q = q if classes is None else q * classes.to(z.dtype)
     mass = q.sum(1)
     row = mass * lse - agreement(q, z) + z_loss * lse.square()
     core_mass = core.sum(1)
     logp = torch.where(core_mass == 0, 0.0, agreement(core, z) / core_mass - lse)
+    scale = logp.exp() if scaled else torch.ones_like(logp)
+    row = scale * row
     none = z.new_empty(0)
     p = probabilities(z, lse) if need_entropy else none
     entropy = torch.where(p == 0, 0.0, -p * (z - lse.unsqueeze(1))).sum(1) if need_entropy else none
     w = torch.where(keep, weight.to(z.dtype), 0.0)
     rows = [torch.where(keep, x, 0.0) for x in (row, logp, lse)]
     need = (need_hiddens, need_heads, need_biases, need_weights)
-    coef_all = None if uniform is None else -w * uniform.to(z.dtype)
+    v = torch.where(w == 0, 0.0, w * scale)
+    coef_all = None if uniform is None else -v * uniform.to(z.dtype)
     grads = linear_loss_backward(
         *given,
         lse,
         ids,
-        -w.unsqueeze(1) * probs.to(z.dtype),
-        w * (mass + 2 * z_loss * lse),
+        -v.unsqueeze(1) * class_probs(ids, probs.to(z.dtype), classes),
+        v * (mass + 2 * z_loss * lse),
         None,
         coef_all,
         dense,
-        None if dense is None else -w,
+        None if dense is None else -v,
+        classes,
         *need,
     )
     return (
@@ -99,6 +114,11 @@ def linear_ce(
         torch.where(keep, (z.amax(1) - lse).exp(), 0.0) if need_best else none,
         *grads,
     )
+
+
+def class_probs(ids: Tensor, probs: Tensor, classes: Tensor | None) -> Tensor:
+    """probs times the classes of their ids, ``[T, K]``; a negative id is none."""
+    return probs if classes is None else torch.where(ids < 0, 0.0, probs * classes.to(probs.dtype)[ids.clamp_min(0)])
 
 
 def linear_loss_backward(
@@ -118,13 +138,14 @@ def linear_loss_backward(
     coef_all: Tensor | None,
     dense: Tensor | None,
     coef_dense: Tensor | None,
+    classes: Tensor | None,
     need_hiddens: int,
     need_heads: int,
     need_biases: int,
     need_weights: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    """Gradients where ``dz_tv = p_tv (coef_lse_t + coef_log_t log p_tv) + coef_all_t + coef_dense_t dense_tv + sum_k
-    coef_ids_tk [v = ids_tk]``; a negative id is none.
+    """Gradients where ``dz_tv = p_tv (coef_lse_t + coef_log_t log p_tv) + classes_v (coef_all_t + coef_dense_t
+    dense_tv) + sum_k coef_ids_tk [v = ids_tk]``, classes 1 where there are none; a negative id is none.
 
     Bit i of ``need_hiddens``, ``need_heads``, ``need_biases`` asks for model i's gradient, in the dtype and shape of
     its tensor (zero past ``vocab_size``); those not asked for have shape ``[0]``. dweights is ``[T, n]`` or ``[0]``.
@@ -141,7 +162,7 @@ def linear_loss_backward(
     g = p * coef_lse.to(lse.dtype).unsqueeze(1)
     if coef_log is not None:
         g = g + torch.where(p == 0, 0.0, p * coef_log.to(lse.dtype).unsqueeze(1) * (found.z - lse.unsqueeze(1)))
-    g = g + scattered(g, ids, coef_ids, coef_all, dense, coef_dense)
+    g = g + scattered(g, ids, coef_ids, coef_all, dense, coef_dense, classes)
     others = [coef_ids.any(1), *(x != 0 for x in (coef_lse, coef_log, coef_all, coef_dense) if x is not None)]
     g = torch.where(torch.stack(others).any(0).unsqueeze(1), g, 0.0)  # not NaN in a row that takes no part
     return _spread(

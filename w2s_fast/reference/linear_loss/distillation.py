@@ -4,6 +4,7 @@
     jsd      beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
     sce      -(1 - beta) sum q log p - beta sum p log q          ce_soft  -sum q log p
     product  -sum t log p, t held fixed, t proportional to p^beta q^power
+    cosine   1 - z . y / (max(|z|, 1e-8) max(|y|, 1e-8)) of student's and teacher's logits z and y
 
 These are definitions: they hold the whole [T, V] matrices that the linear kernels never form.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..numerics import accumulate_dtype
 
-KINDS = ("fkl", "rkl", "jsd", "sce", "ce_soft", "product")
+KINDS = ("fkl", "rkl", "jsd", "sce", "ce_soft", "product", "cosine")
 #: How a teacher is given, and by how many tensors: z; q; ids and log q; h and W; h, W and the bias.
 FORMS = {"logits": 1, "probs": 1, "topk": 2, "linear": 2, "linear with bias": 3}
 LOGITS, PROBS, TOPK, LINEAR, LINEAR_BIAS = range(5)
@@ -26,6 +27,8 @@ LOGITS, PROBS, TOPK, LINEAR, LINEAR_BIAS = range(5)
 LOG_FLOOR = -1e4
 #: Least probability mass of the classes outside a top-k teacher's list.
 REMAINDER_FLOOR = 1e-12
+#: A row of logits is at least this long in a cosine.
+NORM_FLOOR = 1e-8
 
 
 class Teacher(NamedTuple):
@@ -95,6 +98,46 @@ def product_target(beta: float, power: float, log_p: Tensor, t: Teacher) -> Tens
     return torch.where(total == -torch.inf, 0.0, torch.exp(log_t - total))
 
 
+def entries(kind: int, beta: float, power: float, log_p: Tensor, t: Teacher) -> Tensor:
+    """The terms ``[T, V]`` whose sum over the classes is D; those of probability 0 are 0. Differentiable in log_p."""
+    p, name = log_p.exp(), KINDS[kind]
+    under_p, under_q = torch.where(p > 0, log_p, 0.0), torch.where(t.q > 0, log_p, 0.0)
+    if name == "product":
+        target = product_target(beta, power, log_p.detach(), t)
+        return -target * torch.where(target > 0, log_p, 0.0)
+    if name == "fkl":
+        return t.q * (t.log_q - under_q)
+    if name == "rkl":
+        return p * (under_p - t.log_q)
+    if name == "ce_soft":
+        return -t.q * under_q
+    if name == "sce":
+        return -(1 - beta) * t.q * under_q - beta * p * t.log_q
+    r, s = log_ratios(beta, log_p, t)
+    return beta * t.q * s + (1 - beta) * p * r
+
+
+def log_ratios(beta: float, log_p: Tensor, t: Teacher) -> tuple[Tensor, Tensor]:
+    """log p - log m and log q - log m of m = beta q + (1 - beta) p, 0 where p or q is.
+
+    From the difference of the logarithms: equal models have exactly 0.
+    """
+    delta = t.log_q - log_p
+    u = torch.exp(-delta.abs())
+    over = torch.log(torch.where(delta > 0, beta + (1 - beta) * u, 1 - beta + beta * u))
+    r = torch.where(log_p > -torch.inf, -over - delta.clamp_min(0), 0.0)
+    return r, torch.where(t.q > 0, delta.clamp_max(0) - over, 0.0)
+
+
+def cosine(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """D ``[T]`` of kind cosine and its gradient in z ``[T, V]``."""
+    norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (z, y)]
+    own, other = (norm.clamp_min(NORM_FLOOR) for norm in norms)
+    similar = (z * y).sum(1, keepdim=True) / (own * other)
+    grad = torch.where(norms[0] < NORM_FLOOR, 0.0, similar / own.square()) * z - y / (own * other)
+    return 1 - similar.squeeze(1), grad
+
+
 def divergence(kind: int, beta: float, power: float, log_p: Tensor, t: Teacher) -> tuple[Tensor, Tensor]:
     """D ``[T]`` and its gradient in z / tau ``[T, V]``; terms of probability 0 are 0."""
     p, name = log_p.exp(), KINDS[kind]
@@ -117,12 +160,8 @@ def divergence(kind: int, beta: float, power: float, log_p: Tensor, t: Teacher) 
         terms = p * (under_p - t.log_q)
         value = terms.sum(1)
         return value, terms - p * value.unsqueeze(1)
-    # p / m from the difference of the logarithms: equal models have exactly 0
-    delta = t.log_q - log_p
-    u = torch.exp(-delta.abs())
-    over = torch.log(torch.where(delta > 0, beta + (1 - beta) * u, 1 - beta + beta * u))
-    r = torch.where(p > 0, -over - delta.clamp_min(0), 0.0)  # log p - log m
-    s = torch.where(t.q > 0, delta.clamp_max(0) - over, 0.0)  # log q - log m
+    r, s = log_ratios(beta, log_p, t)
+    r = torch.where(p > 0, r, 0.0)
     mean = (p * r).sum(1)
     return beta * (t.q * s).sum(1) + (1 - beta) * mean, (1 - beta) * p * (r - mean.unsqueeze(1))
 
@@ -166,7 +205,12 @@ def kd_loss(
     z = torch.where(kept.unsqueeze(1), logits.to(dtype), 0.0)
     t = teacher(teachers, forms, shares, tau, vocab, dtype)
     log_p = torch.log_softmax(z / tau, -1)
-    kd, grad = divergence(kind, beta, power, log_p, t)
+    if KINDS[kind] == "cosine":
+        y = torch.where(kept.unsqueeze(1), _logits(tuple(teachers), forms[0], dtype), 0.0)
+        kd, grad = cosine(z, y)
+        grad = grad * tau  # in z / tau
+    else:
+        kd, grad = divergence(kind, beta, power, log_p, t)
     kd, c_kd = torch.where(kept, kd, 0.0), torch.where(kept, coef_kd.to(dtype), 0.0)
     grad = torch.where(kept.unsqueeze(1), grad * (c_kd / tau).unsqueeze(1), 0.0)
     loss, ce = (c_kd * kd).sum(), torch.zeros_like(kd)

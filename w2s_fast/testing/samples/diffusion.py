@@ -21,8 +21,13 @@ def _tokens(m: Make, shape: tuple[int, int, int], count: int, layout: str) -> li
 
 
 def _vectors(m: Make, shape: tuple[int, int, int], count: int, form: str) -> list[Any]:
-    """Modulation vectors: one a sample, one for all, a pair (row, t), or chunks of one projection."""
-    b, _, c = shape
+    """Modulation vectors: one a sample, one for all, one a token, a pair (row, t), or chunks of one projection."""
+    b, n, c = shape
+    if form == "tokens":
+        return list(m.logits(b, n, count, c, scale=0.5).unbind(2))
+    if form == "mixed":  # one a token for all samples, one a sample, one a token with a row
+        pair = (m.logits(c, scale=0.5), m.logits(b, n, c, scale=0.5))
+        return [m.logits(1, n, c, scale=0.5), m.logits(b, c, scale=0.5), pair][-count:]
     if form == "shared":
         return [m.logits(1, 1, c, scale=0.5) for _ in range(count)]
     if form == "pair":
@@ -40,9 +45,12 @@ CASES = {
     "shared": ((3, 4, 33), "permuted", "shared"),
     "pair": ((2, 6, 130), "sliced", "pair"),
     "pair-shared": ((2, 67, 17), "plain", "pair-shared"),
+    "tokens": ((2, 6, 48), "plain", "tokens"),
+    "tokens-mixed": ((2, 67, 33), "sliced", "mixed"),
     "one": ((1, 1, 1), "plain", "rows"),
     "empty": ((0, 4, 8), "plain", "rows"),
     "no-tokens": ((2, 0, 8), "plain", "rows"),
+    "no-tokens-each": ((2, 0, 8), "plain", "tokens"),
 }
 
 

@@ -106,6 +106,19 @@ def _extreme(m: Make) -> Inputs:
     return (m.logits(5, 301, scale=50.0, offset=1e4), [("logits", m.logits(5, 301, scale=50.0, offset=-1e4))]), {}
 
 
+def _cosine_layouts(m: Make) -> Inputs:
+    """`_kd_layouts` with its second teacher alone."""
+    (logits, teachers), kwargs = _kd_layouts(m)
+    return (logits, teachers[1:]), {**kwargs, "kind": "cosine"}
+
+
+def _cosine_zeros(m: Make) -> Inputs:
+    """Rows of zeros of the teacher: no direction, D = 1."""
+    z, y = m.logits(6, 70), m.logits(6, 70)
+    y[::2] = 0
+    return (z, [("logits", y)]), {"kind": "cosine"}
+
+
 def _masked(m: Make) -> Inputs:
     """Classes that neither can take, and some that only the teacher masks."""
     z, t = m.logits(4, 40), m.logits(4, 40)
@@ -189,6 +202,16 @@ KD: dict[str, Callable[[Make], Inputs]] = {
     "short-product": _kd(21, 7, "lp", hard=True, ignored=1, kind="product", power_teacher=2.0, tau=2.0),
     "short-masked": _with(_masked, outputs=()),
     "short-layouts": _short_layouts,
+    "cosine": _kd(5, 301, kind="cosine", tau=2.0),
+    "cosine-hard": _kd(9, 131, hard=True, ignored=2, kind="cosine", tau=2.0, outputs=ALL),
+    "cosine-short": _kd(37, 10, hard=True, ignored=2, kind="cosine", tau=0.5),
+    "cosine-layouts": _cosine_layouts,
+    "cosine-zeros": _cosine_zeros,
+    "sum": _kd(7, 257, "lp", tau=2.0, reduction="sum", hard=True),
+    "mean-of-entries": _kd(7, 130, kind="jsd", reduction="mean"),
+    "jsd-of-one": _kd(7, 130, kind="jsd", beta_jsd=1.0),
+    "entries-fkl": _kd(6, 67, "lpk", kind="fkl", tau=1.5, reduction="none"),
+    "entries-jsd": _kd(6, 67, "lpk", kind="jsd", tau=1.5, reduction="none"),
     "one-row": _kd(1, 1000),
     "empty": _kd(0, 17, "lk"),
     "one-column": _kd(3, 1),
@@ -198,6 +221,8 @@ LINEAR: dict[str, Callable[[Make], Inputs]] = {
     "plain": _linear(7, 257, 24, tau=2.0),
     "rkl-bias": _linear(33, 517, 17, "b", kind="rkl", bias=True, tau=2.0),
     "jsd": _linear(9, 131, 8, kind="jsd", beta_jsd=0.7),
+    "cosine": _linear(17, 131, 8, "b", kind="cosine", bias=True, hard=True, ignored=3, tau=2.0),
+    "cosine-logits": _linear(9, 300, 8, "l", kind="cosine", reduction="sum"),
     "product": _linear(17, 131, 8, "b", kind="product", bias=True, hard=True, power_teacher=0.5, tau=2.0),
     "three-hard": _linear(21, 261, 12, "hlk", kind="sce", hard=True, ignored=3, bias=True, tau=1.5, outputs=ALL),
     "probs": _linear(5, 67, 9, "p", kind="ce_soft", hard=True, tau=2.0),

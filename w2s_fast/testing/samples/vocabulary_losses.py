@@ -86,6 +86,30 @@ def _ce_dense(m: Make) -> Inputs:
     }
 
 
+def _classes(m: Make, vocab: int) -> Tensor:
+    """Weights of classes, every other of a larger tensor, some 0."""
+    found = m.uniform(2 * vocab)[::2] * 2
+    found[::7] = 0
+    return found
+
+
+def _ce_classes(shape: tuple[int, ...], vocab: int, width: int, **kwargs: Any) -> Callable[[Make], Inputs]:
+    def make(m: Make) -> Inputs:
+        return _tokens(m, shape, vocab, width), {"class_weight": _classes(m, vocab), **kwargs}
+
+    return make
+
+
+def _ce_classes_soft(own: Callable[[Make], Inputs], vocab: int, **kwargs: Any) -> Callable[[Make], Inputs]:
+    """Class weights of another sample's soft targets."""
+
+    def make(m: Make) -> Inputs:
+        args, options = own(m)
+        return args, {**options, "class_weight": _classes(m, vocab), **kwargs}
+
+    return make
+
+
 def _ce_masked(m: Make) -> Inputs:
     """A bias of -inf takes tokens out, targets not among them."""
     h, w, target = _tokens(m, (6,), 67, 8)
@@ -94,11 +118,11 @@ def _ce_masked(m: Make) -> Inputs:
     return (h, w, target.where((target < 0) | (target == 66), 66)), {"bias": bias, "outputs": ("entropy", "argmax")}
 
 
-def _preference(kind: str, **kwargs: Any) -> Callable[[Make], Inputs]:
+def _preference(kind: str | list[str], scale: float = 2.0, **kwargs: Any) -> Callable[[Make], Inputs]:
     def make(m: Make) -> Inputs:
-        h, w, target = _tokens(m, (4, 7), 101, 16)
+        h, w, target = _tokens(m, (4, 7), 101, 16, scale)
         own: dict[str, Any] = {"kind": kind, "beta": 0.3, **kwargs}
-        if kind in ("dpo", "spin", "cdpo", "hinge", "ipo", "npo", "kto"):
+        if kind not in ("simpo", "orpo", "ga", "sft"):
             own["ref_logp"] = -m.uniform(4) * 20
         if kind == "kto":
             own["labels"] = torch.tensor([1.0, -1.0, -1.0, 1.0], device=h.device)
@@ -118,6 +142,20 @@ def _preference_packed(m: Make) -> Inputs:
     return (h, w, target, torch.tensor([[0, 1], [1, 2]], device=h.device)), {"kind": "dpo", **own, "softcap": 5.0}
 
 
+def _preference_nll(m: Make) -> Inputs:
+    """A cross-entropy of labels of its own, some where there are no others, some different; states and head sliced."""
+    h, w, target = _tokens(m, (4, 7), 67, 12)
+    labels = m.integers(67, 4, 14)[:, ::2]
+    labels[:, 0], labels[3] = -100, -100
+    h = torch.cat((h, h), -1)[..., 5:17].detach()
+    w = torch.cat((w, w), 0)[30:97]
+    own = {"kind": ["ipo", "sft", "discopop", "cdpo"], "kind_weights": [0.5, 1.0, 2.0, 0.3], "label_smoothing": 0.2}
+    weights = m.uniform(4, 7)
+    ref = -m.uniform(4) * 20
+    pairs = torch.tensor([[0, 1], [3, 2]], device=h.device)
+    return (h, w, target, pairs), {**own, "nll_target": labels, "weights": weights, "ref_logp": ref}
+
+
 SAMPLES: list[Sample] = [
     Sample("linear_ce", "plain", _ce((33,), 517, 24)),
     Sample("linear_ce", "layouts", _ce_layouts),
@@ -128,6 +166,15 @@ SAMPLES: list[Sample] = [
     Sample("linear_ce", "none-outputs", _ce((3, 4), 257, 16, reduction="none", label_smoothing=0.1, outputs=ALL)),
     Sample("linear_ce", "outputs", _ce((9,), 131, 16, outputs=("entropy", "lse"), softcap=4.0)),
     Sample("linear_ce", "extreme", _ce((5,), 301, 16, scale=50.0, z_loss=1e-4)),
+    Sample("linear_ce", "classes", _ce_classes((9,), 131, 16)),
+    Sample("linear_ce", "classes-smooth", _ce_classes((3, 5), 257, 16, label_smoothing=0.1, softcap=9.0)),
+    Sample("linear_ce", "classes-none", _ce_classes((9,), 131, 16, label_smoothing=0.2, z_loss=1e-3, reduction="none",
+                                                    outputs=("logp", "entropy"))),
+    Sample("linear_ce", "classes-dense", _ce_classes_soft(_ce_dense, 131, label_smoothing=0.1)),
+    Sample("linear_ce", "classes-topk", _ce_classes_soft(_ce_topk, 301)),
+    Sample("linear_ce", "token-scaling", _ce((33,), 517, 24, token_scaling=True)),
+    Sample("linear_ce", "token-scaling-all", _ce_classes((7,), 67, 12, token_scaling=True, label_smoothing=0.1,
+                                                         z_loss=1e-3, reduction="none", outputs=("logp",))),
     Sample("linear_ce", "masked", _ce_masked),
     Sample("linear_ce", "ignored", lambda m: ((m.logits(4, 8), m.logits(67, 8), m.integers(1, 4) - 100), {})),
     Sample("linear_ce", "one-row", _ce((1,), 1000, 33, ignore_index=3)),
@@ -146,5 +193,19 @@ SAMPLES: list[Sample] = [
     Sample("linear_preference", "simpo", _preference("simpo", gamma=0.5, reduction="none")),
     *(Sample("linear_preference", kind, _preference(kind)) for kind in ("npo", "ga", "kto")),
     Sample("linear_preference", "kto-weighted", _preference("kto", label_weights=(1.0, 2.0), kl=0.3, reduction="sum")),
+    *(
+        Sample("linear_preference", kind, _preference(kind))
+        for kind in ("nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sigmoid_norm")
+    ),
+    *(
+        Sample("linear_preference", kind, _preference(kind, label_smoothing=0.1))
+        for kind in ("robust", "exo_pair", "aot", "aot_unpaired")
+    ),
+    Sample("linear_preference", "bco_pair", _preference("bco_pair", kl=0.7)),
+    Sample("linear_preference", "sft-sequences", _preference("sft", nll_average="sequences", nll_coef=0.5)),
+    Sample("linear_preference", "several", _preference(["dpo", "aot", "sft"], kind_weights=[0.8, 1.0, -0.2])),
+    Sample("linear_preference", "discopop-extreme", _preference("discopop", scale=40.0, discopop_tau=1.0)),
+    Sample("linear_preference", "exo-extreme", _preference("exo_pair", scale=40.0, label_smoothing=1e-3)),
+    Sample("linear_preference", "nll-target", _preference_nll),
     Sample("linear_preference", "packed", _preference_packed, refused_by=("triton",)),
 ]

@@ -1,0 +1,83 @@
+"""What the samples make a GPU compile, compiled here: under every Triton, no spills, no row overwritten too early."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
+
+from w2s_fast.testing import ptx, specialisations
+from w2s_fast.testing.samples import all_samples
+from w2s_fast.testing.selection import FULL
+
+#: `make install` puts the oldest Triton that is supported here, beside the environment's own.
+OLDEST = Path(sys.prefix) / "triton-3.6"
+SOME = 100
+
+
+def _gate(*options: str, path: Path | None = None) -> str:
+    paths = [str(path)] if path else []
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+    limit = () if FULL else ("--limit", str(SOME))
+    command = [sys.executable, "-m", "w2s_fast.testing.specialisations", *limit, *options]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    return run.stdout
+
+
+@pytest.mark.parametrize("arch", [90] if not FULL else [80, 90, 100])
+def test_specialisations_compile(arch: int):
+    assert "Triton 3.7" in _gate("--arch", str(arch))
+
+
+@pytest.mark.skipif(not OLDEST.exists(), reason="Triton 3.6 is not beside this environment (make install)")
+def test_specialisations_compile_under_the_oldest_triton():
+    assert "Triton 3.6" in _gate("--arch", "90", path=OLDEST)
+
+
+def test_launchers_run_without_data():
+    """Every launcher of every sample gets to its launches reading nothing back, as under a CUDA graph's capture."""
+    found, problems = specialisations.replay([s for s in all_samples() if s.op.startswith(("linear_", "kd_"))])
+    assert not problems and len(found) > 100
+
+
+def test_integers_are_tried_as_one_and_as_multiples():
+    found, _ = specialisations.replay([s for s in all_samples() if s.op == "fused_sample"][:3])
+    others = [i.launch for i in specialisations.other_integers(found) if i.launch.kernel.fn.__name__ == "_draw_kernel"]
+    numbers = [{x for x in specialisations._flat(launch.args) if type(x) is int} for launch in others]
+    assert {1} in numbers and {16} in numbers and {17} in numbers
+
+
+_KERNEL = """
+.visible .entry k(
+	.param .u64 .ptr .global .align 1 k_param_0,
+	.param .u64 .ptr .global .align 1 k_param_1
+)
+{
+	ld.param.b64 	%rd1, [k_param_0];
+	ld.param.b64 	%rd2, [k_param_1];
+	add.s64 	%rd3, %rd1, 64;
+	ld.global.b32 { %r1 }, [ %rd3 + 0 ];
+BARRIER
+$L__BB0_1:
+	add.s64 	%rd4, %rd2, %rd9;
+	ld.global.b32 { %r2 }, [ %rd4 + 0 ];
+	st.global.b32 [ %rd4 + 0 ], { %r2 };
+	@%p1 bra 	$L__BB0_1;
+	ret;
+}
+"""
+
+
+def test_the_lint_sees_a_read_that_the_sweep_may_overtake():
+    """The read before the loop needs a barrier; the loop's own read of what it writes does not."""
+    assert "no barrier between" in ptx.race(_KERNEL.replace("BARRIER", ""), [{0, 1}])
+    assert ptx.race(_KERNEL.replace("BARRIER", "\tbar.sync 0;"), [{0, 1}]) == ""
+    assert ptx.race(_KERNEL.replace("BARRIER", ""), []) == ""  # two tensors

@@ -1,0 +1,218 @@
+"""Linear maps of boxes and of balls: Linear and convolutions on the fused ops, transposed and 3-D ones in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...ops.interval_bounds.affine import interval_affine
+from ...ops.interval_bounds.conv import interval_conv2d
+from ...ops.interval_bounds.linear import interval_linear
+from ...reference.interval_bounds.boxes import outward
+from .backward import linear_back
+from .boxes import Box, Call, Ends, finished, linear_map, point, wide
+from .norms import norm_clean, norm_ends, scale_of, statistics_of
+from .products import product_sum
+from .registry import layer
+from .trace import Ref
+
+Apply = Callable[[Call, Box, Tensor, Tensor | None, Any], Ends]
+
+
+def _own_dtype(call: Call, box: Box, weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.dtype == box.lower.dtype == call.dtype and (bias is None or bias.dtype == weight.dtype)
+
+
+def _narrowed(call: Call, found: tuple[Tensor, ...]) -> Ends:
+    """float64 ends in the result's dtype, outward."""
+    return outward(found[0], call.dtype, True), outward(found[1], call.dtype, False)
+
+
+def apply_linear(call: Call, box: Box, weight: Tensor, bias: Tensor | None, act: Any = None) -> Ends:
+    """A box through ``x W^T + b`` by the fused op."""
+    options: dict[str, Any] = {"act": act, "rounding": call.mode.rounding, "compute": call.mode.compute}
+    flat = weight if weight.ndim == 2 else weight.unsqueeze(0)
+    lower, upper = box.lower, box.upper
+    if not (same := _own_dtype(call, box, weight, bias)):
+        lower, upper, flat = lower.double(), upper.double(), flat.double()
+        bias = None if bias is None else bias.double()
+    found = interval_linear(lower, upper, flat, None if bias is None else bias.reshape(-1), **options)
+    found = found if weight.ndim == 2 else (found[0].squeeze(-1), found[1].squeeze(-1))
+    return found if same else _narrowed(call, found)
+
+
+def sides_of(padding: Any, kernel: Any, dilation: Any) -> list[tuple[int, int]]:
+    """Zeros before and after each axis."""
+    if padding == "valid":
+        return [(0, 0) for _ in kernel]
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return [(t // 2, t - t // 2) for t in totals]
+    return [(p, p) for p in _each(padding, len(kernel))]
+
+
+def _each(value: Any, count: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * count if len(values) == 1 else values
+
+
+def apply_conv(
+    call: Call, box: Box, weight: Tensor, bias: Tensor | None, act: Any = None, *, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> Ends:  # fmt: skip
+    """A box through a convolution of one, two or three axes."""
+    axes = weight.ndim - 2
+    stride, dilation = _each(stride, axes), _each(dilation, axes)
+    sides = sides_of(padding, weight.shape[2:], dilation)
+    lower, upper = box.lower, box.upper
+    if single := lower.ndim == axes + 1:
+        lower, upper = lower.unsqueeze(0), upper.unsqueeze(0)
+    if any(a != b for a, b in sides):
+        both = [side for pair in reversed(sides) for side in pair]
+        lower, upper, sides = F.pad(lower, both), F.pad(upper, both), [(0, 0)] * axes
+    pads = [a for a, _ in sides]
+    if axes == 3:
+
+        def conv(x: Tensor, size: bool) -> Tensor:
+            w = weight.to(x.dtype)
+            return F.conv3d(x, w.abs() if size else w, None, stride, pads, dilation, groups)
+
+        shift = None if bias is None else bias.reshape(-1, 1, 1, 1)
+        low, high = linear_map(call, conv, Box(lower, upper), weight[0].numel(), shift)
+        low, high = (low.relu(), high.relu()) if act else (low, high)
+    else:
+        same = _own_dtype(call, box, weight, bias)
+        if not same:
+            lower, upper, weight = lower.double(), upper.double(), weight.double()
+            bias = None if bias is None else bias.double()
+        if axes == 1:
+            lower, upper, weight = lower.unsqueeze(2), upper.unsqueeze(2), weight.unsqueeze(2)
+            stride, pads, dilation = [1, *stride], [0, *pads], [1, *dilation]
+        options: dict[str, Any] = {"act": act, "rounding": call.mode.rounding, "compute": call.mode.compute}
+        low, high = interval_conv2d(
+            lower,
+            upper,
+            weight,
+            bias,
+            stride=stride,
+            padding=(pads[0], pads[1]),
+            dilation=dilation,
+            groups=groups,
+            **options,
+        )
+        low, high = (low, high) if same else _narrowed(call, (low, high))
+        low, high = (low.squeeze(2), high.squeeze(2)) if axes == 1 else (low, high)
+    return (low.squeeze(0), high.squeeze(0)) if single else (low, high)
+
+
+Map = Callable[[Tensor, Tensor], Tensor]
+
+
+def within_ball(call: Call, found: Ends, box: Box, weight: Tensor, bias: Tensor | None, function: Map) -> Ends:
+    """``found`` of the box, cut to what the ball in it allows: its centre, and the dual norm of each row of weights.
+
+    ``function(x, weight)`` is the map. The 1-ball of a convolution is bounded by the 2-ball around it.
+    """
+    ball = box.ball
+    if ball is None:
+        return found
+    weight, shape = wide(call, weight), box.lower.shape
+    center, scale, slack = (t.expand(shape) for t in ball[1:])
+    middle = function(center, weight)
+    if ball.p == 1 and weight.ndim == 2:
+        spread = torch.stack([(scale * row).amax(-1) for row in weight.abs()], -1)
+    else:
+        spread = function(scale.square(), weight.square()).clamp_min(0).sqrt()
+    if bias is not None:
+        shift = wide(call, bias)
+        middle = middle + (shift if weight.ndim == 2 else shift.reshape(-1, *(1,) * (weight.ndim - 2)))
+    radius = spread + function(slack, weight.abs())
+    size = function(center.abs() + scale, weight.abs()) + middle.abs() if call.sound else None
+    low, high = finished(call, middle - radius, middle + radius, size, weight[0].numel())
+    return torch.maximum(found[0], low), torch.minimum(found[1], high)
+
+
+class Affine:
+    """Linear or Conv2d with a batch-norm and a ReLU: one op, the norm folded into the weight.
+
+    Sound rounding certifies the model itself, not one with a folded (and rounded) weight, so there the norm is a step.
+    """
+
+    def __init__(self, bound: dict[str, Any], norm: tuple[tuple[str, Any], ...] | None, relu: bool, node: Any) -> None:
+        self.linear = node.target._schema.name == "aten::linear"
+        self.norm, self.relu, self.target = norm, relu, node.target
+        self.parameters = [bound[k] for k in ("weight", "bias") if isinstance(bound[k], Ref)]
+
+    def run(self, call: Call, norm: dict[str, Any] | None, **given: Any) -> Box:
+        box, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias")
+        clean = None
+        if box.clean is not None:
+            own = (t if t is None else t.to(box.clean.dtype) for t in (weight, bias))
+            clean = self.target(box.clean, *own, *given.values())
+        act: Any = "relu" if self.relu else None
+        plain = box._replace(ball=None)
+
+        def apply(w: Tensor, b: Tensor | None, a: Any) -> Ends:
+            return apply_linear(call, plain, w, b, a) if self.linear else apply_conv(call, plain, w, b, a, **given)
+
+        if norm is None or call.sound or box.ball is not None:
+            alone = norm is None and box.ball is None
+            lower, upper = apply(weight, bias, act if alone else None)
+            if not alone:
+                lower, upper = within_ball(call, (lower, upper), box, weight, bias, self._map(given))
+            found = Box(lower, upper, clean)
+            if norm is not None:
+                found = norm_ends(call, found, **norm)
+            if self.relu and not alone:
+                found = found._replace(lower=found.lower.relu(), upper=found.upper.relu())
+            clean = found.clean
+            return found._replace(clean=F.relu(clean) if self.relu and clean is not None else clean)
+        statistics = statistics_of(norm, clean)
+        s, t = scale_of(norm, *statistics)
+        s, t = s.to(weight.dtype), t.to(weight.dtype)
+        clean = norm_clean(norm, clean)
+        if self.linear and weight.numel() > len(box.lower) * len(weight):
+            # a scaled copy of a large weight costs more than a pass over a few outputs
+            lower, upper = interval_affine(*apply(weight, bias, None), s, t, act=act)
+        else:
+            bias = t if bias is None else bias * s + t
+            lower, upper = apply(weight * s.reshape(-1, *(1,) * (weight.ndim - 1)), bias, act)
+        return Box(lower, upper, F.relu(clean) if self.relu and clean is not None else clean, statistics)
+
+    def _map(self, given: dict[str, Any]) -> Map:
+        return F.linear if self.linear else lambda x, w: self.target(x, w, None, *given.values())
+
+
+@layer("linear", shows="Linear", back=linear_back("input"))
+def _linear(call: Call, *, input: Any, weight: Any, bias: Any) -> Ends:
+    """With bounds of the weight or the bias too: x by interval weights."""
+    box, w = (v if isinstance(v, Box) else point(v) for v in (input, weight))
+    low, high = product_sum(call, box, Box(w.lower.t(), w.upper.t()))
+    if bias is None:
+        return low, high
+    b = bias if isinstance(bias, Box) else point(bias)
+    parts = [wide(call, t) for t in (low, high, b.lower, b.upper)]
+    size = torch.stack(torch.broadcast_tensors(*(t.abs() for t in parts))).sum(0) if call.sound else None
+    return finished(call, parts[0] + parts[2], parts[1] + parts[3], size)
+
+
+@layer("conv1d", "conv2d", "conv3d", shows="Conv1d, Conv2d, Conv3d", back=linear_back("input"))
+def _conv(call: Call, *, input: Any, weight: Any, bias: Any, **options: Any) -> Ends:
+    plain = input._replace(ball=None)
+    return apply_conv(call, plain, weight, bias, None, **options)
+
+
+@layer("conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+       shows="ConvTranspose1d, ConvTranspose2d, ConvTranspose3d", back=linear_back("input"))  # fmt: skip
+def _conv_transpose(call: Call, *, input: Box, weight: Tensor, bias: Tensor | None, **options: Any) -> Ends:
+    def function(x: Tensor, size: bool) -> Tensor:
+        w = weight.to(x.dtype)
+        found: Tensor = call.op(x, w.abs() if size else w, None, **options)
+        return found
+
+    shift = None if bias is None else bias.reshape(-1, *(1,) * (weight.ndim - 2))
+    return linear_map(call, function, input, weight.shape[0] * weight[0, 0].numel(), shift)

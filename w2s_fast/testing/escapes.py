@@ -1,0 +1,201 @@
+"""Points of a ball, corners included, that leave the bounds of a model: there must be none."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def points(x: Tensor, eps: float, count: int, generator: torch.Generator, norm: float = math.inf) -> Tensor:
+    """``[count, *x.shape]`` float64: of a box a third corners, a third near them; of a ball its rim."""
+    shape = (count, *x.shape)
+    step = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
+    if norm == math.inf:
+        kind = torch.arange(count).reshape(-1, *(1,) * x.ndim) % 3
+        step = torch.where(kind == 0, step.sign(), torch.where(kind == 1, step.sign() * step.abs().sqrt().sqrt(), step))
+    else:
+        flat = torch.randn(shape, generator=generator, dtype=torch.float64).flatten(2)
+        if norm == 1:  # few entries are far
+            flat = flat * (torch.rand(flat.shape, generator=generator) < 4 / flat.shape[2])
+        size = flat.abs().sum(2, keepdim=True) if norm == 1 else flat.square().sum(2, keepdim=True).sqrt()
+        step = (flat / size.clamp_min(1e-30) * (1 - 1e-12)).reshape(shape)
+    return x.double() + eps * step
+
+
+def escapes(
+    bounds: tuple[Tensor, Tensor], model: Callable[..., Tensor], inputs: Tensor, slack: float = 0.0
+) -> tuple[int, float]:
+    """How many outputs of ``model`` at ``inputs [count, B, ...]`` leave the bounds, and the largest distance."""
+    lower, upper = (t.double() for t in bounds)
+    out, worst = 0, 0.0
+    with torch.no_grad():
+        for point in inputs:
+            found = model(point).double()
+            scale = slack * (1 + found.abs() + (upper - lower).abs().nan_to_num(0.0, 0.0, 0.0))
+            far = torch.maximum(lower - found - scale, found - upper - scale)
+            out += int((far > 0).sum() + found.isnan().sum())
+            worst = max(worst, float(far.max()))
+    return out, worst
+
+
+class Random(nn.Module):
+    """A random graph of supported layers over activations ``[B, C]`` or ``[B, C, H, W]``, drawn by a seed.
+
+    Nodes take earlier ones; some operations write in place, some modules are shared, some sit in nested containers.
+    """
+
+    def __init__(self, seed: int, images: bool, length: int = 7) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+
+        def pick(n: int) -> int:
+            return int(torch.randint(n, (1,), generator=draw))
+
+        self.images, self.width = images, 3
+        layers: list[nn.Module] = []
+        self.plan: list[tuple[str, int, int, int]] = []
+        make = self._image_layers if images else self._flat_layers
+        for i in range(length):
+            kinds = ["layer", "layer", "layer", "function", "inplace", "two", "view"]
+            kind = kinds[pick(len(kinds))]
+            number = pick(1000)
+            if kind == "layer" and not (layers and pick(5) == 0):  # one in five is an earlier module once more
+                choices = make()
+                layer = choices[pick(len(choices))]()
+                layers.append(nn.Sequential(nn.Sequential(layer), nn.Identity()) if pick(3) == 0 else layer)
+                number = len(layers) - 1
+            elif kind == "layer":
+                number = pick(len(layers))
+            self.plan.append((kind, number, pick(i + 1), pick(i + 1)))
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(self.width * (16 if images else 1), 3)
+        for m in self.modules():
+            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                for t, (low, high) in ((m.running_mean, (-0.5, 0.5)), (m.running_var, (0.3, 2.0))):
+                    assert t is not None
+                    t.uniform_(low, high, generator=draw)
+            for p in m.parameters(recurse=False):
+                with torch.no_grad():
+                    p.copy_(torch.randn(p.shape, generator=draw) * (0.7 / math.sqrt(max(p[0].numel(), 1))))
+        self.shift: Tensor
+        self.register_buffer("shift", torch.randn(self.width, generator=draw))
+        self.factor = float(torch.randn((), generator=draw))
+
+    def _flat_layers(self) -> list[Callable[[], nn.Module]]:
+        w = self.width
+        return [
+            lambda: nn.Linear(w, w),
+            lambda: nn.Linear(w, w),
+            lambda: nn.BatchNorm1d(w),
+            lambda: nn.LayerNorm(w),
+            *self._activations(),
+        ]
+
+    def _image_layers(self) -> list[Callable[[], nn.Module]]:
+        w = self.width
+        return [
+            lambda: nn.Conv2d(w, w, 3, padding=1),
+            lambda: nn.Conv2d(w, w, 3, padding=1, padding_mode="reflect"),
+            lambda: nn.Conv2d(w, w, 1),
+            lambda: nn.BatchNorm2d(w),
+            lambda: nn.MaxPool2d(3, 1, 1),
+            lambda: nn.AvgPool2d(3, 1, 1),
+            lambda: nn.GroupNorm(1, w),
+            lambda: nn.ConvTranspose2d(w, w, 3, padding=1),
+            *self._activations(),
+        ]
+
+    @staticmethod
+    def _activations() -> list[Callable[[], nn.Module]]:
+        return [
+            nn.ReLU,
+            nn.ReLU,
+            lambda: nn.ReLU(inplace=True),
+            lambda: nn.LeakyReLU(0.1, inplace=True),
+            nn.Tanh,
+            nn.Sigmoid,
+            nn.GELU,
+            lambda: nn.SiLU(inplace=True),
+            nn.Softplus,
+            lambda: nn.Hardtanh(-0.5, 0.5, inplace=True),
+            nn.ELU,
+            nn.PReLU,
+            nn.ReLU6,
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3] or [B, 3, 4, 4] to [B, 3]."""
+        nodes = [x * 1.5 - 0.25]
+        for kind, number, first, second in self.plan:
+            a, b = nodes[first], nodes[second]
+            if kind == "layer":
+                nodes.append(self.layers[number](a))
+            elif kind == "function":
+                nodes.append(self._function(number % 8, a))
+            elif kind == "inplace":
+                nodes.append(self._inplace(number % 7, a.clone() if number % 2 else a, b))
+            elif kind == "two":
+                nodes.append(self._two(number % 7, a, b))
+            else:
+                nodes.append(self._view(number % 5, a, b))
+        return self.head(sum(nodes[-2:]).flatten(1))  # type: ignore[no-any-return, union-attr]
+
+    def _function(self, number: int, a: Tensor) -> Tensor:
+        shift = self.shift.reshape(-1, 1, 1) if self.images else self.shift
+        return (
+            lambda: a * self.factor + shift,
+            lambda: (a - shift) / 2.0,
+            lambda: torch.clamp(a, -1.0, 0.8),
+            lambda: -a,
+            lambda: 0.3 - a,
+            lambda: a.abs(),
+            lambda: a - a.mean(1, keepdim=True),
+            lambda: torch.softmax(a, 1),
+        )[number]()
+
+    def _inplace(self, number: int, a: Tensor, b: Tensor) -> Tensor:
+        if number == 0:
+            torch.relu_(a)
+        elif number == 1:
+            a += b.detach() * 0.5
+        elif number == 2:
+            torch.nn.functional.relu(a, inplace=True)
+        elif number == 3:
+            a[:, 0].mul_(-1.5)
+        elif number == 4:
+            a.view(-1).add_(0.25)
+        elif number == 5:
+            alias = torch.nn.functional.dropout(a, 0.5, False)  # a itself
+            alias.clamp_(-1.0, 1.0)
+        else:
+            a[:, 1:] = b[:, :-1].clone()
+        return a
+
+    def _two(self, number: int, a: Tensor, b: Tensor) -> Tensor:
+        return (
+            lambda: a + b,
+            lambda: a - 0.5 * b,
+            lambda: torch.maximum(a, b),
+            lambda: torch.minimum(a, b),
+            lambda: torch.cat((a[:, :1], b[:, 1:]), 1),
+            lambda: a * torch.sigmoid(b),
+            lambda: torch.where(a > 0, a, b),
+        )[number]()
+
+    def _view(self, number: int, a: Tensor, b: Tensor) -> Tensor:
+        return (
+            lambda: a.flip(1),
+            lambda: a.transpose(0, 1).contiguous().transpose(0, 1),
+            lambda: a.reshape(-1).view(a.shape),
+            lambda: torch.stack((a, b)).mean(0),
+            lambda: sum(a.unbind(1)).unsqueeze(1).expand_as(a).contiguous(),  # type: ignore[union-attr, arg-type]
+        )[number]()
+
+
+def seeds(count: int) -> itertools.chain[tuple[int, bool]]:
+    """Pairs (seed, images) of the first random models."""
+    return itertools.chain.from_iterable(((s, False), (s, True)) for s in range(count))

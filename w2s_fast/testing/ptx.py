@@ -1,0 +1,119 @@
+"""What PTX shows that a GPU is needed to run into: a row overwritten in place while another warp still reads it.
+
+Where a launch passes one tensor for two pointers, a kernel reads a row, then sweeps it again and overwrites it. In the
+sweep each thread reads what it writes itself. A read before the sweep, of a label's logit say, is safe only if a
+barrier stands between it and the first write: without one a fast warp writes what a slow one has not read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_PARAMETER = re.compile(r"ld\.param\.\w+\s+(%\w+), \[\w+?_param_(\d+)\]")
+_ASSIGNS = re.compile(r"^(?:@!?%\w+ )?(?:cvta|mov|add|sub|mad|shl|selp|cvt|or|and)[\w.]*\s+(%\w+), (.+);")
+_LOAD = re.compile(r"\bld\.global[\w.:]*\s+.*\[\s*(%\w+)")
+_STORE = re.compile(r"\bst\.global[\w.:]*\s+\[\s*(%\w+)")
+_BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+)")
+_POINTER = re.compile(r"\.param \.u64 \.ptr[^,\n]*_param_(\d+)")
+_LABEL = re.compile(r"^(\$\w+):")
+
+
+def _origins(lines: list[str]) -> dict[str, set[int]]:
+    """Parameters that each register's value comes from."""
+    found: dict[str, set[int]] = {}
+    for line in lines:
+        parameter = _PARAMETER.search(line)
+        if parameter:
+            found[parameter[1]] = {int(parameter[2])}
+            continue
+        assigned = _ASSIGNS.match(line)
+        if assigned:
+            sources = [found[r] for r in re.findall(r"%\w+", assigned[2]) if r in found]
+            if sources:
+                found[assigned[1]] = found.get(assigned[1], set()).union(*sources)
+    return found
+
+
+def _blocks(lines: list[str]) -> tuple[list[range], list[list[int]]]:
+    """Basic blocks as ranges of lines, and the blocks that may follow each."""
+    starts, ends = [0], {"ret;", "exit;", "trap;"}
+    for i, line in enumerate(lines):
+        if _LABEL.match(line):
+            starts.append(i)
+        elif _BRANCH.search(line) or line in ends:
+            starts.append(i + 1)
+    starts = sorted({s for s in starts if s < len(lines)})
+    blocks = [range(a, b) for a, b in zip(starts, [*starts[1:], len(lines)], strict=True)]
+    at = {m[1]: n for n, block in enumerate(blocks) if (m := _LABEL.match(lines[block[0]]))}
+    follow: list[list[int]] = []
+    for n, block in enumerate(blocks):
+        last = lines[block[-1]]
+        branch = _BRANCH.search(last)
+        always = last in ends or (branch is not None and not last.startswith("@"))
+        follow.append(([at[branch[1]]] if branch else []) + ([] if always or n + 1 == len(blocks) else [n + 1]))
+    return blocks, follow
+
+
+def _reachable(follow: list[list[int]], start: int) -> set[int]:
+    """Blocks that can run after block ``start``; itself only if it is in a loop."""
+    seen: set[int] = set()
+    todo = list(follow[start])
+    while todo:
+        block = todo.pop()
+        if block not in seen:
+            seen.add(block)
+            todo += follow[block]
+    return seen
+
+
+def race(text: str, aliases: Iterable[set[int]]) -> str:
+    """The first read of an aliased tensor that no barrier separates from another sweep's write to it, or ''.
+
+    Args:
+        text: PTX of one kernel.
+        aliases: for each tensor passed more than once, the positions of its pointers among the pointer parameters.
+    """
+    groups = [group for group in aliases if len(group) > 1]
+    if not groups:
+        return ""
+    lines = [line.split("//")[0].strip() for line in text.splitlines()]
+    origins, pointers = _origins(lines), [int(n) for n in _POINTER.findall(text)]
+    blocks, follow = _blocks(lines)
+    block_of = {i: n for n, block in enumerate(blocks) for i in block}
+    after = [_reachable(follow, n) for n in range(len(blocks))]
+
+    def touches(pattern: re.Pattern[str], wanted: set[int]) -> list[int]:
+        hits = ((i, pattern.search(line)) for i, line in enumerate(lines))
+        return [i for i, hit in hits if hit and origins.get(hit[1], set()) & wanted]
+
+    def same_sweep(a: int, b: int) -> bool:
+        return a == b or (a in after[b] and b in after[a])
+
+    def unguarded(load: int) -> set[int]:
+        """Lines that may run after ``load`` before any barrier."""
+        found: set[int] = set()
+        todo, seen = [(block_of[load], load + 1)], set()
+        while todo:
+            block, start = todo.pop()
+            barrier = False
+            for i in range(start, blocks[block].stop):
+                barrier = "bar.sync" in lines[i] or "barrier." in lines[i]
+                if barrier:
+                    break
+                found.add(i)
+            for n in () if barrier else follow[block]:
+                if n not in seen:
+                    seen.add(n)
+                    todo.append((n, blocks[n].start))
+        return found
+
+    for group in groups:
+        wanted = {pointers[p] for p in group if p < len(pointers)}
+        stores = touches(_STORE, wanted)
+        for load in touches(_LOAD, wanted) if stores else []:
+            reached = unguarded(load)
+            for store in stores:
+                if store in reached and not same_sweep(block_of[load], block_of[store]):
+                    return f"line {load + 1} of the PTX reads what line {store + 1} overwrites, no barrier between"
+    return ""
