@@ -1,6 +1,10 @@
 // What a draw takes and gives: fused_sample and dynamic_sample.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
 #include "cpu/logit_fusion/fusion.h"
 
 namespace w2s {

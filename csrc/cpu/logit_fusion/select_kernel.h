@@ -125,20 +125,25 @@ inline Above boundary(const Candidates<A>& c, A top, A level, double goal, Cut<A
     if (next == low) break;
     middle = next;
   }
-  std::vector<std::pair<A, int32_t>> items;
+  struct Item {
+    A z, mass;  // the same mass as in sums over many: what is off in both does not count against the goal
+    int32_t index;
+    bool operator<(const Item& o) const { return z > o.z || (z == o.z && index < o.index); }
+  };
+  std::vector<Item> items;
   using V = Vec<A>;
   for (int64_t i = 0; i < c.n; i += V::W) {
     const V z = V::load(c.z.get() + i);
     for (uint32_t in = (V::ge(z, V::set(low)) & V::gt(V::set(high), z)).bits(); in; in &= in - 1) {
       const size_t at = size_t(i + __builtin_ctz(in));
-      items.emplace_back(-c.z[at], c.index[at]);
+      items.push_back({c.z[at], c.mass[at], c.index[at]});
     }
   }
   std::sort(items.begin(), items.end());
   Above at = at_high;
-  for (const auto& [negative, index] : items) {
-    cut = {true, -negative, index};
-    at.mass += std::exp(double(-negative) - double(top));
+  for (const Item& item : items) {
+    cut = {true, item.z, item.index};
+    at.mass += double(item.mass);
     ++at.count;
     if (COUNT ? double(at.count) >= goal : at.mass >= goal) break;
   }
@@ -164,6 +169,8 @@ inline Selection<A> filter_row(const A* z, int64_t V, const Tiles<A>& tiles, con
   double mass = std::exp(lse - double(top));
   if (k_on && f.top_k < found.n) mass = boundary<A, true>(found, top, level, double(f.top_k), s.cut).mass;
   else if (k_on) mass = above(found, level).mass;
+  else if (p_on && found.n <= 96 && found.n == std::count_if(z, z + V, [](A x) { return x > -infinity<A>; }))
+    mass = std::accumulate(found.mass.get(), found.mass.get() + found.n, 0.0);  // a few tokens: exactly, as they are walked
   if (p_on) {
     const Cut<A> by_count = s.cut;
     boundary<A, false>(found, top, level, nucleus_goal(f.top_p, mass), s.cut);
