@@ -2,6 +2,7 @@
 #   make bench    the kernel benchmark table of the hot paths on this machine
 #   make test     the test suite
 #   make test-full   every case of the sweeps that make test samples
+#   make sanitize    the C++ kernels under AddressSanitizer and UBSan
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 # A process a core: most of a test's time is Python. They share the cores, so nobody may spin while it waits.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: install bench bench-full test test-full lint aot demo cuda-check readme clean
+.PHONY: install bench bench-full test test-full sanitize lint aot demo cuda-check readme clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
@@ -40,6 +41,9 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	W2S_FAST_TEST_FULL=1 $(PYTEST)
+
+sanitize: $(STAMP)
+	$(BIN)/python .ci/sanitize.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

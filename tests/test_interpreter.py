@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import random as numbers
 import subprocess
 import sys
 
@@ -16,9 +17,12 @@ import torch
 import w2s_fast
 import w2s_fast.nn
 from w2s_fast.library import OPS
+from w2s_fast.testing import layouts
 from w2s_fast.testing.boxes import KINDS, assert_contains, exact_bounds, random
 from w2s_fast.testing.compare import compare
 from w2s_fast.testing.samples import Sample, all_samples, tensors
+from w2s_fast.testing.selection import amount, sampled
+from w2s_fast.testing.ties import nucleus_ties
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interp = [pytest.mark.interp, pytest.mark.skipif(not INTERPRETED, reason="runs in the child process")]
@@ -443,3 +447,57 @@ def test_one_and_many_candidates():
     z = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     with w2s_fast.backend("triton"):
         assert torch.equal(w2s_fast.fused_sample(z, top_k=1).token, z.argmax(-1))
+
+
+def _small(per: int) -> list[Sample]:
+    """Some samples of every op with few numbers: a layout is a call."""
+    found: dict[str, list[Sample]] = {}
+    for sample in _samples():
+        if "triton" in sample.refused_by or torch.float32 not in sample.dtypes:
+            continue
+        if sum(t.numel() for t in tensors(sample.inputs(torch.float32))) <= 6000:
+            found.setdefault(sample.op, []).append(sample)
+    return [s for samples in found.values() for s in samples[:per]]
+
+
+@interpreted
+@pytest.mark.parametrize("sample", sampled(_small(2), 12), ids=lambda s: s.id)
+def test_layouts(sample: Sample):
+    """As tests/test_layouts.py: the launchers are given every argument in every layout, backward ones included."""
+    with w2s_fast.backend("triton"):
+        assert layouts.check_calls(sample, torch.float32, most=amount(2, 7)) == []
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(amount(1, 20)))
+def test_nucleus_ties(seed: int):
+    """As tests/test_ties.py."""
+    for tie in nucleus_ties(numbers.Random(seed), 6, 4):
+        z = tie.logits.float()
+        with w2s_fast.backend("triton"):
+            kept = w2s_fast.fused_sample(z, top_p=tie.top_p, uniform=torch.full((len(z),), 0.5)).kept
+            inside = torch.isfinite(w2s_fast.fused_log_softmax(z, [z], weights=0.0, plausible=("top_p", tie.top_p)))
+        assert kept.tolist() == tie.kept.sum(-1).tolist(), tie.name
+        assert torch.equal(inside, tie.kept), tie.name
+
+
+@interpreted
+@pytest.mark.parametrize("offset", [0.0, 100.0, 5000.0])
+def test_min_p_ties(offset: float):
+    z = torch.tensor([[0.0, math.log(0.25), math.log(0.25) - 0.01, -INF, math.log(0.25), 0.0]]) + offset
+    expected = (z - z.amax() >= math.log(0.25) - 2.0**-20) & z.isfinite()
+    with w2s_fast.backend("triton"):
+        inside = torch.isfinite(w2s_fast.fused_log_softmax(z, [z], weights=0.0, plausible=("min_p", 0.25)))
+        kept = w2s_fast.fused_sample(z, min_p=0.25).kept
+    assert torch.equal(inside, expected) and kept.item() == int(expected.sum())
+
+
+@interpreted
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e30])
+def test_any_positive_temperature(temperature: float):
+    z = torch.tensor([[1.0, 3.0, -2.0, 3.0, -INF], [-5.0, -1e4, -5.0, -6.0, -INF]])
+    allowed = z == z.amax(-1, keepdim=True) if temperature < 1 else z.isfinite()
+    with w2s_fast.backend("triton"):
+        for u in (0.0, 0.49, 0.99):
+            drawn = w2s_fast.fused_sample(z, temperature=temperature, uniform=torch.full((2,), u))
+            assert bool(allowed.gather(1, drawn.token[:, None]).all()) and not bool(drawn.logprob.isnan().any())

@@ -76,6 +76,17 @@ def number(
     return float(value)
 
 
+#: Colder and hotter than this a float32 distribution is its limit, and logits divided by it overflow or vanish.
+COLDEST, HOTTEST = 2.0**-100, 2.0**100
+
+
+def temperature(op: str, value: Any, zero_allowed: bool = False) -> float:
+    """``value`` as a positive temperature within `COLDEST` and `HOTTEST`, or 0 where that is allowed."""
+    requirement = "a finite number >= 0" if zero_allowed else "a finite number > 0"
+    found = number(op, "temperature", value, low=0.0, open_low=not zero_allowed, requirement=requirement)
+    return found if found == 0 else min(max(found, COLDEST), HOTTEST)
+
+
 def _range(low: float, high: float, open_low: bool) -> str:
     """``"a finite number"`` and its bounds, as far as there are any."""
     if high != math.inf:

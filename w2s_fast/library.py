@@ -39,11 +39,18 @@ class Kernel:
     Both are named ``"module:function"`` relative to ``w2s_fast`` and imported at first use, so that importing
     the package does not import Triton. They take the op's positional arguments. ``opt_in`` is a reason why `auto` does
     not take this kernel although it could serve; asking for its backend still runs it.
+
+    The launcher is given contiguous tensors (copied where they are not), but for the arguments named in ``rowwise``,
+    which have their last dimension contiguous and any other strides, and in ``strided``, which come as they are.
     """
 
-    def __init__(self, launch: str, supports: str | None = None, opt_in: str | None = None) -> None:
+    def __init__(
+        self, launch: str, supports: str | None = None, opt_in: str | None = None, rowwise: str = "", strided: str = ""
+    ) -> None:
         self._names = (launch, supports)
         self.opt_in = opt_in
+        self._free = {**dict.fromkeys(rowwise.split(), _rowwise), **dict.fromkeys(strided.split(), _strided)}
+        self._layouts: list[Callable[[torch.Tensor], torch.Tensor]] = []
         self._loaded: tuple[Callable[..., Any], Callable[..., str | None]] | None = None
 
     def _load(self) -> tuple[Callable[..., Any], Callable[..., str | None]]:
@@ -59,8 +66,34 @@ class Kernel:
         except ImportError as error:
             return f"import failed: {error}"
 
+    def bind(self, schema: str) -> None:
+        """Learn the names of the arguments."""
+        names = [name for _, name in _arguments(schema)]
+        unknown = set(self._free) - set(names)
+        assert not unknown, f"{self._names[0]}: no argument {unknown}"
+        self._layouts = [self._free.get(name, torch.Tensor.contiguous) for name in names]
+
     def __call__(self, *args: Any) -> Any:
-        return self._load()[0](*args)
+        return self._load()[0](*(_laid_out(arg, layout) for arg, layout in zip(args, self._layouts, strict=True)))
+
+
+def _rowwise(t: torch.Tensor) -> torch.Tensor:
+    return t if t.ndim == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def _strided(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+def _laid_out(value: Any, layout: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return layout(value)
+    return [layout(t) for t in value] if _is_tensor_list(value) else value
+
+
+def _arguments(schema: str) -> list[tuple[str, str]]:
+    """(type, name) of the arguments of ``"(Tensor x, float eps) -> ..."``, in order."""
+    return re.findall(r"([\w\[\]?]+) (\w+)(?:=[^,()]*)?(?=[,)])", schema.rsplit(" -> ", 1)[0])
 
 
 def _resolve(name: str) -> Callable[..., Any]:
@@ -87,7 +120,7 @@ class Op:
         self.name, self.schema, self.reference, self.triton, self.cuda = name, schema, reference, triton, cuda
         self._auto: Any = None
         self._forced: Any = None
-        arguments = re.findall(r"([\w\[\]?]+) (\w+)(?:=[^,()]*)?(?=[,)])", schema.rsplit(" -> ", 1)[0])
+        arguments = _arguments(schema)
         self.names = [argument for _, argument in arguments]
         #: places of the lists, and whether they are of tensors
         self.lists = [(i, kind == "Tensor[]") for i, (kind, _) in enumerate(arguments) if kind.endswith("[]")]
@@ -95,6 +128,9 @@ class Op:
         #: ``(ctx, backend, inputs, output)`` and ``(ctx, grads, origins)``, of `define`
         self.setup: Callable[..., None]
         self.gradients: Callable[..., list[Any]]
+        for kernel in (triton, cuda):
+            if kernel is not None:
+                kernel.bind(schema)
 
     def __call__(self, *args: Any) -> Any:
         state = dispatch.STATE

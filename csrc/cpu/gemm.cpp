@@ -29,9 +29,16 @@ void* scratch(int slot, int64_t bytes) {
   };
   static thread_local Buffer buffers[SCRATCH_SLOTS];
   Buffer& b = buffers[slot];
+#if defined(__SANITIZE_ADDRESS__)
+  b.size = 0;  // memory of just the size asked for, so that what is read or written past it is seen
+#endif
   if (bytes > b.size) {
     std::free(b.data);
+#if defined(__SANITIZE_ADDRESS__)
+    b.size = (bytes + 63) / 64 * 64;
+#else
     b.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+#endif
     b.data = std::aligned_alloc(64, size_t(b.size));
     if (!b.data) {
       b.size = 0;

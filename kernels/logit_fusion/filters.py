@@ -22,6 +22,7 @@ from .fusion import fusion_tuple, load_fused
 from .partials import merge_sums, tile_stats
 
 THRESHOLDS = tl.constexpr(16)
+SLACK = tl.constexpr(2.0**-20)  # reference/logit_fusion/filters.py: how ties are decided
 LOWEST = tl.constexpr(-(2**31))  # below every key
 BOTTOM = tl.constexpr(-2139095040)  # the key of the most negative finite float32
 
@@ -117,7 +118,8 @@ def _cut_kernel(
                 lowest = tl.zeros((THRESHOLDS,), tl.int64) + LOWEST
                 w = weights_from(fusion, row, vocab, top, limit, limit_index, lowest, True, BLOCK)
                 mass = tl.max(w, 0)
-            limit, limit_index = prefix_end(fusion, row, vocab, top, limit, limit_index, mass * top_p, True, BLOCK)
+            need = mass * top_p * (1 - SLACK)
+            limit, limit_index = prefix_end(fusion, row, vocab, top, limit, limit_index, need, True, BLOCK)
         value = tl.where(limit == LOWEST, -INF, key_value(limit))
         index = limit_index
     tl.store(o_value + row, tl.where(value == value, value, -INF))
@@ -125,12 +127,22 @@ def _cut_kernel(
 
 
 @triton.jit
-def _relative_cut_kernel(tiles, i_partial, log_level, o_value, o_index, TILES: tl.constexpr):
-    """The cut of min-p: value = max + log level, every tie inside."""
+def _relative_cut_kernel(tiles, i_partial, distance, o_value, o_index, TILES: tl.constexpr):
+    """The cut of min-p: the least value with value - max >= distance (max + distance may be rounded past it)."""
     row = tl.program_id(0).to(tl.int64)
     top, _, _, _ = merge_sums(i_partial, row, tiles, TILES)
-    tl.store(o_value + row, tl.where(tl.abs(top) < INF, top + log_level, -INF))
+    key = ordered_key(top + distance)
+    value = top
+    for step in tl.static_range(3):
+        near = key_value(key + (1 - step))
+        value = tl.where(near - top >= distance, near, value)
+    tl.store(o_value + row, tl.where((tl.abs(top) < INF) & (distance > -INF), value, -INF))
     tl.store(o_index + row, NO_INDEX)
+
+
+def least_distance(min_p: float) -> float:
+    """The least z - max of a token that min-p keeps."""
+    return math.log(min_p) - SLACK.value if min_p > 0 else -math.inf
 
 
 def find_cut(
@@ -160,6 +172,6 @@ def plausible_fusion(
         return fusion_tuple(*given, cut=find_cut(alone, vocab_size, partial, tiles, 0, plausible_value))
     value = partial.new_empty((base.shape[0],))
     index = partial.new_empty((base.shape[0],), dtype=dtype(base, "int32"))
-    level = math.log(plausible_value) if plausible_value > 0 else -math.inf
-    launch(_relative_cut_kernel, base.shape[0], base, tiles, partial, level, value, index, TILES=next_power(tiles))
+    distance = least_distance(plausible_value)
+    launch(_relative_cut_kernel, base.shape[0], base, tiles, partial, distance, value, index, TILES=next_power(tiles))
     return fusion_tuple(*given, cut=(value, index))

@@ -10,14 +10,13 @@ Floor: the K + 2 logit tensors read once.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import triton
 import triton.language as tl
 
 from ..common import INF, NO_INDEX, AotCase, Meta, cdiv, dtype, launch, next_power, row_tile, safe, tile_width
-from .filters import find_cut, plausible_fusion
+from .filters import find_cut, least_distance, plausible_fusion
 from .fusion import load_fused, load_temperature, supports_fusion
 from .partials import log_probability, merge_sums, row_lse, tile_stats
 
@@ -102,7 +101,7 @@ def draw(
     rows, tiles = base.shape[0], cdiv(vocab_size, block)
     shape = {"TILES": next_power(tiles), "BLOCK": block}
     partial, index, _ = tile_stats(fusion, rows, vocab_size)
-    level = math.log(min_p) if min_p > 0 else -math.inf
+    level = least_distance(min_p)
     cut, kept = (None, None), None
     if 0 < top_k < vocab_size or top_p < 1.0:
         cut = find_cut(fusion, vocab_size, partial, tiles, top_k, top_p)

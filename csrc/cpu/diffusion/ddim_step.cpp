@@ -1,4 +1,4 @@
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/tensors.h"
 
 namespace w2s {
 namespace {
@@ -23,10 +23,9 @@ namespace {
 
 Tensor ddim_step(Tensor x, std::optional<Tensor> cond, std::optional<Tensor> uncond, std::optional<Tensor> levels, double a,
                  double b, double guidance) {
-  x = torch::stable::contiguous(x);
   std::vector<Tensor> given;
   for (const auto& t : {cond, uncond})
-    if (t) given.push_back(torch::stable::contiguous(*t));
+    if (t) given.push_back(*t);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   DdimStep s{x.size(0), x.size(1), Rows(x), Rows(given[0]), Rows(given.back()), Rows(out), given.size() == 2, false,
              levels ? numbers(*levels) : std::vector<double>{a, b}, guidance};
@@ -38,4 +37,4 @@ Tensor ddim_step(Tensor x, std::optional<Tensor> cond, std::optional<Tensor> unc
 }  // namespace
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("ddim_step", TORCH_BOX(&w2s::ddim_step)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("ddim_step", W2S_BOX(&w2s::ddim_step)); }

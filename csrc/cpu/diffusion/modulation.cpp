@@ -20,6 +20,7 @@ struct Tokens {  // [B, N, C], C contiguous; strides in bytes
 };
 
 using Optional = std::optional<Tensor>;
+using OptionalRows = std::optional<Rowwise>;
 
 struct Forward {
   int64_t B, N, C;
@@ -50,8 +51,8 @@ namespace {
 
 using Shape = std::vector<int64_t>;
 
-std::tuple<Tensor, Tensor, Tensor> modulate(Tensor x, Optional y, Optional gate, Optional gate_row, Optional shift,
-                                            Optional shift_row, Optional scale, Optional scale_row, double eps) {
+std::tuple<Tensor, Tensor, Tensor> modulate(Rowwise x, OptionalRows y, OptionalRows gate, Optional gate_row, OptionalRows shift,
+                                            Optional shift_row, OptionalRows scale, Optional scale_row, double eps) {
   const int64_t B = x.size(0), N = x.size(1), C = x.size(2);
   const Dtype dtype = dtype_of(x.scalar_type());
   const bool norm = shift.has_value();
@@ -70,8 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> modulate(Tensor x, Optional y, Optional gate,
   return {added, h, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_backward(Optional grad_added, Optional grad_h, Tensor added, Optional y,
-                                                                     Optional gate, Optional gate_row, Optional scale,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_backward(OptionalRows grad_added, OptionalRows grad_h, Rowwise added, OptionalRows y,
+                                                                     OptionalRows gate, Optional gate_row, OptionalRows scale,
                                                                      Optional scale_row, Tensor stats, bool need_x, bool need_y,
                                                                      bool need_gate, bool need_modulation) {
   const int64_t B = added.size(0), N = added.size(1), C = added.size(2);
@@ -100,6 +101,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_backward(Optional gr
 }  // namespace w2s
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("modulate", TORCH_BOX(&w2s::modulation::modulate));
-  m.impl("modulate_backward", TORCH_BOX(&w2s::modulation::modulate_backward));
+  m.impl("modulate", W2S_BOX(&w2s::modulation::modulate));
+  m.impl("modulate_backward", W2S_BOX(&w2s::modulation::modulate_backward));
 }

@@ -1,4 +1,4 @@
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/tensors.h"
 
 namespace w2s {
 namespace {
@@ -19,7 +19,7 @@ struct PseudoHuber {
       : levels(std::move(k)), B(given[0].size(0)), D(given[0].size(1)), c(c_), vector(vector_), loss(given[0]),
         inverse(given[0]) {
     for (const Tensor& t : given) {
-      kept.push_back(torch::stable::contiguous(t));
+      kept.push_back(t);
       tensors.emplace_back(kept.back());
       f64 |= tensors.back().dtype == Dtype::f64;
     }
@@ -80,8 +80,8 @@ Tensor ict_backward(Tensor grad, Tensor student, Tensor teacher, Tensor x_studen
 }  // namespace w2s
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("pseudo_huber_loss", TORCH_BOX(&w2s::pseudo_huber_loss));
-  m.impl("pseudo_huber_backward", TORCH_BOX(&w2s::pseudo_huber_backward));
-  m.impl("ict_loss", TORCH_BOX(&w2s::ict_loss));
-  m.impl("ict_backward", TORCH_BOX(&w2s::ict_backward));
+  m.impl("pseudo_huber_loss", W2S_BOX(&w2s::pseudo_huber_loss));
+  m.impl("pseudo_huber_backward", W2S_BOX(&w2s::pseudo_huber_backward));
+  m.impl("ict_loss", W2S_BOX(&w2s::ict_loss));
+  m.impl("ict_backward", W2S_BOX(&w2s::ict_backward));
 }

@@ -32,7 +32,7 @@ Problem problem(const Tensor& x, int64_t first, int64_t last, const std::optiona
 
 ScalarType acc(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-std::tuple<Tensor, Tensor> qk_norm(Tensor x, int64_t first, int64_t last, std::optional<Tensor> weight, std::optional<Tensor> bias,
+std::tuple<Tensor, Tensor> qk_norm(Rowwise x, int64_t first, int64_t last, std::optional<Tensor> weight, std::optional<Tensor> bias,
                                    bool rms, double eps) {
   const Problem p = problem(x, first, last, weight, bias, rms, eps);
   Tensor y = torch::stable::new_empty(x, {p.B, p.N, p.S, p.C});
@@ -54,7 +54,7 @@ void typed_backward(const Problem& p, const Tensor& grad, const Tensor& stats, c
   W2S_DISPATCH(run_qk_norm_backward<d>)(p, Slots(grad), stats.data_ptr(), Slots(dx), pointer(dweight), pointer(dbias));
 }
 
-std::tuple<Tensor, Tensor, Tensor> qk_norm_backward(Tensor grad, Tensor x, int64_t first, int64_t last, std::optional<Tensor> weight,
+std::tuple<Tensor, Tensor, Tensor> qk_norm_backward(Rowwise grad, Rowwise x, int64_t first, int64_t last, std::optional<Tensor> weight,
                                                     std::optional<Tensor> bias, bool rms, Tensor stats, bool need_params) {
   const Problem p = problem(x, first, last, weight, bias, rms, 0.0);
   Tensor dx = torch::stable::new_empty(x, {p.B, p.N, p.S, p.C});
@@ -74,6 +74,6 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_backward(Tensor grad, Tensor x, int64
 }  // namespace w2s
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("qk_norm", TORCH_BOX(&w2s::norm::qk_norm));
-  m.impl("qk_norm_backward", TORCH_BOX(&w2s::norm::qk_norm_backward));
+  m.impl("qk_norm", W2S_BOX(&w2s::norm::qk_norm));
+  m.impl("qk_norm_backward", W2S_BOX(&w2s::norm::qk_norm_backward));
 }

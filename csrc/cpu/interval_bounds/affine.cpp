@@ -189,8 +189,8 @@ Tensor interval_batchnorm_stats_backward(Tensor grad_mean, Tensor grad_var, Tens
 }  // namespace w2s::interval
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("interval_affine", TORCH_BOX(&w2s::interval::interval_affine));
-  m.impl("interval_affine_backward", TORCH_BOX(&w2s::interval::interval_affine_backward));
-  m.impl("interval_batchnorm_stats", TORCH_BOX(&w2s::interval::interval_batchnorm_stats));
-  m.impl("interval_batchnorm_stats_backward", TORCH_BOX(&w2s::interval::interval_batchnorm_stats_backward));
+  m.impl("interval_affine", W2S_BOX(&w2s::interval::interval_affine));
+  m.impl("interval_affine_backward", W2S_BOX(&w2s::interval::interval_affine_backward));
+  m.impl("interval_batchnorm_stats", W2S_BOX(&w2s::interval::interval_batchnorm_stats));
+  m.impl("interval_batchnorm_stats_backward", W2S_BOX(&w2s::interval::interval_batchnorm_stats_backward));
 }

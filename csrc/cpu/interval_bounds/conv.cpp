@@ -218,6 +218,6 @@ Gradients interval_conv2d_backward(Tensor ga, Tensor gb, Tensor a, Tensor b, Ten
 }  // namespace w2s::interval
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("interval_conv2d", TORCH_BOX(&w2s::interval::interval_conv2d));
-  m.impl("interval_conv2d_backward", TORCH_BOX(&w2s::interval::interval_conv2d_backward));
+  m.impl("interval_conv2d", W2S_BOX(&w2s::interval::interval_conv2d));
+  m.impl("interval_conv2d_backward", W2S_BOX(&w2s::interval::interval_conv2d_backward));
 }

@@ -1,6 +1,6 @@
 // interval_moments and its gradient: one read of the bounds, then one read and one write. Sums are float64, of fixed
 // parts in order, so that they do not depend on threads.
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/tensors.h"
 
 #define W2S_KERNEL "cpu/interval_bounds/fast_reg_kernel.h"
 #include "cpu/for_each_target.h"
@@ -55,6 +55,6 @@ std::tuple<Tensor, Tensor> interval_moments_backward(Tensor grad, Tensor lower, 
 }  // namespace w2s::interval
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("interval_moments", TORCH_BOX(&w2s::interval::interval_moments));
-  m.impl("interval_moments_backward", TORCH_BOX(&w2s::interval::interval_moments_backward));
+  m.impl("interval_moments", W2S_BOX(&w2s::interval::interval_moments));
+  m.impl("interval_moments_backward", W2S_BOX(&w2s::interval::interval_moments_backward));
 }

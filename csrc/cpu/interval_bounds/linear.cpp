@@ -55,7 +55,7 @@ void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
   });
 }
 
-std::tuple<Tensor, Tensor> interval_linear(Tensor a, Tensor b, Tensor weight, std::optional<Tensor> bias, bool bounds_in, bool bounds_out,
+std::tuple<Tensor, Tensor> interval_linear(Rowwise a, Rowwise b, Strided weight, std::optional<Tensor> bias, bool bounds_in, bool bounds_out,
                                            bool relu, std::string, bool sound) {
   Tensor x = torch::stable::new_empty(a, {a.size(0), weight.size(0)}), y = torch::stable::new_empty(a, {a.size(0), weight.size(0)});
   const Call call{bounds_in, bounds_out, relu, sound};
@@ -156,7 +156,7 @@ struct Backward {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Gradients interval_linear_backward(Tensor ga, Tensor gb, Tensor a, Tensor b, Tensor weight, Tensor oa, Tensor ob, bool bounds_in,
+Gradients interval_linear_backward(Tensor ga, Tensor gb, Rowwise a, Rowwise b, Strided weight, Tensor oa, Tensor ob, bool bounds_in,
                                    bool bounds_out, bool relu, std::string, bool need_x, bool need_w, bool need_b) {
   const int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1);
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
@@ -177,6 +177,6 @@ Gradients interval_linear_backward(Tensor ga, Tensor gb, Tensor a, Tensor b, Ten
 }  // namespace w2s::interval
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("interval_linear", TORCH_BOX(&w2s::interval::interval_linear));
-  m.impl("interval_linear_backward", TORCH_BOX(&w2s::interval::interval_linear_backward));
+  m.impl("interval_linear", W2S_BOX(&w2s::interval::interval_linear));
+  m.impl("interval_linear_backward", W2S_BOX(&w2s::interval::interval_linear_backward));
 }

@@ -1,7 +1,7 @@
 // Host side of the dual products: matrices brought to the accumulation type, and the loops over blocks and threads.
 #pragma once
 
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/tensors.h"
 
 namespace w2s::interval {
 
@@ -74,8 +74,10 @@ struct ConvShape {
   ConvShape(const Tensor& a, const Tensor& w, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
             const std::vector<int64_t>& dilation, int64_t g)
       : batch(a.size(0)), channels(a.size(1)), in_h(a.size(2)), in_w(a.size(3)), out_channels(w.size(0)), kernel_h(w.size(2)),
-        kernel_w(w.size(3)), stride_y(stride[0]), stride_x(stride[1]), padding_y(padding[0]), padding_x(padding[1]),
-        dilation_y(dilation[0]), dilation_x(dilation[1]), groups(g), group_in(channels / g), group_out(out_channels / g) {
+        kernel_w(w.size(3)), padding_y(padding[0]), padding_x(padding[1]), dilation_y(dilation[0]), dilation_x(dilation[1]), groups(g),
+        group_in(channels / g), group_out(out_channels / g) {
+    stride_y = std::min(stride[0], in_h + 2 * padding_y);  // a longer one leaves one position too, and planes would grow with it
+    stride_x = std::min(stride[1], in_w + 2 * padding_x);
     out_h = (in_h + 2 * padding_y - dilation_y * (kernel_h - 1) - 1) / stride_y + 1;
     out_w = (in_w + 2 * padding_x - dilation_x * (kernel_w - 1) - 1) / stride_x + 1;
     phase_w = pieces(in_w + 2 * padding_x, stride_x);

@@ -22,7 +22,7 @@ void margins(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
   const Matrix<A> w = widened<A>(weight, scratch);
   const A* shift = widened_bias(bias, classes, scratch);
   A *out = static_cast<A*>(z.data_ptr()), *radius = scratch.get(batch * classes);
-  const int64_t* label = static_cast<const int64_t*>(y.data_ptr());
+  const int64_t* label = places(y, classes, "y");
   parallel_items(pieces(batch, 2), 1, [&](int64_t item) {
     const int64_t i = 2 * item;
     const int rows = int(std::min<int64_t>(2, batch - i));
@@ -36,14 +36,14 @@ void margins(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
 
 ScalarType accumulate(const Tensor& a) { return a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-Tensor margin_logits(Tensor a, Tensor b, Tensor weight, std::optional<Tensor> bias, Tensor y, bool bounds, bool sound) {
+Tensor margin_logits(Rowwise a, Rowwise b, Rowwise weight, std::optional<Tensor> bias, Tensor y, bool bounds, bool sound) {
   Tensor z = torch::stable::new_empty(a, {a.size(0), weight.size(0)}, accumulate(a));
   if (accumulate(a) == ScalarType::Double) margins<double>(a, b, weight, bias, y, bounds, sound, z, nullptr, nullptr);
   else margins<float>(a, b, weight, bias, y, bounds, sound, z, nullptr, nullptr);
   return z;
 }
 
-std::tuple<Tensor, Tensor, Tensor> margin_cross_entropy(Tensor a, Tensor b, Tensor weight, std::optional<Tensor> bias, Tensor y, bool bounds,
+std::tuple<Tensor, Tensor, Tensor> margin_cross_entropy(Rowwise a, Rowwise b, Rowwise weight, std::optional<Tensor> bias, Tensor y, bool bounds,
                                                         bool sound) {
   Tensor z = torch::stable::new_empty(a, {a.size(0), weight.size(0)}, accumulate(a));
   Tensor loss = torch::stable::new_empty(a, {a.size(0)}, accumulate(a)), worst = torch::stable::new_empty(a, {a.size(0)}, accumulate(a));
@@ -60,7 +60,7 @@ void backward(const Tensor& grad, const Tensor& a, const Tensor& b, const Tensor
   const Box<A> box = centered<A>(a, b, bounds, false, 0, scratch);
   const Matrix<A> w = widened<A>(weight, scratch);
   const A* g = static_cast<const A*>(grad.data_ptr());
-  const int64_t* label = static_cast<const int64_t*>(y.data_ptr());
+  const int64_t* label = places(y, classes, "y");
   const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
   A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(classes * d);
   A *dm = need_x ? scratch.get(batch * box.ld) : nullptr, *dr = need_x ? scratch.get(batch * box.ld) : nullptr;
@@ -90,7 +90,7 @@ void backward(const Tensor& grad, const Tensor& a, const Tensor& b, const Tensor
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Gradients margin_logits_backward(Tensor grad, Tensor a, Tensor b, Tensor weight, Tensor y, bool bounds, bool need_x, bool need_w, bool need_b) {
+Gradients margin_logits_backward(Tensor grad, Rowwise a, Rowwise b, Rowwise weight, Tensor y, bool bounds, bool need_x, bool need_w, bool need_b) {
   const int64_t batch = a.size(0), classes = weight.size(0), d = weight.size(1);
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
     return torch::stable::new_empty(a, wanted ? shape : std::vector<int64_t>{0});
@@ -105,7 +105,7 @@ Gradients margin_logits_backward(Tensor grad, Tensor a, Tensor b, Tensor weight,
 }  // namespace w2s::interval
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("margin_logits", TORCH_BOX(&w2s::interval::margin_logits));
-  m.impl("margin_cross_entropy", TORCH_BOX(&w2s::interval::margin_cross_entropy));
-  m.impl("margin_logits_backward", TORCH_BOX(&w2s::interval::margin_logits_backward));
+  m.impl("margin_logits", W2S_BOX(&w2s::interval::margin_logits));
+  m.impl("margin_cross_entropy", W2S_BOX(&w2s::interval::margin_cross_entropy));
+  m.impl("margin_logits_backward", W2S_BOX(&w2s::interval::margin_logits_backward));
 }

@@ -88,7 +88,7 @@ void forward(const Tensor* x, const Tensor* w, int64_t mode, bool sound, Tensor*
 using Tensor3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensor6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Tensor3 interval_linear_iw(Tensor xl, Tensor xm, Tensor xu, Tensor wl, Tensor wm, Tensor wu, int64_t mode, bool sound) {
+Tensor3 interval_linear_iw(Rowwise xl, Rowwise xm, Rowwise xu, Rowwise wl, Rowwise wm, Rowwise wu, int64_t mode, bool sound) {
   const Tensor x[] = {xl, xm, xu}, w[] = {wl, wm, wu};
   const auto made = [&] { return torch::stable::new_empty(xl, {xl.size(0), wl.size(0)}); };
   Tensor out[] = {made(), made(), made()};
@@ -123,7 +123,7 @@ void backward(const Tensor* g, const Tensor* x, const Tensor* w, int64_t mode, T
   }
 }
 
-Tensor6 interval_linear_iw_backward(Tensor gl, Tensor gm, Tensor gu, Tensor xl, Tensor xm, Tensor xu, Tensor wl, Tensor wm, Tensor wu,
+Tensor6 interval_linear_iw_backward(Rowwise gl, Rowwise gm, Rowwise gu, Rowwise xl, Rowwise xm, Rowwise xu, Rowwise wl, Rowwise wm, Rowwise wu,
                                     int64_t mode) {
   const Tensor g[] = {gl, gm, gu}, x[] = {xl, xm, xu}, w[] = {wl, wm, wu};
   const auto made = [&](const Tensor& t) { return torch::stable::new_empty(t, {t.size(0), t.size(1)}); };
@@ -143,6 +143,6 @@ Tensor6 interval_linear_iw_backward(Tensor gl, Tensor gm, Tensor gu, Tensor xl, 
 }  // namespace w2s::interval
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("interval_linear_iw", TORCH_BOX(&w2s::interval::interval_linear_iw));
-  m.impl("interval_linear_iw_backward", TORCH_BOX(&w2s::interval::interval_linear_iw_backward));
+  m.impl("interval_linear_iw", W2S_BOX(&w2s::interval::interval_linear_iw));
+  m.impl("interval_linear_iw_backward", W2S_BOX(&w2s::interval::interval_linear_iw_backward));
 }

@@ -1,7 +1,7 @@
 // Attention of N queries over M keys on plain pointers; the compressed-attention ops and the whole path call these.
 #pragma once
 
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/tensors.h"
 
 namespace w2s {
 namespace attention {

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/tensors.h"
 
 namespace w2s {
 template <Dtype d>

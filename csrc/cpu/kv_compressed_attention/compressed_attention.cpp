@@ -13,7 +13,7 @@ Tensor like(const Tensor& t, bool wanted) {
   return torch::stable::new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
 }
 
-std::tuple<Tensor, Tensor> compressed_attention(Tensor q, Tensor k, Tensor v, double scale) {
+std::tuple<Tensor, Tensor> compressed_attention(Rowwise q, Rowwise k, Rowwise v, double scale) {
   const bool f64 = q.scalar_type() == ScalarType::Double;
   Tensor out = like(q, true);
   Tensor softmax = torch::stable::new_empty(q, {2, q.size(0), q.size(2), q.size(1)}, f64 ? ScalarType::Double : ScalarType::Float);
@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> compressed_attention(Tensor q, Tensor k, Tensor v, do
   return {out, softmax};
 }
 
-std::tuple<Tensor, Tensor, Tensor> compressed_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out,
+std::tuple<Tensor, Tensor, Tensor> compressed_attention_backward(Rowwise grad, Rowwise q, Rowwise k, Rowwise v, Tensor out,
                                                                  Tensor softmax, double scale, bool need_q, bool need_kv) {
   Tensor dq = like(q, need_q), dk = like(k, need_kv), dv = like(v, need_kv);
   Gradients g{Heads(grad), {}, {}, {}, need_q, need_kv};
@@ -36,6 +36,6 @@ std::tuple<Tensor, Tensor, Tensor> compressed_attention_backward(Tensor grad, Te
 }  // namespace w2s
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("compressed_attention", TORCH_BOX(&w2s::attention::compressed_attention));
-  m.impl("compressed_attention_backward", TORCH_BOX(&w2s::attention::compressed_attention_backward));
+  m.impl("compressed_attention", W2S_BOX(&w2s::attention::compressed_attention));
+  m.impl("compressed_attention_backward", W2S_BOX(&w2s::attention::compressed_attention_backward));
 }

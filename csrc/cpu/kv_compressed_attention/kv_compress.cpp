@@ -5,7 +5,7 @@ namespace w2s {
 namespace compress {
 namespace {
 
-std::tuple<Tensor, Tensor> kv_compress(Tensor x, int64_t first, W2S_COMPRESSION_PARAMETERS, double eps) {
+std::tuple<Tensor, Tensor> kv_compress(Rowwise x, int64_t first, W2S_COMPRESSION_PARAMETERS, double eps) {
   const Problem p(x, first, W2S_COMPRESSION_ARGUMENTS);
   Tensor kv = torch::stable::new_empty(x, {p.B, p.M, p.groups, p.C});
   Tensor stats = torch::stable::new_empty(x, normalize ? std::vector<int64_t>{p.B, p.M, p.groups, 2} : std::vector<int64_t>{0}, p.acc());
@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor> kv_compress(Tensor x, int64_t first, W2S_COMPRESSION_
   return {kv, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compress_backward(Tensor grad, Tensor x, int64_t first,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compress_backward(Rowwise grad, Rowwise x, int64_t first,
                                                                         W2S_COMPRESSION_PARAMETERS, Tensor stats, bool need_x,
                                                                         bool need_params) {
   const Problem p(x, first, W2S_COMPRESSION_ARGUMENTS);
@@ -31,6 +31,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compress_backward(Tensor g
 }  // namespace w2s
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("kv_compress", TORCH_BOX(&w2s::compress::kv_compress));
-  m.impl("kv_compress_backward", TORCH_BOX(&w2s::compress::kv_compress_backward));
+  m.impl("kv_compress", W2S_BOX(&w2s::compress::kv_compress));
+  m.impl("kv_compress_backward", W2S_BOX(&w2s::compress::kv_compress_backward));
 }

@@ -23,7 +23,7 @@ attention::Problem heads_of(const Tensor& qkv, const Tensor& keys, int64_t first
           Heads::of_slot(keys, first + 1, D), o, softmax.data_ptr()};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> kv_compressed_attention(Tensor qkv, W2S_COMPRESSION_PARAMETERS, double eps,
+std::tuple<Tensor, Tensor, Tensor, Tensor> kv_compressed_attention(Rowwise qkv, W2S_COMPRESSION_PARAMETERS, double eps,
                                                                    int64_t num_heads, double scale) {
   const compress::Problem p(qkv, 1, W2S_COMPRESSION_ARGUMENTS);
   const int64_t N = qkv.size(1);
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_compressed_attention(Tensor qkv, W
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compressed_attention_backward(
-    Tensor grad, Tensor qkv, W2S_COMPRESSION_PARAMETERS, int64_t num_heads, double scale, Tensor out, Tensor softmax, Tensor kv,
+    Rowwise grad, Rowwise qkv, W2S_COMPRESSION_PARAMETERS, int64_t num_heads, double scale, Tensor out, Tensor softmax, Tensor kv,
     Tensor stats, bool need_params) {
   const compress::Problem p(qkv, 1, W2S_COMPRESSION_ARGUMENTS);
   const int64_t N = qkv.size(1), D = p.C / num_heads;
@@ -69,6 +69,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compressed_attention_backw
 }  // namespace w2s
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("kv_compressed_attention", TORCH_BOX(&w2s::kv_compressed_attention));
-  m.impl("kv_compressed_attention_backward", TORCH_BOX(&w2s::kv_compressed_attention_backward));
+  m.impl("kv_compressed_attention", W2S_BOX(&w2s::kv_compressed_attention));
+  m.impl("kv_compressed_attention_backward", W2S_BOX(&w2s::kv_compressed_attention_backward));
 }

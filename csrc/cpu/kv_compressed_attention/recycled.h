@@ -8,7 +8,7 @@
 #include <mutex>
 #include <utility>
 
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/tensors.h"
 
 namespace w2s {
 

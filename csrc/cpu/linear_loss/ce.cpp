@@ -81,9 +81,9 @@ Loss run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, T
   return found;
 }
 
-Loss linear_ce(W2S_LINEAR_PARAMETERS, Tensor keep, Tensor ids, Tensor probs, Optional uniform, Optional dense, Optional classes,
+Loss linear_ce(W2S_LINEAR_PARAMETERS, Tensor keep, Tensor ids, Tensor probs, Optional uniform, std::optional<Rowwise> dense, Optional classes,
                Tensor weight, double z_loss, bool scaled, bool need_entropy, bool need_best, W2S_NEED_PARAMETERS) {
-  const bool* counts = static_cast<const bool*>(keep.data_ptr());
+  const bool* counts = integers<bool>(keep);
   const std::vector<int64_t> rows = rows_where(hiddens[0].size(0), [&](int64_t t) { return counts[t]; });
   const Wanted wanted{z_loss, scaled, need_entropy, need_best};
   const auto call = [&](auto& e) {
@@ -102,4 +102,4 @@ Loss linear_ce(W2S_LINEAR_PARAMETERS, Tensor keep, Tensor ids, Tensor probs, Opt
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_ce", TORCH_BOX(&w2s::linear::linear_ce)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_ce", W2S_BOX(&w2s::linear::linear_ce)); }

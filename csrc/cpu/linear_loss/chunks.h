@@ -11,7 +11,7 @@
 #include <cstring>
 
 #include "cpu/gemm.h"
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/tensors.h"
 
 namespace w2s {
 namespace linear {

@@ -157,7 +157,7 @@ Three many_classes(const Call& call) {
   return {total<A>(call, parts), made, grad};
 }
 
-Three w2s_confidence_loss(Tensor logits, Tensor soft_labels, bool product, double coef, double alpha, double beta, int64_t balance,
+Three w2s_confidence_loss(Rowwise logits, Rowwise soft_labels, bool product, double coef, double alpha, double beta, int64_t balance,
                           std::optional<Tensor> threshold, bool need_loss, bool need_gradient) {
   const Mixture mixture{product, coef, alpha, beta, 1.0 / double(std::max<int64_t>(logits.size(0), 1)), need_gradient};
   const Call call{logits, soft_labels, mixture, Balance(balance), threshold, need_loss};
@@ -169,4 +169,4 @@ Three w2s_confidence_loss(Tensor logits, Tensor soft_labels, bool product, doubl
 }  // namespace
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("w2s_confidence_loss", TORCH_BOX(&w2s::w2s_confidence_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("w2s_confidence_loss", W2S_BOX(&w2s::w2s_confidence_loss)); }

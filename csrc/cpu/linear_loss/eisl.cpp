@@ -24,6 +24,11 @@ struct Eisl {
   int64_t pairs = 0;                                // positions that count in both
 
   bool kept(const bool* mask, int64_t at) const { return !mask || mask[at]; }
+  void check_target(int64_t V) const {  // under torch.compile nobody has looked at it yet, and it is a place to read
+    for (int64_t i = 0; i < B * U; ++i)
+      STD_TORCH_CHECK(!kept(wanted, i) || (target[i] >= 0 && target[i] < V),
+                      "w2s_fast.linear_eisl: target must be in [0, " + std::to_string(V) + "), got " + std::to_string(target[i]) + ".");
+  }
   void list_rows() {
     for (int64_t b = 0; b < B; ++b) {
       begin.push_back(int64_t(index.size()));
@@ -127,14 +132,15 @@ Outputs run(const Eisl& e, const Tensor& hidden, const Tensor& flat, const Tenso
   return {loss, parts, dhidden, spend.dhead, spend.dbias};
 }
 
-Outputs linear_eisl(Tensor hidden, Tensor head, std::optional<Tensor> bias, Tensor target, std::vector<int64_t> ngrams,
+Outputs linear_eisl(Tensor hidden, Rowwise head, std::optional<Tensor> bias, Tensor target, std::vector<int64_t> ngrams,
                     std::vector<double> weights, double tau, bool logsumexp, double floor, Tensors noise,
                     std::optional<Tensor> src_keep, std::optional<Tensor> tgt_keep, double ngram_coef, double ce_coef,
                     bool need_hidden, bool need_head, bool need_bias) {
   Eisl e{hidden.size(0), hidden.size(1), target.size(1), ngrams, weights, tau, floor, ngram_coef, ce_coef, logsumexp,
-         static_cast<const int64_t*>(target.data_ptr()), noise, nullptr, nullptr, {}, {}, 0};
-  if (src_keep) e.source = static_cast<const bool*>(src_keep->data_ptr());
-  if (tgt_keep) e.wanted = static_cast<const bool*>(tgt_keep->data_ptr());
+         integers<int64_t>(target), noise, nullptr, nullptr, {}, {}, 0};
+  if (src_keep) e.source = integers<bool>(*src_keep);
+  if (tgt_keep) e.wanted = integers<bool>(*tgt_keep);
+  e.check_target(head.size(0));
   e.list_rows();
   const Tensor flat = torch::stable::flatten(hidden, 0, 1);  // contiguous, so a view
   if (hidden.scalar_type() == ScalarType::Double) return run<double>(e, hidden, flat, head, bias, need_hidden, need_head, need_bias);
@@ -145,4 +151,4 @@ Outputs linear_eisl(Tensor hidden, Tensor head, std::optional<Tensor> bias, Tens
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_eisl", TORCH_BOX(&w2s::linear::linear_eisl)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_eisl", W2S_BOX(&w2s::linear::linear_eisl)); }

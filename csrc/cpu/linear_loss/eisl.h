@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/linear_loss/rows.h"
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/tensors.h"
 
 namespace w2s {
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cpu/gemm.h"
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/tensors.h"
 
 #define W2S_KERNEL "cpu/linear_loss/tile_kernel.h"
 #include "cpu/for_each_target.h"
@@ -37,8 +37,8 @@ inline void product(const Matrix<A>& c, const Matrix<A>& a, const Matrix<A>& b, 
 }
 
 #define W2S_LINEAR_PARAMETERS                                                                                 \
-  Tensors hiddens, Tensors heads, Tensors biases, std::optional<Tensor> weights, std::vector<double> weight_values, \
-      double temperature, double softcap, int64_t vocab_size
+  RowwiseTensors hiddens, RowwiseTensors heads, Tensors biases, std::optional<Strided> weights,               \
+      std::vector<double> weight_values, double temperature, double softcap, int64_t vocab_size
 #define W2S_LINEAR_ARGUMENTS hiddens, heads, biases, weights, weight_values, temperature, softcap, vocab_size
 
 inline bool wants_double(const Tensors& hiddens, const Tensors& heads) {

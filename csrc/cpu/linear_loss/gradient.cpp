@@ -56,4 +56,4 @@ Lists linear_loss_backward(W2S_LINEAR_PARAMETERS, W2S_COEFFICIENTS, W2S_NEED_PAR
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_loss_backward", TORCH_BOX(&w2s::linear::linear_loss_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_loss_backward", W2S_BOX(&w2s::linear::linear_loss_backward)); }

@@ -12,7 +12,7 @@ namespace linear {
 namespace {
 
 #define W2S_KD_PARAMETERS                                                                                       \
-  Tensors teachers, std::vector<int64_t> forms, std::vector<double> shares, int64_t kind, double tau, double beta, double power, \
+  RowwiseTensors teachers, std::vector<int64_t> forms, std::vector<double> shares, int64_t kind, double tau, double beta, double power, \
       std::optional<Tensor> target, std::optional<Tensor> keep, Tensor coef_kd, std::optional<Tensor> coef_ce
 #define W2S_KD_ARGUMENTS teachers, forms, shares, kind, tau, beta, power, target, keep, coef_kd, coef_ce
 
@@ -54,8 +54,8 @@ struct Distillation {
       }
       this->teachers.push_back(std::move(g));
     }
-    if (loss.hard) this->target = static_cast<const int64_t*>(target->data_ptr());
-    const bool* kept = keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr;
+    if (loss.hard) this->target = integers<int64_t>(*target);
+    const bool* kept = keep ? integers<bool>(*keep) : nullptr;
     index.reserve(size_t(T));
     for (int64_t t = 0; t < T; ++t)
       if (!kept || kept[t]) index.push_back(t);
@@ -179,7 +179,7 @@ Rows4 kd_rows(const Tensor& logits, const Distillation& given) {
   return {out.loss, out.kd, out.ce, out.stats, dlogits};
 }
 
-Rows4 kd_loss(Tensor logits, W2S_KD_PARAMETERS, bool need_gradient, bool need_statistics) {
+Rows4 kd_loss(Rowwise logits, W2S_KD_PARAMETERS, bool need_gradient, bool need_statistics) {
   const Distillation given(logits, logits.size(1), need_gradient, need_statistics, W2S_KD_ARGUMENTS);
   if (given.f64) return kd_rows<double>(logits, given);
   return kd_rows<float>(logits, given);
@@ -229,7 +229,7 @@ Linear7 linear_rows(const Tensor& hidden, const Tensor& weight, const std::optio
   return {out.loss, out.kd, out.ce, out.stats, spend.dhidden, spend.dhead, spend.dbias};
 }
 
-Linear7 linear_kd(Tensor hidden, Tensor head, std::optional<Tensor> bias, W2S_KD_PARAMETERS, bool need_hidden, bool need_head,
+Linear7 linear_kd(Rowwise hidden, Rowwise head, std::optional<Tensor> bias, W2S_KD_PARAMETERS, bool need_hidden, bool need_head,
                   bool need_bias, bool need_statistics) {
   const Need need{need_hidden, need_head, need_bias};
   const bool gradient = need_hidden || need_head || need_bias;
@@ -243,6 +243,6 @@ Linear7 linear_kd(Tensor hidden, Tensor head, std::optional<Tensor> bias, W2S_KD
 }  // namespace w2s
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("kd_loss", TORCH_BOX(&w2s::linear::kd_loss));
-  m.impl("linear_kd", TORCH_BOX(&w2s::linear::linear_kd));
+  m.impl("kd_loss", W2S_BOX(&w2s::linear::kd_loss));
+  m.impl("linear_kd", W2S_BOX(&w2s::linear::linear_kd));
 }

@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(Engine<A>& e, const int64_t* targ
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_fusion_logprobs(
     W2S_LINEAR_PARAMETERS, Tensor target, int64_t ignore_index, bool need_rows, bool need_logits) {
-  const int64_t* y = static_cast<const int64_t*>(target.data_ptr());
+  const int64_t* y = integers<int64_t>(target);
   if (wants_double(hiddens, heads)) {
     Engine<double> e(W2S_LINEAR_ARGUMENTS, y, ignore_index);
     return run(e, y, need_rows, need_logits);
@@ -149,4 +149,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_fusion_logprobs(
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_fusion_logprobs", TORCH_BOX(&w2s::linear::linear_fusion_logprobs)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_fusion_logprobs", W2S_BOX(&w2s::linear::linear_fusion_logprobs)); }

@@ -99,7 +99,7 @@ struct Sequences {
 
   // summed over all pairs (or sequences)
   double loss(const std::vector<Term>& terms, const Optional& pairs) {
-    const int64_t* index = pairs ? static_cast<const int64_t*>(pairs->data_ptr()) : nullptr;
+    const int64_t* index = pairs ? places(*pairs, int64_t(sum.size()), "pair_index") : nullptr;
     const int64_t count = pairs ? pairs->size(0) : int64_t(sum.size());
     double total = 0;
     for (int64_t p = 0; p < count; ++p)
@@ -172,8 +172,8 @@ Loss linear_preference(W2S_LINEAR_PARAMETERS, Tensor target, int64_t ignore_inde
                        Tensor segments, Tensor counts, Optional ref, bool mean, Optional pairs, Optional labels, Optional kl,
                        Optional share, std::vector<int64_t> forms, std::vector<double> numbers_of_terms, double scale,
                        W2S_NEED_PARAMETERS) {
-  std::vector<Tokens> tokens{{static_cast<const int64_t*>(target.data_ptr()), ignore_index, numbers(token_weights)}};
-  if (nll_target) tokens.push_back({static_cast<const int64_t*>(nll_target->data_ptr()), ignore_index, {}});
+  std::vector<Tokens> tokens{{integers<int64_t>(target), ignore_index, numbers(token_weights)}};
+  if (nll_target) tokens.push_back({integers<int64_t>(*nll_target), ignore_index, {}});
   const size_t n = size_t(counts.size(0));
   Sequences all{std::vector<double>(n), std::vector<double>(n), numbers(counts), numbers(ref), numbers(share),
                 std::vector<double>(n), std::vector<double>(n), numbers(labels), mean, kl ? numbers(*kl)[0] : 0};
@@ -181,7 +181,7 @@ Loss linear_preference(W2S_LINEAR_PARAMETERS, Tensor target, int64_t ignore_inde
     return tokens[0].weight(t) != 0 || (nll_target && tokens[1].weight(t) != 0);
   });
   const std::vector<Term> terms = terms_of(forms, numbers_of_terms);
-  const int64_t* sequence = static_cast<const int64_t*>(segments.data_ptr());
+  const int64_t* sequence = places(segments, counts.size(0), "segment_ids");
   if (wants_double(hiddens, heads)) {
     Engine<double> e(W2S_LINEAR_ARGUMENTS, rows);
     return run(e, heads, biases, W2S_NEED, tokens, sequence, all, terms, pairs, scale);
@@ -194,4 +194,4 @@ Loss linear_preference(W2S_LINEAR_PARAMETERS, Tensor target, int64_t ignore_inde
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_preference", TORCH_BOX(&w2s::linear::linear_preference)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_preference", W2S_BOX(&w2s::linear::linear_preference)); }

@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(Engine<A>& e, const Tensor& unifo
   return {token, logprob, lse, kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_fusion_sample(W2S_LINEAR_PARAMETERS, Tensor uniform) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_fusion_sample(W2S_LINEAR_PARAMETERS, Strided uniform) {
   const bool greedy = temperature == 0;
   if (greedy) temperature = 1;
   if (wants_double(hiddens, heads)) {
@@ -145,4 +145,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_fusion_sample(W2S_LINEAR_PARAM
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_fusion_sample", TORCH_BOX(&w2s::linear::linear_fusion_sample)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_fusion_sample", W2S_BOX(&w2s::linear::linear_fusion_sample)); }

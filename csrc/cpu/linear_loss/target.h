@@ -19,7 +19,7 @@ struct Target {
   Target(const Engine<A>& e, const Tensor& id, const Tensor& coef, const std::optional<Tensor>& uniform,
          const std::optional<Tensor>& whole, const std::optional<Tensor>& coef_whole, const std::optional<Tensor>& weights)
       : K(id.size(1)), ids(size_t(e.M * K)), a(ids.size()) {
-    const int64_t* given = static_cast<const int64_t*>(id.data_ptr());
+    const int64_t* given = integers<int64_t>(id);
     const std::vector<double> numbers_a = numbers(coef);
     for (int64_t m = 0; m < e.M; ++m)
       for (int64_t k = 0; k < K; ++k) {

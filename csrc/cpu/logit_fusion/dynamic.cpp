@@ -23,4 +23,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_fusion_weights(W2S_DYN_PARAME
 }  // namespace
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("dynamic_fusion_weights", TORCH_BOX(&w2s::dynamic_fusion_weights)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("dynamic_fusion_weights", W2S_BOX(&w2s::dynamic_fusion_weights)); }

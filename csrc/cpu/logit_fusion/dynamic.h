@@ -23,9 +23,9 @@ struct Dynamic : Models {
 };
 
 #define W2S_DYN_PARAMETERS                                                                                          \
-  Tensor base, Tensors experts, Tensors anti, double alpha_max, int64_t nodes, int64_t first_candidate, double tol, \
-      int64_t multi, int64_t direction_kind, std::optional<Tensor> direction, bool average,                         \
-      std::optional<Tensor> target_kl, int64_t vocab_size
+  Rowwise base, RowwiseTensors experts, RowwiseTensors anti, double alpha_max, int64_t nodes,                       \
+      int64_t first_candidate, double tol, int64_t multi, int64_t direction_kind, std::optional<Strided> direction, \
+      bool average, std::optional<Strided> target_kl, int64_t vocab_size
 #define W2S_DYN_ARGUMENTS                                                                                           \
   base, experts, anti, alpha_max, nodes, first_candidate, tol, multi, direction_kind, direction, average, target_kl, \
       vocab_size

@@ -22,11 +22,10 @@ namespace {
 Tensor zeros_like(const Tensor& t) { return torch::stable::new_zeros(t, {t.size(0), t.size(1)}); }
 
 std::tuple<Tensor, Tensors, Tensors, Tensor> dynamic_fusion_weights_backward(
-    Tensor grad_alpha, Tensor alpha, Tensor saturated, Tensor base, Tensors experts, Tensors anti, int64_t multi,
+    Tensor grad_alpha, Tensor alpha, Tensor saturated, Rowwise base, RowwiseTensors experts, RowwiseTensors anti, int64_t multi,
     int64_t direction_kind, std::optional<Tensor>, bool average, bool has_target, int64_t vocab_size) {
   const Dynamic d(base, experts, anti, 1.0, 2, -1, 1.0, multi, direction_kind, std::nullopt, average, std::nullopt, vocab_size);
-  const Tensor stuck = torch::stable::contiguous(saturated);
-  const bool* flags = static_cast<const bool*>(stuck.data_ptr());
+  const bool* flags = integers<bool>(saturated);
   DynamicGradient g{d, numbers(grad_alpha), numbers(alpha), std::vector<char>(flags, flags + d.B * d.K), has_target,
                     {}, {}, {}, d.rows(d.acc(), d.K)};
   const Tensor dbase = zeros_like(base);
@@ -44,5 +43,5 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> dynamic_fusion_weights_backward(
 }  // namespace w2s
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("dynamic_fusion_weights_backward", TORCH_BOX(&w2s::dynamic_fusion_weights_backward));
+  m.impl("dynamic_fusion_weights_backward", W2S_BOX(&w2s::dynamic_fusion_weights_backward));
 }

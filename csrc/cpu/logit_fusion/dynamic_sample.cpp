@@ -7,8 +7,8 @@ namespace w2s {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dynamic_sample(
-    W2S_DYN_PARAMETERS, std::optional<Tensor> temperature, double temperature_value, int64_t plausible,
-    double plausible_value, Tensor uniform, int64_t top_k, double top_p, double min_p) {
+    W2S_DYN_PARAMETERS, std::optional<Strided> temperature, double temperature_value, int64_t plausible,
+    double plausible_value, Strided uniform, int64_t top_k, double top_p, double min_p) {
   const Dynamic d(W2S_DYN_ARGUMENTS);
   const auto [alpha, target, achieved, saturated] = solve_dynamic(d).tensors(d);
   const Fusion f(base, experts, anti, alpha, {}, 1.0, temperature, temperature_value, plausible, plausible_value, vocab_size);
@@ -20,4 +20,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dynam
 }  // namespace
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("dynamic_sample", TORCH_BOX(&w2s::dynamic_sample)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("dynamic_sample", W2S_BOX(&w2s::dynamic_sample)); }

@@ -29,6 +29,6 @@ std::tuple<Tensor, Tensor> fused_log_softmax(W2S_FUSE_PARAMETERS, ScalarType out
 }  // namespace w2s
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("fuse_logits", TORCH_BOX(&w2s::fuse_logits));
-  m.impl("fused_log_softmax", TORCH_BOX(&w2s::fused_log_softmax));
+  m.impl("fuse_logits", W2S_BOX(&w2s::fuse_logits));
+  m.impl("fused_log_softmax", W2S_BOX(&w2s::fused_log_softmax));
 }

@@ -16,17 +16,13 @@ struct Upstream {  // gradients with respect to z, see fuse_backward_kernel.h
 namespace w2s {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> fuse_backward(W2S_FUSE_PARAMETERS, std::optional<Tensor> grad, Tensor lse,
+std::tuple<Tensor, Tensor, Tensor> fuse_backward(W2S_FUSE_PARAMETERS, std::optional<Rowwise> grad, Tensor lse,
                                                  std::optional<Tensor> row_a, std::optional<Tensor> row_b,
                                                  std::optional<Tensor> index, std::optional<Tensor> index_coef,
                                                  bool subtract_row_sum, bool need_params) {
   const Fusion f(W2S_FUSE_ARGUMENTS);
   Upstream up;
-  std::optional<Tensor> packed;
-  if (grad) {
-    packed = f.V > 1 && grad->stride(1) != 1 ? torch::stable::contiguous(*grad) : *grad;
-    up.grad = Rows(*packed);
-  }
+  if (grad) up.grad = Rows(*grad);
   up.has_grad = grad.has_value();
   up.subtract = subtract_row_sum && up.has_grad;
   up.need_params = need_params;
@@ -36,8 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> fuse_backward(W2S_FUSE_PARAMETERS, std::optio
   if (index && index_coef) {
     up.indices = index->size(1);
     up.coef = numbers(*index_coef);
-    const Tensor rows = torch::stable::contiguous(*index);
-    const int64_t* at = static_cast<const int64_t*>(rows.data_ptr());
+    const int64_t* at = integers<int64_t>(*index);
     up.index.assign(at, at + f.B * up.indices);
   }
   Tensor dz = f.rows(base.scalar_type(), f.V);
@@ -50,4 +45,4 @@ std::tuple<Tensor, Tensor, Tensor> fuse_backward(W2S_FUSE_PARAMETERS, std::optio
 }  // namespace
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("fuse_backward", TORCH_BOX(&w2s::fuse_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("fuse_backward", W2S_BOX(&w2s::fuse_backward)); }

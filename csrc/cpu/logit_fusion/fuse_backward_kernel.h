@@ -40,18 +40,14 @@ struct BackwardRun {
       : f(fusion), up(u), out(dz), S(segments(f.V)), cut(size_t(f.B)), row_sum(size_t(f.B * S)),
         dweight(size_t(f.B * S * f.K)), dheat(size_t(f.B * S)) {}
 
-  // sum of grad over the columns that z keeps
+  // sum of grad over all columns, those that z masks included
   void sum_item(int64_t i) {
     const int64_t row = i / S, begin = i % S * SEGMENT, end = std::min(f.V, begin + SEGMENT);
-    FusedRow<A> fused;
-    fused.begin(f, row, f.temperature[size_t(row)], cut[size_t(row)]);
-    A z[TILE], g[TILE];
+    A g[TILE];
     double total = 0;
     for (int64_t c = begin; c < end; c += TILE) {
       const int n = int(std::min<int64_t>(TILE, end - c));
       widen<A>(up.grad.at(row, c), up.grad.dtype, n, A(0), g);
-      fused.tile(c, n, z);
-      mask(z, g, n);
       total += tile_sum<A>(n, [&](int v, Vec<A> sum) { return sum + Vec<A>::load(g + v); });
     }
     row_sum[size_t(i)] = total;

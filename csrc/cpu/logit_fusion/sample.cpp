@@ -9,7 +9,7 @@ void draw_rows(const Fusion& f, const Draws& draws, SampleOutput& out) { W2S_DIS
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> fused_sample(W2S_FUSE_PARAMETERS, Tensor uniform, int64_t top_k, double top_p,
+std::tuple<Tensor, Tensor, Tensor, Tensor> fused_sample(W2S_FUSE_PARAMETERS, Strided uniform, int64_t top_k, double top_p,
                                                         double min_p) {
   const Fusion f(W2S_FUSE_ARGUMENTS);
   SampleOutput out(f);
@@ -20,4 +20,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_sample(W2S_FUSE_PARAMETERS, Ten
 }  // namespace
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("fused_sample", TORCH_BOX(&w2s::fused_sample)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("fused_sample", W2S_BOX(&w2s::fused_sample)); }

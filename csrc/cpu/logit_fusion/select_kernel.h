@@ -152,7 +152,7 @@ inline Selection<A> filter_row(const A* z, int64_t V, const Tiles<A>& tiles, con
   const A top = *std::max_element(tiles.max.begin(), tiles.max.end());
   const bool k_on = f.top_k > 0 && f.top_k < V, p_on = f.top_p < 1, m_on = f.min_p > 0;
   const A least = std::numeric_limits<A>::lowest();
-  const A by_min = m_on ? A(std::log(f.min_p)) : -infinity<A>;
+  const A by_min = m_on ? A(least_distance(f.min_p)) : -infinity<A>;
   A level = least;
   if (k_on) level = top_k_level(tiles, f.top_k);
   else if (p_on) level = std::max(least, A(lse + std::log((1 - f.top_p) / double(V)) - 1e-3));
@@ -166,7 +166,7 @@ inline Selection<A> filter_row(const A* z, int64_t V, const Tiles<A>& tiles, con
   else if (k_on) mass = above(found, level).mass;
   if (p_on) {
     const Cut<A> by_count = s.cut;
-    boundary<A, false>(found, top, level, f.top_p * mass, s.cut);
+    boundary<A, false>(found, top, level, nucleus_goal(f.top_p, mass), s.cut);
     if (s.cut.value < by_count.value || (s.cut.value == by_count.value && s.cut.last > by_count.last)) s.cut = by_count;
   }
   s.top = top;
@@ -196,6 +196,17 @@ inline int64_t keep(const Selection<A>& s, Candidates<A>& c) {
   return kept;
 }
 
+// The least x with x - top >= distance: top + distance up to a rounding, which ties would show.
+template <class A>
+inline A least_value(A top, A distance) {
+  const A lowest = std::numeric_limits<A>::lowest();
+  if (distance == -infinity<A>) return distance;
+  A x = std::max(lowest, top + distance);
+  while (x > lowest && std::nextafter(x, lowest) - top >= distance) x = std::nextafter(x, lowest);
+  while (!(x - top >= distance)) x = std::nextafter(x, top);
+  return x;
+}
+
 // The plausible set of a row of the base (kind 1: P >= level max P; kind 2: its nucleus), or no cut for a row that has
 // none. `row` (V + PAD entries) is scratch for rows that are not of type A.
 template <class A>
@@ -217,7 +228,7 @@ inline Cut<A> plausible_cut(const Fusion& f, int64_t r) {
     total.add(tiles.max[t], tiles.sum[t]);
   }
   if (!std::isfinite(total.value())) return {};
-  if (f.plausible == 1) return {true, A(total.max + std::log(f.level)), V};
+  if (f.plausible == 1) return {true, least_value(A(total.max), A(least_distance(f.level))), V};
   thread_local Candidates<A> found;
   const A* z = direct ? static_cast<const A*>(f.base.at(r, 0)) : copy.get();
   return filter_row(z, V, tiles, FilterValues{0, f.level, 0}, total.value(), found).cut;

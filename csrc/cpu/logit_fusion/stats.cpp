@@ -16,13 +16,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_stats(W2S_FUSE_PARAMETE
   const Fusion f(W2S_FUSE_ARGUMENTS);
   const StatsOutput out{f.rows(f.acc()), f.rows(f.acc()), f.rows(ScalarType::Long), f.rows(f.acc()),
                         targets ? f.rows(f.acc()) : f.nothing()};
-  std::optional<Tensor> packed;
-  if (targets) packed = torch::stable::contiguous(*targets);
-  W2S_DISPATCH(run_stats)(f, packed ? static_cast<const int64_t*>(packed->data_ptr()) : nullptr, out);
+  W2S_DISPATCH(run_stats)(f, targets ? integers<int64_t>(*targets) : nullptr, out);
   return {out.lse, out.max, out.argmax, out.entropy, out.target_logp};
 }
 
 }  // namespace
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("fused_stats", TORCH_BOX(&w2s::fused_stats)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("fused_stats", W2S_BOX(&w2s::fused_stats)); }

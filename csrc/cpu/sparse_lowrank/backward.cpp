@@ -130,7 +130,7 @@ struct Backward {
   }
 };
 
-Five backward(Tensor grad, Tensor x, Tensor A, Tensor B, Tensor values, std::optional<Tensor> scale, double scale_value,
+Five backward(Rowwise grad, Rowwise x, Rowwise A, Rowwise B, Tensor values, std::optional<Tensor> scale, double scale_value,
               std::optional<Tensor> h, W2S_SUPPORT_PARAMETERS, bool materialize, bool need_x, bool need_A, bool need_B, bool need_values,
               bool need_scale) {
   const Pattern s(W2S_SUPPORT_ARGUMENTS);
@@ -144,4 +144,4 @@ Five backward(Tensor grad, Tensor x, Tensor A, Tensor B, Tensor values, std::opt
 }  // namespace
 }  // namespace w2s::sparse
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("sparse_lowrank_backward", TORCH_BOX(&w2s::sparse::backward)); }
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("sparse_lowrank_backward", W2S_BOX(&w2s::sparse::backward)); }

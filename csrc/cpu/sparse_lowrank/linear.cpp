@@ -82,7 +82,7 @@ Two linear_as(const Tensor& x, const Tensor& A_, const Tensor& B, const Tensor& 
   return {y, need_h ? h : none};
 }
 
-Two linear(Tensor x, Tensor A, Tensor B, Tensor values, std::optional<Tensor> scale, double scale_value, std::optional<Tensor> bias,
+Two linear(Rowwise x, Rowwise A, Rowwise B, Tensor values, std::optional<Tensor> scale, double scale_value, std::optional<Tensor> bias,
            W2S_SUPPORT_PARAMETERS, bool materialize, bool need_h) {
   const Pattern s(W2S_SUPPORT_ARGUMENTS);
   const double factor = scale_of(scale, scale_value);
@@ -104,7 +104,7 @@ Tensor materialize_as(const Tensor& A_, const Tensor& B, const Tensor& values, d
   return w;
 }
 
-Tensor materialize(Tensor A, Tensor B, Tensor values, std::optional<Tensor> scale, double scale_value, W2S_SUPPORT_PARAMETERS,
+Tensor materialize(Rowwise A, Rowwise B, Tensor values, std::optional<Tensor> scale, double scale_value, W2S_SUPPORT_PARAMETERS,
                    ScalarType out_dtype) {
   const Pattern s(W2S_SUPPORT_ARGUMENTS);
   const double factor = scale_of(scale, scale_value);
@@ -116,6 +116,6 @@ Tensor materialize(Tensor A, Tensor B, Tensor values, std::optional<Tensor> scal
 }  // namespace w2s::sparse
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("sparse_lowrank_linear", TORCH_BOX(&w2s::sparse::linear));
-  m.impl("sparse_lowrank_materialize", TORCH_BOX(&w2s::sparse::materialize));
+  m.impl("sparse_lowrank_linear", W2S_BOX(&w2s::sparse::linear));
+  m.impl("sparse_lowrank_materialize", W2S_BOX(&w2s::sparse::materialize));
 }

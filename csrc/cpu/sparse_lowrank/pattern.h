@@ -10,7 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cpu/gemm.h"
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/tensors.h"
 
 namespace w2s::sparse {
 
@@ -38,20 +38,20 @@ struct Pattern {
     tiles = pieces(rows, TILE);
     blocks = pieces(columns, this->block);
     if (block) {
-      bytes = static_cast<const uint8_t*>(cols.data_ptr());
+      bytes = integers<uint8_t>(cols);
       const int64_t width = columns - (blocks - 1) * block;
       last_per_block = (2 * per_block * width + block) / (2 * block);
       return;
     }
-    row_ptr = static_cast<const int32_t*>(ptr.data_ptr());
-    if (cols.scalar_type() == ScalarType::Int) wide = static_cast<const int32_t*>(cols.data_ptr());
-    else narrow = static_cast<const uint16_t*>(cols.data_ptr());
+    row_ptr = integers<int32_t>(ptr);
+    if (cols.scalar_type() == ScalarType::Int) wide = integers<int32_t>(cols);
+    else narrow = integers<uint16_t>(cols);
     if (plan.size() != 5) return;  // decoding a few tokens walks row by row
-    starts = static_cast<const int32_t*>(plan[0].data_ptr());
-    runs = static_cast<const int32_t*>(plan[1].data_ptr());
-    entry = static_cast<const uint16_t*>(plan[2].data_ptr());
-    column = static_cast<const uint8_t*>(plan[3].data_ptr());
-    order = static_cast<const int32_t*>(plan[4].data_ptr());
+    starts = integers<int32_t>(plan[0]);
+    runs = integers<int32_t>(plan[1]);
+    entry = integers<uint16_t>(plan[2]);
+    column = integers<uint8_t>(plan[3]);
+    order = integers<int32_t>(plan[4]);
   }
 
   void needs_plan() const {

@@ -14,7 +14,7 @@ Tensor spmm_as(const Tensor& x, const Tensor& values, const Pattern& s, bool tra
   return y.tensor;
 }
 
-Tensor spmm(Tensor x, Tensor values, W2S_SUPPORT_PARAMETERS, bool transpose) {
+Tensor spmm(Rowwise x, Tensor values, W2S_SUPPORT_PARAMETERS, bool transpose) {
   const Pattern s(W2S_SUPPORT_ARGUMENTS);
   return wants_double({&x, &values}) ? spmm_as<double>(x, values, s, transpose) : spmm_as<float>(x, values, s, transpose);
 }
@@ -30,7 +30,7 @@ Tensor sddmm_as(const Tensor& g, const Tensor& x, const Pattern& s) {
   return out;
 }
 
-Tensor sddmm(Tensor g, Tensor x, W2S_SUPPORT_PARAMETERS) {
+Tensor sddmm(Rowwise g, Rowwise x, W2S_SUPPORT_PARAMETERS) {
   const Pattern s(W2S_SUPPORT_ARGUMENTS);
   return wants_double({&g, &x}) ? sddmm_as<double>(g, x, s) : sddmm_as<float>(g, x, s);
 }
@@ -39,6 +39,6 @@ Tensor sddmm(Tensor g, Tensor x, W2S_SUPPORT_PARAMETERS) {
 }  // namespace w2s::sparse
 
 STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("spmm", TORCH_BOX(&w2s::sparse::spmm));
-  m.impl("sddmm", TORCH_BOX(&w2s::sparse::sddmm));
+  m.impl("spmm", W2S_BOX(&w2s::sparse::spmm));
+  m.impl("sddmm", W2S_BOX(&w2s::sparse::sddmm));
 }

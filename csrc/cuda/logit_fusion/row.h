@@ -330,7 +330,7 @@ struct Row {
       if (base[i] > -HUGE_VALF && given.has(base[i], begin + i)) whole.v[0].weight += weight(base[i]), ++whole.v[0].count;
     });
     whole = team.all(whole);
-    const double goal = by_count ? count : share * static_cast<double>(whole.v[0].weight);
+    const double goal = by_count ? count : share * (1 - kSlack) * static_cast<double>(whole.v[0].weight);
     if (by_count && count >= whole.v[0].count) return given;
 
     Boundary edge;
@@ -377,7 +377,7 @@ struct Row {
   W2S_TEAM void fuse(float tau) {
     Prefix nucleus;
     if (a.plausible == 2) nucleus = prefix(Mass(top_base, a.width), Prefix(), a.plausible_value, 0);
-    const float level = a.plausible == 1 ? static_cast<float>(log(a.plausible_value)) : -HUGE_VALF;
+    const float level = a.plausible == 1 ? least_distance(a.plausible_value) : -HUGE_VALF;
     each([&](int i) {
       const float b = base[i];
       float z = b;
@@ -423,7 +423,7 @@ struct Row {
     for (int filter = 0; filter < 2; ++filter)  // top-k, then top-p of what it leaves
       if (filter == 0 ? a.top_k > 0 && a.top_k < a.width : a.top_p < 1.0)
         kept = prefix(mass, kept, filter == 0 ? -1.0 : a.top_p, a.top_k);
-    const float floor = a.min_p > 0 ? static_cast<float>(log(a.min_p)) : -HUGE_VALF;
+    const float floor = least_distance(a.min_p);
     const auto has = [&](int i) {
       return base[i] > -HUGE_VALF && base[i] - top.value >= floor && kept.has(base[i], begin + i);
     };

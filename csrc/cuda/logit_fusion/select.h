@@ -10,6 +10,12 @@
 
 namespace w2s::fusion {
 
+// reference/logit_fusion/filters.py: ties are decided by this much, rounding would decide them otherwise.
+constexpr double kSlack = 0x1p-20;
+W2S_HD float least_distance(double min_p) {
+  return min_p > 0 ? static_cast<float>(log(min_p) - kSlack) : -HUGE_VALF;
+}
+
 constexpr int kPivots = 3;
 constexpr int kNoCut = 0x7fffffff;
 

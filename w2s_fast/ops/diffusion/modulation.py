@@ -50,7 +50,11 @@ MODULATE_BACKWARD = define(
     "-> (Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale)",
     reference=reference.modulate_backward,
     fake=_fake_backward,
-    triton=Kernel(f"{_MODULE}:launch_modulate_backward", f"{_MODULE}:supports_backward"),
+    triton=Kernel(
+        f"{_MODULE}:launch_modulate_backward",
+        f"{_MODULE}:supports_backward",
+        rowwise="grad_added grad_h added y gate scale",
+    ),
 )
 
 
@@ -107,7 +111,7 @@ MODULATE = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(f"{_MODULE}:launch_modulate", f"{_MODULE}:supports"),
+    triton=Kernel(f"{_MODULE}:launch_modulate", f"{_MODULE}:supports", rowwise="x y gate shift scale"),
 )
 
 

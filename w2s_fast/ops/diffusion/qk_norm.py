@@ -33,7 +33,7 @@ QK_NORM_BACKWARD = define(
     "bool need_params) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     reference=reference.qk_norm_backward,
     fake=_fake_backward,
-    triton=Kernel(f"{_MODULE}:launch_qk_norm_backward", f"{_MODULE}:supports"),
+    triton=Kernel(f"{_MODULE}:launch_qk_norm_backward", f"{_MODULE}:supports", rowwise="grad x"),
 )
 
 
@@ -68,7 +68,7 @@ QK_NORM = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(f"{_MODULE}:launch_qk_norm", f"{_MODULE}:supports"),
+    triton=Kernel(f"{_MODULE}:launch_qk_norm", f"{_MODULE}:supports", rowwise="x"),
 )
 
 

@@ -80,12 +80,18 @@ INTERVAL_CONV2D_BACKWARD = define(
 )
 
 
+_MOST = 1 << 20
+
+
 def _pair(op: str, name: str, value: Any, low: int) -> list[int]:
     """One int for both axes, or one each."""
     both = [value, value] if isinstance(value, int) else value
     if not isinstance(both, (list, tuple)) or len(both) != 2:
         checks.fail(op, name, "an int or two", repr(value), error=TypeError)
-    return [checks.integer(op, name, v, low=low) for v in both]
+    found = [checks.integer(op, name, v, low=low) for v in both]
+    if max(found) > _MOST:  # sizes made of it would not fit 64 bits
+        checks.fail(op, name, f"at most {_MOST}", max(found))
+    return found
 
 
 def _filter(op: str, a: Tensor, weight: Any, groups: int, **vectors: Any) -> None:

@@ -58,6 +58,7 @@ INTERVAL_LINEAR = define(
     triton=Kernel(
         "kernels.interval_bounds.linear:launch_interval_linear",
         "kernels.interval_bounds.linear:supports_interval_linear",
+        rowwise="a b weight",
     ),
 )
 
@@ -71,6 +72,7 @@ INTERVAL_LINEAR_BACKWARD = define(
     triton=Kernel(
         "kernels.interval_bounds.linear:launch_interval_linear_backward",
         "kernels.interval_bounds.linear:supports_interval_linear_backward",
+        rowwise="a b weight",
     ),
 )
 

@@ -37,7 +37,11 @@ COMPRESSED_ATTENTION_BACKWARD = define(
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     reference=reference.compressed_attention_backward,
     fake=_fake_backward,
-    triton=Kernel(f"{_MODULE}_backward:launch_compressed_attention_backward", f"{_MODULE}:supports"),
+    triton=Kernel(
+        f"{_MODULE}_backward:launch_compressed_attention_backward",
+        f"{_MODULE}:supports",
+        rowwise="grad q k v",
+    ),
 )
 
 
@@ -66,7 +70,7 @@ COMPRESSED_ATTENTION = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(f"{_MODULE}:launch_compressed_attention", f"{_MODULE}:supports"),
+    triton=Kernel(f"{_MODULE}:launch_compressed_attention", f"{_MODULE}:supports", rowwise="q k v"),
 )
 
 

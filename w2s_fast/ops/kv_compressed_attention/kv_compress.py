@@ -46,7 +46,7 @@ KV_COMPRESS_BACKWARD = define(
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
     reference=reference.kv_compress_backward,
     fake=_fake_backward,
-    triton=Kernel(f"{_MODULE}:launch_kv_compress_backward", f"{_MODULE}:supports"),
+    triton=Kernel(f"{_MODULE}:launch_kv_compress_backward", f"{_MODULE}:supports", rowwise="grad x"),
 )
 
 
@@ -85,7 +85,7 @@ KV_COMPRESS = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(f"{_MODULE}:launch_kv_compress", f"{_MODULE}:supports"),
+    triton=Kernel(f"{_MODULE}:launch_kv_compress", f"{_MODULE}:supports", rowwise="x"),
 )
 
 

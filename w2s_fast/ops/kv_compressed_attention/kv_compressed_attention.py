@@ -54,7 +54,7 @@ KV_COMPRESSED_ATTENTION_BACKWARD = define(
     "-> (Tensor dqkv, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
     reference=reference.kv_compressed_attention_backward,
     fake=_fake_backward,
-    triton=Kernel(f"{_MODULE}:launch_kv_compressed_attention_backward", f"{_MODULE}:supports"),
+    triton=Kernel(f"{_MODULE}:launch_kv_compressed_attention_backward", f"{_MODULE}:supports", rowwise="grad qkv"),
 )
 
 
@@ -87,7 +87,7 @@ KV_COMPRESSED_ATTENTION = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(f"{_MODULE}:launch_kv_compressed_attention", f"{_MODULE}:supports"),
+    triton=Kernel(f"{_MODULE}:launch_kv_compressed_attention", f"{_MODULE}:supports", rowwise="qkv"),
 )
 
 

@@ -129,7 +129,11 @@ LINEAR_CE = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel("kernels.linear_loss.ce:launch_linear_ce", "kernels.linear_loss.ce:supports_linear_ce"),
+    triton=Kernel(
+        "kernels.linear_loss.ce:launch_linear_ce",
+        "kernels.linear_loss.ce:supports_linear_ce",
+        rowwise="hiddens heads dense",
+    ),
 )
 
 

@@ -96,7 +96,11 @@ W2S_CONFIDENCE_LOSS = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel("kernels.linear_loss.confidence:launch_confidence", "kernels.linear_loss.confidence:supports"),
+    triton=Kernel(
+        "kernels.linear_loss.confidence:launch_confidence",
+        "kernels.linear_loss.confidence:supports",
+        rowwise="logits soft_labels",
+    ),
 )
 
 

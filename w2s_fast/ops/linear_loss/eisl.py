@@ -55,33 +55,33 @@ LINEAR_EISL = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel("kernels.linear_loss.eisl:launch_linear_eisl", "kernels.linear_loss.eisl:supports_linear_eisl"),
+    triton=Kernel(
+        "kernels.linear_loss.eisl:launch_linear_eisl",
+        "kernels.linear_loss.eisl:supports_linear_eisl",
+        rowwise="head",
+    ),
 )
 
+_LONGEST = 1 << 62
 Select = Literal["gumbel", "softmax", "logsumexp"]
 
 
 def _sizes(op: str, ngrams: Any, weights: Any, t: int, u: int) -> tuple[list[int], list[float]]:
-    """n-gram sizes within the sentences, and their weights."""
+    """n-gram sizes within the sentences, each once, and their weights; the sentence's length where none is left."""
     if not isinstance(ngrams, (list, tuple)) or not ngrams:
         checks.fail(op, "ngrams", "a nonempty tuple of ints", repr(ngrams), error=TypeError)
     shortest = min(t, u)
-    sizes = [checks.integer(op, f"ngrams[{i}]", n, low=1 - shortest) for i, n in enumerate(ngrams)]
+    sizes = [checks.integer(op, f"ngrams[{i}]", n, low=-_LONGEST) for i, n in enumerate(ngrams)]
     sizes = [n if n > 0 else shortest + n for n in sizes]
-    if weights is None:
-        kept = [n for n in sizes if n <= shortest]
-        values = [1.0 / max(len(kept), 1)] * len(kept)
-    else:
+    if weights is not None:
         if not isinstance(weights, (list, tuple)) or len(weights) != len(sizes):
             checks.fail(op, "weights", f"one number an n-gram size ({len(sizes)})", repr(weights))
-        numbers = [checks.number(op, f"weights[{i}]", w) for i, w in enumerate(weights)]
-        pairs = [(n, w) for n, w in zip(sizes, numbers, strict=True) if n <= shortest]
-        kept, values = [n for n, _ in pairs], [w for _, w in pairs]
-    if not kept:
-        checks.fail(op, "ngrams", f"at least one n <= {shortest}, the shorter of the two lengths", repr(ngrams))
-    if len(set(kept)) != len(kept):
-        checks.fail(op, "ngrams", "different sizes", repr(ngrams))
-    return kept, values
+        weights = [checks.number(op, f"weights[{i}]", w) for i, w in enumerate(weights)]
+    first = {n: i for i, n in reversed(list(enumerate(sizes))) if 1 <= n <= shortest}
+    places = sorted(first.values())
+    if not places:
+        return [shortest], [1.0]
+    return [sizes[i] for i in places], [1.0 / len(places) if weights is None else weights[i] for i in places]
 
 
 def _noise(op: str, given: Any, select: str, kept: list[int], hidden: Tensor, u: int) -> list[Tensor]:
@@ -161,8 +161,10 @@ def linear_eisl(
         hidden: ``[B, T, D]``: float32, bfloat16, float16 or float64.
         lm_head: ``[V, D]`` of the same dtype.
         target: ``[B, T']`` token ids, int64 or int32.
-        ngrams: sizes n; n <= 0 is the shorter length plus n; sizes beyond the shorter length are left out.
-        weights: one number an entry of ngrams; default 1 / (sizes that are left).
+        ngrams: sizes n; n <= 0 is the shorter length plus n. As in the authors' code, sizes outside 1 to the shorter
+            length are left out, doubles count once, and where none is left the shorter length is taken.
+        weights: one number an entry of ngrams (of doubles the first one's; 1 for the shorter length where none is
+            left); default 1 / (sizes that are left).
         tau: temperature of g, > 0.
         select: ``"gumbel"`` with noise, ``"softmax"`` without (for evaluation), or ``"logsumexp"``.
         floor: least cost; below it there is no gradient.

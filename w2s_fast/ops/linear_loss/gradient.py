@@ -34,6 +34,7 @@ LINEAR_LOSS_BACKWARD = define(
     triton=Kernel(
         "kernels.linear_loss.gradient:launch_linear_loss_backward",
         "kernels.linear_loss.gradient:supports_linear_loss_backward",
+        rowwise="hiddens heads dense",
     ),
 )
 

@@ -107,14 +107,7 @@ def linear(
     offsets = _biases(op, names.bias, biases, heads, vocab_size, rows)
     checks.same_device(op, [*named, *((names.bias.format(i), b) for i, b in enumerate(offsets))])
     values, given = _weights(op, weights, len(heads), batch, rows[0])
-    heat = checks.number(
-        op,
-        "temperature",
-        temperature,
-        low=0.0,
-        open_low=not zero_temperature,
-        requirement="a finite number " + (">= 0" if zero_temperature else "> 0"),
-    )
+    heat = checks.temperature(op, temperature, zero_temperature)
     cap = 0.0 if softcap is None else checks.number(op, "softcap", softcap, low=0.0, open_low=True)
     return Linear(rows, [_unit_stride(w) for w in heads], offsets, given, values, heat, cap, vocab_size), batch
 

@@ -107,7 +107,11 @@ KD_LOSS = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel("kernels.linear_loss.kd:launch_kd_loss", "kernels.linear_loss.kd:supports_kd"),
+    triton=Kernel(
+        "kernels.linear_loss.kd:launch_kd_loss",
+        "kernels.linear_loss.kd:supports_kd",
+        rowwise="logits teachers",
+    ),
 )
 
 

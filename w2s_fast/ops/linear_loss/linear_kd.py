@@ -70,7 +70,11 @@ LINEAR_KD = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel("kernels.linear_loss.kd:launch_linear_kd", "kernels.linear_loss.kd:supports_linear_kd"),
+    triton=Kernel(
+        "kernels.linear_loss.kd:launch_linear_kd",
+        "kernels.linear_loss.kd:supports_linear_kd",
+        rowwise="hidden head teachers",
+    ),
 )
 
 

@@ -114,6 +114,7 @@ LINEAR_FUSION_LOGPROBS = define(
     triton=Kernel(
         "kernels.linear_loss.fusion:launch_linear_fusion_logprobs",
         "kernels.linear_loss.fusion:supports_linear_fusion_logprobs",
+        rowwise="hiddens heads",
     ),
 )
 

@@ -48,5 +48,6 @@ LINEAR_PREFERENCE = define(
     triton=Kernel(
         "kernels.linear_loss.preference:launch_linear_preference",
         "kernels.linear_loss.preference:supports_linear_preference",
+        rowwise="hiddens heads",
     ),
 )

@@ -30,6 +30,7 @@ LINEAR_FUSION_SAMPLE = define(
     triton=Kernel(
         "kernels.linear_loss.sample:launch_linear_fusion_sample",
         "kernels.linear_loss.sample:supports_linear_fusion_sample",
+        rowwise="hiddens heads",
     ),
 )
 

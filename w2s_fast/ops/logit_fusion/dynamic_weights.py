@@ -94,6 +94,8 @@ BACKWARD = define(
     triton=Kernel(
         "kernels.logit_fusion.dynamic_weights_backward:launch_dynamic_fusion_weights_backward",
         "kernels.logit_fusion.dynamic_weights_backward:supports_dynamic_fusion_weights_backward",
+        rowwise="base experts anti",
+        strided="grad_alpha alpha saturated",
     ),
 )
 
@@ -140,6 +142,8 @@ DYNAMIC_FUSION_WEIGHTS = define(
     triton=Kernel(
         "kernels.logit_fusion.dynamic_weights:launch_dynamic_fusion_weights",
         "kernels.logit_fusion.dynamic_weights:supports_dynamic_fusion_weights",
+        rowwise="base experts anti",
+        strided="direction target_kl",
     ),
 )
 

@@ -41,7 +41,12 @@ FUSE_LOGITS = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel("kernels.logit_fusion.fuse:launch_fuse_logits", "kernels.logit_fusion.fuse:supports_fuse_logits"),
+    triton=Kernel(
+        "kernels.logit_fusion.fuse:launch_fuse_logits",
+        "kernels.logit_fusion.fuse:supports_fuse_logits",
+        rowwise="base experts anti",
+        strided="weights temperature",
+    ),
 )
 
 Weights = float | Sequence[float] | Tensor

@@ -40,6 +40,8 @@ FUSE_BACKWARD = define(
     triton=Kernel(
         "kernels.logit_fusion.fuse_backward:launch_fuse_backward",
         "kernels.logit_fusion.fuse_backward:supports_fuse_backward",
+        rowwise="base experts anti",
+        strided="weights temperature grad lse row_a row_b index index_coef",
     ),
 )
 

@@ -153,10 +153,9 @@ def temperature_of(op: str, temperature: Any, given: Logits, zero_allowed: bool 
             rows = temperature.expand(given.batch).reshape(given.base.shape[0])
         except RuntimeError:
             checks.fail(op, "temperature", f"a float or of shape {tuple(given.batch)}", tuple(temperature.shape))
-        return rows.to(torch.promote_types(rows.dtype, torch.float32)), 1.0
-    requirement = "a finite number >= 0" if zero_allowed else "a finite number > 0"
-    value = checks.number(op, "temperature", temperature, low=0.0, open_low=not zero_allowed, requirement=requirement)
-    return None, value
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return torch.where(rows > 0, rows.clamp(checks.COLDEST, checks.HOTTEST), rows), 1.0
+    return None, checks.temperature(op, temperature, zero_allowed)
 
 
 def plausible_of(op: str, plausible: Any) -> tuple[int, float]:

@@ -39,7 +39,10 @@ FUSED_LOG_SOFTMAX = define(
     setup_context=_setup_context,
     backward=_backward,
     triton=Kernel(
-        "kernels.logit_fusion.fuse:launch_fused_log_softmax", "kernels.logit_fusion.fuse:supports_fused_log_softmax"
+        "kernels.logit_fusion.fuse:launch_fused_log_softmax",
+        "kernels.logit_fusion.fuse:supports_fused_log_softmax",
+        rowwise="base experts anti",
+        strided="weights temperature",
     ),
 )
 

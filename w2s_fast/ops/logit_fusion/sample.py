@@ -52,7 +52,10 @@ FUSED_SAMPLE = define(
     fake=lambda *args: _fake_rows(args),
     differentiable=False,
     triton=Kernel(
-        "kernels.logit_fusion.sample:launch_fused_sample", "kernels.logit_fusion.sample:supports_fused_sample"
+        "kernels.logit_fusion.sample:launch_fused_sample",
+        "kernels.logit_fusion.sample:supports_fused_sample",
+        rowwise="base experts anti",
+        strided="weights temperature uniform",
     ),
 )
 
@@ -76,11 +79,15 @@ DYNAMIC_SAMPLE = define(
     triton=Kernel(
         "kernels.logit_fusion.dynamic_sample:launch_dynamic_sample",
         "kernels.logit_fusion.dynamic_sample:supports_dynamic_sample",
+        rowwise="base experts anti",
+        strided="direction target_kl temperature uniform",
     ),
     cuda=Kernel(
         "ops.logit_fusion.cluster:launch_dynamic_sample",
         "ops.logit_fusion.cluster:supports_dynamic_sample",
         opt_in='not measured on a GPU yet, so Triton comes first; `with w2s_fast.backend("cuda")` takes it',
+        rowwise="base experts anti",
+        strided="direction target_kl temperature uniform",
     ),
 )
 

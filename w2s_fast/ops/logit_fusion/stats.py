@@ -69,7 +69,12 @@ FUSED_STATS = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel("kernels.logit_fusion.stats:launch_fused_stats", "kernels.logit_fusion.stats:supports_fused_stats"),
+    triton=Kernel(
+        "kernels.logit_fusion.stats:launch_fused_stats",
+        "kernels.logit_fusion.stats:supports_fused_stats",
+        rowwise="base experts anti",
+        strided="weights temperature targets",
+    ),
 )
 
 

@@ -94,11 +94,13 @@ SPARSE_LOWRANK_LINEAR = define(
     triton=Kernel(
         "kernels.sparse_lowrank.linear:launch_sparse_lowrank_linear",
         "kernels.sparse_lowrank.linear:supports_sparse_lowrank_linear",
+        rowwise="x A B",
     ),
     cuda=Kernel(
         "ops.sparse_lowrank.decode:launch_sparse_lowrank_decode",
         "ops.sparse_lowrank.decode:supports_sparse_lowrank_decode",
         opt_in='not measured on a GPU yet, so Triton comes first; `with w2s_fast.backend("cuda")` takes it',
+        rowwise="x A B",
     ),
 )
 BACKWARD = define(
@@ -111,6 +113,7 @@ BACKWARD = define(
     triton=Kernel(
         "kernels.sparse_lowrank.backward:launch_sparse_lowrank_backward",
         "kernels.sparse_lowrank.backward:supports_sparse_lowrank_backward",
+        rowwise="grad x A B",
     ),
 )
 
@@ -318,6 +321,7 @@ SPARSE_LOWRANK_MATERIALIZE = define(
     triton=Kernel(
         "kernels.sparse_lowrank.materialize:launch_sparse_lowrank_materialize",
         "kernels.sparse_lowrank.materialize:supports_sparse_lowrank_materialize",
+        rowwise="A B",
     ),
 )
 

@@ -65,7 +65,11 @@ SPMM = define(
     setup_context=_spmm_context,
     backward=_spmm_backward,
     twice=True,
-    triton=Kernel("kernels.sparse_lowrank.products:launch_spmm", "kernels.sparse_lowrank.products:supports_spmm"),
+    triton=Kernel(
+        "kernels.sparse_lowrank.products:launch_spmm",
+        "kernels.sparse_lowrank.products:supports_spmm",
+        rowwise="x",
+    ),
 )
 SDDMM = define(
     "sddmm",
@@ -75,7 +79,11 @@ SDDMM = define(
     setup_context=_sddmm_context,
     backward=_sddmm_backward,
     twice=True,
-    triton=Kernel("kernels.sparse_lowrank.products:launch_sddmm", "kernels.sparse_lowrank.products:supports_sddmm"),
+    triton=Kernel(
+        "kernels.sparse_lowrank.products:launch_sddmm",
+        "kernels.sparse_lowrank.products:supports_sddmm",
+        rowwise="g x",
+    ),
 )
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..numerics import accumulate_dtype, difference, log_sum_exp, mass_before, unsort
+from ..numerics import accumulate_dtype, difference, log_sum_exp
+from .filters import plausible_set
 
 
 def shifts(experts: Sequence[Tensor], anti: Sequence[Tensor], vocab_size: int, dtype: torch.dtype) -> list[Tensor]:
@@ -23,20 +24,6 @@ def shifts(experts: Sequence[Tensor], anti: Sequence[Tensor], vocab_size: int, d
             d = difference(d, anti[k if len(anti) > 1 else 0][:, :vocab_size].to(dtype))
         found.append(d)
     return found
-
-
-def plausible_set(base: Tensor, plausible: int, value: float) -> Tensor | None:
-    """The tokens ``[B, V]`` that softmax(base) finds plausible; None for all of them.
-
-    ``plausible``: 0 all, 1 min_p (P >= value max P), 2 top_p (the shortest prefix, by value descending and index
-    ascending, of mass >= value). A row with NaN keeps everything, so that the NaN is seen.
-    """
-    if plausible == 0:
-        return None
-    if plausible == 1:
-        return ~(base - base.amax(-1, keepdim=True) < (math.log(value) if value > 0 else -math.inf))
-    ordered, order = base.sort(dim=-1, descending=True, stable=True)
-    return unsort(~(mass_before(ordered.double().softmax(-1)) >= value), order)
 
 
 def summed(

@@ -8,28 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..numerics import log_sum_exp, mass_before, unsort
+from ..numerics import log_sum_exp
+from .filters import filtered
 from .fuse import heat, summed
-
-
-def filtered(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """The kept set ``[B, V]`` of logits z: top-k, then top-p of what is left (renormalised), then min-p.
-
-    The order is by value descending, then by index ascending. Masses are summed in float64.
-    """
-    finite = z > -math.inf
-    if not 0 < top_k < z.shape[1] and top_p >= 1.0:  # nothing that needs an order
-        return finite & (z - z.amax(-1, keepdim=True) >= math.log(min_p)) if min_p > 0.0 else finite
-    ordered, order = torch.sort(z, dim=-1, descending=True, stable=True)
-    keep = finite.gather(1, order)
-    if 0 < top_k < z.shape[1]:
-        keep &= torch.arange(z.shape[1], device=z.device) < top_k
-    if top_p < 1.0:
-        mass = torch.where(keep, (ordered.double() - ordered[:, :1].double()).exp(), 0.0)
-        keep &= mass_before(mass) < top_p * mass.sum(-1, keepdim=True)
-    if min_p > 0.0:
-        keep &= ordered - ordered[:, :1] >= math.log(min_p)
-    return unsort(keep, order)
 
 
 def draw(z: Tensor, keep: Tensor, uniform: Tensor) -> Tensor:
