@@ -67,7 +67,8 @@ def built(name: str, quick: bool) -> Path:
     folder = ROOT / "build" / "sanitize" / (f"{name}-quick" if quick else name)
     sanitizers = QUICK if quick else FULL
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [*sanitizers, "-O0" if quick else "-O1", *FLAGS, f"-DW2S_ONLY_TARGET={TARGETS[name]}", f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET}"]
+    flags = [*sanitizers, "-O0" if quick else "-O1", *FLAGS, f"-DW2S_ONLY_TARGET={TARGETS[name]}"]
+    flags.append(f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET}")
     flags += ["-Icsrc", *(f"-I{path}" for path in include_paths())]
     sources = sorted(setup.sources("cpu", "cpp"), key=lambda s: -os.path.getsize(ROOT / s))
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:

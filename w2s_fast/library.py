@@ -88,7 +88,9 @@ def _strided(t: torch.Tensor) -> torch.Tensor:
 def _laid_out(value: Any, layout: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         return layout(value)
-    return [layout(t) for t in value] if _is_tensor_list(value) else value
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+        return [layout(t) for t in value]
+    return value
 
 
 def _arguments(schema: str) -> list[tuple[str, str]]:

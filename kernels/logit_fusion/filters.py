@@ -22,7 +22,7 @@ from .fusion import fusion_tuple, load_fused
 from .partials import merge_sums, tile_stats
 
 THRESHOLDS = tl.constexpr(16)
-SLACK = tl.constexpr(2.0**-20)  # reference/logit_fusion/filters.py: how ties are decided
+SLACK = tl.constexpr(2.0**-21)  # reference/logit_fusion/filters.py: how ties are decided
 LOWEST = tl.constexpr(-(2**31))  # below every key
 BOTTOM = tl.constexpr(-2139095040)  # the key of the most negative finite float32
 
@@ -118,7 +118,7 @@ def _cut_kernel(
                 lowest = tl.zeros((THRESHOLDS,), tl.int64) + LOWEST
                 w = weights_from(fusion, row, vocab, top, limit, limit_index, lowest, True, BLOCK)
                 mass = tl.max(w, 0)
-            need = mass * top_p * (1 - SLACK)
+            need = mass * top_p - mass * (SLACK * tl.minimum(top_p, 16 * (1 - top_p)))
             limit, limit_index = prefix_end(fusion, row, vocab, top, limit, limit_index, need, True, BLOCK)
         value = tl.where(limit == LOWEST, -INF, key_value(limit))
         index = limit_index

@@ -26,14 +26,16 @@ class Tie(NamedTuple):
     exact: bool
 
 
+_FEW = 40  # unequal tokens behind the boundary: float32 sums of more are off by as much as the slack
+
+
 def _row(rng: random.Random, numerator: int, denominator: int, times: int, equal: bool) -> tuple[list[int], int]:
     """Falling integer masses of which the first are numerator / denominator of all; and how many those are."""
-    if equal:
+    front, back = _falling(rng, numerator * times), (denominator - numerator) * times
+    rest = [front[-1]] * (back // front[-1]) + [back % front[-1]] * (back % front[-1] > 0)
+    if equal or len(rest) > _FEW:
         return [1] * (denominator * times), numerator * times
-    front, back = _falling(rng, numerator * times), _falling(rng, (denominator - numerator) * times)
-    if front[-1] < back[0]:  # they would not stand in front
-        back = [1] * sum(back)
-    return front + back, len(front)
+    return front + rest, len(front)
 
 
 def _falling(rng: random.Random, total: int) -> list[int]:

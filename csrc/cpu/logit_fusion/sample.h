@@ -7,8 +7,8 @@ namespace w2s {
 
 // reference/logit_fusion/filters.py: the mass that completes a nucleus, and the least z - max z of a token that is likely
 // enough. SLACK decides ties, which rounding would decide otherwise.
-constexpr double SLACK = 0x1p-20;
-inline double nucleus_goal(double top_p, double mass) { return top_p * (1 - SLACK) * mass; }
+constexpr double SLACK = 0x1p-21;
+inline double nucleus_goal(double top_p, double mass) { return (top_p - SLACK * std::min(top_p, 16 * (1 - top_p))) * mass; }
 inline double least_distance(double min_p) { return std::log(min_p) - SLACK; }
 
 struct FilterValues {

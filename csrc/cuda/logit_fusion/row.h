@@ -330,7 +330,7 @@ struct Row {
       if (base[i] > -HUGE_VALF && given.has(base[i], begin + i)) whole.v[0].weight += weight(base[i]), ++whole.v[0].count;
     });
     whole = team.all(whole);
-    const double goal = by_count ? count : share * (1 - kSlack) * static_cast<double>(whole.v[0].weight);
+    const double goal = by_count ? count : reached(share) * static_cast<double>(whole.v[0].weight);
     if (by_count && count >= whole.v[0].count) return given;
 
     Boundary edge;

@@ -11,7 +11,8 @@
 namespace w2s::fusion {
 
 // reference/logit_fusion/filters.py: ties are decided by this much, rounding would decide them otherwise.
-constexpr double kSlack = 0x1p-20;
+constexpr double kSlack = 0x1p-21;
+W2S_HD double reached(double top_p) { return top_p - kSlack * fmin(top_p, 16 * (1 - top_p)); }
 W2S_HD float least_distance(double min_p) {
   return min_p > 0 ? static_cast<float>(log(min_p) - kSlack) : -HUGE_VALF;
 }

@@ -12,9 +12,10 @@ mass <= 1 - top_p, which is the same set: what lies at or behind v weighs 1 - be
 both stop in front of v. There its float32 sums decide, which keep one token too many in about one of six such ties; of
 equal tokens at the boundary it keeps those of larger index, as an ascending sort leaves them.
 
-Here a tie is a tie in every backend: a mass that comes within a relative `SLACK` of top_p has reached it, and a token
-within `SLACK` of min_p is likely enough. SLACK is above what float32 logits, exponentials and sums of a few tokens are
-off, and below the share of one of a million equal tokens.
+Here a tie is a tie in every backend: a mass that comes within a relative `SLACK` of top_p has reached it (less near 1,
+where a few tokens' rounding counts for less and a long tail's tokens weigh no more than that), and a token within `SLACK`
+of min_p is likely enough. SLACK is above what float32 logits, exponentials and sums of a few tokens are off, and below
+the share of one of a million equal tokens.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from torch import Tensor
 
 from ..numerics import mass_before, unsort
 
-SLACK = 2.0**-20
+SLACK = 2.0**-21
 
 
 def nucleus(mass: Tensor, top_p: float) -> Tensor:
     """Which of ``[..., V]`` masses, given in the order, top-p keeps. Sums are float64."""
     mass = mass.double()
-    return mass_before(mass) < top_p * (1 - SLACK) * mass.sum(-1, keepdim=True)
+    return mass_before(mass) < (top_p - SLACK * min(top_p, 16 * (1 - top_p))) * mass.sum(-1, keepdim=True)
 
 
 def least_distance(min_p: float) -> float:
