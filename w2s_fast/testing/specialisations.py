@@ -109,7 +109,8 @@ def _recording(found: list[Found], problems: list[str], where: list[str]) -> Ite
         strip = _stand_in(common, {})
         try:
             with common.recording() as launches:
-                kernel._load()[0](*_fake(args))
+                given = zip(_fake(args), kernel._layouts, strict=True)
+                kernel._load()[0](*(library._laid_out(arg, layout) for arg, layout in given))
             found.extend(Found(where[0], op.name, common.Launch(x.kernel, strip(x.args), x.options)) for x in launches)
         except Exception as error:  # a launcher that fails is what this looks for
             problems.append(f"{where[0]}: launcher of {op.name}: {type(error).__name__}: {str(error)[:300]}")

@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ METHODS = ("ibp", "crown-ibp", "crown")
 ASKS = ("output", "bounds", "margins", "verified")
 
 
-_Method = Callable[..., Any]
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def unlowered(method: _Method) -> _Method:
@@ -39,7 +39,7 @@ def unlowered(method: _Method) -> _Method:
         with autocast.off(self.device):
             return method(self, *args, **kwargs)
 
-    return run
+    return run  # type: ignore[return-value]
 
 
 class IntervalPass:
