@@ -14,8 +14,8 @@ equal tokens at the boundary it keeps those of larger index, as an ascending sor
 
 Here a tie is a tie in every backend: a mass that comes within a relative `SLACK` of top_p has reached it (less near 1,
 where a few tokens' rounding counts for less and a long tail's tokens weigh no more than that), and a token within
-`SLACK` of min_p is likely enough. SLACK is above what float32 logits, exponentials and sums of a few tokens are off, and below
-the share of one of a million equal tokens.
+`SLACK` of min_p is likely enough. SLACK is above what float32 logits, exponentials and sums of a few tokens are off,
+and below the share of one of a million equal tokens.
 """
 
 from __future__ import annotations
