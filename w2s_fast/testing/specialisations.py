@@ -38,6 +38,9 @@ CAPTURE_AWARE = ("linear_loss.packing", "linear_loss.preference")
 
 #: Spilled bytes allowed to (Triton, op, kernel), each with its reason.
 SPILLS = {
+    # three teachers of short rows: 128 threads keep every teacher's block; one word of a thread
+    ("3.7", "linear_kd", "_row_kernel"): 16,
+    ("3.6", "linear_kd", "_row_kernel"): 16,
     # 3.6 keeps two tiles of S alive in the loop of 128 rows; 3.7 spills nothing
     ("3.6", "sparse_lowrank_linear", "_spmm_kernel"): 256,
     ("3.6", "sparse_lowrank_backward", "_spmm_kernel"): 256,
