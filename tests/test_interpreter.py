@@ -461,7 +461,7 @@ def _small(per: int) -> list[Sample]:
 
 
 @interpreted
-@pytest.mark.parametrize("sample", sampled(_small(2), 12), ids=lambda s: s.id)
+@pytest.mark.parametrize("sample", sampled(_small(2), 6), ids=lambda s: s.id)
 def test_layouts(sample: Sample):
     """As tests/test_layouts.py: the launchers are given every argument in every layout, backward ones included."""
     with w2s_fast.backend("triton"):

@@ -119,12 +119,16 @@ def _difference(found: list[Tensor] | str, expected: list[Tensor] | str, rounded
     return None
 
 
+def _may_round(op: str, what: str, rounded: Collection[tuple[str, str]]) -> bool:
+    return (op, what) in rounded or (op, what.split(" ")[0]) in rounded
+
+
 def _near(a: Tensor, b: Tensor) -> bool:
     """Apart by no more than another order of a sum explains."""
     if not b.numel():
         return True
     eps = torch.finfo(b.dtype).eps
-    return bool(((a - b).abs() <= 64 * eps * b.abs().amax().clamp_min(1)).all())
+    return bool(((a - b).abs() <= 1024 * eps * b.abs().amax().clamp_min(1)).all())
 
 
 def _replace(value: Any, place: int, new: Tensor) -> Any:
@@ -161,7 +165,7 @@ def run_sample(sample: Sample, args: Any, kwargs: Any) -> list[Tensor]:
 def check_arguments(sample: Sample, dtype: torch.dtype, rounded: Collection[tuple[str, str]] = ()) -> list[str]:
     """Every tensor argument of a public op's sample in every layout: what changes the result, one line a fault.
 
-    ``rounded``: pairs of op and change that may be rounded otherwise.
+    ``rounded``: pairs of op and change, or of op and argument, that may be rounded otherwise.
     """
     inputs = pytree.tree_map_only(Tensor, lambda t: t.detach().contiguous(), sample.inputs(dtype))
     faults, known = [], {}
@@ -170,7 +174,7 @@ def check_arguments(sample: Sample, dtype: torch.dtype, rounded: Collection[tupl
         if base not in known or "expanded" in what:
             known[base] = _outcome(partial(run_sample, sample, args, kwargs))
         found = _outcome(partial(run_sample, sample, new_args, new_kwargs))
-        fault = _difference(found, known[base], (sample.op, what) in rounded)
+        fault = _difference(found, known[base], _may_round(sample.op, what, rounded))
         if fault:
             faults.append(f"{sample.id} {what}: {fault}")
     return faults
@@ -225,7 +229,7 @@ def check_calls(
             if (index + index // len(LAYOUTS)) % len(LAYOUTS) >= most or (_trusts(op) and "expanded" in what):
                 continue
             expected, found = _outcome(partial(_run_op, op, plain)), _outcome(partial(_run_op, op, changed))
-            fault = _difference(found, expected, (sample.op, what) in rounded)
+            fault = _difference(found, expected, _may_round(sample.op, what, rounded))
             if fault:
                 faults.append(f"{sample.id} {op} {what}: {fault}")
     return faults

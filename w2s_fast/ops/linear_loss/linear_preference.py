@@ -180,7 +180,7 @@ def _ids(batch: torch.Size, given: Linear, segment_ids: Any, cu_seqlens: Any, nu
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != batch[0] or bool((steps < 0).any()):
             checks.fail(OP, "cu_seqlens", f"from 0 to {batch[0]}, not falling", cu_seqlens.tolist())
     tokens = torch.arange(batch[0], device=cu_seqlens.device)
-    return torch.bucketize(tokens, cu_seqlens[1:].long(), right=True), cu_seqlens.shape[0] - 1
+    return torch.bucketize(tokens, cu_seqlens[1:].long().contiguous(), right=True), cu_seqlens.shape[0] - 1
 
 
 def linear_preference(
