@@ -36,14 +36,12 @@ from .selection import sampled
 #: Modules whose launchers ask whether a CUDA graph is being captured; then they read nothing back, as is needed here.
 CAPTURE_AWARE = ("linear_loss.packing", "linear_loss.preference")
 
-#: Spilled bytes allowed to (Triton, op, kernel), each with its reason.
-SPILLS = {
+#: Spilled bytes allowed to (op, kernel), each with its reason.
+SPILLS: dict[tuple[str, str], int] = {
     # three teachers of short rows: 128 threads keep every teacher's block; one word of a thread
-    ("3.7", "linear_kd", "_row_kernel"): 16,
-    ("3.6", "linear_kd", "_row_kernel"): 16,
-    # 3.6 keeps two tiles of S alive in the loop of 128 rows; 3.7 spills nothing
-    ("3.6", "sparse_lowrank_linear", "_spmm_kernel"): 256,
-    ("3.6", "sparse_lowrank_backward", "_spmm_kernel"): 256,
+    ("linear_kd", "_row_kernel"): 16,
+    # rows whose strides are no multiple of 16 bytes: addresses of two tiles beside the tiles; 0 where they are
+    **{(op, "_spmm_kernel"): 512 for op in ("sparse_lowrank_linear", "sparse_lowrank_backward", "spmm")},
 }
 
 
@@ -213,8 +211,7 @@ def compile_one(item: Found, arch: int) -> Result:
     shared = compiled.metadata.shared
     if ", integers " in item.sample:  # no call makes these: a row of one column has no loop to hold to the rules
         return Result(item.sample, item.op, kernel, arch, registers, spills, compiled.metadata.shared, "")
-    version = ".".join(triton.__version__.split(".")[:2])
-    problem = f"{spills} bytes spilled" if spills > SPILLS.get((version, item.op, kernel), 0) else ""
+    problem = f"{spills} bytes spilled" if spills > SPILLS.get((item.op, kernel), 0) else ""
     if shared > aot.MAX_SHARED[arch]:
         problem = f"{shared} bytes of shared memory"
     problem = problem or ptx.race(compiled.asm["ptx"], aliases(item.launch))
