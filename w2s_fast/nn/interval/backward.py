@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .boxes import Box, Call, ends, largest, wide
+from .registry import UNCHANGED
 from .samples import Samples
 from .trace import Ref, references
 
@@ -85,17 +86,7 @@ def _evaluate(way: Way, size: bool = False, one: str = "", given: Tensor | None 
         found: Tensor = args[0].reshape(args[1])
     elif name == "copy":
         found = torch.zeros_like(args[0]) + args[1]
-    elif name in (
-        "to",
-        "_to_copy",
-        "clone",
-        "contiguous",
-        "dropout",
-        "feature_dropout",
-        "alpha_dropout",
-        "detach",
-        "alias",
-    ):
+    elif name in UNCHANGED:
         found = args[0]
     else:
         if options.get("dtype") is not None and way.sound:

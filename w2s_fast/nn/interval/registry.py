@@ -32,6 +32,10 @@ class Layer(NamedTuple):
 
 
 LAYERS: dict[str, Layer] = {}
+#: Operations whose result is their first argument, by its values (dropout in eval mode).
+UNCHANGED = frozenset({
+    "to", "_to_copy", "clone", "contiguous", "dropout", "feature_dropout", "alpha_dropout", "detach", "alias",
+})  # fmt: skip
 
 
 def layer(*names: str, shows: str, kind: str = "other", back: Back | None = None) -> Callable[[Ibp], Ibp]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .boxes import refuse
+from .registry import UNCHANGED
 from .trace import Ref
 
 if TYPE_CHECKING:
@@ -138,17 +139,7 @@ class Samples:
         args = [own(v) for v in node.args]
         if name in ("view", "_unsafe_view"):
             return args[0].reshape(args[1])  # type: ignore[no-any-return]
-        if name in (
-            "to",
-            "_to_copy",
-            "clone",
-            "contiguous",
-            "dropout",
-            "feature_dropout",
-            "alpha_dropout",
-            "alias",
-            "detach",
-        ):
+        if name in UNCHANGED:
             return args[0]  # type: ignore[no-any-return]
         if name in ("upsample_nearest2d", "upsample_nearest1d", "pad", "reflection_pad2d", "replication_pad2d", "index",
                     "index_select", "gather", "pixel_shuffle", "pixel_unshuffle"):  # fmt: skip
