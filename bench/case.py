@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 #: Backends of ours in the order in which `auto` prefers them.
 BACKENDS = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
-KINDS = ("eager", "compile", "official", "peer")
+KINDS = ("eager", "compile", "formulation", "peer")
 
 
 class Unavailable(Exception):
@@ -30,16 +30,18 @@ class Provider:
     """Somebody else's way to compute the same thing.
 
     Args:
-        kind: ``"eager"`` (plain PyTorch), ``"compile"`` (torch.compile of it), ``"official"`` (the paper's own
+        kind: ``"eager"`` (plain PyTorch), ``"compile"`` (torch.compile of it), ``"formulation"`` (the paper's own
             formulation) or ``"peer"`` (an installed library).
         make: called once, just before use; imports what it needs and returns the callable, which takes the
             case's inputs. It raises `Unavailable` or ImportError where it cannot run.
         compare: overrides the case's comparison, for an output of another form (a random draw, say).
+        exact: makes the callable whose answer to float64 inputs is right, where that is not the case's reference.
     """
 
     kind: str
     make: Callable[[], Callable[..., Any]]
     compare: Callable[[Any, Any], float] | None = None
+    exact: Callable[[], Callable[..., Any]] | None = None
 
 
 def eager(function: Callable[..., Any], **options: Any) -> Provider:
@@ -47,9 +49,9 @@ def eager(function: Callable[..., Any], **options: Any) -> Provider:
     return Provider("eager", lambda: function, **options)
 
 
-def official(function: Callable[..., Any], **options: Any) -> Provider:
+def formulation(function: Callable[..., Any], **options: Any) -> Provider:
     """``function`` is the paper's own formulation, written by us."""
-    return Provider("official", lambda: function, **options)
+    return Provider("formulation", lambda: function, **options)
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Provider:
@@ -67,16 +69,36 @@ def peer(make: Callable[[], Callable[..., Any]], **options: Any) -> Provider:
     return Provider("peer", make, **options)
 
 
-def yardstick(make: Callable[[], Callable[..., Any]]) -> Provider:
-    """Another computation that a target is a multiple of (a plain training step): it has no answer in common with ours,
-    so its own must only be numbers, finite and not all zero."""
+def yardstick(
+    make: Callable[[], Callable[..., Any]], exact: Callable[[], Callable[..., Any]] | None = None
+) -> Provider:
+    """Another computation that a target is a multiple of (a plain training step). It has no answer in common with ours:
+    it is held to its own in float64, which ``exact`` makes where the callable itself cannot take such inputs."""
+    return Provider("eager", make, compare=_close_to_scale, exact=exact or make)
 
-    def compare(actual: Any, expected: Any) -> float:
-        found = [leaf.detach() for leaf in tree_leaves(actual) if isinstance(leaf, Tensor)]
-        fine = bool(found) and all(bool(t.isfinite().all()) and bool(t.any()) for t in found)
-        return 0.0 if fine else float("inf")
 
-    return Provider("eager", make, compare=compare)
+def _close_to_scale(actual: Any, expected: Any) -> float:
+    """Root mean square error of each tensor as a share of what its dtype allows; one that is 0 everywhere is wrong."""
+    found, right = ([t.detach() for t in tree_leaves(value) if isinstance(t, Tensor)] for value in (actual, expected))
+    if not found or [t.shape for t in found] != [t.shape for t in right]:
+        return float("inf")
+    worst = 0.0
+    for a, e in zip(found, right, strict=True):
+        error, size = (float(t.square().mean().sqrt()) for t in (a.double() - e.double(), e.double()))
+        share = error / size / (1e-2 if a.element_size() < 4 else 1e-3) if size else float("inf")
+        worst = max(worst, share if share == share else float("inf"))
+    return worst
+
+
+def wide(t: Tensor) -> Tensor:
+    """``t`` in float32, where plain PyTorch takes a loss; float64 stays, so that the same lines say what is right."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def doubled(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same inputs with every floating-point tensor in float64."""
+    found: tuple[Any, ...] = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +116,7 @@ class Case:
         inputs: ``(generator, device) -> tuple`` of arguments that ours, the reference and every provider take.
             Random, never zeros. The harness calls it with as many seeds as the rotation needs.
         ours: our public function on those arguments; run on each backend that serves this device.
-        reference: the right answer, in any precision at least as good; used for checking only.
+        reference: the right answer, from the same inputs in float64 (`doubled`), in float64; never timed.
         providers: baselines by name.
         compare: ``(actual, expected) -> error as a share of the tolerance`` (above 1 is wrong). Default: elementwise
             ``|a - e| <= atol + rtol |e|`` over tensors (tuples are walked), integers equal.

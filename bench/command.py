@@ -114,6 +114,12 @@ def path_for(report: Report, out: Path | None) -> Path:
     return folder if folder.suffix == ".json" else folder / f"{report.slug}.json"
 
 
+def guarantee_path(out: Path | None, slug: str) -> Path:
+    """The file that random calls are kept in: ``out`` itself if it ends in .json, else ``guarantee-<slug>.json``."""
+    folder = LOCAL if out is None else out
+    return folder if folder.suffix == ".json" else folder / f"guarantee-{slug}.json"
+
+
 def try_out(options: Options) -> None:
     """Make and try the place of the results, before the work. Raises OSError saying why it cannot be written."""
     out = LOCAL if options.out is None else options.out

@@ -1,4 +1,4 @@
-"""Runs cases: checks every provider against the reference, then times those that are right in interleaved rounds."""
+"""Runs cases: checks every provider against float64, then times those that are right in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import timing
-from .case import BACKENDS, Case, Unavailable
+from .case import BACKENDS, Case, Unavailable, doubled
 from .ceilings import Ceilings
 from .memory import peak_bytes
 
 OURS = "ours"
 _LOG = logging.getLogger("w2s_fast.bench")
+_FRESH = 4  # sets of inputs that are drawn; the other sets of a rotation are copies of them at addresses of their own
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Settings:
         window: seconds one provider runs in one round.
         warm_up: seconds each provider runs before the rounds.
         budget: seconds of rounds a case, once there are five.
+        rotation: bytes of inputs that the calls go through in turn, at most; 0 has them all on one set.
+        memory: whether peak memory is measured.
         providers: names or kinds to run ("ours" is always run; a backend's name adds that backend); empty: all
             baselines, and ours as `auto` serves it.
     """
@@ -39,8 +44,10 @@ class Settings:
     rounds: int = 15
     window: float = 0.02
     warm_up: float = 0.1
-    budget: float = 4.0
+    budget: float = 2.0
     seed: int = 0
+    rotation: int = timing.MAX_ROTATION_BYTES
+    memory: bool = True
     providers: tuple[str, ...] = ()
 
 
@@ -153,9 +160,20 @@ def _candidates(case: Case, inputs: tuple[Any, ...], settings: Settings) -> list
     return found
 
 
+def answer(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """What is right, computed in float64; TypeError where some of it is not."""
+    found = function(*doubled(inputs))
+    for leaf in tree_leaves(found):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64:
+            raise TypeError(f"the reference answers float64 inputs in {leaf.dtype}")
+    return found
+
+
 def _check(case: Case, candidate: _Candidate, inputs: tuple[Any, ...], expected: Any) -> None:
     row = candidate.row
     provider = case.providers.get(row.provider)
+    if provider is not None and provider.exact is not None:
+        expected = answer(provider.exact(), inputs)
     try:
         with candidate.context():
             actual = candidate.call(*inputs)
@@ -176,7 +194,8 @@ def _time(candidates: Sequence[_Candidate], inputs: Sequence[tuple[Any, ...]], s
     runners: dict[str, timing.Runner] = {}
     for candidate in candidates:
         runners[candidate.row.provider] = timing.Runner(_within(candidate), inputs, device)
-        candidate.row.peak_bytes = peak_bytes(_within(candidate), inputs[0], device)
+        if settings.memory:
+            candidate.row.peak_bytes = peak_bytes(_within(candidate), inputs[0], device)
         runners[candidate.row.provider].warm_up(settings.warm_up, settings.window)
     times = timing.interleave(runners, settings.rounds, settings.budget, settings.seed)
     for candidate in candidates:
@@ -211,15 +230,17 @@ def run_case(case: Case, settings: Settings, ceilings: Ceilings | None = None) -
         return case.inputs(torch.Generator(device).manual_seed(settings.seed + seed), device)
 
     first = make(0)
-    expected = case.reference(*first)
+    expected = answer(case.reference, first)
     candidates = _candidates(case, first, settings)
     for candidate in candidates:
         if candidate.row.status == "ok":
             _check(case, candidate, first, expected)
     right = [candidate for candidate in candidates if candidate.row.status == "ok"]
     del expected
-    count = timing.sets_needed(timing.tensor_bytes(first), timing.last_level_cache(device))
-    inputs = [first, *(make(seed) for seed in range(1, count))]
+    count = timing.sets_needed(timing.tensor_bytes(first), timing.last_level_cache(device), settings.rotation)
+    inputs = [first, *(make(seed) for seed in range(1, min(count, _FRESH)))]
+    copies = (inputs[index % _FRESH] for index in range(_FRESH, count))
+    inputs += [tree_map_only(Tensor, torch.clone, values) for values in copies]
     _time(right, inputs, settings)
     ours = candidates[0].row
     if ceilings is not None and ours.ms is not None:

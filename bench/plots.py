@@ -7,11 +7,11 @@ from typing import Any
 
 from .. import checks
 from ..files import write_figure
-from . import tables
+from . import readme
 from .harness import Row
 from .report import Report
 
-COLORS = {"eager": "#8c96a5", "compile": "#3b6fb6", "official": "#c8553d", "peer": "#7a9e4b"}
+COLORS = {"eager": "#8c96a5", "compile": "#3b6fb6", "formulation": "#c8553d", "peer": "#7a9e4b"}
 
 
 def needs() -> type:
@@ -37,14 +37,15 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
 
 
 def ratio_chart(report: Report, folder: Path) -> list[Path]:
-    """Horizontal bars, log scale: each baseline's time over ours, whiskers at the quartiles, a tick at the target."""
+    """Bars from 1, log scale, to each baseline's time over ours: to the left where it is faster; whiskers at the
+    quartiles, a tick at the target."""
     rows = [row for row in _shown(report) if row.ratio is not None]
     if not rows:
         return []
     figure, axes = _figure(1.2 + 0.24 * len(rows))
     for y, row in enumerate(rows):
         assert row.ratio is not None and row.ratio_low is not None and row.ratio_high is not None
-        axes.barh(y, row.ratio, color=COLORS[row.kind], height=0.7)
+        axes.barh(y, row.ratio - 1, left=1, color=COLORS[row.kind], height=0.7)
         axes.plot([row.ratio_low, row.ratio_high], [y, y], color="black", linewidth=1)
         axes.annotate(f" {row.ratio:.3g}×", (row.ratio_high, y), va="center", fontsize=7)
         if row.target is not None:
@@ -66,7 +67,7 @@ def floor_chart(report: Report, folder: Path) -> list[Path]:
     if not rows:
         return []
     figure, axes = _figure(1.2 + 0.24 * len(rows))
-    axes.barh(range(len(rows)), [100 * (row.share or 0) for row in rows], color="#3b6fb6", height=0.7)
+    axes.barh(range(len(rows)), [100 * min(row.share or 0, 1) for row in rows], color="#3b6fb6", height=0.7)
     axes.set_yticks(range(len(rows)), [f"{row.op} {row.case}" for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.axvline(100, color="black", linewidth=0.8)
@@ -76,8 +77,7 @@ def floor_chart(report: Report, folder: Path) -> list[Path]:
 
 
 def _shown(report: Report) -> list[Row]:
-    rows = [row for row in report.rows if row.hot] or report.rows
-    return [row for case in tables.grouped(rows) for row in case if row.status == "ok"]
+    return [row for case in readme.shown(report).values() for row in case if row.status == "ok"]
 
 
 def draw(report: Report, folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..files import write_text
 from . import tables
+from .harness import Row
 from .report import RESULTS, Report
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -14,20 +15,39 @@ README = Path(__file__).parent.parent / "README.md"
 
 def reports(folder: Path = RESULTS) -> list[Report]:
     """The committed results, in the order of their file names."""
-    return [Report.load(path) for path in sorted(folder.glob("*.json")) if path.name != "effects.json"]
+    others = ("effects", "guarantee-")
+    return [Report.load(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith(others)]
 
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def shown(report: Report) -> dict[tuple[str, str], list[Row]]:
+    """The cases of README's table: the hot ones, and every one in which somebody is faster than ours."""
+    cases = {(rows[0].op, rows[0].case): rows for rows in tables.grouped(report.rows)}
+    if not any(row.hot for row in report.rows):
+        return cases
+    return {key: rows for key, rows in cases.items() if rows[0].hot or tables.below_one(rows)}
+
+
+def table(found: list[Report]) -> str:
+    """All devices side by side, a case a line: a case that is shown for one device is shown for each that ran it."""
+    every = [{(rows[0].op, rows[0].case): rows for rows in tables.grouped(report.rows)} for report in found]
+    keys = sorted({key for report in found for key in shown(report)})
+    header = ["op", "case", *(report.device for report in found)]
+    lines = [_line(header), _line(["---"] * len(header))]
+    for key in keys:
+        lines.append(_line([*key, *("<br>".join(tables.cell(rows[key])) if key in rows else "" for rows in every)]))
+    return "\n".join(lines)
+
+
 def section(report: Report, folder: Path = RESULTS) -> str:
-    """One device: what it is, its hot cases, overheads, what could not run."""
-    rows = [row for row in report.rows if row.hot] or report.rows
+    """One device: what it is, how often others are faster, overheads, what could not run."""
+    rows = report.rows
+    below, ratios = tables.below_one(rows), [row for row in rows if row.ratio is not None]
     lines = [f"### {report.device}", "", tables.machine(report), ""]
-    lines += [_line(list(tables.HEADER)), _line(["---"] * len(tables.HEADER))]
-    for case in tables.grouped(rows):
-        lines.append(_line(["<br>".join(cell) for cell in tables.cells(case)]))
+    lines.append(f"Others are faster in {len(below)} of {len(ratios)} ratios, all of which are in the table.")
     if report.overhead:
         lines += ["", _line(["overhead", ""]), _line(["---", "---"])]
         lines += [_line(list(pair)) for pair in tables.overhead(report)]
@@ -44,12 +64,15 @@ def section(report: Report, folder: Path = RESULTS) -> str:
 def text(folder: Path = RESULTS) -> str:
     """All that stands between the markers."""
     intro = (
-        "Ratios are *their time / our time*: the median over interleaved rounds, quartiles in parentheses. Every "
-        "provider's output is checked against a float64 reference before it is timed. *Share of floor* is the least "
-        "possible time on this machine (bytes moved once at the measured copy bandwidth, or the arithmetic at the "
-        "faster of the measured torch.mm rate and, in float32, FMA peak) over our time."
+        "Ratios are *their time / our time*: the median over interleaved rounds, quartiles in parentheses, in bold "
+        "where the other is faster. The table has the hot cases and every case with a ratio below 1. Before it is "
+        "timed, every provider's output is checked against a computation in float64, in bfloat16 cases too. "
+        "*formulation* is the paper's own formulation, written by us. *Of the floor* is the least possible time on "
+        "this machine (bytes moved once at the measured copy bandwidth, or the arithmetic at the faster of the "
+        "measured torch.mm rate and, in float32, FMA peak, in the row's own run) over our time."
     )
-    return "\n\n".join([intro, *(section(report, folder) for report in reports(folder))])
+    found = reports(folder)
+    return "\n\n".join([intro, table(found), *(section(report, folder) for report in found)])
 
 
 def updated(readme: str, body: str) -> str:

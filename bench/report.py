@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .. import probes
 from ..files import write_text
 from .ceilings import Ceilings
 from .harness import Row, Settings
@@ -94,6 +96,33 @@ def device_name(device: str) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+def caches() -> dict[str, str]:
+    """Sizes of the first core's caches, ``{"L1d": "48K", "L2": "2048K"}``; empty where the system does not say."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((folder / name).read_text(encoding="ascii").strip() for name in ("level", "type", "size"))
+        found[f"L{level}{kind[0].lower() if level == '1' else ''}"] = size
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The hardware of a run: the CPU's model (family, model and stepping tell apart what has one name), its caches,
+    the cores that this process may use and the vector instructions that ours found."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found: dict[str, Any] = {"device": device_name(device), "cpu": device_name("cpu")}
+    for name in ("cpu family", "model", "stepping"):
+        if value := re.search(rf"^{name}\s*:\s*(\d+)", text, re.MULTILINE):
+            found[name.replace("cpu ", "")] = int(value[1])
+    found["caches"] = caches()
+    found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if probes.available():
+        found["features"] = [name for name, there in probes.cpu_features().items() if there]
+    return found
+
+
 def slug(device: str, threads: int) -> str:
     """File name for the device: ``cpu-amd-epyc-2t``, ``nvidia-h200``."""
     name = re.sub(r"\((r|tm)\)|processor|cpu|\d+-core|@.*", " ", device_name(device).lower())
@@ -138,9 +167,12 @@ def new_report(
     """One run as a report; ``load`` is the machine's load average before it."""
     from .. import extension
 
+    state = commit()
     run = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
+        "machine": machine(settings.device),
+        "commit": state,
+        "dirty": None if state is None else state.endswith("+"),
         "threads": settings.threads,
         "rounds": settings.rounds,
         "versions": versions(),

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from .case import KINDS
 from .harness import OURS, Row
 from .report import Report
-
-HEADER = (
-    "op",
-    "case",
-    "ours",
-    "share of floor",
-    "against eager",
-    "against torch.compile",
-    "against the paper's form",
-    "against libraries",
-    "peak memory",
-)
 
 
 def grouped(rows: Iterable[Row]) -> list[list[Row]]:
@@ -59,6 +48,18 @@ def ratio(row: Row) -> str:
     return f"{row.provider} {row.ratio:.3g}× ({row.ratio_low:.3g}–{row.ratio_high:.3g}){verdict(row)}"
 
 
+def hardware(run: dict[str, Any]) -> str:
+    """What the run's machine is, as far as it was recorded: model, caches, cores, load."""
+    found = run.get("machine", {})
+    parts = []
+    if "family" in found:
+        parts.append(f"family {found['family']} model {found['model']} stepping {found['stepping']}")
+    parts += [f"{name} {size}" for name, size in found.get("caches", {}).items()]
+    if found.get("cores"):
+        parts.append(f"{found['cores']} cores")
+    return ", ".join([*parts, f"load {run['load']}"])
+
+
 def lines(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
     """One case for the terminal: (provider, time, ratio or share of the floor, verdict, memory) a provider."""
     found = []
@@ -67,7 +68,7 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
         if row.status != "ok" or row.ms is None:
             found.append((name, row.status, "", "", ""))
             continue
-        against = "" if row.share is None else f"{row.share:.0%} of the floor"
+        against = floor(row).strip(", ")
         if row.ratio is not None and row.ratio_low is not None and row.ratio_high is not None:
             against = f"{row.ratio:.3g}× ({row.ratio_low:.3g}–{row.ratio_high:.3g})"
         memory = "" if row.peak_bytes is None else amount(row.peak_bytes)
@@ -75,42 +76,57 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
     return found
 
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The line of one case: a list of entries for each column of HEADER."""
-    ours = rows[0]
-    others = rows[1:]
+def below_one(rows: Iterable[Row]) -> list[Row]:
+    """The rows of providers that are faster than ours. A yardstick has a target below 1 and is none of them."""
+    return [row for row in rows if row.ratio is not None and row.ratio < 1 and not (row.target or 1) < 1]
+
+
+def cell(rows: Sequence[Row]) -> list[str]:
+    """One case on one device: our time, then each provider's ratio, those below 1 in bold, then memory."""
+    ours, others = rows[0], rows[1:]
     if ours.status != "ok" or ours.ms is None:
-        mine = [f"{ours.status}: {ours.reason}"]
+        found = [f"{ours.status}: {ours.reason}"]
     else:
-        mine = [f"{milliseconds(ours.ms)} ({ours.backend})"]
-    mine += [f"{row.backend}: {milliseconds(row.ms)}" for row in others if row.kind == OURS and row.ms is not None]
-    share = [] if ours.share is None else [f"{ours.share:.0%}{verdict(ours)}"]
-    against = [[ratio(row) for row in others if row.kind == kind] for kind in KINDS]
-    return [[ours.op], [ours.case], mine, share, *against, _memory(ours, others)]
+        found = [f"{milliseconds(ours.ms)} ({ours.backend}{floor(ours)}){verdict(ours)}"]
+    found += [f"{row.backend}: {milliseconds(row.ms)}" for row in others if row.kind == OURS and row.ms is not None]
+    for kind in KINDS:
+        found += [f"**{ratio(row)}**" if below_one([row]) else ratio(row) for row in others if row.kind == kind]
+    return found + _memory(ours, others)
+
+
+def floor(ours: Row) -> str:
+    """``", 78 % of the floor"``; a share above 1 says that the ceiling of its run was measured too low."""
+    if ours.share is None:
+        return ""
+    return f", {ours.share:.0%} of the floor" if ours.share <= 1 else ", at the floor"
 
 
 def _memory(ours: Row, others: Sequence[Row]) -> list[str]:
     if ours.peak_bytes is None:
         return []
     theirs = [row for row in others if row.kind != OURS and row.peak_bytes is not None]
-    found = [amount(ours.peak_bytes)]
+    found = f"peak memory {amount(ours.peak_bytes)}"
     if theirs:
         least = min(theirs, key=lambda row: row.peak_bytes or 0)
-        found.append(f"least other: {amount(least.peak_bytes or 0)} ({least.provider})")
-    return found
+        found += f", least other {amount(least.peak_bytes or 0)} ({least.provider})"
+    return [found]
 
 
 def machine(report: Report) -> str:
-    """One sentence on the device, versions and ceilings of the latest run."""
+    """The device and the versions, then a sentence a run: commit, hardware, the ceilings of its rows' floors."""
     run = report.runs[-1]
+    threads = "" if not report.slug.startswith("cpu") else f", {run['threads']} threads"
     installed = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
+    return f"{report.device}{threads}; {installed}. " + " ".join(_run(run) for run in report.runs)
+
+
+def _run(run: dict[str, Any]) -> str:
     ceilings = run["ceilings"]
     gemm = ", ".join(f"{name} {rate / 1e9:.4g} GFLOP/s" for name, rate in ceilings["gemm_flop_per_s"].items())
-    threads = "" if not report.slug.startswith("cpu") else f", {run['threads']} threads"
     return (
-        f"{report.device}{threads}; {run['date']}; {installed}. Measured ceilings: copy "
-        f"{ceilings['copy_bytes_per_s'] / 1e9:.4g} GB/s ({ceilings['copy_source']}), matrix products {gemm}."
-    )
+        f"Run of {run['date']} at {run['commit']} ({hardware(run)}): copy {ceilings['copy_bytes_per_s'] / 1e9:.4g} "
+        f"GB/s ({ceilings['copy_source']}), matrix products {gemm}."
+    ) + ("" if "machine" in run else " (Before all cases were checked in float64.)")
 
 
 def overhead(report: Report) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 MAX_SETS = 256
-MAX_ROTATION_BYTES = 1 << 30
+MAX_ROTATION_BYTES = 1 << 29
 
 
 class Quartiles(NamedTuple):
@@ -59,12 +59,12 @@ def tensor_bytes(value: Any) -> int:
     return 0
 
 
-def sets_needed(input_bytes: int, cache: int) -> int:
-    """How many sets of inputs cover the cache three times (1 where one set does)."""
+def sets_needed(input_bytes: int, cache: int, limit: int = MAX_ROTATION_BYTES) -> int:
+    """How many sets of inputs cover the cache three times, or ``limit`` bytes (1 where one set does)."""
     if input_bytes <= 0:
         return 1
     wanted = math.ceil(3 * cache / input_bytes)
-    return max(1, min(wanted, MAX_SETS, MAX_ROTATION_BYTES // input_bytes))
+    return max(1, min(wanted, MAX_SETS, limit // input_bytes))
 
 
 class Runner:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from w2s_fast.bench import command, harness, readme, report, tables, timing
-from w2s_fast.bench.case import Case, Provider, Unavailable, eager, load, official, peer, relative_error, yardstick
+from w2s_fast.bench.case import Case, Provider, Unavailable, eager, formulation, load, peer, relative_error, yardstick
 from w2s_fast.bench.ceilings import Ceilings
 from w2s_fast.bench.memory import peak_bytes
 
@@ -46,10 +47,10 @@ def fake_case(**changes) -> Case:
         "prediction": "as fast as a multiplication",
         "inputs": lambda generator, device: (torch.randn(64, generator=generator, device=device),),
         "ours": lambda x: x * 2,
-        "reference": lambda x: x.double() * 2,
+        "reference": lambda x: x * 2,
         "providers": {
             "slow": eager(_slow),
-            "wrong": official(lambda x: x * 2.01),
+            "wrong": formulation(lambda x: x * 2.01),
             "missing": peer(_missing),
             "not installed": peer(_not_installed),
             "fails": eager(_fails),
@@ -111,7 +112,7 @@ def test_a_missed_target_is_said():
 
 
 def test_only_the_providers_asked_for():
-    found = harness.run([fake_case()], replace(QUICK, providers=("official", "reference")), CEILINGS)
+    found = harness.run([fake_case()], replace(QUICK, providers=("formulation", "reference")), CEILINGS)
     names = {row.provider for row in found}
     assert {"ours", "wrong"} <= names and not names & {"slow", "missing"}
 
@@ -180,6 +181,7 @@ def test_json_round_trip(rows, tmp_path: Path):
     ]
     assert loaded.rows[1].ratio == pytest.approx(saved.rows[1].ratio, rel=1e-4)
     assert loaded.runs == saved.runs and loaded.runs[0]["threads"] == 1
+    assert {"cpu", "caches", "cores"} <= set(loaded.runs[0]["machine"]) and "dirty" in loaded.runs[0]
     loaded.save(tmp_path / "b.json")
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
     (tmp_path / "old.json").write_text(json.dumps({"schema": 0}))
@@ -201,10 +203,11 @@ def test_merging_replaces_what_was_measured_again(rows):
 def test_readme_section_shows_wrong_and_missing(rows, tmp_path: Path):
     _report(rows.values()).save(tmp_path / "machine.json")
     body = readme.text(tmp_path)
+    assert body.count("| double | N64 |") == 1 and "| op | case |" in body
     assert "wrong: wrong" in body and "missing: unavailable" in body and "Not run here: missing" in body
-    page = f"# title\n{readme.BEGIN}\nold\n{readme.END}\nrest\n"
+    page = f"# title\n{readme.BEGIN}\nyesterday\n{readme.END}\nrest\n"
     once = readme.updated(page, body)
-    assert "old" not in once and once.endswith("rest\n") and readme.updated(once, body) == once
+    assert "yesterday" not in once and once.endswith("rest\n") and readme.updated(once, body) == once
     with pytest.raises(ValueError, match="markers"):
         readme.updated("# title", body)
 
@@ -215,6 +218,33 @@ def test_readme_is_what_the_committed_results_say():
     text = readme.README.read_text(encoding="utf-8")
     if readme.reports():
         assert text == readme.updated(text, readme.text()), "run `w2s-fast bench --readme`"
+
+
+def test_readme_shows_devices_side_by_side_and_every_loss(rows, tmp_path: Path):
+    """A case outside the hot set is shown where somebody is faster, on every device that ran it."""
+    first = _report(rows.values())
+    slow = replace(first.rows[1], case="cold", hot=False, ratio=0.5, ratio_low=0.4, ratio_high=0.6, target=None)
+    fine = replace(slow, case="fine", ratio=2.0)
+    first.rows += [replace(first.rows[0], case="cold", hot=False), slow]
+    first.rows += [replace(first.rows[0], case="fine", hot=False), fine]
+    first.save(tmp_path / "a.json")
+    second = _report(replace(row, ratio=row.ratio and 2.0) for row in first.rows)
+    second.device = second.slug = "other"
+    second.save(tmp_path / "b.json")
+    table = readme.table(readme.reports(tmp_path)).splitlines()
+    assert table[0] == f"| op | case | {first.device} | other |"
+    (cold,) = [line for line in table if "| cold |" in line]
+    assert "**slow 0.5× (0.4–0.6)**" in cold and "slow 2× (0.4–0.6)" in cold.split("|")[4]
+    assert not any("| fine |" in line for line in table)
+    assert "Others are faster in 1 of" in readme.section(first, tmp_path)
+
+
+def test_a_row_belongs_to_its_own_runs_ceilings(rows, tmp_path: Path):
+    first = _report(rows.values())
+    other = replace(first.rows[0], case="N128")
+    merged = first.merged(report.new_report([other], QUICK, CEILINGS._replace(copy=2e10), {}, load=1.0))
+    assert len(tables.machine(merged).split("Run of")) == 3 and "20 GB/s" in tables.machine(merged)
+    assert "at the floor" in tables.cell([replace(other, share=1.12)])[0]
 
 
 def test_charts(rows, tmp_path: Path):
@@ -256,9 +286,32 @@ def test_options_name_what_is_wrong(tmp_path: Path):
 def test_a_yardstick_must_still_compute_something():
     broken = {"nothing": lambda x: None, "zeros": torch.zeros_like, "nan": lambda x: x * float("nan")}
     providers = {"fine": yardstick(lambda: torch.sin), **{k: yardstick(lambda f=f: f) for k, f in broken.items()}}
+    providers["far"] = yardstick(lambda: lambda x: x.sin() * (1.1 if x.dtype == torch.float32 else 1.0))
+    providers["told"] = yardstick(lambda: lambda x: x.float().cos(), lambda: torch.cos)
     rows = harness.run([fake_case(providers=providers, targets={})], QUICK, CEILINGS)
     found = {row.provider: row.status for row in rows}
-    assert found == {"ours": "ok", "fine": "ok", **dict.fromkeys(broken, "wrong")}
+    assert found == {"ours": "ok", "fine": "ok", "told": "ok", "far": "wrong", **dict.fromkeys(broken, "wrong")}
+
+
+def test_the_reference_must_answer_in_float64():
+    (row,) = harness.run([fake_case(reference=lambda x: (x * 2).float(), targets={})], QUICK, CEILINGS)
+    assert row.status == "unavailable" and "answers float64 inputs in torch.float32" in row.reason
+
+
+def test_every_reference_answers_in_float64():
+    """Computed on tensors without memory, as far as they can be: some look at values."""
+    failed, ran = [], 0
+    for case in {case.op: case for case in load("cpu", full=True)}.values():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            try:
+                inputs = case.inputs(torch.Generator(), torch.device("cpu"))
+                harness.answer(case.reference, inputs)
+                ran += 1
+            except TypeError as error:
+                failed.append(f"{case.id}: {error}")
+            except Exception:  # a reference that looks at values is held to it when the benchmark runs
+                continue
+    assert not failed and ran > 20
 
 
 def test_ours_is_labelled_with_what_auto_takes(monkeypatch: pytest.MonkeyPatch):

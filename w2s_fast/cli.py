@@ -149,7 +149,7 @@ def bench(
     op: Annotated[list[str] | None, typer.Option(help="Only this op, or cases whose id contains this.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Every case, not only the hot paths.")] = False,
     providers: Annotated[
-        str, typer.Option(help="Comma-separated names, kinds (eager, compile, official, peer) or backends to run.")
+        str, typer.Option(help="Comma-separated names, kinds (eager, compile, formulation, peer) or backends to run.")
     ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes the smaller of 2 and the cores.")] = 0,
@@ -163,10 +163,22 @@ def bench(
     plots: Annotated[bool, typer.Option("--plots", help="Also draw the charts beside the results.")] = False,
     overhead: Annotated[bool, typer.Option(help="Also measure import and call overhead.")] = True,
     readme: Annotated[bool, typer.Option("--readme", help="Measure nothing; rewrite README's tables.")] = False,
+    guarantee: Annotated[
+        bool, typer.Option("--guarantee", help="Random everyday calls against eager and torch.compile: who is faster?")
+    ] = False,
+    cases: Annotated[int, typer.Option(min=1, help="With --guarantee: how many calls.")] = 1000,
+    seed: Annotated[int, typer.Option(help="With --guarantee: the calls' seed.")] = 0,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Measure nothing; list what changed from one result file to another, losses first."),
+    ] = None,
 ) -> None:
     """Time our ops against eager PyTorch, torch.compile, the papers' forms and installed libraries."""
     from .bench import command
 
+    if compare is not None:
+        _compare(*compare)
+        return
     if readme:
         try:
             out.print(command.write_readme())
@@ -174,9 +186,12 @@ def bench(
             _fail(str(error), code=2)
         return
     options = command.Options(tuple(op or ()), full, providers, device, threads, rounds, to, overhead)
+    if guarantee:
+        _guarantee(options, cases, seed)
+        return
     try:
         settings = options.settings()
-        cases = options.cases(settings)
+        chosen = options.cases(settings)
     except ValueError as error:
         _fail(str(error), code=2)
     if plots:
@@ -187,16 +202,16 @@ def bench(
         command.try_out(options)
     except ValueError as error:
         _fail(f"--out {to}: {error}", code=2)
-    out.print(command.intention(cases, settings))
+    out.print(command.intention(chosen, settings))
     if command.busy():
         err.print(f"[yellow]note:[/yellow] {command.busy()}", soft_wrap=True)
     with _progress() as progress:
-        task = progress.add_task("measuring ceilings", total=len(cases) + 1)
+        task = progress.add_task("measuring ceilings", total=len(chosen) + 1)
 
         def step(what: str) -> None:
             progress.update(task, description=what)
 
-        report = command.measure(cases, settings, options, step, lambda: progress.advance(task))
+        report = command.measure(chosen, settings, options, step, lambda: progress.advance(task))
     _print_report(report)
     path = command.save(report, options)
     out.print(f"results: {path}", soft_wrap=True, highlight=False)
@@ -207,6 +222,50 @@ def bench(
         err.print(f"[red]wrong[/red] {escape(line)}", soft_wrap=True, highlight=False)
     if any(row.kind == "ours" and row.status != "ok" and row.provider == "ours" for row in report.rows):
         _fail("a case of ours failed, see above")
+
+
+def _guarantee(options: Any, count: int, seed: int) -> None:
+    """Measures the calls that the file has no result of, then prints what all of them say."""
+    from .bench import command, guarantee
+    from .bench.report import Report, slug
+
+    try:
+        settings = options.settings()
+        path = command.guarantee_path(options.out, slug(settings.device, settings.threads))
+        todo = guarantee.planned(count, seed, options.ops, path)
+    except ValueError as error:
+        _fail(str(error), code=2)
+    command.writable_folder(path.parent)
+    load = command.load_average()
+    if command.busy():
+        err.print(f"[yellow]note:[/yellow] {command.busy()}", soft_wrap=True)
+    with _progress() as progress:
+        task = progress.add_task("random calls", total=len(todo))
+        guarantee.measure(
+            todo, settings, path, load, lambda what: progress.update(task, description=what),
+            lambda: progress.advance(task),
+        )  # fmt: skip
+    for line in guarantee.summary(Report.load(path), options.ops):
+        out.print(escape(line), soft_wrap=True, highlight=False)
+    out.print(f"results: {path}", soft_wrap=True, highlight=False)
+
+
+def _compare(before: Path, after: Path) -> None:
+    """Exit status 1 where ours lost more than 5 % beyond the noise of the two runs."""
+    from .bench.compare import changes, common
+    from .bench.report import Report
+
+    try:
+        reports = Report.load(before), Report.load(after)
+    except (ValueError, KeyError) as error:
+        _fail(f"bench --compare: {error}", code=2)
+    found = list(changes(*reports))
+    for change in found:
+        out.print(escape(f"{'LOSS ' if change.loss else ''}{change}"), soft_wrap=True, highlight=False)
+    losses = sum(change.loss for change in found)
+    out.print(f"{len(found)} of {common(*reports)} ratios changed beyond their noise, {losses} of them losses")
+    if losses:
+        raise typer.Exit(1)
 
 
 def _print_report(report: Any) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..case import wide
+
 GRID = [0.1 * (j + 1) for j in range(20)]
 
 
@@ -73,8 +75,8 @@ def grid_vec(base: Tensor, *small: Tensor) -> Tensor:
 
 
 def shifted(base: Tensor, *small: Tensor) -> Tensor:
-    """base + sum_k (expert_k - anti) in float32: proxy-tuning with weight 1."""
-    z, *experts, anti = (x.float() for x in (base, *small))
+    """base + sum_k (expert_k - anti) in float32 (float64): proxy-tuning with weight 1."""
+    z, *experts, anti = (wide(x) for x in (base, *small))
     for expert in experts:
         z = z + (expert - anti)
     return z

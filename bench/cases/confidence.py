@@ -10,7 +10,7 @@ from torch import Tensor
 
 import w2s_fast
 
-from ..case import Case, Provider, eager, official
+from ..case import Case, Provider, eager, formulation, wide
 
 COEF = 0.5
 
@@ -37,12 +37,12 @@ def _compiled(loss: Callable[[Tensor, Tensor], Tensor]) -> Provider:
 
 
 def _plain_shift(logits: Tensor, weak: Tensor) -> Tensor:
-    return (logits.float().softmax(-1).mean(0) / weak.float().mean(0)).log()
+    return (wide(logits).softmax(-1).mean(0) / wide(weak).mean(0)).log()
 
 
 def _plain(logits: Tensor, weak: Tensor) -> Tensor:
     """The released steps for two classes; for more the same with the class of the largest shifted log-probability."""
-    logits, weak = logits.float(), weak.float()
+    logits, weak = wide(logits), wide(weak)
     with torch.no_grad():
         if logits.shape[1] == 2:
             p = logits.softmax(-1)
@@ -72,7 +72,7 @@ def _inputs(
 
 
 def _case(
-    batch: int, classes: int, prediction: str, official_target: float, compile_target: float,
+    batch: int, classes: int, prediction: str, formulation_target: float, compile_target: float,
     kind: str = "logconf", dtype: torch.dtype = torch.float32,
 ) -> Case:  # fmt: skip
     def ours(logits: Tensor, weak: Tensor) -> Tensor:
@@ -93,10 +93,10 @@ def _case(
         inputs=_inputs(batch, classes, dtype),
         ours=_graded(ours),
         reference=_graded(plain),
-        providers={"official": official(_graded(plain)), "compile": _compiled(plain)},
+        providers={"formulation": formulation(_graded(plain)), "compile": _compiled(plain)},
         rtol=1e-4 if single else 1e-2,
         atol=1e-7,
-        targets={"official": official_target, "compile": compile_target},
+        targets={"formulation": formulation_target, "compile": compile_target},
         hot=kind == "logconf" and single,
         mode="fwdbwd",
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import w2s_fast
 
-from ..case import Case, compiled, eager, official
+from ..case import Case, compiled, eager, formulation, wide
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 A, B = 0.27, 0.302
@@ -21,7 +21,7 @@ BRANCHES = 5.5
 
 
 def _plain_step(x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
-    x, cond, uncond = x.float(), cond.float(), uncond.float()
+    x, cond, uncond = wide(x), wide(cond), wide(uncond)
     eps = uncond + BRANCHES * (cond - uncond)
     x0 = (x - (1 - A) ** 0.5 * eps) / A**0.5
     return B**0.5 * x0 + (1 - B) ** 0.5 * eps
@@ -44,7 +44,7 @@ def _step_case(shape: tuple[int, ...], dtype: torch.dtype, hot: bool) -> Case:
         prediction="bound by memory: one pass instead of eight, 4x eager; torch.compile's one pass is as fast",
         inputs=inputs,
         ours=lambda x, c, u: w2s_fast.ddim_step(x, c, u, BRANCHES, abar_from=A, abar_to=B),
-        reference=lambda x, c, u: _plain_step(x.double(), c.double(), u.double()),
+        reference=_plain_step,
         providers={"eager": eager(plain), "compile": compiled(plain)},
         rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-5 if dtype == torch.float32 else 5e-2,
     )  # fmt: skip
@@ -76,7 +76,7 @@ def _huber_case() -> Case:
         "at most 1.2x against torch.compile, which fuses the same",
         inputs=lambda g, device: tuple(torch.randn(shape, generator=g).to(device) for _ in range(2)),
         ours=gradient(w2s_fast.pseudo_huber_loss),
-        reference=lambda p, t: gradient(_plain_huber)(p.double(), t.double()),
+        reference=gradient(_plain_huber),
         providers={"eager": eager(gradient(_plain_huber)), "compile": compiled(gradient(_plain_huber))},
     )  # fmt: skip
 
@@ -105,7 +105,7 @@ def _ict_case() -> Case:
         op="ict_loss", name="256x3x32x32-fp32", dtype="float32", shape={"numbers": numbers}, bytes=16 * numbers,
         flops=10 * numbers, prediction="bound by memory: four reads, eager makes about twenty: 3x; as torch.compile",
         inputs=_ict_inputs,
-        ours=w2s_fast.ict_loss, reference=lambda *a: _plain_ict(*(t.double() for t in a)),
+        ours=w2s_fast.ict_loss, reference=_plain_ict,
         providers={"eager": eager(_plain_ict), "compile": compiled(_plain_ict)}, rtol=1e-3,
     )  # fmt: skip
 
@@ -126,7 +126,7 @@ def _pair_case() -> Case:
     return Case(
         op="noise_pair", name="256x3x32x32-fp32", dtype="float32", shape={"numbers": numbers}, bytes=16 * numbers,
         flops=4 * numbers, prediction="two multiply-adds instead of four operators: 1.5x eager", inputs=inputs,
-        ours=w2s_fast.noise_pair, reference=lambda *a: _plain_pair(*(t.double() for t in a)),
+        ours=w2s_fast.noise_pair, reference=_plain_pair,
         providers={"eager": eager(_plain_pair), "compile": compiled(_plain_pair)},
     )  # fmt: skip
 
@@ -167,7 +167,7 @@ def _ours_sample(x: Tensor, strong: Tensor, weak: Tensor) -> Tensor:
                                 weak_guidance=1.0)  # fmt: skip
 
 
-def _official_sample(x: Tensor, strong_weight: Tensor, weak_weight: Tensor) -> Tensor:
+def _formulated_sample(x: Tensor, strong_weight: Tensor, weak_weight: Tensor) -> Tensor:
     strong, weak = _Network(strong_weight, 0.1), _Network(weak_weight, 0.0)
     levels = [*(TABLE[t] for t in LABELS), TABLE[0]]
     for index in range(len(LABELS)):
@@ -183,7 +183,7 @@ def _ours_reflect(x: Tensor, strong: Tensor, weak: Tensor) -> Tensor:
                             strong_guidance=1.0, weak_guidance=1.0)  # fmt: skip
 
 
-def _official_reflect(x: Tensor, strong: Tensor, weak: Tensor) -> Tensor:
+def _formulated_reflect(x: Tensor, strong: Tensor, weak: Tensor) -> Tensor:
     y = _both_branches(_Network(strong, 0.1), x, 1.0, A, B)
     return _both_branches(_Network(weak, 0.0), y, 1.0, B, A)
 
@@ -192,7 +192,7 @@ def _reflection_case(op: str, passes: int, ours: Any, plain: Any, prediction: st
     return Case(
         op=op, name="64x64-fp32", dtype="float32", shape={"passes": passes}, bytes=4 * 3 * 64 * 64,
         flops=passes * 4 * 64 * 64 * 1024, prediction=prediction, inputs=_networks, ours=ours,
-        reference=lambda *a: plain(*(t.double() for t in a)), providers={"official": official(plain)}, rtol=1e-3,
+        reference=plain, providers={"formulation": formulation(plain)}, rtol=1e-3,
         atol=1e-3,
     )  # fmt: skip
 
@@ -203,6 +203,6 @@ def cases(device: str) -> list[Case]:
         _step_case((1, 4, 512, 512), torch.float32, True),
         _step_case((16, 4, 128, 128), torch.bfloat16, False),
         _huber_case(), _ict_case(), _pair_case(),
-        _reflection_case("reflect", 2, _ours_reflect, _official_reflect, "2 passes instead of 4: 2x"),
-        _reflection_case("w2sd_sample", 198, _ours_sample, _official_sample, "198 passes instead of 296: 1.5x"),
+        _reflection_case("reflect", 2, _ours_reflect, _formulated_reflect, "2 passes instead of 4: 2x"),
+        _reflection_case("w2sd_sample", 198, _ours_sample, _formulated_sample, "198 passes instead of 296: 1.5x"),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import w2s_fast
 
-from ..case import Case, compiled, eager, official
+from ..case import Case, compiled, eager, formulation
 from ._exact import Draw, exact_weights, filtered, grid_weights, inverse_cdf_token, tilt
 from ._logits import grid_loop, grid_vec, inv_cdf, models
 
@@ -47,7 +47,7 @@ def weights_case(
     short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     size = torch.empty((), dtype=dtype).element_size()
     providers = {
-        "grid_loop": official(grid_loop, compare=grid_weights()),
+        "grid_loop": formulation(grid_loop, compare=grid_weights()),
         "grid_loop compiled": compiled(grid_loop, compare=grid_weights()),
     }
     if vectorised:
@@ -120,7 +120,7 @@ def step_case(rows: int, width: int, dtype: torch.dtype, hot: bool = False) -> C
         reference=_reference_step,
         compare=_compare_step(exact_weights(TOL)),
         providers={
-            "grid_loop + inv_cdf": official(_grid_step, compare=grid),
+            "grid_loop + inv_cdf": formulation(_grid_step, compare=grid),
             "grid_loop + inv_cdf compiled": compiled(_grid_step, compare=grid),
         },
         targets={"floor": 2.0} if rows > 1 else {},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import w2s_fast
 
-from ..case import Case, compiled, eager, official, peer, yardstick
+from ..case import Case, compiled, eager, formulation, peer, yardstick
 from ._interval import EPS, eager_layer, specification, to_scale
 
 
@@ -54,13 +54,12 @@ def _specification_loss(*args: Tensor) -> Tensor:
     return F.cross_entropy(specification(*args), args[-1])
 
 
-def _plain_step(x: Tensor, y: Tensor, *layers: Tensor) -> Tensor:
+def _plain_step(x: Tensor, y: Tensor, *layers: Tensor) -> tuple[Tensor, ...]:
     leaves = [t.detach().requires_grad_() for t in layers]
     for i in range(0, len(leaves) - 2, 2):
         x = F.linear(x, leaves[i], leaves[i + 1]).relu()
     loss = F.cross_entropy(F.linear(x, leaves[-2], leaves[-1]), y)
-    torch.autograd.grad(loss, leaves)
-    return loss.detach()
+    return (loss.detach(), *torch.autograd.grad(loss, leaves))
 
 
 def _lirpa_step(sizes: tuple[int, ...], batch: int) -> Callable[[], Callable[..., Any]]:
@@ -112,7 +111,7 @@ def _mlp_case(name: str, sizes: tuple[int, ...], batch: int, targets: dict[str, 
         "about one plain step; peers add passes over |W| and over every bound",
         inputs=_inputs(batch, sizes),
         ours=_step(_ours_layer, _margin_loss),
-        reference=lambda x, y, *layers: step(x.double(), y, *(t.double() for t in layers)),
+        reference=step,
         providers={
             "eager": eager(step),
             "compile": compiled(step),
@@ -161,7 +160,7 @@ def _forward_case(name: str, batch: int, k: int, n: int, dead: float, target: fl
         "rounding is a few operations an input and an output",
         inputs=_layer_inputs(batch, k, n, dead),
         ours=ours,
-        reference=lambda *args: eager_layer(*(t.double() for t in args), "relu"),
+        reference=plain,
         providers=providers,
         targets=targets,
         rtol=1e-3,
@@ -239,7 +238,7 @@ def _margin_case(op: str, batch: int, d: int, classes: int, target: float, hot: 
         ours=with_gradients(_margin_loss if op == "margin_cross_entropy" else through_logits),
         reference=with_gradients(_specification_loss),
         providers={
-            "specification matrix": official(with_gradients(_specification_loss)),
+            "specification matrix": formulation(with_gradients(_specification_loss)),
             "compile": compiled(with_gradients(_specification_loss)),
         },
         targets={"specification matrix": target},
@@ -280,7 +279,7 @@ def _tightness_case(batch: int, rows: int, sizes: tuple[int, ...]) -> Case:
         prediction="two products a layer at the dual kernel's rate, twice the library's on AVX-512",
         inputs=inputs,
         ours=ours,
-        reference=lambda *args: plain(*(t.double() for t in args)),
+        reference=plain,
         providers={"eager": eager(plain), "compile": compiled(plain)},
         targets={"eager": 1.2},
         rtol=1e-3,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import w2s_fast
 import w2s_fast.nn
 
-from ..case import Case, Provider, compiled, eager, peer, yardstick
+from ..case import Case, Provider, compiled, eager, formulation, peer, yardstick
 from ._interval import EPS, specification, to_scale
 
 
@@ -145,13 +145,16 @@ def _network_case(batch: int, norm: bool, targets: dict[str, float]) -> Case:
         call = margins(model)
 
         def run(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-            loss = F.cross_entropy(call(x.double() if double else x, y), y)
+            loss = F.cross_entropy(call(x, y), y)
             return (loss.detach(), *torch.autograd.grad(loss, list(model.parameters())))
 
         return run
 
     def by_hand(model: nn.Module) -> Callable[..., Tensor]:
         return lambda x, y: _by_hand(model, x, y, eps, norm)
+
+    def forward(model: nn.Module) -> Callable[..., Tensor]:
+        return lambda x, y: model(x)
 
     def ours(model: nn.Module) -> Callable[..., Tensor]:
         bounded = w2s_fast.nn.bound(model)
@@ -202,7 +205,7 @@ def _network_case(batch: int, norm: bool, targets: dict[str, float]) -> Case:
             "eager": Provider("eager", lambda: step(by_hand)),
             "compile": Provider("compile", lambda: torch.compile(step(by_hand), dynamic=False)),
             "auto_LiRPA": peer(lirpa),
-            "plain step": yardstick(lambda: step(lambda model: lambda x, y: model(x))),
+            "plain step": yardstick(lambda: step(forward), lambda: step(forward, double=True)),
         },
         compare=compare,
         targets=targets,
@@ -248,9 +251,9 @@ def _weights_case(batch: int, k: int, n: int, mode: Any, target: float) -> Case:
         "tiles of a product, so at a lower rate than the library's",
         inputs=inputs,
         ours=with_gradients(ours),
-        reference=lambda *args: with_gradients(six)(*(t.double() for t in args)),
+        reference=with_gradients(six),
         providers={
-            "six products": Provider("official", lambda: with_gradients(six)),
+            "six products": formulation(with_gradients(six)),
             "compile": compiled(with_gradients(six)),
         },
         compare=to_scale,
@@ -290,7 +293,7 @@ def _affine_case(op: str, batch: int, channels: int, size: int, target: float) -
         "as the library's",
         inputs=inputs,
         ours=ours,
-        reference=lambda *args: plain(*(t.double() for t in args)),
+        reference=plain,
         providers={"eager": eager(plain), "compile": compiled(plain)},
         targets={"eager": target},
         rtol=1e-4,
@@ -331,7 +334,7 @@ def _reg_case(batch: int, hot: bool) -> Case:
         prediction="one read of the bounds forward, one read and one write backward; eager makes some forty passes",
         inputs=inputs,
         ours=with_gradients(w2s_fast.fast_reg),
-        reference=lambda *args: plain(*(t.double() for t in args)),
+        reference=plain,
         providers={"eager": eager(plain), "compile": compiled(plain)},
         compare=to_scale,
         targets={"eager": 3.0},

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import w2s_fast
 
-from ..case import Case, Provider, compiled, eager, official, peer
+from ..case import Case, Provider, compiled, eager, formulation, peer
 from ._exact import Draw, draw, inverse_cdf_token, kept_token, same_distribution
 from ._logits import inv_cdf, model_arithmetic, models, multinomial, nucleus_by_sort, shifted
 
@@ -96,7 +96,7 @@ def plain(rows: int, width: int, dtype: torch.dtype, count: int = 1, hot: bool =
     providers = {
         "inv_cdf": eager(_after_fusion(inv_cdf), compare=token),
         "inv_cdf compiled": compiled(_after_fusion(inv_cdf), compare=token),
-        "softmax + multinomial": official(
+        "softmax + multinomial": formulation(
             _after_fusion(lambda z, uniform: multinomial(z)), compare=same_distribution(1e-3)
         ),
     }
@@ -171,7 +171,7 @@ def genarm(rows: int, width: int, dtype: torch.dtype, hot: bool = False) -> Case
         ours=ours,
         reference=reference,
         compare=inverse_cdf_token(),
-        providers={"model arithmetic": official(theirs, compare=same_distribution(slack))},
+        providers={"model arithmetic": formulation(theirs, compare=same_distribution(slack))},
         targets={"model arithmetic": 100.0} if rows > 1 else {},
         hot=hot,
     )

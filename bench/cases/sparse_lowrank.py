@@ -15,7 +15,7 @@ import w2s_fast
 from w2s_fast.ops.sparse_lowrank.support import balanced_blocks
 from w2s_fast.reference.sparse_lowrank.support import row_values
 
-from ..case import Case, compiled, eager, official, peer
+from ..case import Case, compiled, eager, formulation, peer
 
 #: out, in, rank, density of SLTrain's layers (arXiv 2406.02214, table of configurations)
 LAYERS = {
@@ -30,24 +30,24 @@ LAYERS = {
 }
 
 
-class _Official(torch.autograd.Function):
+class _Formulation(torch.autograd.Function):
     """SLTrain's form: W is built in forward and again in backward, dW is formed whole, then gathered."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, B: Tensor, A: Tensor, values: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(x, B, A, values, index)
-        return x @ _official_weight(B, A, values, index).t()
+        return x @ _formed_weight(B, A, values, index).t()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, B, A, values, index = ctx.saved_tensors
         (grad,) = grads
-        weight = _official_weight(B, A, values, index)
+        weight = _formed_weight(B, A, values, index)
         dweight = grad.t() @ x
         return grad @ weight, dweight @ A.t(), B.t() @ dweight, dweight.view(-1).gather(0, index), None
 
 
-def _official_weight(B: Tensor, A: Tensor, values: Tensor, index: Tensor) -> Tensor:
+def _formed_weight(B: Tensor, A: Tensor, values: Tensor, index: Tensor) -> Tensor:
     weight = B @ A
     weight.view(-1).scatter_add_(0, index, values)
     return weight
@@ -101,7 +101,7 @@ class _Layer:
         return random(self.n, self.columns), A, B, values, random(self.n, self.rows), weight
 
     def sorted(self, values: Tensor) -> Tensor:
-        """Values in the order of the sorted positions; the official form knows no other."""
+        """Values in the order of the sorted positions; the formulation knows no other."""
         return values if self.csr is self.support else values[self.order]
 
     @property
@@ -136,7 +136,7 @@ def _training(layer: _Layer) -> dict[str, Callable[..., Any]]:
 
     return {
         "ours": ours,
-        "official": formed(lambda x, A, B, v: _Official.apply(x, B, A, layer.sorted(v), layer.index)),
+        "formulation": formed(lambda x, A, B, v: _Formulation.apply(x, B, A, layer.sorted(v), layer.index)),
         "plain": formed(lambda x, A, B, v: _plain(x, A, B, layer.sorted(v), layer.index)),
         "dense": dense,
     }
@@ -154,10 +154,6 @@ def _all_close(actual: Any, expected: Any) -> float:
 def _train_case(name: str, n: int, layout: str, targets: dict[str, float], hot: bool) -> Case:
     layer = _Layer(name, n, layout, dense=True)
     calls = _training(layer)
-    exact = calls["plain"]
-
-    def reference(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return exact(*(t.double() for t in inputs))  # type: ignore[no-any-return]
 
     return Case(
         op="sparse_lowrank_linear",
@@ -166,17 +162,17 @@ def _train_case(name: str, n: int, layout: str, targets: dict[str, float], hot: 
         shape={"N": n, "O": layer.rows, "I": layer.columns, "r": layer.rank, "K": layer.nnz},
         bytes=3 * layer.bytes,
         flops=3 * layer.flops,
-        # Predicted from FLOPs at equal rates: official/ours 6 NOI + 8 rOI over 6 N (r (I + O) + K) = 2.9 at
+        # Predicted from FLOPs at equal rates: formulation/ours 6 NOI + 8 rOI over 6 N (r (I + O) + K) = 2.9 at
         # 1024 x 1024, N 512, and 4.0 at 2736 x 1024. Measured above that, because gemm.cpp runs AVX-512 where MKL runs
         # AVX2 on AMD. The library's oneDNN product reaches the same rate on large shapes, and half of it at 16 rows.
         prediction="dense products at 90 % of the FMA peak, sparse ones at 20 %: (6 NOI + 8 rOI) over "
         "6 N (r (I + O) + 4 K), times the ratio of our product's rate to torch.mm's",
         inputs=layer.inputs,
         ours=calls["ours"],
-        reference=reference,
+        reference=calls["plain"],
         providers={
-            "official": official(calls["official"]),
-            "official compiled": compiled(calls["plain"]),
+            "formulation": formulation(calls["formulation"]),
+            "formulation compiled": compiled(calls["plain"]),
             "dense nn.Linear": eager(calls["dense"], compare=lambda a, e: _all_close(a[:2], e[:2])),
         },
         compare=_all_close,
@@ -214,7 +210,7 @@ def _forward_case(name: str, n: int, layout: str, targets: dict[str, float], hot
         return inputs[0] @ inputs[5].t()
 
     def formed(x: Tensor, A: Tensor, B: Tensor, values: Tensor, *_: Tensor) -> Tensor:
-        return x @ _official_weight(B, A, layer.sorted(values), layer.index).t()
+        return x @ _formed_weight(B, A, layer.sorted(values), layer.index).t()
 
     return Case(
         op="sparse_lowrank_linear",
@@ -228,9 +224,9 @@ def _forward_case(name: str, n: int, layout: str, targets: dict[str, float], hot
         prediction="N <= 8 reads each weight once: bytes / L3 bandwidth, and 10 us a call; beyond, arithmetic",
         inputs=layer.inputs,
         ours=no_grad(lambda x, A, B, values, *_: w2s_fast.sparse_lowrank_linear(x, A, B, values, layer.support)),
-        reference=lambda *inputs: inputs[0].double() @ inputs[5].double().t(),
+        reference=lambda *inputs: inputs[0] @ inputs[5].t(),
         providers={
-            "official": official(no_grad(formed)),
+            "formulation": formulation(no_grad(formed)),
             "cached dense weight": eager(no_grad(dense)),
             "torch CSR + low rank": peer(lambda: no_grad(csr)),
         },
@@ -264,11 +260,6 @@ def _sparse_case(kind: str, name: str, n: int, layout: str, share: float, hot: b
         "spmm transposed": lambda x, grad, values: w2s_fast.spmm(grad, values, layer.support, transpose=True),
         "sddmm": lambda x, grad, values: w2s_fast.sddmm(grad, x, layer.support),
     }
-    exact: dict[str, Callable[..., Tensor]] = {
-        "spmm": lambda x, grad, values: x.double() @ layer.support.to_dense(values.double()).t(),
-        "spmm transposed": lambda x, grad, values: grad.double() @ layer.support.to_dense(values.double()),
-        "sddmm": lambda x, grad, values: (grad.double().t() @ x.double())[layer.support.positions()],
-    }
     dense: dict[str, Callable[..., Tensor]] = {
         "spmm": lambda x, grad, values: x @ layer.support.to_dense(values).t(),
         "spmm transposed": lambda x, grad, values: grad @ layer.support.to_dense(values),
@@ -293,7 +284,7 @@ def _sparse_case(kind: str, name: str, n: int, layout: str, share: float, hot: b
         "and y costs a fifth",
         inputs=_sparse_inputs(layer),
         ours=calls[kind],
-        reference=exact[kind],
+        reference=dense[kind],
         providers={
             "dense": eager(dense[kind]),
             **({"torch CSR": peer(lambda: csr)} if kind == "spmm" else {}),
@@ -307,8 +298,8 @@ def _sparse_case(kind: str, name: str, n: int, layout: str, share: float, hot: b
 def _materialize_case(name: str) -> Case:
     layer = _Layer(name, 1, "csr16", dense=True)
 
-    def official_form(x: Tensor, A: Tensor, B: Tensor, values: Tensor, *_: Tensor) -> Tensor:
-        return _official_weight(B, A, values, layer.index)
+    def stock_form(x: Tensor, A: Tensor, B: Tensor, values: Tensor, *_: Tensor) -> Tensor:
+        return _formed_weight(B, A, values, layer.index)
 
     return Case(
         op="sparse_lowrank_materialize",
@@ -320,10 +311,10 @@ def _materialize_case(name: str) -> Case:
         prediction="one dense product at 90 % of the FMA peak, a write of W and K additions in cache",
         inputs=layer.inputs,
         ours=lambda x, A, B, values, *_: w2s_fast.sparse_lowrank_materialize(A, B, values, layer.support),
-        reference=lambda x, A, B, values, *_: B.double() @ A.double() + layer.support.to_dense(values.double()),
-        providers={"official": official(official_form)},
+        reference=lambda x, A, B, values, *_: B @ A + layer.support.to_dense(values),
+        providers={"formulation": formulation(stock_form)},
         compare=_close,
-        targets={"official": 1.0},
+        targets={"formulation": 1.0},
     )
 
 
@@ -333,14 +324,14 @@ def cases(device: str) -> list[Case]:
         return []
     square, wide = "350M-1024x1024", "350M-2736x1024"
     train = [
-        (square, 16, {"official": 12.0}),
-        (wide, 16, {"official": 18.0}),
-        (square, 512, {"official": 2.6, "dense nn.Linear": 1.5}),
-        (wide, 512, {"official": 3.5, "dense nn.Linear": 2.0}),
-        (square, 2048, {"official": 1.85, "dense nn.Linear": 1.5}),
-        (wide, 2048, {"official": 2.5, "dense nn.Linear": 2.0}),
+        (square, 16, {"formulation": 12.0}),
+        (wide, 16, {"formulation": 18.0}),
+        (square, 512, {"formulation": 2.6, "dense nn.Linear": 1.5}),
+        (wide, 512, {"formulation": 3.5, "dense nn.Linear": 2.0}),
+        (square, 2048, {"formulation": 1.85, "dense nn.Linear": 1.5}),
+        (wide, 2048, {"formulation": 2.5, "dense nn.Linear": 2.0}),
     ]  # fmt: skip
-    large, csr = {"official": 80.0, "cached dense weight": 2.2}, {"torch CSR + low rank": 1.0}
+    large, csr = {"formulation": 80.0, "cached dense weight": 2.2}, {"torch CSR + low rank": 1.0}
     shown = ("1B-5461x2048", 1)
     return [
         *(_train_case(name, n, "csr16", targets, hot=n > 16) for name, n, targets in train),

@@ -1,6 +1,6 @@
 """Sparse-plus-low-rank linear on a GPU: decoding at 7B shapes, training at the rows that SLTrain sees.
 
-``official`` is SLTrain's own sequence, written by us: W = B (s A), scatter-add of the values, a dense product; its
+``formulation`` is SLTrain's own sequence, written by us: W = B (s A), scatter-add of the values, a dense product; its
 backward forms W again and dW whole. ``cached`` is a plain linear layer over a W that someone keeps.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import w2s_fast
 
-from ..case import Case, Provider, official
+from ..case import Case, Provider, formulation
 
 
 class Layer(NamedTuple):
@@ -36,7 +36,7 @@ ATTENTION, UP = Layer(4096, 4096, 1024, 0.05), Layer(11008, 4096, 1024, 0.05)
 SCALE = 8 / 1024
 
 
-class _Official(torch.autograd.Function):
+class _Formulation(torch.autograd.Function):
     """What SLTrain does a call: nothing of W or dW is kept, both are formed whole."""
 
     @staticmethod
@@ -47,23 +47,23 @@ class _Official(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, values: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(x, A, B, values, index)
-        return F.linear(x, _Official.weight(A, B, values, index))
+        return F.linear(x, _Formulation.weight(A, B, values, index))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (x, A, B, values, index) = grads, ctx.saved_tensors
-        dx, dw = g @ _Official.weight(A, B, values, index), g.t() @ x
+        dx, dw = g @ _Formulation.weight(A, B, values, index), g.t() @ x
         return dx, B.t() @ dw, dw @ A.t(), dw.view(-1)[index], None
 
 
-def _official(x: Tensor, A: Tensor, B: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    found: Tensor = _Official.apply(x, A * SCALE, B, values, index)
+def _formulation(x: Tensor, A: Tensor, B: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    found: Tensor = _Formulation.apply(x, A * SCALE, B, values, index)
     return found
 
 
 def _exact(x: Tensor, A: Tensor, B: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    w = B.float() @ A.float() * SCALE
-    return F.linear(x.float(), w.view(-1).scatter_add(0, index, values.float()).view_as(w))
+    w = B @ A * SCALE
+    return F.linear(x, w.view(-1).scatter_add(0, index, values).view_as(w))
 
 
 def _trained(layer: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -109,8 +109,8 @@ def _ours(support: Any, index: Tensor, x: Tensor, A: Tensor, B: Tensor, values: 
     return w2s_fast.sparse_lowrank_linear(x, A, B, values, support, scale=SCALE)
 
 
-def _official_layer(support: Any, index: Tensor, *leaves: Tensor) -> Tensor:
-    return _official(*leaves, index)
+def _formulation_layer(support: Any, index: Tensor, *leaves: Tensor) -> Tensor:
+    return _formulation(*leaves, index)
 
 
 def _exact_layer(support: Any, index: Tensor, *leaves: Tensor) -> Tensor:
@@ -153,17 +153,17 @@ def decode_case(layer: Layer, layout: str, n: int = 1, hot: bool = False) -> Cas
         bytes=_weight_bytes(layer, index_bytes) + 2.0 * n * (layer.rows + layer.columns),
         flops=2.0 * n * (layer.rank * (layer.rows + layer.columns) + layer.nnz),
         prediction="bandwidth: 4.7 us (4096 x 4096) and 9.3 us (11008 x 4096) at an H200's 4.3 TB/s, against 7.8 and "
-        "21 for the cached dense weight and 81 and 219 for the official form; the gather from L1 and the barrier (in "
+        "21 for the cached dense weight and 81 and 219 for the formulation; the gather from L1 and the barrier (in "
         "Triton the second launch) may add a third",
         inputs=_inputs(layer, n, layout, False),
         ours=_inference(_ours),
         reference=_inference(_exact_layer),
         providers={
-            "official": official(_inference(_official_layer)),
+            "formulation": formulation(_inference(_formulation_layer)),
             "cached dense": Provider("eager", _cached),
         },
         compare=_close,
-        targets={"official": 10.0, "cached dense": 1.5} if n == 1 else {},
+        targets={"formulation": 10.0, "cached dense": 1.5} if n == 1 else {},
         hot=hot,
         floor_rate="bfloat16",
     )
@@ -180,14 +180,14 @@ def train_case(layer: Layer, n: int, target: float, hot: bool = False) -> Case:
         bytes=3 * _weight_bytes(layer, 2) + 6.0 * n * (layer.rows + layer.columns),
         flops=products,
         prediction="the floor counts K multiply-adds a row; on tensor cores S costs as much as a dense matrix, and "
-        "placing it in tiles once or twice as much again at 128 rows a block: at 512 rows 1 to 1.5 times the official "
+        "placing it in tiles once or twice as much again at 128 rows a block: at 512 rows 1 to 1.5 times the "
         "form's rate; from 2,000 rows on the dense products decide: 1.1 and, at 16,384, about equal",
         inputs=_inputs(layer, n, "csr16", True),
         ours=_trained(_ours),
         reference=_trained(_exact_layer),
-        providers={"official": official(_trained(_official_layer))},
+        providers={"formulation": formulation(_trained(_formulation_layer))},
         compare=_close,
-        targets={"official": target},
+        targets={"formulation": target},
         hot=hot,
         mode="fwdbwd",
         floor_rate="bfloat16",

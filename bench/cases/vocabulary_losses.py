@@ -12,7 +12,7 @@ from torch import Tensor
 
 import w2s_fast
 
-from ..case import Case, Provider, Unavailable, compiled, eager, official, peer, yardstick
+from ..case import Case, Provider, Unavailable, compiled, eager, formulation, peer, wide, yardstick
 
 
 def _random(generator: torch.Generator, device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
@@ -43,7 +43,7 @@ def _labels(rows: int, vocab: int, width: int, ignored: float, dtype: torch.dtyp
 
 
 def _plain_ce(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(h, w).float(), target)
+    return F.cross_entropy(wide(F.linear(h, w)), target)
 
 
 def _ours_ce(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def _ce(
 
 def _plain_logp(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
     """Summed log-probability of every sequence, all positions projected, as trainers have it."""
-    logp = (h @ w.t()).float().log_softmax(-1).gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    logp = wide(h @ w.t()).log_softmax(-1).gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     return (logp * (target != -100)).sum(-1)
 
 
@@ -180,8 +180,11 @@ def _dpo(pairs: int, length: int, vocab: int, width: int, trainable: bool) -> Ca
         inputs=_sequences(pairs, length, vocab, width),
         ours=_graded(ours, trainable),
         reference=_graded(plain, trainable),
-        providers={"official": official(_graded(plain, trainable)), "compile": compiled(_graded(plain, trainable))},
-        targets={"official": 2.0 if trainable else 3.0},
+        providers={
+            "formulation": formulation(_graded(plain, trainable)),
+            "compile": compiled(_graded(plain, trainable)),
+        },
+        targets={"formulation": 2.0 if trainable else 3.0},
         rtol=2e-3,
         atol=1e-5,
         hot=trainable,
