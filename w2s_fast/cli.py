@@ -1,4 +1,4 @@
-"""`w2s-fast`: info, check, bench, effect, demo, train. Heavy imports happen inside the commands: --help is quick."""
+"""`w2s-fast`: info, check, calibrate, bench, effect, demo, train. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -92,6 +92,7 @@ def info() -> None:
     _pairs("machine", facts.machine())
     _pairs("build", facts.build())
     _pairs("environment", facts.environment() or [("(none of ours)", "unset")])
+    _pairs("calibration", facts.calibrated())
     out.print("[bold]ops[/bold]")
     alike: dict[tuple[Any, ...], list[str]] = {}
     for row in facts.served():
@@ -142,6 +143,31 @@ def check(
     if failed:
         _fail(f"{failed} of {len(results)} op and backend pairs break the policy; the runs are listed above")
     out.print(f"all {sum(bool(result.ran) for result in results)} op and backend pairs hold")
+
+
+@app.command()
+def calibrate(
+    to: Annotated[
+        Path | None, typer.Option("--out", help="Also write the table here, for W2S_FAST_CALIBRATION elsewhere.")
+    ] = None,
+) -> None:
+    """Find out, in a few seconds, where plain PyTorch is faster than our kernels on this machine; `auto` goes by it."""
+    from . import calibration
+
+    if to is not None:
+        from . import files
+
+        files.writable_folder(to.parent)
+    try:
+        with err.status("calibrating") as status:
+            table = calibration.calibrate(step=lambda family: status.update(f"calibrating {family}"))
+    except ValueError as error:
+        _fail(str(error), code=2)
+    for line in calibration.lines(table):
+        out.print(escape(line), soft_wrap=True, highlight=False)
+    if to is not None:
+        table.save(to)
+    out.print(f"kept in {to or calibration.path()}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -18,6 +18,7 @@ VARIABLES = (
     "W2S_FAST_CPU",
     "W2S_FAST_BUILD",
     "W2S_FAST_CACHE",
+    "W2S_FAST_CALIBRATION",
     "TRITON_INTERPRET",
     "TORCH_CUDA_ARCH_LIST",
     "CUDA_VISIBLE_DEVICES",
@@ -49,7 +50,8 @@ def versions() -> list[tuple[str, str]]:
     return ours + [(name, _version(name)) for name in PACKAGES] + [("torch's CUDA", str(torch.version.cuda))]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the CPU calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -59,7 +61,7 @@ def _cpu_name() -> str:
 
 def machine() -> list[tuple[str, str]]:
     """CPU and its vector features, threads, GPUs and their compute capabilities."""
-    found = [("CPU", _cpu_name()), ("CPU capability (torch)", torch.backends.cpu.get_cpu_capability())]
+    found = [("CPU", cpu_name()), ("CPU capability (torch)", torch.backends.cpu.get_cpu_capability())]
     if probes.available():
         have = [name for name, there in probes.cpu_features().items() if there]
         found.append(("CPU features", " ".join(have) or "none"))
@@ -84,6 +86,17 @@ def build() -> list[tuple[str, str]]:
 def environment() -> list[tuple[str, str]]:
     """The variables that change what we do, where set."""
     return [(name, os.environ[name]) for name in VARIABLES if name in os.environ]
+
+
+def calibrated() -> list[tuple[str, str]]:
+    """What `auto` knows of this machine, and which ops go to plain PyTorch in some regions of shapes."""
+    from . import calibration
+
+    if calibration.SETTING == "off":
+        return [("state", "off: our kernels serve every call that they can")]
+    known = calibration.table()
+    found = [("file", str(calibration.path())), ("families", ", ".join(sorted(known.families)) or "none yet")]
+    return found + [("plain PyTorch", line) for line in calibration.lines(known)]
 
 
 def devices() -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch, extension, transforms
+from . import calibration, dispatch, extension, transforms
 
 _LIBRARY = torch.library.Library("w2s_fast", "FRAGMENT")
 _LOG = logging.getLogger("w2s_fast")
@@ -122,6 +122,8 @@ class Op:
         self.name, self.schema, self.reference, self.triton, self.cuda = name, schema, reference, triton, cuda
         self._auto: Any = None
         self._forced: Any = None
+        #: where plain PyTorch serves calls on a CPU faster than the C++ kernel; None: nowhere
+        self.regions: calibration.Regions | calibration.Unknown | None = calibration.UNKNOWN
         arguments = _arguments(schema)
         self.names = [argument for _, argument in arguments]
         #: places of the lists, and whether they are of tensors
@@ -135,22 +137,38 @@ class Op:
                 kernel.bind(schema)
 
     def __call__(self, *args: Any) -> Any:
-        state = dispatch.STATE
-        if state == "auto":
-            if _is_compiling():
-                return self._auto(*args)
-            if forward_ad._current_level >= 0:
-                self._refuse_tangents(args)
-            if _transforms_active():
-                return transforms.call(self, "auto", args)
-            if _is_grad_enabled() and _any_requires_grad(*args):
-                return self._auto(*args)
-            # no gradient is wanted: past the Python autograd kernel, which costs a small call as much as the op
-            with _below_autograd():
-                return self._auto(*args)
-        if state == "explain":
-            raise dispatch.Explained(self.explain(args))
-        return self.on(state)(*args)
+        return self.run(dispatch.STATE, args)
+
+    def run(self, backend: str, flat: Sequence[Any]) -> Any:
+        """The op on one backend; ``"auto"`` leaves the choice to PyTorch's dispatch and this machine's calibration."""
+        if backend == "explain":
+            raise dispatch.Explained(self.explain(flat))
+        if _is_compiling():
+            return self._auto(*flat) if backend == "auto" else self._forced(*flat, backend)
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(flat)
+        if _transforms_active():
+            return transforms.call(self, backend, flat)
+        if backend != "auto":
+            return self._forced(*flat, backend)
+        wanted = _is_grad_enabled() and _any_requires_grad(*flat)
+        if self.regions is not None and self.regions.plain(flat, self):
+            return self._forced(*flat, "reference") if wanted else self.plain(flat)
+        if wanted:
+            return self._auto(*flat)
+        # no gradient is wanted: past the Python autograd kernel, which costs a small call as much as the op
+        with _below_autograd():
+            return self._auto(*flat)
+
+    def kernel(self, flat: Sequence[Any]) -> Any:
+        """What PyTorch's dispatch picks, without gradients."""
+        with _below_autograd():
+            return self._auto(*flat)
+
+    def plain(self, flat: Sequence[Any]) -> Any:
+        """The reference, without gradients."""
+        with _below_autograd(), _autocast_off():
+            return self.reference(*flat)
 
     def directly(self, args: Sequence[Any], trained: tuple[str, ...]) -> Any:
         """The op, for eager calls whose gradients go to the tensors named ``trained`` only: on a small batch the
@@ -177,15 +195,7 @@ class Op:
 
     def on(self, backend: str) -> Callable[..., Any]:
         """The op on one backend; ``"auto"`` leaves the choice to PyTorch's dispatch."""
-
-        def call(*args: Any) -> Any:
-            if forward_ad._current_level >= 0:
-                self._refuse_tangents(args)
-            if not _is_compiling() and _transforms_active():
-                return transforms.call(self, backend, args)
-            return self._auto(*args) if backend == "auto" else self._forced(*args, backend)
-
-        return call
+        return lambda *args: self.run(backend, args)
 
     def has_cpp(self) -> bool:
         """Whether the loaded extension has a C++ kernel for this op on the CPU."""
@@ -221,8 +231,9 @@ class Op:
         device = _first_tensor(args).device.type
         order = {"cpu": ("cpp", "reference", "triton", "cuda"), "cuda": ("cuda", "triton", "reference", "cpp")}
         chosen, rejected = "", []
+        slower = calibration.slower(self, args) if device == "cpu" else None
         for name in order.get(device, ("reference", "cpp", "triton", "cuda")):
-            reason = self.why_not(name, args) or self._opt_in(name)
+            reason = self.why_not(name, args) or self._opt_in(name) or (slower if name == "cpp" else None)
             if reason is None and not chosen:
                 chosen = name
             else:

@@ -165,6 +165,11 @@ inline std::vector<double> numbers(const std::optional<Tensor>& t) { return t ? 
 constexpr int64_t SEGMENT = 8192;
 inline int64_t segments(int64_t V) { return (V + SEGMENT - 1) / SEGMENT; }
 
+// Items of `elements` each that a thread is woken for: waking it takes as long as going over some ten thousand elements.
+constexpr int64_t WORTH = 16384;
+inline int64_t grain_of(int64_t elements) { return std::max<int64_t>(1, WORTH / std::max<int64_t>(elements, 1)); }
+inline int64_t segment_grain(int64_t row) { return grain_of(std::min(row, SEGMENT)); }
+
 // Calls work(i) for i in [0, count), in parallel.
 template <class F>
 inline void parallel_items(int64_t count, int64_t grain, const F& work) {

@@ -22,7 +22,7 @@ W2S_INLINE void step_tile(const A* x, const A* c, const A* u, int n, A a, A b, A
 template <class A>
 inline void step_as(const DdimStep& s) {
   const int64_t S = segments(s.D);
-  parallel_items(s.B * S, 1, [&s, S](int64_t item) {
+  parallel_items(s.B * S, segment_grain(s.D), [&s, S](int64_t item) {
     const int64_t row = item / S;
     const double* level = s.levels.data() + (s.levels.size() > 2 ? 2 * row : 0);
     A bx[TILE], bc[TILE], bu[TILE], by[TILE];

@@ -94,7 +94,7 @@ inline void run_modulate(const mod::Forward& f) {
   const bool far = streams(f.h.data ? f.h.data : f.added.data, f.B * f.N, f.C * element<d>);
   const auto rows = f.y.data ? (far ? modulate_rows<d, true, true> : modulate_rows<d, false, true>)
                              : (far ? modulate_rows<d, true, false> : modulate_rows<d, false, false>);
-  torch::stable::parallel_for(0, f.B * f.N, 8, [&](int64_t begin, int64_t end) { rows(f, gate, shift, scale, begin, end); });
+  torch::stable::parallel_for(0, f.B * f.N, grain_of(f.C), [&](int64_t begin, int64_t end) { rows(f, gate, shift, scale, begin, end); });
 }
 
 // x[c] += y for a whole vector; the array is padded
@@ -159,14 +159,14 @@ inline void run_modulate_backward(const mod::Backward& f) {
   const Vectors<A> gate(f.gate, f.gate_row, f.B, C, A(0)), scale(f.scale, f.scale_row, f.B, C, A(1));
   const bool sum = f.need_gate || f.need_modulation;
   std::vector<A> partial(sum ? size_t(f.B * ranges * 3 * pitch) : 0);
-  parallel_items(f.B * ranges, 1, [&](int64_t i) {
+  parallel_items(f.B * ranges, grain_of(std::min(f.N, RANGE) * C), [&](int64_t i) {
     const int64_t b = i / ranges, from = i % ranges * RANGE;
     std::vector<A> rows(size_t(5 * pitch));
     for (int64_t n = from; n < std::min(f.N, from + RANGE); ++n)
       modulate_row<d>(f, b, n, gate, scale, rows.data(), sum ? partial.data() + i * 3 * pitch : nullptr, pitch);
   });
   if (!sum) return;
-  parallel_items(f.B * 3, 1, [&](int64_t i) {
+  parallel_items(f.B * 3, grain_of(ranges * C), [&](int64_t i) {
     const int64_t b = i / 3, which = i % 3;
     A* out = static_cast<A*>(which == 0 ? f.dgate : which == 1 ? f.dshift : f.dscale);
     if (!(which ? f.need_modulation : f.need_gate) || (which == 0 && gate.each) || (which == 2 && scale.each)) return;

@@ -67,7 +67,7 @@ template <class A>
 inline void loss_as(const PseudoHuber& h) {
   const int64_t S = segments(h.D);
   std::vector<double> part(size_t(h.B * S));
-  parallel_items(h.B * S, 1, [&](int64_t item) {
+  parallel_items(h.B * S, segment_grain(h.D), [&](int64_t item) {
     A buffer[4 * TILE], r[TILE];
     double sum = 0;
     segment_tiles(h.D, item % S, [&](int64_t at, int n) {
@@ -89,7 +89,7 @@ template <class A>
 inline void gradient_as(const PseudoHuber& h) {
   using V = Vec<A>;
   const int64_t S = segments(h.D);
-  parallel_items(h.B * S, 1, [&](int64_t item) {
+  parallel_items(h.B * S, segment_grain(h.D), [&](int64_t item) {
     const int64_t row = item / S;
     const A scale = A(h.scale[size_t(row)]), cc = A(h.c * h.c);
     A buffer[4 * TILE], r[TILE], bo[TILE];

@@ -40,7 +40,7 @@ inline void run_qk_norm(const norm::Problem& p, const norm::Slots& y, void* stat
   const std::vector<A> weight = padded_sets<A>(p.weight, C, pitch, A(1)), bias = padded_sets<A>(p.bias, C, pitch, A(0));
   const int64_t weight_step = p.weight && p.weight->size(0) > 1 ? pitch : 0, bias_step = p.bias && p.bias->size(0) > 1 ? pitch : 0;
   const bool far = streams(y.data, p.B * p.N * p.S, C * element<d>);
-  torch::stable::parallel_for(0, p.B * p.N, 8, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, p.B * p.N, grain_of(p.S * C), [&](int64_t begin, int64_t end) {
     std::vector<A> row(static_cast<size_t>(pitch));
     for (int64_t i = begin; i < end; ++i)
       for (int64_t s = 0; s < p.S; ++s) {
@@ -91,7 +91,7 @@ inline void run_qk_norm_backward(const norm::Problem& p, const norm::Slots& grad
   const int64_t step = p.weight && p.weight->size(0) > 1 ? pitch : 0;
   const int64_t wsets = dweight ? p.weight->size(0) : 0, bsets = dbias ? p.bias->size(0) : 0, size = (wsets + bsets) * pitch;
   std::vector<A> partial(size_t(ranges * size));
-  parallel_items(ranges, 1, [&](int64_t range) {
+  parallel_items(ranges, grain_of(std::min(rows, RANGE) * p.S * C), [&](int64_t range) {
     A* sums = partial.data() + range * size;
     std::vector<A> scratch(size_t(2 * pitch));
     for (int64_t i = range * RANGE; i < std::min(rows, (range + 1) * RANGE); ++i)

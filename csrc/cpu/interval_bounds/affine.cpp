@@ -57,7 +57,7 @@ template <class A>
 void forward(const Planes& p, const Tensor& lower, const Tensor& upper, const Tensor& scale, const Tensor& shift, bool relu, bool sound,
              Tensor& low, Tensor& high) {
   const std::vector<A> s = vector_of<A>(scale), t = vector_of<A>(shift);
-  parallel_items(p.batch, 1, [&](int64_t n) {
+  parallel_items(p.batch, grain_of(p.channels * p.size), [&](int64_t n) {
     A one[TILE], two[TILE];
     p.runs(n, [&](int64_t entry, int count, int64_t c) {
       W2S_DISPATCH(affine<A>)(at(lower, entry, p.bytes), at(upper, entry, p.bytes), p.dtype, spread(p, s, c, count, one),
@@ -102,7 +102,7 @@ void backward(const Planes& p, const Tensor& gl, const Tensor& gu, const Tensor&
               const Tensor& low, const Tensor& high, bool relu, Tensor& dl, Tensor& du, Tensor& ds, Tensor& dt) {
   const std::vector<A> s = vector_of<A>(scale);
   std::vector<double> scales(static_cast<size_t>(p.batch * p.channels), 0.0), shifts(scales);
-  parallel_items(p.batch, 1, [&](int64_t n) {
+  parallel_items(p.batch, grain_of(p.channels * p.size), [&](int64_t n) {
     A one[TILE], first[TILE], second[TILE];
     p.runs(n, [&](int64_t e, int count, int64_t c) {
       W2S_DISPATCH(affine_gradient<A>)(at(gl, e, p.bytes), at(gu, e, p.bytes), at(lower, e, p.bytes), at(upper, e, p.bytes),
@@ -133,7 +133,7 @@ void statistics(const Planes& p, const Tensor& x, Tensor& mean, Tensor& variance
   const double factor = 1.0 / double(p.batch * p.size);
   for (const bool second : {false, true}) {
     std::fill(sums.begin(), sums.end(), 0.0);
-    parallel_items(p.batch, 1, [&](int64_t n) {
+    parallel_items(p.batch, grain_of(p.channels * p.size), [&](int64_t n) {
       double values[TILE];
       p.runs(n, [&](int64_t entry, int count, int64_t c) {
         W2S_DISPATCH(widen_tile<double>)(at(x, entry, p.bytes), p.dtype, count, values);
@@ -168,7 +168,7 @@ void stats_backward(const Planes& p, const Tensor& grad_mean, const Tensor& grad
   const A factor = A(1.0 / double(p.batch * p.size));
   for (A& v : g) v *= factor;
   for (A& v : h) v *= 2 * factor;
-  parallel_items(p.batch, 1, [&](int64_t n) {
+  parallel_items(p.batch, grain_of(p.channels * p.size), [&](int64_t n) {
     A one[TILE], two[TILE], three[TILE];
     p.runs(n, [&](int64_t e, int count, int64_t c) {
       W2S_DISPATCH(stats_gradient<A>)(at(x, e, p.bytes), p.dtype, spread(p, g, c, count, one), spread(p, h, c, count, two),

@@ -17,7 +17,7 @@ Matrix<A> widened(const Tensor& t, Scratch<A>& scratch) {
     const std::vector<double> all = numbers(t);
     std::copy(all.begin(), all.end(), out);
   } else {
-    parallel_items(n, 16, [&](int64_t i) { W2S_DISPATCH(widen_all<A>)(rows.at(i, 0), rows.dtype, k, out + i * k); });
+    parallel_items(n, grain_of(k), [&](int64_t i) { W2S_DISPATCH(widen_all<A>)(rows.at(i, 0), rows.dtype, k, out + i * k); });
   }
   return {out, n, k, k};
 }
@@ -42,7 +42,7 @@ Box<A> centered(const Tensor& a, const Tensor& b, bool bounds, bool sound, int64
   const int64_t batch = a.size(0), k = a.size(1), ld = round_up(k, 16) + 16;  // + 16: rows that are not 4096 bytes apart
   Box<A> box{scratch.get(batch * ld), scratch.get(batch * ld), batch, k, ld};
   const Rows first(a), second(b);
-  parallel_items(batch, 8, [&](int64_t i) {
+  parallel_items(batch, grain_of(k), [&](int64_t i) {
     W2S_DISPATCH(center<A>)(first.at(i, 0), second.at(i, 0), first.dtype, bounds, sound, terms, k, box.c + i * ld, box.r + i * ld);
   });
   return box;
@@ -52,7 +52,7 @@ template <class A>
 void narrow_rows(const A* from, Tensor& to) {
   const Rows rows(to);
   const int64_t columns = to.size(1);
-  parallel_items(to.size(0), 16, [&](int64_t i) {
+  parallel_items(to.size(0), grain_of(columns), [&](int64_t i) {
     W2S_DISPATCH(narrow_all<A>)(from + i * columns, columns, rows.dtype, static_cast<char*>(to.data_ptr()) + i * columns * rows.bytes);
   });
 }

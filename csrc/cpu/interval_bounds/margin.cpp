@@ -23,7 +23,7 @@ void margins(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
   const A* shift = widened_bias(bias, classes, scratch);
   A *out = static_cast<A*>(z.data_ptr()), *radius = scratch.get(batch * classes);
   const int64_t* label = places(y, classes, "y");
-  parallel_items(pieces(batch, 2), 1, [&](int64_t item) {
+  parallel_items(pieces(batch, 2), grain_of(classes * d / 2), [&](int64_t item) {
     const int64_t i = 2 * item;
     const int rows = int(std::min<int64_t>(2, batch - i));
     W2S_DISPATCH(margin_rows<A>)(box.c + i * box.ld, box.r + i * box.ld, box.ld, rows, label + i, w.data, w.stride, classes, d, shift, sound,

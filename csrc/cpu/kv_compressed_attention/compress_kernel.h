@@ -73,7 +73,7 @@ inline void run_compress(const comp::Problem& p, const Slots& x, double eps, con
   using V = Vec<A>;
   const Taps<A> taps(p);
   const int64_t C = p.C;
-  torch::stable::parallel_for(0, p.B * p.M, 4, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, p.B * p.M, grain_of(p.groups * p.T * C), [&](int64_t begin, int64_t end) {
     std::vector<char*> z(size_t(p.T));
     std::vector<A> row(size_t(C + PAD));
     for (int64_t i = begin; i < end; ++i)
@@ -201,7 +201,7 @@ inline void run_compress_backward(const comp::Problem& p, const Slots& grad, con
   const int64_t rows = p.B * p.M, count = ranges(rows), step = (rows + count - 1) / count;
   std::vector<A> partial(need_params ? size_t(count * sums.size) : 0);
   const bool far = need_x && streams(dx.data, p.B * p.height * p.width, dx.token) && p.C * element<d> % 64 == 0;
-  parallel_items(count, 1, [&](int64_t range) {
+  parallel_items(count, grain_of(step * p.groups * p.T * p.C), [&](int64_t range) {
     A* base = need_params ? partial.data() + range * sums.size : nullptr;
     std::vector<char*> z(size_t(p.T));
     std::vector<A> scratch(size_t(2 * (p.C + PAD)));

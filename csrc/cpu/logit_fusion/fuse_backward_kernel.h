@@ -139,9 +139,9 @@ struct BackwardRun {
   }
 
   void run(const Tensor* dweights, const Tensor* dtemperature) {
-    parallel_items(f.plausible ? f.B : 0, 1, [this](int64_t r) { cuts(r); });
-    if (up.subtract) parallel_items(f.B * S, 1, [this](int64_t i) { sum_item(i); });
-    parallel_items(f.B * S, 1, [this](int64_t i) { item(i); });
+    parallel_items(f.plausible ? f.B : 0, grain_of(f.V), [this](int64_t r) { cuts(r); });
+    if (up.subtract) parallel_items(f.B * S, segment_grain(f.V), [this](int64_t i) { sum_item(i); });
+    parallel_items(f.B * S, segment_grain(f.V), [this](int64_t i) { item(i); });
     if (!up.need_params) return;
     for (int64_t r = 0; r < f.B; ++r) {
       double heat = 0;

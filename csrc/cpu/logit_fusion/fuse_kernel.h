@@ -80,15 +80,15 @@ struct FuseRun {
   }
 
   void run(bool log_softmax) {
-    const int64_t items = f.B * S;
-    if (f.plausible) parallel_items(f.B, 1, [this](int64_t r) { cut[size_t(r)] = plausible_cut<A>(f, r); });
+    const int64_t items = f.B * S, grain = segment_grain(f.V);
+    if (f.plausible) parallel_items(f.B, grain_of(f.V), [this](int64_t r) { cut[size_t(r)] = plausible_cut<A>(f, r); });
     const bool twice = log_softmax && out.dtype != mine();
-    parallel_items(items, 1, [this, twice](int64_t i) { item(i, !twice, need_lse, false); });
+    parallel_items(items, grain, [this, twice](int64_t i) { item(i, !twice, need_lse, false); });
     if (f.plausible) uncut_nan_rows(!twice, need_lse);
     if (need_lse) merge_rows();
     if (!log_softmax) return;
-    if (twice) parallel_items(items, 1, [this](int64_t i) { item(i, true, false, true); });
-    else parallel_items(items, 1, [this](int64_t i) { subtract_item(i); });
+    if (twice) parallel_items(items, grain, [this](int64_t i) { item(i, true, false, true); });
+    else parallel_items(items, grain, [this](int64_t i) { subtract_item(i); });
   }
 };
 

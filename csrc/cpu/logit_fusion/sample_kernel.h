@@ -45,16 +45,16 @@ struct SampleRun {
   }
 
   void run() {
-    parallel_items(f.plausible ? f.B : 0, 1, [this](int64_t r) { cut[size_t(r)] = plausible_cut<A>(f, r); });
+    parallel_items(f.plausible ? f.B : 0, grain_of(V), [this](int64_t r) { cut[size_t(r)] = plausible_cut<A>(f, r); });
     const int64_t threads = torch::stable::get_num_threads();
     if (!staged || f.B < 2 * threads) {  // rows shared between threads
       const int64_t pitch = V + PAD;
       std::unique_ptr<A[]> stage(staged ? new A[size_t(f.B * pitch)] : nullptr);
       A* z = stage.get();
-      parallel_items(f.B * S, 1, [this, z, pitch](int64_t i) { sweep(i / S, i % S, z ? z + i / S * pitch : nullptr); });
-      parallel_items(f.B, staged ? 1 : 16, [this, z, pitch](int64_t r) { finish(r, z ? z + r * pitch : nullptr); });
+      parallel_items(f.B * S, segment_grain(V), [this, z, pitch](int64_t i) { sweep(i / S, i % S, z ? z + i / S * pitch : nullptr); });
+      parallel_items(f.B, staged ? grain_of(V) : 16, [this, z, pitch](int64_t r) { finish(r, z ? z + r * pitch : nullptr); });
     } else {  // a row to a thread: its z stays in that thread's cache
-      parallel_items(f.B, 1, [this](int64_t r) {
+      parallel_items(f.B, grain_of(V), [this](int64_t r) {
         thread_local std::vector<A> stage;
         if (int64_t(stage.size()) < V + PAD) stage.resize(size_t(V + PAD));
         for (int64_t s = 0; s < S; ++s) sweep(r, s, stage.data());

@@ -99,8 +99,8 @@ struct StatsRun {
   }
 
   void run() {
-    parallel_items(f.plausible ? f.B : 0, 1, [this](int64_t r) { cut[size_t(r)] = plausible_cut<A>(f, r); });
-    parallel_items(f.B * S, 1, [this](int64_t i) { item(i); });
+    parallel_items(f.plausible ? f.B : 0, grain_of(f.V), [this](int64_t r) { cut[size_t(r)] = plausible_cut<A>(f, r); });
+    parallel_items(f.B * S, segment_grain(f.V), [this](int64_t i) { item(i); });
     for (int64_t r = 0; r < f.B; ++r) finish(r);
   }
 };

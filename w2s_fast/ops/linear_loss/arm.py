@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
 
 from ... import checks
 from .inputs import linear, targets
 from .logprobs import logprobs
+
+_EXACT = 40  # beyond it log(1 + exp(x)) is x in float64 too
 
 
 class ArmLoss(NamedTuple):
@@ -65,10 +67,14 @@ def arm_loss(
         )
     checks.same_device(op, [("chosen_logps", chosen_logps), ("rejected_logps", rejected_logps)])
     wide = torch.promote_types(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype), torch.float32)
-    chosen, rejected = chosen_logps.to(wide), rejected_logps.to(wide)
-    u = beta * (chosen - rejected) - gamma
-    loss = -((1 - eps) * logsigmoid(u) + eps * logsigmoid(-u)).sum() / max(u.numel(), 1)
-    return ArmLoss(loss, beta * chosen.detach(), beta * rejected.detach())
+    chosen, rejected = beta * chosen_logps.to(wide), beta * rejected_logps.to(wide)
+    # a few operators are all there is: each that the settings leave out is seen
+    u = rejected - chosen if gamma == 0 else rejected - chosen + gamma
+    rows = softplus(u, threshold=_EXACT)
+    if eps:
+        rows = (1 - eps) * rows + eps * softplus(-u, threshold=_EXACT)
+    loss = rows.mean() if rows.numel() else rows.sum()
+    return ArmLoss(loss, chosen.detach(), rejected.detach())
 
 
 def linear_arm_loss(
