@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from w2s_fast.bench import calibrate
 
 import w2s_fast
-from w2s_fast import calibration, extension
+from w2s_fast import calibration, extension, info
 from w2s_fast.calibration import Point, Regions, Table
 from w2s_fast.library import OPS
 
@@ -135,23 +134,62 @@ def test_tests_do_not_calibrate():
     assert all(calibration.regions(op) is None for op in OPS.values())
 
 
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As a user's process begins: nothing known, nothing kept; afterwards everything is as it was."""
+    monkeypatch.setenv("W2S_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "SETTING", "auto")
+    monkeypatch.setattr(calibration, "_TABLE", None)
+    calibration.forget()
+    yield tmp_path
+    calibration.forget()
+
+
 @BUILT
-def test_a_first_call_calibrates_its_family_and_keeps_it(tmp_path: Path):
-    """In a process of its own, with draws so small that it takes a moment."""
-    code = (
-        "import torch, w2s_fast\n"
-        "from w2s_fast import calibration\n"
-        "from w2s_fast.bench import calibrate\n"
-        "calibrate.DRAWS, calibrate.SECONDS, calibrate.MOST_ELEMENTS = 1, 1e-4, 2e4\n"
-        "x = torch.randn(1, 4, 32)\n"
-        "w2s_fast.gate_residual(x, x, x[:, :1])\n"
-        "print(sorted(calibration.table().families), calibration.path().exists())\n"
-    )
-    given = {**os.environ, "W2S_FAST_CALIBRATION": "auto", "W2S_FAST_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+def test_a_first_call_calibrates_its_family_and_keeps_it(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    measured = []
+    x = torch.randn(1, 4, 32)
+    recorded = []
+    with monkeypatch.context() as patch, calibrate._recording(recorded):
+        patch.setattr(calibration, "SETTING", "off")
+        w2s_fast.gate_residual(x, x, x[:, :1])
+    calibration.forget()
+    key, (rows, elements) = calibration.key(recorded[0][1]), calibration.size(recorded[0][1])
+    points = [Point(key, rows.bit_length(), elements.bit_length(), 0.5)] * 2
+
+    def measure(family: str) -> dict:
+        measured.append(family)
+        return {"modulate": points}
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    assert w2s_fast.explain(w2s_fast.gate_residual, x, x, x[:, :1]).backend == "cpp", "nothing is measured to explain"
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=False)
-        assert done.stdout == "['diffusion'] True\n", done.stderr
-    (kept,) = tmp_path.glob("calibration-*.json")
-    table = Table.load(kept)
-    assert table.families == {"diffusion"} and {"modulate", "qk_norm", "ddim_step", "ict_loss"} <= set(table.points)
-    assert all(point.ratio > 0 for points in table.points.values() for point in points)
+        w2s_fast.gate_residual(x, x, x[:, :1])
+    assert measured == ["diffusion"]
+    assert w2s_fast.explain(w2s_fast.gate_residual, x, x, x[:, :1]).backend == "reference"
+    assert isinstance(OPS["modulate"].regions, Regions) and dict(info.calibrated())["families"] == "diffusion"
+    w2s_fast.qk_norm(x, x)
+    assert OPS["qk_norm"].regions is None and measured == ["diffusion"], "its family was calibrated"
+    (kept,) = fresh.glob("calibration-*.json")
+    assert Table.load(kept) == Table({"modulate": points}, {"diffusion"})
+    monkeypatch.setattr(calibration, "_TABLE", None)  # another process
+    calibration.forget()
+    w2s_fast.gate_residual(x, x, x[:, :1])
+    assert measured == ["diffusion"] and isinstance(OPS["modulate"].regions, Regions)
+
+
+@BUILT
+def test_both_ways_are_timed(monkeypatch: pytest.MonkeyPatch):
+    """The real measurement, of one op's smallest calls."""
+    family = importlib.import_module("w2s_fast.bench.domains.diffusion")
+    (domain,) = (d for d in family.DOMAINS if d.op == "gate_residual")
+    monkeypatch.setattr(family, "DOMAINS", [replace(domain, sizes={"B": (1, 1), "N": (1, 4), "C": (32, 64)})])
+    monkeypatch.setattr(calibrate, "DRAWS", 1)
+    found = calibrate.measure("diffusion")
+    assert set(found) == {"modulate", "modulate_backward"} and [len(points) for points in found.values()] == [2, 2]
+    assert all(point.ratio > 0 and point.elements < 12 for points in found.values() for point in points)
+
+
+def test_off_has_nothing_to_calibrate():
+    with pytest.raises(ValueError, match="no two ways to choose from"):
+        calibration.calibrate()
