@@ -18,9 +18,9 @@ from ..calibration import Point, key, size
 from ..library import Op
 from .domain import Call, Domain
 
-#: calls of each domain and dtype; they are spread over sizes and small, as large ones are the kernels' own
+#: calls of each domain and dtype, spread over sizes up to what a few rows of a vocabulary take
 DRAWS = 6
-MOST_FLOPS, MOST_ELEMENTS = 1e8, 1e6
+MOST_FLOPS, MOST_ELEMENTS = 1e8, 4e6
 #: interleaved rounds of each call; plain PyTorch is believed by the better of its rounds but for the luckiest
 ROUNDS, SECONDS = 5, 1e-3
 

@@ -32,7 +32,7 @@ class Settings:
         rounds: interleaved rounds a case.
         window: seconds one provider runs in one round.
         warm_up: seconds each provider runs before the rounds.
-        budget: seconds of rounds a case, once there are five.
+        budget: seconds of rounds a case, once there are three.
         rotation: bytes of inputs that the calls go through in turn, at most; 0 has them all on one set.
         memory: whether peak memory is measured.
         providers: names or kinds to run ("ours" is always run; a backend's name adds that backend); empty: all
@@ -44,7 +44,7 @@ class Settings:
     rounds: int = 15
     window: float = 0.02
     warm_up: float = 0.1
-    budget: float = 2.0
+    budget: float = 1.0
     seed: int = 0
     rotation: int = timing.MAX_ROTATION_BYTES
     memory: bool = True

@@ -136,13 +136,13 @@ class Runner:
 def interleave(runners: Mapping[str, Runner], rounds: int, budget: float, seed: int = 0) -> dict[str, list[float]]:
     """Seconds per call of every runner in every round; the order inside a round is random.
 
-    Stops after ``rounds`` rounds, or after ``budget`` seconds once there are five.
+    Stops after ``rounds`` rounds, or after ``budget`` seconds once there are three.
     """
     order, shuffler = list(runners), random.Random(seed)
     times: dict[str, list[float]] = {name: [] for name in order}
     start = time.perf_counter()
     for done in range(rounds):
-        if done >= 5 and time.perf_counter() - start > budget:
+        if done >= 3 and time.perf_counter() - start > budget:
             break
         shuffler.shuffle(order)
         for name in order:

@@ -97,7 +97,7 @@ def _case(
         rtol=1e-4 if single else 1e-2,
         atol=1e-7,
         targets={"formulation": formulation_target, "compile": compile_target},
-        hot=kind == "logconf" and single,
+        hot=kind == "logconf" and single and batch < 1024,
         mode="fwdbwd",
     )
 

@@ -135,7 +135,7 @@ def cases(device: str) -> list[Case]:
     if device == "cpu":
         return [
             weights_case(8, 151_936, fp32, targets=large, vectorised=False, hot=True),
-            weights_case(8, 151_936, bf16, targets=large, vectorised=False, hot=True),
+            weights_case(8, 151_936, bf16, targets=large, vectorised=False),
             weights_case(1, 32_000, fp32, targets=small, hot=True),
             weights_case(1, 32_000, bf16, targets=small),
             weights_case(8, 151_936, fp32, nodes=20),

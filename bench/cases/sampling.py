@@ -183,7 +183,7 @@ def cases(device: str) -> list[Case]:
     if device == "cpu":
         return [
             plain(8, 151_936, fp32, hot=True),
-            plain(8, 151_936, bf16, hot=True),
+            plain(8, 151_936, bf16),
             plain(1, 32_000, fp32),
             plain(8, 32_000, fp32, count=3),
             nucleus(8, 151_936, fp32, hot=True),

@@ -334,7 +334,7 @@ def cases(device: str) -> list[Case]:
     large, csr = {"formulation": 80.0, "cached dense weight": 2.2}, {"torch CSR + low rank": 1.0}
     shown = ("1B-5461x2048", 1)
     return [
-        *(_train_case(name, n, "csr16", targets, hot=n > 16) for name, n, targets in train),
+        *(_train_case(name, n, "csr16", targets, hot=n == 512) for name, n, targets in train),
         *(_train_case(name, n, "balanced", targets, hot=False) for name, n, targets in train),
         *(
             _forward_case(name, n, "csr16", {**csr, **(large if (name, n) == shown else {})}, hot=(name, n) == shown)
@@ -344,7 +344,7 @@ def cases(device: str) -> list[Case]:
         ),
         _forward_case("1B-5461x2048", 1, "balanced", {**csr, **large}),
         *(
-            _sparse_case(kind, name, 512, layout, share, hot=kind == "spmm" and name == "1B-2048x2048")
+            _sparse_case(kind, name, 512, layout, share, hot=(kind, name, layout) == ("spmm", "1B-2048x2048", "csr16"))
             for layout, share in (("csr16", 0.33), ("balanced", 0.40))
             for kind, name in (
                 ("spmm", square), ("spmm", "1B-2048x2048"), ("spmm", "7B-4096x4096"),

@@ -84,7 +84,10 @@ def _image_count(sizes: Sizes) -> float:
 
 
 def _blocks(op: str, ours: Way, plain: Way, trained: tuple[int, ...], inputs: Any = _tokens) -> Domain:
-    return Domain(op, TOKENS, inputs, _same(ours, plain), _token_count, _token_count, trained=trained)
+    # sums of a gradient over thousands of rows cancel to what bfloat16 has rounded away
+    return Domain(
+        op, TOKENS, inputs, _same(ours, plain), _token_count, _token_count, trained=trained, allowed=(1e-3, 2e-1)
+    )
 
 
 def _on_images(op: str, ours: Way, plain: Way, count: int, levels: bool, **options: Any) -> Domain:
