@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from .pseudo_huber_loss import per_sample, same_samples
+from .ddim_step import DDIM_STEP
+from .pseudo_huber_loss import as_rows, per_sample, same_samples
 
 
 def noise_pair(x: Tensor, z: Tensor, sigma_t: Tensor | float, sigma_s: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -30,13 +31,22 @@ def noise_pair(x: Tensor, z: Tensor, sigma_t: Tensor | float, sigma_s: Tensor | 
     op = "noise_pair"
     same_samples(op, "z", z, "x", x)
     wide = torch.promote_types(torch.promote_types(x.dtype, z.dtype), torch.float32)
-    base, noise = x.to(wide), z.to(wide)
 
     def at(name: str, sigma: Tensor | float) -> Tensor:
-        if isinstance(sigma, Tensor):
+        each = isinstance(sigma, Tensor)
+        if each:
             per_sample(op, name, sigma, x)
-            level = sigma.to(wide).reshape((-1,) + (1,) * (x.ndim - 1))
-            return torch.addcmul(base, noise, level).to(x.dtype)
-        return torch.add(base, noise, alpha=checks.number(op, name, sigma, low=0.0)).to(x.dtype)
+        else:
+            sigma = checks.number(op, name, sigma, low=0.0)
+        if wide == x.dtype == z.dtype:
+            if not each:
+                return torch.add(x, z, alpha=sigma)
+            return torch.addcmul(x, z, sigma.to(wide).reshape((-1,) + (1,) * (x.ndim - 1)))
+        if each and sigma.requires_grad:
+            return (x.to(wide) + z.to(wide) * sigma.to(wide).reshape((-1,) + (1,) * (x.ndim - 1))).to(x.dtype)
+        # a step of a sampler with other numbers: one pass, where widening makes five
+        levels = torch.stack((torch.ones_like(sigma), sigma), 1).detach().to(wide) if each else None
+        step = DDIM_STEP(as_rows(x), as_rows(z), None, levels, 1.0, 1.0 if each else sigma, 0.0)
+        return step.view(x.shape)
 
     return at("sigma_t", sigma_t), at("sigma_s", sigma_s)
