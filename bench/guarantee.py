@@ -95,6 +95,13 @@ def summary(report: Report, only: Iterable[str] = ()) -> list[str]:
     return found
 
 
+def conditions(report: Report) -> str:
+    """Against whom, and on what: a sentence."""
+    others = sorted({row.provider for row in report.rows if row.provider != OURS and row.ratio is not None})
+    runs = ", ".join(sorted({f"{run['commit']} ({tables.hardware(run)})" for run in report.runs}))
+    return f"Against {' and '.join(others)}, at {runs}, {report.runs[-1]['threads']} threads."
+
+
 def _line(rows: Sequence[Row]) -> str:
     ours, fastest = rows[0], rival(rows)
     assert fastest is not None and ours.ms is not None and fastest.ratio is not None

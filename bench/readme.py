@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..files import write_text
-from . import tables
+from . import guarantee, tables
 from .harness import Row
 from .report import RESULTS, Report
 
@@ -61,6 +61,18 @@ def section(report: Report, folder: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def random_calls(folder: Path = RESULTS) -> str:
+    """What `w2s-fast bench --guarantee` found on each device that it was run on: the share, then every op's."""
+    found = []
+    for path in sorted(folder.glob("guarantee-*.json")):
+        report = Report.load(path)
+        share, *rest = guarantee.summary(report)
+        ops = ", ".join(line.strip() for line in rest if line.startswith("  "))
+        found += [f"### Random everyday calls on {report.device}", guarantee.conditions(report), f"{share}. {ops}.",
+                  f"Every loss: `w2s-fast bench --guarantee --out bench/results/{path.name}`."]  # fmt: skip
+    return "\n\n".join(found)
+
+
 def text(folder: Path = RESULTS) -> str:
     """All that stands between the markers."""
     intro = (
@@ -72,7 +84,8 @@ def text(folder: Path = RESULTS) -> str:
         "measured torch.mm rate and, in float32, FMA peak, in the row's own run) over our time."
     )
     found = reports(folder)
-    return "\n\n".join([intro, table(found), *(section(report, folder) for report in found)])
+    parts = [intro, table(found), *(section(report, folder) for report in found), random_calls(folder)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def updated(readme: str, body: str) -> str:

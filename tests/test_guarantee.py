@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from w2s_fast.bench import compare, domain, guarantee, harness, report
+from w2s_fast.bench import compare, domain, guarantee, harness, readme, report
 from w2s_fast.bench.ceilings import Ceilings
 from w2s_fast.bench.harness import Row
 
@@ -98,6 +98,9 @@ def test_a_run_goes_on_where_its_file_ends(tmp_path: Path):
     found = report.Report.load(path)
     assert {row.case for row in found.rows} == {call.name for call in todo[:2]} and len(found.runs) == 1
     assert all(row.status == "ok" for row in found.rows) and guarantee.summary(found)[0].endswith("is 0.97 or more")
+    found.save(tmp_path / "guarantee-machine.json")
+    said = readme.random_calls(tmp_path)
+    assert "Against eager, at" in said and "arm_loss: " in said and "guarantee-machine.json" in said
 
 
 def test_compare_lists_what_is_beyond_noise():
