@@ -31,22 +31,22 @@ def noise_pair(x: Tensor, z: Tensor, sigma_t: Tensor | float, sigma_s: Tensor | 
     op = "noise_pair"
     same_samples(op, "z", z, "x", x)
     wide = torch.promote_types(torch.promote_types(x.dtype, z.dtype), torch.float32)
+    plain, column = wide == x.dtype == z.dtype, (-1,) + (1,) * (x.ndim - 1)
 
     def at(name: str, sigma: Tensor | float) -> Tensor:
-        each = isinstance(sigma, Tensor)
-        if each:
-            per_sample(op, name, sigma, x)
-        else:
-            sigma = checks.number(op, name, sigma, low=0.0)
-        if wide == x.dtype == z.dtype:
-            if not each:
-                return torch.add(x, z, alpha=sigma)
-            return torch.addcmul(x, z, sigma.to(wide).reshape((-1,) + (1,) * (x.ndim - 1)))
-        if each and sigma.requires_grad:
-            return (x.to(wide) + z.to(wide) * sigma.to(wide).reshape((-1,) + (1,) * (x.ndim - 1))).to(x.dtype)
-        # a step of a sampler with other numbers: one pass, where widening makes five
-        levels = torch.stack((torch.ones_like(sigma), sigma), 1).detach().to(wide) if each else None
-        step = DDIM_STEP(as_rows(x), as_rows(z), None, levels, 1.0, 1.0 if each else sigma, 0.0)
-        return step.view(x.shape)
+        if not isinstance(sigma, Tensor):
+            level = checks.number(op, name, sigma, low=0.0)
+            return torch.add(x, z, alpha=level) if plain else step(None, level)
+        per_sample(op, name, sigma, x)
+        if plain:
+            return torch.addcmul(x, z, sigma.to(wide).reshape(column))
+        if sigma.requires_grad:
+            return (x.to(wide) + z.to(wide) * sigma.to(wide).reshape(column)).to(x.dtype)
+        return step(torch.stack((torch.ones_like(sigma), sigma), 1).to(wide), 1.0)
+
+    def step(levels: Tensor | None, level: float) -> Tensor:
+        """A sampler's step with other numbers: one pass, where widening makes five."""
+        found: Tensor = DDIM_STEP(as_rows(x), as_rows(z), None, levels, 1.0, level, 0.0)
+        return found.view(x.shape)
 
     return at("sigma_t", sigma_t), at("sigma_s", sigma_s)
