@@ -194,6 +194,6 @@ DOMAINS = [
     Domain("w2s_confidence_loss", CLASSES, _probabilities,
            _same(lambda z, q: w2s_fast.w2s_confidence_loss(z, q, coef=COEF, kind="logconf"), _plain), _rows, _rows,
            trained=(0,), always=True, allowed=(5e-2, 2e-1)),
-    Domain("confidence_threshold", {**CLASSES, "C": (3, 32_000)}, _probabilities, _same(w2s_fast.confidence_threshold, _plain_shift),
-           _rows, _rows),
+    Domain("confidence_threshold", {**CLASSES, "C": (3, 32_000)}, _probabilities,
+           _same(w2s_fast.confidence_threshold, _plain_shift), _rows, _rows),
 ]  # fmt: skip
