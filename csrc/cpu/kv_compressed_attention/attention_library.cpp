@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "cpu/choice.h"
@@ -38,18 +39,22 @@ Tensor whole_sum(const Problem& p) {
   return lse;
 }
 
-void forward_by_library(const Problem& p) {
+Tensor made_by_library(const Problem& p) {
   AtenTensorHandle out, sums;
   double scale = p.scale;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(
       view(p.q, p, p.N).get(), view(p.k, p, p.M).get(), view(p.v, p, p.M).get(), 0.0, 0, nullptr, &scale, &out, &sums));
   const Tensor found = owned(out), lse = torch::stable::contiguous(owned(sums));
-  Tensor to = view(p.out, p, p.N);
-  torch::stable::copy_(to, found);
   const int64_t n = p.B * p.H * p.N;
   float* top = static_cast<float*>(p.softmax);
   std::memcpy(top, lse.data_ptr(), size_t(n) * sizeof(float));
   std::fill(top + n, top + 2 * n, 1.0f);
+  return found;
+}
+
+void forward_by_library(const Problem& p) {
+  Tensor to = view(p.out, p, p.N);
+  torch::stable::copy_(to, made_by_library(p));
 }
 
 void backward_by_library(const Problem& p, const Gradients& g) {
@@ -101,6 +106,11 @@ bool takes(const Problem& p, int c, std::initializer_list<const Heads*> all) {
 }
 
 }  // namespace
+
+std::optional<Tensor> forward_made(const Problem& p, bool f64) {
+  if (f64 || !takes(p, forward_f32, {&p.k, &p.v})) return std::nullopt;
+  return torch::stable::contiguous(torch::stable::transpose(made_by_library(p), 1, 2));
+}
 
 void forward(const Problem& p, bool f64) {
   if (!f64 && takes(p, forward_f32, {&p.k, &p.v, &p.out})) return forward_by_library(p);
