@@ -543,6 +543,7 @@ def test_under_a_stateful_data_loader():
         assert taken + [batch.tolist() for batch in second] == whole, (workers, made)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_under_distributed_checkpoint(tmp_path):
     """A sampler and a schedule are what torch.distributed.checkpoint calls stateful."""
     from torch.distributed import checkpoint
