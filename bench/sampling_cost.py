@@ -162,7 +162,8 @@ def _transformer() -> tuple[Any, Any]:
     from torch import nn
 
     layer = nn.TransformerEncoderLayer(64, 4, 256, 0.0, batch_first=True, norm_first=True)
-    model = nn.Sequential(nn.Embedding(128, 64), nn.TransformerEncoder(layer, 2), nn.Linear(64, 128))
+    layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model = nn.Sequential(nn.Embedding(128, 64), layers, nn.Linear(64, 128))
     ids = torch.randint(128, (BATCH, 64))
     return model, lambda: nn.functional.cross_entropy(model(ids).mT, ids)
 
