@@ -82,7 +82,7 @@ def test_a_choice_at_the_edge_of_its_grid_is_named():
     for best, named in ((0.1, True), (0.2, False), (0.4, True)):
         found = protocol.at_the_edge({"tried": {"arm": tried}, "chosen": {"arm": {"rate": best, "kind": "a"}}})
         assert found == ([f"arm: rate {best} of 0.1 to 0.4"] if named else [])
-    assert protocol.at_the_edge({"tried": {"arm": tried[:1]}, "chosen": {"arm": {"rate": 0.1}}}) == []  # nothing to choose
+    assert protocol.at_the_edge({"tried": {"arm": tried[:1]}, "chosen": {"arm": {"rate": 0.1}}}) == []
 
 
 def test_an_experiment_may_have_seeds_of_its_own(monkeypatch):
