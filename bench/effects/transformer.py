@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -84,23 +82,3 @@ def pretrained(seed: int, rate: float = 2e-3) -> Any:
     fit(model, ([part] for part in rows.split(BATCH)), optimizer, loss, clip=1.0,
         scheduler=RewarmCosineLR(optimizer, warmup=10, total=TRAINING))  # fmt: skip
     return model
-
-
-def topics(names: Sequence[str], share: float = 0.1) -> dict[str, dict[str, Tensor]]:
-    """Bytes of the code of packages of the standard library, by package and part; a share of each is dev, and test."""
-    root, found = Path(sysconfig.get_paths()["stdlib"]), {}
-    for name in names:
-        code = []
-        for folder, folders, files in os.walk(root / name):
-            folders[:] = sorted(f for f in folders if f not in text.SKIPPED)
-            paths = (Path(folder) / file for file in sorted(files) if file.endswith(".py"))
-            for path in paths:
-                code.append((path.relative_to(root).as_posix(), text.split_source(path.read_text("utf-8"))[0]))
-        code.sort(key=lambda document: text.percentile(document[0]))
-        ends = list(itertools.accumulate(len(document) for _, document in code))
-        dev, test = (next(i for i, end in enumerate(ends) if end >= part * share * ends[-1]) + 1 for part in (1, 2))
-        test = max(test, dev + 1)  # one long module may be more than both shares
-        documents = [document for _, document in code]
-        found[name] = {"dev": joined(documents[:dev]), "test": joined(documents[dev:test]),
-                       "train": joined(documents[test:])}  # fmt: skip
-    return found

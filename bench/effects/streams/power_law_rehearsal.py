@@ -18,7 +18,7 @@ from ..data import Split, accuracy, digits, mlp
 from ..protocol import Choice, Claim, choose
 
 TASKS, PICTURES, EPOCHS, BATCH = 8, 400, 3, 32
-RATES = (0.1, 0.2, 0.4, 0.8)
+RATES = (0.05, 0.1, 0.2)
 ARMS: dict[str, dict[str, Any]] = {
     "none": {"kind": "none"}, "exponential": {"kind": "exponential"}, "uniform": {"kind": "uniform"},
     "power 0.5": {"alpha": 0.5}, "power 1": {"alpha": 1.0}, "power 2": {"alpha": 2.0},

@@ -19,7 +19,7 @@ from ..data import accuracy, digits, mlp
 from ..protocol import Choice, Claim, choose
 
 ROUNDS, BATCH = 60, 16
-RATES = (0.03, 0.1, 0.3, 0.6)
+RATES = (0.03, 0.1, 0.3)
 ARMS = ("without replacement", "with replacement", "static")
 SHARES = (0.02, 0.05, 0.1)
 CLAIMS = [
