@@ -2,7 +2,8 @@
 
 Every cell is a process of its own that makes a sampler over n items and draws 20,000 indices: seconds until the first
 index, nanoseconds for each of the others, and by how much the process grew. A sampler that would need more memory than
-``--limit`` (its table of n entries, as it makes it) is not started.
+``--limit`` (its table of n entries, as it makes it) is not started. Then what a batch of our samplers at 10^9 items
+costs beside training steps: of the smallest model of the experiments here, and of a small transformer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import itertools
 import multiprocessing
 import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -143,6 +145,61 @@ def rows(sizes: list[int], limit: float) -> Iterator[str]:
                 yield f"{name:<30}{n:>8.0e}  {1e3 * cost.first:>9.1f} ms  {each:>9}  {memory:>10}"
 
 
+BATCH = 16
+
+
+def _mlp() -> tuple[Any, Any]:
+    import torch
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    x, y = torch.rand(BATCH, 64), torch.randint(10, (BATCH,))
+    return model, lambda: nn.functional.cross_entropy(model(x), y)
+
+
+def _transformer() -> tuple[Any, Any]:
+    import torch
+    from torch import nn
+
+    layer = nn.TransformerEncoderLayer(64, 4, 256, 0.0, batch_first=True, norm_first=True)
+    layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model = nn.Sequential(nn.Embedding(128, 64), layers, nn.Linear(64, 128))
+    ids = torch.randint(128, (BATCH, 64))
+    return model, lambda: nn.functional.cross_entropy(model(ids).mT, ids)
+
+
+#: Training steps to compare with, on batches of `BATCH`.
+STEPS = {"MLP 64-128-10": _mlp, "transformer, 2 layers of 64, 64 tokens": _transformer}
+
+
+def step_seconds(name: str, rounds: int = 100) -> float:
+    """Of a training step on one thread: forward, backward, AdamW; the median."""
+    import torch
+
+    torch.set_num_threads(1)
+    model, loss = STEPS[name]()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def shares(n: int = 10**9) -> Iterator[str]:
+    """Lines: what a batch of our samplers costs of a step."""
+    costs = {name: measure(name, n) for name, sampler in SAMPLERS.items() if not sampler.bytes_per_item}
+    for step in STEPS:
+        seconds = step_seconds(step)
+        yield f"a step of {step}, batch {BATCH}: {1e6 * seconds:.0f} us; of it, at {n:.0e} items,"
+        for name, cost in costs.items():
+            if isinstance(cost, Cost):
+                yield f"  {name:<28}{1e6 * BATCH * cost.each:>6.2f} us  {100 * BATCH * cost.each / seconds:>6.2f} %"
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="Cost of an index of our samplers and of others.")
@@ -150,6 +207,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=4.0, help="GiB that a sampler may need (default 4)")
     given = parser.parse_args()
     for line in rows([int(n) for n in given.sizes], given.limit):
+        print(line, flush=True)
+    for line in shares():
         print(line, flush=True)
 
 

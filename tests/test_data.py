@@ -30,6 +30,7 @@ from w2s_fast.data import (
     pacing,
     rehearsal_weights,
 )
+from w2s_fast.optim import RewarmCosineLR
 from w2s_fast.testing.selection import amount
 
 LABELS = [i % 3 for i in range(96)]
@@ -540,6 +541,28 @@ def test_under_a_stateful_data_loader():
         second = loader()
         second.load_state_dict(state)
         assert taken + [batch.tolist() for batch in second] == whole, (workers, made)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_under_distributed_checkpoint(tmp_path):
+    """A sampler and a schedule are what torch.distributed.checkpoint calls stateful."""
+    from torch.distributed import checkpoint
+
+    def made():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        return {"stream": MixtureSampler([30, 20], [1, 1], num_samples=40, batch_size=4),
+                "schedule": RewarmCosineLR(optimizer, warmup=2, total=20)}  # fmt: skip
+
+    one, two = made(), made()
+    drawn = iter(one["stream"])
+    for _ in range(12):
+        next(drawn)
+    one["stream"].set_weights([1, 9])
+    one["schedule"].optimizer.step()
+    one["schedule"].step()
+    checkpoint.save(one, checkpoint_id=tmp_path / "kept")
+    checkpoint.load(two, checkpoint_id=tmp_path / "kept")
+    assert list(two["stream"]) == list(drawn) and two["schedule"].get_last_lr() == one["schedule"].get_last_lr()
 
 
 def test_hugging_face_datasets_stay_on_disk(tmp_path):

@@ -77,6 +77,22 @@ def test_choose_records_every_setting():
         choose(run, {"rate": (0.1,)}, on="test")
 
 
+def test_a_choice_at_the_edge_of_its_grid_is_named():
+    tried = [{"setting": {"rate": rate, "kind": "a"}} for rate in (0.1, 0.2, 0.4)]
+    for best, named in ((0.1, True), (0.2, False), (0.4, True)):
+        found = protocol.at_the_edge({"tried": {"arm": tried}, "chosen": {"arm": {"rate": best, "kind": "a"}}})
+        assert found == ([f"arm: rate {best} of 0.1 to 0.4"] if named else [])
+    assert protocol.at_the_edge({"tried": {"arm": tried[:1]}, "chosen": {"arm": {"rate": 0.1}}}) == []
+
+
+def test_an_experiment_may_have_seeds_of_its_own(monkeypatch):
+    module = importlib.import_module("w2s_fast.bench.effects.streams.scaling_recipe")
+    assert protocol.run("scaling_recipe")["seeds"] == list(protocol.SEEDS)
+    monkeypatch.setattr(module, "SEEDS", range(6), raising=False)
+    assert protocol.run("scaling_recipe")["seeds"] == list(range(6))
+    assert protocol.run("scaling_recipe", [3])["seeds"] == [3]
+
+
 def test_judging_and_the_overall_verdict():
     measured = [{"a": {"m": v + 0.1 + 0.01 * i}, "b": {"m": v}} for i, v in enumerate(UP)]
     rows = protocol.judge([Claim("x", "m", "a", "b", 0.05), Claim("y", "m", "b", 2.0)], measured)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
@@ -459,6 +460,43 @@ def test_continual_pretraining_command_resumes(language, tmp_path, capsys):
     assert continual_pretraining.main(command(language, cut, *files, "--steps", "10", "--resume")) == 0
     again = numbers(cut)
     assert again["loss before"] is None and again["loss after"] == pytest.approx(found["loss after"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_continual_pretraining_command_under_fsdp2(language, tmp_path):
+    """Two processes that share a model and its batches end where Trainer does, and go on from a checkpoint."""
+    files = [f"--{name}={language / name}.jsonl" for name in ("old", "new")]
+    more = [*files, "--replay", "0.25", "--steps", "6"]
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    assert continual_pretraining.main(command(language, alone, *more)) == 0
+    wanted = numbers(alone)
+
+    def torchrun(out: Path, *words: str) -> dict:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "w2s_fast.cli", "train"]
+        options = [*command(language, out, *more), "--batch", "4", "--fsdp", *words]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+               "HF_DATASETS_CACHE": str(tmp_path / "cache")}  # fmt: skip
+        done = subprocess.run([sys.executable, *launch, "continual_pretraining", *options], env=env, cwd=tmp_path,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "materialised" not in done.stderr, done.stderr  # the loss was fused
+        return numbers(out)
+
+    found = torchrun(two)
+    for when in ("loss before", "loss after"):
+        assert found[when] == pytest.approx(wanted[when], rel=1e-4)
+    assert [path.name for path in sorted(two.glob("checkpoint-*"))] == ["checkpoint-4", "checkpoint-6"]
+    shutil.rmtree(two / "checkpoint-6")
+    assert torchrun(two, "--resume") == {**found, "loss before": None}  # bit for bit
+    saved = transformers.AutoModelForCausalLM.from_pretrained(two)
+    assert type(saved) is transformers.LlamaForCausalLM
+
+
+def test_fsdp2_asks_for_torchrun(language, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    files = [f"--{name}={language / name}.jsonl" for name in ("old", "new")]
+    with pytest.raises(OSError, match="start it with torchrun"):
+        continual_pretraining.main(command(language, tmp_path / "out", *files, "--fsdp"))
 
 
 def test_quality_continual_command_drops_junk(language, tmp_path):

@@ -380,7 +380,7 @@ def train(context: typer.Context) -> None:
 @app.command()
 def effect(
     name: Annotated[str, typer.Argument(help="An experiment; none lists them.")] = "",
-    seeds: Annotated[str, typer.Option(help="Comma-separated; a verdict needs at least five.")] = "0,1,2,3,4",
+    seeds: Annotated[str, typer.Option(help="Comma-separated, at least five for a verdict; default: its own.")] = "",
     listed: Annotated[bool, typer.Option("--list", help="All experiments with their recorded verdicts.")] = False,
     to: Annotated[Path | None, typer.Option("--out", help="A JSON file that gets the result.")] = None,
 ) -> None:
@@ -393,7 +393,7 @@ def effect(
             out.print(escape(line), soft_wrap=True, highlight=False)
         return
     try:
-        numbers = [int(seed) for seed in seeds.split(",")]
+        numbers = [int(seed) for seed in seeds.split(",")] if seeds else None
     except ValueError:
         _fail(f"--seeds must be numbers and commas, got {seeds!r}", code=2)
     if to is not None:

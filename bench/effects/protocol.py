@@ -2,8 +2,8 @@
 
 An experiment is ``bench/effects/<family>/<paper>.py``: its docstring tells the mathematics and the regime, ``CLAIMS``
 what must hold, ``measure(seed, chosen)`` returns ``{arm: {metric: value}}`` on test, and ``choices()``, if there is
-one, the settings that `choose` found on dev. `w2s-fast effect NAME` runs it, bench/results/effects.json holds the
-results.
+one, the settings that `choose` found on dev; ``SEEDS`` where five seeds would resolve too little. `w2s-fast effect
+NAME` runs it, bench/results/effects.json holds the results.
 """
 
 from __future__ import annotations
@@ -135,12 +135,27 @@ def overall(rows: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
-def run(name: str, seeds: Sequence[int] = SEEDS, tick: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """One experiment; with fewer than five seeds there are means but no verdicts."""
+def at_the_edge(result: Mapping[str, Any]) -> list[str]:
+    """Choices that are the largest or smallest number of their grid, where a longer grid might have found better."""
+    found = []
+    for name, trials in result["tried"].items():
+        numbers = {key: best for key, best in result["chosen"][name].items() if isinstance(best, (int, float))}
+        for key, best in numbers.items():
+            values = sorted({trial["setting"][key] for trial in trials})
+            if len(values) > 1 and best in (values[0], values[-1]):
+                found.append(f"{name}: {key} {best:g} of {values[0]:g} to {values[-1]:g}")
+    return found
+
+
+def run(
+    name: str, seeds: Sequence[int] | None = None, tick: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """One experiment, over its own seeds if None; with fewer than five seeds there are means but no verdicts."""
     import torch
 
     family, summary = available()[name]
     module: Any = import_module(f"{__package__}.{family}.{name}")
+    seeds = getattr(module, "SEEDS", SEEDS) if seeds is None else seeds
     start = time.process_time()
     tick("choosing on dev")
     choices: dict[str, Choice] = module.choices() if hasattr(module, "choices") else {}
@@ -190,6 +205,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     for row in result["claims"]:
         numbers = f"{row['mean']:+.4f} ± {row['resolved']:.4f} (asked: >= {row['by']:g})"
         found.append(f"{row['verdict']:<15}{numbers}  {row['text']}")
+    found += [f"at the edge of its grid: {choice}" for choice in at_the_edge(result)]
     return [*found, f"verdict: {result['verdict'] or 'none from fewer than five seeds'}"]
 
 

@@ -21,7 +21,7 @@ from ..data import Split, accuracy, digits, mlp
 from ..protocol import Choice, Claim, choose
 
 EPOCHS, BATCH, DELTA = 40, 16, 0.3
-RATES = (0.02, 0.05, 0.1)
+RATES = (0.05, 0.1, 0.2, 0.4)
 ARMS = ("hard batches", "random batches", "hard samples")
 CLAIMS = [
     Claim("rare classes: hard batches beat random ones by 3 points", "rare: all", ARMS[0], ARMS[1], 0.03),

@@ -39,8 +39,7 @@ class StreamTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         stream: made with ``rank=0, world_size=1``, since Trainer deals out the batches to the processes itself. A
-        sampler
-            of batches has a process's batch, ``per_device_train_batch_size``.
+            sampler of batches has a process's batch, ``per_device_train_batch_size``.
         schedule: ``schedule(optimizer, steps)``; None for what ``args`` says.
         all others: `Trainer`'s.
     """

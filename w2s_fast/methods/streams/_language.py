@@ -1,16 +1,21 @@
-"""What the commands over language models share: options, text to blocks of tokens, training with Trainer."""
+"""What the commands over language models share: options, text to blocks of tokens, training by Trainer or FSDP2."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ... import checks, files
+from ...data import StreamBatchSampler, StreamSampler
 
+#: ``stream(rank, world_size)`` makes the sampler over the parts, one after the other; a process's batch is ``--batch``.
+Stream = Callable[[int, int], StreamSampler | StreamBatchSampler]
+#: ``schedule(optimizer, steps)`` makes a scheduler.
+Schedule = Callable[[Any, int], Any]
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -27,6 +32,7 @@ def options(parser: argparse.ArgumentParser, epochs: float = 1.0) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--fsdp", action="store_true", help="under torchrun: shard model and optimizer (FSDP2)")
     parser.add_argument("--save-every", type=int, default=500, help="updates between checkpoints (default 500)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
 
@@ -102,29 +108,52 @@ def training_arguments(given: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def losses(made: Any, parts: Mapping[str, Any], count: int = 256) -> dict[str, float]:
-    """Mean loss a token of each part, on at most ``count`` blocks spread evenly over it."""
-    found = {}
-    for name, part in parts.items():
-        every = max(1, math.ceil(len(part) / count))
-        found[name] = made.evaluate(part.select(range(0, len(part), every)), metric_key_prefix=name)[f"{name}_loss"]
-    return found
+def some(part: Any, count: int = 256) -> Any:
+    """At most ``count`` blocks, spread evenly over a part."""
+    return part.select(range(0, len(part), max(1, math.ceil(len(part) / count))))
 
 
-def train(made: Any, model: Any, tokenizer: Any, given: argparse.Namespace, parts: Mapping[str, Any]) -> int:
-    """Train; save model, tokenizer and numbers.json: losses before and after on each part, which is trained on."""
+def losses(made: Any, parts: Mapping[str, Any]) -> dict[str, float]:
+    """Mean loss a token of each part, on `some` of its blocks."""
+    return {
+        name: made.evaluate(some(part), metric_key_prefix=name)[f"{name}_loss"] for name, part in parts.items()
+    }
+
+
+def train(
+    model: Any, tokenizer: Any, given: argparse.Namespace, parts: Mapping[str, Any], stream: Stream, schedule: Schedule
+) -> int:
+    """Train on a stream of the parts; save model, tokenizer and numbers.json (losses of each part before and after)."""
+    with checks.extra("streams"):
+        from datasets import concatenate_datasets
+
+    data = concatenate_datasets(list(parts.values()))
+    if given.fsdp:
+        from . import _sharded
+
+        return _sharded.train(model, tokenizer, given, parts, data, stream, schedule)
     from transformers.trainer_utils import get_last_checkpoint
 
+    from ...integrations.transformers.stream_trainer import StreamTrainer
+
+    args = training_arguments(given)
+    made = StreamTrainer(model, args, train_dataset=data, stream=stream(0, 1), schedule=schedule)
     last = get_last_checkpoint(str(given.out)) if given.resume else None
     before = None if last else losses(made, parts)
     result = made.train(resume_from_checkpoint=last)
     after = losses(made, parts)
     made.save_model(str(given.out))
     if made.is_world_process_zero():
-        tokenizer.save_pretrained(str(given.out))
-        numbers = {"steps": result.global_step, "loss before": before, "loss after": after}
-        files.write_json(given.out / "numbers.json", numbers)
-        for name in parts:
-            start = "" if before is None else f"{before[name]:.4f} -> "
-            print(f"{name}: loss {start}{after[name]:.4f}")
+        tell(tokenizer, given, result.global_step, before, after)
     return 0
+
+
+def tell(
+    tokenizer: Any, given: argparse.Namespace, steps: int, before: dict[str, float] | None, after: dict[str, float]
+) -> None:
+    """Tokenizer and numbers beside the model; the losses on stdout."""
+    tokenizer.save_pretrained(str(given.out))
+    files.write_json(given.out / "numbers.json", {"steps": steps, "loss before": before, "loss after": after})
+    for name, loss in after.items():
+        start = "" if before is None else f"{before[name]:.4f} -> "
+        print(f"{name}: loss {start}{loss:.4f}")

@@ -94,6 +94,13 @@ def trainer(model: Any, new: Any, old: Any, args: Any, *, replay: float, schedul
                          schedule=schedule or rewarm())  # fmt: skip
 
 
+def replay_stream(new: int, old: int, given: Any) -> Callable[[int, int], ReplayMixtureBatchSampler]:
+    """The commands' sampler, of any number of processes."""
+    return lambda rank, world: ReplayMixtureBatchSampler(
+        new, old, given.replay, given.batch * world, seed=given.seed, rank=rank, world_size=world
+    )
+
+
 def main(arguments: list[str]) -> int:
     """`w2s-fast train continual_pretraining --model ... --old ... --new ... --replay 0.25 --out ...`."""
     from . import _language
@@ -108,8 +115,8 @@ def main(arguments: list[str]) -> int:
     model, tokenizer = _language.model_of(given)
     new, old = (_language.blocks(path, tokenizer, given.length) for path in (given.new, given.old))
     schedule = rewarm() if given.schedule == "rewarm" else infinite()
-    made = trainer(model, new, old, _language.training_arguments(given), replay=given.replay, schedule=schedule)
-    return _language.train(made, model, tokenizer, given, {"new": new, "old": old})
+    stream = replay_stream(len(new), len(old), given)
+    return _language.train(model, tokenizer, given, {"new": new, "old": old}, stream, schedule)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 from ... import checks
 from ...metrics import select_topk
 from .._common import console
-from .continual_pretraining import trainer
+from .continual_pretraining import replay_stream, rewarm
 
 OP = "methods.streams.quality_continual"
 
@@ -100,8 +100,8 @@ def main(arguments: list[str]) -> int:
     kept = corpus.select(quality_filter(losses, given.keep).tolist())
     new = _language.packed(kept, tokenizer, given.length)
     old = _language.blocks(given.old, tokenizer, given.length)
-    made = trainer(model, new, old, _language.training_arguments(given), replay=given.replay)
-    return _language.train(made, model, tokenizer, given, {"new": new, "old": old})
+    stream = replay_stream(len(new), len(old), given)
+    return _language.train(model, tokenizer, given, {"new": new, "old": old}, stream, rewarm())
 
 
 if __name__ == "__main__":

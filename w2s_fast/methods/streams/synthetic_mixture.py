@@ -61,10 +61,6 @@ def _source(text: str) -> tuple[str, float, Path]:
 
 def main(arguments: list[str]) -> int:
     """`w2s-fast train synthetic_mixture --model ... --source NAME=WEIGHT:FILE ...`."""
-    with checks.extra("streams"):
-        from datasets import concatenate_datasets
-
-    from ...integrations.transformers.stream_trainer import StreamTrainer
     from . import _language
 
     parser = console.parser("synthetic_mixture", __doc__)
@@ -75,18 +71,15 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     model, tokenizer = _language.model_of(given)
     parts = {name: _language.blocks(path, tokenizer, given.length) for name, _, path in given.source}
-    args = _language.training_arguments(given)
-    stream = MixtureSampler(
-        parts, {name: weight for name, weight, _ in given.source}, seed=args.seed, rank=0, world_size=1,
-        batch_size=args.per_device_train_batch_size * args.world_size,
-    )  # fmt: skip
+    weights = {name: weight for name, weight, _ in given.source}
+
+    def stream(rank: int, world: int) -> MixtureSampler:
+        return MixtureSampler(parts, weights, seed=given.seed, rank=rank, world_size=world, batch_size=given.batch)
 
     def schedule(optimizer: torch.optim.Optimizer, steps: int) -> WSDLR:
         return WSDLR(optimizer, total=steps, stable_ratio=given.stable)
 
-    made = StreamTrainer(model, args, train_dataset=concatenate_datasets(list(parts.values())), stream=stream,
-                         schedule=schedule)  # fmt: skip
-    return _language.train(made, model, tokenizer, given, parts)
+    return _language.train(model, tokenizer, given, parts, stream, schedule)
 
 
 if __name__ == "__main__":
