@@ -4,11 +4,6 @@
 // forward product (both operands run along K) nor for the gradient of the box below 9 rows; |W| exists in registers only.
 // A batch of up to 4 rows streams: one read of W for all three gradients. A weight stored [K, N] (a transposed view) and
 // such a batch skip the columns that are exactly 0 in every row (dead units).
-#include "cpu/interval_bounds/linear.h"
-
-#define W2S_KERNEL "cpu/interval_bounds/linear_targets.h"
-#include "cpu/for_each_target.h"
-
 #include "cpu/interval_bounds/host.h"
 
 namespace w2s::interval {
@@ -20,11 +15,11 @@ constexpr int64_t PARTS = 16;     // partial sums of a streaming gradient: fixed
 template <class A>
 void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::optional<Tensor>& bias, const Call& call, Tensor& x, Tensor& y) {
   const int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1);
-  Scratch<A> scratch{a, {}};
+  CallMemory memory{a, {}};
   const bool skip = transposed(weight) && batch <= FEW && dtype_of(weight.scalar_type()) == own_dtype<A>;
-  const int64_t terms = skip ? k + 8 : W2S_DISPATCH(chain<A>)(k);
-  const Box<A> box = centered<A>(a, b, call.bounds_in, call.sound, terms, scratch);
-  const A* shift = widened_bias(bias, n, scratch);
+  const int64_t terms = skip ? k + 8 : kernels<LinearKernels, A>().chain(k);
+  const Box<A> box = centered<A>(a, b, call.bounds_in, call.sound, terms, memory);
+  const A* shift = widened_bias<A>(bias, n, memory);
   const Rows first(x), second(y);
   if (skip) {
     const A* w = static_cast<const A*>(weight.data_ptr());
@@ -35,21 +30,21 @@ void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
           alive.push_back(int32_t(i));
           break;
         }
-    const int64_t panel = W2S_DISPATCH(panel_width<A>)();
+    const int64_t panel = kernels<LinearKernels, A>().panel_width();
     parallel_items(pieces(n, panel), 1, [&](int64_t i) {
-      W2S_DISPATCH(forward_alive<A>)(box.c, box.r, box.ld, batch, w, weight.stride(1), n, i * panel, alive.data(), int64_t(alive.size()),
+      kernels<LinearKernels, A>().forward_alive(box.c, box.r, box.ld, batch, w, weight.stride(1), n, i * panel, alive.data(), int64_t(alive.size()),
                                      shift, call, terms, first.dtype, first.at(0, 0), first.stride, second.at(0, 0));
     });
     return;
   }
-  const Matrix<A> w = widened<A>(weight, scratch);
+  const RowMatrix<A> w = widened<A>(weight, memory);
   // a chunk of W stays in L2 while every tile of rows passes over it
   const int64_t fit = std::clamp<int64_t>(393216 / int64_t(sizeof(A)) / std::max<int64_t>(1, cut_of(k, batch, sizeof(A))), 12, 252);
   const int64_t chunks = std::max<int64_t>(1, round_up(pieces(n, fit), n >= 48 ? 4 : 1));
   const int64_t wide = round_up(pieces(n, chunks), 12), count = pieces(n, wide), block = 256;
   parallel_items(count * pieces(batch, block), 1, [&](int64_t i) {
     const int64_t j = i % count * wide, p = i / count * block;
-    W2S_DISPATCH(forward_block<A>)(box.c + p * box.ld, box.r + p * box.ld, box.ld, std::min(block, batch - p), w.data + j * w.stride,
+    kernels<LinearKernels, A>().forward_block(box.c + p * box.ld, box.r + p * box.ld, box.ld, std::min(block, batch - p), w.data + j * w.stride,
                                    w.stride, std::min(wide, n - j), k, shift ? shift + j : nullptr, call, terms, first.dtype,
                                    first.at(p, j), first.stride, second.at(p, j));
   });
@@ -73,11 +68,11 @@ struct Backward {
   Tensor &da, &db, &dw, &dbias;
   bool need_x, need_w, need_b;
   int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1), ldg = round_up(n, 16) + 16;
-  Scratch<A> scratch{a, {}};
+  CallMemory memory{a, {}};
   A *gm = nullptr, *gr = nullptr;
 
   void gradients(const Tensor& ga, const Tensor& gb, const Tensor& oa, const Tensor& ob) {  // and the bias's
-    gm = scratch.get(batch * ldg), gr = scratch.get(batch * ldg);
+    gm = memory.get<A>(batch * ldg), gr = memory.get<A>(batch * ldg);
     const Rows g1(ga), g2(gb), o1(oa), o2(ob);
     const Rows out(dbias);
     parallel_items(pieces(n, 512), 1, [&](int64_t i) {
@@ -85,24 +80,24 @@ struct Backward {
       const int wide = int(std::min<int64_t>(512, n - j));
       A sum[512] = {};
       for (int64_t p = 0; p < batch; ++p)
-        W2S_DISPATCH(gradient_of<A>)(g1.at(p, j), g2.at(p, j), o1.at(p, j), o2.at(p, j), g1.dtype, call, wide, gm + p * ldg + j,
+        kernels<LinearKernels, A>().gradient(g1.at(p, j), g2.at(p, j), o1.at(p, j), o2.at(p, j), g1.dtype, call, wide, gm + p * ldg + j,
                                      gr + p * ldg + j, need_b ? sum : nullptr);
-      if (need_b) W2S_DISPATCH(narrow_all<A>)(sum, wide, out.dtype, static_cast<char*>(dbias.data_ptr()) + j * out.bytes);
+      if (need_b) kernels<ConvertKernels, A>().narrow(sum, wide, out.dtype, static_cast<char*>(dbias.data_ptr()) + j * out.bytes);
     });
   }
 
-  void few(const Matrix<A>& w) {
-    const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, scratch);
+  void few(const RowMatrix<A>& w) {
+    const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, memory);
     const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
-    A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(n * k);
+    A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : memory.get<A>(n * k);
     const int64_t size = batch * box.ld, share = pieces(n, PARTS);
-    A* part = need_x ? scratch.get(2 * PARTS * size) : nullptr;
+    A* part = need_x ? memory.get<A>(2 * PARTS * size) : nullptr;
     parallel_items(PARTS, 1, [&](int64_t i) {
       A* xm = part ? part + 2 * i * size : nullptr;
       if (xm) std::fill(xm, xm + 2 * size, A(0));
       const int64_t j = i * share, rows = std::min(share, n - j);
       if (rows > 0)
-        W2S_DISPATCH(stream<A>)(w.data + j * w.stride, w.stride, rows, k, batch, gm + j, gr + j, ldg, box.c, box.r, box.ld, xm,
+        kernels<LinearKernels, A>().stream(w.data + j * w.stride, w.stride, rows, k, batch, gm + j, gr + j, ldg, box.c, box.r, box.ld, xm,
                                 xm ? xm + size : nullptr, out ? out + j * k : nullptr, k);
     });
     if (need_w && !direct) narrow_rows<A>(out, dw);
@@ -111,35 +106,35 @@ struct Backward {
       for (int64_t e = 0; e < 2 * size; ++e) part[e] += part[2 * i * size + e];
     const Rows first(da), second(db);
     for (int64_t p = 0; p < batch; ++p)
-      W2S_DISPATCH(input_gradients<A>)(part + p * box.ld, part + size + p * box.ld, k, call.bounds_in, first.dtype, first.at(p, 0), second.at(p, 0));
+      kernels<LinearKernels, A>().input_gradients(part + p * box.ld, part + size + p * box.ld, k, call.bounds_in, first.dtype, first.at(p, 0), second.at(p, 0));
   }
 
-  void many(const Matrix<A>& w) {
-    const int64_t panel = W2S_DISPATCH(panel_width<A>)(), panels = pieces(k, panel), halves = 2;
+  void many(const RowMatrix<A>& w) {
+    const int64_t panel = kernels<LinearKernels, A>().panel_width(), panels = pieces(k, panel), halves = 2;
     if (need_x) {
       const Rows outa(da), outb(db);
       const int64_t share = round_up(pieces(batch, halves), 4);
       parallel_items(panels * halves, 1, [&](int64_t i) {
         const int64_t j = i / halves * panel, p = i % halves * share, rows = std::min(share, batch - p);
         if (rows > 0)
-          W2S_DISPATCH(input_panel<A>)(gm + p * ldg, gr + p * ldg, ldg, rows, w.data + j, w.stride, n, std::min(panel, k - j), call.bounds_in,
+          kernels<LinearKernels, A>().input_panel(gm + p * ldg, gr + p * ldg, ldg, rows, w.data + j, w.stride, n, std::min(panel, k - j), call.bounds_in,
                                        outa.dtype, outa.at(p, j), outa.stride, outb.at(p, j));
       });
     }
     if (!need_w) return;
-    const int64_t tall = W2S_DISPATCH(tile_height<A>)(), tiles = pieces(n, tall);
-    const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, scratch);
-    A* packed = scratch.get(tiles * batch * 2 * tall);
+    const int64_t tall = kernels<LinearKernels, A>().tile_height(), tiles = pieces(n, tall);
+    const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, memory);
+    A* packed = memory.get<A>(tiles * batch * 2 * tall);
     parallel_items(tiles, 8, [&](int64_t t) {
-      W2S_DISPATCH(pack_gradient<A>)(gm + t * tall, gr + t * tall, ldg, batch, packed + t * batch * 2 * tall);
+      kernels<LinearKernels, A>().pack_gradient(gm + t * tall, gr + t * tall, ldg, batch, packed + t * batch * 2 * tall);
     });
     const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
-    A* out = direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(n * k);
+    A* out = direct ? static_cast<A*>(dw.data_ptr()) : memory.get<A>(n * k);
     const int64_t share = round_up(pieces(n, halves), tall);
     parallel_items(panels * halves, 1, [&](int64_t i) {
       const int64_t j = i / halves * panel, q = i % halves * share, rows = std::min(share, n - q);
       if (rows > 0)
-        W2S_DISPATCH(weight_panel<A>)(packed + q / tall * batch * 2 * tall, batch, box.c + j, box.r + j, box.ld, w.data + q * w.stride + j,
+        kernels<LinearKernels, A>().weight_panel(packed + q / tall * batch * 2 * tall, batch, box.c + j, box.r + j, box.ld, w.data + q * w.stride + j,
                                       w.stride, out + q * k + j, k, rows, std::min(panel, k - j));
     });
     if (!direct) narrow_rows<A>(out, dw);
@@ -148,7 +143,7 @@ struct Backward {
   void run(const Tensor& ga, const Tensor& gb, const Tensor& oa, const Tensor& ob) {
     gradients(ga, gb, oa, ob);
     if (!need_x && !need_w) return;
-    const Matrix<A> w = widened<A>(weight, scratch);
+    const RowMatrix<A> w = widened<A>(weight, memory);
     if (batch <= FEW) few(w);
     else many(w);
   }
@@ -176,7 +171,7 @@ Gradients interval_linear_backward(Tensor ga, Tensor gb, Rowwise a, Rowwise b, S
 }  // namespace
 }  // namespace w2s::interval
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("interval_linear", W2S_BOX(&w2s::interval::interval_linear));
-  m.impl("interval_linear_backward", W2S_BOX(&w2s::interval::interval_linear_backward));
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::interval::interval_linear>("interval_linear");
+  m.add<&w2s::interval::interval_linear_backward>("interval_linear_backward");
 }
