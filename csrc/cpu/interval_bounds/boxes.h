@@ -107,6 +107,9 @@ struct LinearKernels {
                  const A* m, const A* r, int64_t ld, A* xm, A* xs, A* dw, int64_t ldd);
   void (*input_panel)(const A* gm, const A* gr, int64_t ldg, int64_t rows, const A* w, int64_t ldw, int64_t n,
                       int64_t columns, bool bounds, Dtype dtype, void* a, int64_t stride, void* b);
+  void (*absolute)(const A* w, int64_t n, A* out);
+  void (*add_signed)(const A* w, const A* turned, int64_t n, A* dw);
+  void (*finish)(const A* m, const A* s, const A* bias, int64_t n, const Call& call, Dtype dtype, void* x, void* y);
   void (*pack_gradient)(const A* gm, const A* gr, int64_t ldg, int64_t batch, A* out);
   void (*weight_panel)(const A* g, int64_t batch, const A* c, const A* r, int64_t ldx, const A* w, int64_t ldw, A* dw,
                        int64_t ldd, int64_t rows, int64_t columns);

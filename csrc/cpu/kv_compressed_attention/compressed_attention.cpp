@@ -1,4 +1,4 @@
-#include "cpu/kv_compressed_attention/attention.h"
+#include "cpu/kv_compressed_attention/attention_calls.h"
 #include "cpu/tensors.h"
 
 namespace w2s {
@@ -10,11 +10,10 @@ Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
 }
 
 std::tuple<Tensor, Tensor> compressed_attention(Rowwise q, Rowwise k, Rowwise v, double scale) {
-  Tensor out = empty_of(q);
   Tensor softmax = torch::stable::new_empty(q, {2, q.size(0), q.size(2), q.size(1)}, wide_type(q));
-  with_kernels<AttentionKernels>(is_double(q), [&](const auto& kernel) {
-    kernel.forward(problem(q, k, v, out, softmax, scale));
-  });
+  if (std::optional<Tensor> made = forward_made(problem(q, k, v, q, softmax, scale), is_double(q))) return {*made, softmax};
+  Tensor out = empty_of(q);
+  forward(problem(q, k, v, out, softmax, scale), is_double(q));
   return {out, softmax};
 }
 
@@ -24,10 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> compressed_attention_backward(Rowwise grad, R
   Gradients g{Heads(grad), {}, {}, {}, need_q, need_kv};
   if (need_q) g.dq = Heads(dq);
   if (need_kv) g.dk = Heads(dk), g.dv = Heads(dv);
-  if (need_q || need_kv)
-    with_kernels<AttentionKernels>(is_double(q), [&](const auto& kernel) {
-      kernel.backward(problem(q, k, v, out, softmax, scale), g);
-    });
+  if (need_q || need_kv) backward(problem(q, k, v, out, softmax, scale), g, is_double(q));
   return {dq, dk, dv};
 }
 

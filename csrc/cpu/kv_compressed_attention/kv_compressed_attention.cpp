@@ -1,4 +1,4 @@
-#include "cpu/kv_compressed_attention/attention.h"
+#include "cpu/kv_compressed_attention/attention_calls.h"
 #include "cpu/kv_compressed_attention/compression.h"
 #include "cpu/recycled.h"
 
@@ -7,7 +7,6 @@ namespace w2s {
 namespace {
 
 using attention::Heads;
-using attention::AttentionKernels;
 
 attention::Problem heads_of(const Tensor& qkv, const Tensor& keys, int64_t first, int64_t M, int64_t heads, double scale,
                             const Tensor& out, const Tensor& softmax) {
@@ -35,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_compressed_attention(Rowwise qkv, 
   Tensor stats = torch::stable::new_empty(qkv, small && p.normalize ? Shape{p.B, p.M, 2, 2} : Shape{0}, wide_type(p.f64));
   if (small) compress::forward(p, Slots(qkv), eps, Slots(kv), stats.data_ptr());
   const attention::Problem a = heads_of(qkv, small ? kv : qkv, small ? 0 : 1, small ? p.M : N, num_heads, scale, out, softmax);
-  with_kernels<AttentionKernels>(p.f64, [&](const auto& kernel) { kernel.forward(a); });
+  attention::forward(a, p.f64);
   return {out, softmax, kv, stats};
 }
 
@@ -55,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compressed_attention_backw
   g.token = grad.stride(1) * g.bytes;
   const int64_t first = small ? 0 : 1;
   const attention::Gradients d{g, Slots(dqkv).heads(0, D), Slots(dkv).heads(first, D), Slots(dkv).heads(first + 1, D), true, true};
-  with_kernels<AttentionKernels>(p.f64, [&](const auto& kernel) { kernel.backward(a, d); });
+  attention::backward(a, d, p.f64);
   if (!small) {
     std::vector<Tensor> none;
     for (int i = 0; i < 4; ++i) none.push_back(torch::stable::new_empty(qkv, {0}, wide_type(p.f64)));
