@@ -59,8 +59,8 @@ def test_registration(name, suffix):
 
 def _types(schema: str) -> str:
     """``"Tensor, float -> Tensor"`` of ``"op(Tensor x, float eps) -> (Tensor y)"``."""
-    sides = [re.sub(r"^[^(]*\(|\)$", "", part) for part in schema.rsplit(" -> ", 1)]
-    return " -> ".join(", ".join(piece.split()[0] for piece in side.split(", ") if piece) for side in sides)
+    sides = [re.sub(r"^[^(]*\(|\)$", "", part.replace("(a!)", "")) for part in schema.rsplit(" -> ", 1)]
+    return " -> ".join(", ".join(piece.split()[0] for piece in side.split(", ") if piece) for side in sides).rstrip()
 
 
 @pytest.mark.skipif(extension.PATH is None, reason="the extension is not built")

@@ -173,6 +173,11 @@ struct Returned {
   static void put(StableIValue* stack, R r) { *stack = torch::stable::detail::from(std::move(r)); }
   static constexpr size_t types(char* to, size_t at) { return Argument<R>::types(to, at); }
 };
+template <>
+struct Returned<void> {
+  static constexpr size_t count = 0;
+  static constexpr size_t types(char*, size_t at) { return at; }
+};
 template <class... R>
 struct Returned<std::tuple<R...>> {
   static constexpr size_t count = sizeof...(R);
@@ -199,7 +204,8 @@ struct Implementation<function> {
     const StableIValue* at = stack;
     std::tuple<P...> arguments{Argument<P>::take(at)...};  // in order
     try {
-      Returned<R>::put(stack, std::apply(function, std::move(arguments)));
+      if constexpr (std::is_void_v<R>) std::apply(function, std::move(arguments));
+      else Returned<R>::put(stack, std::apply(function, std::move(arguments)));
     } catch (const Refusal& error) {
       refused(name, error);
     }
