@@ -45,7 +45,7 @@ FLAGS += [f"-ffile-prefix-map={HERE}=."]
 # -O3 without what doubles code and compile time here (loops unswitched, split and versioned): vectors are written out
 LEVEL, WIDE = ["-O2", "-fpeel-loops", "-fvect-cost-model=dynamic"], ["-O1"]
 # where another level contracts other products and sums, so that results would differ in their last bit
-O3 = ("csrc/cpu/linear_loss/kd_kernel.cpp",)
+O3 = tuple(f"csrc/cpu/{of}_kernel.cpp" for of in ("diffusion/pseudo_huber", "linear_loss/kd", "linear_loss/tile"))
 
 
 def say(message: str) -> None:
