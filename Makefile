@@ -1,6 +1,7 @@
 # Two commands set everything up on a fresh Debian or Ubuntu machine with Python 3.11 and a C++ compiler:
 #   make bench    the kernel benchmark table of the hot paths on this machine
 #   make test     the test suite
+#   make build    the extension again after an edit of csrc/: compiles what changed
 #   make test-full   every case of the sweeps that make test samples
 #   make sanitize    the C++ kernels under AddressSanitizer and UBSan
 PYTHON ?= python3
@@ -13,14 +14,18 @@ STAMP := $(VENV)/.installed
 # A process a core: most of a test's time is Python. They share the cores, so nobody may spin while it waits.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: install bench bench-full test test-full sanitize lint aot demo cuda-check readme clean
-install: $(STAMP)
+OPS := w2s_fast/_build.json
 
-$(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
+.PHONY: env install build bench bench-full test test-full sanitize lint aot demo cuda-check readme clean
+install: env build
+
+# the environment: made again where what is installed into it changes
+env: $(STAMP)
+$(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH) $(TRITON) numpy "setuptools>=77" wheel ninja packaging "pybind11>=2.12"
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
+	W2S_FAST_BUILD=skip $(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
 	# peers that tests and benchmarks compare with where there are any; what they say they require is years old or large
 	-$(BIN)/pip install --quiet --no-deps --no-build-isolation auto_LiRPA==0.3 appdirs sortedcontainers
 	-$(BIN)/pip install --quiet --no-deps cut-cross-entropy==25.1.1
@@ -30,16 +35,22 @@ $(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
 	-$(BIN)/pip install --quiet --no-deps --ignore-requires-python --target $(VENV)/ttsem ttsem==0.1.0
 	touch $@
 
-bench: $(STAMP)
+# the extension in place, what changed of it: objects stay in build/cpp. W2S_FAST_TARGETS=native is for this machine only.
+build: $(OPS)
+$(OPS): $(STAMP) setup.py $(shell find csrc -type f)
+	$(BIN)/python setup.py build_ext --inplace
+	touch $@
+
+bench: $(OPS)
 	$(BIN)/w2s-fast bench
 
-bench-full: $(STAMP)
+bench-full: $(OPS)
 	$(BIN)/w2s-fast bench --full
 
-test: $(STAMP)
+test: $(OPS)
 	$(PYTEST)
 
-test-full: $(STAMP)
+test-full: $(OPS)
 	W2S_FAST_TEST_FULL=1 $(PYTEST)
 
 sanitize: $(STAMP)
@@ -49,10 +60,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-demo: $(STAMP)
+demo: $(OPS)
 	$(BIN)/w2s-fast demo
 
-readme: $(STAMP)
+readme: $(OPS)
 	$(BIN)/w2s-fast bench --readme
 
 cuda-check:

@@ -1,17 +1,29 @@
 """Builds w2s_fast: `_ops` (kernels, torch's stable ABI) and `_C` (pybind11: build facts and machine probes).
 
+    python setup.py build_ext --inplace     what `make build` runs: compiles what changed, objects are in build/cpp
+
 W2S_FAST_BUILD=auto (default) compiles what this machine can and never fails for want of a compiler;
-require makes a missing piece an error; skip compiles nothing. TORCH_CUDA_ARCH_LIST chooses the CUDA targets.
+require makes a missing piece an error; skip compiles nothing. W2S_FAST_TARGETS=all (default) has every instruction set
+that is chosen from at run time; native only this machine's. TORCH_CUDA_ARCH_LIST chooses the CUDA targets.
 """
 
+from __future__ import annotations
+
 import glob
+import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -24,6 +36,16 @@ if MODE not in ("auto", "require", "skip"):
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11: one binary serves this torch and later ones
 DEFAULT_CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+#: W2S_TARGETS of csrc/cpu/kernels.h, and the copies of every kernel source (W2S_COPY): 64 is float64
+TARGETS = {"avx512": 4, "avx2": 2, "portable": 1, "all": 6 if X86 else 1}
+COPIES = {6: (512, 2, 64), 4: (512, 64), 2: (2, 64), 1: (0, 64)}
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-DNDEBUG", "-g0", "-Wall", "-Wno-psabi"]
+FLAGS += [f"-ffile-prefix-map={HERE}=."]
+# -O3 without what doubles code and compile time here (loops unswitched, split and versioned): vectors are written out
+LEVEL, WIDE = ["-O2", "-fpeel-loops", "-fvect-cost-model=dynamic"], ["-O1"]
+# where another level contracts other products and sums, so that results would differ in their last bit
+O3 = tuple(f"csrc/cpu/{of}_kernel.cpp" for of in ("diffusion/pseudo_huber", "linear_loss/kd", "linear_loss/tile"))
 
 
 def say(message: str) -> None:
@@ -40,33 +62,170 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 
 
+def instruction_sets() -> list[str]:
+    """Names in TARGETS that this machine runs, the widest first."""
+    if not X86 or sys.platform != "linux":
+        return ["all"]
+    found = re.search(r"^flags.*$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    flags = set(found[0].split()) if found else set()
+    avx2 = {"avx2", "fma", "bmi2"} <= flags
+    wide = avx2 and {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags
+    return [*(["avx512"] if wide else []), *(["avx2"] if avx2 else []), "portable"]
+
+
+def chosen_targets() -> int:
+    name = os.environ.get("W2S_FAST_TARGETS", "all")
+    if name not in (*TARGETS, "native"):
+        sys.exit(f"setup.py: W2S_FAST_TARGETS must be native, {', '.join(TARGETS)}, got {name!r}")
+    return TARGETS[instruction_sets()[0] if name == "native" else name]
+
+
 def sources(folder: str, ending: str) -> list[str]:
     return sorted(glob.glob(f"csrc/{folder}/**/*.{ending}", recursive=True))
 
 
-def cuda_sources(torch) -> list[str]:
+def jobs() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    return int(os.environ.setdefault("MAX_JOBS", str(max(1, min(cores, memory // 2)))))
+
+
+class Step(NamedTuple):
+    """A command that makes `target`; it runs again where a file it read (the compiler's own list) is newer."""
+
+    target: Path
+    command: list[str]
+
+    def outdated(self) -> bool:
+        notes, made_by = self.target.with_suffix(".d"), self.target.with_suffix(".command")
+        if not all(file.exists() for file in (self.target, notes, made_by)):
+            return True
+        if made_by.read_text(encoding="utf-8") != json.dumps(self.command):
+            return True
+        files = notes.read_text(encoding="utf-8").replace("\\\n", " ").split()[1:]
+        made = self.target.stat().st_mtime_ns
+        return any(not os.path.exists(file) or os.stat(file).st_mtime_ns > made for file in files)
+
+    def run(self) -> bool:
+        """Whether there was something to do."""
+        if not self.outdated():
+            return False
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        notes = ["-MMD", "-MF", str(self.target.with_suffix(".d"))]
+        done = subprocess.run([*self.command, *notes, "-o", str(self.target)], cwd=HERE, capture_output=True, text=True)
+        if done.stdout or done.stderr:
+            print(done.stdout + done.stderr, file=sys.stderr, end="", flush=True)
+        if done.returncode:
+            raise RuntimeError(f"the compiler failed: {' '.join(self.command)}")
+        self.target.with_suffix(".command").write_text(json.dumps(self.command), encoding="utf-8")
+        return True
+
+
+class Precompiled(NamedTuple):
+    """A header that many sources begin with, compiled once; a compiler that cannot use it reads its text."""
+
+    use: list[str]
+    step: Step
+
+    @classmethod
+    def of(cls, header: Path, included: str, command: list[str]) -> Precompiled:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        if not header.exists():
+            header.write_text(f'#include "{included}"\n', encoding="utf-8")
+        step = Step(header.with_name(f"{header.name}.gch"), [*command, "-x", "c++-header", str(header)])
+        return cls(["-include", str(header)], step)
+
+
+def compile_cpu(
+    folder: Path, targets: int, options: Sequence[str] = (), level: Sequence[str] = LEVEL, wide: Sequence[str] = WIDE
+) -> tuple[list[Path], int]:
+    """The objects of csrc/cpu, and how many of them were made now.
+
+    A ``*_kernel.cpp`` sees no torch and is compiled once a copy. All begin with a precompiled header.
+    ``level``: optimisation; ``wide``: that of float64's kernels.
+    """
+    command = [compiler() or "c++", *FLAGS, *options, "-Icsrc", f"-DW2S_TARGETS={targets}"]
+    headers = torch_folder() / "include"
+    include = (headers, headers / "torch" / "csrc" / "api" / "include")
+    torch = [*(f"-isystem{path}" for path in include), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    hosts = Precompiled.of(folder / "host.h", "cpu/tensors.h", [*command, *level, *torch])
+    # one for each level: functions after a header's target pragmas take the level that it was compiled at
+    kernels = Precompiled.of(folder / "kernel.h", "cpu/kernel_headers.h", [*command, *level])
+    doubles = Precompiled.of(folder / "double.h", "cpu/kernel_headers.h", [*command, *wide])
+    steps: list[tuple[Step, Precompiled]] = []
+    for source in sorted(sources("cpu", "cpp"), key=lambda s: -os.path.getsize(s)):
+        name = source.removeprefix("csrc/cpu/").replace("/", "-").removesuffix(".cpp")
+        if source.endswith("_kernel.cpp"):
+            for copy in COPIES[targets]:
+                header, flags = (doubles, wide) if copy == 64 else (kernels, level)
+                if source in O3 and copy != 64 and level is LEVEL:
+                    own = [*command, "-O3", f"-DW2S_COPY={copy}"]  # the header is of another level
+                else:
+                    own = [*command, *flags, *header.use, f"-DW2S_COPY={copy}"]
+                steps.append((Step(folder / f"{name}-{copy}.o", [*own, "-c", source]), header))
+        else:
+            own = [*command, *level, *torch, *hosts.use]
+            steps.append((Step(folder / f"{name}.o", [*own, "-c", source]), hosts))
+    steps.sort(key=lambda one: (kernels, hosts, doubles).index(one[1]))  # in the order in which the headers are made
+    with ThreadPoolExecutor(jobs()) as pool:
+        ready = {id(header): pool.submit(header.step.run) for header in (kernels, hosts, doubles)}
+
+        def run(one: tuple[Step, Precompiled]) -> bool:
+            ready[id(one[1])].result()
+            return one[0].run()
+
+        made = sum(pool.map(run, steps))
+    return [step.target for step, _ in steps], made
+
+
+def link(objects: Sequence[Path | str], target: str, options: Sequence[str]) -> None:
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    new = f"{target}.new"  # a process that has the old one loaded keeps it
+    missing = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    command = [compiler() or "c++", "-shared", *map(str, objects), *missing, *options, "-o", new]
+    subprocess.run(command, check=True, cwd=HERE)
+    os.replace(new, target)
+
+
+def torch_folder() -> Path:
+    """Where torch is installed; it is not imported, which takes longer than to compile an edit."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        raise ImportError("torch")
+    return Path(found.origin).parent
+
+
+def torch_version() -> dict[str, str | None]:
+    """``__version__``, ``cuda`` and ``hip`` of the torch that is installed."""
+    text = (torch_folder() / "version.py").read_text(encoding="utf-8")
+    found = re.findall(r"^(__version__|cuda|hip)[^=\n]*= *(?:['\"](.*)['\"]|None)", text, re.MULTILINE)
+    return {name: value or None for name, value in found}
+
+
+def torch_libraries() -> list[str]:
+    return [f"-L{torch_folder() / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+def cuda_sources(torch: dict[str, str | None]) -> list[str]:
+    if torch.get("cuda") is None or torch.get("hip") is not None:
+        return []
     from torch.utils.cpp_extension import CUDA_HOME
 
-    if torch.version.cuda is None or torch.version.hip is not None or CUDA_HOME is None:
-        return []
-    return sources("cuda", "cu")
+    return sources("cuda", "cu") if CUDA_HOME is not None else []
 
 
-def facts(torch, cuda: list[str], flags: dict[str, list[str]]) -> dict:
+def facts(torch: dict[str, str | None], cuda: list[str], targets: int) -> dict:
     done = subprocess.run([compiler(), "--version"], capture_output=True, encoding="utf-8", errors="replace")
     version = done.stdout.splitlines()
     return {
         "compiler": version[0] if version else "unknown",
-        "flags": " ".join(flags["cxx"]),
-        "torch": str(torch.__version__),
+        "flags": " ".join([*FLAGS, *LEVEL]),
+        "targets": next(name for name in reversed(TARGETS) if TARGETS[name] == targets),
+        "torch": torch.get("__version__"),
         "torch_target": "2.11",
-        "cuda": torch.version.cuda if cuda else None,
+        "cuda": torch.get("cuda") if cuda else None,
         "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else None,
     }
-
-
-def macro(value: object) -> str:
-    return json.dumps(str(value))
 
 
 def extensions() -> tuple[list[Extension], type | None]:
@@ -74,8 +233,7 @@ def extensions() -> tuple[list[Extension], type | None]:
         say("W2S_FAST_BUILD=skip: compiling nothing")
         return [], None
     try:
-        import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+        torch = torch_version()
     except ImportError:
         skip("torch is not importable in the build environment (use --no-build-isolation)")
         return [], None
@@ -83,46 +241,40 @@ def extensions() -> tuple[list[Extension], type | None]:
         skip("no C++ compiler was found")
         return [], None
 
-    flags = {"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0", f"-ffile-prefix-map={HERE}=.", "-Wall"]}
-    define = [("TORCH_TARGET_VERSION", TORCH_TARGET)]
+    targets, files = chosen_targets(), {"sources": sources("cpu", "cpp"), "depends": sources("", "h")}
     cuda = cuda_sources(torch)
     if cuda:
+        from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
-        flags["nvcc"] = ["-O3", "-std=c++20", "-DUSE_CUDA", "-lineinfo"]
-        define.append(("W2S_FAST_CUDA", "1"))
-    elif sources("cuda", "cu"):
-        say("no nvcc with a CUDA build of torch: the CUDA C++ kernels are left out")
-    kind = CUDAExtension if cuda else CppExtension
-    kernels = kind(
-        "w2s_fast._ops",
-        sources("cpu", "cpp") + cuda,
-        include_dirs=[os.path.join(HERE, "csrc")],
-        define_macros=define,
-        extra_compile_args=flags,
-        py_limited_api=True,
-    )
-    known = facts(torch, cuda, flags)
+        kernels = CUDAExtension(
+            "w2s_fast._ops",
+            cuda,
+            include_dirs=[os.path.join(HERE, "csrc")],
+            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("W2S_FAST_CUDA", "1")],
+            extra_compile_args={"nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", "-lineinfo"], "cxx": ["-std=c++20"]},
+            py_limited_api=True,
+        )
+    else:
+        if sources("cuda", "cu"):
+            say("no nvcc with a CUDA build of torch: the CUDA C++ kernels are left out")
+        kernels = Extension("w2s_fast._ops", files["sources"], depends=files["depends"], py_limited_api=True)
+    known = facts(torch, cuda, targets)
     modules = [kernels]
     try:
         import pybind11
 
-        modules.append(
-            Extension(
-                "w2s_fast._C",
-                ["csrc/module.cpp"],
-                include_dirs=[os.path.join(HERE, "csrc"), pybind11.get_include()],
-                language="c++",
-                extra_compile_args=[*flags["cxx"], *(f"-DW2S_{k.upper()}={macro(v)}" for k, v in known.items())],
-            )
-        )
+        module = Extension("w2s_fast._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()])
+        modules.append(module)
     except ImportError:
         skip("pybind11 is not importable in the build environment, so w2s_fast._C is left out")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    os.environ.setdefault("MAX_JOBS", str(max(1, min(cores, memory // 4))))
+    base: type = BuildExtension if cuda else build_ext
+    folder = Path(HERE, "build", "cpp")
 
-    class Build(BuildExtension):
-        """Compiles, records how long it took, and in auto mode survives a failing compiler."""
+    class Build(base):  # type: ignore[misc, valid-type]
+        """Compiles, records how long a clean build took, and in auto mode survives a failing compiler."""
+
+        compiled = 0
 
         def run(self) -> None:
             start = time.perf_counter()
@@ -133,9 +285,32 @@ def extensions() -> tuple[list[Extension], type | None]:
                     raise
                 say(f"the build failed, installing without compiled kernels: {error}")
                 return
+            seconds, record = round(time.perf_counter() - start, 1), folder / f"seconds-{targets}"
+            if self.compiled == self.objects:
+                record.write_text(str(seconds), encoding="utf-8")
+            say(f"{self.compiled} of {self.objects} objects compiled in {seconds} s")
+            clean = float(record.read_text(encoding="utf-8")) if record.exists() else None
             target = os.path.join("" if self.inplace else self.build_lib, "w2s_fast", "_build.json")
             with open(target, "w", encoding="utf-8") as file:
-                json.dump({**known, "seconds": round(time.perf_counter() - start, 1)}, file, indent=1)
+                json.dump({**known, "seconds": clean}, file, indent=1)
+
+        def build_extension(self, extension: Extension) -> None:
+            target = self.get_ext_fullpath(extension.name)
+            if extension.name.endswith("._C"):
+                defines = [f"-DW2S_{key.upper()}={json.dumps(str(value))}" for key, value in known.items()]
+                include = [f"-isystem{path}" for path in (*extension.include_dirs, sysconfig.get_path("include"))]
+                step = Step(
+                    folder / "module.o",
+                    [compiler() or "c++", *FLAGS, "-O1", "-Icsrc", *include, *defines, "-c", "csrc/module.cpp"],
+                )
+                step.run()
+                return link([step.target], target, ["-pthread"])
+            objects, self.compiled = compile_cpu(folder / str(targets), targets)
+            self.objects = len(objects)
+            if not cuda:
+                return link(objects, target, torch_libraries())
+            extension.extra_objects = [str(file) for file in objects]
+            super().build_extension(extension)
 
     return modules, Build
 

@@ -16,68 +16,27 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import setup  # noqa: E402  the sources and the version of torch's ABI are stated there
+import setup  # noqa: E402  how the sources are compiled is stated there
 
 # All checks of UBSan take as long to compile as the rest; the quick form has those of arithmetic and of arrays.
 FULL = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 QUICK = ["-fsanitize=address,bounds,shift,signed-integer-overflow,integer-divide-by-zero", "-fno-sanitize-recover=all"]
-FLAGS = ["-g1", "-fno-omit-frame-pointer", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-w", "-Wno-psabi"]
-TARGETS = {"avx512": 512, "avx2": 2, "portable": 0}
-
-
-def available() -> list[str]:
-    """Instruction sets of this machine, the widest first."""
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
-    wide = all(f"{name}" in flags for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq"))
-    return [*(["avx512"] if wide else []), *(["avx2"] if "avx2" in flags else []), "portable"]
-
-
-def outdated(target: Path, command: list[str]) -> bool:
-    """Whether the object is missing, older than a file it was made from, or made by another command."""
-    notes, made_by = target.with_suffix(".d"), target.with_suffix(".cmd")
-    if not all(file.exists() for file in (target, notes, made_by)):
-        return True
-    if made_by.read_text(encoding="utf-8") != " ".join(command):
-        return True
-    files = notes.read_text(encoding="utf-8").replace("\\\n", " ").split()[1:]
-    return any(not Path(f).exists() or Path(f).stat().st_mtime > target.stat().st_mtime for f in files)
-
-
-def compiled(source: str, folder: Path, flags: list[str]) -> Path:
-    """The object of one source file."""
-    target = folder / (source.replace("/", "_") + ".o")
-    notes = ["-MMD", "-MF", str(target.with_suffix(".d"))]
-    command = [setup.compiler() or "c++", *flags, *notes, "-c", source, "-o", str(target)]
-    if outdated(target, command):
-        subprocess.run(command, check=True, cwd=ROOT)
-        target.with_suffix(".cmd").write_text(" ".join(command), encoding="utf-8")
-    return target
+FLAGS = ["-g1", "-fno-omit-frame-pointer", "-w", "-Wno-psabi"]
 
 
 def built(name: str, quick: bool) -> Path:
     """The library for one instruction set."""
-    import torch
-    from torch.utils.cpp_extension import include_paths
-
     folder = ROOT / "build" / "sanitize" / (f"{name}-quick" if quick else name)
     sanitizers = QUICK if quick else FULL
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = [*sanitizers, "-O0" if quick else "-O1", *FLAGS, f"-DW2S_ONLY_TARGET={TARGETS[name]}"]
-    flags.append(f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET}")
-    flags += ["-Icsrc", *(f"-I{path}" for path in include_paths())]
-    sources = sorted(setup.sources("cpu", "cpp"), key=lambda s: -os.path.getsize(ROOT / s))
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(lambda s: compiled(s, folder, flags), sources))
+    level = ["-O0" if quick else "-O1"]
+    objects, _ = setup.compile_cpu(folder, setup.TARGETS[name], [*sanitizers, *FLAGS], level, level)
     library = folder / "_ops.so"
     if not library.exists() or any(o.stat().st_mtime > library.stat().st_mtime for o in objects):
-        where = Path(torch.__file__).parent / "lib"
-        command = [setup.compiler() or "c++", *sanitizers, "-shared", *map(str, objects), f"-L{where}"]
-        subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)], check=True)
+        setup.link(objects, str(library), [*sanitizers, *setup.torch_libraries()])
     return library
 
 
@@ -108,13 +67,14 @@ def main() -> int:
     """Build and run; how many runs failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--target", choices=list(TARGETS), action="append")
+    parser.add_argument("--target", choices=[name for name in setup.TARGETS if name != "all"], action="append")
     given = parser.parse_args()
     if shutil.which(setup.compiler() or "c++") is None:
         sys.exit("sanitize: no C++ compiler was found")
+    found = setup.instruction_sets()
     options = ["--calls", "400", "--samples", "3"] if given.quick else ["--calls", "2000"]
     failed = 0
-    for name in given.target or (available()[:1] if given.quick else available()):
+    for name in given.target or (found[:1] if given.quick else found):
         start = time.perf_counter()
         library = built(name, given.quick)
         print(f"sanitize: {name} built in {time.perf_counter() - start:.0f} s", flush=True)

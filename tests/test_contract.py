@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import w2s_fast
+from w2s_fast import extension
 from w2s_fast.library import OPS
 from w2s_fast.testing.samples import all_samples
 
@@ -53,6 +55,22 @@ def test_registration(name, suffix):
     assert has(qualified, "Autograd"), "no gradient (a silent None otherwise)"
     overload = getattr(torch.ops.w2s_fast, name + suffix).default
     assert not overload._schema.is_mutable
+
+
+def _types(schema: str) -> str:
+    """``"Tensor, float -> Tensor"`` of ``"op(Tensor x, float eps) -> (Tensor y)"``."""
+    sides = [re.sub(r"^[^(]*\(|\)$", "", part.replace("(a!)", "")) for part in schema.rsplit(" -> ", 1)]
+    return " -> ".join(", ".join(piece.split()[0] for piece in side.split(", ") if piece) for side in sides).rstrip()
+
+
+@pytest.mark.skipif(extension.PATH is None, reason="the extension is not built")
+def test_implementations_take_what_the_schemas_say():
+    """The stable ABI hands over 64-bit words: an int where a float is meant is a wrong result without an error."""
+    found = {op: types for op, types in extension.signatures().items() if hasattr(torch.ops.w2s_fast, op)}
+    said = {op: _types(str(getattr(torch.ops.w2s_fast, op).default._schema)) for op in found}
+    assert {op: types for op, types in found.items() if said[op] != types} == {}
+    assert {op for op in OPS if OPS[op].has_cpp()} <= set(found)
+    assert not extension.signatures().keys() - found.keys(), "an implementation of no op"
 
 
 @pytest.mark.parametrize("name", sorted(OPS))

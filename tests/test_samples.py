@@ -36,7 +36,7 @@ def test_accuracy(sample: Sample, dtype: torch.dtype, backend: str):
 
 
 @pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx2"])
 def test_accuracy_of_other_instruction_sets(isa: str):
     """Fused logits and the losses over a vocabulary on narrower vectors, in a process where those are chosen."""
     ops = ("kd_loss", "linear_kd", "linear_eisl", "linear_ce", "fuse_logits")

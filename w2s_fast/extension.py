@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import json
 import os
@@ -29,8 +30,23 @@ def _load() -> None:
     try:
         torch.ops.load_library(found[0])
         PATH = found[0]
+        ERROR = _text("w2s_fast_refusal")
     except Exception as error:  # a broken binary must not break `import w2s_fast`; the reason is kept
         ERROR = f"the C++ extension does not load: {error}"
+
+
+def _text(function: str) -> str | None:
+    assert PATH is not None
+    call = getattr(ctypes.CDLL(PATH), function)
+    call.restype = ctypes.c_char_p
+    found: bytes | None = call()
+    return None if found is None else found.decode()
+
+
+def signatures() -> dict[str, str]:
+    """``"Tensor, float -> Tensor"`` of each C++ implementation that the loaded library has, by the name of its op."""
+    lines = (_text("w2s_fast_signatures") or "").splitlines() if PATH is not None else []
+    return {op: types.replace(", ->", " ->").rstrip(", ") for op, types in (line.split(": ", 1) for line in lines)}
 
 
 def warn_once() -> None:

@@ -1,6 +1,7 @@
-// Compiles the header W2S_KERNEL once a target, each time in that target's namespace with its Vec. See vec.h.
+// Compiles the header W2S_KERNEL once a target in this source, each time in that target's namespace with its Vec: for the
+// dense product, whose host and kernels are one. All others are sources of their own; see kernels.h.
 // No include guard: a source file includes it once for its kernel.
-#include "cpu/vec.h"
+#include "cpu/kernels.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12's own intrinsic headers warn about their undefined operands; vectors never cross a call here, so ABI notes
@@ -10,14 +11,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
-// -DW2S_ONLY_TARGET=512, 2 (AVX2) or 0 (portable) leaves the others out: a quicker build, for the sanitizers.
-#if !defined(W2S_ONLY_TARGET)
-#define W2S_HAS_TARGET(target) W2S_X86
-#else
-#define W2S_HAS_TARGET(target) (W2S_X86 && W2S_ONLY_TARGET == target)
-#endif
-
-#if W2S_HAS_TARGET(512)
+#if W2S_TARGETS & 4
 W2S_TARGET_BEGIN(W2S_AVX512)
 namespace w2s::avx512 {
 template <class T>
@@ -28,7 +22,7 @@ using Vec = std::conditional_t<std::is_same_v<T, float>, Float, VectorExtension<
 W2S_TARGET_END
 #endif
 
-#if W2S_HAS_TARGET(2)
+#if W2S_TARGETS & 6  // also double's, whatever the instruction set of float
 W2S_TARGET_BEGIN(W2S_AVX2)
 namespace w2s::avx2 {
 template <class T>
@@ -39,22 +33,30 @@ using Vec = std::conditional_t<std::is_same_v<T, float>, Float, VectorExtension<
 W2S_TARGET_END
 #endif
 
-#if W2S_HAS_TARGET(512) && W2S_HAS_TARGET(2)
-#define W2S_DISPATCH(function)                                    \
-  (::w2s::isa() == ::w2s::Isa::avx512 ? ::w2s::avx512::function   \
-   : ::w2s::isa() == ::w2s::Isa::avx2 ? ::w2s::avx2::function     \
-                                      : ::w2s::portable::function)
-#elif W2S_HAS_TARGET(512)
-#define W2S_DISPATCH(function) (::w2s::avx512::function)
-#elif W2S_HAS_TARGET(2)
-#define W2S_DISPATCH(function) (::w2s::avx2::function)
-#else
-#define W2S_DISPATCH(function) (::w2s::portable::function)
-#endif
-
+#if W2S_TARGETS & 1
 namespace w2s::portable {
 template <class T>
 using Vec = VectorExtension<T, 16 / sizeof(T)>;
 #include "cpu/vec_math.h"
 #include W2S_KERNEL
 }  // namespace w2s::portable
+#endif
+
+// The copy of a function over A for this machine: W2S_DISPATCH_AS(A, pack<A>)(arguments). In a template over A.
+#if W2S_TARGETS == 6
+#define W2S_DISPATCH_AS(A, ...)                                                          \
+  ([] {                                                                                  \
+    if constexpr (sizeof(A) == 8) return &::w2s::avx2::__VA_ARGS__;                       \
+    else return ::w2s::isa() == ::w2s::Isa::avx512 ? &::w2s::avx512::__VA_ARGS__ : &::w2s::avx2::__VA_ARGS__; \
+  }())
+#elif W2S_TARGETS == 4
+#define W2S_DISPATCH_AS(A, ...)                                     \
+  ([] {                                                             \
+    if constexpr (sizeof(A) == 8) return &::w2s::avx2::__VA_ARGS__;  \
+    else return &::w2s::avx512::__VA_ARGS__;                        \
+  }())
+#elif W2S_TARGETS == 2
+#define W2S_DISPATCH_AS(A, ...) (&::w2s::avx2::__VA_ARGS__)
+#else
+#define W2S_DISPATCH_AS(A, ...) (&::w2s::portable::__VA_ARGS__)
+#endif

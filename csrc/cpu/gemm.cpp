@@ -79,12 +79,12 @@ struct Product {
   void pack_rows(int64_t first, int64_t tiles, int height, int64_t k0, int64_t depth, A* dst) const {
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = first + t * height;
-      W2S_DISPATCH(pack<A>)(at(a, row, k0), a.dtype, a.across, a.down, depth, std::min<int64_t>(height, M - row), height,
+      W2S_DISPATCH_AS(A, pack<A>)(at(a, row, k0), a.dtype, a.across, a.down, depth, std::min<int64_t>(height, M - row), height,
                             dst + t * depth * height);
     }
   }
   void pack_columns(int64_t first, int64_t k0, int64_t depth, int64_t width, A* dst) const {
-    W2S_DISPATCH(pack<A>)(at(b, k0, first), b.dtype, b.down, b.across, depth, std::min<int64_t>(width, N - first), width, dst);
+    W2S_DISPATCH_AS(A, pack<A>)(at(b, k0, first), b.dtype, b.down, b.across, depth, std::min<int64_t>(width, N - first), width, dst);
   }
 
   int height_for(int64_t rows) const {  // equal tiles of an even height
@@ -115,7 +115,7 @@ struct Product {
           pack_rows(t0 * height, t1 - t0, height, k0, depth, left);
           for (int64_t p = p0; p < p1; ++p)
             for (int64_t t = t0; t < t1; ++t)
-              W2S_DISPATCH(run_tile<A>)(height, depth, left + (t - t0) * height * depth, height, 1, right + p * width * depth,
+              W2S_DISPATCH_AS(A, run_tile<A>)(height, depth, left + (t - t0) * height * depth, height, 1, right + p * width * depth,
                                         width, std::min<int64_t>(height, M - t * height),
                                         std::min<int64_t>(width, columns - p * width), out(t * height, j0 + p * width), alpha, adds);
         });
@@ -145,7 +145,7 @@ struct Product {
             right = tail, ldb = width;
           }
           for (int64_t t = 0; t < tiles; ++t)
-            W2S_DISPATCH(run_tile<A>)(height, depth, left + t * apart + k0 * height, height, 1, right, ldb,
+            W2S_DISPATCH_AS(A, run_tile<A>)(height, depth, left + t * apart + k0 * height, height, 1, right, ldb,
                                       std::min<int64_t>(height, M - t * height), columns, out(t * height, p * width), alpha,
                                       add || k0 > 0);
         }
@@ -159,7 +159,7 @@ struct Product {
     const int height = shape.rows > 8 ? 8 : shape.rows;
     A* right = scratch_of<A>(0, panels * width * K + 64);
     parallel(panels, [&](int64_t p) {
-      W2S_DISPATCH(pack<A>)(at(a, p * width, 0), a.dtype, a.across, a.down, K, std::min(width, M - p * width), width,
+      W2S_DISPATCH_AS(A, pack<A>)(at(a, p * width, 0), a.dtype, a.across, a.down, K, std::min(width, M - p * width), width,
                             right + p * width * K);
     });
     parallel(up(N, height), [&](int64_t t) {
@@ -173,7 +173,7 @@ struct Product {
       const int64_t step = copy ? height : 1, apart = copy ? 1 : b.across;
       for (int64_t p = 0; p < panels; ++p)
         for (int64_t k0 = 0; k0 < K; k0 += DEPTH)  // in pieces, so that no sum is one long chain of roundings
-          W2S_DISPATCH(run_tile<A>)(height, std::min(DEPTH, K - k0), (copy ? copy : left) + k0 * step, step, apart,
+          W2S_DISPATCH_AS(A, run_tile<A>)(height, std::min(DEPTH, K - k0), (copy ? copy : left) + k0 * step, step, apart,
                                     right + (p * K + k0) * width, width, rows, std::min(width, M - p * width),
                                     Target<A>{c.data + n0 * c.across + p * width * c.down, c.across, c.down}, alpha, add || k0 > 0);
     });
@@ -182,7 +182,7 @@ struct Product {
   void run() {
     M = a.rows, N = b.columns, K = a.columns;
     if (M == 0 || N == 0) return;
-    shape = W2S_DISPATCH(tile_shape<A>)();
+    shape = W2S_DISPATCH_AS(A, tile_shape<A>)();
     if (K == 0) {
       if (!add)
         for (int64_t i = 0; i < M; ++i)

@@ -115,7 +115,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(w2s_fast, m) {
   m.def("product_rates(Tensor like) -> Tensor");
   m.def("product(Tensor a, Tensor b, Tensor(a!) c, bool add, int way) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("product_rates", W2S_BOX(&w2s::product_rates));
-  m.impl("product", W2S_BOX(&w2s::product));
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::product_rates>("product_rates");
+  m.add<&w2s::product>("product");
 }

@@ -1,11 +1,8 @@
 // Vectors for the CPU kernels, and the choice of instruction set at run time.
 //
-// A kernel is written once, as a header of templates over Vec<float> / Vec<double>, and compiled once a target:
-//     #define W2S_KERNEL "cpu/logit_fusion/fuse_kernel.h"
-//     #include "cpu/for_each_target.h"        // w2s::avx512, w2s::avx2, w2s::portable each get a copy
-//     W2S_DISPATCH(run_fuse)(arguments);      // calls the copy for this machine
-// No -march flag is needed: each copy stands inside `#pragma GCC target`. W2S_FAST_CPU=portable|avx2|avx512 caps the
-// choice (for tests). Headers of the standard library and of torch must be included before for_each_target.h.
+// A kernel is templates over Vec<float> or Vec<double>, compiled once a copy (kernels.h). No -march flag is needed: each
+// copy stands inside `#pragma GCC target`, so that code of the standard library in the same source stays code for any
+// machine. W2S_FAST_CPU=portable|avx2|avx512 caps the choice (for tests).
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// Included once a target, inside its namespace, by for_each_target.h (hence no include guard).
-// exp, the online log-sum-exp of a tile, and typed loads and stores, for V = Vec<float> or Vec<double>.
+// Included once a target, inside its namespace, by target_begin.h (hence no include guard).
+// exp, sums of a tile, and typed loads and stores, for V = Vec<float> or Vec<double>.
 
 constexpr int TILE = 1024;  // elements; a few tiles of float stay in L1
 
@@ -110,22 +110,3 @@ W2S_INLINE A tile_exp_sum(const A* z, int n, A m) {
   for (; i < end; i += V::W) a = a + vexp(V::load(z + i) - ref);
   return (a + b).sum();
 }
-
-// Online log-sum-exp of a row: tiles of (max, sum) merged in order, in double.
-struct LogSumExp {
-  double max = -std::numeric_limits<double>::infinity(), sum = 0;
-  W2S_INLINE void add(double m, double s) {
-    if (m > max) {
-      sum = sum * std::exp(max - m) + s;
-      max = m;
-    } else if (m == -std::numeric_limits<double>::infinity()) {
-      sum += s;  // 0, or NaN
-    } else {
-      sum += s * std::exp(m - max);
-    }
-  }
-  // lse = reference + log_sum, for a row without mass -infinity + 0 (or NaN)
-  double reference() const { return max; }
-  double log_sum() const { return std::isinf(max) ? (max < 0 ? sum : 0 * sum) : std::log(sum); }
-  double value() const { return max == -std::numeric_limits<double>::infinity() ? max + sum : max + std::log(sum); }
-};

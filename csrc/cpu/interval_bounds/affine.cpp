@@ -1,11 +1,6 @@
 // interval_affine, interval_batchnorm_stats and their gradients. Tensors are [B, C, size]: an item is a plane of one
 // channel, or a row of all channels where size is 1, so that either way entries lie next to each other. 16 bytes an entry
 // forward, 24 backward. Sums are float64, a sample's in order.
-#include "cpu/interval_bounds/linear.h"
-
-#define W2S_KERNEL "cpu/interval_bounds/affine_kernel.h"
-#include "cpu/for_each_target.h"
-
 #include "cpu/interval_bounds/host.h"
 
 namespace w2s::interval {
@@ -41,7 +36,7 @@ char* at(const Tensor& t, int64_t entry, int64_t bytes) { return static_cast<cha
 template <class A>
 std::vector<A> vector_of(const Tensor& t) {
   std::vector<A> found(static_cast<size_t>(round_up(t.size(0), 16) + 64), A(0));
-  W2S_DISPATCH(widen_all<A>)(t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), found.data());
+  kernels<ConvertKernels, A>().widen(t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), found.data());
   return found;
 }
 
@@ -60,7 +55,7 @@ void forward(const Planes& p, const Tensor& lower, const Tensor& upper, const Te
   parallel_items(p.batch, grain_of(p.channels * p.size), [&](int64_t n) {
     A one[TILE], two[TILE];
     p.runs(n, [&](int64_t entry, int count, int64_t c) {
-      W2S_DISPATCH(affine<A>)(at(lower, entry, p.bytes), at(upper, entry, p.bytes), p.dtype, spread(p, s, c, count, one),
+      kernels<AffineKernels, A>().forward(at(lower, entry, p.bytes), at(upper, entry, p.bytes), p.dtype, spread(p, s, c, count, one),
                               spread(p, t, c, count, two), count, relu, sound, at(low, entry, p.bytes), at(high, entry, p.bytes));
     });
   });
@@ -94,7 +89,7 @@ void write_sums(const Planes& p, const std::vector<double>& sums, double factor,
     for (int64_t n = 0; n < p.batch; ++n) sum += sums[size_t(n * p.channels + c)];
     total[size_t(c)] = A(sum * factor);
   }
-  W2S_DISPATCH(narrow_all<A>)(total.data(), p.channels, dtype_of(out.scalar_type()), out.data_ptr());
+  kernels<ConvertKernels, A>().narrow(total.data(), p.channels, dtype_of(out.scalar_type()), out.data_ptr());
 }
 
 template <class A>
@@ -105,7 +100,7 @@ void backward(const Planes& p, const Tensor& gl, const Tensor& gu, const Tensor&
   parallel_items(p.batch, grain_of(p.channels * p.size), [&](int64_t n) {
     A one[TILE], first[TILE], second[TILE];
     p.runs(n, [&](int64_t e, int count, int64_t c) {
-      W2S_DISPATCH(affine_gradient<A>)(at(gl, e, p.bytes), at(gu, e, p.bytes), at(lower, e, p.bytes), at(upper, e, p.bytes),
+      kernels<AffineKernels, A>().gradient(at(gl, e, p.bytes), at(gu, e, p.bytes), at(lower, e, p.bytes), at(upper, e, p.bytes),
                                        at(low, e, p.bytes), at(high, e, p.bytes), p.dtype, spread(p, s, c, count, one), count, relu,
                                        at(dl, e, p.bytes), at(du, e, p.bytes), first, second);
       add_run(p, first, count, c, scales.data() + n * p.channels);
@@ -136,7 +131,7 @@ void statistics(const Planes& p, const Tensor& x, Tensor& mean, Tensor& variance
     parallel_items(p.batch, grain_of(p.channels * p.size), [&](int64_t n) {
       double values[TILE];
       p.runs(n, [&](int64_t entry, int count, int64_t c) {
-        W2S_DISPATCH(widen_tile<double>)(at(x, entry, p.bytes), p.dtype, count, values);
+        kernels<ConvertKernels, double>().widen(at(x, entry, p.bytes), p.dtype, count, values);
         for (int i = 0; second && i < count; ++i) {
           const double d = values[i] - center[size_t(p.rows() ? c + i : c)];
           values[i] = d * d;
@@ -171,7 +166,7 @@ void stats_backward(const Planes& p, const Tensor& grad_mean, const Tensor& grad
   parallel_items(p.batch, grain_of(p.channels * p.size), [&](int64_t n) {
     A one[TILE], two[TILE], three[TILE];
     p.runs(n, [&](int64_t e, int count, int64_t c) {
-      W2S_DISPATCH(stats_gradient<A>)(at(x, e, p.bytes), p.dtype, spread(p, g, c, count, one), spread(p, h, c, count, two),
+      kernels<AffineKernels, A>().stats_gradient(at(x, e, p.bytes), p.dtype, spread(p, g, c, count, one), spread(p, h, c, count, two),
                                       spread(p, center, c, count, three), count, at(dx, e, p.bytes));
     });
   });
@@ -188,9 +183,9 @@ Tensor interval_batchnorm_stats_backward(Tensor grad_mean, Tensor grad_var, Tens
 }  // namespace
 }  // namespace w2s::interval
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("interval_affine", W2S_BOX(&w2s::interval::interval_affine));
-  m.impl("interval_affine_backward", W2S_BOX(&w2s::interval::interval_affine_backward));
-  m.impl("interval_batchnorm_stats", W2S_BOX(&w2s::interval::interval_batchnorm_stats));
-  m.impl("interval_batchnorm_stats_backward", W2S_BOX(&w2s::interval::interval_batchnorm_stats_backward));
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::interval::interval_affine>("interval_affine");
+  m.add<&w2s::interval::interval_affine_backward>("interval_affine_backward");
+  m.add<&w2s::interval::interval_batchnorm_stats>("interval_batchnorm_stats");
+  m.add<&w2s::interval::interval_batchnorm_stats_backward>("interval_batchnorm_stats_backward");
 }

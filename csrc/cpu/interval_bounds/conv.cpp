@@ -4,42 +4,50 @@
 // in registers. With stride 1 the gradient of the input is such a convolution too, otherwise panels of it are folded back.
 // Floor: 4 B O K P FLOPs forward, 8 backward (K taps times channels, P positions). A sample is an item; the gradient of W
 // is summed in order over PARTS parts of the batch.
-#include "cpu/interval_bounds/linear.h"
-
-#define W2S_KERNEL "cpu/interval_bounds/conv_kernel.h"
-#include "cpu/for_each_target.h"
-
 #include "cpu/interval_bounds/host.h"
 
 namespace w2s::interval {
+
+ConvShape::ConvShape(const Tensor& a, const Tensor& w, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+          const std::vector<int64_t>& dilation, int64_t g)
+    : batch(a.size(0)), channels(a.size(1)), in_h(a.size(2)), in_w(a.size(3)), out_channels(w.size(0)), kernel_h(w.size(2)),
+      kernel_w(w.size(3)), padding_y(padding[0]), padding_x(padding[1]), dilation_y(dilation[0]), dilation_x(dilation[1]), groups(g),
+      group_in(channels / g), group_out(out_channels / g) {
+  stride_y = std::min(stride[0], in_h + 2 * padding_y);  // a longer one leaves one position too, and planes would grow with it
+  stride_x = std::min(stride[1], in_w + 2 * padding_x);
+  out_h = (in_h + 2 * padding_y - dilation_y * (kernel_h - 1) - 1) / stride_y + 1;
+  out_w = (in_w + 2 * padding_x - dilation_x * (kernel_w - 1) - 1) / stride_x + 1;
+  phase_w = pieces(in_w + 2 * padding_x, stride_x);
+}
+
 namespace {
 
 constexpr int64_t PARTS = 16;
 constexpr int64_t SLACK = 64;  // elements past a buffer that whole vectors may touch
 
 template <class A>
-const A* flat_weight(const Tensor& weight, const ConvShape& s, Scratch<A>& scratch) {
+const A* flat_weight(const Tensor& weight, const ConvShape& s, CallMemory& memory) {
   if (dtype_of(weight.scalar_type()) == own_dtype<A>) return static_cast<const A*>(weight.data_ptr());
   const int64_t size = s.out_channels * s.k();
-  A* out = scratch.get(size);
-  W2S_DISPATCH(widen_all<A>)(weight.data_ptr(), dtype_of(weight.scalar_type()), size, out);
+  A* out = memory.get<A>(size);
+  kernels<ConvertKernels, A>().widen(weight.data_ptr(), dtype_of(weight.scalar_type()), size, out);
   return out;
 }
 
 // W of every group in tiles of taps over output channels, for a gradient of the input that is folded back
 template <class A>
-A* folding_weight(const A* w, const ConvShape& s, int64_t& group_size, Scratch<A>& scratch) {
-  const int64_t tall = W2S_DISPATCH(tile_height<A>)(), k = s.k();
+A* folding_weight(const A* w, const ConvShape& s, int64_t& group_size, CallMemory& memory) {
+  const int64_t tall = kernels<ConvKernels, A>().tile_height(), k = s.k();
   group_size = pieces(k, tall) * s.group_out * 2 * tall;
-  A* out = scratch.get(s.groups * group_size);
+  A* out = memory.get<A>(s.groups * group_size);
   for (int64_t g = 0; g < s.groups; ++g)
-    W2S_DISPATCH(pack_weight<A>)(w + g * s.group_out * k, k, s.group_out, 1, k, out + g * group_size);
+    kernels<ConvKernels, A>().pack_weight(w + g * s.group_out * k, k, s.group_out, 1, k, out + g * group_size);
   return out;
 }
 
 // W of every group with channels along the vectors: output channels, or (turned by 180 degrees) input channels
 template <class A>
-A* channel_weight(const A* w, const ConvShape& s, bool turned, int64_t& group_size, Scratch<A>& scratch) {
+A* channel_weight(const A* w, const ConvShape& s, bool turned, int64_t& group_size, CallMemory& memory) {
   const int64_t k = s.k(), taps = s.kernel_h * s.kernel_w, rows = turned ? s.group_in : s.group_out;
   std::vector<int64_t> at;
   if (turned) {
@@ -48,10 +56,10 @@ A* channel_weight(const A* w, const ConvShape& s, bool turned, int64_t& group_si
   } else {
     for (int64_t e = 0; e < k; ++e) at.push_back(e);
   }
-  group_size = round_up(rows, W2S_DISPATCH(weight_width<A>)()) * int64_t(at.size());
-  A* out = scratch.get(s.groups * group_size);
+  group_size = round_up(rows, kernels<ConvKernels, A>().weight_width()) * int64_t(at.size());
+  A* out = memory.get<A>(s.groups * group_size);
   for (int64_t g = 0; g < s.groups; ++g)
-    W2S_DISPATCH(pack_channels<A>)(w + g * s.group_out * k, rows, int64_t(at.size()), turned ? taps : k, at.data(), out + g * group_size);
+    kernels<ConvKernels, A>().pack_channels(w + g * s.group_out * k, rows, int64_t(at.size()), turned ? taps : k, at.data(), out + g * group_size);
   return out;
 }
 
@@ -69,10 +77,10 @@ struct Image {  // contiguous [B, channels, ...]
 template <class A>
 void forward(const ConvShape& s, const Tensor& a, const Tensor& b, const Tensor& weight, const std::optional<Tensor>& bias, const Call& call,
              Tensor& x, Tensor& y) {
-  Scratch<A> scratch{a, {}};
+  CallMemory memory{a, {}};
   int64_t group_size;
-  const A* packed = channel_weight<A>(flat_weight<A>(weight, s, scratch), s, false, group_size, scratch);
-  const A* shift = widened_bias(bias, s.out_channels, scratch);
+  const A* packed = channel_weight<A>(flat_weight<A>(weight, s, memory), s, false, group_size, memory);
+  const A* shift = widened_bias<A>(bias, s.out_channels, memory);
   const int64_t terms = conv_terms(s.k()), parts = std::min<int64_t>(s.out_h, pieces(8, s.batch)), share = pieces(s.out_h, parts);
   const std::vector<int64_t> offsets = s.offsets();
   const Image first(a, s.channels, s.in_h * s.in_w), second(b, s.channels, s.in_h * s.in_w);
@@ -80,12 +88,12 @@ void forward(const ConvShape& s, const Tensor& a, const Tensor& b, const Tensor&
   const int64_t size = s.group_in * s.plane() + SLACK;
   parallel_items(s.batch * parts, 1, [&](int64_t item) {
     const int64_t n = item / parts, from = item % parts * share, to = std::min(s.out_h, from + share);
-    A* c = W2S_DISPATCH(sample_memory<A>)(2 * size);
+    A* c = kernels<ConvKernels, A>().sample_memory(2 * size);
     A* r = c + size;
     for (int64_t g = 0; g < s.groups; ++g) {
-      W2S_DISPATCH(pad_sample<A>)(s, s.group_in, first.at(n, g * s.group_in), second.at(n, g * s.group_in), first.dtype, call.bounds_in,
+      kernels<ConvKernels, A>().pad_sample(s, s.group_in, first.at(n, g * s.group_in), second.at(n, g * s.group_in), first.dtype, call.bounds_in,
                                   call.sound, terms, c, r);
-      W2S_DISPATCH(conv_forward<A>)(s, c, r, offsets.data(), packed + g * group_size, shift ? shift + g * s.group_out : nullptr, from, to,
+      kernels<ConvKernels, A>().forward(s, c, r, offsets.data(), packed + g * group_size, shift ? shift + g * s.group_out : nullptr, from, to,
                                     call, terms, outx.dtype, outx.at(n, g * s.group_out), outy.at(n, g * s.group_out));
     }
   });
@@ -117,10 +125,10 @@ struct Sums {  // of one part of the batch: [group][tile of output channels][k][
 };
 
 template <class A>
-void write_weight(const ConvShape& s, const A* w, const std::vector<Sums<A>>& sums, int64_t group_sums, Tensor& dw, Scratch<A>& scratch) {
-  const int64_t k = s.k(), wide = W2S_DISPATCH(weight_width<A>)();
+void write_weight(const ConvShape& s, const A* w, const std::vector<Sums<A>>& sums, int64_t group_sums, Tensor& dw, CallMemory& memory) {
+  const int64_t k = s.k(), wide = kernels<ConvKernels, A>().weight_width();
   const bool direct = dtype_of(dw.scalar_type()) == own_dtype<A>;
-  A* out = direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(s.out_channels * k);
+  A* out = direct ? static_cast<A*>(dw.data_ptr()) : memory.get<A>(s.out_channels * k);
   parallel_items(s.out_channels, 1, [&](int64_t o) {
     const int64_t channel = o % s.group_out, from = o / s.group_out * group_sums + channel / wide * k * wide + channel % wide;
     for (int64_t e = 0; e < k; ++e) {
@@ -130,24 +138,24 @@ void write_weight(const ConvShape& s, const A* w, const std::vector<Sums<A>>& su
       out[o * k + e] = m + (x > 0 ? q : x < 0 ? -q : A(0));
     }
   });
-  if (!direct) W2S_DISPATCH(narrow_all<A>)(out, s.out_channels * k, dtype_of(dw.scalar_type()), dw.data_ptr());
+  if (!direct) kernels<ConvertKernels, A>().narrow(out, s.out_channels * k, dtype_of(dw.scalar_type()), dw.data_ptr());
 }
 
 template <class A>
 void backward(const ConvShape& s, const Tensor& ga, const Tensor& gb, const Tensor& a, const Tensor& b, const Tensor& weight,
               const Tensor& oa, const Tensor& ob, const Call& call, Outputs out) {
-  Scratch<A> scratch{a, {}};
+  CallMemory memory{a, {}};
   int64_t group_size = 0;
-  const A* w = flat_weight<A>(weight, s, scratch);
+  const A* w = flat_weight<A>(weight, s, memory);
   const bool turns = s.turns();
   const ConvShape back = turns ? s.turned() : s;
   const std::vector<int64_t> taps = s.offsets(), offsets = back.offsets();
-  const A* packed = !out.need_x ? nullptr : turns ? channel_weight<A>(w, s, true, group_size, scratch) : folding_weight<A>(w, s, group_size, scratch);
+  const A* packed = !out.need_x ? nullptr : turns ? channel_weight<A>(w, s, true, group_size, memory) : folding_weight<A>(w, s, group_size, memory);
   const int64_t parts = std::min(PARTS, s.batch), share = pieces(s.batch, parts), k = s.k(), area = s.positions();
   std::vector<Sums<A>> sums(static_cast<size_t>(parts));
-  const int64_t wide = W2S_DISPATCH(weight_width<A>)(), padded_out = round_up(s.group_out, wide), group_sums = padded_out * k;
+  const int64_t wide = kernels<ConvKernels, A>().weight_width(), padded_out = round_up(s.group_out, wide), group_sums = padded_out * k;
   for (Sums<A>& part : sums) {
-    if (out.need_w) part.m = scratch.get(s.groups * group_sums), part.s = scratch.get(s.groups * group_sums);
+    if (out.need_w) part.m = memory.get<A>(s.groups * group_sums), part.s = memory.get<A>(s.groups * group_sums);
     if (out.need_b) part.bias.assign(size_t(s.out_channels), 0.0);
   }
   const Image g1(ga, s.out_channels, area), g2(gb, s.out_channels, area), o1(oa, s.out_channels, area), o2(ob, s.out_channels, area);
@@ -160,28 +168,28 @@ void backward(const ConvShape& s, const Tensor& ga, const Tensor& gb, const Tens
       std::fill(part.m, part.m + s.groups * group_sums, A(0));
       std::fill(part.s, part.s + s.groups * group_sums, A(0));
     }
-    A* c = W2S_DISPATCH(sample_memory<A>)(2 * plane + 2 * grads + 2 * padded_out * area);
+    A* c = kernels<ConvKernels, A>().sample_memory(2 * plane + 2 * grads + 2 * padded_out * area);
     A *r = c + plane, *gm = r + plane, *gr = gm + grads, *turned = gr + grads;
     for (int64_t n = i * share; n < std::min(s.batch, (i + 1) * share); ++n)
       for (int64_t g = 0; g < s.groups; ++g) {
         const int64_t o = g * s.group_out, in = g * s.group_in;
-        W2S_DISPATCH(output_gradient<A>)(g1.at(n, o), g2.at(n, o), o1.at(n, o), o2.at(n, o), g1.dtype, call, s.group_out, area, ld, gm, gr,
+        kernels<ConvKernels, A>().output_gradient(g1.at(n, o), g2.at(n, o), o1.at(n, o), o2.at(n, o), g1.dtype, call, s.group_out, area, ld, gm, gr,
                                          out.need_b ? part.bias.data() + o : nullptr);
         if (out.need_w) {
-          W2S_DISPATCH(pad_sample<A>)(s, s.group_in, x1.at(n, in), x2.at(n, in), x1.dtype, call.bounds_in, false, 0, c, r);
-          W2S_DISPATCH(turn_gradient<A>)(gm, gr, ld, s.group_out, area, turned);
-          W2S_DISPATCH(weight_sample<A>)(s, taps.data(), turned, c, r, part.m + g * group_sums, part.s + g * group_sums);
+          kernels<ConvKernels, A>().pad_sample(s, s.group_in, x1.at(n, in), x2.at(n, in), x1.dtype, call.bounds_in, false, 0, c, r);
+          kernels<ConvKernels, A>().turn_gradient(gm, gr, ld, s.group_out, area, turned);
+          kernels<ConvKernels, A>().weight_sample(s, taps.data(), turned, c, r, part.m + g * group_sums, part.s + g * group_sums);
         }
         if (out.need_x && turns) {
-          W2S_DISPATCH(pad_gradient<A>)(back, gm, gr, ld, c, r);
-          W2S_DISPATCH(conv_input<A>)(back, c, r, offsets.data(), packed + g * group_size, call.bounds_in, d1.dtype, d1.at(n, in), d2.at(n, in));
+          kernels<ConvKernels, A>().pad_gradient(back, gm, gr, ld, c, r);
+          kernels<ConvKernels, A>().input(back, c, r, offsets.data(), packed + g * group_size, call.bounds_in, d1.dtype, d1.at(n, in), d2.at(n, in));
         } else if (out.need_x) {
-          W2S_DISPATCH(fold_sample<A>)(s, gm, gr, ld, packed + g * group_size, c, r);
-          W2S_DISPATCH(unpad_sample<A>)(s, c, r, call.bounds_in, d1.dtype, d1.at(n, in), d2.at(n, in));
+          kernels<ConvKernels, A>().fold_sample(s, gm, gr, ld, packed + g * group_size, c, r);
+          kernels<ConvKernels, A>().unpad_sample(s, c, r, call.bounds_in, d1.dtype, d1.at(n, in), d2.at(n, in));
         }
       }
   });
-  if (out.need_w) write_weight(s, w, sums, group_sums, out.dw, scratch);
+  if (out.need_w) write_weight(s, w, sums, group_sums, out.dw, memory);
   if (!out.need_b) return;
   std::vector<A> total(static_cast<size_t>(s.out_channels), A(0));
   for (int64_t o = 0; o < s.out_channels; ++o) {
@@ -189,7 +197,7 @@ void backward(const ConvShape& s, const Tensor& ga, const Tensor& gb, const Tens
     for (const Sums<A>& part : sums) sum += part.bias[size_t(o)];
     total[size_t(o)] = A(sum);
   }
-  W2S_DISPATCH(narrow_all<A>)(total.data(), s.out_channels, dtype_of(out.dbias.scalar_type()), out.dbias.data_ptr());
+  kernels<ConvertKernels, A>().narrow(total.data(), s.out_channels, dtype_of(out.dbias.scalar_type()), out.dbias.data_ptr());
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -217,7 +225,7 @@ Gradients interval_conv2d_backward(Tensor ga, Tensor gb, Tensor a, Tensor b, Ten
 }  // namespace
 }  // namespace w2s::interval
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("interval_conv2d", W2S_BOX(&w2s::interval::interval_conv2d));
-  m.impl("interval_conv2d_backward", W2S_BOX(&w2s::interval::interval_conv2d_backward));
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::interval::interval_conv2d>("interval_conv2d");
+  m.add<&w2s::interval::interval_conv2d_backward>("interval_conv2d_backward");
 }

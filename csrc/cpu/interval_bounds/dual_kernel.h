@@ -1,4 +1,4 @@
-// Included once a target by for_each_target.h. Dual products: one read of W serves a product with W and one with |W|.
+// Included once a target (no include guard). Dual products: one read of W serves a product with W and one with |W|.
 //
 // Three register tiles, all of ROWS x COLS x 2 accumulators (24 of 32 registers with 64-byte vectors, 8 of 16 else):
 //   dot_tile    contraction along the rows of W     (forward; a chain adds k / width + 5 terms, which keeps it tight)

@@ -1,33 +1,43 @@
-// Tensors to and from the accumulation type. Included after for_each_target.h, which the dispatches below need.
+// Host side of the dual products: tensors to and from the accumulation type.
 #pragma once
 
-#include "cpu/interval_bounds/linear.h"
+#include "cpu/convert.h"
+#include "cpu/interval_bounds/boxes.h"
+#include "cpu/tensors.h"
 
 namespace w2s::interval {
 namespace {
 
 template <class A>
-Matrix<A> widened(const Tensor& t, Scratch<A>& scratch) {
+struct RowMatrix {  // rows of unit stride
+  const A* data;
+  int64_t rows, columns, stride;
+};
+
+inline bool transposed(const Tensor& w) { return w.size(1) > 1 && w.stride(1) != 1 && w.size(0) > 1 && w.stride(0) == 1; }
+
+template <class A>
+RowMatrix<A> widened(const Tensor& t, CallMemory& memory) {
   const Rows rows(t);
   const int64_t n = t.size(0), k = t.size(1);
   if (rows.dtype == own_dtype<A> && (k <= 1 || t.stride(1) == 1))
     return {static_cast<const A*>(t.data_ptr()), n, k, n > 1 ? t.stride(0) : k};
-  A* out = scratch.get(n * k);
+  A* out = memory.get<A>(n * k);
   if (k > 1 && t.stride(1) != 1) {  // any strides, element by element
     const std::vector<double> all = numbers(t);
     std::copy(all.begin(), all.end(), out);
   } else {
-    parallel_items(n, grain_of(k), [&](int64_t i) { W2S_DISPATCH(widen_all<A>)(rows.at(i, 0), rows.dtype, k, out + i * k); });
+    parallel_items(n, grain_of(k), [&](int64_t i) { kernels<ConvertKernels, A>().widen(rows.at(i, 0), rows.dtype, k, out + i * k); });
   }
   return {out, n, k, k};
 }
 
 template <class A>
-A* widened_bias(const std::optional<Tensor>& bias, int64_t n, Scratch<A>& scratch) {
+A* widened_bias(const std::optional<Tensor>& bias, int64_t n, CallMemory& memory) {
   if (!bias) return nullptr;
-  A* out = scratch.get(n + 64);
+  A* out = memory.get<A>(n + 64);
   std::fill(out, out + n + 64, A(0));
-  W2S_DISPATCH(widen_all<A>)(bias->data_ptr(), dtype_of(bias->scalar_type()), n, out);
+  kernels<ConvertKernels, A>().widen(bias->data_ptr(), dtype_of(bias->scalar_type()), n, out);
   return out;
 }
 
@@ -38,12 +48,12 @@ struct Box {  // centre and radius [batch, ld], zeros past k
 };
 
 template <class A>
-Box<A> centered(const Tensor& a, const Tensor& b, bool bounds, bool sound, int64_t terms, Scratch<A>& scratch) {
+Box<A> centered(const Tensor& a, const Tensor& b, bool bounds, bool sound, int64_t terms, CallMemory& memory) {
   const int64_t batch = a.size(0), k = a.size(1), ld = round_up(k, 16) + 16;  // + 16: rows that are not 4096 bytes apart
-  Box<A> box{scratch.get(batch * ld), scratch.get(batch * ld), batch, k, ld};
+  Box<A> box{memory.get<A>(batch * ld), memory.get<A>(batch * ld), batch, k, ld};
   const Rows first(a), second(b);
   parallel_items(batch, grain_of(k), [&](int64_t i) {
-    W2S_DISPATCH(center<A>)(first.at(i, 0), second.at(i, 0), first.dtype, bounds, sound, terms, k, box.c + i * ld, box.r + i * ld);
+    kernels<LinearKernels, A>().center(first.at(i, 0), second.at(i, 0), first.dtype, bounds, sound, terms, k, box.c + i * ld, box.r + i * ld);
   });
   return box;
 }
@@ -53,7 +63,7 @@ void narrow_rows(const A* from, Tensor& to) {
   const Rows rows(to);
   const int64_t columns = to.size(1);
   parallel_items(to.size(0), grain_of(columns), [&](int64_t i) {
-    W2S_DISPATCH(narrow_all<A>)(from + i * columns, columns, rows.dtype, static_cast<char*>(to.data_ptr()) + i * columns * rows.bytes);
+    kernels<ConvertKernels, A>().narrow(from + i * columns, columns, rows.dtype, static_cast<char*>(to.data_ptr()) + i * columns * rows.bytes);
   });
 }
 

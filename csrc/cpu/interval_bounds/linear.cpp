@@ -8,11 +8,6 @@
 // Larger batches in fast rounding are bound by arithmetic, not by reading W; where the library multiplies faster than our
 // tiles (gemm.h), each dual product is two of its, with |W| made a block of rows at a time.
 #include "cpu/gemm.h"
-#include "cpu/interval_bounds/linear.h"
-
-#define W2S_KERNEL "cpu/interval_bounds/linear_targets.h"
-#include "cpu/for_each_target.h"
-
 #include "cpu/interval_bounds/host.h"
 
 namespace w2s::interval {
@@ -25,15 +20,15 @@ constexpr int64_t PARTS = 16;     // partial sums of a streaming gradient: fixed
 inline int64_t block_rows(int64_t k) { return std::max<int64_t>(64, (int64_t(1) << 18) / std::max<int64_t>(k, 1)); }
 
 // w.rows rows of |w| one after another
-void absolute_block(const Matrix<float>& w, float* out) {
-  parallel_items(w.rows, 16, [&](int64_t i) { W2S_DISPATCH(absolute<float>)(w.data + i * w.stride, w.columns, out + i * w.columns); });
+void absolute_block(const RowMatrix<float>& w, float* out) {
+  parallel_items(w.rows, 16, [&](int64_t i) { kernels<LinearKernels, float>().absolute(w.data + i * w.stride, w.columns, out + i * w.columns); });
 }
 
 Operand operand(const float* data, int64_t rows, int64_t columns, int64_t down) { return {data, Dtype::f32, rows, columns, down, 1}; }
 
-void forward_by_products(const Box<float>& box, const Matrix<float>& w, const float* bias, const Call& call, Scratch<float>& scratch, Tensor& x, Tensor& y) {
+void forward_by_products(const Box<float>& box, const RowMatrix<float>& w, const float* bias, const Call& call, CallMemory& memory, Tensor& x, Tensor& y) {
   const int64_t batch = box.batch, n = w.rows, k = w.columns, ld = round_up(n, 16) + 16, block = std::min(n, block_rows(k));
-  float *m = scratch.get(batch * ld), *s = scratch.get(batch * ld), *size = scratch.get(block * k);
+  float *m = memory.get<float>(batch * ld), *s = memory.get<float>(batch * ld), *size = memory.get<float>(block * k);
   gemm(operand(box.c, batch, k, box.ld), operand(w.data, n, k, w.stride).t(), Target<float>{m, ld, 1}, 1.0f, false);
   for (int64_t j = 0; j < n; j += block) {
     const int64_t rows = std::min(block, n - j);
@@ -42,18 +37,18 @@ void forward_by_products(const Box<float>& box, const Matrix<float>& w, const fl
   }
   const Rows first(x), second(y);
   parallel_items(batch, 4, [&](int64_t p) {
-    W2S_DISPATCH(finish<float>)(m + p * ld, s + p * ld, bias, n, call, first.dtype, first.at(p, 0), second.at(p, 0));
+    kernels<LinearKernels, float>().finish(m + p * ld, s + p * ld, bias, n, call, first.dtype, first.at(p, 0), second.at(p, 0));
   });
 }
 
 template <class A>
 void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::optional<Tensor>& bias, const Call& call, Tensor& x, Tensor& y) {
   const int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1);
-  Scratch<A> scratch{a, {}};
+  CallMemory memory{a, {}};
   const bool skip = transposed(weight) && batch <= FEW && dtype_of(weight.scalar_type()) == own_dtype<A>;
-  const int64_t terms = skip ? k + 8 : W2S_DISPATCH(chain<A>)(k);
-  const Box<A> box = centered<A>(a, b, call.bounds_in, call.sound, terms, scratch);
-  const A* shift = widened_bias(bias, n, scratch);
+  const int64_t terms = skip ? k + 8 : kernels<LinearKernels, A>().chain(k);
+  const Box<A> box = centered<A>(a, b, call.bounds_in, call.sound, terms, memory);
+  const A* shift = widened_bias<A>(bias, n, memory);
   const Rows first(x), second(y);
   if (skip) {
     const A* w = static_cast<const A*>(weight.data_ptr());
@@ -64,23 +59,23 @@ void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
           alive.push_back(int32_t(i));
           break;
         }
-    const int64_t panel = W2S_DISPATCH(panel_width<A>)();
+    const int64_t panel = kernels<LinearKernels, A>().panel_width();
     parallel_items(pieces(n, panel), 1, [&](int64_t i) {
-      W2S_DISPATCH(forward_alive<A>)(box.c, box.r, box.ld, batch, w, weight.stride(1), n, i * panel, alive.data(), int64_t(alive.size()),
+      kernels<LinearKernels, A>().forward_alive(box.c, box.r, box.ld, batch, w, weight.stride(1), n, i * panel, alive.data(), int64_t(alive.size()),
                                      shift, call, terms, first.dtype, first.at(0, 0), first.stride, second.at(0, 0));
     });
     return;
   }
-  const Matrix<A> w = widened<A>(weight, scratch);
+  const RowMatrix<A> w = widened<A>(weight, memory);
   if constexpr (sizeof(A) == 4)
-    if (!call.sound && batch > FEW && library_takes(batch, n, k, true)) return forward_by_products(box, w, shift, call, scratch, x, y);
+    if (!call.sound && batch > FEW && library_takes(batch, n, k, true)) return forward_by_products(box, w, shift, call, memory, x, y);
   // a chunk of W stays in L2 while every tile of rows passes over it
   const int64_t fit = std::clamp<int64_t>(393216 / int64_t(sizeof(A)) / std::max<int64_t>(1, cut_of(k, batch, sizeof(A))), 12, 252);
   const int64_t chunks = std::max<int64_t>(1, round_up(pieces(n, fit), n >= 48 ? 4 : 1));
   const int64_t wide = round_up(pieces(n, chunks), 12), count = pieces(n, wide), block = 256;
   parallel_items(count * pieces(batch, block), 1, [&](int64_t i) {
     const int64_t j = i % count * wide, p = i / count * block;
-    W2S_DISPATCH(forward_block<A>)(box.c + p * box.ld, box.r + p * box.ld, box.ld, std::min(block, batch - p), w.data + j * w.stride,
+    kernels<LinearKernels, A>().forward_block(box.c + p * box.ld, box.r + p * box.ld, box.ld, std::min(block, batch - p), w.data + j * w.stride,
                                    w.stride, std::min(wide, n - j), k, shift ? shift + j : nullptr, call, terms, first.dtype,
                                    first.at(p, j), first.stride, second.at(p, j));
   });
@@ -104,11 +99,11 @@ struct Backward {
   Tensor &da, &db, &dw, &dbias;
   bool need_x, need_w, need_b;
   int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1), ldg = round_up(n, 16) + 16;
-  Scratch<A> scratch{a, {}};
+  CallMemory memory{a, {}};
   A *gm = nullptr, *gr = nullptr;
 
   void gradients(const Tensor& ga, const Tensor& gb, const Tensor& oa, const Tensor& ob) {  // and the bias's
-    gm = scratch.get(batch * ldg), gr = scratch.get(batch * ldg);
+    gm = memory.get<A>(batch * ldg), gr = memory.get<A>(batch * ldg);
     const Rows g1(ga), g2(gb), o1(oa), o2(ob);
     const Rows out(dbias);
     parallel_items(pieces(n, 512), 1, [&](int64_t i) {
@@ -116,24 +111,24 @@ struct Backward {
       const int wide = int(std::min<int64_t>(512, n - j));
       A sum[512] = {};
       for (int64_t p = 0; p < batch; ++p)
-        W2S_DISPATCH(gradient_of<A>)(g1.at(p, j), g2.at(p, j), o1.at(p, j), o2.at(p, j), g1.dtype, call, wide, gm + p * ldg + j,
+        kernels<LinearKernels, A>().gradient(g1.at(p, j), g2.at(p, j), o1.at(p, j), o2.at(p, j), g1.dtype, call, wide, gm + p * ldg + j,
                                      gr + p * ldg + j, need_b ? sum : nullptr);
-      if (need_b) W2S_DISPATCH(narrow_all<A>)(sum, wide, out.dtype, static_cast<char*>(dbias.data_ptr()) + j * out.bytes);
+      if (need_b) kernels<ConvertKernels, A>().narrow(sum, wide, out.dtype, static_cast<char*>(dbias.data_ptr()) + j * out.bytes);
     });
   }
 
-  void few(const Matrix<A>& w) {
-    const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, scratch);
+  void few(const RowMatrix<A>& w) {
+    const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, memory);
     const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
-    A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(n * k);
+    A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : memory.get<A>(n * k);
     const int64_t size = batch * box.ld, share = pieces(n, PARTS);
-    A* part = need_x ? scratch.get(2 * PARTS * size) : nullptr;
+    A* part = need_x ? memory.get<A>(2 * PARTS * size) : nullptr;
     parallel_items(PARTS, 1, [&](int64_t i) {
       A* xm = part ? part + 2 * i * size : nullptr;
       if (xm) std::fill(xm, xm + 2 * size, A(0));
       const int64_t j = i * share, rows = std::min(share, n - j);
       if (rows > 0)
-        W2S_DISPATCH(stream<A>)(w.data + j * w.stride, w.stride, rows, k, batch, gm + j, gr + j, ldg, box.c, box.r, box.ld, xm,
+        kernels<LinearKernels, A>().stream(w.data + j * w.stride, w.stride, rows, k, batch, gm + j, gr + j, ldg, box.c, box.r, box.ld, xm,
                                 xm ? xm + size : nullptr, out ? out + j * k : nullptr, k);
     });
     if (need_w && !direct) narrow_rows<A>(out, dw);
@@ -142,45 +137,45 @@ struct Backward {
       for (int64_t e = 0; e < 2 * size; ++e) part[e] += part[2 * i * size + e];
     const Rows first(da), second(db);
     for (int64_t p = 0; p < batch; ++p)
-      W2S_DISPATCH(input_gradients<A>)(part + p * box.ld, part + size + p * box.ld, k, call.bounds_in, first.dtype, first.at(p, 0), second.at(p, 0));
+      kernels<LinearKernels, A>().input_gradients(part + p * box.ld, part + size + p * box.ld, k, call.bounds_in, first.dtype, first.at(p, 0), second.at(p, 0));
   }
 
-  void many(const Matrix<A>& w) {
-    const int64_t panel = W2S_DISPATCH(panel_width<A>)(), panels = pieces(k, panel), halves = 2;
+  void many(const RowMatrix<A>& w) {
+    const int64_t panel = kernels<LinearKernels, A>().panel_width(), panels = pieces(k, panel), halves = 2;
     if (need_x) {
       const Rows outa(da), outb(db);
       const int64_t share = round_up(pieces(batch, halves), 4);
       parallel_items(panels * halves, 1, [&](int64_t i) {
         const int64_t j = i / halves * panel, p = i % halves * share, rows = std::min(share, batch - p);
         if (rows > 0)
-          W2S_DISPATCH(input_panel<A>)(gm + p * ldg, gr + p * ldg, ldg, rows, w.data + j, w.stride, n, std::min(panel, k - j), call.bounds_in,
+          kernels<LinearKernels, A>().input_panel(gm + p * ldg, gr + p * ldg, ldg, rows, w.data + j, w.stride, n, std::min(panel, k - j), call.bounds_in,
                                        outa.dtype, outa.at(p, j), outa.stride, outb.at(p, j));
       });
     }
     if (!need_w) return;
-    const int64_t tall = W2S_DISPATCH(tile_height<A>)(), tiles = pieces(n, tall);
-    const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, scratch);
-    A* packed = scratch.get(tiles * batch * 2 * tall);
+    const int64_t tall = kernels<LinearKernels, A>().tile_height(), tiles = pieces(n, tall);
+    const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, memory);
+    A* packed = memory.get<A>(tiles * batch * 2 * tall);
     parallel_items(tiles, 8, [&](int64_t t) {
-      W2S_DISPATCH(pack_gradient<A>)(gm + t * tall, gr + t * tall, ldg, batch, packed + t * batch * 2 * tall);
+      kernels<LinearKernels, A>().pack_gradient(gm + t * tall, gr + t * tall, ldg, batch, packed + t * batch * 2 * tall);
     });
     const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
-    A* out = direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(n * k);
+    A* out = direct ? static_cast<A*>(dw.data_ptr()) : memory.get<A>(n * k);
     const int64_t share = round_up(pieces(n, halves), tall);
     parallel_items(panels * halves, 1, [&](int64_t i) {
       const int64_t j = i / halves * panel, q = i % halves * share, rows = std::min(share, n - q);
       if (rows > 0)
-        W2S_DISPATCH(weight_panel<A>)(packed + q / tall * batch * 2 * tall, batch, box.c + j, box.r + j, box.ld, w.data + q * w.stride + j,
+        kernels<LinearKernels, A>().weight_panel(packed + q / tall * batch * 2 * tall, batch, box.c + j, box.r + j, box.ld, w.data + q * w.stride + j,
                                       w.stride, out + q * k + j, k, rows, std::min(panel, k - j));
     });
     if (!direct) narrow_rows<A>(out, dw);
   }
 
-  void by_products(const Matrix<float>& w) {
+  void by_products(const RowMatrix<float>& w) {
     const int64_t block = std::min(n, block_rows(k));
-    float* size = scratch.get(block * k);
+    float* size = memory.get<float>(block * k);
     if (need_x) {
-      float *m = scratch.get(batch * k), *s = scratch.get(batch * k);
+      float *m = memory.get<float>(batch * k), *s = memory.get<float>(batch * k);
       gemm(operand(gm, batch, n, ldg), operand(w.data, n, k, w.stride), Target<float>{m, k, 1}, 1.0f, false);
       for (int64_t j = 0; j < n; j += block) {
         const int64_t rows = std::min(block, n - j);
@@ -189,19 +184,19 @@ struct Backward {
       }
       const Rows first(da), second(db);
       parallel_items(batch, 4, [&](int64_t p) {
-        W2S_DISPATCH(input_gradients<float>)(m + p * k, s + p * k, k, call.bounds_in, first.dtype, first.at(p, 0), second.at(p, 0));
+        kernels<LinearKernels, float>().input_gradients(m + p * k, s + p * k, k, call.bounds_in, first.dtype, first.at(p, 0), second.at(p, 0));
       });
     }
     if (!need_w) return;
-    const Box<float> box = centered<float>(a, b, call.bounds_in, false, 0, scratch);
+    const Box<float> box = centered<float>(a, b, call.bounds_in, false, 0, memory);
     const bool direct = dtype_of(weight.scalar_type()) == Dtype::f32;
-    float* out = direct ? static_cast<float*>(dw.data_ptr()) : scratch.get(n * k);
+    float* out = direct ? static_cast<float*>(dw.data_ptr()) : memory.get<float>(n * k);
     for (int64_t j = 0; j < n; j += block) {
       const int64_t rows = std::min(block, n - j);
       gemm(operand(gm + j, batch, rows, ldg).t(), operand(box.c, batch, k, box.ld), Target<float>{out + j * k, k, 1}, 1.0f, false);
       gemm(operand(gr + j, batch, rows, ldg).t(), operand(box.r, batch, k, box.ld), Target<float>{size, k, 1}, 1.0f, false);
       parallel_items(rows, 16, [&](int64_t i) {
-        W2S_DISPATCH(add_signed<float>)(w.data + (j + i) * w.stride, size + i * k, k, out + (j + i) * k);
+        kernels<LinearKernels, float>().add_signed(w.data + (j + i) * w.stride, size + i * k, k, out + (j + i) * k);
       });
     }
     if (!direct) narrow_rows<float>(out, dw);
@@ -210,7 +205,7 @@ struct Backward {
   void run(const Tensor& ga, const Tensor& gb, const Tensor& oa, const Tensor& ob) {
     gradients(ga, gb, oa, ob);
     if (!need_x && !need_w) return;
-    const Matrix<A> w = widened<A>(weight, scratch);
+    const RowMatrix<A> w = widened<A>(weight, memory);
     if (batch <= FEW) return few(w);
     if constexpr (sizeof(A) == 4)
       if (library_takes(batch, k, n, false)) return by_products(w);
@@ -240,7 +235,7 @@ Gradients interval_linear_backward(Tensor ga, Tensor gb, Rowwise a, Rowwise b, S
 }  // namespace
 }  // namespace w2s::interval
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("interval_linear", W2S_BOX(&w2s::interval::interval_linear));
-  m.impl("interval_linear_backward", W2S_BOX(&w2s::interval::interval_linear_backward));
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::interval::interval_linear>("interval_linear");
+  m.add<&w2s::interval::interval_linear_backward>("interval_linear_backward");
 }

@@ -2,11 +2,6 @@
 //
 // Floor: 4 B C d FLOPs forward, 10 B C d backward; W and its gradient stay in cache. Deterministic: a sample's margins
 // are one item, and gradients are summed over samples in order, a block of columns an item.
-#include "cpu/interval_bounds/linear.h"
-
-#define W2S_KERNEL "cpu/interval_bounds/margin_kernel.h"
-#include "cpu/for_each_target.h"
-
 #include "cpu/interval_bounds/host.h"
 
 namespace w2s::interval {
@@ -16,20 +11,20 @@ template <class A>
 void margins(const Tensor& a, const Tensor& b, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& y, bool bounds,
              bool sound, Tensor& z, Tensor* loss, Tensor* worst) {
   const int64_t batch = a.size(0), classes = weight.size(0), d = weight.size(1);
-  Scratch<A> scratch{a, {}};
-  const int64_t terms = W2S_DISPATCH(chain<A>)(d) + d / 512 + 2;  // + 2: the rounding of D
-  const Box<A> box = centered<A>(a, b, bounds, sound, terms, scratch);
-  const Matrix<A> w = widened<A>(weight, scratch);
-  const A* shift = widened_bias(bias, classes, scratch);
-  A *out = static_cast<A*>(z.data_ptr()), *radius = scratch.get(batch * classes);
+  CallMemory memory{a, {}};
+  const int64_t terms = kernels<LinearKernels, A>().chain(d) + d / 512 + 2;  // + 2: the rounding of D
+  const Box<A> box = centered<A>(a, b, bounds, sound, terms, memory);
+  const RowMatrix<A> w = widened<A>(weight, memory);
+  const A* shift = widened_bias<A>(bias, classes, memory);
+  A *out = static_cast<A*>(z.data_ptr()), *radius = memory.get<A>(batch * classes);
   const int64_t* label = places(y, classes, "y");
   parallel_items(pieces(batch, 2), grain_of(classes * d / 2), [&](int64_t item) {
     const int64_t i = 2 * item;
     const int rows = int(std::min<int64_t>(2, batch - i));
-    W2S_DISPATCH(margin_rows<A>)(box.c + i * box.ld, box.r + i * box.ld, box.ld, rows, label + i, w.data, w.stride, classes, d, shift, sound,
+    kernels<MarginKernels, A>().rows(box.c + i * box.ld, box.r + i * box.ld, box.ld, rows, label + i, w.data, w.stride, classes, d, shift, sound,
                                  terms, out + i * classes, radius + i * classes);
     for (int64_t p = i; loss && p < i + rows; ++p)
-      W2S_DISPATCH(margin_loss<A>)(out + p * classes, classes, label[p], static_cast<A*>(loss->data_ptr()) + p,
+      kernels<MarginKernels, A>().loss(out + p * classes, classes, label[p], static_cast<A*>(loss->data_ptr()) + p,
                                    static_cast<A*>(worst->data_ptr()) + p);
   });
 }
@@ -56,25 +51,25 @@ template <class A>
 void backward(const Tensor& grad, const Tensor& a, const Tensor& b, const Tensor& weight, const Tensor& y, bool bounds, bool need_x,
               bool need_w, bool need_b, Tensor& da, Tensor& db, Tensor& dw, Tensor& dbias) {
   const int64_t batch = a.size(0), classes = weight.size(0), d = weight.size(1);
-  Scratch<A> scratch{a, {}};
-  const Box<A> box = centered<A>(a, b, bounds, false, 0, scratch);
-  const Matrix<A> w = widened<A>(weight, scratch);
+  CallMemory memory{a, {}};
+  const Box<A> box = centered<A>(a, b, bounds, false, 0, memory);
+  const RowMatrix<A> w = widened<A>(weight, memory);
   const A* g = static_cast<const A*>(grad.data_ptr());
   const int64_t* label = places(y, classes, "y");
   const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
-  A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : scratch.get(classes * d);
-  A *dm = need_x ? scratch.get(batch * box.ld) : nullptr, *dr = need_x ? scratch.get(batch * box.ld) : nullptr;
-  const int64_t columns = W2S_DISPATCH(margin_columns<A>)();
+  A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : memory.get<A>(classes * d);
+  A *dm = need_x ? memory.get<A>(batch * box.ld) : nullptr, *dr = need_x ? memory.get<A>(batch * box.ld) : nullptr;
+  const int64_t columns = kernels<MarginKernels, A>().columns();
   parallel_items(need_x || need_w ? pieces(d, columns) : 0, 1, [&](int64_t i) {
     const int64_t j = i * columns;
-    W2S_DISPATCH(margin_gradient<A>)(g, label, batch, classes, box.c + j, box.r + j, box.ld, w.data + j, w.stride, std::min(columns, d - j),
+    kernels<MarginKernels, A>().gradient(g, label, batch, classes, box.c + j, box.r + j, box.ld, w.data + j, w.stride, std::min(columns, d - j),
                                      dm ? dm + j : nullptr, dr ? dr + j : nullptr, box.ld, out ? out + j : nullptr, d);
   });
   if (need_w && !direct) narrow_rows<A>(out, dw);
   if (need_x) {
     const Rows first(da), second(db);
     parallel_items(batch, 16, [&](int64_t p) {
-      W2S_DISPATCH(input_gradients<A>)(dm + p * box.ld, dr + p * box.ld, d, bounds, first.dtype, first.at(p, 0), second.at(p, 0));
+      kernels<LinearKernels, A>().input_gradients(dm + p * box.ld, dr + p * box.ld, d, bounds, first.dtype, first.at(p, 0), second.at(p, 0));
     });
   }
   if (!need_b) return;
@@ -85,7 +80,7 @@ void backward(const Tensor& grad, const Tensor& a, const Tensor& b, const Tensor
         sum[size_t(k)] += g[i * classes + k];
         sum[size_t(label[i])] -= g[i * classes + k];
       }
-  W2S_DISPATCH(narrow_all<A>)(sum.data(), classes, dtype_of(dbias.scalar_type()), dbias.data_ptr());
+  kernels<ConvertKernels, A>().narrow(sum.data(), classes, dtype_of(dbias.scalar_type()), dbias.data_ptr());
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -104,8 +99,8 @@ Gradients margin_logits_backward(Tensor grad, Rowwise a, Rowwise b, Rowwise weig
 }  // namespace
 }  // namespace w2s::interval
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("margin_logits", W2S_BOX(&w2s::interval::margin_logits));
-  m.impl("margin_cross_entropy", W2S_BOX(&w2s::interval::margin_cross_entropy));
-  m.impl("margin_logits_backward", W2S_BOX(&w2s::interval::margin_logits_backward));
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::interval::margin_logits>("margin_logits");
+  m.add<&w2s::interval::margin_cross_entropy>("margin_cross_entropy");
+  m.add<&w2s::interval::margin_logits_backward>("margin_logits_backward");
 }

@@ -3,12 +3,7 @@
 // 6 to 16 operations an element of [B, N, K] and three sums; the peers' form makes four clamped copies of the weights and
 // six products. Inputs are copied to padded rows once (3 (B + N) K). Gradients: a vector of columns is an item, whose
 // weights' gradients stay in registers over the batch. All sums have a fixed order.
-// Sound rounding only changes how inputs are copied and outputs are stored: see Spread in weights_kernel.h.
-#include "cpu/interval_bounds/linear.h"
-
-#define W2S_KERNEL "cpu/interval_bounds/weights_kernel.h"
-#include "cpu/for_each_target.h"
-
+// Sound rounding only changes how inputs are copied and outputs are stored: see Spread in boxes.h.
 #include "cpu/interval_bounds/host.h"
 
 namespace w2s::interval {
@@ -19,8 +14,8 @@ struct Three {  // [rows][ld] of lower, middle, upper; zeros past the columns
   A* data[3];
   int64_t rows, ld;
 
-  Three(int64_t rows, int64_t columns, Scratch<A>& scratch) : rows(rows), ld(round_up(columns, 16) + 16) {
-    for (A*& p : data) p = scratch.get(rows * ld);
+  Three(int64_t rows, int64_t columns, CallMemory& memory) : rows(rows), ld(round_up(columns, 16) + 16) {
+    for (A*& p : data) p = memory.get<A>(rows * ld);
   }
   void load(const Tensor* tensors, const Spread<A>& spread) {
     const Rows from[] = {Rows(tensors[0]), Rows(tensors[1]), Rows(tensors[2])};
@@ -28,35 +23,35 @@ struct Three {  // [rows][ld] of lower, middle, upper; zeros past the columns
     parallel_items(rows, 16, [&](int64_t p) {
       for (int i = 0; i < 3; ++i) {
         A* to = data[i] + p * ld;
-        W2S_DISPATCH(widen_all<A>)(from[i].at(p, 0), from[i].dtype, columns, to);
+        kernels<ConvertKernels, A>().widen(from[i].at(p, 0), from[i].dtype, columns, to);
         std::fill(to + columns, to + ld, A(0));
       }
-      if (spread.sound) W2S_DISPATCH(spread_row<A>)(data[0] + p * ld, data[2] + p * ld, ld, spread);
+      if (spread.sound) kernels<WeightKernels, A>().spread_row(data[0] + p * ld, data[2] + p * ld, ld, spread);
     });
   }
   void store(int i, Tensor& t) const {
     const Rows to(t);
     const int64_t columns = t.size(1);
     parallel_items(rows, 16, [&](int64_t p) {
-      W2S_DISPATCH(narrow_all<A>)(data[i] + p * ld, columns, to.dtype, static_cast<char*>(t.data_ptr()) + p * columns * to.bytes);
+      kernels<ConvertKernels, A>().narrow(data[i] + p * ld, columns, to.dtype, static_cast<char*>(t.data_ptr()) + p * columns * to.bytes);
     });
   }
 };
 
 template <class A>
-Three<A> loaded(const Tensor* tensors, Scratch<A>& scratch, const Spread<A>& spread = {}) {
-  Three<A> found(tensors[0].size(0), tensors[0].size(1), scratch);
+Three<A> loaded(const Tensor* tensors, CallMemory& memory, const Spread<A>& spread = {}) {
+  Three<A> found(tensors[0].size(0), tensors[0].size(1), memory);
   found.load(tensors, spread);
   return found;
 }
 
 template <class A>
 void forward(const Tensor* x, const Tensor* w, int64_t mode, bool sound, Tensor* out) {
-  Scratch<A> scratch{x[0], {}};
-  const int64_t batch = x[0].size(0), n = w[0].size(0), terms = W2S_DISPATCH(weight_terms<A>)(x[0].size(1));
-  const Three<A> a = loaded<A>(x, scratch, sound ? Spread<A>(mode, terms, true) : Spread<A>());
-  const Three<A> b = loaded<A>(w, scratch, sound ? Spread<A>(mode, terms, false) : Spread<A>());
-  const Three<A> sums(batch, n, scratch);
+  CallMemory memory{x[0], {}};
+  const int64_t batch = x[0].size(0), n = w[0].size(0), terms = kernels<WeightKernels, A>().terms(x[0].size(1));
+  const Three<A> a = loaded<A>(x, memory, sound ? Spread<A>(mode, terms, true) : Spread<A>());
+  const Three<A> b = loaded<A>(w, memory, sound ? Spread<A>(mode, terms, false) : Spread<A>());
+  const Three<A> sums(batch, n, memory);
   constexpr int64_t WIDE = 32;  // rows of the weights that stay in L2 while all samples pass
   parallel_items(pieces(n, WIDE), 1, [&](int64_t block) {
     const int64_t j = block * WIDE;
@@ -68,7 +63,7 @@ void forward(const Tensor* x, const Tensor* w, int64_t mode, bool sound, Tensor*
         right[i] = b.data[i] + j * b.ld;
         to[i] = sums.data[i] + p * sums.ld + j;
       }
-      W2S_DISPATCH(weight_forward<A>)(mode, left, right, a.ld, std::min<int64_t>(4, batch - p), std::min(WIDE, n - j), to, sums.ld);
+      kernels<WeightKernels, A>().forward(mode, left, right, a.ld, std::min<int64_t>(4, batch - p), std::min(WIDE, n - j), to, sums.ld);
     }
   });
   sums.store(1, out[1]);
@@ -79,7 +74,7 @@ void forward(const Tensor* x, const Tensor* w, int64_t mode, bool sound, Tensor*
   }
   const Rows low(out[0]), high(out[2]);
   parallel_items(batch, 16, [&](int64_t p) {
-    W2S_DISPATCH(finish_bounds<A>)(sums.data[0] + p * sums.ld, sums.data[2] + p * sums.ld, n, low.dtype,
+    kernels<WeightKernels, A>().finish_bounds(sums.data[0] + p * sums.ld, sums.data[2] + p * sums.ld, n, low.dtype,
                                    static_cast<char*>(out[0].data_ptr()) + p * n * low.bytes,
                                    static_cast<char*>(out[2].data_ptr()) + p * n * high.bytes);
   });
@@ -101,11 +96,11 @@ Tensor3 interval_linear_iw(Rowwise xl, Rowwise xm, Rowwise xu, Rowwise wl, Rowwi
 
 template <class A>
 void backward(const Tensor* g, const Tensor* x, const Tensor* w, int64_t mode, Tensor* dx, Tensor* dw) {
-  Scratch<A> scratch{x[0], {}};
-  const int64_t batch = x[0].size(0), n = w[0].size(0), k = x[0].size(1), wide = W2S_DISPATCH(vector_width<A>)();
-  const Three<A> a = loaded<A>(x, scratch), b = loaded<A>(w, scratch), up = loaded<A>(g, scratch);
-  const Three<A> da(batch, k, scratch), db(n, k, scratch);
-  A* packed = scratch.get(n * batch * 3);  // [n][batch][lower, middle, upper], in the order of use
+  CallMemory memory{x[0], {}};
+  const int64_t batch = x[0].size(0), n = w[0].size(0), k = x[0].size(1), wide = kernels<WeightKernels, A>().vector_width();
+  const Three<A> a = loaded<A>(x, memory), b = loaded<A>(w, memory), up = loaded<A>(g, memory);
+  const Three<A> da(batch, k, memory), db(n, k, memory);
+  A* packed = memory.get<A>(n * batch * 3);  // [n][batch][lower, middle, upper], in the order of use
   parallel_items(n, 16, [&](int64_t j) {
     for (int64_t p = 0; p < batch; ++p)
       for (int i = 0; i < 3; ++i) packed[(j * batch + p) * 3 + i] = up.data[i][p * up.ld + j];
@@ -115,7 +110,7 @@ void backward(const Tensor* g, const Tensor* x, const Tensor* w, int64_t mode, T
     const A *left[3], *right[3];
     A *to_x[3], *to_w[3];
     for (int i = 0; i < 3; ++i) left[i] = a.data[i] + j, right[i] = b.data[i] + j, to_x[i] = da.data[i] + j, to_w[i] = db.data[i] + j;
-    W2S_DISPATCH(weight_gradient<A>)(mode, packed, batch, n, left, right, a.ld, to_x, to_w);
+    kernels<WeightKernels, A>().gradient(mode, packed, batch, n, left, right, a.ld, to_x, to_w);
   });
   for (int i = 0; i < 3; ++i) {
     da.store(i, dx[i]);
@@ -142,7 +137,7 @@ Tensor6 interval_linear_iw_backward(Rowwise gl, Rowwise gm, Rowwise gu, Rowwise 
 }  // namespace
 }  // namespace w2s::interval
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("interval_linear_iw", W2S_BOX(&w2s::interval::interval_linear_iw));
-  m.impl("interval_linear_iw_backward", W2S_BOX(&w2s::interval::interval_linear_iw_backward));
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::interval::interval_linear_iw>("interval_linear_iw");
+  m.add<&w2s::interval::interval_linear_iw_backward>("interval_linear_iw_backward");
 }

@@ -1,4 +1,4 @@
-// Included once a target by for_each_target.h, after attention_kernel.h. With P = exp(S - top) / total computed again:
+// Included once a target (no include guard), after attention_forward_kernel.h. With P = exp(S - top) / total computed again:
 //     dV = P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q
 //
 // An item is a head and a share of its queries. S^T, dP^T and dQ^T are made as in the forward, queries in the lanes. dV
@@ -184,7 +184,7 @@ inline void run_backward(const Problem& p, const Gradients& g) {
   const int64_t parts = shares<A>(p), step = round_up(pieces(p.N, parts), QB), ld = round_up(p.D, Shape<A>::W);
   const int64_t size = round_up(p.M, Shape<A>::R) * ld;
   Buffer<A> partial(parts > 1 ? p.B * p.H * parts * 2 * size : 0);
-  torch::stable::parallel_for(0, p.B * p.H * parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(p.B * p.H * parts, 1, [&](int64_t begin, int64_t end) {
     BackwardScratch<A> s(p);
     int64_t packed = -1;
     for (int64_t i = begin; i < end; ++i) {

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/choice.h"
-#include "cpu/kv_compressed_attention/attention.h"
+#include "cpu/kv_compressed_attention/attention_calls.h"
 
 namespace w2s {
 namespace attention {
@@ -19,11 +19,19 @@ enum Class { forward_f32, forward_bf16, backward_f32, backward_bf16, CLASSES };
 constexpr const char* NAMES[CLASSES] = {"attention-float32", "attention-bfloat16", "attention-gradient-float32", "attention-gradient-bfloat16"};
 constexpr double SMALL = 1 << 19;  // multiply-adds below which ours is taken: the library's call and copies cost more
 
+void forward_own(const Problem& p, bool f64) {
+  with_kernels<AttentionKernels>(f64, [&](const auto& kernel) { kernel.forward(p); });
+}
+
+void backward_own(const Problem& p, const Gradients& g, bool f64) {
+  with_kernels<AttentionKernels>(f64, [&](const auto& kernel) { kernel.backward(p, g); });
+}
+
 ScalarType type_of(Dtype dtype) { return dtype == Dtype::bf16 ? ScalarType::BFloat16 : ScalarType::Float; }
 
 // [B, H, tokens, D]
 Tensor view(const Heads& x, const Problem& p, int64_t tokens) {
-  const int64_t sizes[4] = {p.B, p.H, tokens, p.D}, strides[4] = {x.batch / x.bytes, x.head / x.bytes, x.token / x.bytes, 1};
+  const int64_t sizes[4] = {p.B, p.H, tokens, p.D}, strides[4] = {x.batch / x.bytes, x.slot / x.bytes, x.token / x.bytes, 1};
   return torch::stable::from_blob(x.data, {sizes, 4}, {strides, 4}, torch::stable::Device(torch::headeronly::DeviceType::CPU), type_of(x.dtype));
 }
 
@@ -83,7 +91,7 @@ Choice& choice(int c) {
       memory[i].assign(size_t(B * tokens * H * D * bytes), 0);
       Heads x;
       x.data = memory[i].data(), x.bytes = bytes, x.dtype = narrow ? Dtype::bf16 : Dtype::f32;
-      x.head = D * bytes, x.token = H * D * bytes, x.batch = tokens * x.token;
+      x.slot = D * bytes, x.token = H * D * bytes, x.batch = tokens * x.token;
       return x;
     };
     std::vector<float> softmax(size_t(2 * B * H * N), 1.0f);

@@ -1,22 +1,22 @@
-#include "cpu/kv_compressed_attention/compress.h"
-#include "cpu/kv_compressed_attention/recycled.h"
+#include "cpu/kv_compressed_attention/compression.h"
+#include "cpu/recycled.h"
 
 namespace w2s {
 namespace compress {
 namespace {
 
-std::tuple<Tensor, Tensor> kv_compress(Rowwise x, int64_t first, W2S_COMPRESSION_PARAMETERS, double eps) {
-  const Problem p(x, first, W2S_COMPRESSION_ARGUMENTS);
+std::tuple<Tensor, Tensor> kv_compress(Rowwise x, int64_t first, CompressionArguments compression, double eps) {
+  const Problem p(x, first, compression);
   Tensor kv = torch::stable::new_empty(x, {p.B, p.M, p.groups, p.C});
-  Tensor stats = torch::stable::new_empty(x, normalize ? std::vector<int64_t>{p.B, p.M, p.groups, 2} : std::vector<int64_t>{0}, p.acc());
+  Tensor stats = torch::stable::new_empty(x, p.normalize ? std::vector<int64_t>{p.B, p.M, p.groups, 2} : std::vector<int64_t>{0}, wide_type(p.f64));
   forward(p, Slots(x), eps, Slots(kv), stats.data_ptr());
   return {kv, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compress_backward(Rowwise grad, Rowwise x, int64_t first,
-                                                                        W2S_COMPRESSION_PARAMETERS, Tensor stats, bool need_x,
+                                                                        CompressionArguments compression, Tensor stats, bool need_x,
                                                                         bool need_params) {
-  const Problem p(x, first, W2S_COMPRESSION_ARGUMENTS);
+  const Problem p(x, first, compression);
   const int64_t N = x.size(1), S = x.size(2);
   Tensor dx = recycled_empty(x, need_x ? std::vector<int64_t>{p.B, N, S, p.C} : std::vector<int64_t>{0});
   const Slots out = need_x ? Slots(dx) : Slots();
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compress_backward(Rowwise 
 }  // namespace compress
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("kv_compress", W2S_BOX(&w2s::compress::kv_compress));
-  m.impl("kv_compress_backward", W2S_BOX(&w2s::compress::kv_compress_backward));
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::compress::kv_compress>("kv_compress");
+  m.add<&w2s::compress::kv_compress_backward>("kv_compress_backward");
 }

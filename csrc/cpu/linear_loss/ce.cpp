@@ -1,6 +1,6 @@
 #include "cpu/linear_loss/gradient.h"
 
-// Cross-entropy with the target q of `Target`: row_t = s_t (Q_t lse_t - sum_v q_tv z_tv + z_loss lse_t^2), Q_t = sum_v q_tv,
+// Cross-entropy with the target q of `SoftTarget`: row_t = s_t (Q_t lse_t - sum_v q_tv z_tv + z_loss lse_t^2), Q_t = sum_v q_tv,
 // and loss = sum_t weight_t row_t; s_t is 1, or the probability of the target, held fixed. Its coefficients are known after the first sweep, so gradients are made at once: three
 // products in all, as long as the logits fit into the memory of dW.
 namespace w2s {
@@ -16,9 +16,9 @@ struct Wanted {
 };
 
 template <class A>
-Loss run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, Target<A> target, const Tensor& weight,
+Loss run(Engine<A>& e, const LinearArguments& linear, Need need, SoftTarget<A> target, const Tensor& weight,
          Wanted wanted) {
-  Gradients<A> g(e, heads, biases, need);
+  Gradients<A> g(e, linear, need);
   const bool any = need.hiddens || need.heads || need.biases || need.weights;
   const auto groups = any ? stashed(e, need) : blocks(e);
   g.plan(widest<A>(groups));
@@ -29,7 +29,7 @@ Loss run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, T
     s.add(r0, rows, z, ld);
     at.add(r0, rows, z, ld);
   });
-  std::vector<A> w = Target<A>::rows(e, weight);
+  std::vector<A> w = SoftTarget<A>::rows(e, weight);
   std::vector<double> row(size_t(e.Mp)), logp(size_t(e.Mp));
   double total = 0;
   for (int64_t m = 0; m < e.M; ++m) {
@@ -81,25 +81,18 @@ Loss run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, T
   return found;
 }
 
-Loss linear_ce(W2S_LINEAR_PARAMETERS, Tensor keep, Tensor ids, Tensor probs, Optional uniform, std::optional<Rowwise> dense, Optional classes,
-               Tensor weight, double z_loss, bool scaled, bool need_entropy, bool need_best, W2S_NEED_PARAMETERS) {
+Loss linear_ce(LinearArguments linear, Tensor keep, Tensor ids, Tensor probs, Optional uniform, std::optional<Rowwise> dense, Optional classes,
+               Tensor weight, double z_loss, bool scaled, bool need_entropy, bool need_best, Need need) {
   const bool* counts = integers<bool>(keep);
-  const std::vector<int64_t> rows = rows_where(hiddens[0].size(0), [&](int64_t t) { return counts[t]; });
+  const std::vector<int64_t> rows = rows_where(linear.rows(), [&](int64_t t) { return counts[t]; });
   const Wanted wanted{z_loss, scaled, need_entropy, need_best};
-  const auto call = [&](auto& e) {
-    using A = std::remove_reference_t<decltype(*e.h)>;
-    return run(e, heads, biases, W2S_NEED, Target<A>(e, ids, probs, uniform, dense, Optional(), classes), weight, wanted);
-  };
-  if (wants_double(hiddens, heads)) {
-    Engine<double> e(W2S_LINEAR_ARGUMENTS, rows);
-    return call(e);
-  }
-  Engine<float> e(W2S_LINEAR_ARGUMENTS, rows);
-  return call(e);
+  return with_engine(linear, rows, [&]<class A>(Engine<A>& e) {
+    return run(e, linear, need, SoftTarget<A>(e, ids, probs, uniform, dense, Optional(), classes), weight, wanted);
+  });
 }
 
 }  // namespace
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_ce", W2S_BOX(&w2s::linear::linear_ce)); }
+W2S_IMPLEMENTATIONS(m) { m.add<&w2s::linear::linear_ce>("linear_ce"); }

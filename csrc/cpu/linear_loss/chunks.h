@@ -1,5 +1,5 @@
 // Losses whose gradient needs whole rows of logits: rows in chunks, a tile [rows, V] a model, the student's turned into
-// its gradient in place, and the two products that spend it. Include after for_each_target.h with chunk_kernel.h.
+// its gradient in place, and the two products that spend it.
 //
 // A bfloat16 head on a machine that multiplies bfloat16 has its gradient rounded to that (as a plain implementation's
 // is), so that all three products run at twice the rate; sums over the chunks are float32.
@@ -10,6 +10,7 @@
 
 #include <cstring>
 
+#include "cpu/convert.h"
 #include "cpu/gemm.h"
 #include "cpu/tensors.h"
 
@@ -17,20 +18,6 @@ namespace w2s {
 namespace linear {
 
 constexpr int64_t BUDGET = 64 << 20, FEWEST = 64, COLUMNS = 2048;
-
-template <class A>
-constexpr ScalarType scalar_type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-
-// Memory of a call, freed with this.
-struct Scratch {
-  Tensor like;
-  Tensors kept;
-  template <class A>
-  A* get(int64_t elements) {
-    kept.push_back(torch::stable::new_empty(like, {std::max<int64_t>(elements, 1)}, scalar_type<A>));
-    return static_cast<A*>(kept.back().data_ptr());
-  }
-};
 
 // z = W h + b of the rows that count.
 template <class A>
@@ -40,24 +27,24 @@ struct Head {
   const A *h = nullptr, *bias = nullptr;
   const uint16_t* h16 = nullptr;  // in place of h: bfloat16 rows beside a bfloat16 W, where the machine multiplies those
 
-  Head(Scratch& scratch, const Tensor& hidden, const Tensor& head, const Tensor* b, int64_t vocab, const std::vector<int64_t>& index)
+  Head(CallMemory& memory, const Tensor& hidden, const Tensor& head, const Tensor* b, int64_t vocab, const std::vector<int64_t>& index)
       : V(vocab), D(hidden.size(1)), M(int64_t(index.size())) {
-    W = {head.data_ptr(), dtype_of(head.scalar_type()), V, D, head.size(0) > 1 ? head.stride(0) : D, 1};
+    W = {head.data_ptr(), dtype_of(head), V, D, head.size(0) > 1 ? head.stride(0) : D, 1};
     const Rows from(hidden);
     if (sizeof(A) == 4 && W.dtype == Dtype::bf16 && hidden.scalar_type() == ScalarType::BFloat16 && has_bf16_dot()) {
-      uint16_t* to = reinterpret_cast<uint16_t*>(scratch.get<float>((M * D + 1) / 2));
+      uint16_t* to = reinterpret_cast<uint16_t*>(memory.get<float>((M * D + 1) / 2));
       parallel_items(M, 16, [&](int64_t m) { std::memcpy(to + m * D, from.at(index[size_t(m)], 0), size_t(D) * 2); });
       h16 = to;
     } else {
-      A* to = scratch.get<A>(M * D);
+      A* to = memory.get<A>(M * D);
       parallel_items(M, 16, [&](int64_t m) {
-        W2S_DISPATCH(copy_as<A>)(from.at(index[size_t(m)], 0), from.dtype, D, to + m * D);
+        kernels<ConvertKernels, A>().widen(from.at(index[size_t(m)], 0), from.dtype, D, to + m * D);
       });
       h = to;
     }
     if (!b) return;
-    A* offset = scratch.get<A>(V);
-    W2S_DISPATCH(copy_as<A>)(b->data_ptr(), dtype_of(b->scalar_type()), V, offset);
+    A* offset = memory.get<A>(V);
+    kernels<ConvertKernels, A>().widen(b->data_ptr(), dtype_of(*b), V, offset);
     bias = offset;
   }
 
@@ -102,26 +89,19 @@ struct Spend {
   Dtype dtype;
   A *raw = nullptr, *wide = nullptr, *sums = nullptr;
 
-  static Tensor like(const Tensor& t, bool wanted) {
-    if (!wanted) return torch::stable::new_empty(t, {0});
-    std::vector<int64_t> shape;
-    for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(t.size(d));
-    return torch::stable::new_empty(t, shape);
-  }
-
-  Spend(Scratch& scratch, const Head<A>& of, const Tensor& h, const Tensor& w, const Tensor* b, bool need_hidden,
+  Spend(CallMemory& memory, const Head<A>& of, const Tensor& h, const Tensor& w, const Tensor* b, bool need_hidden,
         bool need_head, bool need_bias, int64_t pieces)
-      : head(of), dhidden(like(h, need_hidden)), dhead(like(w, need_head)), dbias(like(b ? *b : h, need_bias)),
+      : head(of), dhidden(empty_of(h, need_hidden)), dhead(empty_of(w, need_head)), dbias(empty_of(b ? *b : h, need_bias)),
         hidden(need_hidden), weight(need_head), offset(need_bias), whole(pieces > 1),
         dtype(of.h16 ? Dtype::bf16 : own_dtype<A>) {
-    if (hidden) raw = scratch.get<A>(head.M * head.D);
-    if (weight && !own()) wide = scratch.get<A>((whole ? head.V : std::min(head.V, COLUMNS)) * head.D);
+    if (hidden) raw = memory.get<A>(head.M * head.D);
+    if (weight && !own()) wide = memory.get<A>((whole ? head.V : std::min(head.V, COLUMNS)) * head.D);
     if (offset) {
-      sums = scratch.get<A>(head.V);
+      sums = memory.get<A>(head.V);
       std::fill(sums, sums + head.V, A(0));
     }
   }
-  bool own() const { return dtype_of(dhead.scalar_type()) == own_dtype<A>; }
+  bool own() const { return dtype_of(dhead) == own_dtype<A>; }
   bool any() const { return hidden || weight || offset; }
 
   // dz: `count` rows, each in the place of `ld` logits
@@ -139,33 +119,28 @@ struct Spend {
     }
     if (!offset) return;
     parallel_items((V + 1023) / 1024, 1, [&](int64_t t) {
-      W2S_DISPATCH(add_columns<A>)(at(t * 1024), dtype, count, down, std::min<int64_t>(1024, V - t * 1024), sums + t * 1024);
+      kernels<ConvertKernels, A>().add_columns(at(t * 1024), dtype, count, down, std::min<int64_t>(1024, V - t * 1024), sums + t * 1024);
     });
   }
 
   static void narrowed(const A* from, int64_t rows, int64_t D, char* to, int64_t first, const Tensor& t) {
-    const Dtype type = dtype_of(t.scalar_type());
+    const Dtype type = dtype_of(t);
     parallel_items(rows, 64, [&](int64_t r) {
-      W2S_DISPATCH(copy_to<A>)(from + r * D, D, type, to + (first + r) * D * bytes_of(type));
+      kernels<ConvertKernels, A>().narrow(from + r * D, D, type, to + (first + r) * D * bytes_of(type));
     });
   }
 
   void finish(const std::vector<int64_t>& index) {
     if (hidden) {
-      if (int64_t(index.size()) * head.D < elements(dhidden)) torch::stable::zero_(dhidden);
-      const Dtype type = dtype_of(dhidden.scalar_type());
+      if (int64_t(index.size()) * head.D < dhidden.numel()) torch::stable::zero_(dhidden);
+      const Dtype type = dtype_of(dhidden);
       char* to = static_cast<char*>(dhidden.data_ptr());
       parallel_items(head.M, 16, [&](int64_t m) {
-        W2S_DISPATCH(copy_to<A>)(raw + m * head.D, head.D, type, to + index[size_t(m)] * head.D * bytes_of(type));
+        kernels<ConvertKernels, A>().narrow(raw + m * head.D, head.D, type, to + index[size_t(m)] * head.D * bytes_of(type));
       });
     }
     if (weight && head.M == 0) torch::stable::zero_(dhead);
-    if (offset) W2S_DISPATCH(copy_to<A>)(sums, head.V, dtype_of(dbias.scalar_type()), dbias.data_ptr());
-  }
-  static int64_t elements(const Tensor& t) {
-    int64_t n = 1;
-    for (int64_t d = 0; d < t.dim(); ++d) n *= t.size(d);
-    return n;
+    if (offset) kernels<ConvertKernels, A>().narrow(sums, head.V, dtype_of(dbias), dbias.data_ptr());
   }
 };
 

@@ -5,10 +5,8 @@
 
 #include "cpu/linear_loss/confidence.h"
 
-#define W2S_KERNEL "cpu/linear_loss/confidence_kernel.h"
-#include "cpu/for_each_target.h"
-
 #include "cpu/gemm.h"
+#include "cpu/tensors.h"
 
 namespace w2s {
 namespace {
@@ -32,7 +30,7 @@ using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 template <class A>
 Tensor make(const Call& call, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(call.logits, shape, sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float);
+  return torch::stable::new_empty(call.logits, shape, scalar_type<A>);
 }
 
 // The loss from its parts, in their order whatever the threads; an error for a label off [0, 1].
@@ -40,8 +38,7 @@ template <class A>
 Tensor total(const Call& call, const std::vector<ConfidenceResult>& parts) {
   double sum = 0;
   for (const ConfidenceResult& part : parts) {
-    STD_TORCH_CHECK(std::isnan(part.outside),
-                    "w2s_fast.w2s_confidence_loss: soft_labels must be in [0, 1], got " + std::to_string(part.outside) + ".");
+    check(std::isnan(part.outside), [&] { return "soft_labels must be in [0, 1], got " + std::to_string(part.outside) + "."; });
     sum += part.loss;
   }
   Tensor loss = make<A>(call, {});
@@ -81,7 +78,7 @@ A threshold(const Call& call, const ConfidencePairs& pairs, int64_t blocks) {
   std::vector<double> sums(size_t(blocks), 0.0);
   parallel_items(blocks, 32, [&](int64_t i) {
     const int64_t first = i * PAIRS;
-    sums[size_t(i)] = W2S_DISPATCH(pair_scores<A>)(pairs, first, int(std::min<int64_t>(PAIRS, B - first)), p0.data() + first);
+    sums[size_t(i)] = kernels<ConfidenceKernels, A>().pair_scores(pairs, first, int(std::min<int64_t>(PAIRS, B - first)), p0.data() + first);
   });
   double mean = 0;
   for (double sum : sums) mean += sum;
@@ -108,7 +105,7 @@ Three two_classes(const Call& call) {
   const int64_t bytes = pairs.z.bytes * (single ? 1 : 2);
   parallel_items(int64_t(parts.size()), 32, [&](int64_t i) {
     const int64_t first = i * PAIRS;
-    parts[size_t(i)] = W2S_DISPATCH(pair_rows<A>)(call.mixture, pairs, first, int(std::min<int64_t>(PAIRS, B - first)), double(line),
+    parts[size_t(i)] = kernels<ConfidenceKernels, A>().pair_rows(call.mixture, pairs, first, int(std::min<int64_t>(PAIRS, B - first)), double(line),
                                                   to + first * bytes, pairs.z.dtype);
   });
   return {total<A>(call, parts), made, grad};
@@ -122,7 +119,7 @@ void prior_shifts(const Rows& z, const Rows& w, int64_t B, int64_t V, A* shift) 
   std::vector<A> sums(size_t(groups * 2 * width), A(0));
   parallel_items(groups, 1, [&](int64_t g) {
     A* own = sums.data() + g * 2 * width;
-    W2S_DISPATCH(confidence_columns<A>)(z, w, g * size, std::min(B, (g + 1) * size), V, own, own + width, scratch_of<A>(2, 2 * width));
+    kernels<ConfidenceKernels, A>().columns(z, w, g * size, std::min(B, (g + 1) * size), V, own, own + width, scratch_of<A>(2, 2 * width));
   });
   for (int64_t c = 0; c < V; ++c) {
     double p = 0, weak = 0;
@@ -152,7 +149,7 @@ Three many_classes(const Call& call) {
   parallel_items(int64_t(parts.size()), std::max<int64_t>(1, 8192 / V), [&](int64_t r) {
     const ConfidenceRow row{V, {z.at(r, 0), z.dtype, nullptr}, {w.at(r, 0), w.dtype, nullptr}, shift.data()};
     parts[size_t(r)] =
-        W2S_DISPATCH(confidence_row<A>)(call.mixture, row, scratch_of<A>(2, 3 * width), to + r * V * z.bytes, z.dtype);
+        kernels<ConfidenceKernels, A>().row(call.mixture, row, scratch_of<A>(2, 3 * width), to + r * V * z.bytes, z.dtype);
   });
   return {total<A>(call, parts), made, grad};
 }
@@ -161,12 +158,11 @@ Three w2s_confidence_loss(Rowwise logits, Rowwise soft_labels, bool product, dou
                           std::optional<Tensor> threshold, bool need_loss, bool need_gradient) {
   const Mixture mixture{product, coef, alpha, beta, 1.0 / double(std::max<int64_t>(logits.size(0), 1)), need_gradient};
   const Call call{logits, soft_labels, mixture, Balance(balance), threshold, need_loss};
-  const bool two = logits.dim() == 1 || logits.size(1) == 2, f64 = logits.scalar_type() == ScalarType::Double;
-  if (two) return f64 ? two_classes<double>(call) : two_classes<float>(call);
-  return f64 ? many_classes<double>(call) : many_classes<float>(call);
+  const bool two = logits.dim() == 1 || logits.size(1) == 2;
+  return with_type(is_double(logits), [&](auto zero) { return two ? two_classes<decltype(zero)>(call) : many_classes<decltype(zero)>(call); });
 }
 
 }  // namespace
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("w2s_confidence_loss", W2S_BOX(&w2s::w2s_confidence_loss)); }
+W2S_IMPLEMENTATIONS(m) { m.add<&w2s::w2s_confidence_loss>("w2s_confidence_loss"); }

@@ -31,4 +31,14 @@ struct ConfidencePairs {
 
 constexpr int PAIRS = 256;  // rows of two classes done at a time
 
+// confidence_kernel.cpp
+template <class A>
+struct ConfidenceKernels {
+  double (*pair_scores)(const ConfidencePairs& s, int64_t first, int n, A* p0);
+  ConfidenceResult (*pair_rows)(const Mixture& m, const ConfidencePairs& s, int64_t first, int n, double line, void* out,
+                                Dtype type);
+  void (*columns)(const Rows& z, const Rows& w, int64_t first, int64_t end, int64_t V, A* p_sum, A* w_sum, A* buffers);
+  ConfidenceResult (*row)(const Mixture& m, const ConfidenceRow& row, A* buffers, void* out, Dtype type);
+};
+
 }  // namespace w2s

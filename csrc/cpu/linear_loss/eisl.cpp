@@ -2,9 +2,6 @@
 // sentence, the gradient in place, two products that spend it.
 #include "cpu/linear_loss/eisl.h"
 
-#define W2S_KERNEL "cpu/linear_loss/eisl_kernel.h"
-#include "cpu/for_each_target.h"
-
 #include "cpu/linear_loss/chunks.h"
 
 namespace w2s {
@@ -26,8 +23,9 @@ struct Eisl {
   bool kept(const bool* mask, int64_t at) const { return !mask || mask[at]; }
   void check_target(int64_t V) const {  // under torch.compile nobody has looked at it yet, and it is a place to read
     for (int64_t i = 0; i < B * U; ++i)
-      STD_TORCH_CHECK(!kept(wanted, i) || (target[i] >= 0 && target[i] < V),
-                      "w2s_fast.linear_eisl: target must be in [0, " + std::to_string(V) + "), got " + std::to_string(target[i]) + ".");
+      check(!kept(wanted, i) || (target[i] >= 0 && target[i] < V), [&] {
+        return "target must be in [0, " + std::to_string(V) + "), got " + std::to_string(target[i]) + ".";
+      });
   }
   void list_rows() {
     for (int64_t b = 0; b < B; ++b) {
@@ -49,7 +47,7 @@ struct Eisl {
       const int64_t n = ngrams[k];
       Ngram g{n, ngram_coef * weights[k] / double(B), {}};
       if (!noise.empty()) {
-        g.noise.dtype = dtype_of(noise[k].scalar_type());
+        g.noise.dtype = dtype_of(noise[k]);
         g.noise.data = static_cast<char*>(noise[k].data_ptr()) + b * (T - n + 1) * (U - n + 1) * bytes_of(g.noise.dtype);
       }
       found.push_back(g);
@@ -64,8 +62,8 @@ template <class A>
 Outputs run(const Eisl& e, const Tensor& hidden, const Tensor& flat, const Tensor& weight, const std::optional<Tensor>& bias,
             bool need_hidden, bool need_head, bool need_bias) {
   const int64_t V = weight.size(0), raw_ld = eisl_width(e.U), count = int64_t(e.ngrams.size());
-  Scratch scratch{hidden, {}};
-  const Head<A> head(scratch, flat, weight, bias ? &*bias : nullptr, V, e.index);
+  CallMemory memory{hidden, {}};
+  const Head<A> head(memory, flat, weight, bias ? &*bias : nullptr, V, e.index);
   const Chunks chunks(head.M, V, 1, int64_t(sizeof(A)), head.sum_of_chunks(need_head));
   const auto last_of = [&](int64_t b) {  // sentences [b, last) whose rows fit a chunk; at least one
     int64_t last = b + 1;
@@ -78,10 +76,10 @@ Outputs run(const Eisl& e, const Tensor& hidden, const Tensor& flat, const Tenso
     rows = std::max(rows, e.begin[size_t(last_of(b))] - e.begin[size_t(b)]);
     ++pieces;
   }
-  A* tile = scratch.get<A>(rows * chunks.ld);
-  A* raw = scratch.get<A>(sentences * e.T * raw_ld);
+  A* tile = memory.get<A>(rows * chunks.ld);
+  A* raw = memory.get<A>(sentences * e.T * raw_ld);
   std::vector<double> inverse(static_cast<size_t>(rows)), losses(size_t(e.B * count)), diagonal(size_t(e.B), 0.0);
-  Spend<A> spend(scratch, head, flat, weight, bias ? &*bias : nullptr, need_hidden, need_head, need_bias, pieces);
+  Spend<A> spend(memory, head, flat, weight, bias ? &*bias : nullptr, need_hidden, need_head, need_bias, pieces);
   for (int64_t b = 0; b < e.B;) {
     const int64_t last = last_of(b), first = e.begin[size_t(b)], in_chunk = e.begin[size_t(last)] - first;
     const auto place = [&](int64_t m, int64_t& s, int64_t& t) {  // sentence of the chunk and position of its row m
@@ -94,13 +92,13 @@ Outputs run(const Eisl& e, const Tensor& hidden, const Tensor& flat, const Tenso
     parallel_items(in_chunk, 1, [&](int64_t m) {
       int64_t s, t;
       place(m, s, t);
-      inverse[size_t(m)] = W2S_DISPATCH(eisl_row<A>)(tile + m * chunks.ld, V, head.bias, e.target + (b + s) * e.U, mask(s), e.U,
+      inverse[size_t(m)] = kernels<EislKernels, A>().row(tile + m * chunks.ld, V, head.bias, e.target + (b + s) * e.U, mask(s), e.U,
                                                      raw + (s * e.T + t) * raw_ld);
     });
     parallel_items(last - b, 1, [&](int64_t s) {
       A* working = scratch_of<A>(2, eisl_scratch(e.T, e.U));
       const std::vector<Ngram> sizes = e.sizes(b + s);
-      diagonal[size_t(b + s)] = W2S_DISPATCH(eisl_sentence<A>)(
+      diagonal[size_t(b + s)] = kernels<EislKernels, A>().sentence(
           e.sentence(b + s), sizes.data(), count, e.ce_coef / double(std::max<int64_t>(e.pairs, 1)), raw + s * e.T * raw_ld, working,
           losses.data() + (b + s) * count);
     });
@@ -108,7 +106,7 @@ Outputs run(const Eisl& e, const Tensor& hidden, const Tensor& flat, const Tenso
       parallel_items(in_chunk, 1, [&](int64_t m) {
         int64_t s, t;
         place(m, s, t);
-        W2S_DISPATCH(eisl_gradient<A>)(tile + m * chunks.ld, V, inverse[size_t(m)], e.target + (b + s) * e.U, mask(s), e.U,
+        kernels<EislKernels, A>().gradient(tile + m * chunks.ld, V, inverse[size_t(m)], e.target + (b + s) * e.U, mask(s), e.U,
                                        raw + (s * e.T + t) * raw_ld, spend.dtype);
       });
       if (in_chunk) spend.chunk(first, in_chunk, tile, chunks.ld, e.begin[size_t(last)] == head.M);
@@ -143,12 +141,13 @@ Outputs linear_eisl(Tensor hidden, Rowwise head, std::optional<Tensor> bias, Ten
   e.check_target(head.size(0));
   e.list_rows();
   const Tensor flat = torch::stable::flatten(hidden, 0, 1);  // contiguous, so a view
-  if (hidden.scalar_type() == ScalarType::Double) return run<double>(e, hidden, flat, head, bias, need_hidden, need_head, need_bias);
-  return run<float>(e, hidden, flat, head, bias, need_hidden, need_head, need_bias);
+  return with_type(is_double(hidden), [&](auto zero) {
+    return run<decltype(zero)>(e, hidden, flat, head, bias, need_hidden, need_head, need_bias);
+  });
 }
 
 }  // namespace
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_eisl", W2S_BOX(&w2s::linear::linear_eisl)); }
+W2S_IMPLEMENTATIONS(m) { m.add<&w2s::linear::linear_eisl>("linear_eisl"); }

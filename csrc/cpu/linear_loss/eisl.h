@@ -1,8 +1,8 @@
 // A sentence of the edit-invariant loss; see w2s_fast/reference/linear_loss/eisl.py for the equations.
 #pragma once
 
-#include "cpu/linear_loss/rows.h"
-#include "cpu/tensors.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace w2s {
 
@@ -21,5 +21,14 @@ struct Ngram {
 
 inline int64_t eisl_width(int64_t U) { return (U + 15) / 16 * 16 + 16; }  // elements of a row of raw, and of dcost
 inline int64_t eisl_scratch(int64_t T, int64_t U) { return (4 * T + 4) * eisl_width(U); }
+
+// eisl_kernel.cpp
+template <class A>
+struct EislKernels {
+  double (*row)(A* z, int64_t V, const A* bias, const int64_t* y, const bool* kept, int64_t U, A* raw);
+  double (*sentence)(const Sentence& given, const Ngram* ngrams, int64_t count, double ce_share, A* raw, A* scratch,
+                     double* losses);
+  void (*gradient)(A* z, int64_t V, double inverse, const int64_t* y, const bool* kept, int64_t U, const A* a, Dtype dtype);
+};
 
 }  // namespace w2s

@@ -5,21 +5,15 @@
 // has a tile of its own. Rows with the ignored target are left out from the start (gathered), so they cost nothing.
 #pragma once
 
+#include "cpu/convert.h"
 #include "cpu/gemm.h"
+#include "cpu/linear_loss/tile.h"
 #include "cpu/tensors.h"
-
-#define W2S_KERNEL "cpu/linear_loss/tile_kernel.h"
-#include "cpu/for_each_target.h"
 
 namespace w2s {
 namespace linear {
 
 constexpr int64_t CHUNK = 128;  // vocabulary rows of one piece of row-kernel work; also the unit a draw computes again
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline int64_t pieces(int64_t n, int64_t of) { return (n + of - 1) / of; }
-
-template <class A>
-constexpr ScalarType scalar = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
 
 template <class A>
 struct Matrix {  // a view; strides in elements
@@ -35,17 +29,21 @@ inline void product(const Matrix<A>& c, const Matrix<A>& a, const Matrix<A>& b, 
   gemm(a.operand(), b.operand(), Target<A>{c.data, c.down, c.across}, A(1), add);
 }
 
-#define W2S_LINEAR_PARAMETERS                                                                                 \
-  RowwiseTensors hiddens, RowwiseTensors heads, Tensors biases, std::optional<Strided> weights,               \
-      std::vector<double> weight_values, double temperature, double softcap, int64_t vocab_size
-#define W2S_LINEAR_ARGUMENTS hiddens, heads, biases, weights, weight_values, temperature, softcap, vocab_size
+// The models, as every op of the family takes them.
+struct LinearArguments {
+  RowwiseTensors hiddens, heads;
+  Tensors biases;
+  std::optional<Strided> weights;
+  std::vector<double> weight_values;
+  double temperature, softcap;
+  int64_t vocab_size;
+  static constexpr int arguments = 8;
 
-inline bool wants_double(const Tensors& hiddens, const Tensors& heads) {
-  for (const Tensors* list : {&hiddens, &heads})
-    for (const Tensor& t : *list)
-      if (t.scalar_type() == ScalarType::Double) return true;
-  return false;
-}
+  int64_t rows() const { return hiddens[0].size(0); }
+  bool f64() const {
+    return std::any_of(hiddens.begin(), hiddens.end(), is_double) || std::any_of(heads.begin(), heads.end(), is_double);
+  }
+};
 
 template <class F>
 inline std::vector<int64_t> rows_where(int64_t rows, const F& counts) {
@@ -64,7 +62,7 @@ struct Engine {
   std::vector<int64_t> D, offset, index;  // per model; rows that count
   std::vector<Rows> head;
   std::vector<std::vector<A>> bias, coef;  // [V]; w_i / temperature, [Mp]
-  Tensors hiddens, keep;                   // inputs; scratch that must live as long as this
+  Tensors hiddens, keep;                   // inputs; memory that must live as long as this
   A* h = nullptr;                          // [M, width]; scaled by coef without a softcap
   // the current tile of the heads
   int64_t v0 = 0, nv = 0, tile = 0, shares = 0;
@@ -73,25 +71,22 @@ struct Engine {
   bool widens = true;           // whether a tile of a narrower head is widened (not for products with dots alone)
   const uint16_t* rows16 = nullptr;  // with dots: hidden rows as they are, [M, width]
 
-  Engine(W2S_LINEAR_PARAMETERS, const int64_t* target, int64_t ignore_index)
-      : Engine(W2S_LINEAR_ARGUMENTS, rows_where(hiddens[0].size(0), [&](int64_t t) { return !target || target[t] != ignore_index; })) {}
-
-  Engine(W2S_LINEAR_PARAMETERS, std::vector<int64_t> rows_that_count)
-      : n(int(hiddens.size())), T(hiddens[0].size(0)), V(vocab_size), temperature(temperature), cap(A(softcap)),
-        index(std::move(rows_that_count)), hiddens(hiddens) {
+  Engine(const LinearArguments& linear, std::vector<int64_t> rows_that_count)
+      : n(int(linear.hiddens.size())), T(linear.rows()), V(linear.vocab_size), temperature(linear.temperature), cap(A(linear.softcap)),
+        index(std::move(rows_that_count)), hiddens(linear.hiddens) {
     M = int64_t(index.size());
     Mp = round_up(M, 16);
     for (int i = 0; i < n; ++i) {
-      head.emplace_back(heads[size_t(i)]);
-      head.back().stride = heads[size_t(i)].stride(0) * head.back().bytes;
+      head.emplace_back(linear.heads[size_t(i)]);
+      head.back().stride = linear.heads[size_t(i)].stride(0) * head.back().bytes;
       D.push_back(hiddens[size_t(i)].size(1));
       offset.push_back(width);
       width += D.back();
     }
-    set_weights(weights, weight_values);
-    for (const Tensor& b : biases) {
+    set_weights(linear.weights, linear.weight_values);
+    for (const Tensor& b : linear.biases) {
       bias.emplace_back(size_t(V));
-      W2S_DISPATCH(widen_row<A>)(b.data_ptr(), dtype_of(b.scalar_type()), V, A(1), bias.back().data());
+      kernels<ConvertKernels, A>().widen(b.data_ptr(), dtype_of(b), V, bias.back().data());
     }
     gather();
     if constexpr (sizeof(A) == 4) {
@@ -111,7 +106,7 @@ struct Engine {
   Operand hidden16(int64_t r0, int64_t rows) const { return {rows16 + r0 * width, Dtype::bf16, rows, width, width, 1}; }
   Operand head16() const { return {head[0].at(v0, 0), Dtype::bf16, nv, width, head[0].stride / 2, 1}; }
 
-  void set_weights(const std::optional<Tensor>& weights, const std::vector<double>& values) {
+  void set_weights(const std::optional<Strided>& weights, const std::vector<double>& values) {
     const std::vector<double> w = numbers(weights);
     for (int i = 0; i < n; ++i) {
       coef.emplace_back(size_t(Mp), A(0));
@@ -121,19 +116,19 @@ struct Engine {
   }
 
   void gather() {
-    h = scratch(M * width);
+    h = memory(M * width);
     parallel_items(M, 16, [&](int64_t m) {
       for (int i = 0; i < n; ++i)
-        W2S_DISPATCH(widen_row<A>)(Rows(hiddens[size_t(i)]).at(index[size_t(m)], 0), dtype_of(hiddens[size_t(i)].scalar_type()),
+        kernels<ConvertKernels, A>().widen_scaled(Rows(hiddens[size_t(i)]).at(index[size_t(m)], 0), dtype_of(hiddens[size_t(i)]),
                                    D[size_t(i)], cap ? A(1) : coef[size_t(i)][size_t(m)], h + m * width + offset[size_t(i)]);
     });
   }
 
-  A* scratch(int64_t elements) {
-    keep.push_back(torch::stable::new_empty(hiddens[0], {std::max<int64_t>(elements, 1)}, scalar<A>));
+  A* memory(int64_t elements) {
+    keep.push_back(torch::stable::new_empty(hiddens[0], {std::max<int64_t>(elements, 1)}, scalar_type<A>));
     return static_cast<A*>(keep.back().data_ptr());
   }
-  Tensor output(std::vector<int64_t> shape) const { return torch::stable::new_empty(hiddens[0], shape, scalar<A>); }
+  Tensor output(std::vector<int64_t> shape) const { return torch::stable::new_empty(hiddens[0], shape, scalar_type<A>); }
   bool narrower(int i) const { return head[size_t(i)].dtype != own_dtype<A>; }
 
   // Rows of a block. A product on the tile unit is done before its operands and sums have come from memory: fewer passes.
@@ -148,7 +143,7 @@ struct Engine {
     tile = std::clamp<int64_t>(rows / CHUNK * CHUNK, CHUNK, std::min<int64_t>(4096, round_up(V, CHUNK)));
     narrow_tile.assign(size_t(n), nullptr);
     for (int i = 0; i < n; ++i)
-      if (narrower(i) && widens) narrow_tile[size_t(i)] = scratch(tile * D[size_t(i)]);
+      if (narrower(i) && widens) narrow_tile[size_t(i)] = memory(tile * D[size_t(i)]);
   }
 
   void load(int64_t first) {  // makes [first, first + tile) the current tile
@@ -157,7 +152,7 @@ struct Engine {
     for (int i = 0; i < n; ++i)
       if (narrower(i) && widens)
         parallel_items(nv, 64, [&](int64_t v) {
-          W2S_DISPATCH(widen_row<A>)(head[size_t(i)].at(v0 + v, 0), head[size_t(i)].dtype, D[size_t(i)], A(1),
+          kernels<ConvertKernels, A>().widen_scaled(head[size_t(i)].at(v0 + v, 0), head[size_t(i)].dtype, D[size_t(i)], A(1),
                                      narrow_tile[size_t(i)] + v * D[size_t(i)]);
         });
   }
@@ -189,95 +184,26 @@ struct Engine {
       const A* b = bias.empty() ? nullptr : bias[size_t(i)].data() + v0;
       if (cap) {
         chunks([&](int64_t, int64_t v, int64_t count) {
-          W2S_DISPATCH(chunk_cap<A>)(out + v * ld, count, ld, b ? b + v : nullptr, cap);
-          W2S_DISPATCH(chunk_add<A>)(z + v * ld, out + v * ld, count, ld, c, i == 0);
+          kernels<TileKernels, A>().cap(out + v * ld, count, ld, b ? b + v : nullptr, cap);
+          kernels<TileKernels, A>().add(z + v * ld, out + v * ld, count, ld, c, i == 0);
         });
       } else if (b) {
         // z may be a few columns of a wider tile (ld), so only this block's are touched
         const int64_t columns = round_up(rows, 16);
-        chunks([&](int64_t, int64_t v, int64_t count) { W2S_DISPATCH(chunk_bias<A>)(z + v * ld, count, ld, columns, b + v, c); });
+        chunks([&](int64_t, int64_t v, int64_t count) { kernels<TileKernels, A>().bias(z + v * ld, count, ld, columns, b + v, c); });
       }
     }
   }
 };
 
-// Online log-sum-exp and target logit of every row that counts.
-template <class A>
-struct Statistics {
-  const Engine<A>& e;
-  const int64_t* target;
-  std::vector<A> ref, at_target, newest, total, tops, sums;
-  std::vector<double> sum;
-  std::vector<A> spreads;
-  std::vector<double> spread;  // sum_v exp(z - ref) (z - ref), if wanted
-  std::vector<int64_t> best;   // first token of the largest logit, if wanted
-
-  Statistics(const Engine<A>& engine, const int64_t* target)
-      : e(engine), target(target), ref(size_t(e.Mp), -std::numeric_limits<A>::infinity()), at_target(size_t(e.Mp)),
-        newest(size_t(e.Mp)), total(size_t(e.Mp)), sum(size_t(e.Mp)) {
-    tops.resize(size_t(pieces(e.tile, CHUNK) * e.Mp));
-    sums.resize(tops.size());
-  }
-
-  void pick(int64_t r0, int64_t rows, const A* z, int64_t ld) {
-    if (!target) return;
-    for (int64_t t = r0; t < r0 + rows; ++t) {
-      const int64_t v = target[e.index[size_t(t)]] - e.v0;
-      if (v >= 0 && v < e.nv) at_target[size_t(t)] = z[v * ld + t - r0];
-    }
-  }
-
-  void want(bool entropy, bool largest) {
-    if (entropy) spread.assign(size_t(e.Mp), 0.0), spreads.resize(sums.size());
-    if (largest) best.assign(size_t(e.Mp), 0);
-  }
-
-  // a tile of logits: adds its mass; the chunks' (max, sum) stay in tops, sums
-  void add(int64_t r0, int64_t rows, A* z, int64_t ld) {
-    pick(r0, rows, z, ld);
-    e.chunks([&](int64_t c, int64_t v, int64_t count) {
-      W2S_DISPATCH(chunk_stats<A>)(z + v * ld, count, ld, &tops[size_t(c * ld)], &sums[size_t(c * ld)]);
-      if (!spread.empty()) W2S_DISPATCH(chunk_spread<A>)(z + v * ld, count, ld, &tops[size_t(c * ld)], &spreads[size_t(c * ld)]);
-    });
-    W2S_DISPATCH(merge_chunks<A>)(tops.data(), sums.data(), pieces(e.nv, CHUNK), ld, &ref[size_t(r0)], newest.data(), total.data());
-    parallel_items(rows, 64, [&](int64_t t) {
-      A& r = ref[size_t(r0 + t)];
-      double& s = sum[size_t(r0 + t)];
-      const double shift = double(r) - double(newest[size_t(t)]);
-      if (newest[size_t(t)] > r) {
-        const double f = std::exp(shift);
-        if (!spread.empty() && s != 0) spread[size_t(r0 + t)] = f * (spread[size_t(r0 + t)] + shift * s);
-        if (!best.empty()) best[size_t(r0 + t)] = e.v0 + first_of(newest[size_t(t)], z, ld, t);
-        s *= f;
-      }
-      r = newest[size_t(t)];
-      s += double(total[size_t(t)]);
-      if (!spread.empty()) add_spread(r0 + t, t, ld);
-    });
-  }
-
-  // the first row of the tile whose logit of token t is `top`
-  int64_t first_of(A top, const A* z, int64_t ld, int64_t t) const {
-    int64_t c = 0;
-    while (tops[size_t(c * ld + t)] != top) ++c;
-    int64_t v = c * CHUNK;
-    while (z[v * ld + t] != top) ++v;
-    return v;
-  }
-
-  void add_spread(int64_t row, int64_t t, int64_t ld) {
-    for (int64_t c = 0; c < pieces(e.nv, CHUNK); ++c) {
-      const double top = double(tops[size_t(c * ld + t)]), over = top - double(ref[size_t(row)]);
-      if (top == -std::numeric_limits<double>::infinity()) continue;
-      spread[size_t(row)] += std::exp(over) * (double(spreads[size_t(c * ld + t)]) + over * double(sums[size_t(c * ld + t)]));
-    }
-  }
-
-  double lse(int64_t m) const {
-    const double r = double(ref[size_t(m)]), s = sum[size_t(m)];
-    return r == -std::numeric_limits<double>::infinity() ? r + s : r + std::log(s);
-  }
-};
+// f(engine), with the engine of the call's accumulating type
+template <class F>
+inline auto with_engine(const LinearArguments& linear, std::vector<int64_t> rows, const F& f) {
+  return with_type(linear.f64(), [&](auto zero) {
+    Engine<decltype(zero)> engine(linear, std::move(rows));
+    return f(engine);
+  });
+}
 
 // Rows that count put back among all rows; the others get 0.
 template <class A, class F>

@@ -1,4 +1,4 @@
-// Gradients of all models. dz_tv = p_tv (b_t + c_t log p_tv) + q_tv, with q of `Target`; a tile of it feeds two
+// Gradients of all models. dz_tv = p_tv (b_t + c_t log p_tv) + q_tv, with q of `SoftTarget`; a tile of it feeds two
 // products: dh_i += dz W_i and dW_i = dz^T (w_i h_i).
 //
 // A loss whose coefficients are known beforehand (mean, sum) needs lse before the first gradient tile. Rather than compute
@@ -7,14 +7,15 @@
 // Rows beyond the sum of the D_i are computed again.
 #pragma once
 
-#include "cpu/linear_loss/target.h"
+#include "cpu/linear_loss/soft_target.h"
 
 namespace w2s {
 namespace linear {
 
-struct Need {
+struct Need {  // which gradients; of the lists a bit a model
   int64_t hiddens, heads, biases;
   bool weights;
+  static constexpr int arguments = 4;
 };
 
 struct Segment {  // rows [r0, r0 + rows), and the model whose dW keeps their logits (-1: none)
@@ -29,7 +30,7 @@ struct Gradients {
   Tensors dhiddens, dheads, dbiases;
   Tensor dweights;
   std::vector<A> b, c, lse;           // [Mp]; c may be empty
-  Target<A> q;
+  SoftTarget<A> q;
   std::vector<double> dw;             // [Mp, n]: sum_v dz (b_i, or the capped logit)
   std::vector<std::vector<A>> dbias;  // [V]
   A *raw = nullptr, *z = nullptr, *slope = nullptr;  // raw: sum_v dz_tv W_i,v, [M, width]
@@ -37,26 +38,19 @@ struct Gradients {
   std::vector<A*> wide, capped;       // a tile of dW in A, where dW is narrower
   std::vector<A> partial, zeros;
 
-  Gradients(Engine<A>& engine, const Tensors& heads, const Tensors& biases, Need wanted) : e(engine), need(wanted) {
+  Gradients(Engine<A>& engine, const LinearArguments& linear, Need wanted) : e(engine), need(wanted) {
     for (int i = 0; i < e.n; ++i) {
-      dhiddens.push_back(like(e.hiddens[size_t(i)], need.hiddens >> i & 1));
-      dheads.push_back(like(heads[size_t(i)], need.heads >> i & 1));
+      dhiddens.push_back(empty_of(e.hiddens[size_t(i)], need.hiddens >> i & 1));
+      dheads.push_back(empty_of(linear.heads[size_t(i)], need.heads >> i & 1));
     }
-    for (int i = 0; i < int(biases.size()); ++i) {
-      dbiases.push_back(like(biases[size_t(i)], need.biases >> i & 1));
+    for (int i = 0; i < int(linear.biases.size()); ++i) {
+      dbiases.push_back(empty_of(linear.biases[size_t(i)], need.biases >> i & 1));
       dbias.emplace_back(size_t(need.biases >> i & 1 ? e.V : 0));
     }
     dweights = need.weights ? e.output({e.T, e.n}) : e.output({0});
     for (auto* v : {&b, &lse}) v->assign(size_t(e.Mp), A(0));
     e.widens = !e.dots;
     dw.assign(size_t(e.Mp * e.n), 0.0);
-  }
-
-  static Tensor like(const Tensor& t, bool wanted) {
-    if (!wanted) return torch::stable::new_empty(t, {0});
-    std::vector<int64_t> shape;
-    for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(t.size(d));
-    return torch::stable::new_empty(t, shape);
   }
 
   bool needs_raw(int i) const { return (need.hiddens >> i & 1) || (need.weights && !e.cap); }
@@ -66,16 +60,16 @@ struct Gradients {
     int64_t shared = 0;
     for (int i = 0; i < e.n; ++i) shared += needs_head(i) && e.narrower(i) ? e.D[size_t(i)] : 0;
     e.plan(columns * (e.cap ? e.n + 2 : 1), shared);
-    z = e.scratch(e.tile * columns);
-    if (e.dots) dz16 = reinterpret_cast<uint16_t*>(e.scratch(e.tile * columns / 2));
-    if (e.cap) slope = e.scratch(e.tile * columns);
+    z = e.memory(e.tile * columns);
+    if (e.dots) dz16 = reinterpret_cast<uint16_t*>(e.memory(e.tile * columns / 2));
+    if (e.cap) slope = e.memory(e.tile * columns);
     for (int i = 0; i < e.n; ++i) {
-      if (e.cap) capped.push_back(e.scratch(e.tile * columns));
-      wide.push_back(needs_head(i) && e.narrower(i) ? e.scratch(e.tile * e.D[size_t(i)]) : nullptr);
+      if (e.cap) capped.push_back(e.memory(e.tile * columns));
+      wide.push_back(needs_head(i) && e.narrower(i) ? e.memory(e.tile * e.D[size_t(i)]) : nullptr);
     }
     bool any = false;
     for (int i = 0; i < e.n; ++i) any |= needs_raw(i);
-    if (any) raw = e.scratch(e.M * e.width);
+    if (any) raw = e.memory(e.M * e.width);
     partial.resize(size_t(pieces(e.tile, CHUNK) * columns));
     zeros.assign(size_t(columns), A(0));
   }
@@ -103,10 +97,10 @@ struct Gradients {
     const A* all = q.r.empty() ? zeros.data() : &q.r[size_t(r0)];
     e.chunks([&](int64_t, int64_t v, int64_t k) {
       if (more)
-        W2S_DISPATCH(chunk_grad_more<A>)(in + v * ldi, ldi, out + v * ldo, ldo, k, columns, &lse[size_t(r0)], &b[size_t(r0)], log_coef, all,
+        kernels<TileKernels, A>().grad_more(in + v * ldi, ldi, out + v * ldo, ldo, k, columns, &lse[size_t(r0)], &b[size_t(r0)], log_coef, all,
                                          q.classes.empty() ? nullptr : &q.classes[size_t(e.v0 + v)]);
       else
-        W2S_DISPATCH(chunk_grad<A>)(in + v * ldi, ldi, out + v * ldo, ldo, k, columns, &lse[size_t(r0)], &b[size_t(r0)]);
+        kernels<TileKernels, A>().grad(in + v * ldi, ldi, out + v * ldo, ldo, k, columns, &lse[size_t(r0)], &b[size_t(r0)]);
     });
   }
 
@@ -117,19 +111,19 @@ struct Gradients {
       if (e.cap) {
         g = slope;
         e.chunks([&](int64_t, int64_t v, int64_t k) {
-          W2S_DISPATCH(chunk_slope<A>)(slope + v * ld, z + v * ld, capped[size_t(i)] + v * ld, k, ld, e.cap);
+          kernels<TileKernels, A>().slope(slope + v * ld, z + v * ld, capped[size_t(i)] + v * ld, k, ld, e.cap);
         });
       }
       const Operand dz = e.dots ? narrowed(g, rows, ld) : Matrix<A>{g, e.nv, rows, ld, 1}.operand();
       if (needs_raw(i)) {
-        const w2s::Target<A> to{raw + r0 * e.width + e.offset[size_t(i)], e.width, 1};
+        const Target<A> to{raw + r0 * e.width + e.offset[size_t(i)], e.width, 1};
         multiply(dz.t(), e.dots ? e.head16() : e.W(i).operand(), to, e.v0 > 0);
       }
       if (needs_head(i)) head_product(i, r0, rows, dz, first_block, last_block);
       const A* c = coef(i) + r0;
       if (need.biases >> i & 1)
         e.chunks([&](int64_t, int64_t v, int64_t k) {
-          W2S_DISPATCH(chunk_rows<A>)(g + v * ld, k, ld, rows, c, &dbias[size_t(i)][size_t(e.v0 + v)]);
+          kernels<TileKernels, A>().rows(g + v * ld, k, ld, rows, c, &dbias[size_t(i)][size_t(e.v0 + v)]);
         });
       if (need.weights && (e.cap || !e.bias.empty())) weight_part(i, r0, rows, ld);
     }
@@ -137,7 +131,7 @@ struct Gradients {
 
   const A* coef(int i) const { return e.coef[size_t(i)].data(); }
 
-  void multiply(const Operand& a, const Operand& b, w2s::Target<A> c, bool add) const {
+  void multiply(const Operand& a, const Operand& b, Target<A> c, bool add) const {
     if constexpr (sizeof(A) == 4) {
       if (a.dtype == Dtype::bf16 && b.dtype == Dtype::bf16) return gemm_bf16(a, b, c, add);
     }
@@ -146,7 +140,7 @@ struct Gradients {
 
   // dz of the current tile in bfloat16, as a plain implementation's products take it
   Operand narrowed(const A* g, int64_t rows, int64_t ld) const {
-    e.chunks([&](int64_t, int64_t v, int64_t k) { W2S_DISPATCH(narrow_row<A>)(g + v * ld, k * ld, A(1), Dtype::bf16, dz16 + v * ld); });
+    e.chunks([&](int64_t, int64_t v, int64_t k) { kernels<ConvertKernels, A>().narrow(g + v * ld, k * ld, Dtype::bf16, dz16 + v * ld); });
     return {dz16, Dtype::bf16, e.nv, rows, ld, 1};
   }
 
@@ -158,7 +152,7 @@ struct Gradients {
     if (wide[size_t(i)] && last_block) {
       const Rows narrow_rows(out);
       parallel_items(e.nv, 64, [&](int64_t v) {
-        W2S_DISPATCH(narrow_row<A>)(to + v * d, d, A(1), narrow_rows.dtype,
+        kernels<ConvertKernels, A>().narrow(to + v * d, d, narrow_rows.dtype,
                                     static_cast<char*>(out.data_ptr()) + (e.v0 + v) * d * narrow_rows.bytes);
       });
     }
@@ -168,7 +162,7 @@ struct Gradients {
     const A* s = e.cap ? capped[size_t(i)] : nullptr;
     const A* bias = e.cap ? nullptr : e.bias[size_t(i)].data() + e.v0;
     e.chunks([&](int64_t c, int64_t v, int64_t k) {
-      W2S_DISPATCH(chunk_dot<A>)(z + v * ld, s ? s + v * ld : nullptr, bias ? bias + v : nullptr, k, ld, &partial[size_t(c * ld)]);
+      kernels<TileKernels, A>().dot(z + v * ld, s ? s + v * ld : nullptr, bias ? bias + v : nullptr, k, ld, &partial[size_t(c * ld)]);
     });
     for (int64_t c = 0; c < pieces(e.nv, CHUNK); ++c)
       for (int64_t t = 0; t < rows; ++t) dw[size_t((r0 + t) * e.n + i)] += double(partial[size_t(c * ld + t)]);
@@ -189,7 +183,7 @@ struct Gradients {
     for (int i = 0; i < e.n; ++i) {
       zero_unused(i);
       if (i < int(dbiases.size()) && (need.biases >> i & 1))
-        W2S_DISPATCH(narrow_row<A>)(dbias[size_t(i)].data(), e.V, A(1), dtype_of(dbiases[size_t(i)].scalar_type()), dbiases[size_t(i)].data_ptr());
+        kernels<ConvertKernels, A>().narrow(dbias[size_t(i)].data(), e.V, dtype_of(dbiases[size_t(i)]), dbiases[size_t(i)].data_ptr());
     }
     A* weight = need.weights ? static_cast<A*>(dweights.data_ptr()) : nullptr;
     parallel_items(e.M, 8, [&](int64_t m) {
@@ -200,12 +194,12 @@ struct Gradients {
         const A* row = raw ? raw + m * e.width + e.offset[size_t(i)] : nullptr;
         if (need.hiddens >> i & 1) {
           const Dtype type = hidden[size_t(i)].dtype;
-          W2S_DISPATCH(narrow_row<A>)(row, d, coef(i)[m], type, static_cast<char*>(dhiddens[size_t(i)].data_ptr()) + t * d * bytes_of(type));
+          kernels<ConvertKernels, A>().narrow_scaled(row, d, coef(i)[m], type, static_cast<char*>(dhiddens[size_t(i)].data_ptr()) + t * d * bytes_of(type));
         }
         if (!weight) continue;
         double total = dw[size_t(m * e.n + i)];
         if (!e.cap) {
-          W2S_DISPATCH(widen_row<A>)(hidden[size_t(i)].at(t, 0), hidden[size_t(i)].dtype, d, A(1), x.data());
+          kernels<ConvertKernels, A>().widen(hidden[size_t(i)].at(t, 0), hidden[size_t(i)].dtype, d, x.data());
           for (int64_t j = 0; j < d; ++j) total += double(x[size_t(j)]) * double(row[j]);
         }
         weight[t * e.n + i] = A(total / e.temperature);
@@ -221,7 +215,7 @@ struct Gradients {
     if (i == 0 && need.weights) torch::stable::zero_(dweights);
   }
   static void zero_from(Tensor& t, int64_t row, int64_t columns) {
-    const int64_t bytes = bytes_of(dtype_of(t.scalar_type())) * columns;
+    const int64_t bytes = bytes_of(dtype_of(t)) * columns;
     std::memset(static_cast<char*>(t.data_ptr()) + row * bytes, 0, size_t((t.size(0) - row) * bytes));
   }
 
@@ -290,9 +284,6 @@ inline void first_sweep(Engine<A>& e, Gradients<A>& g, const std::vector<std::ve
       }
   }
 }
-
-#define W2S_NEED_PARAMETERS int64_t need_hiddens, int64_t need_heads, int64_t need_biases, bool need_weights
-#define W2S_NEED Need{need_hiddens, need_heads, need_biases, need_weights}
 
 }  // namespace linear
 }  // namespace w2s

@@ -1,9 +1,6 @@
-// kd_loss: one row kernel, loss and gradient together, on a row of logits or on a vector of short rows. linear_kd: chunks of rows, one product a model into a
-// tile, the same row kernel in place, two products that spend the gradient.
+// kd_loss: one row kernel, loss and gradient together, on a row of logits or on a vector of short rows. linear_kd: chunks
+// of rows, one product a model into a tile, the same row kernel in place, two products that spend the gradient.
 #include "cpu/linear_loss/kd.h"
-
-#define W2S_KERNEL "cpu/linear_loss/kd_kernel.h"
-#include "cpu/for_each_target.h"
 
 #include "cpu/linear_loss/chunks.h"
 
@@ -11,10 +8,17 @@ namespace w2s {
 namespace linear {
 namespace {
 
-#define W2S_KD_PARAMETERS                                                                                       \
-  RowwiseTensors teachers, std::vector<int64_t> forms, std::vector<double> shares, int64_t kind, double tau, double beta, double power, \
-      std::optional<Tensor> target, std::optional<Tensor> keep, Tensor coef_kd, std::optional<Tensor> coef_ce
-#define W2S_KD_ARGUMENTS teachers, forms, shares, kind, tau, beta, power, target, keep, coef_kd, coef_ce
+struct KdArguments {
+  RowwiseTensors teachers;
+  std::vector<int64_t> forms;
+  std::vector<double> shares;
+  int64_t kind;
+  double tau, beta, power;
+  std::optional<Tensor> target, keep;
+  Tensor coef_kd;
+  std::optional<Tensor> coef_ce;
+  static constexpr int arguments = 11;
+};
 
 struct Given {  // a teacher: its tensors, and for a linear one the tile that holds its logits
   KdForm form;
@@ -33,16 +37,16 @@ struct Distillation {
   std::vector<int64_t> index;  // rows that count
   bool f64;
 
-  Distillation(const Tensor& student, int64_t V, bool gradient, bool statistics, W2S_KD_PARAMETERS)
-      : T(student.size(0)), loss{V, KdKind(kind), tau, beta, power, coef_ce && target, gradient, statistics},
-        coef_kd(numbers(coef_kd)), coef_ce(numbers(coef_ce)), f64(student.scalar_type() == ScalarType::Double) {
+  Distillation(const Tensor& student, int64_t V, bool gradient, bool statistics, const KdArguments& kd)
+      : T(student.size(0)), loss{V, KdKind(kd.kind), kd.tau, kd.beta, kd.power, kd.coef_ce && kd.target, gradient, statistics},
+        coef_kd(numbers(kd.coef_kd)), coef_ce(numbers(kd.coef_ce)), f64(is_double(student)) {
     size_t at = 0;
-    for (size_t m = 0; m < forms.size(); ++m) {
-      Given g{KdForm(forms[m]), shares[m], {}, {}, {}};
+    for (size_t m = 0; m < kd.forms.size(); ++m) {
+      Given g{KdForm(kd.forms[m]), kd.shares[m], {}, {}, {}};
       const int count = g.form == LOGITS || g.form == PROBS ? 1 : g.form == LINEAR_BIAS ? 3 : 2;
       for (int i = 0; i < count; ++i) {
-        g.tensors.push_back(teachers[at++]);
-        f64 |= g.tensors.back().scalar_type() == ScalarType::Double;
+        g.tensors.push_back(kd.teachers[at++]);
+        f64 |= is_double(g.tensors.back());
       }
       if (g.form == TOPK) {
         g.ids.data = static_cast<char*>(g.tensors[0].data_ptr());
@@ -52,10 +56,10 @@ struct Distillation {
       } else if (g.form == LOGITS || g.form == PROBS) {
         g.rows = Rows(g.tensors[0]);
       }
-      this->teachers.push_back(std::move(g));
+      teachers.push_back(std::move(g));
     }
-    if (loss.hard) this->target = integers<int64_t>(*target);
-    const bool* kept = keep ? integers<bool>(*keep) : nullptr;
+    if (loss.hard) target = integers<int64_t>(*kd.target);
+    const bool* kept = kd.keep ? integers<bool>(*kd.keep) : nullptr;
     index.reserve(size_t(T));
     for (int64_t t = 0; t < T; ++t)
       if (!kept || kept[t]) index.push_back(t);
@@ -64,15 +68,16 @@ struct Distillation {
 
   // Under torch.compile nobody has looked at them yet, and they are places to read and to write.
   void check_ids() const {
-    const auto check = [&](const char* what, int64_t id) {
-      STD_TORCH_CHECK(id >= 0 && id < loss.V,
-                      std::string(what) + " must be in [0, " + std::to_string(loss.V) + "), got " + std::to_string(id) + ".");
+    const auto inside = [&](const char* what, int64_t id) {
+      check(id >= 0 && id < loss.V, [&] {
+        return std::string(what) + " must be in [0, " + std::to_string(loss.V) + "), got " + std::to_string(id) + ".";
+      });
     };
     for (int64_t t : index) {
-      if (target) check("target", target[t]);
+      if (target) inside("target", target[t]);
       for (const Given& g : teachers)
         for (int64_t k = 0; g.form == TOPK && k < g.tensors[0].size(1); ++k)
-          check("ids of a top-k teacher", reinterpret_cast<const int64_t*>(g.ids.at(t, 0))[k]);
+          inside("ids of a top-k teacher", reinterpret_cast<const int64_t*>(g.ids.at(t, 0))[k]);
     }
   }
 
@@ -138,7 +143,7 @@ struct Results {
 template <class A, class F>
 void each_row(int64_t count, int64_t V, const F& work) {
   const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(V, 1));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  parallel_ranges(count, grain, [&](int64_t begin, int64_t end) {
     A* buffers = scratch_of<A>(2, KD_BUFFERS * kd_width(V));
     std::vector<RowTeacher> own;
     for (int64_t m = begin; m < end; ++m) work(m, own, buffers);
@@ -163,26 +168,25 @@ Rows4 kd_rows(const Tensor& logits, const Distillation& given) {
     for (const Given& g : given.teachers) teachers.push_back({g.form, g.share, g.rows});
     const KdRows rows{given.loss, given.index.data(), given.coef_kd.data(), given.coef_ce.data(), given.target,
                       student, teachers.data(), int(teachers.size()), to};
-    torch::stable::parallel_for(0, count, 16 * std::max<int64_t>(1, 1024 / V), [&](int64_t begin, int64_t end) {
+    parallel_ranges(count, 16 * std::max<int64_t>(1, 1024 / V), [&](int64_t begin, int64_t end) {
       A* buffers = scratch_of<A>(2, KD_BUFFERS * kd_short_width(V));
-      W2S_DISPATCH(kd_short_rows<A>)(rows, begin, end, buffers, out.d, out.c);
+      kernels<KdKernels, A>().short_rows(rows, begin, end, buffers, out.d, out.c);
     });
   } else {
     each_row<A>(count, V, [&](int64_t m, std::vector<RowTeacher>& own, A* buffers) {
       const int64_t t = given.index[size_t(m)];
       KdRow row = given.row(t, own);
       row.student = {student.at(t, 0), student.dtype, nullptr};
-      out.put(t, W2S_DISPATCH(kd_row<A>)(row, buffers, to.at(t, 0), student.dtype));
+      out.put(t, kernels<KdKernels, A>().row(row, buffers, to.at(t, 0), student.dtype));
     });
   }
   out.sum(given);
   return {out.loss, out.kd, out.ce, out.stats, dlogits};
 }
 
-Rows4 kd_loss(Rowwise logits, W2S_KD_PARAMETERS, bool need_gradient, bool need_statistics) {
-  const Distillation given(logits, logits.size(1), need_gradient, need_statistics, W2S_KD_ARGUMENTS);
-  if (given.f64) return kd_rows<double>(logits, given);
-  return kd_rows<float>(logits, given);
+Rows4 kd_loss(Rowwise logits, KdArguments kd, bool need_gradient, bool need_statistics) {
+  const Distillation given(logits, logits.size(1), need_gradient, need_statistics, kd);
+  return with_type(given.f64, [&](auto zero) { return kd_rows<decltype(zero)>(logits, given); });
 }
 
 using Linear7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -194,18 +198,18 @@ struct Need {
 template <class A>
 Linear7 linear_rows(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Distillation& given, Need need) {
   const int64_t V = weight.size(0);
-  Scratch scratch{hidden, {}};
-  const Head<A> student(scratch, hidden, weight, bias ? &*bias : nullptr, V, given.index);
+  CallMemory memory{hidden, {}};
+  const Head<A> student(memory, hidden, weight, bias ? &*bias : nullptr, V, given.index);
   std::vector<Head<A>> heads;
   for (const Given& g : given.teachers)
     if (g.form >= LINEAR)
-      heads.emplace_back(scratch, g.tensors[0], g.tensors[1], g.form == LINEAR_BIAS ? &g.tensors[2] : nullptr, V, given.index);
+      heads.emplace_back(memory, g.tensors[0], g.tensors[1], g.form == LINEAR_BIAS ? &g.tensors[2] : nullptr, V, given.index);
   const Chunks chunks(student.M, V, 1 + int64_t(heads.size()), int64_t(sizeof(A)), student.sum_of_chunks(need.head));
   const int64_t ld = chunks.ld;
   std::vector<A*> tiles;
-  for (size_t i = 0; i <= heads.size(); ++i) tiles.push_back(scratch.get<A>(chunks.size * ld));
+  for (size_t i = 0; i <= heads.size(); ++i) tiles.push_back(memory.get<A>(chunks.size * ld));
   Results<A> out(hidden, given);
-  Spend<A> spend(scratch, student, hidden, weight, bias ? &*bias : nullptr, need.hidden, need.head, need.bias, chunks.pieces());
+  Spend<A> spend(memory, student, hidden, weight, bias ? &*bias : nullptr, need.hidden, need.head, need.bias, chunks.pieces());
   for (int64_t first = 0; first < student.M; first += chunks.size) {
     const int64_t count = std::min(chunks.size, student.M - first);
     student.logits(first, count, tiles[0], ld);
@@ -220,7 +224,7 @@ Linear7 linear_rows(const Tensor& hidden, const Tensor& weight, const std::optio
           r.values = {tiles[next + 1] + m * ld, own_dtype<A>, heads[next].bias};
           ++next;
         }
-      out.put(t, W2S_DISPATCH(kd_row<A>)(row, buffers, tiles[0] + m * ld, spend.dtype));
+      out.put(t, kernels<KdKernels, A>().row(row, buffers, tiles[0] + m * ld, spend.dtype));
     });
     if (spend.any()) spend.chunk(first, count, tiles[0], ld, first + count == student.M);
   }
@@ -229,20 +233,19 @@ Linear7 linear_rows(const Tensor& hidden, const Tensor& weight, const std::optio
   return {out.loss, out.kd, out.ce, out.stats, spend.dhidden, spend.dhead, spend.dbias};
 }
 
-Linear7 linear_kd(Rowwise hidden, Rowwise head, std::optional<Tensor> bias, W2S_KD_PARAMETERS, bool need_hidden, bool need_head,
+Linear7 linear_kd(Rowwise hidden, Rowwise head, std::optional<Tensor> bias, KdArguments kd, bool need_hidden, bool need_head,
                   bool need_bias, bool need_statistics) {
   const Need need{need_hidden, need_head, need_bias};
   const bool gradient = need_hidden || need_head || need_bias;
-  const Distillation given(hidden, head.size(0), gradient, need_statistics, W2S_KD_ARGUMENTS);
-  if (given.f64) return linear_rows<double>(hidden, head, bias, given, need);
-  return linear_rows<float>(hidden, head, bias, given, need);
+  const Distillation given(hidden, head.size(0), gradient, need_statistics, kd);
+  return with_type(given.f64, [&](auto zero) { return linear_rows<decltype(zero)>(hidden, head, bias, given, need); });
 }
 
 }  // namespace
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("kd_loss", W2S_BOX(&w2s::linear::kd_loss));
-  m.impl("linear_kd", W2S_BOX(&w2s::linear::linear_kd));
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::linear::kd_loss>("kd_loss");
+  m.add<&w2s::linear::linear_kd>("linear_kd");
 }

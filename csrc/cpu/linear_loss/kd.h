@@ -1,8 +1,8 @@
 // What rows of distillation are made of; see w2s_fast/reference/linear_loss/distillation.py for the equations.
 #pragma once
 
-#include "cpu/linear_loss/rows.h"
-#include "cpu/tensors.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace w2s {
 
@@ -61,5 +61,12 @@ inline int64_t kd_width(int64_t V) { return (V + 15) / 16 * 16 + 16; }  // eleme
 // Rows of at most this many classes are short: a vector is as good as full from here on.
 constexpr int64_t KD_SHORT = 64;
 inline int64_t kd_short_width(int64_t V) { return 16 * V + 16; }  // elements of a working row of every lane
+
+// kd_kernel.cpp
+template <class A>
+struct KdKernels {
+  KdResult (*row)(const KdRow& row, A* buffers, void* out, Dtype type);
+  void (*short_rows)(const KdRows& rows, int64_t first, int64_t end, A* buffers, A* kd, A* ce);
+};
 
 }  // namespace w2s

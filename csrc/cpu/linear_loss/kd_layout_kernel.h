@@ -1,4 +1,4 @@
-// Included once a target by kd_kernel.h (no include guard). How rows of distillation lie in working memory: one row of V
+// Included once a target by kd_kernel.cpp (no include guard). How rows of distillation lie in working memory: one row of V
 // numbers side by side (`OneRow`), or as many short rows as a vector has lanes, a class after the other (`Lanes`), so that
 // a vector of ten classes is not six lanes of padding and ends in no sum across lanes. What is computed on them is written
 // once, for both.

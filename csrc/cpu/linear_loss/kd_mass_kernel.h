@@ -1,4 +1,4 @@
-// Included once a target by kd_kernel.h (no include guard). The student's and the teachers' distributions in working memory,
+// Included once a target by kd_kernel.cpp (no include guard). The student's and the teachers' distributions in working memory,
 // `L` how their rows lie.
 #include "cpu/linear_loss/kd_layout_kernel.h"
 

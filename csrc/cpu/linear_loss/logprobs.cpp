@@ -1,4 +1,4 @@
-#include "cpu/linear_loss/engine.h"
+#include "cpu/linear_loss/statistics.h"
 
 // Forward: log-probabilities, and with frozen heads the expectations E_p[W_i] that make the gradient of any later
 // coefficient. One sweep of the vocabulary: logits tile, exp in place, second product into the accumulator (softmax
@@ -22,7 +22,7 @@ struct Expectations {
   Expectations(Engine<A>& engine, Statistics<A>& statistics, bool logits, int64_t columns)
       : e(engine), s(statistics), need_logits(logits), rows(e.output({e.M, e.width})), parts(size_t(e.Mp * e.n)) {
     sum = s.sums.data();
-    if (e.cap) slope = e.scratch(e.tile * columns);
+    if (e.cap) slope = e.memory(e.tile * columns);
   }
   A* acc() const { return static_cast<A*>(rows.data_ptr()); }
 
@@ -39,14 +39,14 @@ struct Expectations {
   void add(int64_t r0, int64_t count, A* z, int64_t ld, A* const* capped) {
     s.pick(r0, count, z, ld);
     const int64_t chunks = pieces(e.nv, CHUNK);
-    e.chunks([&](int64_t c, int64_t v, int64_t k) { W2S_DISPATCH(chunk_max<A>)(z + v * ld, k, ld, &s.tops[size_t(c * ld)]); });
+    e.chunks([&](int64_t c, int64_t v, int64_t k) { kernels<TileKernels, A>().max(z + v * ld, k, ld, &s.tops[size_t(c * ld)]); });
     parallel_items(count, 16, [&](int64_t t) {
       A top = s.tops[size_t(t)];
       for (int64_t c = 1; c < chunks; ++c) top = std::max(top, s.tops[size_t(c * ld + t)]);
       if (double(top) > double(s.ref[size_t(r0 + t)]) + SLACK) move_reference(r0 + t, top);
     });
     e.chunks([&](int64_t c, int64_t v, int64_t k) {
-      W2S_DISPATCH(chunk_exp<A>)(z + v * ld, k, ld, &s.ref[size_t(r0)], sum + c * ld);
+      kernels<TileKernels, A>().exp(z + v * ld, k, ld, &s.ref[size_t(r0)], sum + c * ld);
     });
     for (int64_t c = 0; c < chunks; ++c)
       for (int64_t t = 0; t < count; ++t) s.sum[size_t(r0 + t)] += double(sum[c * ld + t]);
@@ -56,7 +56,7 @@ struct Expectations {
       if (e.cap) {
         p = slope;
         e.chunks([&](int64_t, int64_t v, int64_t k) {
-          W2S_DISPATCH(chunk_slope<A>)(slope + v * ld, z + v * ld, capped[i] + v * ld, k, ld, e.cap);
+          kernels<TileKernels, A>().slope(slope + v * ld, z + v * ld, capped[i] + v * ld, k, ld, e.cap);
         });
       }
       product<A>({acc() + r0 * e.width + e.offset[size_t(i)], count, e.D[size_t(i)], e.width, 1},
@@ -67,7 +67,7 @@ struct Expectations {
   void add_parts(int64_t r0, int64_t count, const A* p, int64_t ld, int i, const A* capped) {
     const A* b = capped ? nullptr : e.bias[size_t(i)].data() + e.v0;
     e.chunks([&](int64_t c, int64_t v, int64_t k) {
-      W2S_DISPATCH(chunk_dot<A>)(p + v * ld, capped ? capped + v * ld : nullptr, b ? b + v : nullptr, k, ld, &s.tops[size_t(c * ld)]);
+      kernels<TileKernels, A>().dot(p + v * ld, capped ? capped + v * ld : nullptr, b ? b + v : nullptr, k, ld, &s.tops[size_t(c * ld)]);
     });
     for (int64_t c = 0; c < pieces(e.nv, CHUNK); ++c)
       for (int64_t t = 0; t < count; ++t) parts[size_t((r0 + t) * e.n + i)] += double(s.tops[size_t(c * ld + t)]);
@@ -89,7 +89,7 @@ struct Expectations {
       for (int i = 0; i < e.n; ++i) {
         double total = parts[size_t(m * e.n + i)] * inv;
         if (!e.cap) {
-          W2S_DISPATCH(widen_row<A>)(hidden[size_t(i)].at(e.index[size_t(m)], 0), hidden[size_t(i)].dtype, e.D[size_t(i)], A(1), x.data());
+          kernels<ConvertKernels, A>().widen(hidden[size_t(i)].at(e.index[size_t(m)], 0), hidden[size_t(i)].dtype, e.D[size_t(i)], x.data());
           for (int64_t d = 0; d < e.D[size_t(i)]; ++d) total += double(x[size_t(d)]) * double(row[e.offset[size_t(i)] + d]);
         }
         out[e.index[size_t(m)] * e.n + i] = A(total);
@@ -113,9 +113,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(Engine<A>& e, const int64_t* targ
   const int64_t block = std::min(e.block(), e.Mp);
   e.plan(block * (e.cap ? e.n + 2 : 1), 0);
   Statistics<A> s(e, target);
-  A* z = e.scratch(e.tile * block);
+  A* z = e.memory(e.tile * block);
   std::vector<A*> capped;
-  for (int i = 0; e.cap && i < e.n; ++i) capped.push_back(e.scratch(e.tile * block));
+  for (int i = 0; e.cap && i < e.n; ++i) capped.push_back(e.memory(e.tile * block));
   std::unique_ptr<Expectations<A>> means;
   if (need_rows || need_logits) means = std::make_unique<Expectations<A>>(e, s, need_logits, block);
   for (int64_t v = 0; v < e.V && e.M > 0; v += e.tile) {
@@ -135,18 +135,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(Engine<A>& e, const int64_t* targ
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_fusion_logprobs(
-    W2S_LINEAR_PARAMETERS, Tensor target, int64_t ignore_index, bool need_rows, bool need_logits) {
+    LinearArguments linear, Tensor target, int64_t ignore_index, bool need_rows, bool need_logits) {
   const int64_t* y = integers<int64_t>(target);
-  if (wants_double(hiddens, heads)) {
-    Engine<double> e(W2S_LINEAR_ARGUMENTS, y, ignore_index);
-    return run(e, y, need_rows, need_logits);
-  }
-  Engine<float> e(W2S_LINEAR_ARGUMENTS, y, ignore_index);
-  return run(e, y, need_rows, need_logits);
+  const std::vector<int64_t> rows = rows_where(linear.rows(), [&](int64_t t) { return y[t] != ignore_index; });
+  return with_engine(linear, rows, [&](auto& e) { return run(e, y, need_rows, need_logits); });
 }
 
 }  // namespace
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_fusion_logprobs", W2S_BOX(&w2s::linear::linear_fusion_logprobs)); }
+W2S_IMPLEMENTATIONS(m) { m.add<&w2s::linear::linear_fusion_logprobs>("linear_fusion_logprobs"); }

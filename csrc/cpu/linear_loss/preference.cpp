@@ -117,9 +117,9 @@ struct Tokens {
 };
 
 template <class A>
-Loss run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, const std::vector<Tokens>& tokens,
+Loss run(Engine<A>& e, const LinearArguments& linear, Need need, const std::vector<Tokens>& tokens,
          const int64_t* sequence, Sequences& all, const std::vector<Term>& terms, const Optional& pairs, double scale) {
-  Gradients<A> g(e, heads, biases, need);
+  Gradients<A> g(e, linear, need);
   const auto groups = stashed(e, need);
   g.plan(widest<A>(groups));
   Statistics<A> s(e, tokens[0].target);
@@ -168,10 +168,10 @@ Loss run(Engine<A>& e, const Tensors& heads, const Tensors& biases, Need need, c
   return {loss, output(all.sum), output(all.nll), g.dhiddens, g.dheads, g.dbiases, g.dweights};
 }
 
-Loss linear_preference(W2S_LINEAR_PARAMETERS, Tensor target, int64_t ignore_index, Optional token_weights, Optional nll_target,
+Loss linear_preference(LinearArguments linear, Tensor target, int64_t ignore_index, Optional token_weights, Optional nll_target,
                        Tensor segments, Tensor counts, Optional ref, bool mean, Optional pairs, Optional labels, Optional kl,
                        Optional share, std::vector<int64_t> forms, std::vector<double> numbers_of_terms, double scale,
-                       W2S_NEED_PARAMETERS) {
+                       Need need) {
   std::vector<Tokens> tokens{{integers<int64_t>(target), ignore_index, numbers(token_weights)}};
   if (nll_target) tokens.push_back({integers<int64_t>(*nll_target), ignore_index, {}});
   const size_t n = size_t(counts.size(0));
@@ -182,16 +182,11 @@ Loss linear_preference(W2S_LINEAR_PARAMETERS, Tensor target, int64_t ignore_inde
   });
   const std::vector<Term> terms = terms_of(forms, numbers_of_terms);
   const int64_t* sequence = places(segments, counts.size(0), "segment_ids");
-  if (wants_double(hiddens, heads)) {
-    Engine<double> e(W2S_LINEAR_ARGUMENTS, rows);
-    return run(e, heads, biases, W2S_NEED, tokens, sequence, all, terms, pairs, scale);
-  }
-  Engine<float> e(W2S_LINEAR_ARGUMENTS, rows);
-  return run(e, heads, biases, W2S_NEED, tokens, sequence, all, terms, pairs, scale);
+  return with_engine(linear, rows, [&](auto& e) { return run(e, linear, need, tokens, sequence, all, terms, pairs, scale); });
 }
 
 }  // namespace
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_preference", W2S_BOX(&w2s::linear::linear_preference)); }
+W2S_IMPLEMENTATIONS(m) { m.add<&w2s::linear::linear_preference>("linear_preference"); }

@@ -1,4 +1,5 @@
 #include "cpu/linear_loss/engine.h"
+#include "cpu/log_sum_exp.h"
 
 // One sweep keeps (max, mass) of every chunk of 128 tokens; the uniform number chooses a chunk, and that chunk's logits
 // are computed again for that row alone. 2/128 of [T, V] is held.
@@ -18,9 +19,9 @@ struct Draw {
   void sweep() {
     const int64_t block = std::min(e.block(), e.Mp);
     e.plan(block * (e.cap ? e.n + 1 : 1), 0);
-    A* z = e.scratch(e.tile * block);
+    A* z = e.memory(e.tile * block);
     std::vector<A*> capped;
-    for (int i = 0; e.cap && i < e.n; ++i) capped.push_back(e.scratch(e.tile * block));
+    for (int i = 0; e.cap && i < e.n; ++i) capped.push_back(e.memory(e.tile * block));
     std::vector<A> top(size_t(pieces(e.tile, CHUNK) * block)), sum(top.size());
     for (int64_t v = 0; v < e.V && e.M > 0; v += e.tile) {
       e.load(v);
@@ -28,7 +29,7 @@ struct Draw {
         const int64_t rows = std::min(block, e.M - r0), ld = round_up(rows, 16);
         e.logits(r0, rows, z, ld, capped.data());
         e.chunks([&](int64_t c, int64_t first, int64_t k) {
-          W2S_DISPATCH(chunk_stats<A>)(z + first * ld, k, ld, &top[size_t(c * ld)], &sum[size_t(c * ld)]);
+          kernels<TileKernels, A>().stats(z + first * ld, k, ld, &top[size_t(c * ld)], &sum[size_t(c * ld)]);
           const size_t to = size_t((v / CHUNK + c) * e.Mp + r0);
           std::copy_n(&top[size_t(c * ld)], ld, &tops[to]);
           std::copy_n(&sum[size_t(c * ld)], ld, &sums[to]);
@@ -44,7 +45,7 @@ struct Draw {
     std::vector<A> w(static_cast<size_t>(e.width));
     for (int i = 0; i < e.n; ++i)
       for (int64_t v = 0; v < count; ++v) {
-        W2S_DISPATCH(widen_row<A>)(e.head[size_t(i)].at(first + v, 0), e.head[size_t(i)].dtype, e.D[size_t(i)], A(1), w.data());
+        kernels<ConvertKernels, A>().widen(e.head[size_t(i)].at(first + v, 0), e.head[size_t(i)].dtype, e.D[size_t(i)], w.data());
         const A* h = e.h + m * e.width + e.offset[size_t(i)];
         double x = 0;
         for (int64_t d = 0; d < e.D[size_t(i)]; ++d) x += double(w[size_t(d)]) * double(h[d]);
@@ -63,7 +64,7 @@ struct Draw {
 
   Found row(int64_t m, double u, bool greedy) const {
     const int64_t chunks = pieces(e.V, CHUNK);
-    portable::LogSumExp all;
+    LogSumExp all;
     for (int64_t c = 0; c < chunks; ++c) all.add(double(tops[size_t(c * e.Mp + m)]), double(sums[size_t(c * e.Mp + m)]));
     Found f;
     f.lse = all.value();
@@ -130,19 +131,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(Engine<A>& e, const Tensor& unifo
   return {token, logprob, lse, kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_fusion_sample(W2S_LINEAR_PARAMETERS, Strided uniform) {
-  const bool greedy = temperature == 0;
-  if (greedy) temperature = 1;
-  if (wants_double(hiddens, heads)) {
-    Engine<double> e(W2S_LINEAR_ARGUMENTS, nullptr, 0);
-    return run(e, uniform, greedy);
-  }
-  Engine<float> e(W2S_LINEAR_ARGUMENTS, nullptr, 0);
-  return run(e, uniform, greedy);
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_fusion_sample(LinearArguments linear, Strided uniform) {
+  const bool greedy = linear.temperature == 0;
+  if (greedy) linear.temperature = 1;
+  const std::vector<int64_t> rows = rows_where(linear.rows(), [](int64_t) { return true; });
+  return with_engine(linear, rows, [&](auto& e) { return run(e, uniform, greedy); });
 }
 
 }  // namespace
 }  // namespace linear
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("linear_fusion_sample", W2S_BOX(&w2s::linear::linear_fusion_sample)); }
+W2S_IMPLEMENTATIONS(m) { m.add<&w2s::linear::linear_fusion_sample>("linear_fusion_sample"); }

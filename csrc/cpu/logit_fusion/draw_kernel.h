@@ -8,7 +8,7 @@ struct RowDraw {
   const Cut<A>& cut;
   const Tiles<A>& tiles;
 
-  void finish(const Draws& draws, bool greedy, const A* stage, SampleOutput& out) const {
+  void finish(const Draws& draws, bool greedy, const A* stage, const SampleOutput& out) const {
     LogSumExp total;
     int64_t columns = 0;
     for (size_t t = 0; t < tiles.max.size(); ++t) {

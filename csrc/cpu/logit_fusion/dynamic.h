@@ -1,11 +1,14 @@
 // dynamic_fusion_weights: the arguments, and what one sweep over a row leaves for the solver.
 #pragma once
 
-#include "cpu/logit_fusion/fusion.h"
+#include "cpu/logit_fusion/models.h"
+#include "cpu/parallel.h"
 
 namespace w2s {
 
 constexpr int MAX_NODES = 33;
+
+struct DynamicArguments;
 
 struct Dynamic : Models {
   double alpha_max, tol;
@@ -13,22 +16,12 @@ struct Dynamic : Models {
   bool average;
   std::vector<double> direction, target;  // [B, K] or empty
 
-  Dynamic(const Tensor& base, const Tensors& experts, const Tensors& antis, double amax, int64_t j, int64_t first_candidate,
-          double tolerance, int64_t m, int64_t direction_kind, const std::optional<Tensor>& d, bool mean,
-          const std::optional<Tensor>& t, int64_t vocab_size)
-      : Models(base, experts, antis, vocab_size), alpha_max(amax), tol(tolerance), nodes(int(j)), first(int(first_candidate)),
-        multi(int(m)), kind(int(direction_kind)), average(mean), direction(numbers(d)), target(numbers(t)) {}
+  explicit Dynamic(const DynamicArguments& given);
+  Dynamic(const Models& models, int multi, int kind, bool average)  // what its gradient needs
+      : Models(models), alpha_max(1), tol(1), nodes(2), first(-1), multi(multi), kind(kind), average(average) {}
   int problems() const { return multi == 1 ? K : 1; }
   double step() const { return alpha_max / nodes; }
 };
-
-#define W2S_DYN_PARAMETERS                                                                                          \
-  Rowwise base, RowwiseTensors experts, RowwiseTensors anti, double alpha_max, int64_t nodes,                       \
-      int64_t first_candidate, double tol, int64_t multi, int64_t direction_kind, std::optional<Strided> direction, \
-      bool average, std::optional<Strided> target_kl, int64_t vocab_size
-#define W2S_DYN_ARGUMENTS                                                                                           \
-  base, experts, anti, alpha_max, nodes, first_candidate, tol, multi, direction_kind, direction, average, target_kl, \
-      vocab_size
 
 constexpr double NONE = -std::numeric_limits<double>::infinity();
 
@@ -54,7 +47,7 @@ struct Term {
   double lse() const { return max == NONE ? max + sum : max + std::log(sum); }
 };
 
-// S_{j,r} = sum_v exp(z_L - m0) t^j x^r with t = exp(step x), x = shift - c; see section "node sweep" of dynamic_kernel.h.
+// S_{j,r} = sum_v exp(z_L - m0) t^j x^r with t = exp(step x), x = shift - c; see section "node sweep" of dynamic_kernel.cpp.
 struct Sums {
   double m0 = NONE, c = 0, moment[4][MAX_NODES] = {};
   double lost = NONE;  // largest z_L + alpha_max shift of a column whose exp(z_L - m0) underflows
@@ -106,25 +99,48 @@ struct Solved {
 // t in [0, alpha_max] with F(t) = goal from the sums at the nodes: no look at the logits. `floor` is F's own rounding.
 Solved solve_nodes(const Sums& s, const Dynamic& d, double goal, double floor);
 
-// alpha, target_kl [B, K], achieved_kl [B, problems], saturated [B, K] as doubles.
-struct DynamicResult {
-  std::vector<double> alpha, target, achieved;
-  std::vector<char> saturated;
-  explicit DynamicResult(const Dynamic& d)
-      : alpha(size_t(d.B * d.K)), target(alpha.size()), achieved(size_t(d.B * d.problems())), saturated(alpha.size()) {}
-  std::tuple<Tensor, Tensor, Tensor, Tensor> tensors(const Dynamic& d) const {
-    Tensor a = d.rows(d.acc(), d.K), t = d.rows(d.acc(), d.K), k = d.rows(d.acc(), d.problems()), s = d.rows(ScalarType::Bool, d.K);
-    for (size_t i = 0; i < alpha.size(); ++i) {
-      put(a, d.f64, int64_t(i), alpha[i]);
-      put(t, d.f64, int64_t(i), target[i]);
-      static_cast<bool*>(s.data_ptr())[i] = saturated[i] != 0;
-    }
-    for (size_t i = 0; i < achieved.size(); ++i) put(k, d.f64, int64_t(i), achieved[i]);
-    return {a, t, k, s};
-  }
+// What the sweeps over all rows leave: an item is a row and a segment of its columns.
+struct DynamicSweeps {
+  const Dynamic& d;
+  int64_t S;
+  int P, L;         // problems; untuned models
+  bool need_terms;  // T is not given
+  std::vector<Sums> sums;   // [B, S, P]
+  std::vector<Term> tuned;  // [B, S, K]
+  std::vector<Term> plain;  // [B, S, L]
+  std::vector<char> odd;    // [B, S]: one-sided masks
+  std::vector<char> up;     // [B, S, K]
+  std::vector<double> u;    // [B, K]: directions
+
+  explicit DynamicSweeps(const Dynamic& dynamic)
+      : d(dynamic), S(segments(d.V)), P(d.problems()), L(int(d.anti.size())), need_terms(d.target.empty()), sums(size_t(d.B * S * P)),
+        tuned(size_t(d.B * S * d.K)), plain(size_t(d.B * S * L)), odd(size_t(d.B * S)), up(tuned.size()), u(size_t(d.B * d.K), 1.0) {}
 };
 
-// Solves every row (dynamic.cpp chooses the instruction set).
-DynamicResult solve_dynamic(const Dynamic& d);
+struct KlAt {  // F(t), and Var_{P_t} x
+  double kl, variance;
+};
+
+template <class A>
+struct DynamicKernels {  // dynamic_kernel.cpp
+  void (*item)(DynamicSweeps& s, int64_t i, bool with_terms);  // sums, and the small models' terms
+  void (*terms)(DynamicSweeps& s, int64_t i);
+  KlAt (*evaluate)(const DynamicSweeps& s, int64_t row, int p, double t, double center, double base_lse, const double (*far)[2]);
+};
+
+struct DynamicGradient {
+  const Dynamic& d;
+  std::vector<double> grad, alpha;
+  std::vector<char> saturated;
+  bool has_target;
+  Rows base;
+  std::vector<Rows> expert, anti;
+  Flat dtarget;
+};
+
+template <class A>
+struct DynamicBackwardKernels {  // dynamic_backward_kernel.cpp; in double whatever A is
+  void (*run)(const DynamicGradient& g);
+};
 
 }  // namespace w2s

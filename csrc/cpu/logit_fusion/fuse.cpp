@@ -1,34 +1,30 @@
-#include "cpu/logit_fusion/sample.h"
-
-#define W2S_KERNEL "cpu/logit_fusion/fuse_kernel.h"
-#include "cpu/for_each_target.h"
+#include "cpu/logit_fusion/fusion.h"
 
 namespace w2s {
 namespace {
 
-Tensor lse_tensor(const Fusion& f, const std::vector<double>& lse) {
-  Tensor out = f.rows(f.acc());
-  for (int64_t i = 0; i < f.B; ++i) put(out, f.f64, i, lse[size_t(i)]);
-  return out;
+std::tuple<Tensor, Tensor> fused(const FusionArguments& fusion, ScalarType out_dtype, bool need_lse, bool log_softmax) {
+  const Fusion f(fusion);
+  const RowResults rows(fusion.base, f);
+  Tensor out = rows(out_dtype, f.V);
+  const std::vector<double> found =
+      with_kernels<FuseKernels>(f.f64, [&](const auto& kernel) { return kernel.run(f, Rows(out), need_lse, log_softmax); });
+  if (!need_lse) return {out, rows.nothing()};
+  Tensor lse = rows(rows.wide);
+  for (int64_t i = 0; i < f.B; ++i) Flat(lse).put(i, found[size_t(i)]);
+  return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> fuse_logits(W2S_FUSE_PARAMETERS, ScalarType out_dtype, bool need_lse) {
-  const Fusion f(W2S_FUSE_ARGUMENTS);
-  Tensor out = f.rows(out_dtype, f.V);
-  const std::vector<double> lse = W2S_DISPATCH(run_fuse)(f, out, need_lse, false);
-  return {out, need_lse ? lse_tensor(f, lse) : f.nothing()};
+std::tuple<Tensor, Tensor> fuse_logits(FusionArguments fusion, ScalarType out_dtype, bool need_lse) {
+  return fused(fusion, out_dtype, need_lse, false);
 }
 
-std::tuple<Tensor, Tensor> fused_log_softmax(W2S_FUSE_PARAMETERS, ScalarType out_dtype) {
-  const Fusion f(W2S_FUSE_ARGUMENTS);
-  Tensor out = f.rows(out_dtype, f.V);
-  return {out, lse_tensor(f, W2S_DISPATCH(run_fuse)(f, out, true, true))};
-}
+std::tuple<Tensor, Tensor> fused_log_softmax(FusionArguments fusion, ScalarType out_dtype) { return fused(fusion, out_dtype, true, true); }
 
 }  // namespace
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("fuse_logits", W2S_BOX(&w2s::fuse_logits));
-  m.impl("fused_log_softmax", W2S_BOX(&w2s::fused_log_softmax));
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::fuse_logits>("fuse_logits");
+  m.add<&w2s::fused_log_softmax>("fused_log_softmax");
 }

@@ -1,26 +1,13 @@
-#include "cpu/logit_fusion/sample.h"
-
-namespace w2s {
-struct Upstream {  // gradients with respect to z, see fuse_backward_kernel.h
-  Rows grad;
-  bool has_grad = false, subtract = false, need_params = false;
-  std::vector<double> lse, row_a, row_b, coef;
-  std::vector<int64_t> index;
-  int64_t indices = 0;
-};
-}  // namespace w2s
-
-#define W2S_KERNEL "cpu/logit_fusion/fuse_backward_kernel.h"
-#include "cpu/for_each_target.h"
+#include "cpu/logit_fusion/fusion.h"
 
 namespace w2s {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> fuse_backward(W2S_FUSE_PARAMETERS, std::optional<Rowwise> grad, Tensor lse,
-                                                 std::optional<Tensor> row_a, std::optional<Tensor> row_b,
-                                                 std::optional<Tensor> index, std::optional<Tensor> index_coef,
-                                                 bool subtract_row_sum, bool need_params) {
-  const Fusion f(W2S_FUSE_ARGUMENTS);
+std::tuple<Tensor, Tensor, Tensor> fuse_backward(FusionArguments fusion, std::optional<Rowwise> grad, Tensor lse, std::optional<Tensor> row_a,
+                                                 std::optional<Tensor> row_b, std::optional<Tensor> index,
+                                                 std::optional<Tensor> index_coef, bool subtract_row_sum, bool need_params) {
+  const Fusion f(fusion);
+  const RowResults rows(fusion.base, f);
   Upstream up;
   if (grad) up.grad = Rows(*grad);
   up.has_grad = grad.has_value();
@@ -35,14 +22,15 @@ std::tuple<Tensor, Tensor, Tensor> fuse_backward(W2S_FUSE_PARAMETERS, std::optio
     const int64_t* at = integers<int64_t>(*index);
     up.index.assign(at, at + f.B * up.indices);
   }
-  Tensor dz = f.rows(base.scalar_type(), f.V);
-  Tensor dweights = need_params ? f.rows(f.acc(), f.K) : f.nothing();
-  Tensor dtemperature = need_params ? f.rows(f.acc()) : f.nothing();
-  W2S_DISPATCH(run_fuse_backward)(f, up, dz, &dweights, &dtemperature);
+  Tensor dz = rows(fusion.base.scalar_type(), f.V);
+  Tensor dweights = need_params ? rows(rows.wide, f.K) : rows.nothing(), dtemperature = need_params ? rows(rows.wide) : rows.nothing();
+  with_kernels<FuseBackwardKernels>(f.f64, [&](const auto& kernel) {
+    kernel.run(f, up, Rows(dz), Flat(dweights), Flat(dtemperature));
+  });
   return {dz, dweights, dtemperature};
 }
 
 }  // namespace
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("fuse_backward", W2S_BOX(&w2s::fuse_backward)); }
+W2S_IMPLEMENTATIONS(m) { m.add<&w2s::fuse_backward>("fuse_backward"); }

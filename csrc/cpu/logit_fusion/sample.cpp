@@ -1,23 +1,24 @@
-#include "cpu/logit_fusion/sample.h"
-
-#define W2S_KERNEL "cpu/logit_fusion/sample_kernel.h"
-#include "cpu/for_each_target.h"
+#include "cpu/logit_fusion/fusion.h"
 
 namespace w2s {
 
-void draw_rows(const Fusion& f, const Draws& draws, SampleOutput& out) { W2S_DISPATCH(run_sample)(f, draws, out); }
+SampleTensors draw_rows(const Tensor& base, const Fusion& f, const Draws& draws) {
+  const RowResults rows(base, f);
+  const SampleTensors made{rows(ScalarType::Long), rows(rows.wide), rows(rows.wide), rows(ScalarType::Int)};
+  const SampleOutput out{static_cast<int64_t*>(made.token.data_ptr()), static_cast<int32_t*>(made.kept.data_ptr()), Flat(made.logprob),
+                         Flat(made.lse)};
+  with_kernels<SampleKernels>(f.f64, [&](const auto& kernel) { kernel.run(f, draws, out); });
+  return made;
+}
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> fused_sample(W2S_FUSE_PARAMETERS, Strided uniform, int64_t top_k, double top_p,
-                                                        double min_p) {
-  const Fusion f(W2S_FUSE_ARGUMENTS);
-  SampleOutput out(f);
-  draw_rows(f, Draws{numbers(uniform), {top_k, top_p, min_p}}, out);
-  return {out.token, out.logprob, out.lse, out.kept};
+std::tuple<Tensor, Tensor, Tensor, Tensor> fused_sample(FusionArguments fusion, Strided uniform, int64_t top_k, double top_p, double min_p) {
+  const SampleTensors drawn = draw_rows(fusion.base, Fusion(fusion), Draws{numbers(uniform), {top_k, top_p, min_p}});
+  return {drawn.token, drawn.logprob, drawn.lse, drawn.kept};
 }
 
 }  // namespace
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("fused_sample", W2S_BOX(&w2s::fused_sample)); }
+W2S_IMPLEMENTATIONS(m) { m.add<&w2s::fused_sample>("fused_sample"); }

@@ -1,26 +1,20 @@
-#include "cpu/logit_fusion/sample.h"
-
-namespace w2s {
-struct StatsOutput {
-  Tensor lse, max, argmax, entropy, target_logp;
-};
-}  // namespace w2s
-
-#define W2S_KERNEL "cpu/logit_fusion/stats_kernel.h"
-#include "cpu/for_each_target.h"
+#include "cpu/logit_fusion/fusion.h"
 
 namespace w2s {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_stats(W2S_FUSE_PARAMETERS, std::optional<Tensor> targets) {
-  const Fusion f(W2S_FUSE_ARGUMENTS);
-  const StatsOutput out{f.rows(f.acc()), f.rows(f.acc()), f.rows(ScalarType::Long), f.rows(f.acc()),
-                        targets ? f.rows(f.acc()) : f.nothing()};
-  W2S_DISPATCH(run_stats)(f, targets ? integers<int64_t>(*targets) : nullptr, out);
-  return {out.lse, out.max, out.argmax, out.entropy, out.target_logp};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_stats(FusionArguments fusion, std::optional<Tensor> targets) {
+  const Fusion f(fusion);
+  const RowResults rows(fusion.base, f);
+  Tensor lse = rows(rows.wide), max = rows(rows.wide), argmax = rows(ScalarType::Long), entropy = rows(rows.wide);
+  Tensor target_logp = targets ? rows(rows.wide) : rows.nothing();
+  const StatsOutput out{Flat(lse), Flat(max), Flat(entropy), Flat(target_logp), static_cast<int64_t*>(argmax.data_ptr())};
+  const int64_t* target = targets ? integers<int64_t>(*targets) : nullptr;
+  with_kernels<StatsKernels>(f.f64, [&](const auto& kernel) { kernel.run(f, target, out); });
+  return {lse, max, argmax, entropy, target_logp};
 }
 
 }  // namespace
 }  // namespace w2s
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("fused_stats", W2S_BOX(&w2s::fused_stats)); }
+W2S_IMPLEMENTATIONS(m) { m.add<&w2s::fused_stats>("fused_stats"); }

@@ -27,7 +27,7 @@ struct Backward {
            const std::optional<Tensor>& h, Need need)
       : s(s), g(g), x(x), a(a), b(b), values(values), scale(scale), h(h), need(need), N(x.size(0)), r(a.size(0)), O(s.rows), I(s.columns),
         dx(x, shape(need.x, N, I)), da(a, shape(need.A, r, I)), db(b, shape(need.B, O, r)) {
-    walked = torch::stable::new_zeros(x, {need.values ? s.nnz : 0}, wide_type<A>);
+    walked = torch::stable::new_zeros(x, {need.values ? s.nnz : 0}, scalar_type<A>);
   }
   static std::vector<int64_t> shape(bool wanted, int64_t rows, int64_t columns) {
     return wanted ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{0};
@@ -44,13 +44,13 @@ struct Backward {
     const Operand left = operand(g), right = operand(x);
     Tensor keep_t, keep_h;
     if (need.x || need.A || need.scale) {
-      keep_t = torch::stable::new_empty(x, {N, r}, wide_type<A>);
+      keep_t = torch::stable::new_empty(x, {N, r}, scalar_type<A>);
       gemm(left, operand(b), Target<A>{static_cast<A*>(keep_t.data_ptr()), r, 1}, A(1), false);
     }
     if (need.B || need.scale) {
       if (h) keep_h = *h;
       else {
-        keep_h = torch::stable::new_empty(x, {N, r}, wide_type<A>);
+        keep_h = torch::stable::new_empty(x, {N, r}, scalar_type<A>);
         gemm(right, operand(a).t(), Target<A>{static_cast<A*>(keep_h.data_ptr()), r, 1}, A(1), false);
       }
     }
@@ -67,7 +67,7 @@ struct Backward {
 
   void materialized() {
     const int64_t panel = std::min(TILE, O);
-    Tensor keep = torch::stable::new_empty(x, {std::max<int64_t>(panel * I, 1)}, wide_type<A>);
+    Tensor keep = torch::stable::new_empty(x, {std::max<int64_t>(panel * I, 1)}, scalar_type<A>);
     A* w = static_cast<A*>(keep.data_ptr());
     const Operand left = operand(g), right = operand(x), low = operand(a), high = operand(b);
     std::vector<A> through(size_t(panel * r));
@@ -94,7 +94,7 @@ struct Backward {
   }
 
   void pick(int64_t row, int64_t count, const A* dw) const {
-    const Dtype dtype = dtype_of(dvalues.scalar_type());
+    const Dtype dtype = dtype_of(dvalues);
     char* to = static_cast<char*>(dvalues.data_ptr());
     parallel_items(count, 16, [&](int64_t i) {
       s.row_values(row + i, [&](int64_t column, int64_t k) { narrow(dw + i * I + column, 1, dtype, to + k * bytes_of(dtype)); });
@@ -104,7 +104,7 @@ struct Backward {
     if (need.B)
       for (int64_t i = 0; i < count * r; ++i) db.sums[row * r + i] = A(scale) * through[i];
     if (!need.scale) return;
-    const Dtype dtype = dtype_of(b.scalar_type());
+    const Dtype dtype = dtype_of(b);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = 0; j < r; ++j) ds += double(through[i * r + j]) * double(number_at<A>(b.data_ptr(), dtype, (row + i) * b.stride(0) + j));
   }
@@ -117,7 +117,7 @@ struct Backward {
     if (like_scale) {
       dscale = need.scale ? torch::stable::new_empty(*like_scale, sizes_of(*like_scale)) : torch::stable::new_empty(*like_scale, {0});
       const A value = A(ds);
-      if (need.scale) narrow(&value, 1, dtype_of(dscale.scalar_type()), dscale.data_ptr());
+      if (need.scale) narrow(&value, 1, dtype_of(dscale), dscale.data_ptr());
     } else {
       dscale = torch::stable::new_empty(x, {0});
     }
@@ -131,12 +131,12 @@ struct Backward {
 };
 
 Five backward(Rowwise grad, Rowwise x, Rowwise A, Rowwise B, Tensor values, std::optional<Tensor> scale, double scale_value,
-              std::optional<Tensor> h, W2S_SUPPORT_PARAMETERS, bool materialize, bool need_x, bool need_A, bool need_B, bool need_values,
+              std::optional<Tensor> h, SupportArguments support, bool materialize, bool need_x, bool need_A, bool need_B, bool need_values,
               bool need_scale) {
-  const Pattern s(W2S_SUPPORT_ARGUMENTS);
+  const Pattern s(support);
   const double factor = scale_of(scale, scale_value);
   const Need need{need_x, need_A, need_B, need_values, need_scale && scale.has_value()};
-  if (wants_double({&x, &A, &B, &values}))
+  if (any_double({&x, &A, &B, &values}))
     return Backward<double>(s, grad, x, A, B, values, factor, h, need).run(materialize, scale);
   return Backward<float>(s, grad, x, A, B, values, factor, h, need).run(materialize, scale);
 }
@@ -144,4 +144,4 @@ Five backward(Rowwise grad, Rowwise x, Rowwise A, Rowwise B, Tensor values, std:
 }  // namespace
 }  // namespace w2s::sparse
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) { m.impl("sparse_lowrank_backward", W2S_BOX(&w2s::sparse::backward)); }
+W2S_IMPLEMENTATIONS(m) { m.add<&w2s::sparse::backward>("sparse_lowrank_backward"); }

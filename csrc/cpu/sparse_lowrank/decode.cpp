@@ -8,12 +8,6 @@
 #include <atomic>
 #include <thread>
 
-#define W2S_KERNEL "cpu/sparse_lowrank/decode_kernel.h"
-namespace w2s::avx512 { using namespace w2s::sparse; }
-namespace w2s::avx2 { using namespace w2s::sparse; }
-namespace w2s::portable { using namespace w2s::sparse; }
-#include "cpu/for_each_target.h"
-
 namespace w2s::sparse {
 namespace {
 
@@ -36,33 +30,33 @@ const A* decode(const Pattern& s, const Operand& x, const Operand& a, const Oper
   const int64_t I = s.columns, O = s.rows, r = a.rows;
   A* xs = scratch_of<A>(X, tokens * I + 64);
   for (int t = 0; t < given; ++t)
-    W2S_DISPATCH(pack<A>)(x.part(t, 1).data, x.dtype, I, 1, 1, I, I, xs + t * I);
+    kernels<DecodeKernels, A>().pack(x.part(t, 1).data, x.dtype, I, 1, 1, I, I, xs + t * I);
   std::fill(xs + given * I, xs + tokens * I, A(0));
   A* hidden = h && given == tokens ? h : scratch_of<A>(H, tokens * r + 64);
   A* y = scratch_of<A>(Y, tokens * O + 64);
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t threads = w2s::threads();
   const bool small = (r * (I + O) + 2 * s.nnz) * tokens < (1 << 18);  // less work than a region costs
   const int64_t workers = small ? 1 : threads;
   const int64_t first = workers == 1 ? 1 : std::max<int64_t>(1, std::min(4 * workers, r / 8));
   const int64_t second = workers == 1 ? 1 : std::max<int64_t>(1, std::min(8 * workers, O / 32));
   const void* v = values.data_ptr();
-  const Dtype dtype = dtype_of(values.scalar_type());
+  const Dtype dtype = dtype_of(values);
   std::atomic<int64_t> taken{0}, done{0}, rows{0};
   const auto work = [&](int64_t, int64_t) {
     for (int64_t i; (i = taken.fetch_add(1)) < first; done.fetch_add(1, std::memory_order_release))
-      W2S_DISPATCH(decode_hidden<A>)(a, i * r / first, (i + 1) * r / first, tokens, xs, hidden);
+      kernels<DecodeKernels, A>().hidden(a, i * r / first, (i + 1) * r / first, tokens, xs, hidden);
     while (done.load(std::memory_order_acquire) < first) pause();
     for (int64_t i; (i = rows.fetch_add(1)) < second;) {
       const int64_t begin = i * O / second, end = (i + 1) * O / second;
       A* part = scratch_of<A>(PART, (end - begin) * std::max<int64_t>(s.per_block, 1) + 64);
-      W2S_DISPATCH(decode_output<A>)(s, b, A(scale), v, dtype, begin, end, tokens, xs, hidden, part, y);
+      kernels<DecodeKernels, A>().output(s, b, A(scale), v, dtype, begin, end, tokens, xs, hidden, part, y);
       if (!bias.empty())
         for (int t = 0; t < given; ++t)
           for (int64_t o = begin; o < end; ++o) y[t * O + o] += bias[size_t(o)];
     }
   };
   if (workers == 1) work(0, 1);
-  else torch::stable::parallel_for(0, workers, 1, work);
+  else parallel_ranges(workers, 1, work);
   if (h && h != hidden) std::copy(hidden, hidden + given * r, h);
   return y;
 }

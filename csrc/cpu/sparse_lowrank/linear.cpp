@@ -36,7 +36,7 @@ Tensor materialized(const Pattern& s, const Tensor& x, const Operand& a, const O
                     const std::vector<A>& bias) {
   const int64_t N = x.size(0), panel = std::min(TILE, s.rows);
   Output<A> y(x, {N, s.rows});
-  Tensor keep = torch::stable::new_empty(x, {std::max<int64_t>(panel * s.columns, 1)}, wide_type<A>);
+  Tensor keep = torch::stable::new_empty(x, {std::max<int64_t>(panel * s.columns, 1)}, scalar_type<A>);
   A* w = static_cast<A*>(keep.data_ptr());
   for (int64_t row = 0; row < s.rows && N; row += panel) {
     const int64_t count = std::min(panel, s.rows - row);
@@ -57,22 +57,22 @@ Two linear_as(const Tensor& x, const Tensor& A_, const Tensor& B, const Tensor& 
   const int64_t N = x.size(0), r = A_.size(0);
   const Operand a = operand(A_), b = operand(B);
   const std::vector<A> shift = widened<A>(bias);
-  const Tensor none = torch::stable::new_empty(x, {0}, wide_type<A>);
+  const Tensor none = torch::stable::new_empty(x, {0}, scalar_type<A>);
   if (materialize) return {materialized<A>(s, x, a, b, scale, values, shift), none};
   if (N <= DECODE && N > 0) {
-    Tensor h = need_h ? torch::stable::new_empty(x, {N, r}, wide_type<A>) : none;
+    Tensor h = need_h ? torch::stable::new_empty(x, {N, r}, scalar_type<A>) : none;
     Tensor y = torch::stable::new_empty(x, {N, s.rows});
     const A* sums = decode<A>(s, operand(x), a, b, scale, values, shift, need_h ? static_cast<A*>(h.data_ptr()) : nullptr);
-    narrow(sums, N * s.rows, dtype_of(y.scalar_type()), y.data_ptr());
+    kernels<ConvertKernels, A>().narrow(sums, N * s.rows, dtype_of(y), y.data_ptr());
     return {y, h};
   }
   const Values<A> v(values, s);
-  Tensor h = torch::stable::new_empty(x, {N, r}, wide_type<A>);
+  Tensor h = torch::stable::new_empty(x, {N, r}, scalar_type<A>);
   A* ph = static_cast<A*>(h.data_ptr());
   Tensor y = torch::stable::new_empty(x, {N, s.rows});
   const bool own = is_own<A>(y);
   const int64_t chunk = own ? std::max<int64_t>(N, 1) : CHUNK;
-  Tensor keep = own ? y : torch::stable::new_empty(x, {std::min(chunk, N), s.rows}, wide_type<A>);
+  Tensor keep = own ? y : torch::stable::new_empty(x, {std::min(chunk, N), s.rows}, scalar_type<A>);
   for (int64_t n = 0; n < N; n += chunk) {
     const int64_t count = std::min(chunk, N - n);
     A* sums = static_cast<A*>(keep.data_ptr());
@@ -83,10 +83,10 @@ Two linear_as(const Tensor& x, const Tensor& A_, const Tensor& B, const Tensor& 
 }
 
 Two linear(Rowwise x, Rowwise A, Rowwise B, Tensor values, std::optional<Tensor> scale, double scale_value, std::optional<Tensor> bias,
-           W2S_SUPPORT_PARAMETERS, bool materialize, bool need_h) {
-  const Pattern s(W2S_SUPPORT_ARGUMENTS);
+           SupportArguments support, bool materialize, bool need_h) {
+  const Pattern s(support);
   const double factor = scale_of(scale, scale_value);
-  if (wants_double({&x, &A, &B, &values})) return linear_as<double>(x, A, B, values, factor, bias, s, materialize, need_h);
+  if (any_double({&x, &A, &B, &values})) return linear_as<double>(x, A, B, values, factor, bias, s, materialize, need_h);
   return linear_as<float>(x, A, B, values, factor, bias, s, materialize, need_h);
 }
 
@@ -94,7 +94,7 @@ template <class A>
 Tensor materialize_as(const Tensor& A_, const Tensor& B, const Tensor& values, double scale, const Pattern& s, ScalarType type) {
   Tensor w = torch::stable::new_empty(B, {s.rows, s.columns}, type);
   const bool own = is_own<A>(w);
-  Tensor keep = own ? w : torch::stable::new_empty(B, {std::min(TILE, s.rows), s.columns}, wide_type<A>);
+  Tensor keep = own ? w : torch::stable::new_empty(B, {std::min(TILE, s.rows), s.columns}, scalar_type<A>);
   for (int64_t row = 0; row < s.rows; row += TILE) {
     const int64_t count = std::min(TILE, s.rows - row);
     A* sums = static_cast<A*>(keep.data_ptr()) + (own ? row * s.columns : 0);
@@ -104,18 +104,18 @@ Tensor materialize_as(const Tensor& A_, const Tensor& B, const Tensor& values, d
   return w;
 }
 
-Tensor materialize(Rowwise A, Rowwise B, Tensor values, std::optional<Tensor> scale, double scale_value, W2S_SUPPORT_PARAMETERS,
+Tensor materialize(Rowwise A, Rowwise B, Tensor values, std::optional<Tensor> scale, double scale_value, SupportArguments support,
                    ScalarType out_dtype) {
-  const Pattern s(W2S_SUPPORT_ARGUMENTS);
+  const Pattern s(support);
   const double factor = scale_of(scale, scale_value);
-  if (wants_double({&A, &B, &values})) return materialize_as<double>(A, B, values, factor, s, out_dtype);
+  if (any_double({&A, &B, &values})) return materialize_as<double>(A, B, values, factor, s, out_dtype);
   return materialize_as<float>(A, B, values, factor, s, out_dtype);
 }
 
 }  // namespace
 }  // namespace w2s::sparse
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("sparse_lowrank_linear", W2S_BOX(&w2s::sparse::linear));
-  m.impl("sparse_lowrank_materialize", W2S_BOX(&w2s::sparse::materialize));
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::sparse::linear>("sparse_lowrank_linear");
+  m.add<&w2s::sparse::materialize>("sparse_lowrank_materialize");
 }

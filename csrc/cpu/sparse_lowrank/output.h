@@ -1,6 +1,7 @@
 // Results that are summed in A and handed out in a tensor's own dtype.
 #pragma once
 
+#include "cpu/convert.h"
 #include "cpu/sparse_lowrank/products.h"
 
 namespace w2s::sparse {
@@ -9,21 +10,19 @@ template <class A>
 constexpr ScalarType wide_type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
 
 template <class A>
-inline bool is_own(const Tensor& t) { return t.scalar_type() == wide_type<A>; }
+inline bool is_own(const Tensor& t) { return t.scalar_type() == scalar_type<A>; }
 
-inline bool wants_double(std::initializer_list<const Tensor*> tensors) {
-  for (const Tensor* t : tensors)
-    if (t->scalar_type() == ScalarType::Double) return true;
-  return false;
+inline bool any_double(std::initializer_list<const Tensor*> tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor* t) { return is_double(*t); });
 }
 
 // `count` sums into `to` from element `first` on, rounded to its dtype, in parallel
 template <class A>
 inline void narrow_into(const A* sums, int64_t count, const Tensor& to, int64_t first) {
-  const Dtype dtype = dtype_of(to.scalar_type());
+  const Dtype dtype = dtype_of(to);
   char* at = static_cast<char*>(to.data_ptr()) + first * bytes_of(dtype);
-  torch::stable::parallel_for(0, count, 1 << 14, [&](int64_t begin, int64_t end) {
-    narrow(sums + begin, end - begin, dtype, at + begin * bytes_of(dtype));
+  parallel_ranges(count, 1 << 14, [&](int64_t begin, int64_t end) {
+    kernels<ConvertKernels, A>().narrow(sums + begin, end - begin, dtype, at + begin * bytes_of(dtype));
   });
 }
 
@@ -33,7 +32,7 @@ struct Output {
   Tensor tensor, wide;
   A* sums = nullptr;
   Output(const Tensor& like, std::vector<int64_t> shape) : tensor(torch::stable::new_empty(like, shape)) {
-    wide = is_own<A>(tensor) ? tensor : torch::stable::new_empty(like, shape, wide_type<A>);
+    wide = is_own<A>(tensor) ? tensor : torch::stable::new_empty(like, shape, scalar_type<A>);
     sums = static_cast<A*>(wide.data_ptr());
   }
   void store() const {

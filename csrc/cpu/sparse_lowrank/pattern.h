@@ -3,19 +3,16 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include "cpu/gemm.h"
-#include "cpu/tensors.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
 
 namespace w2s::sparse {
 
 constexpr int64_t TILE = 512, PLAN_BLOCK = 256;
-inline int64_t pieces(int64_t n, int64_t of) { return (n + of - 1) / of; }
+
+struct SupportArguments;
 
 struct Run {  // `count` rows with q values each, next to each other from `value`
   int64_t q, count, value;
@@ -33,30 +30,8 @@ struct Pattern {
   const uint16_t* entry = nullptr;
   const uint8_t* column = nullptr;
 
-  Pattern(const Tensor& ptr, const Tensor& cols, const Tensors& plan, int64_t rows, int64_t columns, int64_t block, int64_t per_block)
-      : rows(rows), columns(columns), nnz(cols.size(0)), block(block ? block : PLAN_BLOCK), per_block(per_block) {
-    tiles = pieces(rows, TILE);
-    blocks = pieces(columns, this->block);
-    if (block) {
-      bytes = integers<uint8_t>(cols);
-      const int64_t width = columns - (blocks - 1) * block;
-      last_per_block = (2 * per_block * width + block) / (2 * block);
-      return;
-    }
-    row_ptr = integers<int32_t>(ptr);
-    if (cols.scalar_type() == ScalarType::Int) wide = integers<int32_t>(cols);
-    else narrow = integers<uint16_t>(cols);
-    if (plan.size() != 5) return;  // decoding a few tokens walks row by row
-    starts = integers<int32_t>(plan[0]);
-    runs = integers<int32_t>(plan[1]);
-    entry = integers<uint16_t>(plan[2]);
-    column = integers<uint8_t>(plan[3]);
-    order = integers<int32_t>(plan[4]);
-  }
-
-  void needs_plan() const {
-    STD_TORCH_CHECK(starts || bytes || !nnz, "w2s_fast: a csr support on the CPU carries its walking order (5 tensors)");
-  }
+  explicit Pattern(const SupportArguments& s);  // support.cpp
+  void needs_plan() const;
   int64_t rows_of(int64_t tile) const { return std::min(TILE, rows - tile * TILE); }
   int64_t width_of(int64_t b) const { return std::min(block, columns - b * block); }
   int64_t per_row(int64_t b) const { return b + 1 < blocks ? per_block : last_per_block; }
@@ -96,8 +71,25 @@ struct Pattern {
   }
 };
 
-#define W2S_SUPPORT_PARAMETERS \
-  Tensor row_ptr, Tensor cols, Tensors plan, int64_t rows, int64_t columns, int64_t block, int64_t per_block
-#define W2S_SUPPORT_ARGUMENTS row_ptr, cols, plan, rows, columns, block, per_block
+// panel_kernel.cpp, and pack_kernel.h
+template <class A>
+struct PanelKernels {
+  int64_t (*vector_width)();
+  void (*pack)(const void* src, Dtype dtype, int64_t sk, int64_t sj, int64_t depth, int64_t columns, int64_t width, A* dst);
+  void (*unpack)(const A* rows, int64_t count, int64_t columns, int64_t width, A* c, int64_t ld, bool add);
+  void (*widen_values)(const void* src, Dtype dtype, const int32_t* order, int64_t begin, int64_t end, A* dst);
+  void (*gather_tile)(const Pattern& s, int64_t tile, int vectors, const A* values, const A* x, A* y);
+  void (*scatter_tile)(const Pattern& s, int64_t tile, int64_t b0, int64_t b1, int vectors, const A* values, const A* g,
+                       const A* x, A* dx, A* dv, A* dots);
+};
+
+// decode_kernel.cpp
+template <class A>
+struct DecodeKernels {
+  void (*pack)(const void* src, Dtype dtype, int64_t sk, int64_t sj, int64_t depth, int64_t columns, int64_t width, A* dst);
+  void (*hidden)(const Operand& a, int64_t begin, int64_t end, int tokens, const A* x, A* h);
+  void (*output)(const Pattern& s, const Operand& b, A scale, const void* values, Dtype dtype, int64_t begin, int64_t end,
+                 int tokens, const A* x, const A* h, A* part, A* y);
+};
 
 }  // namespace w2s::sparse

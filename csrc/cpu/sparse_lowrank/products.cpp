@@ -1,16 +1,10 @@
-// The sparse products on panels of tokens (panel_kernel.h): how panels, tiles and threads share the work.
+// The sparse products on panels of tokens (panel_kernel.cpp): how panels, tiles and threads share the work.
 //
 // Forward, y += x S^T: one item is a panel of tokens (and, with few panels, some of the tiles); it turns its rows of x
 // into xT once, then fills one tile of yT after another. Backward, dx = g S and dv = g^T x at the support: with many
 // tokens one item is a chunk of panels with its own dv, with few an item is a range of blocks, whose dx and dv are its
 // own. Floor: 2 N K FLOPs a product; limits on the way are the loads of xT from L1 (one a multiply-add) and the turning.
 #include "cpu/sparse_lowrank/products.h"
-
-#define W2S_KERNEL "cpu/sparse_lowrank/panel_kernel.h"
-namespace w2s::avx512 { using namespace w2s::sparse; }
-namespace w2s::avx2 { using namespace w2s::sparse; }
-namespace w2s::portable { using namespace w2s::sparse; }
-#include "cpu/for_each_target.h"
 
 namespace w2s::sparse {
 
@@ -19,12 +13,10 @@ namespace {
 constexpr int64_t FEW_TOKENS = 128, LONG_ROWS = 96;  // fewer tokens, or longer rows: threads share blocks, not tokens
 enum Slot { X_PANEL = 2, Y_TILE = 3, DX_PANEL = 4, SUMS = 5, SHARED = 6 };
 
-int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
-
 // Tokens of a panel: 4 vectors while xT stays in L2 and a block of it in L1, else 2; fewer for a short rest.
 template <class A>
 int vectors_for(const Pattern& s, int64_t tokens, int most) {
-  const int64_t w = W2S_DISPATCH(vector_width<A>)();
+  const int64_t w = kernels<PanelKernels, A>().vector_width();
   if (s.columns * 4 * w * int64_t(sizeof(A)) > (768 << 10) || (s.bytes && s.block > 128)) most = std::min(most, 2);
   return tokens <= w ? 1 : tokens <= 2 * w ? std::min(2, most) : most;
 }
@@ -33,7 +25,7 @@ template <class A>
 void turn(const Operand& m, int64_t first, int64_t tokens, int64_t c0, int64_t columns, int64_t width, A* out) {
   const int64_t bytes = bytes_of(m.dtype);
   const char* at = static_cast<const char*>(m.data) + (first * m.down + c0) * bytes;
-  W2S_DISPATCH(pack<A>)(at, m.dtype, 1, m.down, columns, tokens, width, out);
+  kernels<PanelKernels, A>().pack(at, m.dtype, 1, m.down, columns, tokens, width, out);
 }
 
 template <class A>
@@ -47,7 +39,7 @@ A* zeros(Slot slot, int64_t count) {
 
 template <class A>
 Values<A>::Values(const Tensor& values, const Pattern& s) {
-  const Dtype dtype = dtype_of(values.scalar_type());
+  const Dtype dtype = dtype_of(values);
   if (dtype == own_dtype<A> && !s.order) {
     data = static_cast<const A*>(values.data_ptr());
     return;
@@ -55,17 +47,17 @@ Values<A>::Values(const Tensor& values, const Pattern& s) {
   keep = torch::stable::new_empty(values, {std::max<int64_t>(s.nnz, 1)}, sizeof(A) == 4 ? ScalarType::Float : ScalarType::Double);
   A* out = static_cast<A*>(keep.data_ptr());
   const void* from = values.data_ptr();
-  torch::stable::parallel_for(0, s.nnz, 1 << 14, [&](int64_t begin, int64_t end) {
-    W2S_DISPATCH(widen_values<A>)(from, dtype, s.order, begin, end, out);
+  parallel_ranges(s.nnz, 1 << 14, [&](int64_t begin, int64_t end) {
+    kernels<PanelKernels, A>().widen_values(from, dtype, s.order, begin, end, out);
   });
   data = out;
 }
 
 template <class A>
 void store_values(const Pattern& s, const A* walked, const Tensor& out) {
-  const Dtype dtype = dtype_of(out.scalar_type());
+  const Dtype dtype = dtype_of(out);
   char* to = static_cast<char*>(out.data_ptr());
-  torch::stable::parallel_for(0, s.nnz, 1 << 14, [&](int64_t begin, int64_t end) {
+  parallel_ranges(s.nnz, 1 << 14, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) narrow(walked + i, 1, dtype, to + (s.order ? s.order[i] : i) * bytes_of(dtype));
   });
 }
@@ -74,7 +66,7 @@ template <class A>
 void multiply(const Pattern& s, const Operand& x, const A* values, const A* bias, A* y, int64_t ld, bool add) {
   s.needs_plan();
   if (x.rows == 0) return;
-  const int64_t N = x.rows, w = W2S_DISPATCH(vector_width<A>)();
+  const int64_t N = x.rows, w = kernels<PanelKernels, A>().vector_width();
   const int64_t step = vectors_for<A>(s, N, 4) * w, panels = pieces(N, step);
   const int64_t shares = panels >= 2 * threads() ? 1 : std::min(s.tiles, pieces(2 * threads(), panels));
   parallel_items(panels * shares, 1, [&](int64_t item) {
@@ -87,8 +79,8 @@ void multiply(const Pattern& s, const Operand& x, const A* values, const A* bias
     for (int64_t tile = share * s.tiles / shares; tile < (share + 1) * s.tiles / shares; ++tile) {
       const int64_t count = s.rows_of(tile);
       for (int64_t i = 0; i < count; ++i) std::fill_n(yt + i * width, width, bias ? bias[tile * TILE + i] : A(0));
-      W2S_DISPATCH(gather_tile<A>)(s, tile, vectors, values, xt, yt);
-      W2S_DISPATCH(unpack<A>)(yt, count, tokens, width, y + first * ld + tile * TILE, ld, add);
+      kernels<PanelKernels, A>().gather_tile(s, tile, vectors, values, xt, yt);
+      kernels<PanelKernels, A>().unpack(yt, count, tokens, width, y + first * ld + tile * TILE, ld, add);
     }
   });
 }
@@ -99,7 +91,7 @@ namespace {
 template <class A>
 void back_panel(const Pattern& s, const Operand& g, const Operand& x, int64_t first, int64_t tokens, int64_t b0, int64_t b1,
                 const A* values, A* dx, int64_t ld, bool add, A* dv) {
-  const int64_t w = W2S_DISPATCH(vector_width<A>)();
+  const int64_t w = kernels<PanelKernels, A>().vector_width();
   const int vectors = tokens <= w ? 1 : 2;
   const int64_t width = vectors * w, c0 = b0 * s.block, columns = std::min(s.columns, b1 * s.block) - c0;
   A* xt = dv ? scratch_of<A>(X_PANEL, columns * width + 64) : nullptr;
@@ -109,9 +101,9 @@ void back_panel(const Pattern& s, const Operand& g, const Operand& x, int64_t fi
   A* dots = scratch_of<A>(SUMS, 256 * w);
   for (int64_t tile = 0; tile < s.tiles; ++tile) {
     turn(g, first, tokens, tile * TILE, s.rows_of(tile), width, gt);
-    W2S_DISPATCH(scatter_tile<A>)(s, tile, b0, b1, vectors, values, gt, xt, dxt, dv, dots);
+    kernels<PanelKernels, A>().scatter_tile(s, tile, b0, b1, vectors, values, gt, xt, dxt, dv, dots);
   }
-  if (dx) W2S_DISPATCH(unpack<A>)(dxt, columns, tokens, width, dx + first * ld + c0, ld, add);
+  if (dx) kernels<PanelKernels, A>().unpack(dxt, columns, tokens, width, dx + first * ld + c0, ld, add);
 }
 
 }  // namespace
@@ -119,7 +111,7 @@ void back_panel(const Pattern& s, const Operand& g, const Operand& x, int64_t fi
 template <class A>
 void multiply_back(const Pattern& s, const Operand& g, const Operand& x, const A* values, A* dx, int64_t ld, bool add, A* dv) {
   s.needs_plan();
-  const int64_t N = g.rows, step = 2 * W2S_DISPATCH(vector_width<A>)();
+  const int64_t N = g.rows, step = 2 * kernels<PanelKernels, A>().vector_width();
   // long rows pay for turning g once a thread, and need no second copy of dv, which for them is large
   if (N < FEW_TOKENS || s.nnz > LONG_ROWS * s.rows) {
     const int64_t items = std::min(s.blocks, 2 * threads());
@@ -140,7 +132,7 @@ void multiply_back(const Pattern& s, const Operand& g, const Operand& x, const A
       back_panel(s, g, x, p * step, std::min(step, N - p * step), 0, s.blocks, values, dx, ld, add, own);
   });
   if (!dv) return;
-  torch::stable::parallel_for(0, s.nnz, 1 << 14, [&](int64_t begin, int64_t end) {
+  parallel_ranges(s.nnz, 1 << 14, [&](int64_t begin, int64_t end) {
     for (int64_t c = 1; c < chunks; ++c)
       for (int64_t i = begin; i < end; ++i) dv[i] += parts[(c - 1) * s.nnz + i];
   });
@@ -149,7 +141,7 @@ void multiply_back(const Pattern& s, const Operand& g, const Operand& x, const A
 template <class A>
 void form_rows(const Pattern& s, const Operand& a, const Operand& b, double scale, const Tensor& values, int64_t row, int64_t count, A* w) {
   gemm(b.part(row, count), a, Target<A>{w, s.columns, 1}, A(scale), false);
-  const Dtype dtype = dtype_of(values.scalar_type());
+  const Dtype dtype = dtype_of(values);
   const void* p = values.data_ptr();
   parallel_items(count, 16, [&](int64_t i) {
     s.row_values(row + i, [&](int64_t column, int64_t k) { w[i * s.columns + column] += number_at<A>(p, dtype, k); });

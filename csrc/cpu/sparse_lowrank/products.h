@@ -1,7 +1,7 @@
 // Sparse products on plain matrices of A (float or double), for the ops of the family.
 #pragma once
 
-#include "cpu/sparse_lowrank/pattern.h"
+#include "cpu/sparse_lowrank/support.h"
 
 namespace w2s::sparse {
 
@@ -48,7 +48,7 @@ inline void narrow(const A* from, int64_t count, Dtype dtype, void* to) {
 }
 
 inline Operand operand(const Tensor& t) {
-  return {t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+  return {t.data_ptr(), dtype_of(t), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
 }  // namespace w2s::sparse

@@ -14,31 +14,31 @@ Tensor spmm_as(const Tensor& x, const Tensor& values, const Pattern& s, bool tra
   return y.tensor;
 }
 
-Tensor spmm(Rowwise x, Tensor values, W2S_SUPPORT_PARAMETERS, bool transpose) {
-  const Pattern s(W2S_SUPPORT_ARGUMENTS);
-  return wants_double({&x, &values}) ? spmm_as<double>(x, values, s, transpose) : spmm_as<float>(x, values, s, transpose);
+Tensor spmm(Rowwise x, Tensor values, SupportArguments support, bool transpose) {
+  const Pattern s(support);
+  return any_double({&x, &values}) ? spmm_as<double>(x, values, s, transpose) : spmm_as<float>(x, values, s, transpose);
 }
 
 template <class A>
 Tensor sddmm_as(const Tensor& g, const Tensor& x, const Pattern& s) {
   const ScalarType a = g.scalar_type(), b = x.scalar_type();
   const ScalarType type = a == b ? a : sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;  // torch.promote_types
-  Tensor out = torch::stable::new_empty(x, {s.nnz}, type), sums = torch::stable::new_zeros(x, {s.nnz}, wide_type<A>);
+  Tensor out = torch::stable::new_empty(x, {s.nnz}, type), sums = torch::stable::new_zeros(x, {s.nnz}, scalar_type<A>);
   A* dv = static_cast<A*>(sums.data_ptr());
   multiply_back<A>(s, operand(g), operand(x), nullptr, nullptr, 0, false, dv);
   store_values<A>(s, dv, out);
   return out;
 }
 
-Tensor sddmm(Rowwise g, Rowwise x, W2S_SUPPORT_PARAMETERS) {
-  const Pattern s(W2S_SUPPORT_ARGUMENTS);
-  return wants_double({&g, &x}) ? sddmm_as<double>(g, x, s) : sddmm_as<float>(g, x, s);
+Tensor sddmm(Rowwise g, Rowwise x, SupportArguments support) {
+  const Pattern s(support);
+  return any_double({&g, &x}) ? sddmm_as<double>(g, x, s) : sddmm_as<float>(g, x, s);
 }
 
 }  // namespace
 }  // namespace w2s::sparse
 
-STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
-  m.impl("spmm", W2S_BOX(&w2s::sparse::spmm));
-  m.impl("sddmm", W2S_BOX(&w2s::sparse::sddmm));
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::sparse::spmm>("spmm");
+  m.add<&w2s::sparse::sddmm>("sddmm");
 }

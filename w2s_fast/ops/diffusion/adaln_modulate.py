@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import checks
-from ..kv_compressed_attention.inputs import copy_out
+from ..output import copy_out
 from .modulation import MODULATE, Vector, tokens, vector
 
 

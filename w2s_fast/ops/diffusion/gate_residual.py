@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kv_compressed_attention.inputs import copy_out
+from ..output import copy_out
 from .modulation import MODULATE, Vector, both_tokens, vector
 
 

@@ -10,7 +10,8 @@ from ... import autocast, checks
 from ...library import Kernel, define
 from ...reference.kv_compressed_attention import compressed_attention as reference
 from ...reference.numerics import accumulate_dtype
-from .inputs import copy_out, unit_stride
+from ..output import copy_out
+from .inputs import unit_stride
 
 _MODULE = "kernels.kv_compressed_attention.compressed_attention"
 MAX_HEAD = 256

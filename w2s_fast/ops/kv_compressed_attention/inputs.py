@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks, transforms
+from ... import checks
 from ...reference.kv_compressed_attention.kv_compress import kept_tokens
 
 MODES = ("conv", "mean", "uniform", "nearest", "stride")
@@ -157,27 +157,3 @@ def _vector(op: str, name: str, value: Any, x: Tensor) -> Tensor | None:
         checks.fail(op, name, f"of shape ({x.shape[3]},)", tuple(value.shape))
     checks.same_device(op, [("qkv", x), (name, value)])
     return value.contiguous()  # type: ignore[no-any-return]
-
-
-
-
-def wants(*tensors: Tensor | None) -> bool:
-    """Whether any of them will get a gradient."""
-    return transforms.wants_grad(*tensors)
-
-
-def copy_out(op: str, out: Tensor | None, found: Tensor, inputs: tuple[Tensor | None, ...]) -> Tensor:
-    """``found``, or ``out`` with it copied in."""
-    if out is None:
-        return found
-    check_out(op, out, found, inputs)
-    return out.copy_(found)
-
-
-def check_out(op: str, out: Tensor, like: Tensor, inputs: tuple[Tensor | None, ...]) -> None:
-    """``out`` must look like ``like``, and no gradient may be wanted."""
-    checks.is_tensor(op, "out", out)
-    if out.shape != like.shape or out.dtype != like.dtype:
-        checks.fail(op, "out", f"of shape {tuple(like.shape)} and {like.dtype}", f"{tuple(out.shape)}, {out.dtype}")
-    if wants(out, *inputs):
-        checks.fail(op, "out", "None where a gradient is wanted", "a tensor", "Use torch.no_grad().")

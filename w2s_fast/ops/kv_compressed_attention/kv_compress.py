@@ -10,11 +10,11 @@ from ... import autocast
 from ...library import Kernel, define
 from ...reference.kv_compressed_attention import kv_compress as reference
 from ...reference.numerics import accumulate_dtype
+from ..output import copy_out
 from .inputs import (
     COMPRESSION,
     Compression,
     compression,
-    copy_out,
     fake_parameters,
     heads,
     packed,

@@ -12,12 +12,12 @@ from ...library import Kernel, define
 from ...reference.kv_compressed_attention import kv_compressed_attention as reference
 from ...reference.numerics import accumulate_dtype
 from ..diffusion.qk_norm import QK_NORM
+from ..output import copy_out
 from .compressed_attention import MAX_HEAD, log_sum, scale_of
 from .inputs import (
     COMPRESSION,
     Compression,
     compression,
-    copy_out,
     fake_parameters,
     heads,
     packed,

@@ -1,0 +1,201 @@
+// Included once a target (no include guard), after dual_kernel.h: what stands before and after the products.
+//
+// Sound rounding. With unit u = eps / 2 and chains of n terms, gamma = n u: |fl(sum m w) - sum m w| <= gamma sum |m| |w|, so
+// the radius operand is r + gamma |m|, rounded up; its own product is too small by at most a factor 1 - gamma, hence
+// 1 + 2 gamma; 8 u and 4 u |m| cover the bias, the last subtraction and this formula itself; `tiny` covers underflow.
+
+template <class A>
+struct Rounding {
+  bool sound = false;
+  A eta = 0, grow = 1, slack = 0, tiny = 0;
+  Rounding() = default;
+  explicit Rounding(int64_t terms) : sound(true) {
+    constexpr A u = std::numeric_limits<A>::epsilon() / 2;
+    eta = A(terms + 2) * u * A(1.01);
+    grow = A(1) + 2 * eta + 8 * u;
+    slack = 4 * u;
+    tiny = sizeof(A) == 8 ? A(1e-300) : A(1e-30);
+  }
+};
+
+// longest chain of roundings in dot_block over k terms, and in outer_block
+template <class A>
+inline int64_t dot_terms(int64_t k) { return k / Vec<A>::W + k / 512 + 10; }
+inline int64_t outer_terms(int64_t k) { return k + 8; }
+
+// Centre and radius of n numbers, from lower and upper or from centre and radius, padded with zeros to whole PADs.
+template <class A>
+inline void center_row(const void* a, const void* b, Dtype dtype, bool bounds, const Rounding<A>& rounding, int64_t n, A* c, A* r) {
+  using V = Vec<A>;
+  constexpr A u = std::numeric_limits<A>::epsilon() / 2;
+  const V half = V::set(A(0.5)), zero = V::set(0), up = V::set(1 + 4 * u), eta = V::set(rounding.eta);
+  const V smallest = V::set(std::numeric_limits<A>::min());
+  const int64_t bytes = bytes_of(dtype);
+  const bool own = dtype == own_dtype<A>;
+  A first[TILE], second[TILE];
+  for (int64_t at = 0; at < n; at += TILE) {
+    const int m = int(n - at < TILE ? n - at : TILE);
+    const char *pa = static_cast<const char*>(a) + at * bytes, *pb = static_cast<const char*>(b) + at * bytes;
+    const A *x = reinterpret_cast<const A*>(pa), *y = reinterpret_cast<const A*>(pb);
+    if (!own || m != padded(m)) {
+      widen<A>(pa, dtype, m, A(0), first);
+      widen<A>(pb, dtype, m, A(0), second);
+      x = first, y = second;
+    }
+    for (int i = 0; i < padded(m); i += V::W) {
+      const V p = V::load(x + i), q = V::load(y + i);
+      // p + (q - p) / 2 is exactly p where q = p
+      const V center = bounds ? V::fma(half, q - p, p) : p;
+      V radius = bounds ? half * (q - p) : q;
+      if (rounding.sound) {
+        if (bounds) radius = V::max(q - center, center - p);
+        const V grown = V::fma(eta, center.abs(), V::fma(radius, up, smallest));
+        radius = V::select(V::gt(center.abs() + radius, zero), grown, zero);  // an exact 0 stays one
+      }
+      center.store(c + at + i);
+      radius.store(r + at + i);
+    }
+  }
+}
+
+// 16-bit value at or beyond x towards -infinity (lower) or +infinity
+inline uint16_t step_16(uint16_t y, bool lower) {
+  const bool negative = y & 0x8000u;
+  if ((y & 0x7fffu) == 0) return lower ? 0x8001u : 0x0001u;
+  return uint16_t(negative == lower ? y + 1 : y - 1);
+}
+
+template <class A>
+inline void narrow_outward(const A* x, int n, Dtype dtype, bool lower, void* out) {
+  if (dtype == Dtype::f32 || dtype == Dtype::f64) return narrow<A>(x, n, dtype, out);
+  uint16_t* to = static_cast<uint16_t*>(out);
+  for (int i = 0; i < n; ++i) {
+    const float value = float(x[i]);
+    uint16_t y = dtype == Dtype::bf16 ? float_to_bf16(value) : float_to_half(value);
+    const float back = dtype == Dtype::bf16 ? bf16_to_float(y) : half_to_float(y);
+    if (lower ? back > value : back < value) y = step_16(y, lower);
+    to[i] = y;
+  }
+}
+
+struct Form {
+  bool bounds, relu;  // lower and upper, or centre and radius; relu comes with bounds
+};
+
+// n <= TILE outputs of one row: m, s and bias are readable to whole PADs
+template <class A>
+inline void finish_row(const A* m, const A* s, const A* bias, int n, Form form, const Rounding<A>& rounding, Dtype dtype, void* a, void* b) {
+  using V = Vec<A>;
+  const V zero = V::set(0), inf = V::set(infinity<A>), grow = V::set(rounding.grow), slack = V::set(rounding.slack), tiny = V::set(rounding.tiny);
+  A first[TILE], second[TILE];
+  for (int i = 0; i < padded(n); i += V::W) {
+    V center = V::load(m + i), radius = V::load(s + i);
+    if (bias) center = center + V::load(bias + i);
+    if (rounding.sound) radius = V::fma(radius, grow, V::fma(center.abs(), slack, tiny));
+    V x = center, y = radius;
+    if (form.bounds) {
+      x = center - radius;
+      y = center + radius;
+    }
+    if (rounding.sound) {  // where anything overflowed or was NaN, nothing is known
+      const auto known = V::gt(inf, center.abs() + radius);
+      x = V::select(known, x, form.bounds ? zero - inf : zero);
+      y = V::select(known, y, inf);
+    }
+    if (form.relu) {
+      x = V::max(zero, x);
+      y = V::max(zero, y);
+    }
+    x.store(first + i);
+    y.store(second + i);
+  }
+  if (rounding.sound && form.bounds) {
+    narrow_outward<A>(first, n, dtype, true, a);
+    narrow_outward<A>(second, n, dtype, false, b);
+  } else {
+    narrow<A>(first, n, dtype, a);
+    narrow<A>(second, n, dtype, b);
+  }
+}
+
+// Gradients of centre and radius before the activation, n numbers; padded with zeros to whole PADs
+template <class A>
+inline void gradient_row(const void* ga, const void* gb, const void* oa, const void* ob, Dtype dtype, Form form, int n, A* gm, A* gr) {
+  using V = Vec<A>;
+  const V zero = V::set(0);
+  A g[2][TILE], o[2][TILE];
+  widen<A>(ga, dtype, n, A(0), g[0]);
+  widen<A>(gb, dtype, n, A(0), g[1]);
+  if (form.relu) {
+    widen<A>(oa, dtype, n, A(0), o[0]);
+    widen<A>(ob, dtype, n, A(0), o[1]);
+  }
+  for (int i = 0; i < padded(n); i += V::W) {
+    V x = V::load(g[0] + i), y = V::load(g[1] + i);
+    if (form.relu) {
+      x = V::select(V::gt(V::load(o[0] + i), zero), x, zero);
+      y = V::select(V::gt(V::load(o[1] + i), zero), y, zero);
+    }
+    (form.bounds ? x + y : x).store(gm + i);
+    (form.bounds ? y - x : y).store(gr + i);
+  }
+}
+
+// Gradients of the inputs from those of centre and radius: n numbers
+template <class A>
+inline void input_gradient(const A* m, const A* s, int n, bool bounds, Dtype dtype, void* a, void* b) {
+  if (!bounds) {
+    narrow<A>(m, n, dtype, a);
+    narrow<A>(s, n, dtype, b);
+    return;
+  }
+  A x[TILE], y[TILE];
+  for (int i = 0; i < n; ++i) {
+    x[i] = (m[i] - s[i]) * A(0.5);
+    y[i] = (m[i] + s[i]) * A(0.5);
+  }
+  narrow<A>(x, n, dtype, a);
+  narrow<A>(y, n, dtype, b);
+}
+
+// A batch of a few rows. One read of w serves all three gradients, one write of dw:
+//   dw[n] = gm m + sign(w) gr r,  xm += gm w,  xs += gr |w|     for rows [0, rows) of w
+// m, r, xm, xs: [batch][ld], padded; gm, gr: [batch][ldg]. dw or xm may be null.
+template <class A>
+inline void stream_rows(const A* w, int64_t ldw, int64_t rows, int64_t k, int64_t batch, const A* gm, const A* gr, int64_t ldg,
+                        const A* m, const A* r, int64_t ld, A* xm, A* xs, A* dw, int64_t ldd) {
+  using V = Vec<A>;
+  const V zero = V::set(0);
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t i = 0; i < k; i += V::W) {
+      const int64_t left = k - i;
+      V wv;
+      A lane[V::W] = {};
+      if (left >= V::W) wv = V::load(w + n * ldw + i);
+      else {
+        std::memcpy(lane, w + n * ldw + i, size_t(left) * sizeof(A));
+        wv = V::load(lane);
+      }
+      const V av = wv.abs();
+      V total = zero, turned = zero;
+      for (int64_t p = 0; p < batch; ++p) {
+        const V x = V::set(gm[p * ldg + n]), y = V::set(gr[p * ldg + n]);
+        if (dw) {
+          total = V::fma(x, V::load(m + p * ld + i), total);
+          turned = V::fma(y, V::load(r + p * ld + i), turned);
+        }
+        if (xm) {
+          V::fma(x, wv, V::load(xm + p * ld + i)).store(xm + p * ld + i);
+          V::fma(y, av, V::load(xs + p * ld + i)).store(xs + p * ld + i);
+        }
+      }
+      if (!dw) continue;
+      total = total + V::select(V::gt(wv, zero), turned, V::select(V::gt(zero, wv), zero - turned, zero));
+      if (left >= V::W) total.store(dw + n * ldd + i);
+      else {
+        total.store(lane);
+        std::memcpy(dw + n * ldd + i, lane, size_t(left) * sizeof(A));
+      }
+    }
+  }
+}

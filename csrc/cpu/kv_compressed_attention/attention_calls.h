@@ -1,0 +1,17 @@
+// Attention for hosts: ours, or the library's where this machine runs that faster (attention_library.cpp).
+#pragma once
+
+#include <optional>
+
+#include "cpu/kv_compressed_attention/attention.h"
+#include "cpu/tensors.h"
+
+namespace w2s {
+namespace attention {
+
+void forward(const Problem& p, bool f64);
+void backward(const Problem& p, const Gradients& g, bool f64);
+std::optional<Tensor> forward_made(const Problem& p, bool f64);  // [B, N, H, D] by the library, whatever p.out is; or none
+
+}  // namespace attention
+}  // namespace w2s

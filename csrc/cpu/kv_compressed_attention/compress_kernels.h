@@ -1,3 +1,0 @@
-// The kernels of compression, for for_each_target.h, which takes one header.
-#include "cpu/kv_compressed_attention/rows_kernel.h"
-#include "cpu/kv_compressed_attention/compress_kernel.h"

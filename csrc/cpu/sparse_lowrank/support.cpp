@@ -1,0 +1,28 @@
+#include "cpu/sparse_lowrank/support.h"
+
+namespace w2s::sparse {
+
+Pattern::Pattern(const SupportArguments& s)
+    : rows(s.rows), columns(s.columns), nnz(s.cols.size(0)), block(s.block ? s.block : PLAN_BLOCK), per_block(s.per_block) {
+  tiles = pieces(rows, TILE);
+  blocks = pieces(columns, block);
+  if (s.block) {
+    bytes = integers<uint8_t>(s.cols);
+    const int64_t width = columns - (blocks - 1) * block;
+    last_per_block = (2 * per_block * width + block) / (2 * block);
+    return;
+  }
+  row_ptr = integers<int32_t>(s.row_ptr);
+  if (s.cols.scalar_type() == ScalarType::Int) wide = integers<int32_t>(s.cols);
+  else narrow = integers<uint16_t>(s.cols);
+  if (s.plan.size() != 5) return;  // decoding a few tokens walks row by row
+  starts = integers<int32_t>(s.plan[0]);
+  runs = integers<int32_t>(s.plan[1]);
+  entry = integers<uint16_t>(s.plan[2]);
+  column = integers<uint8_t>(s.plan[3]);
+  order = integers<int32_t>(s.plan[4]);
+}
+
+void Pattern::needs_plan() const { check(starts || bytes || !nnz, "a csr support on the CPU carries its walking order (5 tensors)"); }
+
+}  // namespace w2s::sparse
