@@ -28,9 +28,11 @@ struct Matrix {  // rows of unit stride
   int64_t rows, columns, stride;
 };
 
-// How a call reads and writes boxes: lower and upper (bounds), or centre and radius.
+// How a call reads and writes boxes: lower and upper (bounds), or centre and radius. `spread`: relative error of every
+// product and of the bias that sound bounds contain besides, see linear_kernel.h.
 struct Call {
   bool bounds_in, bounds_out, relu, sound;
+  double spread = 0;
 };
 
 // How the ends of interval_linear_iw's inputs move outward so that its sums are sound. With gamma the relative error of a sum

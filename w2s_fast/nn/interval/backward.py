@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boxes import Box, Call, ends, largest, wide
+from . import deployed
+from .boxes import Box, Call, Lost, ends, largest, wide
 from .registry import UNCHANGED
 from .samples import Samples
 from .trace import Ref, references
@@ -401,6 +402,14 @@ class Upper:
         self.samples, self.sound, self.steps = samples, sound, steps
         self.constant = self.slack = rows.new_zeros(len(rows), samples.count)
 
+    def deployed(self, a: Tensor, size: Tensor | None, name: str, lost: Lost) -> None:
+        """A deployed evaluation of ``name`` is off by what it loses of terms of that size."""
+        if lost.size:
+            assert size is not None
+            limit = torch.finfo(torch.float64 if lost.least < 1e-200 else torch.float32).max / 4
+            size = torch.where(size < limit, size * (lost.size + lost.rough) * (1 + 2.0**-40) + lost.least, torch.inf)
+            self.slack = self.slack + self.samples.dot(name, a.abs(), size)
+
     def rounds(self, a: Tensor, size: Tensor | None, name: str) -> None:
         """Products of the rows ``a`` of ``name`` with terms of that size have been rounded."""
         if size is not None:
@@ -426,6 +435,8 @@ def upper_bounds(env: Env, samples: Samples, output: str, rows: Tensor) -> Tenso
             continue
         found = _through(env, step, a)
         upper.rounds(a, found.size, step.name)
+        if env.mode.deployed and found.a:  # elsewhere the bounds have ended at a deployed box
+            upper.deployed(a, found.size, step.name, _lost(env, step))
         for own, vector in found.constants:
             upper.constant = upper.constant + samples.dot(step.name, own, vector)
         for name, more in found.a.items():
@@ -438,6 +449,16 @@ def upper_bounds(env: Env, samples: Samples, output: str, rows: Tensor) -> Tenso
     for name, a in pending.items():
         _at_input(env, upper, name, a)
     return upper.total()
+
+
+def _lost(env: Env, step: Step) -> Lost:
+    """What a deployed evaluation of the step loses; a merged batch-norm loses its own besides."""
+    if step.rule is None:
+        return Lost()
+    dtype = step.nodes[-1].dtype or torch.float32
+    given = env.filled(step.bound)
+    parts = [deployed.lost(deployed.name_of(node.target), given, dtype) for node in step.nodes]
+    return Lost(*(sum(values) for values in zip(*parts, strict=True)))
 
 
 def _through(env: Env, step: Step, a: Tensor) -> Rows:

@@ -13,11 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from ... import autocast, checks
-from ...ops.interval_bounds.inputs import COMPUTES, ROUNDINGS, Compute, Rounding, rows
+from ...ops.interval_bounds.inputs import COMPUTES, Compute, rows
 from ...ops.interval_bounds.margin import MARGIN_LOGITS, margin_logits
 from ...reference.interval_bounds.boxes import outward
-from . import backward
-from .boxes import OP, Box, Call, Choices, Mode, ends, finished, finished_margins, refuse, wide
+from . import backward, deployed
+from .boxes import (
+    HALVES,
+    OP,
+    ROUNDINGS,
+    Box,
+    Call,
+    Choices,
+    Mode,
+    Rounding,
+    ends,
+    finished,
+    finished_margins,
+    refuse,
+    wide,
+)
 from .inputs import Clip, boxes, labels, looks
 from .program import Env, Program, program
 from .samples import Samples
@@ -40,6 +54,11 @@ def unlowered(method: _Method) -> _Method:
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
+
+
+def _tensor(value: Any) -> Tensor:
+    """Of an input, a tensor with its shape, dtype and device."""
+    return value.lower if isinstance(value, Box) else value.clean if isinstance(value, Choices) else value  # type: ignore[no-any-return]
 
 
 class IntervalPass:
@@ -110,13 +129,38 @@ class IntervalPass:
                 if not looks(label):
                     flat = map(rows, (box.lower, box.upper, weight))
                     found: Tensor = MARGIN_LOGITS(*flat, bias, label, True, self._mode.sound)
-                    return found
-                return margin_logits(box.lower, box.upper, weight, bias, label, rounding=self._mode.rounding)
+                else:
+                    found = margin_logits(box.lower, box.upper, weight, bias, label, rounding=self._mode.own)
+                return found if not self._mode.deployed else self._apart(found, box, weight, bias, label)
         box = self._output()
         label = self._labels(y, box)
         own = box.lower.gather(1, label[:, None])
         z = finished_margins(self._mode, box.upper, own)
         return z.scatter(1, label[:, None], 0.0)
+
+    @torch.no_grad()
+    def _errors(self, box: Box, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What a deployed evaluation of each logit of the last layer may be off by, float64 ``[B, C]``."""
+        kind = box.lower.dtype
+        lost = deployed.lost("linear", {"weight": weight}, kind)
+        size = torch.maximum(-box.lower, box.upper).double() @ weight.double().abs().t()
+        size = size if bias is None else size + bias.double().abs()
+        limit = torch.finfo(torch.float64 if kind == torch.float64 else torch.float32).max / 4
+        found = torch.where(size < limit, size, torch.inf) * (lost.size * (1 + 2.0**-20)) + lost.least
+        if kind in HALVES:  # rounded to 16 bits at most twice
+            out = self._output()
+            found = found + lost.rough * torch.maximum(-out.lower, out.upper).double()
+            found = found if bias is None else found + lost.rough * bias.double().abs()
+        return found
+
+    def _apart(self, z: Tensor, box: Box, weight: Tensor, bias: Tensor | None, label: Tensor) -> Tensor:
+        """Margins of the two logits' own deployed evaluations."""
+        found = self._errors(box, weight, bias)
+        moved = (found + found.gather(1, label[:, None])).to(z.dtype)
+        with torch.no_grad():  # upwards, past the roundings of the sum
+            moved = (moved + z.abs() * (4 * torch.finfo(z.dtype).eps)) * (1 + 4 * torch.finfo(z.dtype).eps)
+            moved = moved.scatter(1, label[:, None], 0.0)
+        return z + moved
 
     @unlowered
     def specified(self, C: Tensor, method: Method = "ibp") -> tuple[Tensor, Tensor]:
@@ -149,6 +193,9 @@ class IntervalPass:
         box = self._output() if last is None else self._box(last.boxes[0])
         call = Call(self._mode, None, box.lower.dtype, (), "C")
         matrix, shift = wide(call, C), None
+        if last is not None and self._mode.deployed:
+            given = {"weight": self._env.filled(last.bound["weight"])}
+            call = call._replace(lost=deployed.lost("linear", given, box.lower.dtype))
         if last is not None:
             weight, bias = (self._env.filled(last.bound[k]) for k in ("weight", "bias"))
             shift = None if bias is None else wide(call, C) @ wide(call, bias)
@@ -332,7 +379,7 @@ class IntervalModule(nn.Module):
         if ask != "bounds" and y is None:
             checks.fail(OP, "y", "labels where margins are asked", None, error=TypeError)
         if ask == "verified":
-            return self.verified(given, y, eps, clip, method, norm=norm)  # type: ignore[arg-type]
+            return self.verified(given, y, eps, clip, method, norm=norm, rounding=rounding or "sound")  # type: ignore[arg-type]
         kind = rounding or ("sound" if ask == "bounds" else "fast")
         return self._ask(ask, given, y, eps, kind, clip, method, norm, clean)
 
@@ -381,7 +428,10 @@ class IntervalModule(nn.Module):
                 without eps is exact.
             eps: radius of the box, a number >= 0 or a tensor that broadcasts to x (one a channel, say).
             rounding: ``"sound"``: they contain the exact output of every real input of the box, whatever rounding did;
-                the box itself is rounded outward. ``"fast"``: round to nearest, for training.
+                the box itself is rounded outward. ``"deployed"``: they contain what any floating-point evaluation of
+                the model in its own dtypes (under `torch.autocast`: in those) gives, in any order of sums, with or
+                without fused multiply-add; layers whose rounding is not analysed, and settings that take products in
+                fewer digits, are refused. ``"fast"``: round to nearest, for training.
             clip: (lowest, highest) value an input may have.
             method: ``"ibp"``; ``"crown-ibp"`` (arXiv 1906.06316): intervals for the hidden layers, then linear bounds
                 of the output taken backward through them; ``"crown"`` (arXiv 1811.00866): backward for the hidden
@@ -412,15 +462,19 @@ class IntervalModule(nn.Module):
 
     @torch.no_grad()
     def verified(
-        self, x: Any, y: Tensor, eps: Any = None, clip: Clip = None, method: Method = "ibp", *, norm: float = math.inf
-    ) -> Tensor:
+        self, x: Any, y: Tensor, eps: Any = None, clip: Clip = None, method: Method = "ibp", *, norm: float = math.inf,
+        rounding: Rounding = "sound",
+    ) -> Tensor:  # fmt: skip
         """Which samples no input within eps can move to another class: bool ``[B]``, by sound bounds, in eval mode.
 
         Args:
             x, y, eps, clip, norm: see `margins`.
             method: ``"ibp"``, or ``"crown-ibp"``, ``"crown"``: of each margin the better of the two bounds.
+            rounding: ``"sound"``: of the exact outputs; ``"deployed"``: of any float evaluation's. See `bounds`.
         """
-        found: Tensor = self._ask("verified", x, y, eps, "sound", clip, method, norm)
+        if rounding == "fast":
+            checks.fail(OP, "rounding", '"sound" or "deployed" for a certificate', '"fast"')
+        found: Tensor = self._ask("verified", x, y, eps, rounding, clip, method, norm)
         return found
 
     def _ask(
@@ -462,8 +516,11 @@ class IntervalModule(nn.Module):
         mode = Mode(checks.choice(OP, "rounding", rounding, ROUNDINGS), self.compute)  # type: ignore[arg-type]
         inputs = boxes(x, eps, mode.sound, clip, norm, True)
         boxed = tuple(i for i, v in enumerate(inputs) if isinstance(v, (Box, Choices)))
-        kinds = [v.lower if isinstance(v, Box) else v.clean if isinstance(v, Choices) else v for v in inputs]
-        steps = self.program_for([(t.shape, t.dtype, t.device) for t in kinds], boxed, apart)
+        kinds = [_tensor(v) for v in inputs]
+        lowered = autocast.dtype_of(kinds[0].device) if mode.deployed else None
+        steps = self.program_for([(t.shape, t.dtype, t.device) for t in kinds], boxed, apart, lowered)
+        if mode.deployed:
+            self._analysed(steps, kinds[0].device)
         if certificate and steps.uses_batch:
             checks.fail(OP, "model", "in eval mode for a certificate", "batch-norm in training mode")
         if not (clean or steps.uses_batch):
@@ -480,13 +537,24 @@ class IntervalModule(nn.Module):
 
         return IntervalPass(env, samples)
 
-    def program_for(self, examples: list[Any], boxed: tuple[int, ...], apart: bool) -> Program:
-        """The steps for inputs of these shapes, dtypes and devices, those numbered ``boxed`` with bounds."""
+    def _analysed(self, steps: Program, device: torch.device) -> None:
+        if not isinstance(self._programs.get(("analysed", id(steps))), Program):
+            deployed.analysed(steps)
+            self._programs["analysed", id(steps)] = steps
+        deployed.settings(device, {step.node.dtype for step in steps.steps})
+
+    def program_for(
+        self, examples: list[Any], boxed: tuple[int, ...], apart: bool, lowered: torch.dtype | None = None
+    ) -> Program:
+        """The steps for inputs of these shapes, dtypes and devices, those numbered ``boxed`` with bounds.
+
+        ``lowered``: the dtype of the autocast that they are traced under.
+        """
         examples = [(torch.Size(int(s) for s in shape), dtype, device) for shape, dtype, device in examples]
-        key = (tuple(examples), boxed, fingerprint(self.model))
+        key = (tuple(examples), boxed, lowered, fingerprint(self.model))
         found = self._programs.get(key)
         if found is None:
-            traced = trace(self.model, examples)
+            traced = trace(self.model, examples, lowered)
             names = {traced.inputs[i] for i in boxed}
             found = program(traced, names), program(traced, names, relu_apart=True)
             if len(self._programs) > 64:
@@ -506,7 +574,7 @@ def bound(model: nn.Module, *, compute: Compute = "fp32") -> IntervalModule:
 
 def verify(
     model: nn.Module, x: Any, y: Tensor, eps: Any = None, clip: Clip = None, method: Method = "ibp", *,
-    norm: float = math.inf,
+    norm: float = math.inf, rounding: Rounding = "sound",
 ) -> Tensor:  # fmt: skip
     """Which samples of (x, y) the model certainly classifies as y everywhere within eps: bool ``[B]``.
 
@@ -514,6 +582,6 @@ def verify(
 
     Args:
         model: in eval mode; see `IntervalModule`.
-        x, y, eps, clip, method, norm: see `IntervalModule.verified`.
+        x, y, eps, clip, method, norm, rounding: see `IntervalModule.verified`.
     """
-    return bound(model).verified(x, y, eps, clip, method, norm=norm)
+    return bound(model).verified(x, y, eps, clip, method, norm=norm, rounding=rounding)

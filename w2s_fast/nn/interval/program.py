@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import checks
-from . import registry
+from . import deployed, registry
 from .affine import Affine
 from .boxes import OP, Box, Call, Choices, Mode, refuse
 from .trace import Node, Ref, Trace
@@ -47,6 +47,7 @@ class Program(NamedTuple):
     before_relu: list[str]
     uses_batch: bool
     shapes: dict[str, tuple[int, ...]]
+    later: dict[str, Step]  # constants that are computed, by name
 
 
 _NORMS = ("aten::batch_norm", "aten::_native_batch_norm_legit_functional", "aten::_native_batch_norm_legit_no_training",
@@ -152,7 +153,8 @@ def program(traced: Trace, boxed: set[str], *, relu_apart: bool = False) -> Prog
         or any(r.name not in traced.states for r in last.affine.parameters)
     ):
         last = None
-    return Program(steps, traced, last, before_relu, uses_batch, shapes)
+    later = {step.name: step for step in steps if not step.boxes}
+    return Program(steps, traced, last, before_relu, uses_batch, shapes, later)
 
 
 def _named(traced: Trace, name: str) -> Node | None:
@@ -229,6 +231,10 @@ class Env:
         path = trace.states.get(name)
         if path is not None:
             return self._attribute(path)
+        step = self.program.later.get(name)
+        if step is not None:  # of a batch-norm that became one with the product before it
+            self.values[name] = self.run(step)
+            return self.values[name]
         literal = trace.constants[name]
         own = next((v for v in self.values.values() if isinstance(v, Box)), None)
         return literal if own is None else literal.to(own.lower.device)
@@ -266,6 +272,8 @@ class Env:
             return found[node.args[1]] if isinstance(found, list) else found
         given = self.filled(step.bound)
         call = Call(self.mode, node.target, step.nodes[-1].dtype or torch.float32, step.nodes[-1].shape, node.where)
+        if self.mode.deployed:
+            call = call._replace(lost=deployed.lost(deployed.name_of(node.target), given, call.dtype))
         if step.affine is not None:
             norm = None if step.affine.norm is None else self.filled(dict(step.affine.norm))
             return step.affine.run(call, norm, **given)
@@ -274,6 +282,8 @@ class Env:
         if isinstance(found, (Box, list)):
             return found
         sources = [self.values[name] for name in step.boxes]
+        if self.mode.deployed:
+            found = deployed.hidden(deployed.name_of(node.target), sources, found)
         clean = None
         if all(s.clean is not None for s in sources):
             clean = node.target(*self.filled(node.args, self._clean), **self.filled(dict(node.kwargs), self._clean))
@@ -282,6 +292,8 @@ class Env:
 
     def _constant(self, step: Step) -> Any:
         node = step.node
+        if self.mode.deployed:  # as it is, which is exact
+            return node.target(*self.filled(node.args), **self.filled(dict(node.kwargs)))
         take = self._exact if node.dtype is not None and node.dtype.is_floating_point else self.state
         kwargs = self.filled(dict(node.kwargs), take)
         if self.mode.sound and kwargs.get("dtype") is not None and kwargs["dtype"].is_floating_point:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...reference.interval_bounds.boxes import outward
 from .backward import linear_back, maxpool_back
 from .boxes import OP, Box, Call, Choices, Ends, ends, finished, refuse, wide
 from .registry import layer
@@ -189,6 +190,9 @@ def _dropout(call: Call, *, input: Box, p: float, train: bool | None) -> Any:
 
 @layer("to", "_to_copy", "type_as", shows="to a wider dtype", kind="index", back=linear_back())
 def _cast(call: Call, *, self: Any, **_: Any) -> Ends:
+    """A narrower one rounds, which is no part of the model unless it is bounded as deployed."""
+    if call.mode.deployed and call.dtype.is_floating_point:
+        return outward(self.lower.double(), call.dtype, True), outward(self.upper.double(), call.dtype, False)
     narrow = not call.dtype.is_floating_point or torch.finfo(call.dtype).eps > torch.finfo(self.lower.dtype).eps
     if narrow or torch.finfo(call.dtype).max < torch.finfo(self.lower.dtype).max:
         refuse(f"a cast to a narrower dtype: {call.where} to {call.dtype}")
@@ -199,7 +203,11 @@ def _averaged(call: Call, function: Any, box: Box, terms: int) -> Ends:
     """A linear map without negative coefficients."""
     low, high = ends(call, box)
     size = function(torch.maximum(low.abs(), high.abs())) if call.sound else None
-    return finished(call, function(low), function(high), size, terms)
+    found = finished(call, function(low), function(high), size, terms)
+    if call.lost.rough and call.dtype == torch.float16 and size is not None:  # the sum itself may be rounded to 16 bits
+        known = size * terms < torch.finfo(call.dtype).max
+        found = torch.where(known, found[0], -torch.inf), torch.where(known, found[1], torch.inf)
+    return found
 
 
 def _average(*names: str, shows: str) -> None:

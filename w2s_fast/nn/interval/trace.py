@@ -143,9 +143,19 @@ def alone(function: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def trace(model: nn.Module, examples: list[tuple[torch.Size, torch.dtype, torch.device]]) -> Trace:
-    """The model's operations for inputs of these shapes."""
-    found: Trace = alone(lambda: _trace(model, tuple(torch.zeros(s, dtype=t, device=d) for s, t, d in examples)))
+def trace(
+    model: nn.Module, examples: list[tuple[torch.Size, torch.dtype, torch.device]], lowered: torch.dtype | None = None
+) -> Trace:
+    """The model's operations for inputs of these shapes, with the casts of an autocast to ``lowered``."""
+
+    def run() -> Trace:
+        inputs = tuple(torch.zeros(s, dtype=t, device=d) for s, t, d in examples)
+        if lowered is None:
+            return _trace(model, inputs)
+        with torch.autocast(inputs[0].device.type, lowered):
+            return _trace(model, inputs)
+
+    found: Trace = alone(run)
     return found
 
 
@@ -179,10 +189,48 @@ def _ordinary_states(model: nn.Module) -> Iterator[None]:
             store[key] = t
 
 
+@contextmanager
+def _averaging(model: nn.Module) -> Iterator[dict[float, tuple[str, ...]]]:
+    """Batch-norms that average over all batches (momentum None) get numbers of their own while the model is traced.
+
+    The factor 1 / batches so far is a value of a buffer, which no trace holds; given are the buffers by number.
+    """
+    numbers: dict[float, tuple[str, ...]] = {}
+    changed: list[Any] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.momentum is not None:
+            continue
+        if module.training and module.num_batches_tracked is not None:
+            number = 0.1 + (len(numbers) + 1) * 2.0**-30
+            numbers[number] = (*filter(None, name.split(".")), "num_batches_tracked")
+            module.momentum = number
+            changed.append(module)
+    try:
+        yield numbers
+    finally:
+        for module in changed:
+            module.momentum = None
+
+
+def _with_averages(found: Trace, numbers: dict[float, tuple[str, ...]]) -> Trace:
+    """The newest count of batches in place of each number of `_averaging`."""
+    newest = {own: own for own in found.states}
+    origin = dict(newest)
+    own_of = {path: own for own, path in found.states.items()}
+    for node in found.nodes:
+        own = origin.get(node.refs[0]) if node.refs else None
+        if own is not None and found.states[own] in numbers.values() and node.target._schema.name == "aten::add":
+            origin[node.name], newest[own] = own, node.name
+        node.args = tuple(
+            Ref(newest[own_of[numbers[v]]]) if isinstance(v, float) and v in numbers else v for v in node.args
+        )
+    return found
+
+
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        with warnings.catch_warnings(), _ordinary_states(model):
+        with warnings.catch_warnings(), _ordinary_states(model), _averaging(model) as numbers:
             warnings.simplefilter("ignore")
             torch.backends.mha.set_fastpath_enabled(False)  # its fused operations compute what the plain ones do
             program = torch.export.export(model, inputs, strict=False)
@@ -190,7 +238,8 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
             _without_identities(program)
             _writes_are_known(program)
             versions = _renames(program)
-            return _converted(program if versions is not None else program.run_decompositions({}), versions)
+            found = _converted(program if versions is not None else program.run_decompositions({}), versions)
+            return _with_averages(found, numbers) if numbers else found
     except (TypeError, ValueError) as error:
         if str(error).startswith("w2s_fast"):
             raise

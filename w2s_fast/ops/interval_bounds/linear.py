@@ -21,7 +21,7 @@ def _fake(a: Tensor, b: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, b, weight, _, ctx.bounds_in, ctx.bounds_out, ctx.relu, ctx.compute, _ = inputs
+    a, b, weight, _, ctx.bounds_in, ctx.bounds_out, ctx.relu, ctx.compute, _, _ = inputs
     ctx.save_for_backward(a, b, weight, *(output if ctx.relu else ()))
 
 
@@ -50,7 +50,7 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
 INTERVAL_LINEAR = define(
     "interval_linear",
     "(Tensor a, Tensor b, Tensor weight, Tensor? bias, bool bounds_in, bool bounds_out, bool relu, str compute, "
-    "bool sound) -> (Tensor x, Tensor y)",
+    "bool sound, float spread) -> (Tensor x, Tensor y)",
     reference=reference.interval_linear,
     fake=_fake,
     setup_context=_setup_context,
@@ -88,6 +88,7 @@ def interval_linear(
     out_form: Form | None = None,
     rounding: Rounding = "fast",
     compute: Compute = "fp32",
+    spread: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """A box through a linear layer: centre ``m W^T + bias``, radius ``r |W|^T``, then ReLU of both bounds if asked.
 
@@ -111,6 +112,9 @@ def interval_linear(
             ``"tf32"``, ``"bf16x3+bf16"`` (the centre as three bfloat16 products of split factors, the radius as one,
             rounded up) or ``"bf16"``. ``"sound"`` widens by what the mode can lose. A CPU multiplies in float32
             whatever is allowed; 16-bit inputs with "fast" rounding are multiplied as they are stored.
+        spread: with "sound", what bounds contain besides: ``spread (|W| |x| + |bias|)``, by which another evaluation of
+            the layer may be off (`w2s_fast.nn.bound` with ``rounding="deployed"``); where its partial sums could
+            overflow, (-inf, inf). At most 1.
 
     Returns:
         Two tensors ``[..., N]`` of the dtype of a. Differentiable, once, in a, b, weight and bias. Deterministic.
@@ -142,7 +146,8 @@ def interval_linear(
     a_rows, b_rows = rows(a), rows(b)
     bias = None if bias is None else bias.contiguous()
     x, y = INTERVAL_LINEAR(
-        a_rows, b_rows, _weight(weight, a_rows.shape[0]), bias, bounds_in, not direct, relu, compute, sound
+        a_rows, b_rows, _weight(weight, a_rows.shape[0]), bias, bounds_in, not direct, relu, compute, sound,
+        checks.number(op, "spread", spread, low=0.0, high=1.0),
     )
     if out_form == "cr" and not direct:
         x, y = outward_center(x, y, sound)
