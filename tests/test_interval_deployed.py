@@ -20,7 +20,8 @@ METHODS = ("ibp", "crown-ibp", "crown")
 class Residual(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.a, self.n, self.b = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.Conv2d(width, width, 1)
+        self.a, self.b = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
+        self.n = nn.BatchNorm2d(width)
 
     def forward(self, x):
         return F.relu(x + self.b(F.leaky_relu(self.n(self.a(x)), 0.1)))
@@ -103,35 +104,22 @@ def test_no_evaluation_is_outside(name, kind, method):
                         assert outside(found, y) == 0, (seed, eps)
 
 
-def test_sound_bounds_are_of_the_exact_output_only():
-    """The test above has power: evaluations leave the bounds of the exact output."""
-    count = 0
-    for seed in range(1, 9, 2):
-        model, x, g = made("mlp", seed, torch.float32)
-        model = model[:3]
-        found = bound(model).bounds(x, 0.0, "sound")
-        with torch.no_grad(), AnyOrder(g):
-            count += sum(outside(found, model(x)) for _ in range(10))
-    assert count > 20
-
-
-def order_dependent(k: int, g: torch.Generator):
-    """A classifier whose exact margin is tiny and certain, and whose float margin is what the order of sums makes it."""
-    w = torch.randn(k, generator=g) * 1e3
-    first = torch.cat((w, -w, torch.tensor([1e-3])))
-    model = nn.Sequential(nn.Linear(2 * k + 1, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
+def order_dependent(k: int):
+    """f_0 = 2^24 + 1 + ... + 1 - 2^24 = k, of which float32 loses what is added to 2^24; f_1 = k / 2."""
+    model = nn.Sequential(nn.Linear(k + 2, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
     with torch.no_grad():
-        model[0].weight.copy_(torch.stack((first, torch.zeros(2 * k + 1))))
-        model[0].bias.copy_(torch.tensor([1.0, 1.0]))
+        model[0].weight.copy_(torch.stack((torch.ones(k + 2), torch.zeros(k + 2))))
+        model[0].weight[0, 0], model[0].weight[0, -1] = 2.0**24, -(2.0**24)
+        model[0].bias.copy_(torch.tensor([0.0, k / 2]))
         model[2].weight.copy_(torch.eye(2))
         model[2].bias.zero_()
-    return model, torch.ones(1, 2 * k + 1)
+    return model, torch.ones(1, k + 2)
 
 
 def test_a_thousand_parentheses():
     """Sound bounds certify what a deployed network does not always say; deployed ones never do."""
     g = torch.Generator().manual_seed(0)
-    model, x = order_dependent(60, g)
+    model, x = order_dependent(300)
     y = torch.tensor([0])
     assert bool(verify(model, x, y, 0.0)) and not bool(verify(model, x, y, 0.0, rounding="deployed"))
     sound, found = (bound(model).bounds(x, 0.0, rounding) for rounding in ("sound", "deployed"))
@@ -144,7 +132,7 @@ def test_a_thousand_parentheses():
             wrong += bool(f[0, 1] >= f[0, 0])
             assert outside(found, f) == 0
             assert f[0, 1].double() - f[0, 0].double() <= margin.double()
-    assert escaped > 500 and wrong > 50
+    assert escaped > 200 and wrong > 100
 
 
 @pytest.mark.parametrize("kind", [*DTYPES, "autocast"])
@@ -215,7 +203,7 @@ def test_overflow_is_unknown():
 
 def test_refusals():
     b = bound(nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 2)).eval())
-    with pytest.raises(ValueError, match="1: GELU.*analysed for.*linear"):
+    with pytest.raises(ValueError, match=r"1: GELU.*analysed for.*linear"):
         b.bounds(torch.zeros(1, 3), 0.1, "deployed")
     b.bounds(torch.zeros(1, 3), 0.1)
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))).eval()

@@ -108,14 +108,16 @@ class AnyOrder(TorchFunctionMode):
         m, v, w, b = (t.to(kind).reshape(axes) for t in (mean, variance, weight, bias))
         s, wide = torch.rsqrt(v + eps), x.to(kind)
         found = (wide - m) * s * w + b if self._chance(2) else wide * (s * w) + (b - m * (s * w))
-        return found.to(x.dtype)
+        result: Tensor = found.to(x.dtype)
+        return result
 
     def _averaged(self, parts: Tensor, like: Tensor) -> Tensor:
         one = torch.ones(len(parts), *(1,) * (parts.ndim - 1), dtype=parts.dtype)
         total = self._combined(parts, one)
         if like.dtype in HALVES and self._chance(2):
             total = total.to(like.dtype).to(total.dtype)
-        return (total / len(parts)).to(like.dtype)
+        found: Tensor = (total / len(parts)).to(like.dtype)
+        return found
 
     def _pool(self, x: Tensor, kernel: Any, stride: Any = None, *_: Any, **__: Any) -> Tensor:
         assert isinstance(kernel, int) and stride in (None, kernel)

@@ -66,6 +66,9 @@ class Lost(NamedTuple):
     rough: float = 0.0
 
 
+EXACT = Lost()
+
+
 class Mode(NamedTuple):
     """How numbers are rounded, in the bounds and (deployed) in the model."""
 
@@ -109,7 +112,7 @@ def refuse(what: Any, error: type[Exception] = TypeError) -> Any:
 
 
 def moved(
-    found: Tensor, size: Tensor, lower: bool, dtype: torch.dtype, terms: int = 1, lost: Lost = Lost()
+    found: Tensor, size: Tensor, lower: bool, dtype: torch.dtype, terms: int = 1, lost: Lost = EXACT
 ) -> Tensor:
     """float64 ``found`` in ``dtype``, moved outward by more than ``terms`` roundings in float64 of terms of ``size``.
 

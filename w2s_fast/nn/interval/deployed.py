@@ -13,11 +13,11 @@ compiler keeps a result in more digits than its dtype has. Assumed is what IEEE 
 **Why.** By induction over the operations; let x be the deployed input of one, in its box by assumption.
 
 1. An operation that moves or selects entries (views, ReLU, max) is exact and increasing: the box's ends go through.
-2. One rounded operation y = fl(f(x)): f(x) lies between real ends, fl is increasing, and the ends are rounded outward to
-   y's dtype, so they contain fl(f(x)) and f(x) itself: a compiler that skips the rounding stays inside. A Python number
-   is taken as the box between the numbers of the dtype next to it, as libraries round it to one or the other.
-3. A sum of n products and a bias, y_j = sum_k W_jk x_k + b_j. However it is put together, each product meets at most n + 1
-   roundings (its own, n - 1 additions, the bias), so with gamma_n = n u / (1 - n u)
+2. One rounded operation y = fl(f(x)): f(x) lies between real ends, fl is increasing, and the ends are rounded outward
+   to y's dtype, so they contain fl(f(x)) and f(x) itself: a compiler that skips the rounding stays inside. A Python
+   number is taken as the box between the numbers of the dtype next to it, as libraries round it to one or the other.
+3. A sum of n products and a bias, y_j = sum_k W_jk x_k + b_j. However it is put together, each product meets at most
+   n + 1 roundings (its own, n - 1 additions, the bias), so with gamma_n = n u / (1 - n u)
 
        |fl(y_j) - y_j| <= gamma_(n + 2) (sum_k |W_jk| |x_k| + |b_j|),   |x_k| <= |c_k| + r_k .
 
@@ -27,15 +27,15 @@ compiler keeps a result in more digits than its dtype has. Assumed is what IEEE 
 4. Where sum |W| |x| could overflow, partial sums could, and infinity - infinity is NaN: there nothing is known. The
    radius holds gamma times that sum, so it is compared with gamma times the largest number. A clamp must not make
    something known of it again (`HIDES`).
-5. Batch-norm is evaluated as (x - mean) s + bias or x s + (bias - mean s), s = weight / sqrt(variance + eps): 16 u times
-   |s| (|x| + |mean|) + |bias| covers both.
+5. Batch-norm is evaluated as (x - mean) s + bias or x s + (bias - mean s), s = weight / sqrt(variance + eps): 16 u
+   times |s| (|x| + |mean|) + |bias| covers both.
 6. Linear bounds (CROWN): a . fl(f(x)) <= a . f(x) + |a| . gamma size, size the sum of absolute terms over the box, on
    top of what float64 rounds; every box at hand is a deployed one.
 7. Margins z_k = f_k - f_y of a merged last layer: its two logits err apart, by gamma (|W_k| |x| + |b_k|) each.
 
 Constants are what the model holds; those that the trace computes must be exact (views, casts), as another evaluation
-could round them otherwise. Under `torch.autocast` the trace has autocast's casts: a cast of an activation rounds its ends
-outward, a cast of a weight is what it is.
+could round them otherwise. Under `torch.autocast` the trace has autocast's casts: a cast of an activation rounds its
+ends outward, a cast of a weight is what it is.
 """
 
 from __future__ import annotations
@@ -101,23 +101,23 @@ def _shape(value: Any) -> torch.Size:
 def terms(name: str, given: dict[str, Any]) -> int:
     """Terms of the sum of one entry; 0 if there is none."""
     if name == "linear":
-        return _shape(given["weight"])[-1]
+        return int(_shape(given["weight"])[-1])
     if name.startswith("conv_transpose"):
         shape = _shape(given["weight"])
-        return shape[0] // given["groups"] * shape[2:].numel()
+        return int(shape[0] // given["groups"] * shape[2:].numel())
     if name.startswith("conv"):
-        return _shape(given["weight"])[1:].numel()
+        return int(_shape(given["weight"])[1:].numel())
     if name in ("matmul", "mm", "bmm", "mv"):
         return _shape(given["self"])[-1]
     if name in ("addmm", "baddbmm"):
         return _shape(given.get("mat1", given.get("batch1")))[-1]
     if name in ("sum", "mean"):
         shape, dims = _shape(given["self"]), given.get("dim")
-        dims = [dims] if isinstance(dims, int) else range(len(shape)) if not dims else dims
+        dims = [dims] if isinstance(dims, int) else dims or range(len(shape))
         return math.prod(shape[d] for d in dims)
     if name.startswith("avg_pool"):
         kernel = given["kernel_size"]
-        return math.prod(kernel) ** (int(name[8]) if len(kernel) == 1 else 1)
+        return int(math.prod(kernel) ** (int(name[8]) if len(kernel) == 1 else 1))
     if "adaptive_avg_pool" in name:
         size = given["output_size"]
         return math.prod(n // max(out, 1) + 2 for n, out in zip(_shape(given["self"])[-len(size) :], size, strict=True))

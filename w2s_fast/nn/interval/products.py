@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
-from .backward import linear_back
 from ...reference.interval_bounds.boxes import outward
+from .backward import linear_back
 from .boxes import OP, Box, Call, Choices, Ends, Norm, ends, finished, increasing, linear_map, point, refuse, wide
 from .registry import layer
 
@@ -27,7 +27,7 @@ def as_box(call: Call, value: Any) -> Box:
         return point(wide(call, value))
     number = torch.tensor(float(value), dtype=torch.float64 if call.sound else call.dtype)
     if call.mode.deployed:  # libraries round it to the dtype, or to float32, or keep it
-        return Box(*(outward(number, call.dtype, low).double() for low in (True, False)))
+        return Box(outward(number, call.dtype, True).double(), outward(number, call.dtype, False).double())
     return point(number)
 
 
@@ -49,7 +49,7 @@ def _sized(call: Call, *tensors: Tensor) -> Tensor | None:
 def _ball(
     call: Call, box: Box, ends: Ends, center: Tensor, scale: Tensor, slack: Tensor, size: Tensor | None = None
 ) -> Box | Ends:
-    """The ends, with the ball that went through an operation on each entry; ``size``: of its terms, if there are more."""
+    """The ends, with the ball that went through an operation on each entry; ``size``: of more terms than those."""
     assert box.ball is not None
     if ends[0].shape != box.lower.shape:  # an entry that is there twice is no ball's any more
         return ends

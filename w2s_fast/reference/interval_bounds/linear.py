@@ -23,8 +23,8 @@ def interval_linear(
 ) -> tuple[Tensor, Tensor]:
     """Centre ``m W^T + b`` and radius ``r |W|^T``; as lower and upper if ``bounds_out``, both through ReLU if ``relu``.
 
-    ``sound`` computes in float64, covers its rounding error and ``spread (|W| |x| + |bias|)`` too and rounds outward. ``compute`` is a permission that
-    plain PyTorch does not use.
+    ``sound`` computes in float64, covers its rounding error and ``spread (|W| |x| + |bias|)`` too and rounds outward.
+    ``compute`` is a permission that plain PyTorch does not use.
     """
     if sound:
         return _sound(a, b, weight, bias, bounds_in, relu, spread)
