@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...ops.interval_bounds.affine import interval_affine
 from ...ops.interval_bounds.conv import interval_conv2d
-from ...ops.interval_bounds.linear import interval_linear
+from ...ops.interval_bounds.linear import linear_rows
 from ...reference.interval_bounds.boxes import outward
 from .backward import linear_back
 from .boxes import HALVES, Box, Call, Ends, finished, linear_map, point, rounded_twice, wide
@@ -30,8 +30,8 @@ def _own_dtype(call: Call, box: Box, weight: Tensor, bias: Tensor | None) -> boo
 
 def _options(call: Call, act: Any) -> dict[str, Any]:
     """Of the fused ops; what rounds to 16 bits once more takes its ReLU after that."""
-    act = None if call.lost.rough else act
-    return {"act": act, "rounding": call.mode.own, "compute": call.mode.compute, "spread": call.lost.size}
+    relu = act == "relu" and not call.lost.rough
+    return {"relu": relu, "compute": call.mode.compute, "sound": call.sound, "spread": call.lost.size}
 
 
 def _operands(call: Call, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -54,8 +54,7 @@ def apply_linear(call: Call, box: Box, weight: Tensor, bias: Tensor | None, act:
     lower, upper = box.lower, box.upper
     if not (same := _own_dtype(call, box, weight, bias)):
         lower, upper, flat, bias = _operands(call, lower, upper, flat, bias)
-    options = _options(call, act)
-    found = interval_linear(lower, upper, flat, None if bias is None else bias.reshape(-1), **options)
+    found = linear_rows(lower, upper, flat, None if bias is None else bias.reshape(-1), **_options(call, act))
     found = found if weight.ndim == 2 else (found[0].squeeze(-1), found[1].squeeze(-1))
     return found if same else _narrowed(call, found, bias, act)
 
@@ -103,6 +102,7 @@ def apply_conv(
         same = _own_dtype(call, box, weight, bias)
         if not same:
             lower, upper, weight, bias = _operands(call, lower, upper, weight, bias)
+        options = _options(call, act)
         if axes == 1:
             lower, upper, weight = lower.unsqueeze(2), upper.unsqueeze(2), weight.unsqueeze(2)
             stride, pads, dilation = [1, *stride], [0, *pads], [1, *dilation]
@@ -115,7 +115,9 @@ def apply_conv(
             padding=(pads[0], pads[1]),
             dilation=dilation,
             groups=groups,
-            **_options(call, act),
+            act="relu" if options.pop("relu") else None,
+            rounding="sound" if options.pop("sound") else "fast",
+            **options,
         )
         shift = None if bias is None else bias.reshape(-1, 1, 1)
         low, high = (low, high) if same else _narrowed(call, (low, high), shift, act)

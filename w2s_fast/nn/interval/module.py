@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ... import autocast, checks
 from ...ops.interval_bounds.inputs import COMPUTES, Compute, rows
-from ...ops.interval_bounds.margin import MARGIN_LOGITS, margin_logits
+from ...ops.interval_bounds.margin import MARGIN_LOGITS
 from ...reference.interval_bounds.boxes import outward
 from . import backward, deployed
 from .boxes import (
@@ -32,7 +32,7 @@ from .boxes import (
     refuse,
     wide,
 )
-from .inputs import Clip, boxes, labels, looks
+from .inputs import Clip, boxes, labels
 from .program import Env, Program, program
 from .samples import Samples
 from .trace import alone, fingerprint, trace
@@ -126,11 +126,8 @@ class IntervalPass:
             box = self._box(last.boxes[0])
             weight, bias = (self._env.filled(last.bound[k]) for k in ("weight", "bias"))
             if box.ball is None and weight.dtype == box.lower.dtype:
-                if not looks(label):
-                    flat = map(rows, (box.lower, box.upper, weight))
-                    found: Tensor = MARGIN_LOGITS(*flat, bias, label, True, self._mode.sound)
-                else:
-                    found = margin_logits(box.lower, box.upper, weight, bias, label, rounding=self._mode.own)
+                flat = map(rows, (box.lower, box.upper, weight))  # all of it has been checked by the trace
+                found: Tensor = MARGIN_LOGITS(*flat, bias, label.contiguous(), True, self._mode.sound)
                 return found if not self._mode.deployed else self._apart(found, box, weight, bias, label)
         box = self._output()
         label = self._labels(y, box)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ... import checks
 from . import deployed, registry
 from .affine import Affine
-from .boxes import OP, Box, Call, Choices, Mode, refuse
-from .trace import Node, Ref, Trace
+from .boxes import OP, Box, Call, Choices, Lost, Mode, refuse
+from .trace import Node, Ref, Trace, references
 
 
 @dataclass(eq=False)
@@ -32,6 +32,11 @@ class Step:
     def bound(self) -> dict[str, Any]:
         """Arguments by the names of the operation's schema."""
         return dict(self.pairs)
+
+    def __post_init__(self) -> None:
+        #: what of the arguments refers to values; the deployed rounding of the step, once it is known
+        self.open = tuple((k, v) for k, v in self.pairs if next(references(v), None) is not None)
+        self.lost: Lost | None = None
 
     @property
     def node(self) -> Node:
@@ -187,9 +192,15 @@ def _constant(node: Node) -> None:
 
 def attribute(model: nn.Module, path: tuple[str, ...]) -> Tensor:
     """A parameter, buffer or tensor by its path, as the model has it now."""
-    found: Any = model
-    for name in path:
-        found = getattr(found, name)
+    module: Any = model
+    for name in path[:-1]:
+        module = module._modules.get(name) if isinstance(module, nn.Module) else None
+    state = path[-1]
+    found: Any = None if module is None else module._parameters.get(state, module._buffers.get(state))
+    if found is None:
+        found = model
+        for name in path:
+            found = getattr(found, name)
     if type(found).__name__ == "DTensor":
         hint = "Wrap bound(model) as a whole (fully_shard(bound(model))) and call its forward."
         wanted = "whole while bounds are computed"
@@ -270,10 +281,13 @@ class Env:
         if node.target is operator.getitem:
             found = self.values[step.boxes[0]]
             return found[node.args[1]] if isinstance(found, list) else found
-        given = self.filled(step.bound)
+        given = step.bound
+        for key, value in step.open:
+            given[key] = self.filled(value)
         call = Call(self.mode, node.target, step.nodes[-1].dtype or torch.float32, step.nodes[-1].shape, node.where)
         if self.mode.deployed:
-            call = call._replace(lost=deployed.lost(deployed.name_of(node.target), given, call.dtype))
+            step.lost = step.lost or deployed.lost(deployed.name_of(node.target), given, call.dtype)
+            call = call._replace(lost=step.lost)
         if step.affine is not None:
             norm = None if step.affine.norm is None else self.filled(dict(step.affine.norm))
             return step.affine.run(call, norm, **given)

@@ -142,16 +142,24 @@ def interval_linear(
     relu = checks.choice(op, "act", act, (None, "relu")) == "relu"  # type: ignore[arg-type]
     # ReLU and outward rounding act on bounds; (centre, radius) of those is a conversion of its own
     direct = out_form == "cr" and not relu and not sound
-    shape = (*a.shape[:-1], weight.shape[0])
+    spread = checks.number(op, "spread", spread, low=0.0, high=1.0)
+    x, y = linear_rows(a, b, weight, bias, relu, compute, sound, spread, bounds_in, not direct)
+    return outward_center(x, y, sound) if out_form == "cr" and not direct else (x, y)
+
+
+def linear_rows(
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, compute: Compute, sound: bool,
+    spread: float = 0.0, bounds_in: bool = True, bounds_out: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`interval_linear` of arguments that are known to be right."""
     a_rows, b_rows = rows(a), rows(b)
     bias = None if bias is None else bias.contiguous()
-    x, y = INTERVAL_LINEAR(
-        a_rows, b_rows, _weight(weight, a_rows.shape[0]), bias, bounds_in, not direct, relu, compute, sound,
-        checks.number(op, "spread", spread, low=0.0, high=1.0),
-    )
-    if out_form == "cr" and not direct:
-        x, y = outward_center(x, y, sound)
-    return (x, y) if a.ndim == 2 else (x.reshape(shape), y.reshape(shape))
+    weight = _weight(weight, a_rows.shape[0])
+    x, y = INTERVAL_LINEAR(a_rows, b_rows, weight, bias, bounds_in, bounds_out, relu, compute, sound, spread)
+    if a.ndim == 2:
+        return x, y
+    shape = (*a.shape[:-1], weight.shape[0])
+    return x.reshape(shape), y.reshape(shape)
 
 
 def _weight(weight: Tensor, batch: int) -> Tensor:
