@@ -93,7 +93,8 @@ class AnyOrder(TorchFunctionMode):
         self, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
         dilation: Any = 1, groups: int = 1,
     ) -> Tensor:  # fmt: skip
-        assert groups == 1 and not isinstance(padding, str)
+        if groups != 1 or isinstance(padding, str):
+            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         input, weight, bias = self._operands(input, weight, bias)
         kind, size = _sums(input), F.conv2d(input.double(), weight.double(), None, stride, padding, dilation).shape
         columns = F.unfold(input.to(kind), weight.shape[2:], dilation, padding, stride)  # [B, K, P]
@@ -119,8 +120,9 @@ class AnyOrder(TorchFunctionMode):
         found: Tensor = (total / len(parts)).to(like.dtype)
         return found
 
-    def _pool(self, x: Tensor, kernel: Any, stride: Any = None, *_: Any, **__: Any) -> Tensor:
-        assert isinstance(kernel, int) and stride in (None, kernel)
+    def _pool(self, x: Tensor, kernel: Any, stride: Any = None, *rest: Any, **options: Any) -> Tensor:
+        if not isinstance(kernel, int) or stride not in (None, kernel):
+            return F.avg_pool2d(x, kernel, stride, *rest, **options)
         h, w = x.shape[2] // kernel, x.shape[3] // kernel
         tiles = x[..., : h * kernel, : w * kernel].to(_sums(x)).unflatten(3, (w, kernel)).unflatten(2, (h, kernel))
         return self._averaged(tiles.permute(3, 5, 0, 1, 2, 4).flatten(0, 1), x)
@@ -129,9 +131,11 @@ class AnyOrder(TorchFunctionMode):
         assert size in (1, (1, 1))
         return self._averaged(x.to(_sums(x)).flatten(2).movedim(2, 0), x)[..., None, None]
 
-    def _mean(self, x: Tensor, dim: Any = None, *_: Any, **__: Any) -> Tensor:
-        assert isinstance(dim, int)
-        return self._averaged(x.to(_sums(x)).movedim(dim, 0), x)
+    def _mean(self, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+        if not isinstance(dim, int):
+            return x.mean(dim, keepdim)
+        found = self._averaged(x.to(_sums(x)).movedim(dim, 0), x)
+        return found.unsqueeze(dim) if keepdim else found
 
 
 def _sums(t: Tensor) -> torch.dtype:
