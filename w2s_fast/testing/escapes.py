@@ -113,7 +113,7 @@ class Random(nn.Module):
         ]
 
     def _activations(self) -> list[Callable[[], nn.Module]]:
-        smooth = [nn.Tanh, nn.Sigmoid, nn.GELU, lambda: nn.SiLU(inplace=True), nn.Softplus, nn.ELU]
+        smooth: list[Callable[[], nn.Module]] = [nn.Tanh, nn.Sigmoid, nn.GELU, lambda: nn.SiLU(inplace=True), nn.Softplus, nn.ELU]
         return [
             nn.ReLU,
             nn.ReLU,
@@ -252,7 +252,7 @@ def seeds(count: int) -> itertools.chain[tuple[int, bool]]:
 
 
 def main(arguments: list[str]) -> int:
-    """``python -m w2s_fast.testing.escapes [MODELS] [POINTS]``: the whole fuzz, a line a kind; 1 if anything escaped."""
+    """``python -m w2s_fast.testing.escapes [MODELS] [POINTS]``: the fuzz, a line a kind; 1 if anything escaped."""
     models, count = (int(v) for v in (arguments + ["60", "1200"][len(arguments) :])[:2])
     total: dict[tuple[str, str, str], list[int]] = {}
     distinct = 0

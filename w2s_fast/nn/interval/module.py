@@ -231,10 +231,13 @@ class IntervalPass:
         samples, output = self._samples(), self._program.trace.output
         samples.in_order(output)
         dtype = torch.float64 if self._mode.sound else box.lower.dtype
-        one = torch.eye(box.lower.shape[1], dtype=dtype, device=box.lower.device)
-        rows = one.unsqueeze(1) - one[label]  # [M, B, C]
+        classes = box.lower.shape[1]
+        one = torch.eye(classes, dtype=dtype, device=box.lower.device)
+        others = torch.arange(classes - 1, device=box.lower.device).expand(len(label), -1)
+        others = others + (others >= label[:, None])  # every class but the label
+        rows = (one[others] - one[label].unsqueeze(1)).transpose(0, 1).contiguous()  # [C - 1, B, C]
         z = self._upper(samples, output, rows).t()
-        return z.scatter(1, label[:, None], 0.0)
+        return z.new_zeros(len(label), classes).scatter(1, others, z)
 
     def _upper(self, samples: Samples, name: str, rows: Tensor) -> Tensor:
         found = backward.upper_bounds(self._env, samples, name, rows)
