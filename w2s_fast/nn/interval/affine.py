@@ -134,7 +134,7 @@ def within_ball(call: Call, found: Ends, box: Box, weight: Tensor, bias: Tensor 
     ``function(x, weight)`` is the map. The 1-ball of a convolution is bounded by the 2-ball around it.
     """
     ball = box.ball
-    if ball is None:
+    if ball is None or (weight.ndim > 2 and box.lower.ndim < weight.ndim):  # without a batch, axis 0 is channels
         return found
     weight, shape = wide(call, weight), box.lower.shape
     center, scale, slack = (t.expand(shape) for t in ball[1:])

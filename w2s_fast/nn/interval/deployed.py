@@ -79,8 +79,8 @@ ROUNDS = {
 }  # fmt: skip
 #: Where something finite may come of what is not a number.
 HIDES = frozenset({"relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "min", "minimum", "amin", "div"})
-#: Results that may be rounded to 16 bits twice.
-TWICE = frozenset({"sum", "mean", "addmm", "baddbmm"}) | {n for n in ROUNDS if "avg_pool" in n}
+#: Results that may be rounded to 16 bits twice, or of a number that is.
+TWICE = frozenset({"sum", "mean", "leaky_relu"}) | {n for n in ROUNDS if "avg_pool" in n}
 #: Constants that are the same however they are computed.
 EXACT = frozenset({
     "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_ones", "new_full", "empty_like",
@@ -168,6 +168,8 @@ def _refused(step: Step) -> str:
     if step.rule is None:
         return ""
     unknown = [node.where for node, name in zip(step.nodes, names, strict=True) if name not in ROUNDS]
+    if step.node.dtype in HALVES and names[0].startswith("conv_transpose"):
+        return f"a transposed convolution that may be summed in 16 bits: {step.node.where}"
     if names[0] in ("sum", "mean", "to", "_to_copy") and step.node.dtype is None:
         return step.node.where
     if names[0] in ("sum", "mean") and step.bound.get("dtype") is not None:

@@ -66,6 +66,8 @@ def _add(call: Call, *, self: Any, other: Any, alpha: Any = 1) -> Any:
     a, b = _device(call, self, other)
     a, b = (b, a) if name == "rsub" else (a, b)
     factor = float(alpha) * (1.0 if name == "add" else -1.0)
+    if alpha != 1:  # which 16-bit arithmetic may round to 16 bits
+        call = call._replace(lost=call.lost._replace(size=call.lost.size + call.lost.rough))
     (al, au), (bl, bu) = ends(call, a), ends(call, b)
     if factor != 1.0:
         one, two = bl * factor, bu * factor

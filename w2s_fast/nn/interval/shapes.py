@@ -36,6 +36,22 @@ _ONCE = {
 }
 
 
+def _keeps_samples(call: Call, given: dict[str, Any], before: Tensor, after: Any) -> bool:
+    """Whether the ball goes through: every entry is there at most once, and the first axis still counts samples."""
+    name = call.op._schema.name.split("::")[1]
+    if name not in _ONCE or not isinstance(after, Tensor):
+        return False
+    if before.ndim < 2 or before.shape[0] == 1:
+        return True
+    if name == "permute":
+        return bool(given["dims"][0] % before.ndim == 0)
+    if name == "transpose":
+        return bool(given["dim0"] % before.ndim and given["dim1"] % before.ndim)
+    if name in ("t", "movedim") or (name == "select" and given["dim"] % before.ndim == 0):
+        return False
+    return after.ndim > 0 and after.shape[0] == before.shape[0]
+
+
 def _exact(call: Call, given: dict[str, Any], which: str) -> Any:
     """The same operation on lower bounds and on upper ones."""
 
@@ -52,7 +68,9 @@ def _exact(call: Call, given: dict[str, Any], which: str) -> Any:
                 return getattr(v, side)
             if isinstance(v, (list, tuple)):
                 return [end(t) for t in v]
-            return v.to(call.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+            if not isinstance(v, Tensor) or not v.is_floating_point():
+                return v
+            return outward(v.double(), call.dtype, side == "lower") if call.sound else v.to(call.dtype)
 
         arguments = [end(given[a.name]) for a in call.op._schema.arguments if not a.kwarg_only]
         options = {a.name: end(given[a.name]) for a in call.op._schema.arguments if a.kwarg_only}
@@ -65,7 +83,7 @@ def _exact(call: Call, given: dict[str, Any], which: str) -> Any:
 
     lower, upper = on("lower"), on("upper")
     source = given.get("self")
-    if isinstance(source, Box) and source.ball is not None and call.op._schema.name.split("::")[1] in _ONCE:
+    if isinstance(source, Box) and source.ball is not None and _keeps_samples(call, given, source.lower, lower):
         shape = source.lower.shape
         name = call.op._schema.name.split("::")[1]
         moved = []
@@ -191,6 +209,8 @@ def _dropout(call: Call, *, input: Box, p: float, train: bool | None) -> Any:
 @layer("to", "_to_copy", "type_as", shows="to a wider dtype", kind="index", back=linear_back())
 def _cast(call: Call, *, self: Any, **_: Any) -> Ends:
     """A narrower one rounds, which is no part of the model unless it is bounded as deployed."""
+    if self.lower.dtype == torch.bool and call.dtype.is_floating_point:
+        return self.lower.to(call.dtype), self.upper.to(call.dtype)
     if call.mode.deployed and call.dtype.is_floating_point:
         return outward(self.lower.double(), call.dtype, True), outward(self.upper.double(), call.dtype, False)
     narrow = not call.dtype.is_floating_point or torch.finfo(call.dtype).eps > torch.finfo(self.lower.dtype).eps
@@ -213,6 +233,8 @@ def _averaged(call: Call, function: Any, box: Box, terms: int) -> Ends:
 def _average(*names: str, shows: str) -> None:
     @layer(*names, shows=shows, kind="sum", back=linear_back())
     def rule(call: Call, **given: Any) -> Ends:
+        if not call.dtype.is_floating_point:
+            refuse(f"{call.where} to {call.dtype}")
         first = call.op._schema.arguments[0].name
         box, options = given.pop(first), {k: v for k, v in given.items() if k != "dtype"}
         return _averaged(call, lambda t: call.op(t, *_positional(call, options)), box, box.lower.numel())

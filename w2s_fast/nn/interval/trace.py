@@ -6,7 +6,9 @@ parameters and buffers, which are looked up at call time. `fingerprint` says whe
 
 from __future__ import annotations
 
+import functools
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,18 +73,80 @@ def references(value: Any) -> Iterator[Ref]:
 # What nn.Module keeps about itself; parameters, buffers, hooks and children are read apart.
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_SIMPLE = frozenset(_PLAIN)
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, Tensor):
-        return id(value), value.dtype, value.shape, value.device
-    if isinstance(value, (tuple, list)) and depth < 3 and len(value) < 64:
-        return tuple(_plain(v, depth + 1) for v in value)
-    if isinstance(value, dict) and depth < 3 and len(value) < 64:
-        return tuple((str(k), _plain(v, depth + 1)) for k, v in value.items())
-    return type(value), id(getattr(value, "__func__", value))
+class _Facts:
+    """Values that code may depend on, as something to compare: numbers, containers and attributes of objects, what
+    functions close over and the globals they name. At most 4000 entries: what a model holds besides is not looked at.
+    """
+
+    def __init__(self) -> None:
+        self.left = 4000
+        self.seen: dict[int, int] = {}
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        kind = type(value)
+        if kind in _SIMPLE or isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, Tensor):
+            return id(value), value.dtype, value.shape, value.device
+        if isinstance(value, (type, types.ModuleType, nn.Module)):
+            return id(value)
+        self.left -= 1
+        number = self.seen.get(id(value))
+        if number is not None or self.left < 0 or depth > 8:
+            return kind, id(value), number
+        self.seen[id(value)] = len(self.seen)
+        inner = depth + 1
+        if isinstance(value, (tuple, list, set, frozenset)):
+            return kind, tuple(self.of(v, inner) for v in value)
+        if isinstance(value, dict):
+            return kind, tuple((k if type(k) in _SIMPLE else id(k), self.of(v, inner)) for k, v in value.items())
+        if isinstance(value, types.MethodType):
+            return kind, self.of(value.__func__, inner), self.of(value.__self__, inner)
+        if isinstance(value, types.FunctionType):
+            return self._function(value, inner)
+        if isinstance(value, functools.partial):
+            return kind, self.of(value.func, inner), self.of(value.args, inner), self.of(value.keywords, inner)
+        if isinstance(value, (property, classmethod, staticmethod)):
+            held = (getattr(value, name, None) for name in ("fget", "__func__"))
+            return kind, tuple(self.of(v, inner) for v in held)
+        if kind.__module__ == "numpy":
+            return kind, value.tobytes() if value.nbytes < 1 << 16 else id(value)
+        attributes = getattr(value, "__dict__", None)
+        held = {} if attributes is None else dict(attributes)
+        for name in getattr(kind, "__slots__", ()):
+            held[name] = getattr(value, name, None)
+        return kind, id(value), self.of(held, inner)
+
+    def _function(self, value: types.FunctionType, depth: int) -> Any:
+        if (value.__module__ or "").split(".")[0] == "torch":
+            return id(value.__code__)
+        cells = []
+        for cell in value.__closure__ or ():
+            try:
+                cells.append(self.of(cell.cell_contents, depth))
+            except ValueError:  # empty
+                cells.append(None)
+        names = [n for n in value.__code__.co_names if n in value.__globals__]
+        return (
+            id(value.__code__), self.of(value.__defaults__, depth), tuple(cells),
+            tuple((n, self.of(value.__globals__[n], depth)) for n in names),
+        )  # fmt: skip
+
+    def of_class(self, kind: type) -> Any:
+        """A module's class: its methods, and the attributes that instances share."""
+        if id(kind) in self.seen:
+            return None
+        self.seen[id(kind)] = len(self.seen)
+        rows: list[Any] = []
+        for cls in kind.__mro__:
+            if cls.__module__.split(".")[0] in ("torch", "builtins", "typing", "abc"):
+                rows.append(id(cls.__dict__.get("forward")))
+            else:
+                rows += [(k, self.of(v, 1)) for k, v in cls.__dict__.items() if k[:2] != "__" or k == "__call__"]
+        return tuple(rows)
 
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...]:
@@ -91,6 +155,7 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
     Values of parameters and buffers are not part of it, nor are the layers themselves.
     """
     seen: dict[int, int] = {}
+    facts = _Facts()
     rows: list[Any] = [bool(torch.nn.modules.module._has_any_global_hook())]
 
     def visit(module: nn.Module, name: str) -> None:
@@ -99,14 +164,15 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
             rows.append((name, number))
             return
         seen[id(module)] = len(seen)
-        rows.append((name, type(module)))
+        kind = type(module)
+        rows.append((name, kind, facts.of_class(kind)))
         state = module.__dict__
         for key, value in state.items():
             if key not in _OWN:
-                rows.append((key, value if type(value) in (bool, int, float, str) else _plain(value)))
+                rows.append((key, value if type(value) in _SIMPLE else facts.of(value)))
         for hooks in (state["_forward_hooks"], state["_forward_pre_hooks"]):
             if hooks:
-                rows.append(tuple(id(h) for h in hooks.values()))
+                rows.append(tuple(facts.of(h) for h in hooks.values()))
         for store in (state["_parameters"], state["_buffers"]):
             for key, t in store.items():
                 # which names are one tensor, not which tensor
