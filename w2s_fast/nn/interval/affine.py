@@ -54,8 +54,11 @@ def apply_linear(call: Call, box: Box, weight: Tensor, bias: Tensor | None, act:
     lower, upper = box.lower, box.upper
     if not (same := _own_dtype(call, box, weight, bias)):
         lower, upper, flat, bias = _operands(call, lower, upper, flat, bias)
-    found = linear_rows(lower, upper, flat, None if bias is None else bias.reshape(-1), **_options(call, act))
-    found = found if weight.ndim == 2 else (found[0].squeeze(-1), found[1].squeeze(-1))
+    if weight.ndim == 2:
+        found = linear_rows(lower, upper, flat, bias, **_options(call, act))
+    else:
+        found = linear_rows(lower, upper, flat, None if bias is None else bias.reshape(-1), **_options(call, act))
+        found = found[0].squeeze(-1), found[1].squeeze(-1)
     return found if same else _narrowed(call, found, bias, act)
 
 

@@ -182,12 +182,11 @@ def _refused(step: Step) -> str:
 def settings(device: torch.device, dtypes: set[torch.dtype | None]) -> None:
     """Refuse settings that leave products fewer digits."""
     backends = torch.backends
-    own = ("mkldnn.matmul", "mkldnn.conv") if device.type == "cpu" else ("cuda.matmul", "cudnn.conv")
     if torch.float32 in dtypes:
-        for name in own:
-            first, second = name.split(".")
-            part = getattr(getattr(backends, first), second, None)
-            value = getattr(part, "fp32_precision", "none")
+        library = ("mkldnn", "mkldnn") if device.type == "cpu" else ("cuda", "cudnn")
+        for first, second in zip(library, ("matmul", "conv"), strict=True):
+            name = f"{first}.{second}"
+            value = getattr(getattr(getattr(backends, first), second, None), "fp32_precision", "none")
             if value not in ("none", "ieee"):
                 hint = f'Set torch.backends.{name}.fp32_precision = "ieee".'
                 checks.fail(OP, "rounding", '"deployed" with float32 products in float32', f"{name} in {value}", hint)

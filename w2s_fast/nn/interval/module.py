@@ -135,29 +135,30 @@ class IntervalPass:
         z = finished_margins(self._mode, box.upper, own)
         return z.scatter(1, label[:, None], 0.0)
 
-    @torch.no_grad()
-    def _errors(self, box: Box, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What a deployed evaluation of each logit of the last layer may be off by, float64 ``[B, C]``."""
-        kind = box.lower.dtype
-        lost = deployed.lost("linear", {"weight": weight}, kind)
-        size = torch.maximum(-box.lower, box.upper).double() @ weight.double().abs().t()
-        size = size if bias is None else size + bias.double().abs()
-        limit = torch.finfo(torch.float64 if kind == torch.float64 else torch.float32).max / 4
-        found = torch.where(size < limit, size, torch.inf) * (lost.size * (1 + 2.0**-20)) + lost.least
-        if kind in HALVES:  # rounded to 16 bits at most twice
-            out = self._output()
-            found = found + lost.rough * torch.maximum(-out.lower, out.upper).double()
-            found = found if bias is None else found + lost.rough * bias.double().abs()
-        return found
-
     def _apart(self, z: Tensor, box: Box, weight: Tensor, bias: Tensor | None, label: Tensor) -> Tensor:
-        """Margins of the two logits' own deployed evaluations."""
-        found = self._errors(box, weight, bias)
-        moved = (found + found.gather(1, label[:, None])).to(z.dtype)
-        with torch.no_grad():  # upwards, past the roundings of the sum
-            moved = (moved + z.abs() * (4 * torch.finfo(z.dtype).eps)) * (1 + 4 * torch.finfo(z.dtype).eps)
-            moved = moved.scatter(1, label[:, None], 0.0)
-        return z + moved
+        """Margins of two logits that are evaluated apart: ``z + e_k + e_y``, e what a deployed evaluation is off by.
+
+        e = gamma (|W| |x| + |bias|) + least. |z| is at most the sum of both such sizes, so a little more than gamma
+        covers the roundings here. Sizes are taken four times, and overflow where partial sums may.
+        """
+        half, kind = box.lower.dtype in HALVES, z.dtype
+        lost = deployed.lost("linear", {"weight": weight}, box.lower.dtype)
+        with torch.no_grad():
+            most = box.upper if self._program.last_of_relu else torch.maximum(-box.lower, box.upper)
+            weight = weight.abs()
+            shift = most.new_full((), 1e-20) if bias is None else bias.abs() + 1e-20  # also for the least
+            if half:
+                weight, most, shift = (t.to(kind) for t in (weight, most, shift))
+            size = torch.addmm(shift, most, weight.t(), beta=4, alpha=4)
+            own = 1 + 4 * deployed.gamma(weight.shape[1] + 8, kind)  # of these sums
+            share = (lost.size * own + 8 * torch.finfo(kind).eps) / 4
+            if half:  # rounded to 16 bits at most twice
+                out = self._output()
+                values = torch.maximum(-out.lower, out.upper).to(kind) + shift
+                size = size + (values + lost.least / lost.rough) * (1.01 * lost.rough / share)
+            moved = size + size.gather(1, label[:, None])
+            others = torch.arange(z.shape[1], device=z.device) != label[:, None]
+        return torch.where(others, torch.add(z, moved, alpha=share), 0.0)
 
     @unlowered
     def specified(self, C: Tensor, method: Method = "ibp") -> tuple[Tensor, Tensor]:
@@ -506,7 +507,7 @@ class IntervalModule(nn.Module):
             asked = found.margins(y, method)
         if ask == "verified":
             z = asked if method == "ibp" else torch.minimum(asked, found.margins(y))
-            return (z.scatter(1, y[:, None].long(), -torch.inf) < 0).all(1)
+            return (z < 0).sum(1) == z.shape[1] - 1  # the label's own is 0
         return (asked, found.logits) if clean else asked
 
     def _begin(
@@ -538,10 +539,11 @@ class IntervalModule(nn.Module):
         return IntervalPass(env, samples)
 
     def _analysed(self, steps: Program, device: torch.device) -> None:
-        if not isinstance(self._programs.get(("analysed", id(steps))), Program):
+        dtypes = self._programs.get(("analysed", id(steps)))
+        if dtypes is None:
             deployed.analysed(steps)
-            self._programs["analysed", id(steps)] = steps
-        deployed.settings(device, {step.node.dtype for step in steps.steps})
+            dtypes = self._programs["analysed", id(steps)] = {step.node.dtype for step in steps.steps}
+        deployed.settings(device, dtypes)
 
     def program_for(
         self, examples: list[Any], boxed: tuple[int, ...], apart: bool, lowered: torch.dtype | None = None

@@ -53,6 +53,7 @@ class Program(NamedTuple):
     uses_batch: bool
     shapes: dict[str, tuple[int, ...]]
     later: dict[str, Step]  # constants that are computed, by name
+    last_of_relu: bool = False  # the last Linear's input is not negative
 
 
 _NORMS = ("aten::batch_norm", "aten::_native_batch_norm_legit_functional", "aten::_native_batch_norm_legit_no_training",
@@ -159,7 +160,9 @@ def program(traced: Trace, boxed: set[str], *, relu_apart: bool = False) -> Prog
     ):
         last = None
     later = {step.name: step for step in steps if not step.boxes}
-    return Program(steps, traced, last, before_relu, uses_batch, shapes, later)
+    before = next((s for s in steps if last is not None and s.name == last.boxes[0]), None)
+    of_relu = before is not None and schema(before.nodes[-1]) in _RELUS
+    return Program(steps, traced, last, before_relu, uses_batch, shapes, later, of_relu)
 
 
 def _named(traced: Trace, name: str) -> Node | None:

@@ -84,6 +84,11 @@ class _Facts:
     def __init__(self) -> None:
         self.left = 4000
         self.seen: dict[int, int] = {}
+        self.kept: list[Any] = []  # an id is that of no other object as long as this one lives
+
+    def _keep(self, value: Any) -> None:
+        self.seen[id(value)] = len(self.seen)
+        self.kept.append(value)
 
     def of(self, value: Any, depth: int = 0) -> Any:
         kind = type(value)
@@ -95,9 +100,11 @@ class _Facts:
             return id(value)
         self.left -= 1
         number = self.seen.get(id(value))
-        if number is not None or self.left < 0 or depth > 8:
-            return kind, id(value), number
-        self.seen[id(value)] = len(self.seen)
+        if number is not None:
+            return number
+        if self.left < 0 or depth > 8:
+            return kind, id(value)
+        self._keep(value)
         inner = depth + 1
         if isinstance(value, (tuple, list, set, frozenset)):
             return kind, tuple(self.of(v, inner) for v in value)
@@ -110,15 +117,12 @@ class _Facts:
         if isinstance(value, functools.partial):
             return kind, self.of(value.func, inner), self.of(value.args, inner), self.of(value.keywords, inner)
         if isinstance(value, (property, classmethod, staticmethod)):
-            held = (getattr(value, name, None) for name in ("fget", "__func__"))
-            return kind, tuple(self.of(v, inner) for v in held)
+            return kind, self.of(getattr(value, "fget", None) or getattr(value, "__func__", None), inner)
         if kind.__module__ == "numpy":
             return kind, value.tobytes() if value.nbytes < 1 << 16 else id(value)
-        attributes = getattr(value, "__dict__", None)
-        held = {} if attributes is None else dict(attributes)
-        for name in getattr(kind, "__slots__", ()):
-            held[name] = getattr(value, name, None)
-        return kind, id(value), self.of(held, inner)
+        held = [*getattr(value, "__dict__", {}).items()]
+        held += [(name, getattr(value, name, None)) for name in getattr(kind, "__slots__", ())]
+        return kind, tuple((k, self.of(v, inner)) for k, v in held) if held else id(value)
 
     def _function(self, value: types.FunctionType, depth: int) -> Any:
         if (value.__module__ or "").split(".")[0] == "torch":
@@ -139,7 +143,7 @@ class _Facts:
         """A module's class: its methods, and the attributes that instances share."""
         if id(kind) in self.seen:
             return None
-        self.seen[id(kind)] = len(self.seen)
+        self._keep(kind)
         rows: list[Any] = []
         for cls in kind.__mro__:
             if cls.__module__.split(".")[0] in ("torch", "builtins", "typing", "abc"):
@@ -293,10 +297,23 @@ def _with_averages(found: Trace, numbers: dict[float, tuple[str, ...]]) -> Trace
     return found
 
 
+@contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
+    """What torch.export leaves of a module's attributes is copies of its containers, and what the forward assigned."""
+    held = [(m, {k: v for k, v in m.__dict__.items() if k not in _OWN and k != "training"}) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, before in held:
+            for key in [k for k in module.__dict__ if k not in _OWN and k != "training" and k not in before]:
+                del module.__dict__[key]
+            module.__dict__.update(before)
+
+
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        with warnings.catch_warnings(), _ordinary_states(model), _averaging(model) as numbers:
+        with warnings.catch_warnings(), _same_attributes(model), _ordinary_states(model), _averaging(model) as numbers:
             warnings.simplefilter("ignore")
             torch.backends.mha.set_fastpath_enabled(False)  # its fused operations compute what the plain ones do
             program = torch.export.export(model, inputs, strict=False)
