@@ -113,7 +113,8 @@ class Random(nn.Module):
         ]
 
     def _activations(self) -> list[Callable[[], nn.Module]]:
-        smooth: list[Callable[[], nn.Module]] = [nn.Tanh, nn.Sigmoid, nn.GELU, lambda: nn.SiLU(inplace=True), nn.Softplus, nn.ELU]
+        smooth: list[Callable[[], nn.Module]] = [nn.Tanh, nn.Sigmoid, nn.GELU, nn.Softplus, nn.ELU]
+        smooth.append(lambda: nn.SiLU(inplace=True))
         return [
             nn.ReLU,
             nn.ReLU,
