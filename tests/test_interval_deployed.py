@@ -176,6 +176,27 @@ def test_widens_little():
         assert float(((high - low) / (hi - lo)).max()) < 1.01
 
 
+def test_specifications_of_16_bit_logits():
+    """Each logit is rounded to 16 bits, their difference is not."""
+    model = nn.Sequential(nn.Linear(1, 2)).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[257.0], [255.0]]))
+        model[0].bias.copy_(torch.tensor([0.1, -0.2]))
+    x = torch.linspace(1, 2, 50, dtype=torch.bfloat16)[:, None]
+    C = torch.tensor([[[1.0, -1.0]]], dtype=torch.bfloat16)
+    f = model(x).double()
+    for method in METHODS:
+        low, high = (t.double()[:, 0] for t in bound(model).propagate(x, 0.0, "deployed").specified(C, method))
+        assert bool(((low <= f[:, 0] - f[:, 1]) & (f[:, 0] - f[:, 1] <= high)).all())
+
+
+def test_a_last_operation_that_overflows():
+    model, x = nn.Sequential(nn.AdaptiveAvgPool2d(1)).eval(), torch.full((1, 1, 32, 32), 100.0, dtype=torch.float16)
+    for method in METHODS:
+        assert bool(bound(model).bounds(x, 0.0, "deployed", method=method)[1].isinf().all())
+    assert bool(bound(model).bounds(x / 10, 0.0, "deployed")[1].isfinite().all())
+
+
 def test_dead_units_stay_dead():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     nn.init.constant_(model[0].bias, -100.0)

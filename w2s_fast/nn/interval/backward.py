@@ -418,8 +418,10 @@ class Upper:
         self.samples, self.sound, self.steps = samples, sound, steps
         self.constant = self.slack = rows.new_zeros(len(rows), samples.count)
 
-    def deployed(self, a: Tensor, size: Tensor | None, name: str, lost: Lost) -> None:
-        """A deployed evaluation of ``name`` is off by what it loses of terms of that size."""
+    def deployed(self, a: Tensor, size: Tensor | None, name: str, lost: Lost, out: Box) -> None:
+        """A deployed evaluation of ``name`` is off by what it loses of terms of that size; unknown where its box is."""
+        if not bool((out.upper - out.lower < torch.inf).all()):
+            self.slack = self.slack + torch.inf
         if lost.size:
             assert size is not None
             limit = torch.finfo(torch.float64 if lost.least < 1e-200 else torch.float32).max / 4
@@ -454,7 +456,7 @@ def upper_bounds(env: Env, samples: Samples, output: str, rows: Tensor) -> Tenso
             upper.constant = upper.constant + found.total
         upper.rounds(a, found.size, step.name)
         if env.mode.deployed and found.a:  # elsewhere the bounds have ended at a deployed box
-            upper.deployed(a, found.size, step.name, _lost(env, step))
+            upper.deployed(a, found.size, step.name, _lost(env, step), env.values[step.name])
         for own, vector in found.constants:
             upper.constant = upper.constant + samples.dot(step.name, own, vector)
         for name, more in found.a.items():

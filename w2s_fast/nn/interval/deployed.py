@@ -6,8 +6,8 @@ compiler keeps a result in more digits than its dtype has. Assumed is what IEEE 
 
 - each +, *, / and square root is rounded to nearest, with unit u = 2^-24 for sums of float32, bfloat16 and float16
   (2^-53 for float64); results in 16 bits are rounded to them, at most twice (a product, then its bias);
-- a sum of products is a sum of those products: no Winograd or FFT convolution, no TF32 or bfloat16 in place of float32
-  (refused where PyTorch's settings allow them), no partial sums in 16 bits (likewise);
+- a sum of products is a sum of those products: no Winograd or FFT convolution, no batch-norm folded into a weight, no
+  TF32 or bfloat16 in place of float32 and no partial sums in 16 bits (refused where PyTorch's settings allow them);
 - numbers are not flushed to 0 by more than 1e-30.
 
 **Why.** By induction over the operations; let x be the deployed input of one, in its box by assumption.
@@ -41,6 +41,7 @@ ends outward, a cast of a weight is what it is.
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,7 +165,8 @@ def analysed(steps: Program) -> None:
 def _refused(step: Step) -> str:
     names = [name_of(node.target) for node in step.nodes]
     if not step.boxes:
-        return "" if not names[0] or names[0] in EXACT else f"a constant that is computed: {step.node.where}"
+        integers = step.node.dtype is not None and not step.node.dtype.is_floating_point
+        return "" if not names[0] or names[0] in EXACT or integers else f"a constant that is computed: {step.node.where}"
     if step.rule is None:
         return ""
     unknown = [node.where for node, name in zip(step.nodes, names, strict=True) if name not in ROUNDS]
@@ -183,6 +185,11 @@ def settings(device: torch.device, dtypes: set[torch.dtype | None]) -> None:
     """Refuse settings that leave products fewer digits."""
     backends = torch.backends
     if torch.float32 in dtypes:
+        strict = {"ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"), "NVIDIA_TF32_OVERRIDE": ("", "0")}
+        for variable, fine in strict.items():
+            value = os.environ.get(variable, "")
+            if value.upper() not in fine:
+                checks.fail(OP, "rounding", '"deployed" with float32 products in float32', f"{variable}={value}")
         library = ("mkldnn", "mkldnn") if device.type == "cpu" else ("cuda", "cudnn")
         for first, second in zip(library, ("matmul", "conv"), strict=True):
             name = f"{first}.{second}"

@@ -193,7 +193,8 @@ class IntervalPass:
         matrix, shift = wide(call, C), None
         if last is not None and self._mode.deployed:
             given = {"weight": self._env.filled(last.bound["weight"])}
-            call = call._replace(lost=deployed.lost("linear", given, box.lower.dtype))
+            lost = deployed.lost("linear", given, box.lower.dtype)
+            call = call._replace(lost=lost._replace(size=lost.size + lost.rough, rough=0.0))
         if last is not None:
             weight, bias = (self._env.filled(last.bound[k]) for k in ("weight", "bias"))
             shift = None if bias is None else wide(call, C) @ wide(call, bias)

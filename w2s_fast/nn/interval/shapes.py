@@ -11,6 +11,7 @@ from ... import checks
 from ...reference.interval_bounds.boxes import outward
 from .backward import linear_back, maxpool_back
 from .boxes import OP, Box, Call, Choices, Ends, ends, finished, refuse, wide
+from .deployed import terms
 from .registry import layer
 
 #: Operations after which every entry is still there at most once: the ball of the input goes through.
@@ -219,13 +220,13 @@ def _cast(call: Call, *, self: Any, **_: Any) -> Ends:
     return self.lower.to(call.dtype), self.upper.to(call.dtype)
 
 
-def _averaged(call: Call, function: Any, box: Box, terms: int) -> Ends:
-    """A linear map without negative coefficients."""
+def _averaged(call: Call, function: Any, box: Box, terms: int, count: int) -> Ends:
+    """A linear map without negative coefficients; ``count`` terms an entry, at most ``terms``."""
     low, high = ends(call, box)
     size = function(torch.maximum(low.abs(), high.abs())) if call.sound else None
     found = finished(call, function(low), function(high), size, terms)
     if call.lost.rough and call.dtype == torch.float16 and size is not None:  # the sum itself may be rounded to 16 bits
-        known = size * terms < torch.finfo(call.dtype).max
+        known = size * (2 * count) < torch.finfo(call.dtype).max
         found = torch.where(known, found[0], -torch.inf), torch.where(known, found[1], torch.inf)
     return found
 
@@ -237,7 +238,8 @@ def _average(*names: str, shows: str) -> None:
             refuse(f"{call.where} to {call.dtype}")
         first = call.op._schema.arguments[0].name
         box, options = given.pop(first), {k: v for k, v in given.items() if k != "dtype"}
-        return _averaged(call, lambda t: call.op(t, *_positional(call, options)), box, box.lower.numel())
+        count = terms(call.op._schema.name.split("::")[1], {"self": box, **options})
+        return _averaged(call, lambda t: call.op(t, *_positional(call, options)), box, box.lower.numel(), count)
 
 
 def _positional(call: Call, options: dict[str, Any]) -> list[Any]:
