@@ -36,7 +36,8 @@ class BoundedModule(nn.Module):
         model: any module that `w2s_fast.nn.bound` supports; its parameters are shared, not copied.
         global_input: an example input, one or a tuple (not needed here: every shape is traced at its first use).
         bound_opts: ``{"rounding": "sound" | "deployed" | "fast"}``; default: sound where no gradient is recorded, fast
-            in training. Other entries, which choose relaxations of auto_LiRPA's own, are ignored if `None` or their default.
+            in training. Other entries, which choose relaxations of auto_LiRPA's own, are ignored if `None` or their
+            default.
         device: moves the model there.
         verbose: ignored.
 

@@ -18,7 +18,6 @@ from .boxes import HALVES, Box, Call, Ends, finished, linear_map, point, rounded
 from .norms import norm_clean, norm_ends, scale_of, statistics_of
 from .products import product_sum
 from .registry import layer
-from .trace import Ref
 
 Apply = Callable[[Call, Box, Tensor, Tensor | None, Any], Ends]
 
@@ -164,10 +163,9 @@ class Affine:
     Sound rounding certifies the model itself, not one with a folded (and rounded) weight, so there the norm is a step.
     """
 
-    def __init__(self, bound: dict[str, Any], norm: tuple[tuple[str, Any], ...] | None, relu: bool, node: Any) -> None:
+    def __init__(self, norm: tuple[tuple[str, Any], ...] | None, relu: bool, node: Any) -> None:
         self.linear = node.target._schema.name == "aten::linear"
         self.norm, self.relu, self.target = norm, relu, node.target
-        self.parameters = [bound[k] for k in ("weight", "bias") if isinstance(bound[k], Ref)]
 
     def run(self, call: Call, norm: dict[str, Any] | None, **given: Any) -> Box:
         box, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias")

@@ -166,7 +166,8 @@ def _refused(step: Step) -> str:
     names = [name_of(node.target) for node in step.nodes]
     if not step.boxes:
         integers = step.node.dtype is not None and not step.node.dtype.is_floating_point
-        return "" if not names[0] or names[0] in EXACT or integers else f"a constant that is computed: {step.node.where}"
+        exact = not names[0] or names[0] in EXACT or integers
+        return "" if exact else f"a constant that is computed: {step.node.where}"
     if step.rule is None:
         return ""
     unknown = [node.where for node, name in zip(step.nodes, names, strict=True) if name not in ROUNDS]

@@ -142,7 +142,7 @@ def program(traced: Trace, boxed: set[str], *, relu_apart: bool = False) -> Prog
             relu = None if relu_apart else follower(nodes[-1], _RELUS)
             nodes += [relu] if relu is not None else []
             given = None if norm is None else {k: v for k, v in by_name(norm).items() if k != "input"}
-            own = Affine(bound, None if given is None else tuple(given.items()), relu is not None, node)
+            own = Affine(None if given is None else tuple(given.items()), relu is not None, node)
             uses_batch = uses_batch or (given is not None and bool(given["training"]))
         if schema(node) in _RELUS:
             before_relu += boxes
@@ -156,7 +156,6 @@ def program(traced: Trace, boxed: set[str], *, relu_apart: bool = False) -> Prog
         or schema(last.nodes[-1]) != "aten::linear"
         or len(last.node.shape) != 2
         or last.affine is None
-        or any(r.name not in traced.states for r in last.affine.parameters)
     ):
         last = None
     later = {step.name: step for step in steps if not step.boxes}
