@@ -128,7 +128,8 @@ class AnyOrder(TorchFunctionMode):
         return self._averaged(tiles.permute(3, 5, 0, 1, 2, 4).flatten(0, 1), x)
 
     def _global_pool(self, x: Tensor, size: Any) -> Tensor:
-        assert size in (1, (1, 1))
+        if size not in (1, (1, 1)):
+            return F.adaptive_avg_pool2d(x, size)
         return self._averaged(x.to(_sums(x)).flatten(2).movedim(2, 0), x)[..., None, None]
 
     def _mean(self, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
