@@ -11,7 +11,7 @@ from torch import nn
 
 from w2s_fast.nn import bound, verify
 from w2s_fast.testing.orders import AnyOrder
-from w2s_fast.testing.selection import FULL
+from w2s_fast.testing.selection import FULL, sampled
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 METHODS = ("ibp", "crown-ibp", "crown")
@@ -253,3 +253,81 @@ def test_gradients_are_those_of_fast_rounding():
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+class Of(nn.Module):
+    def __init__(self, function, *layers, **buffers):
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList(layers)
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def points_of_layers():
+    """Single layers and short chains, whose boxes of a point are as narrow as rounding allows."""
+    g = torch.Generator().manual_seed(0)
+
+    def r(*shape):
+        return torch.randn(shape, generator=g)
+
+    first = lambda m, x: m.layers[0](x)  # noqa: E731
+    return {
+        "linear": (Of(lambda m, x: m.layers[0](x).relu(), nn.Linear(40, 7)), r(3, 5, 40)),
+        "bias": (Of(lambda m, x: m.layers[0](x) + m.b, nn.Linear(40, 7), b=r(7) * 1e3), r(3, 40)),
+        "groups": (Of(first, nn.Conv2d(4, 8, 3, groups=2, padding=1)), r(2, 4, 8, 8)),
+        "conv1d": (Of(first, nn.Conv1d(4, 6, 3, stride=2)), r(2, 4, 11)),
+        "conv3d": (Of(first, nn.Conv3d(2, 3, 2)), r(2, 2, 4, 4, 4)),
+        "scalars": (Of(lambda m, x: 0.3 - (x * 1.1 - 0.7) / 3.0), r(3, 9)),
+        "alpha": (Of(lambda m, x: torch.add(x, m.layers[0](x), alpha=0.3), nn.Linear(9, 9)), r(3, 9)),
+        "mean": (Of(lambda m, x: m.layers[0](x.mean((2, 3))), nn.Linear(4, 3)), r(2, 4, 9, 9)),
+        "two": (Of(lambda m, x: m.layers[0](x) @ x.transpose(1, 2), nn.Linear(6, 6)), r(2, 5, 6)),
+        "matmul": (Of(lambda m, x: m.w @ x, w=r(4, 5)), r(2, 5, 6)),
+        "hardtanh": (Of(lambda m, x: F.hardtanh(m.layers[0](x), -0.1, 0.3), nn.Linear(9, 9)), r(3, 9)),
+        "leaky": (Of(lambda m, x: F.leaky_relu(m.layers[0](x), 0.123), nn.PReLU(9)), r(3, 9)),
+        "cat": (Of(lambda m, x: torch.cat((x, m.layers[0](x)), 1), nn.Linear(9, 4)), r(3, 9)),
+        "gate": (Of(lambda m, x: torch.mul(*m.layers[0](x).chunk(2, -1)), nn.Linear(9, 8)), r(3, 9)),
+        "addmm": (Of(lambda m, x: torch.addmm(m.b, x, m.w), b=r(4), w=r(9, 4)), r(3, 9)),
+        "huge": (Of(lambda m, x: m.layers[0](x * 3e4), nn.Linear(9, 9)), r(3, 9)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "auto bfloat16", "auto float16"])
+def test_the_box_of_a_point_holds_every_evaluation(kind):
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    dtype, auto = DTYPES[kind.split()[-1]], kind.startswith("auto")
+    for name, (model, x) in sampled(points_of_layers().items(), 6, seed=len(kind)):
+        model = model.eval().to(torch.float32 if auto else dtype)
+        x = x.to(torch.float32 if auto else dtype)
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=auto):
+            found = [model(x), torch.cat([model(x[i : i + 1]) for i in range(len(x))])]
+            with torch.backends.mkldnn.flags(enabled=False):
+                found.append(model(x))
+            with AnyOrder(g):
+                found += [model(x) for _ in range(3)]
+            for method in ("ibp", "crown-ibp"):
+                bounds = bound(model).bounds(x, 0.0, "deployed", method=method)
+                assert [outside(bounds, y) for y in found] == [0] * len(found), (name, method)
+
+
+def test_a_transposed_convolution_may_be_summed_in_16_bits():
+    model = nn.ConvTranspose2d(4, 3, 3).to(torch.bfloat16).eval()
+    with pytest.raises(ValueError, match="transposed convolution"):
+        bound(model).bounds(torch.zeros(1, 4, 5, 5, dtype=torch.bfloat16), 0.1, "deployed")
+
+
+def test_margins_of_one_layer_under_autocast():
+    """Autocast rounds the operands of a layer that is the first and the last."""
+    g = torch.Generator().manual_seed(0)
+    model, x, y = nn.Linear(50, 4).eval(), torch.randn(20, 50, generator=g), torch.zeros(20, dtype=torch.int64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        f = model(x).double()
+        for method in METHODS:
+            z = bound(model).margins(x, y, 0.0, "deployed", method=method).double()
+            assert bool((f - f[:, :1] <= z).all())
+            C = (torch.eye(4)[None, 1:] - torch.eye(4)[:1][None]).expand(20, -1, -1)
+            high = bound(model).propagate(x, 0.0, "deployed").specified(C, method)[1].double()
+            assert bool((f[:, 1:] - f[:, :1] <= high).all())

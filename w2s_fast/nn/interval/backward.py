@@ -487,7 +487,7 @@ def _through(env: Env, step: Step, a: Tensor, ordered: bool) -> Rows:
     way = Way(call, step, {}, env, out)
     if step.rule is None:  # an item of what several results have
         return Rows({step.boxes[0]: a}) if isinstance(env.values[step.boxes[0]], Box) else _part_back(way, a)
-    if step.rule.back is None or not all(isinstance(env.values[n], Box) for n in step.boxes):
+    if step.rule.back is None or not all(isinstance(env.values[n], Box) for n in step.boxes) or env.lowers(step):
         return ended(way, a)
     found: Rows = step.rule.back(way._replace(given=env.filled(step.bound), ordered=ordered), a)
     return found

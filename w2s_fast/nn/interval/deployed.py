@@ -34,8 +34,8 @@ compiler keeps a result in more digits than its dtype has. Assumed is what IEEE 
 7. Margins z_k = f_k - f_y of a merged last layer: its two logits err apart, by gamma (|W_k| |x| + |b_k|) each.
 
 Constants are what the model holds; those that the trace computes must be exact (views, casts), as another evaluation
-could round them otherwise. Under `torch.autocast` the trace has autocast's casts: a cast of an activation rounds its
-ends outward, a cast of a weight is what it is.
+could round them otherwise. Under `torch.autocast` the operands of a product are rounded to 16 bits before it (`lowered`):
+of an activation the ends are, outward; a weight is rounded as it is. Linear bounds end at the box of such a product.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from ...reference.interval_bounds.boxes import unit
+from ...reference.interval_bounds.boxes import outward, unit
 from .boxes import HALVES, OP, Box, Lost
 
 if TYPE_CHECKING:
@@ -82,6 +82,10 @@ ROUNDS = {
 HIDES = frozenset({"relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "min", "minimum", "amin", "div"})
 #: Results that may be rounded to 16 bits twice, or of a number that is.
 TWICE = frozenset({"sum", "mean", "leaky_relu"}) | {n for n in ROUNDS if "avg_pool" in n}
+#: Whose operands autocast rounds to 16 bits, which the trace does not show.
+PRODUCTS = frozenset({"linear", "matmul", "mm", "bmm", "mv", "addmm", "baddbmm", "prelu", "_prelu_kernel"}) | {
+    n for n in ROUNDS if n.startswith("conv")
+}
 #: Constants that are the same however they are computed.
 EXACT = frozenset({
     "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_ones", "new_full", "empty_like",
@@ -143,6 +147,27 @@ def lost(name: str, given: dict[str, Any], dtype: torch.dtype) -> Lost:
         return Lost(size, 0.0, 1e-30 if dtype == torch.float32 else 1e-290)
     least = max(2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, 1e-30)  # of denormal numbers
     return Lost(size, 2 * unit(dtype) if name in TWICE else 0.0, least, 3 * unit(dtype))
+
+
+def lowers(name: str, given: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether autocast rounds the operands of this operation, whose result is of 16 bits."""
+    if dtype not in HALVES or name in ("to", "_to_copy", "type_as"):
+        return False
+    flat = [v for value in given.values() for v in (value if isinstance(value, (list, tuple)) else (value,))]
+    kinds = [v.lower.dtype for v in flat if isinstance(v, Box)]
+    if name in PRODUCTS:
+        kinds += [v.dtype for v in flat if isinstance(v, Tensor) and v.is_floating_point()]
+    return any(kind.is_floating_point and kind not in HALVES for kind in kinds)
+
+
+def lowered(value: Any, dtype: torch.dtype) -> Any:
+    """An argument as autocast gives it to a product; of a box the ends are rounded outward."""
+    if isinstance(value, Box):
+        low, high = outward(value.lower.double(), dtype, True), outward(value.upper.double(), dtype, False)
+        return Box(low, high, value.clean, value.statistics)
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        return value.to(dtype)
+    return [lowered(v, dtype) for v in value] if isinstance(value, list) else value
 
 
 def hidden(name: str, boxes: list[Box], found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

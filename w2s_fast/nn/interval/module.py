@@ -33,7 +33,7 @@ from .boxes import (
     wide,
 )
 from .inputs import Clip, boxes, labels
-from .program import Env, Program, program
+from .program import Env, Program, Step, program
 from .samples import Samples
 from .trace import alone, fingerprint, trace
 
@@ -83,6 +83,14 @@ class IntervalPass:
             refuse("an output that is not one tensor")
         return found  # type: ignore[no-any-return]
 
+    def _last(self) -> Step | None:
+        """A last Linear to merge with, unless autocast rounds its operands."""
+        last = self._program.last
+        if last is not None and self._mode.deployed:
+            self._box(last.boxes[0])
+            return None if self._env.lowers(last) else last
+        return last
+
     def _output(self) -> Box:
         return self._box(self._program.trace.output)
 
@@ -120,7 +128,7 @@ class IntervalPass:
         """See `IntervalModule.margins`."""
         if self._backward(method):
             return self._backward_margins(y)
-        last, output = self._program.last, self._program.shapes.get(self._program.trace.output, ())
+        last, output = self._last(), self._program.shapes.get(self._program.trace.output, ())
         if last is not None:
             label = labels(y, output[0], output[1])
             box = self._box(last.boxes[0])
@@ -187,7 +195,7 @@ class IntervalPass:
 
     def _specified_ibp(self, C: Tensor) -> tuple[Tensor, Tensor]:
         """``C W`` times the box before a last Linear, else C times the box of the output."""
-        last = self._program.last
+        last = self._last()
         box = self._output() if last is None else self._box(last.boxes[0])
         call = Call(self._mode, None, box.lower.dtype, (), "C")
         matrix, shift = wide(call, C), None

@@ -290,6 +290,8 @@ class Env:
         if self.mode.deployed:
             step.lost = step.lost or deployed.lost(deployed.name_of(node.target), given, call.dtype)
             call = call._replace(lost=step.lost)
+            if deployed.lowers(deployed.name_of(node.target), given, call.dtype):
+                given = {k: deployed.lowered(v, call.dtype) for k, v in given.items()}
         if step.affine is not None:
             norm = None if step.affine.norm is None else self.filled(dict(step.affine.norm))
             return step.affine.run(call, norm, **given)
@@ -305,6 +307,13 @@ class Env:
             clean = node.target(*self.filled(node.args, self._clean), **self.filled(dict(node.kwargs), self._clean))
             clean = clean[0] if isinstance(clean, (tuple, list)) else clean
         return Box(found[0], found[1], clean)
+
+    def lowers(self, step: Step) -> bool:
+        """Whether autocast rounds the operands of a deployed step."""
+        dtype = step.nodes[-1].dtype
+        if not self.mode.deployed or dtype is None:
+            return False
+        return deployed.lowers(deployed.name_of(step.node.target), self.filled(step.bound), dtype)
 
     def _constant(self, step: Step) -> Any:
         node = step.node
