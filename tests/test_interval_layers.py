@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -244,6 +245,56 @@ def test_balls(norm, method):
         box = bound(model).bounds(x, 0.4, method=method)
         assert escapes(ball, copy.deepcopy(model).double(), inside)[0] == 0
         assert float((ball[1] - ball[0]).mean()) < 0.8 * float((box[1] - box[0]).mean())
+
+
+MIXED = {
+    "t": (lambda x: x.t(), 2), "one row": (lambda x: x.reshape(1, -1), 8), "flatten": (lambda x: x.flatten(), 8),
+    "permute": (lambda x: x.reshape(2, 2, 2).permute(1, 0, 2).flatten(1), 4),
+    "transpose": (lambda x: x.reshape(2, 2, 2).transpose(0, 1).flatten(1), 4),
+    "select": (lambda x: x.reshape(2, 2, 2)[:, 0].t(), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("norm", [1, 2])
+def test_a_ball_is_of_one_sample(name, norm):
+    """Where entries of two samples meet, each may be anywhere in a ball of its own."""
+    move, width = MIXED[name]
+    head = nn.Linear(width, 1)
+    nn.init.ones_(head.weight)
+    model, x = nn.Sequential(Of(move), head).eval(), torch.zeros(2, 4)
+    high = bound(model).bounds(x, 1.0, norm=norm)[1]
+    for place in itertools.product(range(4), repeat=2):  # each sample at a corner of its 1-ball
+        point = torch.zeros(2, 4)
+        point[0, place[0]] = point[1, place[1]] = 1.0
+        assert bool((model(point) <= high).all())
+    assert bool((model(torch.full((2, 4), 0.5 if norm == 2 else 0.25)) <= high).all())
+
+
+def test_an_unbatched_convolution_mixes_what_a_ball_takes_for_samples():
+    layer = nn.Conv2d(2, 1, 1)
+    nn.init.ones_(layer.weight)
+    high = bound(layer.eval()).bounds(torch.zeros(2, 1, 1), 1.0, norm=2)[1]
+    assert bool((layer(torch.ones(2, 1, 1)) <= high).all())
+
+
+@pytest.mark.parametrize("join", ["cat", "stack"])
+def test_a_constant_that_is_computed_is_rounded_outward(join):
+    torch.manual_seed(0)
+
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.rand(3) / 3), nn.Parameter(torch.rand(3) / 7)
+
+        def forward(self, x):
+            parts = (x, (self.a * self.b).expand(2, 3))
+            return torch.cat(parts, 1) if join == "cat" else torch.stack(parts, 1).flatten(1)
+
+    model = Joined().eval()
+    low, high = bound(model).bounds(torch.zeros(2, 3), 0.1)
+    exact = copy.deepcopy(model).double()(torch.zeros(2, 3, dtype=torch.float64))
+    assert bool(((low.double() <= exact) & (exact <= high.double())).all())
 
 
 def test_the_ball_of_a_linear_layer_is_exact():

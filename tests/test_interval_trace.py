@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import io
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -300,3 +303,91 @@ class Cast(nn.Module):
 class Centred(nn.Module):
     def forward(self, x):
         return x - x.mean(0)
+
+
+@dataclasses.dataclass
+class Settings:
+    slope: float = 0.1
+
+
+SLOPE = [0.1]
+
+
+class Leaky(nn.Module):
+    """A slope from somewhere else than the module's own plain attributes."""
+
+    shared = 0.1
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.settings, self.space = kind, Settings(), types.SimpleNamespace(inner=Settings())
+        self.call = functools.partial(F.leaky_relu, negative_slope=0.1)
+        self.deep, self.many = {"a": [{"b": {"c": 0.1}}]}, [0.1] * 100
+        slopes = self.slopes = [0.1]
+        self.closure = lambda x: F.leaky_relu(x, slopes[0])
+
+    def other(self, x):
+        return F.leaky_relu(x, SLOPE[0])
+
+    def forward(self, x):
+        if self.kind in ("partial", "closure"):
+            return (self.call if self.kind == "partial" else self.closure)(x)
+        if self.kind == "global":
+            return self.other(x)
+        slope = {
+            "dataclass": self.settings.slope, "namespace": self.space.inner.slope, "class": type(self).shared,
+            "deep": self.deep["a"][0]["b"]["c"], "many": self.many[0],
+        }[self.kind]  # fmt: skip
+        return F.leaky_relu(x, slope)
+
+    def change(self, slope):
+        self.settings.slope = self.space.inner.slope = self.deep["a"][0]["b"]["c"] = self.many[0] = slope
+        self.call.keywords["negative_slope"] = self.slopes[0] = SLOPE[0] = Leaky.shared = slope
+
+
+@pytest.mark.parametrize("kind", ["dataclass", "namespace", "class", "deep", "many", "partial", "closure", "global"])
+def test_what_the_forward_reads_elsewhere_makes_a_new_trace(kind):
+    model, x = Leaky(kind).eval(), torch.tensor([[-1.0, -2.0]])
+    module = bound(model)
+    try:
+        for slope in (0.1, 7.0):
+            model.change(slope)
+            low, high = module.bounds(x, 0.01)
+            assert bool(((low <= model(x)) & (model(x) <= high)).all())
+            programs = len(module._programs)
+            module.bounds(x, 0.01)
+            assert len(module._programs) == programs
+    finally:
+        model.change(0.1)
+
+
+def test_a_class_whose_forward_is_replaced(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(2, 2)).eval(), torch.ones(1, 2)
+    module = bound(model)
+    module.bounds(x, 0.01)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: F.linear(x, self.weight, self.bias) * 3)
+    low, high = module.bounds(x, 0.01)
+    assert bool(((low <= model(x)) & (model(x) <= high)).all())
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.n = nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None)
+
+    def forward(self, x):
+        return self.n(self.a(self.n(self.a(x)).relu()))
+
+
+def test_running_statistics_that_are_averages_of_all_batches():
+    torch.manual_seed(0)
+    images = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, momentum=None), nn.ReLU(), nn.Flatten())
+    for model, shape in ((images, (5, 1, 6, 6)), (Twice(), (6, 4))):
+        other = copy.deepcopy(model.train())
+        module = bound(model)
+        for scale in (1.0, 2.0, 3.0):
+            x = torch.randn(shape) * scale
+            low, _ = module.bounds(x, 0.0, "fast")
+            torch.testing.assert_close(low, other(x), rtol=1e-4, atol=1e-4)
+        for (name, a), b in zip(model.named_buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(a, b, msg=name)

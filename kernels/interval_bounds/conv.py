@@ -24,6 +24,8 @@ from .dual import (
     mode,
     narrow_outward,
     radius_dot,
+    spread_box,
+    spread_ends,
     through,
     turned,
 )  # fmt: skip
@@ -190,9 +192,16 @@ def _sizes(a: Any, weight: Any, conv: tuple) -> tuple[int, int]:
 
 def launch_interval_conv2d(
     a: Any, b: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, bounds_in: bool,
-    bounds_out: bool, relu: bool, compute: str, sound: bool,
+    bounds_out: bool, relu: bool, compute: str, sound: bool, spread: float = 0.0,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Arguments of `interval_conv2d` -> two ``[B, O, H', W']``."""
+    if sound and spread > 0:
+        wide = (*spread_box(a, b, bounds_in, spread), weight.float(), None if bias is None else bias.float())
+        shape = (stride, padding, dilation, groups)
+        x, y = launch_interval_conv2d(*wide, *shape, bounds_in, True, False, compute, True)
+        x, y = spread_ends(x.movedim(1, -1), y.movedim(1, -1), bias, spread, relu)
+        x, y = (t.movedim(-1, 1).contiguous() for t in (x, y))
+        return narrow_outward(x, a, True), narrow_outward(y, a, False)
     conv = (stride, padding, dilation)
     (batch, channels, in_h, in_w), out_channels, (out_h, out_w) = a.shape, weight.shape[0], _sizes(a, weight, conv)
     options, group_out = _options(a, weight, conv, "I", compute, sound), out_channels // groups

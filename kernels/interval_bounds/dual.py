@@ -149,6 +149,25 @@ def eta_and_grow(terms: int, compute: str = "fp32") -> tuple[float, float]:
     return gamma + FACTORS[compute], grow * (1.0 + 2.0**-8) if compute == "tf32" else grow
 
 
+def spread_box(a: Any, b: Any, bounds: bool, spread: float) -> tuple[Any, Any]:
+    """The box, float32, grown by ``spread |x|``, rounded outward (2^-22 |x| is more than both sums round)."""
+    a, b, share = a.float(), b.float(), spread * (1 + 2.0**-20) + 2.0**-22
+    if not bounds:
+        return a, b + (a.abs() + b) * share
+    grown = a.abs().maximum(b.abs()) * share
+    return a - grown, b + grown
+
+
+def spread_ends(x: Any, y: Any, bias: Any, spread: float, relu: bool) -> tuple[Any, Any]:
+    """float32 bounds (a last axis a channel) moved outward by ``spread |bias|``; unknown where sums may overflow."""
+    if bias is not None:
+        moved = bias.float().abs() * (spread * (1 + 2.0**-20))
+        x, y = (x - moved) - x.abs() * 2.0**-22, (y + moved) + y.abs() * 2.0**-22
+    known = (y - x) < min(spread, 1.0) * 2.0**127
+    x, y = x.where(known, -float("inf")), y.where(known, float("inf"))
+    return (x.clamp_min(0), y.clamp_min(0)) if relu else (x, y)
+
+
 def mode(a: Any, compute: str, sound: bool) -> dict[str, Any]:
     """Compile-time options of the products: 16-bit operands as they are stored unless rounding must be sound.
 

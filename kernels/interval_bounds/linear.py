@@ -23,6 +23,8 @@ from .dual import (
     mode,
     narrow_outward,
     radius_dot,
+    spread_box,
+    spread_ends,
     through,
     turned,
 )
@@ -151,9 +153,16 @@ def _options(a: Any, depth: str, compute: str, sound: bool = False) -> dict[str,
 
 
 def launch_interval_linear(
-    a: Any, b: Any, weight: Any, bias: Any, bounds_in: bool, bounds_out: bool, relu: bool, compute: str, sound: bool
-) -> tuple[Any, Any]:
+    a: Any, b: Any, weight: Any, bias: Any, bounds_in: bool, bounds_out: bool, relu: bool, compute: str, sound: bool,
+    spread: float = 0.0,
+) -> tuple[Any, Any]:  # fmt: skip
     """Arguments of `interval_linear` -> two ``[B, N]``."""
+    if sound and spread > 0:
+        wide = (*spread_box(a, b, bounds_in, spread), weight.float(), None if bias is None else bias.float())
+        ends = spread_ends(
+            *launch_interval_linear(*wide, bounds_in, True, False, compute, True), bias, spread, relu
+        )
+        return narrow_outward(ends[0], a, True), narrow_outward(ends[1], a, False)
     (batch, k), n, options = a.shape, weight.shape[0], _options(a, "K", compute, sound)
     kind = dtype(a, "float32") if sound else a.dtype
     x, y = a.new_empty((batch, n), dtype=kind), a.new_empty((batch, n), dtype=kind)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -48,8 +50,9 @@ class Random(nn.Module):
     Nodes take earlier ones; some operations write in place, some modules are shared, some sit in nested containers.
     """
 
-    def __init__(self, seed: int, images: bool, length: int = 7) -> None:
+    def __init__(self, seed: int, images: bool, length: int = 7, analysed: bool = False) -> None:
         super().__init__()
+        self.analysed = analysed  # only what deployed rounding takes
         draw = torch.Generator().manual_seed(seed)
 
         def pick(n: int) -> int:
@@ -91,7 +94,7 @@ class Random(nn.Module):
             lambda: nn.Linear(w, w),
             lambda: nn.Linear(w, w),
             lambda: nn.BatchNorm1d(w),
-            lambda: nn.LayerNorm(w),
+            *([] if self.analysed else [lambda: nn.LayerNorm(w)]),
             *self._activations(),
         ]
 
@@ -104,25 +107,21 @@ class Random(nn.Module):
             lambda: nn.BatchNorm2d(w),
             lambda: nn.MaxPool2d(3, 1, 1),
             lambda: nn.AvgPool2d(3, 1, 1),
-            lambda: nn.GroupNorm(1, w),
+            *([] if self.analysed else [lambda: nn.GroupNorm(1, w)]),
             lambda: nn.ConvTranspose2d(w, w, 3, padding=1),
             *self._activations(),
         ]
 
-    @staticmethod
-    def _activations() -> list[Callable[[], nn.Module]]:
+    def _activations(self) -> list[Callable[[], nn.Module]]:
+        smooth: list[Callable[[], nn.Module]] = [nn.Tanh, nn.Sigmoid, nn.GELU, nn.Softplus, nn.ELU]
+        smooth.append(lambda: nn.SiLU(inplace=True))
         return [
             nn.ReLU,
             nn.ReLU,
             lambda: nn.ReLU(inplace=True),
             lambda: nn.LeakyReLU(0.1, inplace=True),
-            nn.Tanh,
-            nn.Sigmoid,
-            nn.GELU,
-            lambda: nn.SiLU(inplace=True),
-            nn.Softplus,
+            *([] if self.analysed else smooth),
             lambda: nn.Hardtanh(-0.5, 0.5, inplace=True),
-            nn.ELU,
             nn.PReLU,
             nn.ReLU6,
         ]
@@ -135,11 +134,11 @@ class Random(nn.Module):
             if kind == "layer":
                 nodes.append(self.layers[number](a))
             elif kind == "function":
-                nodes.append(self._function(number % 8, a))
+                nodes.append(self._function(number % (7 if self.analysed else 8), a))
             elif kind == "inplace":
                 nodes.append(self._inplace(number % 7, a.clone() if number % 2 else a, b))
             elif kind == "two":
-                nodes.append(self._two(number % 7, a, b))
+                nodes.append(self._two(number % (5 if self.analysed else 7), a, b))
             else:
                 nodes.append(self._view(number % 5, a, b))
         return self.head(sum(nodes[-2:]).flatten(1))  # type: ignore[no-any-return, union-attr]
@@ -196,6 +195,79 @@ class Random(nn.Module):
         )[number]()
 
 
+#: What `fuzz` bounds: (dtype, roundings) of parameters and inputs, or the autocast that they run under.
+FUZZED: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {
+    "float32": (torch.float32, ("sound", "fast", "deployed")), "float64": (torch.float64, ("sound", "fast")),
+    "bfloat16": (torch.bfloat16, ("sound", "deployed")), "float16": (torch.float16, ("sound", "deployed")),
+    "autocast": (torch.float32, ("deployed",)),
+}  # fmt: skip
+
+
+def fuzz(seed: int, images: bool, count: int) -> dict[tuple[str, str, str], list[int]]:
+    """Points of the first random models and how many escaped, by (method, rounding, dtype): ``[points, escaped]``.
+
+    Sound bounds are held to the float64 output of the same parameters, deployed ones to what the model itself gives in
+    its dtype (on points of that dtype that lie in the box), evaluated by PyTorch and in an order of chance.
+    """
+    from ..nn import bound
+    from .orders import AnyOrder
+
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for name, (dtype, roundings) in FUZZED.items():
+        for analysed in (False, True):
+            kept = [r for r in roundings if (r == "deployed") == analysed]
+            if not kept:
+                continue
+            draw = torch.Generator().manual_seed(seed)
+            model = Random(seed, images, analysed=analysed).eval().to(dtype)
+            x = torch.randn((2, 3, 4, 4) if images else (4, 3), generator=draw).to(dtype)
+            eps = (1e-5, 0.03, 0.3)[seed % 3]
+            inside = points(x, eps, count, draw)
+            if analysed:  # nearest numbers of the dtype, where those are in the box
+                near = inside.to(dtype)
+                inside = torch.where((near.double() - x.double()).abs() <= eps, near, x)
+            wide, module = copy.deepcopy(model).double(), bound(model)
+            flat = inside.flatten(0, 1)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
+                outputs = [model(flat) if analysed else wide(flat)]
+                if analysed:
+                    with AnyOrder(draw):
+                        outputs.append(model(flat[: 40 * len(x)]))
+                for rounding in kept:
+                    slack = 1e-5 if rounding == "fast" else 0.0
+                    for method in ("ibp", "crown-ibp", "crown"):
+                        low, high = (t.double() for t in module.bounds(x, eps, rounding, method=method))  # type: ignore[arg-type]
+                        row = found.setdefault((method, rounding, name), [0, 0])
+                        for y in outputs:
+                            y = y.double().unflatten(0, (-1, len(x)))
+                            scale = slack * (1 + y.abs() + (high - low).abs().nan_to_num(0.0, 0.0, 0.0))
+                            out = (y < low - scale) | (y > high + scale) | y.isnan()
+                            row[0] += out.shape[0] * out.shape[1]
+                            row[1] += int(out.any(-1).sum())
+    return found
+
+
 def seeds(count: int) -> itertools.chain[tuple[int, bool]]:
     """Pairs (seed, images) of the first random models."""
     return itertools.chain.from_iterable(((s, False), (s, True)) for s in range(count))
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m w2s_fast.testing.escapes [MODELS] [POINTS]``: the fuzz, a line a kind; 1 if anything escaped."""
+    models, count = (int(v) for v in (arguments + ["60", "1200"][len(arguments) :])[:2])
+    total: dict[tuple[str, str, str], list[int]] = {}
+    distinct = 0
+    for seed, images in seeds(models):
+        for key, (tried, escaped) in fuzz(seed, images, count).items():
+            row = total.setdefault(key, [0, 0])
+            row[0] += tried
+            row[1] += escaped
+        distinct += count * (2 if images else 4) * sum(1 + ("deployed" in r and len(r) > 1) for _, r in FUZZED.values())
+    for (method, rounding, dtype), (tried, escaped) in sorted(total.items()):
+        print(f"{method:10} {rounding:9} {dtype:9} {tried:10,} points {escaped:4} escaped")
+    print(f"{distinct:,} distinct points of {2 * models} models; {sum(v[1] for v in total.values())} escaped")
+    return int(any(v[1] for v in total.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -16,11 +16,14 @@ template <class A>
 inline int64_t tile_height() { return ROWS<A>; }
 
 template <class A>
-inline Rounding<A> rounding_of(bool sound, int64_t terms) { return sound ? Rounding<A>(terms) : Rounding<A>(); }
+inline Rounding<A> rounding_of(bool sound, int64_t terms, double spread = 0) {
+  return sound ? Rounding<A>(terms, spread) : Rounding<A>();
+}
 
 template <class A>
-inline void center(const void* a, const void* b, Dtype dtype, bool bounds, bool sound, int64_t terms, int64_t k, A* c, A* r) {
-  center_row<A>(a, b, dtype, bounds, rounding_of<A>(sound, terms), k, c, r);
+inline void center(const void* a, const void* b, Dtype dtype, bool bounds, bool sound, int64_t terms, double spread, int64_t k,
+                   A* c, A* r) {
+  center_row<A>(a, b, dtype, bounds, rounding_of<A>(sound, terms, spread), k, c, r);
 }
 
 // Memory of this thread that grows to what was asked for; `slot` keeps uses apart.
@@ -58,7 +61,7 @@ inline void forward_block(const A* c, const A* r, int64_t ldx, int64_t rows, con
   const int64_t cut = interval::cut_of(k, rows, sizeof(A)), ld = padded(int(n)) + 8, tiles = k > cut ? (rows + ROWS<A> - 1) / ROWS<A> : 1;
   A* m = workspace<A, 0>(2 * tiles * ROWS<A> * ld);
   A* s = m + tiles * ROWS<A> * ld;
-  const Rounding<A> rounding = rounding_of<A>(call.sound, terms);
+  const Rounding<A> rounding = rounding_of<A>(call.sound, terms, call.spread);
   // rows of W 2^k bytes apart would fight for the same lines of L2, so a block of a cut W is copied together
   const int64_t packed = k > cut && rows >= 32 ? cut + 16 : 0;
   A* block = packed ? workspace<A, 1>(n * packed) : nullptr;
@@ -101,7 +104,7 @@ inline void forward_alive(const A* c, const A* r, int64_t ldx, int64_t rows, con
   const int64_t bytes = bytes_of(dtype);
   for (int64_t p = 0; p < rows; ++p)
     finish_row<A>(m + p * PANEL<A>, s + p * PANEL<A>, bias ? bias + j : nullptr, int(wide), {call.bounds_out, call.relu},
-                  rounding_of<A>(call.sound, terms), dtype, static_cast<char*>(x) + p * stride + j * bytes,
+                  rounding_of<A>(call.sound, terms, call.spread), dtype, static_cast<char*>(x) + p * stride + j * bytes,
                   static_cast<char*>(y) + p * stride + j * bytes);
 }
 

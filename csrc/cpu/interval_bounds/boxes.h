@@ -12,9 +12,11 @@
 
 namespace w2s::interval {
 
-// How a call reads and writes boxes: lower and upper (bounds), or centre and radius.
+// How a call reads and writes boxes: lower and upper (bounds), or centre and radius. `spread`: relative error of every
+// product and of the bias that sound bounds contain besides, see rows_kernel.h.
 struct Call {
   bool bounds_in, bounds_out, relu, sound;
+  double spread = 0;
 };
 
 // How the ends of interval_linear_iw's inputs move outward so that its sums are sound. With gamma the relative error of a sum
@@ -93,7 +95,7 @@ struct LinearKernels {
   int64_t (*chain)(int64_t k);
   int64_t (*panel_width)();
   int64_t (*tile_height)();
-  void (*center)(const void* a, const void* b, Dtype dtype, bool bounds, bool sound, int64_t terms, int64_t k, A* c, A* r);
+  void (*center)(const void* a, const void* b, Dtype dtype, bool bounds, bool sound, int64_t terms, double spread, int64_t k, A* c, A* r);
   void (*forward_block)(const A* c, const A* r, int64_t ldx, int64_t rows, const A* w, int64_t ldw, int64_t n, int64_t k,
                         const A* bias, const Call& call, int64_t terms, Dtype dtype, void* x, int64_t stride,
                         void* y);
@@ -134,7 +136,7 @@ struct ConvKernels {
   void (*pack_channels)(const A* w, int64_t rows, int64_t columns, int64_t down, const int64_t* at, A* out);
   A* (*sample_memory)(int64_t elements);
   void (*pad_sample)(const ConvShape& s, int64_t channels, const char* a, const char* b, Dtype dtype, bool bounds, bool sound,
-                     int64_t terms, A* c, A* r);
+                     int64_t terms, double spread, A* c, A* r);
   void (*forward)(const ConvShape& s, const A* c, const A* r, const int64_t* offset, const A* packed, const A* bias,
                   int64_t y0, int64_t y1, const Call& call, int64_t terms, Dtype dtype, char* x, char* y);
   void (*output_gradient)(const char* ga, const char* gb, const char* oa, const char* ob, Dtype dtype,

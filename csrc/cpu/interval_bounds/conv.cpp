@@ -92,7 +92,7 @@ void forward(const ConvShape& s, const Tensor& a, const Tensor& b, const Tensor&
     A* r = c + size;
     for (int64_t g = 0; g < s.groups; ++g) {
       kernels<ConvKernels, A>().pad_sample(s, s.group_in, first.at(n, g * s.group_in), second.at(n, g * s.group_in), first.dtype, call.bounds_in,
-                                  call.sound, terms, c, r);
+                                  call.sound, terms, call.spread, c, r);
       kernels<ConvKernels, A>().forward(s, c, r, offsets.data(), packed + g * group_size, shift ? shift + g * s.group_out : nullptr, from, to,
                                     call, terms, outx.dtype, outx.at(n, g * s.group_out), outy.at(n, g * s.group_out));
     }
@@ -101,11 +101,11 @@ void forward(const ConvShape& s, const Tensor& a, const Tensor& b, const Tensor&
 
 std::tuple<Tensor, Tensor> interval_conv2d(Tensor a, Tensor b, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> stride,
                                            std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool bounds_in,
-                                           bool bounds_out, bool relu, std::string, bool sound) {
+                                           bool bounds_out, bool relu, std::string, bool sound, double spread) {
   const ConvShape s(a, weight, stride, padding, dilation, groups);
   Tensor x = torch::stable::new_empty(a, {s.batch, s.out_channels, s.out_h, s.out_w});
   Tensor y = torch::stable::new_empty(a, {s.batch, s.out_channels, s.out_h, s.out_w});
-  const Call call{bounds_in, bounds_out, relu, sound};
+  const Call call{bounds_in, bounds_out, relu, sound, spread};
   if (s.batch && s.out_channels && s.positions()) {
     if (a.scalar_type() == ScalarType::Double) forward<double>(s, a, b, weight, bias, call, x, y);
     else forward<float>(s, a, b, weight, bias, call, x, y);
@@ -176,7 +176,7 @@ void backward(const ConvShape& s, const Tensor& ga, const Tensor& gb, const Tens
         kernels<ConvKernels, A>().output_gradient(g1.at(n, o), g2.at(n, o), o1.at(n, o), o2.at(n, o), g1.dtype, call, s.group_out, area, ld, gm, gr,
                                          out.need_b ? part.bias.data() + o : nullptr);
         if (out.need_w) {
-          kernels<ConvKernels, A>().pad_sample(s, s.group_in, x1.at(n, in), x2.at(n, in), x1.dtype, call.bounds_in, false, 0, c, r);
+          kernels<ConvKernels, A>().pad_sample(s, s.group_in, x1.at(n, in), x2.at(n, in), x1.dtype, call.bounds_in, false, 0, 0.0, c, r);
           kernels<ConvKernels, A>().turn_gradient(gm, gr, ld, s.group_out, area, turned);
           kernels<ConvKernels, A>().weight_sample(s, taps.data(), turned, c, r, part.m + g * group_sums, part.s + g * group_sums);
         }

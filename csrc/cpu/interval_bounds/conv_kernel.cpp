@@ -38,9 +38,9 @@ constexpr int64_t POSITIONS = 128;  // of a block of the gradient of W: they sta
 // One sample, `channels` channels from `a`, `b` (rows of in_w contiguous elements), as padded planes.
 template <class A>
 inline void pad_sample(const ConvShape& s, int64_t channels, const char* a, const char* b, Dtype dtype, bool bounds, bool sound, int64_t terms,
-                       A* c, A* r) {
+                       double spread, A* c, A* r) {
   const int64_t bytes = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2, size = s.plane();
-  const Rounding<A> rounding = rounding_of<A>(sound, terms);
+  const Rounding<A> rounding = rounding_of<A>(sound, terms, spread);
   A* row_c = workspace<A, 2>(2 * (s.in_w + TILE));
   A* row_r = row_c + s.in_w + TILE;
   std::memset(c, 0, size_t(channels * size) * sizeof(A));
@@ -133,7 +133,7 @@ inline void conv_rows(const ConvShape& s, const A* c, const A* r, const int64_t*
 template <class A>
 inline void conv_forward(const ConvShape& s, const A* c, const A* r, const int64_t* offset, const A* packed, const A* bias, int64_t y0,
                          int64_t y1, const interval::Call& call, int64_t terms, Dtype dtype, char* x, char* y) {
-  const Rounding<A> rounding = rounding_of<A>(call.sound, terms);
+  const Rounding<A> rounding = rounding_of<A>(call.sound, terms, call.spread);
   A shift[TILE];
   conv_rows<A>(s, c, r, offset, packed, y0, y1, dtype, x, y, [&](const A* m, const A* q, int64_t n, int64_t t, A* fx, A* fy) {
     for (int64_t i = 0; bias && i < n; ++i) shift[i] = bias[t * WIDTH<A> + i % WIDTH<A>];

@@ -48,12 +48,12 @@ struct Box {  // centre and radius [batch, ld], zeros past k
 };
 
 template <class A>
-Box<A> centered(const Tensor& a, const Tensor& b, bool bounds, bool sound, int64_t terms, CallMemory& memory) {
+Box<A> centered(const Tensor& a, const Tensor& b, bool bounds, bool sound, int64_t terms, CallMemory& memory, double spread = 0) {
   const int64_t batch = a.size(0), k = a.size(1), ld = round_up(k, 16) + 16;  // + 16: rows that are not 4096 bytes apart
   Box<A> box{memory.get<A>(batch * ld), memory.get<A>(batch * ld), batch, k, ld};
   const Rows first(a), second(b);
   parallel_items(batch, grain_of(k), [&](int64_t i) {
-    kernels<LinearKernels, A>().center(first.at(i, 0), second.at(i, 0), first.dtype, bounds, sound, terms, k, box.c + i * ld, box.r + i * ld);
+    kernels<LinearKernels, A>().center(first.at(i, 0), second.at(i, 0), first.dtype, bounds, sound, terms, spread, k, box.c + i * ld, box.r + i * ld);
   });
   return box;
 }

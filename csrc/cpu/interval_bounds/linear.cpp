@@ -47,7 +47,7 @@ void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
   CallMemory memory{a, {}};
   const bool skip = transposed(weight) && batch <= FEW && dtype_of(weight.scalar_type()) == own_dtype<A>;
   const int64_t terms = skip ? k + 8 : kernels<LinearKernels, A>().chain(k);
-  const Box<A> box = centered<A>(a, b, call.bounds_in, call.sound, terms, memory);
+  const Box<A> box = centered<A>(a, b, call.bounds_in, call.sound, terms, memory, call.spread);
   const A* shift = widened_bias<A>(bias, n, memory);
   const Rows first(x), second(y);
   if (skip) {
@@ -82,9 +82,9 @@ void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
 }
 
 std::tuple<Tensor, Tensor> interval_linear(Rowwise a, Rowwise b, Strided weight, std::optional<Tensor> bias, bool bounds_in, bool bounds_out,
-                                           bool relu, std::string, bool sound) {
+                                           bool relu, std::string, bool sound, double spread) {
   Tensor x = torch::stable::new_empty(a, {a.size(0), weight.size(0)}), y = torch::stable::new_empty(a, {a.size(0), weight.size(0)});
-  const Call call{bounds_in, bounds_out, relu, sound};
+  const Call call{bounds_in, bounds_out, relu, sound, spread};
   if (a.size(0) && weight.size(0)) {
     if (a.scalar_type() == ScalarType::Double) forward<double>(a, b, weight, bias, call, x, y);
     else forward<float>(a, b, weight, bias, call, x, y);

@@ -3,18 +3,26 @@
 // Sound rounding. With unit u = eps / 2 and chains of n terms, gamma = n u: |fl(sum m w) - sum m w| <= gamma sum |m| |w|, so
 // the radius operand is r + gamma |m|, rounded up; its own product is too small by at most a factor 1 - gamma, hence
 // 1 + 2 gamma; 8 u and 4 u |m| cover the bias, the last subtraction and this formula itself; `tiny` covers underflow.
+//
+// A spread g widens a sound box by g (|W| |x| + |b|), what another evaluation of the layer can be off by. Every |x| is at
+// most |m| + r, so it is g (|m| + r) in the radius operand, and g |b| with the bias. Where |W| |x| may overflow, partial sums
+// of that evaluation may: the radius is then at least g times the largest number, and nothing is known.
 
 template <class A>
 struct Rounding {
   bool sound = false;
-  A eta = 0, grow = 1, slack = 0, tiny = 0;
+  A eta = 0, up = 1, grow = 1, slack = 0, tiny = 0, spread = 0, limit = infinity<A>;
   Rounding() = default;
-  explicit Rounding(int64_t terms) : sound(true) {
+  explicit Rounding(int64_t terms, double widened = 0) : sound(true) {
     constexpr A u = std::numeric_limits<A>::epsilon() / 2;
-    eta = A(terms + 2) * u * A(1.01);
-    grow = A(1) + 2 * eta + 8 * u;
+    const A own = A(terms + 2) * u * A(1.01);
+    spread = A(widened) * (1 + 8 * u);
+    eta = own + spread;
+    up = 1 + 4 * u + spread;
+    grow = A(1) + 2 * own + 8 * u;
     slack = 4 * u;
     tiny = sizeof(A) == 8 ? A(1e-300) : A(1e-30);
+    if (widened > 0) limit = std::numeric_limits<A>::max() * std::min(spread, A(1)) / 2;
   }
 };
 
@@ -27,8 +35,7 @@ inline int64_t outer_terms(int64_t k) { return k + 8; }
 template <class A>
 inline void center_row(const void* a, const void* b, Dtype dtype, bool bounds, const Rounding<A>& rounding, int64_t n, A* c, A* r) {
   using V = Vec<A>;
-  constexpr A u = std::numeric_limits<A>::epsilon() / 2;
-  const V half = V::set(A(0.5)), zero = V::set(0), up = V::set(1 + 4 * u), eta = V::set(rounding.eta);
+  const V half = V::set(A(0.5)), zero = V::set(0), up = V::set(rounding.up), eta = V::set(rounding.eta);
   const V smallest = V::set(std::numeric_limits<A>::min());
   const int64_t bytes = bytes_of(dtype);
   const bool own = dtype == own_dtype<A>;
@@ -87,9 +94,11 @@ template <class A>
 inline void finish_row(const A* m, const A* s, const A* bias, int n, Form form, const Rounding<A>& rounding, Dtype dtype, void* a, void* b) {
   using V = Vec<A>;
   const V zero = V::set(0), inf = V::set(infinity<A>), grow = V::set(rounding.grow), slack = V::set(rounding.slack), tiny = V::set(rounding.tiny);
+  const V spread = V::set(rounding.spread), limit = V::set(rounding.limit);
   A first[TILE], second[TILE];
   for (int i = 0; i < padded(n); i += V::W) {
     V center = V::load(m + i), radius = V::load(s + i);
+    if (rounding.sound && bias) radius = V::fma(V::load(bias + i).abs(), spread, radius);
     if (bias) center = center + V::load(bias + i);
     if (rounding.sound) radius = V::fma(radius, grow, V::fma(center.abs(), slack, tiny));
     V x = center, y = radius;
@@ -98,7 +107,7 @@ inline void finish_row(const A* m, const A* s, const A* bias, int n, Form form, 
       y = center + radius;
     }
     if (rounding.sound) {  // where anything overflowed or was NaN, nothing is known
-      const auto known = V::gt(inf, center.abs() + radius);
+      const auto known = V::gt(limit, radius) & V::gt(inf, center.abs() + radius);
       x = V::select(known, x, form.bounds ? zero - inf : zero);
       y = V::select(known, y, inf);
     }

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import checks
+from ...nn.interval.boxes import ROUNDINGS, Rounding
 from ...nn.interval.module import IntervalModule, Method
-from ...ops.interval_bounds.inputs import Rounding
 from .perturbations import BoundedTensor, plain
 
 OP = "compat.auto_lirpa.BoundedModule"
@@ -35,8 +35,9 @@ class BoundedModule(nn.Module):
     Args:
         model: any module that `w2s_fast.nn.bound` supports; its parameters are shared, not copied.
         global_input: an example input, one or a tuple (not needed here: every shape is traced at its first use).
-        bound_opts: ``{"rounding": "sound" | "fast"}``; default: sound where no gradient is recorded, fast in training.
-            Other entries, which choose relaxations of auto_LiRPA's own, are ignored if `None` or their default.
+        bound_opts: ``{"rounding": "sound" | "deployed" | "fast"}``; default: sound where no gradient is recorded, fast
+            in training. Other entries, which choose relaxations of auto_LiRPA's own, are ignored if `None` or their
+            default.
         device: moves the model there.
         verbose: ignored.
 
@@ -52,7 +53,7 @@ class BoundedModule(nn.Module):
         options = dict(bound_opts or {})
         self.rounding = options.pop("rounding", None)
         if self.rounding is not None:
-            checks.choice(OP, "bound_opts['rounding']", self.rounding, ("sound", "fast"))
+            checks.choice(OP, "bound_opts['rounding']", self.rounding, ROUNDINGS)
         if custom_ops:
             checks.fail(OP, "custom_ops", "None (a layer without a rule is refused by name)", "custom operations")
         if device not in ("auto", None):

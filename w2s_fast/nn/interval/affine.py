@@ -11,38 +11,54 @@ from torch import Tensor
 
 from ...ops.interval_bounds.affine import interval_affine
 from ...ops.interval_bounds.conv import interval_conv2d
-from ...ops.interval_bounds.linear import interval_linear
+from ...ops.interval_bounds.linear import linear_rows
 from ...reference.interval_bounds.boxes import outward
 from .backward import linear_back
-from .boxes import Box, Call, Ends, finished, linear_map, point, wide
+from .boxes import HALVES, Box, Call, Ends, finished, linear_map, point, rounded_twice, wide
 from .norms import norm_clean, norm_ends, scale_of, statistics_of
 from .products import product_sum
 from .registry import layer
-from .trace import Ref
 
 Apply = Callable[[Call, Box, Tensor, Tensor | None, Any], Ends]
 
 
 def _own_dtype(call: Call, box: Box, weight: Tensor, bias: Tensor | None) -> bool:
-    return weight.dtype == box.lower.dtype == call.dtype and (bias is None or bias.dtype == weight.dtype)
+    same = weight.dtype == box.lower.dtype == call.dtype and (bias is None or bias.dtype == weight.dtype)
+    return same and not call.lost.rough
 
 
-def _narrowed(call: Call, found: tuple[Tensor, ...]) -> Ends:
-    """float64 ends in the result's dtype, outward."""
+def _options(call: Call, act: Any) -> dict[str, Any]:
+    """Of the fused ops; what rounds to 16 bits once more takes its ReLU after that."""
+    relu = act == "relu" and not call.lost.rough
+    return {"relu": relu, "compute": call.mode.compute, "sound": call.sound, "spread": call.lost.size}
+
+
+def _operands(call: Call, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Tensors of several dtypes in float64; those of a deployed layer of 16 bits, which is exact, in float32."""
+    kind = torch.float32 if call.mode.deployed and call.dtype in HALVES else torch.float64
+    return tuple(t if t is None else t.to(kind) for t in tensors)
+
+
+def _narrowed(call: Call, found: tuple[Tensor, ...], bias: Tensor | None, act: Any = None) -> Ends:
+    """Ends of `_operands` in the result's dtype, outward."""
+    if call.lost.rough:
+        found = rounded_twice(call, (found[0], found[1]), bias)
+        found = (found[0].relu(), found[1].relu()) if act else found
     return outward(found[0], call.dtype, True), outward(found[1], call.dtype, False)
 
 
 def apply_linear(call: Call, box: Box, weight: Tensor, bias: Tensor | None, act: Any = None) -> Ends:
     """A box through ``x W^T + b`` by the fused op."""
-    options: dict[str, Any] = {"act": act, "rounding": call.mode.rounding, "compute": call.mode.compute}
     flat = weight if weight.ndim == 2 else weight.unsqueeze(0)
     lower, upper = box.lower, box.upper
     if not (same := _own_dtype(call, box, weight, bias)):
-        lower, upper, flat = lower.double(), upper.double(), flat.double()
-        bias = None if bias is None else bias.double()
-    found = interval_linear(lower, upper, flat, None if bias is None else bias.reshape(-1), **options)
-    found = found if weight.ndim == 2 else (found[0].squeeze(-1), found[1].squeeze(-1))
-    return found if same else _narrowed(call, found)
+        lower, upper, flat, bias = _operands(call, lower, upper, flat, bias)
+    if weight.ndim == 2:
+        found = linear_rows(lower, upper, flat, bias, **_options(call, act))
+    else:
+        found = linear_rows(lower, upper, flat, None if bias is None else bias.reshape(-1), **_options(call, act))
+        found = found[0].squeeze(-1), found[1].squeeze(-1)
+    return found if same else _narrowed(call, found, bias, act)
 
 
 def sides_of(padding: Any, kernel: Any, dilation: Any) -> list[tuple[int, int]]:
@@ -87,12 +103,11 @@ def apply_conv(
     else:
         same = _own_dtype(call, box, weight, bias)
         if not same:
-            lower, upper, weight = lower.double(), upper.double(), weight.double()
-            bias = None if bias is None else bias.double()
+            lower, upper, weight, bias = _operands(call, lower, upper, weight, bias)
+        options = _options(call, act)
         if axes == 1:
             lower, upper, weight = lower.unsqueeze(2), upper.unsqueeze(2), weight.unsqueeze(2)
             stride, pads, dilation = [1, *stride], [0, *pads], [1, *dilation]
-        options: dict[str, Any] = {"act": act, "rounding": call.mode.rounding, "compute": call.mode.compute}
         low, high = interval_conv2d(
             lower,
             upper,
@@ -102,9 +117,12 @@ def apply_conv(
             padding=(pads[0], pads[1]),
             dilation=dilation,
             groups=groups,
+            act="relu" if options.pop("relu") else None,
+            rounding="sound" if options.pop("sound") else "fast",
             **options,
         )
-        low, high = (low, high) if same else _narrowed(call, (low, high))
+        shift = None if bias is None else bias.reshape(-1, 1, 1)
+        low, high = (low, high) if same else _narrowed(call, (low, high), shift, act)
         low, high = (low.squeeze(2), high.squeeze(2)) if axes == 1 else (low, high)
     return (low.squeeze(0), high.squeeze(0)) if single else (low, high)
 
@@ -118,7 +136,7 @@ def within_ball(call: Call, found: Ends, box: Box, weight: Tensor, bias: Tensor 
     ``function(x, weight)`` is the map. The 1-ball of a convolution is bounded by the 2-ball around it.
     """
     ball = box.ball
-    if ball is None:
+    if ball is None or (weight.ndim > 2 and box.lower.ndim < weight.ndim):  # without a batch, axis 0 is channels
         return found
     weight, shape = wide(call, weight), box.lower.shape
     center, scale, slack = (t.expand(shape) for t in ball[1:])
@@ -131,7 +149,10 @@ def within_ball(call: Call, found: Ends, box: Box, weight: Tensor, bias: Tensor 
         shift = wide(call, bias)
         middle = middle + (shift if weight.ndim == 2 else shift.reshape(-1, *(1,) * (weight.ndim - 2)))
     radius = spread + function(slack, weight.abs())
-    size = function(center.abs() + scale, weight.abs()) + middle.abs() if call.sound else None
+    size = None
+    if call.sound:  # |W| |x| and, for what a deployed layer rounds to 16 bits twice, the result and the bias
+        size = function(center.abs() + scale + slack, weight.abs()) * 2 + middle.abs()
+        call = call._replace(lost=call.lost._replace(size=call.lost.size + call.lost.rough))
     low, high = finished(call, middle - radius, middle + radius, size, weight[0].numel())
     return torch.maximum(found[0], low), torch.minimum(found[1], high)
 
@@ -142,10 +163,9 @@ class Affine:
     Sound rounding certifies the model itself, not one with a folded (and rounded) weight, so there the norm is a step.
     """
 
-    def __init__(self, bound: dict[str, Any], norm: tuple[tuple[str, Any], ...] | None, relu: bool, node: Any) -> None:
+    def __init__(self, norm: tuple[tuple[str, Any], ...] | None, relu: bool, node: Any) -> None:
         self.linear = node.target._schema.name == "aten::linear"
         self.norm, self.relu, self.target = norm, relu, node.target
-        self.parameters = [bound[k] for k in ("weight", "bias") if isinstance(bound[k], Ref)]
 
     def run(self, call: Call, norm: dict[str, Any] | None, **given: Any) -> Box:
         box, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias")

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boxes import Box, Call, ends, largest, wide
+from . import deployed, passes
+from .boxes import Box, Call, Lost, ends, largest, wide
 from .registry import UNCHANGED
 from .samples import Samples
 from .trace import Ref, references
@@ -30,21 +31,31 @@ ROWS = 1 << 25
 
 
 class Rows(NamedTuple):
-    """Rows of the inputs by name; pairs (rows, vector) that make the constant; size of the terms, None if exact."""
+    """Rows of the inputs by name; pairs (rows, vector) that make the constant; size of the terms, None if exact.
+
+    total: a constant ``[M, B]`` that has been summed already.
+    """
 
     a: dict[str, Tensor]
     constants: tuple[tuple[Tensor, Tensor], ...] = ()
     size: Tensor | None = None
+    total: Tensor | None = None
 
 
 class Way(NamedTuple):
-    """What a way back is told: the call, the step, its arguments by name, its box."""
+    """What a way back is told: the call, the step, its arguments by name, its box, whether samples are in front."""
 
     call: Call
     step: Step
     given: dict[str, Any]
     env: Env
     out: Box
+    ordered: bool = False
+
+    @property
+    def fused(self) -> bool:
+        """Whether `passes` do it: sound bounds need every term's size."""
+        return self.ordered and not self.sound
 
     @property
     def sound(self) -> bool:
@@ -182,6 +193,9 @@ def affine_back(way: Way, a: Tensor) -> Rows:
     else:
         constants = () if vector is None else ((a, vector),)
     if linear:
+        if way.fused and a.ndim == 3 and bias is not None and step.affine.norm is None:
+            rows, total = passes.linear(a, weight, bias)
+            return Rows({name: rows}, total=total)
         return Rows({name: a @ weight}, constants, terms)
     kernel = weight.shape[2:]
     stride, dilation = _each(step.bound["stride"], 2), _each(step.bound["dilation"], 2)
@@ -237,6 +251,9 @@ def relu_back(way: Way, a: Tensor) -> Rows:
     """The line above where the row is positive, the one below where it is negative."""
     name, box = way.only
     low, slope, intercept = relaxation(*ends(way.call, box), way.sound)
+    if way.fused and box.lower.ndim > 1:
+        rows, total = passes.relu(a, low, slope, intercept)
+        return Rows({name: rows}, total=total)
     up = a.clamp_min(0)
     return Rows({name: torch.addcmul(a * low, up, slope - low)}, ((up, intercept),),
                 largest(box) + intercept if way.sound else None)  # fmt: skip
@@ -401,6 +418,16 @@ class Upper:
         self.samples, self.sound, self.steps = samples, sound, steps
         self.constant = self.slack = rows.new_zeros(len(rows), samples.count)
 
+    def deployed(self, a: Tensor, size: Tensor | None, name: str, lost: Lost, out: Box) -> None:
+        """A deployed evaluation of ``name`` is off by what it loses of terms of that size; unknown where its box is."""
+        if not bool((out.upper - out.lower < torch.inf).all()):
+            self.slack = self.slack + torch.inf
+        if lost.size:
+            assert size is not None
+            limit = torch.finfo(torch.float64 if lost.least < 1e-200 else torch.float32).max / 4
+            size = torch.where(size < limit, size * (lost.size + lost.rough) * (1 + 2.0**-40) + lost.least, torch.inf)
+            self.slack = self.slack + self.samples.dot(name, a.abs(), size)
+
     def rounds(self, a: Tensor, size: Tensor | None, name: str) -> None:
         """Products of the rows ``a`` of ``name`` with terms of that size have been rounded."""
         if size is not None:
@@ -424,8 +451,12 @@ def upper_bounds(env: Env, samples: Samples, output: str, rows: Tensor) -> Tenso
         a = pending.pop(step.name, None)
         if a is None:
             continue
-        found = _through(env, step, a)
+        found = _through(env, step, a, samples.owners.get(step.name, a) is None)
+        if found.total is not None:
+            upper.constant = upper.constant + found.total
         upper.rounds(a, found.size, step.name)
+        if env.mode.deployed and found.a:  # elsewhere the bounds have ended at a deployed box
+            upper.deployed(a, found.size, step.name, _lost(env, step), env.values[step.name])
         for own, vector in found.constants:
             upper.constant = upper.constant + samples.dot(step.name, own, vector)
         for name, more in found.a.items():
@@ -440,15 +471,25 @@ def upper_bounds(env: Env, samples: Samples, output: str, rows: Tensor) -> Tenso
     return upper.total()
 
 
-def _through(env: Env, step: Step, a: Tensor) -> Rows:
+def _lost(env: Env, step: Step) -> Lost:
+    """What a deployed evaluation of the step loses; a merged batch-norm loses its own besides."""
+    if step.rule is None:
+        return Lost()
+    dtype = step.nodes[-1].dtype or torch.float32
+    given = env.filled(step.bound)
+    parts = [deployed.lost(deployed.name_of(node.target), given, dtype) for node in step.nodes]
+    return Lost(*(sum(values) for values in zip(*parts, strict=True)))
+
+
+def _through(env: Env, step: Step, a: Tensor, ordered: bool) -> Rows:
     call = Call(env.mode, step.node.target, step.node.dtype or a.dtype, step.node.shape, step.node.where)
     out = env.values[step.name]
     way = Way(call, step, {}, env, out)
     if step.rule is None:  # an item of what several results have
         return Rows({step.boxes[0]: a}) if isinstance(env.values[step.boxes[0]], Box) else _part_back(way, a)
-    if step.rule.back is None or not all(isinstance(env.values[n], Box) for n in step.boxes):
+    if step.rule.back is None or not all(isinstance(env.values[n], Box) for n in step.boxes) or env.lowers(step):
         return ended(way, a)
-    found: Rows = step.rule.back(way._replace(given=env.filled(step.bound)), a)
+    found: Rows = step.rule.back(way._replace(given=env.filled(step.bound), ordered=ordered), a)
     return found
 
 
@@ -471,7 +512,10 @@ def _at_input(env: Env, upper: Upper, name: str, a: Tensor) -> None:
         found = samples.dot(name, a.clamp_min(0), high) + samples.dot(name, a.clamp_max(0), low)
     else:
         radius = (high - low) * 0.5
-        found = samples.dot(name, a, low + radius) + samples.dot(name, a.abs(), radius)
+        if samples.owners.get(name, a) is None and low.ndim > 1:
+            found = passes.box(a, low + radius, radius)
+        else:
+            found = samples.dot(name, a, low + radius) + samples.dot(name, a.abs(), radius)
     if box.ball is not None:
         center, scale, slack = (t.expand(low.shape) for t in box.ball[1:])
         by_ball = samples.dot(name, a, center) + samples.dot(name, a.abs(), slack)

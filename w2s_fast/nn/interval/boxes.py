@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import checks
-from ...ops.interval_bounds.inputs import Compute, Rounding
-from ...reference.interval_bounds.boxes import center_radius, outward, sound_bounds, sound_operand, unit
+from ...ops.interval_bounds.inputs import Compute
+from ...ops.interval_bounds.inputs import Rounding as OwnRounding
+from ...reference.interval_bounds.boxes import center_radius, outward, sound_bounds, sound_operand, spread_limit, unit
 
 OP = "nn.IntervalModule"
 Ends = tuple[Tensor, Tensor]
 Statistics = tuple[Tensor, Tensor]
+Rounding = Literal["fast", "sound", "deployed"]
+ROUNDINGS = ("fast", "sound", "deployed")
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Norm(NamedTuple):
@@ -49,8 +53,24 @@ class Choices(NamedTuple):
         return self.options[..., 0]
 
 
+class Lost(NamedTuple):
+    """What another evaluation of an operation may be off by (`deployed`).
+
+    size, value: relative to the sum of absolute terms, and to the result; least: absolute; rough: relative to the sum
+    of terms, for all that rounding to 16 bits does.
+    """
+
+    size: float = 0.0
+    value: float = 0.0
+    least: float = 0.0
+    rough: float = 0.0
+
+
+EXACT = Lost()
+
+
 class Mode(NamedTuple):
-    """How numbers are rounded; the name goes to the ops as it is."""
+    """How numbers are rounded, in the bounds and (deployed) in the model."""
 
     rounding: Rounding
     compute: Compute = "fp32"
@@ -58,6 +78,15 @@ class Mode(NamedTuple):
     @property
     def sound(self) -> bool:
         return self.rounding != "fast"
+
+    @property
+    def deployed(self) -> bool:
+        return self.rounding == "deployed"
+
+    @property
+    def own(self) -> OwnRounding:
+        """Rounding of the ops."""
+        return "sound" if self.sound else "fast"
 
 
 class Call(NamedTuple):
@@ -68,6 +97,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     where: str
+    lost: Lost = Lost()
 
     @property
     def sound(self) -> bool:
@@ -81,13 +111,20 @@ def refuse(what: Any, error: type[Exception] = TypeError) -> Any:
     checks.fail(OP, "model", "made of supported layers", what, f"Supported: {supported()}.", error=error)
 
 
-def moved(found: Tensor, size: Tensor, lower: bool, dtype: torch.dtype, terms: int = 1) -> Tensor:
+def moved(
+    found: Tensor, size: Tensor, lower: bool, dtype: torch.dtype, terms: int = 1, lost: Lost = EXACT
+) -> Tensor:
     """float64 ``found`` in ``dtype``, moved outward by more than ``terms`` roundings in float64 of terms of ``size``.
 
-    2^-40 is 8192 roundings; longer sums add theirs. NaN and overflow leave nothing known.
+    2^-40 is 8192 roundings; longer sums add theirs. What a deployed evaluation has lost comes on top. NaN and overflow
+    leave nothing known.
     """
-    slack = size * max(2.0**-40, 4 * terms * 2.0**-53) + 1e-300
-    end = torch.where(size < torch.inf, found - slack if lower else found + slack, -torch.inf if lower else torch.inf)
+    slack = size * (max(2.0**-40, 4 * terms * 2.0**-53) + lost.size) + max(1e-300, lost.least)
+    limit = torch.inf
+    if lost.size:
+        slack = slack + found.abs() * lost.value
+        limit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max / 4
+    end = torch.where(size < limit, found - slack if lower else found + slack, -torch.inf if lower else torch.inf)
     return outward(end, dtype, lower)
 
 
@@ -111,8 +148,9 @@ def finished(call: Call, lower: Tensor, upper: Tensor, size: Tensor | None = Non
     if not call.sound:
         return lower.to(call.dtype), upper.to(call.dtype)
     both = size is not None
-    low = moved(lower, size if both else lower.abs(), True, call.dtype, terms)  # type: ignore[arg-type]
-    return low, moved(upper, size if both else upper.abs(), False, call.dtype, terms)  # type: ignore[arg-type]
+    low = moved(lower, size if both else lower.abs(), True, call.dtype, terms, call.lost)  # type: ignore[arg-type]
+    high = moved(upper, size if both else upper.abs(), False, call.dtype, terms, call.lost)  # type: ignore[arg-type]
+    return low, high
 
 
 def increasing(call: Call, function: Callable[[Tensor], Tensor], box: Box) -> Ends:
@@ -138,13 +176,32 @@ def linear_map(
         m, r = function(m, False), function(r, True)
         m = m if bias is None else m + bias
         return (m - r).to(call.dtype), (m + r).to(call.dtype)
-    m, r, gamma = sound_operand(box.lower, box.upper, True, terms + 8)
+    lost = call.lost
+    m, r, gamma = sound_operand(box.lower, box.upper, True, terms + 8, lost.size)
     center, radius = function(m, False), function(r, True) * (1 + 2 * gamma)
     if bias is not None:
         center = center + bias.double()
-        radius = radius + bias.double().abs() * unit(torch.float64)
-    lower, upper = sound_bounds(center, radius, 4 * unit(torch.float64))
+        radius = radius + bias.double().abs() * (unit(torch.float64) + lost.size) * (1 + 2.0**-50)
+    radius = radius + lost.least
+    limit = spread_limit(lost.size, torch.float64 if call.dtype == torch.float64 else torch.float32)
+    lower, upper = sound_bounds(center, radius, 4 * unit(torch.float64), limit)
+    if lost.rough:
+        lower, upper = rounded_twice(call, (lower, upper), bias)
     return outward(lower, call.dtype, True), outward(upper, call.dtype, False)
+
+
+def rounded_twice(call: Call, found: Ends, bias: Tensor | None) -> Ends:
+    """Bounds of a product and its bias, of which another evaluation rounds the product to 16 bits, then the sum.
+
+    The first moves the sum by at most ``u (|y| + |b|)`` and the least, the second is left to rounding outward.
+    """
+    lower, upper = found
+    share = unit(call.dtype) * 1.01
+    moves = 0.0 if bias is None else bias.to(lower.dtype).abs() * share
+    return (
+        lower - (lower.abs() * share + moves + call.lost.least),
+        upper + (upper.abs() * share + moves + call.lost.least),
+    )
 
 
 def finished_margins(mode: Mode, upper: Tensor, own: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +101,9 @@ def input_box(x: Tensor, eps: Any, sound: bool, clip: Clip = None, norm: float =
     if norm not in NORMS:
         checks.fail(OP, "norm", "inf, 2 or 1", norm)
     eps, limits = _radius(eps, x), _limits(clip, x)
-    if sound:
+    if sound and x.dtype == torch.float32 and isinstance(eps, float) and not (limits and _tensors(limits)):
+        lower, upper = _around(x, eps, limits)
+    elif sound:
         wide, radius = x.double(), _to(eps, x).double()
         end = torch.full((), torch.inf, dtype=torch.float64, device=x.device)
         lower, upper = torch.nextafter(wide - radius, -end), torch.nextafter(wide + radius, end)
@@ -113,6 +116,8 @@ def input_box(x: Tensor, eps: Any, sound: bool, clip: Clip = None, norm: float =
         if limits is not None:
             lower, upper = lower.clamp_min(limits[0]), upper.clamp_max(limits[1])
         lower, upper = lower.to(x.dtype), upper.to(x.dtype)
+    if limits is None and not isinstance(eps, Tensor):
+        return _with_ball(x, eps, sound, norm, lower, upper)
     empty = lower > upper
     if looks(x):
         if bool(empty.any()):
@@ -121,7 +126,47 @@ def input_box(x: Tensor, eps: Any, sound: bool, clip: Clip = None, norm: float =
     elif limits is not None or isinstance(eps, Tensor):
         bad = empty if not isinstance(eps, Tensor) else empty | ~(eps >= 0).expand(x.shape)
         lower, upper = lower.masked_fill(bad, -torch.inf), upper.masked_fill(bad, torch.inf)
-    if sound:
+    return _with_ball(x, eps, sound, norm, lower, upper)
+
+
+def _tensors(values: tuple[Any, ...]) -> bool:
+    return any(isinstance(v, Tensor) for v in values)
+
+
+#: Ends of the float32 numbers, by device: tensors that are made once.
+_ENDS: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def _around(x: Tensor, eps: float, limits: tuple[Any, Any] | None) -> tuple[Tensor, Tensor]:
+    """float32 ``[x - eps, x + eps]`` within limits, which are numbers, rounded outward: few and small operations.
+
+    ``x - e`` with e >= eps of float32 is rounded to nearest, so the number below it is beyond the exact one.
+    """
+    if eps == 0:
+        lower = upper = x
+    else:
+        radius = _number(eps, False)
+        ends = _ENDS.get(x.device)
+        if ends is None or _mapped(x) or torch.compiler.is_compiling():
+            ends = torch.tensor(-torch.inf, device=x.device), torch.tensor(torch.inf, device=x.device)
+            if looks(x):
+                _ENDS[x.device] = ends
+        lower, upper = torch.nextafter(x - radius, ends[0]), torch.nextafter(x + radius, ends[1])
+    if limits is not None:
+        lower, upper = lower.clamp_min(_number(limits[0], True)), upper.clamp_max(_number(limits[1], False))
+    return lower, upper
+
+
+@lru_cache(maxsize=256)
+def _number(value: float, lower: bool) -> float:
+    """A float32 number at or beyond ``value``."""
+    if not math.isfinite(value):
+        return value
+    return float(outward(torch.tensor(float(value), dtype=torch.float64), torch.float32, lower))
+
+
+def _with_ball(x: Tensor, eps: Any, sound: bool, norm: float, lower: Tensor, upper: Tensor) -> Box:
+    if sound and lower.dtype != x.dtype:
         lower, upper = outward(lower, x.dtype, True), outward(upper, x.dtype, False)
     ball = None
     if norm != math.inf:

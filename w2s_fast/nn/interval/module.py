@@ -13,13 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from ... import autocast, checks
-from ...ops.interval_bounds.inputs import COMPUTES, ROUNDINGS, Compute, Rounding, rows
-from ...ops.interval_bounds.margin import MARGIN_LOGITS, margin_logits
+from ...ops.interval_bounds.inputs import COMPUTES, Compute, rows
+from ...ops.interval_bounds.margin import MARGIN_LOGITS
 from ...reference.interval_bounds.boxes import outward
-from . import backward
-from .boxes import OP, Box, Call, Choices, Mode, ends, finished, finished_margins, refuse, wide
-from .inputs import Clip, boxes, labels, looks
-from .program import Env, Program, program
+from . import backward, deployed
+from .boxes import (
+    HALVES,
+    OP,
+    ROUNDINGS,
+    Box,
+    Call,
+    Choices,
+    Mode,
+    Rounding,
+    ends,
+    finished,
+    finished_margins,
+    refuse,
+    wide,
+)
+from .inputs import Clip, boxes, labels
+from .program import Env, Program, Step, program
 from .samples import Samples
 from .trace import alone, fingerprint, trace
 
@@ -40,6 +54,11 @@ def unlowered(method: _Method) -> _Method:
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
+
+
+def _tensor(value: Any) -> Tensor:
+    """Of an input, a tensor with its shape, dtype and device."""
+    return value.lower if isinstance(value, Box) else value.clean if isinstance(value, Choices) else value  # type: ignore[no-any-return]
 
 
 class IntervalPass:
@@ -63,6 +82,14 @@ class IntervalPass:
         if not isinstance(found, Box):
             refuse("an output that is not one tensor")
         return found  # type: ignore[no-any-return]
+
+    def _last(self) -> Step | None:
+        """A last Linear to merge with, unless autocast rounds its operands."""
+        last = self._program.last
+        if last is not None and self._mode.deployed:
+            self._box(last.boxes[0])
+            return None if self._env.lowers(last) else last
+        return last
 
     def _output(self) -> Box:
         return self._box(self._program.trace.output)
@@ -101,22 +128,45 @@ class IntervalPass:
         """See `IntervalModule.margins`."""
         if self._backward(method):
             return self._backward_margins(y)
-        last, output = self._program.last, self._program.shapes.get(self._program.trace.output, ())
+        last, output = self._last(), self._program.shapes.get(self._program.trace.output, ())
         if last is not None:
             label = labels(y, output[0], output[1])
             box = self._box(last.boxes[0])
             weight, bias = (self._env.filled(last.bound[k]) for k in ("weight", "bias"))
             if box.ball is None and weight.dtype == box.lower.dtype:
-                if not looks(label):
-                    flat = map(rows, (box.lower, box.upper, weight))
-                    found: Tensor = MARGIN_LOGITS(*flat, bias, label, True, self._mode.sound)
-                    return found
-                return margin_logits(box.lower, box.upper, weight, bias, label, rounding=self._mode.rounding)
+                flat = map(rows, (box.lower, box.upper, weight))  # all of it has been checked by the trace
+                found: Tensor = MARGIN_LOGITS(*flat, bias, label.contiguous(), True, self._mode.sound)
+                return found if not self._mode.deployed else self._apart(found, box, weight, bias, label)
         box = self._output()
         label = self._labels(y, box)
         own = box.lower.gather(1, label[:, None])
         z = finished_margins(self._mode, box.upper, own)
         return z.scatter(1, label[:, None], 0.0)
+
+    def _apart(self, z: Tensor, box: Box, weight: Tensor, bias: Tensor | None, label: Tensor) -> Tensor:
+        """Margins of two logits that are evaluated apart: ``z + e_k + e_y``, e what a deployed evaluation is off by.
+
+        e = gamma (|W| |x| + |bias|) + least. |z| is at most the sum of both such sizes, so a little more than gamma
+        covers the roundings here. Sizes are taken four times, and overflow where partial sums may.
+        """
+        half, kind = box.lower.dtype in HALVES, z.dtype
+        lost = deployed.lost("linear", {"weight": weight}, box.lower.dtype)
+        with torch.no_grad():
+            most = box.upper if self._program.last_of_relu else torch.maximum(-box.lower, box.upper)
+            weight = weight.abs()
+            shift = most.new_full((), 1e-20) if bias is None else bias.abs() + 1e-20  # also for the least
+            if half:
+                weight, most, shift = (t.to(kind) for t in (weight, most, shift))
+            size = torch.addmm(shift, most, weight.t(), beta=4, alpha=4)
+            own = 1 + 4 * deployed.gamma(weight.shape[1] + 8, kind)  # of these sums
+            share = (lost.size * own + 8 * torch.finfo(kind).eps) / 4
+            if half:  # rounded to 16 bits at most twice
+                out = self._output()
+                values = torch.maximum(-out.lower, out.upper).to(kind) + shift
+                size = size + (values + lost.least / lost.rough) * (1.01 * lost.rough / share)
+            moved = size + size.gather(1, label[:, None])
+            others = torch.arange(z.shape[1], device=z.device) != label[:, None]
+        return torch.where(others, torch.add(z, moved, alpha=share), 0.0)
 
     @unlowered
     def specified(self, C: Tensor, method: Method = "ibp") -> tuple[Tensor, Tensor]:
@@ -145,10 +195,14 @@ class IntervalPass:
 
     def _specified_ibp(self, C: Tensor) -> tuple[Tensor, Tensor]:
         """``C W`` times the box before a last Linear, else C times the box of the output."""
-        last = self._program.last
+        last = self._last()
         box = self._output() if last is None else self._box(last.boxes[0])
         call = Call(self._mode, None, box.lower.dtype, (), "C")
         matrix, shift = wide(call, C), None
+        if last is not None and self._mode.deployed:
+            given = {"weight": self._env.filled(last.bound["weight"])}
+            lost = deployed.lost("linear", given, box.lower.dtype)
+            call = call._replace(lost=lost._replace(size=lost.size + lost.rough, rough=0.0))
         if last is not None:
             weight, bias = (self._env.filled(last.bound[k]) for k in ("weight", "bias"))
             shift = None if bias is None else wide(call, C) @ wide(call, bias)
@@ -187,10 +241,13 @@ class IntervalPass:
         samples, output = self._samples(), self._program.trace.output
         samples.in_order(output)
         dtype = torch.float64 if self._mode.sound else box.lower.dtype
-        one = torch.eye(box.lower.shape[1], dtype=dtype, device=box.lower.device)
-        rows = one.unsqueeze(1) - one[label]  # [M, B, C]
+        classes = box.lower.shape[1]
+        one = torch.eye(classes, dtype=dtype, device=box.lower.device)
+        others = torch.arange(classes - 1, device=box.lower.device).expand(len(label), -1)
+        others = others + (others >= label[:, None])  # every class but the label
+        rows = (one[others] - one[label].unsqueeze(1)).transpose(0, 1).contiguous()  # [C - 1, B, C]
         z = self._upper(samples, output, rows).t()
-        return z.scatter(1, label[:, None], 0.0)
+        return z.new_zeros(len(label), classes).scatter(1, others, z)
 
     def _upper(self, samples: Samples, name: str, rows: Tensor) -> Tensor:
         found = backward.upper_bounds(self._env, samples, name, rows)
@@ -332,7 +389,7 @@ class IntervalModule(nn.Module):
         if ask != "bounds" and y is None:
             checks.fail(OP, "y", "labels where margins are asked", None, error=TypeError)
         if ask == "verified":
-            return self.verified(given, y, eps, clip, method, norm=norm)  # type: ignore[arg-type]
+            return self.verified(given, y, eps, clip, method, norm=norm, rounding=rounding or "sound")  # type: ignore[arg-type]
         kind = rounding or ("sound" if ask == "bounds" else "fast")
         return self._ask(ask, given, y, eps, kind, clip, method, norm, clean)
 
@@ -381,7 +438,10 @@ class IntervalModule(nn.Module):
                 without eps is exact.
             eps: radius of the box, a number >= 0 or a tensor that broadcasts to x (one a channel, say).
             rounding: ``"sound"``: they contain the exact output of every real input of the box, whatever rounding did;
-                the box itself is rounded outward. ``"fast"``: round to nearest, for training.
+                the box itself is rounded outward. ``"deployed"``: they contain what any floating-point evaluation of
+                the model in its own dtypes (under `torch.autocast`: in those) gives, in any order of sums, with or
+                without fused multiply-add; layers whose rounding is not analysed, and settings that take products in
+                fewer digits, are refused. ``"fast"``: round to nearest, for training.
             clip: (lowest, highest) value an input may have.
             method: ``"ibp"``; ``"crown-ibp"`` (arXiv 1906.06316): intervals for the hidden layers, then linear bounds
                 of the output taken backward through them; ``"crown"`` (arXiv 1811.00866): backward for the hidden
@@ -412,15 +472,19 @@ class IntervalModule(nn.Module):
 
     @torch.no_grad()
     def verified(
-        self, x: Any, y: Tensor, eps: Any = None, clip: Clip = None, method: Method = "ibp", *, norm: float = math.inf
-    ) -> Tensor:
+        self, x: Any, y: Tensor, eps: Any = None, clip: Clip = None, method: Method = "ibp", *, norm: float = math.inf,
+        rounding: Rounding = "sound",
+    ) -> Tensor:  # fmt: skip
         """Which samples no input within eps can move to another class: bool ``[B]``, by sound bounds, in eval mode.
 
         Args:
             x, y, eps, clip, norm: see `margins`.
             method: ``"ibp"``, or ``"crown-ibp"``, ``"crown"``: of each margin the better of the two bounds.
+            rounding: ``"sound"``: of the exact outputs; ``"deployed"``: of any float evaluation's. See `bounds`.
         """
-        found: Tensor = self._ask("verified", x, y, eps, "sound", clip, method, norm)
+        if rounding == "fast":
+            checks.fail(OP, "rounding", '"sound" or "deployed" for a certificate', '"fast"')
+        found: Tensor = self._ask("verified", x, y, eps, rounding, clip, method, norm)
         return found
 
     def _ask(
@@ -452,7 +516,7 @@ class IntervalModule(nn.Module):
             asked = found.margins(y, method)
         if ask == "verified":
             z = asked if method == "ibp" else torch.minimum(asked, found.margins(y))
-            return (z.scatter(1, y[:, None].long(), -torch.inf) < 0).all(1)
+            return (z < 0).sum(1) == z.shape[1] - 1  # the label's own is 0
         return (asked, found.logits) if clean else asked
 
     def _begin(
@@ -462,8 +526,11 @@ class IntervalModule(nn.Module):
         mode = Mode(checks.choice(OP, "rounding", rounding, ROUNDINGS), self.compute)  # type: ignore[arg-type]
         inputs = boxes(x, eps, mode.sound, clip, norm, True)
         boxed = tuple(i for i, v in enumerate(inputs) if isinstance(v, (Box, Choices)))
-        kinds = [v.lower if isinstance(v, Box) else v.clean if isinstance(v, Choices) else v for v in inputs]
-        steps = self.program_for([(t.shape, t.dtype, t.device) for t in kinds], boxed, apart)
+        kinds = [_tensor(v) for v in inputs]
+        lowered = autocast.dtype_of(kinds[0].device) if mode.deployed else None
+        steps = self.program_for([(t.shape, t.dtype, t.device) for t in kinds], boxed, apart, lowered)
+        if mode.deployed:
+            self._analysed(steps, kinds[0].device)
         if certificate and steps.uses_batch:
             checks.fail(OP, "model", "in eval mode for a certificate", "batch-norm in training mode")
         if not (clean or steps.uses_batch):
@@ -480,13 +547,25 @@ class IntervalModule(nn.Module):
 
         return IntervalPass(env, samples)
 
-    def program_for(self, examples: list[Any], boxed: tuple[int, ...], apart: bool) -> Program:
-        """The steps for inputs of these shapes, dtypes and devices, those numbered ``boxed`` with bounds."""
+    def _analysed(self, steps: Program, device: torch.device) -> None:
+        dtypes = self._programs.get(("analysed", id(steps)))
+        if dtypes is None:
+            deployed.analysed(steps)
+            dtypes = self._programs["analysed", id(steps)] = {step.node.dtype for step in steps.steps}
+        deployed.settings(device, dtypes)
+
+    def program_for(
+        self, examples: list[Any], boxed: tuple[int, ...], apart: bool, lowered: torch.dtype | None = None
+    ) -> Program:
+        """The steps for inputs of these shapes, dtypes and devices, those numbered ``boxed`` with bounds.
+
+        ``lowered``: the dtype of the autocast that they are traced under.
+        """
         examples = [(torch.Size(int(s) for s in shape), dtype, device) for shape, dtype, device in examples]
-        key = (tuple(examples), boxed, fingerprint(self.model))
+        key = (tuple(examples), boxed, lowered, fingerprint(self.model))
         found = self._programs.get(key)
         if found is None:
-            traced = trace(self.model, examples)
+            traced = trace(self.model, examples, lowered)
             names = {traced.inputs[i] for i in boxed}
             found = program(traced, names), program(traced, names, relu_apart=True)
             if len(self._programs) > 64:
@@ -506,7 +585,7 @@ def bound(model: nn.Module, *, compute: Compute = "fp32") -> IntervalModule:
 
 def verify(
     model: nn.Module, x: Any, y: Tensor, eps: Any = None, clip: Clip = None, method: Method = "ibp", *,
-    norm: float = math.inf,
+    norm: float = math.inf, rounding: Rounding = "sound",
 ) -> Tensor:  # fmt: skip
     """Which samples of (x, y) the model certainly classifies as y everywhere within eps: bool ``[B]``.
 
@@ -514,6 +593,6 @@ def verify(
 
     Args:
         model: in eval mode; see `IntervalModule`.
-        x, y, eps, clip, method, norm: see `IntervalModule.verified`.
+        x, y, eps, clip, method, norm, rounding: see `IntervalModule.verified`.
     """
-    return bound(model).verified(x, y, eps, clip, method, norm=norm)
+    return bound(model).verified(x, y, eps, clip, method, norm=norm, rounding=rounding)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import checks
 from ...ops.interval_bounds.affine import interval_affine, interval_batchnorm_stats
+from . import deployed
 from .backward import norm_back
 from .boxes import OP, Box, Call, Ends, Statistics, finished, wide
 from .registry import layer
@@ -37,7 +38,10 @@ def norm_clean(norm: dict[str, Any], clean: Tensor | None) -> Tensor | None:
         if own[2] is not None and own[2].dtype != clean.dtype
         else own
     )
-    return F.batch_norm(clean, *own[:4], _trains(norm), norm["momentum"], norm["eps"])  # type: ignore[call-arg]
+    momentum = norm["momentum"]
+    if isinstance(momentum, Tensor):  # batches so far: running statistics are averages over all of them
+        momentum = 1 / float(momentum)
+    return F.batch_norm(clean, *own[:4], _trains(norm), momentum, norm["eps"])  # type: ignore[call-arg]
 
 
 def scale_of(norm: dict[str, Any], mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +62,8 @@ def norm_ends(call: Call, box: Box, **norm: Any) -> Box:
         s, t = (v.to(box.lower.dtype) for v in scale_of(norm, mean, variance))
         return Box(*interval_affine(box.lower, box.upper, s, t), clean, statistics)
     weight, bias = wide(call, norm["weight"]), wide(call, norm["bias"])
+    if call.mode.deployed:  # of a step of its own, or of one merged with the product before it
+        call = call._replace(lost=deployed.lost("batch_norm", {}, call.dtype))
     scale = torch.rsqrt(variance.double() + norm["eps"]) * (1.0 if weight is None else weight)
     center, beta = mean.double().reshape(axes), 0.0 if bias is None else bias.reshape(axes)
     s = scale.reshape(axes)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
+from ...reference.interval_bounds.boxes import outward
 from .backward import linear_back
 from .boxes import OP, Box, Call, Choices, Ends, Norm, ends, finished, increasing, linear_map, point, refuse, wide
 from .registry import layer
@@ -24,8 +25,10 @@ def as_box(call: Call, value: Any) -> Box:
         return value
     if isinstance(value, Tensor):
         return point(wide(call, value))
-    kind = torch.float64 if call.sound else call.dtype
-    return point(torch.tensor(float(value), dtype=kind))
+    number = torch.tensor(float(value), dtype=torch.float64 if call.sound else call.dtype)
+    if call.mode.deployed:  # libraries round it to the dtype, or to float32, or keep it
+        return Box(outward(number, call.dtype, True).double(), outward(number, call.dtype, False).double())
+    return point(number)
 
 
 def _device(call: Call, *values: Any) -> list[Box]:
@@ -43,12 +46,17 @@ def _sized(call: Call, *tensors: Tensor) -> Tensor | None:
     return total
 
 
-def _ball(call: Call, box: Box, ends: Ends, center: Tensor, scale: Tensor, slack: Tensor) -> Box | Ends:
-    """The ends, with the ball that went through an operation on each entry."""
+def _ball(
+    call: Call, box: Box, ends: Ends, center: Tensor, scale: Tensor, slack: Tensor, size: Tensor | None = None
+) -> Box | Ends:
+    """The ends, with the ball that went through an operation on each entry; ``size``: of more terms than those."""
     assert box.ball is not None
     if ends[0].shape != box.lower.shape:  # an entry that is there twice is no ball's any more
         return ends
-    lost = (center.abs() + scale.abs()) * 2.0**-50 + 1e-300 if call.sound else torch.zeros_like(scale)
+    lost = torch.zeros_like(scale)
+    if call.sound:
+        size = center.abs() + scale.abs() + (0.0 if size is None else size)
+        lost = size * (2.0**-50 + call.lost.size + call.lost.rough) + max(1e-300, call.lost.least)
     return Box(*ends, ball=Norm(box.ball.p, center, scale.abs(), slack + lost))
 
 
@@ -58,14 +66,15 @@ def _add(call: Call, *, self: Any, other: Any, alpha: Any = 1) -> Any:
     a, b = _device(call, self, other)
     a, b = (b, a) if name == "rsub" else (a, b)
     factor = float(alpha) * (1.0 if name == "add" else -1.0)
+    if alpha != 1:  # which 16-bit arithmetic may round to 16 bits
+        call = call._replace(lost=call.lost._replace(size=call.lost.size + call.lost.rough))
     (al, au), (bl, bu) = ends(call, a), ends(call, b)
     if factor != 1.0:
         one, two = bl * factor, bu * factor
         bl, bu = torch.minimum(one, two), torch.maximum(one, two)
     lower, upper = al + bl, au + bu
-    found = finished(
-        call, lower, upper, _sized(call, torch.maximum(al.abs(), au.abs()), torch.maximum(bl.abs(), bu.abs()))
-    )
+    size = _sized(call, torch.maximum(al.abs(), au.abs()), torch.maximum(bl.abs(), bu.abs()))
+    found = finished(call, lower, upper, size)
     if isinstance(self, Box) != isinstance(other, Box):
         box, sign = (a, 1.0) if isinstance(a.ball, Norm) else (b, factor)
         if box.ball is not None:
@@ -73,7 +82,7 @@ def _add(call: Call, *, self: Any, other: Any, alpha: Any = 1) -> Any:
             center = box.ball.center * sign + shift
             return _with_clean(
                 call,
-                _ball(call, box, found, center, box.ball.scale * abs(sign), box.ball.slack * abs(sign)),
+                _ball(call, box, found, center, box.ball.scale * abs(sign), box.ball.slack * abs(sign), size),
                 self,
                 other,
                 alpha,
@@ -99,6 +108,11 @@ def hull(*values: Tensor) -> Ends:
     return low, high
 
 
+def _products(al: Tensor, au: Tensor, bl: Tensor, bu: Tensor) -> list[Tensor]:
+    """Of all ends, those of a constant once."""
+    return [x * y for x in ([al] if al is au else [al, au]) for y in ([bl] if bl is bu else [bl, bu])]
+
+
 @layer("mul", shows="*", kind="elementwise", back=linear_back(one=True))
 def _mul(call: Call, *, self: Any, other: Any) -> Any:
     a, b = _device(call, self, other)
@@ -107,7 +121,7 @@ def _mul(call: Call, *, self: Any, other: Any) -> Any:
         if self is other:
             return square(call, self)
         return finished(call, *hull(al * bl, al * bu, au * bl, au * bu))
-    found = finished(call, *(hull(al * bl, au * bl) if isinstance(self, Box) else hull(al * bl, al * bu)))
+    found = finished(call, *hull(*_products(al, au, bl, bu)))
     box, by = (a, bl) if isinstance(self, Box) else (b, al)
     if box.ball is None:
         return found
@@ -126,7 +140,7 @@ def _div(call: Call, *, self: Any, other: Any, rounding_mode: Any = None) -> Any
         low, high = hull(al / bl, al / bu, au / bl, au / bu)
         known = (bl > 0) | (bu < 0)
         return finished(call, torch.where(known, low, -torch.inf), torch.where(known, high, torch.inf))
-    found = finished(call, *hull(al / bl, au / bl))
+    found = finished(call, *hull(*(x / y for x in (al, au) for y in ((bl,) if bl is bu else (bl, bu)))))
     if a.ball is None:
         return found
     made = _ball(call, a, found, a.ball.center / bl, a.ball.scale / bl, a.ball.slack / bl.abs())

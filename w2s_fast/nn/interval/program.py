@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ... import checks
-from . import registry
+from . import deployed, registry
 from .affine import Affine
-from .boxes import OP, Box, Call, Choices, Mode, refuse
-from .trace import Node, Ref, Trace
+from .boxes import OP, Box, Call, Choices, Lost, Mode, refuse
+from .trace import Node, Ref, Trace, references
 
 
 @dataclass(eq=False)
@@ -33,6 +33,11 @@ class Step:
         """Arguments by the names of the operation's schema."""
         return dict(self.pairs)
 
+    def __post_init__(self) -> None:
+        #: what of the arguments refers to values; the deployed rounding of the step, once it is known
+        self.open = tuple((k, v) for k, v in self.pairs if next(references(v), None) is not None)
+        self.lost: Lost | None = None
+
     @property
     def node(self) -> Node:
         return self.nodes[0]
@@ -47,6 +52,8 @@ class Program(NamedTuple):
     before_relu: list[str]
     uses_batch: bool
     shapes: dict[str, tuple[int, ...]]
+    later: dict[str, Step]  # constants that are computed, by name
+    last_of_relu: bool = False  # the last Linear's input is not negative
 
 
 _NORMS = ("aten::batch_norm", "aten::_native_batch_norm_legit_functional", "aten::_native_batch_norm_legit_no_training",
@@ -135,7 +142,7 @@ def program(traced: Trace, boxed: set[str], *, relu_apart: bool = False) -> Prog
             relu = None if relu_apart else follower(nodes[-1], _RELUS)
             nodes += [relu] if relu is not None else []
             given = None if norm is None else {k: v for k, v in by_name(norm).items() if k != "input"}
-            own = Affine(bound, None if given is None else tuple(given.items()), relu is not None, node)
+            own = Affine(None if given is None else tuple(given.items()), relu is not None, node)
             uses_batch = uses_batch or (given is not None and bool(given["training"]))
         if schema(node) in _RELUS:
             before_relu += boxes
@@ -149,10 +156,12 @@ def program(traced: Trace, boxed: set[str], *, relu_apart: bool = False) -> Prog
         or schema(last.nodes[-1]) != "aten::linear"
         or len(last.node.shape) != 2
         or last.affine is None
-        or any(r.name not in traced.states for r in last.affine.parameters)
     ):
         last = None
-    return Program(steps, traced, last, before_relu, uses_batch, shapes)
+    later = {step.name: step for step in steps if not step.boxes}
+    before = next((s for s in steps if last is not None and s.name == last.boxes[0]), None)
+    of_relu = before is not None and schema(before.nodes[-1]) in _RELUS
+    return Program(steps, traced, last, before_relu, uses_batch, shapes, later, of_relu)
 
 
 def _named(traced: Trace, name: str) -> Node | None:
@@ -185,9 +194,15 @@ def _constant(node: Node) -> None:
 
 def attribute(model: nn.Module, path: tuple[str, ...]) -> Tensor:
     """A parameter, buffer or tensor by its path, as the model has it now."""
-    found: Any = model
-    for name in path:
-        found = getattr(found, name)
+    module: Any = model
+    for name in path[:-1]:
+        module = module._modules.get(name) if isinstance(module, nn.Module) else None
+    state = path[-1]
+    found: Any = None if module is None else module._parameters.get(state, module._buffers.get(state))
+    if found is None:
+        found = model
+        for name in path:
+            found = getattr(found, name)
     if type(found).__name__ == "DTensor":
         hint = "Wrap bound(model) as a whole (fully_shard(bound(model))) and call its forward."
         wanted = "whole while bounds are computed"
@@ -229,6 +244,10 @@ class Env:
         path = trace.states.get(name)
         if path is not None:
             return self._attribute(path)
+        step = self.program.later.get(name)
+        if step is not None:  # of a batch-norm that became one with the product before it
+            self.values[name] = self.run(step)
+            return self.values[name]
         literal = trace.constants[name]
         own = next((v for v in self.values.values() if isinstance(v, Box)), None)
         return literal if own is None else literal.to(own.lower.device)
@@ -264,8 +283,15 @@ class Env:
         if node.target is operator.getitem:
             found = self.values[step.boxes[0]]
             return found[node.args[1]] if isinstance(found, list) else found
-        given = self.filled(step.bound)
+        given = step.bound
+        for key, value in step.open:
+            given[key] = self.filled(value)
         call = Call(self.mode, node.target, step.nodes[-1].dtype or torch.float32, step.nodes[-1].shape, node.where)
+        if self.mode.deployed:
+            step.lost = step.lost or deployed.lost(deployed.name_of(node.target), given, call.dtype)
+            call = call._replace(lost=step.lost)
+            if deployed.lowers(deployed.name_of(node.target), given, call.dtype):
+                given = {k: deployed.lowered(v, call.dtype) for k, v in given.items()}
         if step.affine is not None:
             norm = None if step.affine.norm is None else self.filled(dict(step.affine.norm))
             return step.affine.run(call, norm, **given)
@@ -274,14 +300,25 @@ class Env:
         if isinstance(found, (Box, list)):
             return found
         sources = [self.values[name] for name in step.boxes]
+        if self.mode.deployed:
+            found = deployed.hidden(deployed.name_of(node.target), sources, found)
         clean = None
         if all(s.clean is not None for s in sources):
             clean = node.target(*self.filled(node.args, self._clean), **self.filled(dict(node.kwargs), self._clean))
             clean = clean[0] if isinstance(clean, (tuple, list)) else clean
         return Box(found[0], found[1], clean)
 
+    def lowers(self, step: Step) -> bool:
+        """Whether autocast rounds the operands of a deployed step."""
+        dtype = step.nodes[-1].dtype
+        if not self.mode.deployed or dtype is None:
+            return False
+        return deployed.lowers(deployed.name_of(step.node.target), self.filled(step.bound), dtype)
+
     def _constant(self, step: Step) -> Any:
         node = step.node
+        if self.mode.deployed:  # as it is, which is exact
+            return node.target(*self.filled(node.args), **self.filled(dict(node.kwargs)))
         take = self._exact if node.dtype is not None and node.dtype.is_floating_point else self.state
         kwargs = self.filled(dict(node.kwargs), take)
         if self.mode.sound and kwargs.get("dtype") is not None and kwargs["dtype"].is_floating_point:

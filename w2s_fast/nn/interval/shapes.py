@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...reference.interval_bounds.boxes import outward
 from .backward import linear_back, maxpool_back
 from .boxes import OP, Box, Call, Choices, Ends, ends, finished, refuse, wide
+from .deployed import terms
 from .registry import layer
 
 #: Operations after which every entry is still there at most once: the ball of the input goes through.
@@ -35,6 +37,22 @@ _ONCE = {
 }
 
 
+def _keeps_samples(call: Call, given: dict[str, Any], before: Tensor, after: Any) -> bool:
+    """Whether the ball goes through: every entry is there at most once, and the first axis still counts samples."""
+    name = call.op._schema.name.split("::")[1]
+    if name not in _ONCE or not isinstance(after, Tensor):
+        return False
+    if before.ndim < 2 or before.shape[0] == 1:
+        return True
+    if name == "permute":
+        return bool(given["dims"][0] % before.ndim == 0)
+    if name == "transpose":
+        return bool(given["dim0"] % before.ndim and given["dim1"] % before.ndim)
+    if name in ("t", "movedim") or (name == "select" and given["dim"] % before.ndim == 0):
+        return False
+    return after.ndim > 0 and after.shape[0] == before.shape[0]
+
+
 def _exact(call: Call, given: dict[str, Any], which: str) -> Any:
     """The same operation on lower bounds and on upper ones."""
 
@@ -51,7 +69,9 @@ def _exact(call: Call, given: dict[str, Any], which: str) -> Any:
                 return getattr(v, side)
             if isinstance(v, (list, tuple)):
                 return [end(t) for t in v]
-            return v.to(call.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+            if not isinstance(v, Tensor) or not v.is_floating_point():
+                return v
+            return outward(v.double(), call.dtype, side == "lower") if call.sound else v.to(call.dtype)
 
         arguments = [end(given[a.name]) for a in call.op._schema.arguments if not a.kwarg_only]
         options = {a.name: end(given[a.name]) for a in call.op._schema.arguments if a.kwarg_only}
@@ -64,7 +84,7 @@ def _exact(call: Call, given: dict[str, Any], which: str) -> Any:
 
     lower, upper = on("lower"), on("upper")
     source = given.get("self")
-    if isinstance(source, Box) and source.ball is not None and call.op._schema.name.split("::")[1] in _ONCE:
+    if isinstance(source, Box) and source.ball is not None and _keeps_samples(call, given, source.lower, lower):
         shape = source.lower.shape
         name = call.op._schema.name.split("::")[1]
         moved = []
@@ -189,25 +209,37 @@ def _dropout(call: Call, *, input: Box, p: float, train: bool | None) -> Any:
 
 @layer("to", "_to_copy", "type_as", shows="to a wider dtype", kind="index", back=linear_back())
 def _cast(call: Call, *, self: Any, **_: Any) -> Ends:
+    """A narrower one rounds, which is no part of the model unless it is bounded as deployed."""
+    if self.lower.dtype == torch.bool and call.dtype.is_floating_point:
+        return self.lower.to(call.dtype), self.upper.to(call.dtype)
+    if call.mode.deployed and call.dtype.is_floating_point:
+        return outward(self.lower.double(), call.dtype, True), outward(self.upper.double(), call.dtype, False)
     narrow = not call.dtype.is_floating_point or torch.finfo(call.dtype).eps > torch.finfo(self.lower.dtype).eps
     if narrow or torch.finfo(call.dtype).max < torch.finfo(self.lower.dtype).max:
         refuse(f"a cast to a narrower dtype: {call.where} to {call.dtype}")
     return self.lower.to(call.dtype), self.upper.to(call.dtype)
 
 
-def _averaged(call: Call, function: Any, box: Box, terms: int) -> Ends:
-    """A linear map without negative coefficients."""
+def _averaged(call: Call, function: Any, box: Box, terms: int, count: int) -> Ends:
+    """A linear map without negative coefficients; ``count`` terms an entry, at most ``terms``."""
     low, high = ends(call, box)
     size = function(torch.maximum(low.abs(), high.abs())) if call.sound else None
-    return finished(call, function(low), function(high), size, terms)
+    found = finished(call, function(low), function(high), size, terms)
+    if call.lost.rough and call.dtype == torch.float16 and size is not None:  # the sum itself may be rounded to 16 bits
+        known = size * (2 * count) < torch.finfo(call.dtype).max
+        found = torch.where(known, found[0], -torch.inf), torch.where(known, found[1], torch.inf)
+    return found
 
 
 def _average(*names: str, shows: str) -> None:
     @layer(*names, shows=shows, kind="sum", back=linear_back())
     def rule(call: Call, **given: Any) -> Ends:
+        if not call.dtype.is_floating_point:
+            refuse(f"{call.where} to {call.dtype}")
         first = call.op._schema.arguments[0].name
         box, options = given.pop(first), {k: v for k, v in given.items() if k != "dtype"}
-        return _averaged(call, lambda t: call.op(t, *_positional(call, options)), box, box.lower.numel())
+        count = terms(call.op._schema.name.split("::")[1], {"self": box, **options})
+        return _averaged(call, lambda t: call.op(t, *_positional(call, options)), box, box.lower.numel(), count)
 
 
 def _positional(call: Call, options: dict[str, Any]) -> list[Any]:

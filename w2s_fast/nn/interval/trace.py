@@ -6,7 +6,9 @@ parameters and buffers, which are looked up at call time. `fingerprint` says whe
 
 from __future__ import annotations
 
+import functools
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,18 +73,84 @@ def references(value: Any) -> Iterator[Ref]:
 # What nn.Module keeps about itself; parameters, buffers, hooks and children are read apart.
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_SIMPLE = frozenset(_PLAIN)
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, Tensor):
-        return id(value), value.dtype, value.shape, value.device
-    if isinstance(value, (tuple, list)) and depth < 3 and len(value) < 64:
-        return tuple(_plain(v, depth + 1) for v in value)
-    if isinstance(value, dict) and depth < 3 and len(value) < 64:
-        return tuple((str(k), _plain(v, depth + 1)) for k, v in value.items())
-    return type(value), id(getattr(value, "__func__", value))
+class _Facts:
+    """Values that code may depend on, as something to compare: numbers, containers and attributes of objects, what
+    functions close over and the globals they name. At most 4000 entries: what a model holds besides is not looked at.
+    """
+
+    def __init__(self) -> None:
+        self.left = 4000
+        self.seen: dict[int, int] = {}
+        self.kept: list[Any] = []  # an id is that of no other object as long as this one lives
+
+    def _keep(self, value: Any) -> None:
+        self.seen[id(value)] = len(self.seen)
+        self.kept.append(value)
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        kind = type(value)
+        if kind in _SIMPLE or isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, Tensor):
+            return id(value), value.dtype, value.shape, value.device
+        if isinstance(value, (type, types.ModuleType, nn.Module)):
+            return id(value)
+        self.left -= 1
+        number = self.seen.get(id(value))
+        if number is not None:
+            return number
+        if self.left < 0 or depth > 8:
+            return kind, id(value)
+        self._keep(value)
+        inner = depth + 1
+        if isinstance(value, (tuple, list, set, frozenset)):
+            return kind, tuple(self.of(v, inner) for v in value)
+        if isinstance(value, dict):
+            return kind, tuple((k if type(k) in _SIMPLE else id(k), self.of(v, inner)) for k, v in value.items())
+        if isinstance(value, types.MethodType):
+            return kind, self.of(value.__func__, inner), self.of(value.__self__, inner)
+        if isinstance(value, types.FunctionType):
+            return self._function(value, inner)
+        if isinstance(value, functools.partial):
+            return kind, self.of(value.func, inner), self.of(value.args, inner), self.of(value.keywords, inner)
+        if isinstance(value, (property, classmethod, staticmethod)):
+            return kind, self.of(getattr(value, "fget", None) or getattr(value, "__func__", None), inner)
+        if kind.__module__ == "numpy":
+            return kind, value.tobytes() if value.nbytes < 1 << 16 else id(value)
+        held = [*getattr(value, "__dict__", {}).items()]
+        held += [(name, getattr(value, name, None)) for name in getattr(kind, "__slots__", ())]
+        return kind, tuple((k, self.of(v, inner)) for k, v in held) if held else id(value)
+
+    def _function(self, value: types.FunctionType, depth: int) -> Any:
+        if (value.__module__ or "").split(".")[0] == "torch":
+            return id(value.__code__)
+        cells = []
+        for cell in value.__closure__ or ():
+            try:
+                cells.append(self.of(cell.cell_contents, depth))
+            except ValueError:  # empty
+                cells.append(None)
+        names = [n for n in value.__code__.co_names if n in value.__globals__]
+        return (
+            id(value.__code__), self.of(value.__defaults__, depth), tuple(cells),
+            tuple((n, self.of(value.__globals__[n], depth)) for n in names),
+        )  # fmt: skip
+
+    def of_class(self, kind: type) -> Any:
+        """A module's class: its methods, and the attributes that instances share."""
+        if id(kind) in self.seen:
+            return None
+        self._keep(kind)
+        rows: list[Any] = []
+        for cls in kind.__mro__:
+            if cls.__module__.split(".")[0] in ("torch", "builtins", "typing", "abc"):
+                rows.append(id(cls.__dict__.get("forward")))
+            else:
+                rows += [(k, self.of(v, 1)) for k, v in cls.__dict__.items() if k[:2] != "__" or k == "__call__"]
+        return tuple(rows)
 
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...]:
@@ -91,6 +159,7 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
     Values of parameters and buffers are not part of it, nor are the layers themselves.
     """
     seen: dict[int, int] = {}
+    facts = _Facts()
     rows: list[Any] = [bool(torch.nn.modules.module._has_any_global_hook())]
 
     def visit(module: nn.Module, name: str) -> None:
@@ -99,14 +168,15 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
             rows.append((name, number))
             return
         seen[id(module)] = len(seen)
-        rows.append((name, type(module)))
+        kind = type(module)
+        rows.append((name, kind, facts.of_class(kind)))
         state = module.__dict__
         for key, value in state.items():
             if key not in _OWN:
-                rows.append((key, value if type(value) in (bool, int, float, str) else _plain(value)))
+                rows.append((key, value if type(value) in _SIMPLE else facts.of(value)))
         for hooks in (state["_forward_hooks"], state["_forward_pre_hooks"]):
             if hooks:
-                rows.append(tuple(id(h) for h in hooks.values()))
+                rows.append(tuple(facts.of(h) for h in hooks.values()))
         for store in (state["_parameters"], state["_buffers"]):
             for key, t in store.items():
                 # which names are one tensor, not which tensor
@@ -143,9 +213,19 @@ def alone(function: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def trace(model: nn.Module, examples: list[tuple[torch.Size, torch.dtype, torch.device]]) -> Trace:
-    """The model's operations for inputs of these shapes."""
-    found: Trace = alone(lambda: _trace(model, tuple(torch.zeros(s, dtype=t, device=d) for s, t, d in examples)))
+def trace(
+    model: nn.Module, examples: list[tuple[torch.Size, torch.dtype, torch.device]], lowered: torch.dtype | None = None
+) -> Trace:
+    """The model's operations for inputs of these shapes, with the casts of an autocast to ``lowered``."""
+
+    def run() -> Trace:
+        inputs = tuple(torch.zeros(s, dtype=t, device=d) for s, t, d in examples)
+        if lowered is None:
+            return _trace(model, inputs)
+        with torch.autocast(inputs[0].device.type, lowered):
+            return _trace(model, inputs)
+
+    found: Trace = alone(run)
     return found
 
 
@@ -179,10 +259,61 @@ def _ordinary_states(model: nn.Module) -> Iterator[None]:
             store[key] = t
 
 
+@contextmanager
+def _averaging(model: nn.Module) -> Iterator[dict[float, tuple[str, ...]]]:
+    """Batch-norms that average over all batches (momentum None) get numbers of their own while the model is traced.
+
+    The factor 1 / batches so far is a value of a buffer, which no trace holds; given are the buffers by number.
+    """
+    numbers: dict[float, tuple[str, ...]] = {}
+    changed: list[Any] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.momentum is not None:
+            continue
+        if module.training and module.num_batches_tracked is not None:
+            number = 0.1 + (len(numbers) + 1) * 2.0**-30
+            numbers[number] = (*filter(None, name.split(".")), "num_batches_tracked")
+            module.momentum = number
+            changed.append(module)
+    try:
+        yield numbers
+    finally:
+        for module in changed:
+            module.momentum = None
+
+
+def _with_averages(found: Trace, numbers: dict[float, tuple[str, ...]]) -> Trace:
+    """The newest count of batches in place of each number of `_averaging`."""
+    newest = {own: own for own in found.states}
+    origin = dict(newest)
+    own_of = {path: own for own, path in found.states.items()}
+    for node in found.nodes:
+        own = origin.get(node.refs[0]) if node.refs else None
+        if own is not None and found.states[own] in numbers.values() and node.target._schema.name == "aten::add":
+            origin[node.name], newest[own] = own, node.name
+        node.args = tuple(
+            Ref(newest[own_of[numbers[v]]]) if isinstance(v, float) and v in numbers else v for v in node.args
+        )
+    return found
+
+
+@contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
+    """What torch.export leaves of a module's attributes is copies of its containers, and what the forward assigned."""
+    held = [(m, {k: v for k, v in m.__dict__.items() if k not in _OWN and k != "training"}) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, before in held:
+            for key in [k for k in module.__dict__ if k not in _OWN and k != "training" and k not in before]:
+                del module.__dict__[key]
+            module.__dict__.update(before)
+
+
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        with warnings.catch_warnings(), _ordinary_states(model):
+        with warnings.catch_warnings(), _same_attributes(model), _ordinary_states(model), _averaging(model) as numbers:
             warnings.simplefilter("ignore")
             torch.backends.mha.set_fastpath_enabled(False)  # its fused operations compute what the plain ones do
             program = torch.export.export(model, inputs, strict=False)
@@ -190,7 +321,8 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
             _without_identities(program)
             _writes_are_known(program)
             versions = _renames(program)
-            return _converted(program if versions is not None else program.run_decompositions({}), versions)
+            found = _converted(program if versions is not None else program.run_decompositions({}), versions)
+            return _with_averages(found, numbers) if numbers else found
     except (TypeError, ValueError) as error:
         if str(error).startswith("w2s_fast"):
             raise

@@ -32,7 +32,7 @@ def _fake(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, *options: A
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, b, weight, _, *options, _ = inputs
+    a, b, weight, _, *options, _, _ = inputs
     ctx.options = options
     ctx.save_for_backward(a, b, weight, *(output if options[-2] else ()))
 
@@ -56,7 +56,7 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
 
 INTERVAL_CONV2D = define(
     "interval_conv2d",
-    f"(Tensor a, Tensor b, Tensor weight, Tensor? bias, {_OPTIONS}, bool sound) -> (Tensor x, Tensor y)",
+    f"(Tensor a, Tensor b, Tensor weight, Tensor? bias, {_OPTIONS}, bool sound, float spread) -> (Tensor x, Tensor y)",
     reference=reference.interval_conv2d,
     fake=_fake,
     setup_context=_setup_context,
@@ -126,6 +126,7 @@ def interval_conv2d(
     out_form: Form | None = None,
     rounding: Rounding = "fast",
     compute: Compute = "fp32",
+    spread: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """A box through a convolution: centre ``conv(m, W) + bias``, radius ``conv(r, |W|)``, then batch-norm and ReLU.
 
@@ -143,7 +144,7 @@ def interval_conv2d(
         clean: activations ``[B, I, H, W]`` without a box, whose own ``conv(clean, W) + bias``, before batch-norm and
             ReLU, is returned too: the statistics of a batch-norm in training are those of it
             (`interval_batchnorm_stats`).
-        form, out_form, rounding, compute: see `interval_linear`.
+        form, out_form, rounding, compute, spread: see `interval_linear`.
 
     Returns:
         Two contiguous tensors ``[B, O, H', W']``, three with ``clean``. Differentiable, once, in every tensor given.
@@ -191,7 +192,7 @@ def interval_conv2d(
     bias = None if bias is None else bias.contiguous()
     x, y = INTERVAL_CONV2D(
         a.contiguous(), b.contiguous(), weight.contiguous(), bias, *options, groups, bounds_in, not direct,
-        relu and not (normed and sound), compute, sound,
+        relu and not (normed and sound), compute, sound, checks.number(op, "spread", spread, low=0.0, high=1.0),
     )  # fmt: skip
     if normed and sound:
         scale = weight.new_ones(len(weight)) if bn_scale is None else bn_scale

@@ -21,7 +21,7 @@ def _fake(a: Tensor, b: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, b, weight, _, ctx.bounds_in, ctx.bounds_out, ctx.relu, ctx.compute, _ = inputs
+    a, b, weight, _, ctx.bounds_in, ctx.bounds_out, ctx.relu, ctx.compute, _, _ = inputs
     ctx.save_for_backward(a, b, weight, *(output if ctx.relu else ()))
 
 
@@ -50,7 +50,7 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
 INTERVAL_LINEAR = define(
     "interval_linear",
     "(Tensor a, Tensor b, Tensor weight, Tensor? bias, bool bounds_in, bool bounds_out, bool relu, str compute, "
-    "bool sound) -> (Tensor x, Tensor y)",
+    "bool sound, float spread) -> (Tensor x, Tensor y)",
     reference=reference.interval_linear,
     fake=_fake,
     setup_context=_setup_context,
@@ -88,6 +88,7 @@ def interval_linear(
     out_form: Form | None = None,
     rounding: Rounding = "fast",
     compute: Compute = "fp32",
+    spread: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """A box through a linear layer: centre ``m W^T + bias``, radius ``r |W|^T``, then ReLU of both bounds if asked.
 
@@ -111,6 +112,9 @@ def interval_linear(
             ``"tf32"``, ``"bf16x3+bf16"`` (the centre as three bfloat16 products of split factors, the radius as one,
             rounded up) or ``"bf16"``. ``"sound"`` widens by what the mode can lose. A CPU multiplies in float32
             whatever is allowed; 16-bit inputs with "fast" rounding are multiplied as they are stored.
+        spread: with "sound", what bounds contain besides: ``spread (|W| |x| + |bias|)``, by which another evaluation of
+            the layer may be off (`w2s_fast.nn.bound` with ``rounding="deployed"``); where its partial sums could
+            overflow, (-inf, inf). At most 1.
 
     Returns:
         Two tensors ``[..., N]`` of the dtype of a. Differentiable, once, in a, b, weight and bias. Deterministic.
@@ -138,15 +142,24 @@ def interval_linear(
     relu = checks.choice(op, "act", act, (None, "relu")) == "relu"  # type: ignore[arg-type]
     # ReLU and outward rounding act on bounds; (centre, radius) of those is a conversion of its own
     direct = out_form == "cr" and not relu and not sound
-    shape = (*a.shape[:-1], weight.shape[0])
+    spread = checks.number(op, "spread", spread, low=0.0, high=1.0)
+    x, y = linear_rows(a, b, weight, bias, relu, compute, sound, spread, bounds_in, not direct)
+    return outward_center(x, y, sound) if out_form == "cr" and not direct else (x, y)
+
+
+def linear_rows(
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, compute: Compute, sound: bool,
+    spread: float = 0.0, bounds_in: bool = True, bounds_out: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`interval_linear` of arguments that are known to be right."""
     a_rows, b_rows = rows(a), rows(b)
     bias = None if bias is None else bias.contiguous()
-    x, y = INTERVAL_LINEAR(
-        a_rows, b_rows, _weight(weight, a_rows.shape[0]), bias, bounds_in, not direct, relu, compute, sound
-    )
-    if out_form == "cr" and not direct:
-        x, y = outward_center(x, y, sound)
-    return (x, y) if a.ndim == 2 else (x.reshape(shape), y.reshape(shape))
+    weight = _weight(weight, a_rows.shape[0])
+    x, y = INTERVAL_LINEAR(a_rows, b_rows, weight, bias, bounds_in, bounds_out, relu, compute, sound, spread)
+    if a.ndim == 2:
+        return x, y
+    shape = (*a.shape[:-1], weight.shape[0])
+    return x.reshape(shape), y.reshape(shape)
 
 
 def _weight(weight: Tensor, batch: int) -> Tensor:

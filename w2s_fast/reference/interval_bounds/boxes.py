@@ -30,20 +30,31 @@ def outward(x: Tensor, dtype: torch.dtype, lower: bool) -> Tensor:
     return torch.where(beyond, torch.nextafter(y, end), y)
 
 
-def sound_bounds(center: Tensor, radius: Tensor, slack: float) -> tuple[Tensor, Tensor]:
+def sound_bounds(center: Tensor, radius: Tensor, slack: float, limit: float = torch.inf) -> tuple[Tensor, Tensor]:
     """``center -+ radius``, widened by ``slack`` of both; unbounded where anything overflowed or was NaN."""
     radius = radius * (1 + 4 * slack) + center.abs() * slack + 1e-300
-    known = center.abs() + radius < torch.inf
+    known = (center.abs() + radius < torch.inf) & (radius < limit)
     return torch.where(known, center - radius, -torch.inf), torch.where(known, center + radius, torch.inf)
 
 
-def sound_operand(a: Tensor, b: Tensor, bounds: bool, terms: int) -> tuple[Tensor, Tensor, float]:
-    """float64 centre, and a radius that also covers what rounding does to a product of ``terms`` terms; and gamma."""
+def spread_limit(spread: float, dtype: torch.dtype) -> float:
+    """A radius from which on partial sums of another evaluation may overflow; see csrc/cpu/interval_bounds."""
+    return min(spread, 1.0) * torch.finfo(dtype).max / 2 if spread > 0 else torch.inf
+
+
+def sound_operand(
+    a: Tensor, b: Tensor, bounds: bool, terms: int, spread: float = 0.0
+) -> tuple[Tensor, Tensor, float]:
+    """float64 centre, and a radius that also covers what rounding does to a product of ``terms`` terms; and gamma.
+
+    ``spread``: relative error of every term that the radius covers besides.
+    """
     a, b, u = a.double(), b.double(), unit(torch.float64)
     gamma = (terms + 2) * u * 1.01
     center = a + (b - a) * 0.5 if bounds else a
     radius = torch.maximum(b - center, center - a) if bounds else b
-    grown = radius * (1 + 4 * u) + center.abs() * gamma + torch.finfo(torch.float64).tiny
+    spread = spread * (1 + 8 * u)
+    grown = radius * (1 + 4 * u + spread) + center.abs() * (gamma + spread) + torch.finfo(torch.float64).tiny
     return center, torch.where((center == 0) & (radius == 0), 0.0, grown), gamma
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from .boxes import center_radius, outward, sound_bounds, sound_operand, unit, without_tf32
+from .boxes import center_radius, outward, sound_bounds, sound_operand, spread_limit, unit, without_tf32
 
 
 def interval_conv2d(
@@ -26,17 +26,23 @@ def interval_conv2d(
     relu: bool,
     compute: str,
     sound: bool,
+    spread: float,
 ) -> tuple[Tensor, Tensor]:
     """Centre ``conv(m, W) + b`` and radius ``conv(r, |W|)``; as lower and upper if ``bounds_out``, both through ReLU if
-    ``relu``. ``sound`` computes in float64, covers its rounding error too and rounds outward.
+    ``relu``. ``sound`` computes in float64, covers its rounding error and ``spread (|W| |x| + |bias|)`` too and rounds
+    outward.
     """
     options = (list(stride), list(padding), list(dilation), groups)
     if sound:
         terms = weight[0].numel() + 6 if len(weight) else 6
-        m, r, gamma = sound_operand(a, b, bounds_in, terms)
+        m, r, gamma = sound_operand(a, b, bounds_in, terms, spread)
         w = weight.double()
         center = F.conv2d(m, w, None if bias is None else bias.double(), *options)
-        x, y = sound_bounds(center, F.conv2d(r, w.abs(), None, *options) * (1 + 2 * gamma), 4 * unit(torch.float64))
+        radius = F.conv2d(r, w.abs(), None, *options)
+        if bias is not None:
+            radius = radius + bias.double().abs().reshape(-1, 1, 1) * spread
+        limit = spread_limit(spread, a.dtype)
+        x, y = sound_bounds(center, radius * (1 + 2 * gamma), 4 * unit(torch.float64), limit)
         x, y = (x.relu(), y.relu()) if relu else (x, y)
         return outward(x, a.dtype, True), outward(y, a.dtype, False)
     m, r = center_radius(a, b) if bounds_in else (a, b)

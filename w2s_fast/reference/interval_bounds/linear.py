@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boxes import center_radius, outward, sound_bounds, sound_operand, unit, without_tf32
+from .boxes import center_radius, outward, sound_bounds, sound_operand, spread_limit, unit, without_tf32
 
 
 def interval_linear(
@@ -19,14 +19,15 @@ def interval_linear(
     relu: bool,
     compute: str,
     sound: bool,
+    spread: float,
 ) -> tuple[Tensor, Tensor]:
     """Centre ``m W^T + b`` and radius ``r |W|^T``; as lower and upper if ``bounds_out``, both through ReLU if ``relu``.
 
-    ``sound`` computes in float64, covers its rounding error too and rounds outward. ``compute`` is a permission that
-    plain PyTorch does not use.
+    ``sound`` computes in float64, covers its rounding error and ``spread (|W| |x| + |bias|)`` too and rounds outward.
+    ``compute`` is a permission that plain PyTorch does not use.
     """
     if sound:
-        return _sound(a, b, weight, bias, bounds_in, relu)
+        return _sound(a, b, weight, bias, bounds_in, relu, spread)
     m, r = center_radius(a, b) if bounds_in else (a, b)
     with without_tf32(a):
         m, r = F.linear(m, weight, bias), F.linear(r, weight.abs())
@@ -35,12 +36,15 @@ def interval_linear(
 
 
 def _sound(
-    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, bounds_in: bool, relu: bool
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, bounds_in: bool, relu: bool, spread: float
 ) -> tuple[Tensor, Tensor]:
-    m, r, gamma = sound_operand(a, b, bounds_in, a.shape[1] + 6)
+    m, r, gamma = sound_operand(a, b, bounds_in, a.shape[1] + 6, spread)
     w = weight.double()
     center, radius = F.linear(m, w, None if bias is None else bias.double()), F.linear(r, w.abs())
-    x, y = sound_bounds(center, radius * (1 + 2 * gamma), 4 * unit(torch.float64))
+    if bias is not None:
+        radius = radius + bias.double().abs() * spread
+    limit = spread_limit(spread, a.dtype)
+    x, y = sound_bounds(center, radius * (1 + 2 * gamma), 4 * unit(torch.float64), limit)
     if relu:
         x, y = x.relu(), y.relu()
     return outward(x, a.dtype, True), outward(y, a.dtype, False)
