@@ -19,7 +19,7 @@ from w2s_fast.testing.selection import FULL
 
 #: `make install` puts the oldest Triton that is supported here, beside the environment's own.
 OLDEST = Path(sys.prefix) / "triton-3.6"
-SOME = 30
+SOME = 20
 
 
 def _gate(*options: str, path: Path | None = None) -> str:
