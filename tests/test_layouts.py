@@ -44,6 +44,7 @@ OTHER_SUMS = {
 needs_cpp = pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("sample, dtype", cases(0), ids=named)
 def test_arguments(sample: Sample, dtype: torch.dtype):
     assert layouts.check_arguments(sample, dtype, OTHER_SUMS, MOST) == []
@@ -71,6 +72,7 @@ def test_a_kernel_that_takes_a_vector_to_be_contiguous_is_found(monkeypatch: pyt
     assert any("[0][3] gaps" in line for line in found)
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("rounding", ["fast", "sound"])
 def test_weight_and_bias_stored_together(rounding: str):
     """The homogeneous form: the bias is a column of the matrix."""
