@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def own_products():
-    """Deterministic algorithms: products and attention are ours, whatever this machine runs faster (csrc/cpu/choice.h)."""
+    """Deterministic algorithms: products and attention are ours, whatever runs faster here (csrc/cpu/choice.h)."""
     import torch
 
     before = torch.are_deterministic_algorithms_enabled()
