@@ -165,9 +165,12 @@ def table(
 ) -> Iterator[Row]:
     """A row for every job and architecture: compiled, or the known one where it is `unchanged`."""
     rows = {row.key: row for row in known}
+
+    def one(job: Job, arch: int) -> Row:
+        return unchanged(job, arch, rows) or compile_one(job, arch)
+
     with ThreadPoolExecutor(workers) as pool:
-        pairs = [(job, arch) for job in found for arch in architectures]
-        yield from pool.map(lambda pair: unchanged(*pair, rows) or compile_one(*pair), pairs)
+        yield from pool.map(lambda pair: one(*pair), [(job, arch) for job in found for arch in architectures])
 
 
 def read(path: Path = GOLDEN) -> list[Row]:

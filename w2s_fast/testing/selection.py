@@ -43,7 +43,8 @@ def covering(
         return found
     order = random.Random(seed).sample(range(len(found)), len(found))
     seen: set[Hashable] = set()
-    taken, free = [], []
+    taken: list[int] = []
+    free: list[int] = []
     for index in order:
         new = set(kinds(found[index])) - seen
         seen |= new
