@@ -39,6 +39,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.mark.slow(20)
 def test_wheel_contents(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if "dist-info" not in name}
@@ -47,6 +48,7 @@ def test_wheel_contents(wheel: Path):
         assert wanted in names
 
 
+@pytest.mark.slow(20)
 def test_installed_wheel_runs_without_a_compiler(wheel: Path, tmp_path: Path):
     target = tmp_path / "site"
     _run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
@@ -110,6 +112,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow(20)
 def test_an_installed_package_is_never_written_to(wheel: Path, tmp_path: Path):
     """A benchmark's results go to the user's cache; `--readme`, which rewrites a source tree, is refused."""
     target, own = tmp_path / "site", {"W2S_FAST_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}

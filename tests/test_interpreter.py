@@ -1,15 +1,18 @@
 """Triton kernels on CPU tensors, in a process of their own: TRITON_INTERPRET=1 acts when a kernel is decorated.
 
-In a process without it this file is a few tests, each of which runs a part of the rest in a child.
+In a process without it this file is a few tests, each of which runs in a child a part of the rest and of the other
+files of such tests, ``test_*_interpreter.py``.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random as numbers
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +24,10 @@ from w2s_fast.testing import layouts
 from w2s_fast.testing.boxes import KINDS, assert_contains, exact_bounds, random
 from w2s_fast.testing.compare import compare
 from w2s_fast.testing.samples import Sample, all_samples, tensors
-from w2s_fast.testing.selection import amount, sampled
+from w2s_fast.testing.selection import FULL, amount, covering, sampled
 from w2s_fast.testing.ties import nucleus_ties
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interp = [pytest.mark.interp, pytest.mark.skipif(not INTERPRETED, reason="runs in the child process")]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -33,41 +35,38 @@ def _samples() -> list[Sample]:
     return [s for s in all_samples() if s.op not in OPS or OPS[s.op].triton is not None]
 
 
-SHARDS = 4
+SHARDS = 2 if not FULL else 4
 
 
+@pytest.mark.slow(120)
 @pytest.mark.skipif(INTERPRETED, reason="this is the child")
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_in_a_process_of_its_own(shard: int):
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}  # its products are too small to share
     env = {name: value for name, value in env.items() if not name.startswith("PYTEST_XDIST")}
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:xdist", __file__]
-    run = subprocess.run(
-        [*command, "--shard", f"{shard}/{SHARDS}"], env=env, capture_output=True, text=True, timeout=2400, check=False
-    )
+    files = sorted(map(str, Path(__file__).parent.glob("test_*interpreter.py")))
+    options = ["-q", "-W", "ignore::RuntimeWarning", "-p", "no:xdist", "--shard", f"{shard}/{SHARDS}"]
+    command = [sys.executable, "-m", "pytest", *options, *files]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=2400, check=False)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
 
 
-pytestmark: list[pytest.MarkDecorator] = []
+interpreted = pytest.mark.interp  # tests/conftest.py collects these in the child alone
 
 
-def interpreted(test):
-    for mark in interp:
-        test = mark(test)
-    return test
-
-
-#: every sample in float32, one of five in bfloat16 too (in full: all)
-_HALF = sampled([s for s in _samples() if torch.bfloat16 in s.dtypes], len(_samples()) // 5)
-_ACCURACY = [(s, torch.float32) for s in _samples()] + [(s, torch.bfloat16) for s in _HALF]
+def _accuracy_cases() -> list[tuple[Sample, torch.dtype]]:
+    """A third of the samples in float32, some of each op, and one or two of each op in bfloat16 (in full: all)."""
+    cases = {d: [(s, d) for s in _samples() if d in s.dtypes] for d in (torch.float32, torch.bfloat16)}
+    counts = {torch.float32: 160, torch.bfloat16: 60}
+    return [case for d, found in cases.items() for case in covering(found, lambda case: [case[0].op], counts[d])]
 
 
 @interpreted
-@pytest.mark.parametrize("sample, dtype", _ACCURACY, ids=lambda v: v.id if isinstance(v, Sample) else str(v)[6:])
+@pytest.mark.parametrize(
+    "sample, dtype", _accuracy_cases(), ids=lambda v: v.id if isinstance(v, Sample) else str(v)[6:]
+)
 def test_accuracy(sample: Sample, dtype: torch.dtype):
-    if dtype not in sample.dtypes:
-        pytest.skip("not a dtype of this sample")
     if "triton" in sample.refused_by:
         with pytest.raises(RuntimeError, match="backend 'triton' cannot serve this call"):
             compare(sample, "triton", dtype)
@@ -203,9 +202,11 @@ def test_two_experts(multi, direction):
 
 
 @interpreted
-@pytest.mark.parametrize("multi, average", [("ray", False), ("decoupled", True)])
-@pytest.mark.parametrize("own_target", [False, True])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "multi, average, own_target, shared",
+    covering([(*kind, *flags) for kind in (("ray", False), ("decoupled", True)) for flags in
+              itertools.product((False, True), repeat=2)], lambda case: itertools.combinations(enumerate(case), 2)),
+)  # fmt: skip
 def test_gradient_of_the_weights(multi: str, average: bool, own_target: bool, shared: bool):
     base, first, anti = _logits(3, 140)
     _, second, other = _logits(3, 150, seed=1)
@@ -314,8 +315,8 @@ def _distilled(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor, told: torch.Te
     return loss + sum(rows[name].float().sum() for name in names)
 
 
-def _vocabulary_calls(poison: float) -> list[torch.Tensor]:
-    """Losses and gradients of rows of which some do not count and hold ``poison``."""
+def _vocabulary_calls(poison: float, every: slice) -> list[torch.Tensor]:
+    """Losses and gradients of rows of which some do not count and hold ``poison``; of those losses ``every``."""
     generator = torch.Generator().manual_seed(0)
     h, w = (torch.randn(*size, generator=generator) for size in ((24, 16), (90, 16)))
     y = torch.randint(90, (24,), generator=generator)
@@ -347,7 +348,7 @@ def _vocabulary_calls(poison: float) -> list[torch.Tensor]:
         lambda h, w: w2s_fast.linear_ce(h, w, torch.full_like(y, -100)),
         lambda h, w: _distilled(h, w, y, told),
         lambda h, w: _distilled(h, w, torch.full_like(y, -100), told),
-    ):
+    )[every]:
         states, head = h.clone().requires_grad_(), w.clone().requires_grad_()
         value = loss(states, head)
         value.backward()
@@ -356,17 +357,21 @@ def _vocabulary_calls(poison: float) -> list[torch.Tensor]:
 
 
 @interpreted
-@pytest.mark.parametrize("rows", [4, 11, 2048], ids=lambda n: f"chunks-of-{n}")
-def test_rows_that_do_not_count_are_left_out(rows: int, monkeypatch: pytest.MonkeyPatch):
-    """They hold NaN, which any product with them would spread; chunks of a few rows, of a pair, of everything."""
+@pytest.mark.parametrize("part, rows", [(0, 4), (1, 11), (2, 2048)], ids=["chunks-of-4", "chunks-of-11", "whole"])
+def test_rows_that_do_not_count_are_left_out(part: int, rows: int, monkeypatch: pytest.MonkeyPatch):
+    """They hold NaN, which any product with them would spread; chunks of a few rows, of a pair, of everything.
+
+    Every loss in chunks of one size, every size with some losses (in full: with all).
+    """
     from w2s_fast.kernels.linear_loss import chunk
 
-    expected = _vocabulary_calls(NAN)  # the C++ kernels
+    every = slice(None) if FULL else slice(part, None, 3)
+    expected = _vocabulary_calls(NAN, every)  # the C++ kernels
     monkeypatch.setattr(chunk, "ROWS", rows)
     monkeypatch.setattr(chunk, "SCRATCH", 0)
     monkeypatch.setattr(chunk, "chunks", lambda count, _: [(i, min(rows, count - i)) for i in range(0, count, rows)])
     with w2s_fast.backend("triton"):
-        found = _vocabulary_calls(NAN)
+        found = _vocabulary_calls(NAN, every)
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
 
@@ -454,7 +459,9 @@ def test_one_and_many_candidates():
 
 
 def _small(per: int) -> list[Sample]:
-    """Some samples of every op with few numbers: a layout is a call."""
+    """Some samples of every op with few numbers: a layout is a call. They are made, so in the child alone."""
+    if not INTERPRETED:
+        return []
     found: dict[str, list[Sample]] = {}
     for sample in _samples():
         if "triton" in sample.refused_by or torch.float32 not in sample.dtypes:

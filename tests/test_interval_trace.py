@@ -265,6 +265,7 @@ def test_compiles(method):
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.slow(20)
 def test_gradients_are_synchronised_through_forward(wrap, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "w2s_fast.testing.wrapped", wrap, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

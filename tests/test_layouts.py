@@ -15,14 +15,23 @@ from w2s_fast import extension
 from w2s_fast.testing import layouts
 from w2s_fast.testing.hostile import draw, judge
 from w2s_fast.testing.samples import Sample, all_samples
-from w2s_fast.testing.selection import amount, sampled
+from w2s_fast.testing.selection import amount, covering
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-CASES = [
-    pytest.param(sample, dtype, id=f"{sample.id}-{str(dtype)[6:]}")
-    for sample in all_samples()
-    for dtype in sample.dtypes
-]
+CASES = [(sample, dtype) for sample in all_samples() for dtype in sample.dtypes]
+#: Layouts of each argument of a case, others for each argument.
+MOST = amount(3, len(layouts.LAYOUTS))
+
+
+def named(value: Sample | torch.dtype) -> str:
+    """What a test's name says of a parameter."""
+    return value.id if isinstance(value, Sample) else str(value).removeprefix("torch.")
+
+
+def cases(seed: int) -> list[tuple[Sample, torch.dtype]]:
+    """Some of every op and some of every dtype (in full: all)."""
+    return covering(CASES, lambda case: [case[0].op, case[1]], 50, seed)
+
+
 #: Where the layout chooses the order of a sum, on purpose: a transposed weight is read at the units that are alive, and
 #: torch's own product of a matrix and an expanded one is another.
 OTHER_SUMS = {
@@ -36,16 +45,16 @@ needs_cpp = pytest.mark.skipif(extension.ERROR is not None, reason="the extensio
 
 
 @pytest.mark.usefixtures("own_products")
-@pytest.mark.parametrize("sample, dtype", sampled(CASES, 40))
+@pytest.mark.parametrize("sample, dtype", cases(0), ids=named)
 def test_arguments(sample: Sample, dtype: torch.dtype):
-    assert layouts.check_arguments(sample, dtype, OTHER_SUMS) == []
+    assert layouts.check_arguments(sample, dtype, OTHER_SUMS, MOST) == []
 
 
 @needs_cpp
-@pytest.mark.parametrize("sample, dtype", sampled(CASES, 60, seed=1))
+@pytest.mark.parametrize("sample, dtype", cases(1), ids=named)
 def test_calls(sample: Sample, dtype: torch.dtype):
     with w2s_fast.backend("cpp" if "cpp" not in sample.refused_by else "auto"):
-        assert layouts.check_calls(sample, dtype, OTHER_SUMS) == []
+        assert layouts.check_calls(sample, dtype, OTHER_SUMS, MOST) == []
 
 
 def test_a_kernel_that_takes_a_vector_to_be_contiguous_is_found(monkeypatch: pytest.MonkeyPatch):

@@ -170,6 +170,7 @@ def _sharded(rank: int) -> None:
     torch.testing.assert_close(model(x), whole(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(20)
 def test_two_processes(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -14,14 +14,33 @@ from w2s_fast import extension
 from w2s_fast.library import Op
 from w2s_fast.testing.compare import Mismatch, compare
 from w2s_fast.testing.samples import Sample, all_samples, tensors
+from w2s_fast.testing.selection import FULL, covering
 
 BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
-CASES = [
-    pytest.param(sample, dtype, id=f"{sample.id}-{str(dtype)[6:]}")
-    for sample in all_samples()
-    for dtype in sample.dtypes
-]
-FIRST = [pytest.param(sample, id=sample.id) for sample in all_samples()]
+CASES = [(sample, dtype) for sample in all_samples() for dtype in sample.dtypes]
+#: opcheck compares outputs with NaN != NaN, so it cannot run on rows that have to be NaN
+WITHOUT_NAN = [sample for sample in all_samples() if sample.name not in ("nan", "masked")]
+
+
+def named(value: object) -> str:
+    """What a test's name says of a parameter."""
+    return value.id if isinstance(value, Sample) else str(value).removeprefix("torch.")
+
+
+def op(case: Sample | tuple[Sample, torch.dtype]) -> list[object]:
+    """What a part of the cases has to show of each op: itself, in each of its dtypes."""
+    return [(case[0].op, case[1])] if isinstance(case, tuple) else [case.op]
+
+
+def accuracy_cases() -> list[tuple[str, Sample, torch.dtype]]:
+    """Every sample on the kernels in float32, and some of each op in each of the narrower dtypes (in full: all).
+
+    Every comparison runs the reference; by itself it can only break a contract of the sample's own (`verify`).
+    """
+    wide, narrow = ([case for case in CASES if (case[1] == torch.float32) is yes] for yes in (True, False))
+    chosen = wide + covering(narrow, op, 300)
+    own = CASES if FULL or "cpp" not in BACKENDS else [case for case in CASES if case[0].verify is not None]
+    return [("reference", *case) for case in own] + [("cpp", *case) for case in chosen if "cpp" in BACKENDS]
 
 
 def test_the_extension_is_built():
@@ -29,26 +48,30 @@ def test_the_extension_is_built():
     assert extension.ERROR is None, extension.ERROR
 
 
-@pytest.mark.parametrize("sample, dtype", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_accuracy(sample: Sample, dtype: torch.dtype, backend: str):
+@pytest.mark.parametrize("backend, sample, dtype", accuracy_cases(), ids=named)
+def test_accuracy(backend: str, sample: Sample, dtype: torch.dtype):
     compare(sample, backend, dtype)
 
 
+@pytest.mark.slow(30)
 @pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
-@pytest.mark.parametrize("isa", ["avx2"])
-def test_accuracy_of_other_instruction_sets(isa: str):
-    """Fused logits and the losses over a vocabulary on narrower vectors, in a process where those are chosen."""
+@pytest.mark.parametrize("part, isa", [(0, "avx2")])
+def test_accuracy_of_other_instruction_sets(part: int, isa: str):
+    """Fused logits and the losses over a vocabulary on narrower vectors, in a process where those are chosen.
+
+    A third of the cases (in full: all).
+    """
     ops = ("kd_loss", "linear_kd", "linear_eisl", "linear_ce", "fuse_logits")
     chosen = f"test_accuracy and cpp and ({' or '.join(f'{op}-' for op in ops)})"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", __file__, "-k", chosen]
+    command += [] if FULL else ["--shard", f"{part}/3"]
     run = subprocess.run(command, env={**os.environ, "W2S_FAST_CPU": isa}, capture_output=True, text=True, check=False)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize("sample, dtype", CASES)
+@pytest.mark.parametrize("sample, dtype", CASES if torch.cuda.is_available() else CASES[:1], ids=named)
 def test_accuracy_on_gpu(sample: Sample, dtype: torch.dtype):
     compare(sample, "auto", dtype, "cuda")
 
@@ -69,20 +92,22 @@ def _record(monkeypatch: pytest.MonkeyPatch, sample: Sample, dtype: torch.dtype)
     return calls
 
 
-#: opcheck compares outputs with NaN != NaN, so it cannot run on rows that have to be NaN
-WITHOUT_NAN = [case for case in FIRST if case.values[0].name not in ("nan", "masked")]
+#: Samples whose calls are traced by AOTAutograd with dynamic shapes too; the other checks take a tenth of that.
+TRACED = covering(WITHOUT_NAN, op, 100)
+QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-@pytest.mark.parametrize("sample", WITHOUT_NAN)
+@pytest.mark.parametrize("sample", WITHOUT_NAN, ids=named)
 def test_opcheck(sample: Sample, monkeypatch: pytest.MonkeyPatch):
-    for op, args in _record(monkeypatch, sample, torch.float32):
+    checks = (*QUICK, "test_aot_dispatch_dynamic") if sample in TRACED else QUICK
+    for called, args in _record(monkeypatch, sample, torch.float32):
         args = torch.utils._pytree.tree_map_only(
             torch.Tensor, lambda t: t.detach().requires_grad_() if t.is_floating_point() and sample.grad else t, args
         )
-        torch.library.opcheck(getattr(torch.ops.w2s_fast, op.name).default, args)
+        torch.library.opcheck(getattr(torch.ops.w2s_fast, called.name).default, args, test_utils=checks)
 
 
-@pytest.mark.parametrize("sample", FIRST)
+@pytest.mark.parametrize("sample", covering(all_samples(), op, 120, seed=1), ids=named)
 def test_compile(sample: Sample):
     args, kwargs = sample.inputs(torch.float32)
     expected = sample.call(args, kwargs)
@@ -92,9 +117,14 @@ def test_compile(sample: Sample):
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sample", FIRST)
-def test_deterministic(sample: Sample, backend: str):
+def deterministic_cases() -> list[tuple[str, Sample]]:
+    """Every sample on the kernels, some of each op on the reference, which is PyTorch twice."""
+    chosen = {"reference": covering(all_samples(), op, 60, seed=2), "cpp": all_samples()}
+    return [(backend, sample) for backend in BACKENDS for sample in chosen[backend]]
+
+
+@pytest.mark.parametrize("backend, sample", deterministic_cases(), ids=named)
+def test_deterministic(backend: str, sample: Sample):
     args, kwargs = sample.inputs(torch.float32)
     with w2s_fast.backend(backend):
         first, second = sample.call(args, kwargs), sample.call(args, kwargs)

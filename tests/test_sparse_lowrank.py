@@ -356,6 +356,7 @@ def test_memory_has_no_room_for_the_dense_matrix(mode, limit):
 
 @pytest.mark.skipif(w2s_fast.extension.ERROR is not None, reason="no compiled kernels")
 @pytest.mark.parametrize("isa", ["avx2"])
+@pytest.mark.slow(30)
 def test_other_instruction_sets(isa):
     """The same kernels for narrower vectors, in a process where they are chosen."""
     env = {**os.environ, "W2S_FAST_CPU": isa}

@@ -1,13 +1,9 @@
 """What the sparse-plus-low-rank Triton kernels read and write, beyond accuracy: nothing outside, nothing of chance.
 
-As tests/test_interpreter.py, in a process of its own.
+As tests/test_interpreter.py, in its children.
 """
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,23 +11,10 @@ import torch
 import w2s_fast
 from w2s_fast.reference.sparse_lowrank import linear as reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAN = float("nan")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the child")
-def test_in_a_process_of_its_own():
-    pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", __file__], env=env,
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-
-
-def interpreted(test):
-    return pytest.mark.interp(pytest.mark.skipif(not INTERPRETED, reason="runs in the child process")(test))
+interpreted = pytest.mark.interp
 
 
 def _inside(t: torch.Tensor) -> torch.Tensor:

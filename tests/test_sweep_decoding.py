@@ -16,7 +16,7 @@ REFUSED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted({*sampled(tiny_models.names(), 18), *SPECIAL} & {*tiny_models.names()}))
+@pytest.mark.parametrize("name", sorted({*sampled(tiny_models.names(), 12), *SPECIAL} & {*tiny_models.names()}))
 def test_class(name):
     verdict = checked(sweep_decoding.check, name)
     assert verdict.kind != "wrong", verdict.why

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from w2s_fast.integrations import trl as ours
+from w2s_fast.testing.selection import covering
 
 WORDS = [
     "<pad>", "<eos>", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "plus", "is",
@@ -100,10 +101,15 @@ def assert_same(found, expected, metrics):
 TOKENS = ["num_tokens", "entropy", "mean_token_accuracy"]
 
 
-@pytest.mark.parametrize(("kind", "settings"), [
+def models_and_settings(case):
+    """The model and each setting of a case (an op of the loss has tests of its own, of every type and value)."""
+    return [case[0], *case[1]]
+
+
+@pytest.mark.parametrize(("kind", "settings"), covering([
     ("llama", {}), ("llama", {"completion_only_loss": False}), ("gemma2", {}), ("granite", {}), ("mixtral", {}),
     ("llama", {"loss_type": "dft"}), ("gemma2", {"loss_type": "dft"}),
-])  # fmt: skip
+], models_and_settings))  # fmt: skip
 def test_sft(kind, settings, tokenizer, tmp_path):
     def args():
         return trl.SFTConfig(output_dir=str(tmp_path), **COMMON, **settings)
@@ -120,7 +126,7 @@ REWARDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "settings"), [
+@pytest.mark.parametrize(("kind", "settings"), covering([
     ("llama", {"loss_type": "sigmoid"}), ("llama", {"loss_type": "ipo", "beta": 0.5}),
     ("llama", {"loss_type": "hinge"}), ("gemma2", {}), ("granite", {}), ("mixtral", {}),
     ("llama", {"precompute_ref_log_probs": True}),
@@ -128,7 +134,7 @@ REWARDS = [
     ("llama", {"loss_type": ["ipo", "sft", "sigmoid_norm"], "loss_weights": [0.5, 2.0, 1.0]}),
     ("granite", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "ld_alpha": 0.3}),
     ("llama", {"loss_type": "sigmoid", "ld_alpha": 0.0, "precompute_ref_log_probs": True}),
-])  # fmt: skip
+], models_and_settings, 6))  # fmt: skip
 def test_dpo(kind, settings, tokenizer, tmp_path):
     def args():
         return trl.DPOConfig(output_dir=str(tmp_path), **{"beta": 0.3, **COMMON, **settings})

@@ -2,6 +2,9 @@
 
     python -m w2s_fast.testing.aot --write     # renew tests/golden/aot.csv
 
+A row of the table names what it was compiled from. What has not changed since is not compiled again, here or in a
+normal run of the tests: the same compiler makes the same of it (`make test-full` compiles everything).
+
 A kernel module's ``aot_cases()`` runs its own launchers on `kernels.common.Meta` tensors; the launches they make are
 recorded, specialised by Triton's own binder (so that alignment and integer specialisation are those of a real call) and
 compiled with the bundled ptxas. Not for a process with TRITON_INTERPRET=1.
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import importlib
 import re
 import subprocess
@@ -28,7 +32,10 @@ MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class Row(NamedTuple):
-    """Resources of one compiled kernel: registers a thread, bytes of spills and stack, bytes of shared memory."""
+    """Resources of one compiled kernel: registers a thread, bytes of spills and stack, bytes of shared memory.
+
+    source: `fingerprint` of what was compiled; empty where it was not kept.
+    """
 
     module: str
     case: str
@@ -41,11 +48,17 @@ class Row(NamedTuple):
     stack: int
     shared: int
     mma: str
+    source: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, int, int]:
         """What names a row of the table."""
         return self.module, self.case, self.kernel, self.launch, self.arch
+
+    @property
+    def resources(self) -> tuple[int, int, int, int, int, str]:
+        """What the compiler made of it."""
+        return self.warps, self.registers, self.spills, self.stack, self.shared, self.mma
 
 
 class Job(NamedTuple):
@@ -55,6 +68,10 @@ class Job(NamedTuple):
     case: str
     launch: int
     recorded: Any
+
+    def key(self, arch: int) -> tuple[str, str, str, int, int]:
+        """The row's `Row.key`."""
+        return self.module, self.case, self.recorded.kernel.fn.__name__, self.launch, arch
 
 
 def modules() -> list[str]:
@@ -91,6 +108,27 @@ def _bind(recorded: Any, target: Any) -> tuple[Any, dict[str, Any]]:
     return ASTSource(kernel, signature, constexprs, attrs), options.__dict__
 
 
+def _digest(source: Any, options: dict[str, Any], arch: int) -> str:
+    import triton
+
+    settings = sorted((name, str(value)) for name, value in options.items() if name != "extern_libs")  # files' places
+    text = f"{triton.__version__} sm_{arch} {source.hash()} {settings}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint(job: Job, arch: int) -> str:
+    """Names what `compile_one` would compile: the compiler, the source of all functions called, every constant."""
+    from triton.backends.compiler import GPUTarget
+
+    return _digest(*_bind(job.recorded, GPUTarget("cuda", arch, 32)), arch)
+
+
+def unchanged(job: Job, arch: int, known: dict[tuple[str, str, str, int, int], Row]) -> Row | None:
+    """The known row of a launch, if it was compiled from the same."""
+    row = known.get(job.key(arch))
+    return row if row is not None and row.source == fingerprint(job, arch) else None
+
+
 def compile_one(job: Job, arch: int) -> Row:
     """Compile one launch for ``sm_<arch>`` and read its resources from ptxas."""
     import triton
@@ -101,8 +139,8 @@ def compile_one(job: Job, arch: int) -> Row:
     registers, spills, stack = _resources(compiled.asm["ptx"], arch)
     mma = re.search(r"wgmma|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
     kernel, warps = job.recorded.kernel.fn.__name__, job.recorded.options["num_warps"]
-    return Row(job.module, job.case, kernel, job.launch, arch, warps,
-               registers, spills, stack, compiled.metadata.shared, mma.group(0) if mma else "")
+    return Row(job.module, job.case, kernel, job.launch, arch, warps, registers, spills, stack,
+               compiled.metadata.shared, mma.group(0) if mma else "", _digest(source, options, arch))  # fmt: skip
 
 
 def _resources(ptx: str, arch: int) -> tuple[int, int, int]:
@@ -122,15 +160,22 @@ def _resources(ptx: str, arch: int) -> tuple[int, int, int]:
     return registers, stores, stack
 
 
-def table(found: list[Job], architectures: Iterable[int] = ARCHITECTURES, workers: int = 2) -> Iterator[Row]:
-    """Compile every job for every architecture."""
+def table(
+    found: Iterable[Job], architectures: Iterable[int] = ARCHITECTURES, known: Iterable[Row] = (), workers: int = 2
+) -> Iterator[Row]:
+    """A row for every job and architecture: compiled, or the known one where it is `unchanged`."""
+    rows = {row.key: row for row in known}
+
+    def one(job: Job, arch: int) -> Row:
+        return unchanged(job, arch, rows) or compile_one(job, arch)
+
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda pair: compile_one(*pair), [(job, arch) for job in found for arch in architectures])
+        yield from pool.map(lambda pair: one(*pair), [(job, arch) for job in found for arch in architectures])
 
 
 def read(path: Path = GOLDEN) -> list[Row]:
     """The committed table."""
-    texts = ("module", "case", "kernel", "mma")
+    texts = ("module", "case", "kernel", "mma", "source")
     with path.open(newline="", encoding="utf-8") as file:
         lines = [{n: v if n in texts else int(v) for n, v in line.items()} for line in csv.DictReader(file)]
     return [Row(**line) for line in lines]  # type: ignore[arg-type]
@@ -146,14 +191,19 @@ def write(rows: Iterable[Row], path: Path = GOLDEN) -> None:
 
 
 def main() -> None:
-    """Print the table; ``--write`` renews the golden file, ``--module`` keeps the other modules' rows."""
+    """Print the table; ``--write`` renews the golden file (``--all``: compiling also what has not changed).
+
+    ``--module`` keeps the other modules' rows.
+    """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--module", action="append")
     parser.add_argument("--arch", type=int, action="append")
     chosen = parser.parse_args()
     rows = []
-    for row in table(jobs(chosen.module), chosen.arch or ARCHITECTURES):
+    known = [] if chosen.all or not GOLDEN.exists() else read()
+    for row in table(jobs(chosen.module), chosen.arch or ARCHITECTURES, known):
         print(*row, sep=",", flush=True)
         rows.append(row)
     if chosen.write:

@@ -162,14 +162,24 @@ def run_sample(sample: Sample, args: Any, kwargs: Any) -> list[Tensor]:
     return [t.detach() for t in outputs] + [g for g in grads if g is not None]
 
 
-def check_arguments(sample: Sample, dtype: torch.dtype, rounded: Collection[tuple[str, str]] = ()) -> list[str]:
+def _taken(index: int, most: int) -> bool:
+    """Whether ``most`` layouts of each argument take the change: others for each argument in turn."""
+    return (index + index // len(LAYOUTS)) % len(LAYOUTS) < most
+
+
+def check_arguments(
+    sample: Sample, dtype: torch.dtype, rounded: Collection[tuple[str, str]] = (), most: int = len(LAYOUTS)
+) -> list[str]:
     """Every tensor argument of a public op's sample in every layout: what changes the result, one line a fault.
 
-    ``rounded``: pairs of op and change, or of op and argument, that may be rounded otherwise.
+    ``rounded``: pairs of op and change, or of op and argument, that may be rounded otherwise. ``most``: how many
+    layouts of each argument, others for each in turn.
     """
     inputs = pytree.tree_map_only(Tensor, lambda t: t.detach().contiguous(), sample.inputs(dtype))
     faults, known = [], {}
-    for what, (args, kwargs), (new_args, new_kwargs) in _changes(inputs):
+    for index, (what, (args, kwargs), (new_args, new_kwargs)) in enumerate(_changes(inputs)):
+        if not _taken(index, most):
+            continue
         base = what.rsplit(" ", 1)[0] if "expanded" not in what else what
         if base not in known or "expanded" in what:
             known[base] = _outcome(partial(run_sample, sample, args, kwargs))
@@ -218,15 +228,12 @@ def _run_op(op: Any, args: Any) -> list[Tensor]:
 def check_calls(
     sample: Sample, dtype: torch.dtype, rounded: Collection[tuple[str, str]] = (), most: int = len(LAYOUTS)
 ) -> list[str]:
-    """The same for the dispatcher calls themselves, as a compiled graph makes them: gradients that come in, too.
-
-    ``most``: how many layouts of each argument, others for each in turn.
-    """
+    """The same for the dispatcher calls themselves, as a compiled graph makes them: gradients that come in, too."""
     faults = []
     for op, args in recorded(sample, dtype):
         packed = pytree.tree_map_only(Tensor, lambda t: t.contiguous(), args)
         for index, (what, plain, changed) in enumerate(_changes(packed)):
-            if (index + index // len(LAYOUTS)) % len(LAYOUTS) >= most or (_trusts(op) and "expanded" in what):
+            if not _taken(index, most) or (_trusts(op) and "expanded" in what):
                 continue
             expected, found = _outcome(partial(_run_op, op, plain)), _outcome(partial(_run_op, op, changed))
             fault = _difference(found, expected, _may_round(sample.op, what, rounded))

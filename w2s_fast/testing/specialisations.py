@@ -31,7 +31,7 @@ from .. import backend as use_backend
 from .. import library
 from . import aot, ptx
 from .samples import Sample, all_samples, tensors, with_grad
-from .selection import sampled
+from .selection import covering, sampled
 
 #: Modules whose launchers ask whether a CUDA graph is being captured; then they read nothing back, as is needed here.
 CAPTURE_AWARE = ("linear_loss.packing", "linear_loss.preference")
@@ -235,13 +235,21 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def gate(
-    arch: int, limit: int | None = None, samples: Iterable[Sample] | None = None, workers: int = 1
+    arch: int, limit: int | None = None, samples: Iterable[Sample] | None = None, workers: int = 1, seed: int = 0
 ) -> Iterator[Result | str]:
-    """Results of ``limit`` of all specialisations (all: None), launchers that failed as strings before them."""
-    found, problems = replay(samples)
+    """Results of all specialisations, launchers that failed as strings before them.
+
+    ``limit``: only so many, each of another kernel, from twice as many samples at least, among them one of every op;
+    ``seed`` decides which.
+    """
+    given = list(all_samples() if samples is None else samples)
+    if limit is not None:
+        given = covering(given, lambda sample: [sample.op], 2 * limit, seed)
+    found, problems = replay(given)
     yield from problems
-    items = list(distinct([*other_integers(found), *found], arch).values())
-    chosen = items if limit is None else sampled(items, limit)
+    chosen = list(distinct([*other_integers(found), *found], arch).values())
+    if limit is not None:
+        chosen = sampled(covering(chosen, lambda item: [item.launch.kernel], 0, seed), limit, seed)
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(lambda item: compile_one(item, arch), chosen)
 
@@ -255,10 +263,11 @@ def main() -> None:
     parser.add_argument("--op", action="append")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     samples = None if given.op is None else [s for s in all_samples() if s.op in given.op]
     count, wrong = collections.Counter[str](), 0
-    for result in gate(given.arch, given.limit, samples, given.workers):
+    for result in gate(given.arch, given.limit, samples, given.workers, given.seed):
         problem = result if isinstance(result, str) else result.problem
         if problem:
             wrong += 1
