@@ -56,14 +56,14 @@ def test_accuracy_on_gpu(sample: Sample, dtype: torch.dtype):
 def _record(monkeypatch: pytest.MonkeyPatch, sample: Sample, dtype: torch.dtype) -> list[tuple[Op, tuple]]:
     """The dispatcher calls a sample makes, with their arguments."""
     calls: list[tuple[Op, tuple]] = []
-    original = Op.__call__
+    original = Op.run
 
-    def spy(self: Op, *args):
-        calls.append((self, args))
-        return original(self, *args)
+    def spy(self: Op, backend: str, flat: tuple):
+        calls.append((self, flat))
+        return original(self, backend, flat)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Op, "__call__", spy)
+        patch.setattr(Op, "run", spy)
         args, kwargs = sample.inputs(dtype)
         sample.call(args, kwargs)
     return calls

@@ -9,29 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
-
-#: The part of every schema that describes z = (base_weight base + sum_k w_k (experts_k - anti_k)) / temperature.
-FUSE = (
-    "Tensor base, Tensor[] experts, Tensor[] anti, Tensor? weights, float[] weight_values, float base_weight, "
-    "Tensor? temperature, float temperature_value, int plausible, float plausible_value, int vocab_size"
-)
-PLAUSIBLE = {"min_p": 1, "top_p": 2}
-
-
-class Fusion(NamedTuple):
-    """Arguments of `FUSE`, in order: rows flattened to [B, >= vocab_size], last stride 1."""
-
-    base: Tensor
-    experts: list[Tensor]
-    anti: list[Tensor]
-    weights: Tensor | None
-    weight_values: list[float]
-    base_weight: float
-    temperature: Tensor | None
-    temperature_value: float
-    plausible: int
-    plausible_value: float
-    vocab_size: int
+from ...reference.logit_fusion.arguments import PLAUSIBLE, Fusion, Solve
 
 
 class Logits(NamedTuple):
@@ -181,7 +159,7 @@ def fusion(
     strict_vocab: bool,
     zero_temperature: bool = False,
 ) -> tuple[Fusion, torch.Size]:
-    """Every argument of `FUSE` checked, and the leading shape of the result."""
+    """A `Fusion` of checked arguments, and the leading shape of the result."""
     given = logits(op, base, experts, anti, vocab_size, strict_vocab)
     rows, values = weights_of(op, weights, len(given.experts), given)
     heat, heat_value = temperature_of(op, temperature, given, zero_temperature)
@@ -202,7 +180,7 @@ def fusion(
     ), given.batch
 
 
-def accumulate_dtype(args: Sequence[Any]) -> torch.dtype:
-    """float64 if any of base, experts, anti (the first three of ``args``) is, otherwise float32."""
-    double = any(t.dtype == torch.float64 for t in (args[0], *args[1], *args[2]))
+def accumulate_dtype(given: Fusion | Solve) -> torch.dtype:
+    """float64 if any of base, experts, anti is, otherwise float32."""
+    double = any(t.dtype == torch.float64 for t in (given.base, *given.experts, *given.anti))
     return torch.float64 if double else torch.float32
