@@ -8,7 +8,7 @@ given the tensors that want one and no others: each one more costs a small call 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,18 +53,27 @@ Place = tuple[int, int]
 Names = str | Callable[[Call], str]
 
 
-class Kept:
-    """What a call leaves for its gradient besides the tensors that autograd keeps."""
+class Plan(NamedTuple):
+    """Numbers of the arguments and of the results that are kept, those that are lists of tensors apart."""
 
-    __slots__ = ("backend", "carriers", "flat", "inputs", "results")
+    arguments: list[int]
+    lists: list[int]
+    results: list[int]
+    result_lists: list[int]
 
-    def __init__(self, backend: str, flat: Sequence[Any]) -> None:
-        self.backend, self.flat = backend, list(flat)
-        #: (place, number of tensors or -1 for a tensor alone) of kept arguments and results, in their order
-        self.inputs: list[tuple[int, int]] = []
-        self.results: list[tuple[int, int]] = []
-        #: results that carry a gradient
-        self.carriers: list[Place] = []
+
+class Kept(NamedTuple):
+    """What a call leaves for its gradient besides the tensors that autograd keeps.
+
+    flat: the arguments, with `NOT_KEPT` for tensors; lengths: of the lists among the kept results; carriers: the
+    results that carry a gradient.
+    """
+
+    backend: str
+    plan: Plan
+    flat: list[Any]
+    lengths: list[int]
+    carriers: list[Place]
 
 
 class Gradient:
@@ -76,54 +85,61 @@ class Gradient:
     ) -> None:  # fmt: skip
         self.op, self.backward, self.saves, self.carriers = op, backward, saves, carriers
         self.materialize, self.twice = materialize, twice
-        arguments, self._results = op.signature.arguments, [result.name for result in op.signature.results]
-        self._names = [argument.name for argument in arguments]
+        arguments, results = op.signature.arguments, op.signature.results
+        self.names, self._results = [a.name for a in arguments], [r.name for r in results]
         self.singles = [i for i, a in enumerate(arguments) if a.is_tensor]
         self.lists = [i for i, a in enumerate(arguments) if a.is_list]
-        self._plans: dict[str, tuple[list[int], list[int]]] = {}
+        self._result_lists = {k for k, r in enumerate(results) if r.is_list}
+        self._plans: dict[str, Plan] = {}
+        self._carriers: dict[str, list[Place]] = {}
 
     def keep(self, backend: str, flat: Sequence[Any], results: Sequence[Any]) -> tuple[list[Any], Kept]:
         """The tensors that the gradient needs, and the rest of what it needs."""
-        kept = Kept(backend, flat)
+        saves = self.saves if isinstance(self.saves, str) else self.saves(self._call(backend, flat, results))
+        plan = self._plans.get(saves) or self._plan(saves)
+        tensors = [flat[i] for i in plan.arguments]
+        for i in plan.lists:
+            tensors += flat[i]
+        tensors += [results[k] for k in plan.results]
+        for k in plan.result_lists:
+            tensors += results[k]
+        rest = list(flat)
         for i in self.singles:
-            kept.flat[i] = None if flat[i] is None else NOT_KEPT
+            if rest[i] is not None:
+                rest[i] = NOT_KEPT
         for i in self.lists:
-            kept.flat[i] = [NOT_KEPT] * len(flat[i])
-        tensors: list[Any] = []
-        places = self._plan(self._said(self.saves, backend, flat, results))
-        for source, own, into in ((flat, places[0], kept.inputs), (results, places[1], kept.results)):
-            for place in own:
-                value = source[place]
-                if isinstance(value, (list, tuple)):
-                    into.append((place, len(value)))
-                    tensors += value
-                else:
-                    into.append((place, -1))
-                    tensors.append(value)
-        names = None if self.carriers is None else self._said(self.carriers, backend, flat, results).split()
-        for k, value in enumerate(results):
-            if names is not None and self._results[k] not in names:
-                continue
-            if isinstance(value, (list, tuple)):
-                kept.carriers += [(k, j) for j, t in enumerate(value) if t.is_floating_point()]
-            elif value.is_floating_point():
-                kept.carriers.append((k, -1))
-        return tensors, kept
+            rest[i] = [NOT_KEPT] * len(rest[i])
+        carriers = self._carried(backend, flat, results)
+        return tensors, Kept(backend, plan, rest, [len(results[k]) for k in plan.result_lists], carriers)
 
-    def _said(self, names: Names, backend: str, flat: Sequence[Any], results: Sequence[Any]) -> str:
-        return names if isinstance(names, str) else names(self._call(backend, flat, results))
+    def _plan(self, names: str) -> Plan:
+        """An argument comes before a result of its name."""
+        wanted = names.split()
+        unknown = set(wanted) - {*self.names, *self._results}
+        assert not unknown, f"{self.op.name}: no argument or result {unknown}"
+        own = [self.names.index(name) for name in wanted if name in self.names]
+        made = [self._results.index(name) for name in wanted if name not in self.names]
+        self._plans[names] = plan = Plan(
+            [i for i in own if i not in self.lists],
+            [i for i in own if i in self.lists],
+            [k for k in made if k not in self._result_lists],
+            [k for k in made if k in self._result_lists],
+        )
+        return plan
 
-    def _plan(self, names: str) -> tuple[list[int], list[int]]:
-        """Numbers of the arguments and of the results of these names, an argument before a result."""
-        if names not in self._plans:
-            wanted, own, results = names.split(), self._names, self._results
-            unknown = set(wanted) - {*own, *results}
-            assert not unknown, f"{self.op.name}: no argument or result {unknown}"
-            self._plans[names] = (
-                [own.index(name) for name in wanted if name in own],
-                [results.index(name) for name in wanted if name not in own],
-            )
-        return self._plans[names]
+    def _carried(self, backend: str, flat: Sequence[Any], results: Sequence[Any]) -> list[Place]:
+        if self.carriers is None:
+            found: list[Place] = []
+            for k, value in enumerate(results):
+                if k in self._result_lists:
+                    found += [(k, j) for j, t in enumerate(value) if t.is_floating_point()]
+                elif value.is_floating_point():
+                    found.append((k, -1))
+            return found
+        said = self.carriers if isinstance(self.carriers, str) else self.carriers(self._call(backend, flat, results))
+        if said not in self._carriers:
+            self._carriers[said] = [(self._results.index(name), -1) for name in said.split()]
+        return self._carriers[said]
 
     def _call(self, backend: str, flat: Sequence[Any], results: Sequence[Any]) -> Call:
         call = Call(self.op.signature.parameters, self.op.group(*flat))
@@ -132,8 +148,8 @@ class Gradient:
 
     def gradients(
         self, kept: Kept, saved: Sequence[Any], needs: Sequence[Any], grads: Sequence[Any], origins: Sequence[Any] = ()
-    ) -> list[Any]:
-        """Gradients of the flat arguments, None where there is none.
+    ) -> dict[str, Any]:
+        """Gradients by argument name, None or left out where there is none.
 
         Args:
             kept, saved: of `keep`.
@@ -144,26 +160,29 @@ class Gradient:
         if self.backward is None:
             transforms.no_second_derivative(self.op.name)
         if not self.materialize and all(grads[k] is None for k, _ in kept.carriers):
-            return [None] * len(needs)
+            return {}
         call = self._restored(kept, saved)
         call.needs = Call(self.op.signature.parameters, self.op.group(*needs))
-        given = self.op.named(grads)
+        given, second = self.op.named(grads), torch.is_grad_enabled()  # create_graph
         with _autocast_off():
-            if self.twice or not torch.is_grad_enabled():
+            if self.twice or not second:
+                return self.backward(call, given)
+            with torch.no_grad():
                 found = self.backward(call, given)
-            else:  # create_graph
-                with torch.no_grad():
-                    found = self.backward(call, given)
-        result = [found.get(name) for name in self._names]
-        return result if self.twice else transforms.once(self.op.name, result, (*saved, *origins, *grads))
+        marked = transforms.once(self.op.name, list(found.values()), (*saved, *origins, *grads))
+        return dict(zip(found, marked, strict=True))
 
     def _restored(self, kept: Kept, saved: Sequence[Any]) -> Call:
-        flat: list[Any] = list(kept.flat)
-        results: list[Any] = [None] * len(self._results)
-        rest = iter(saved)
-        for places, into in ((kept.inputs, flat), (kept.results, results)):
-            for place, length in places:
-                into[place] = next(rest) if length < 0 else [next(rest) for _ in range(length)]
+        plan, flat, results, at = kept.plan, list(kept.flat), [None] * len(self._results), len(kept.plan.arguments)
+        for i, value in zip(plan.arguments, saved, strict=False):
+            flat[i] = value
+        for i in plan.lists:
+            end = at + len(flat[i])
+            flat[i], at = list(saved[at:end]), end
+        for k in plan.results:
+            results[k], at = saved[at], at + 1
+        for k, length in zip(plan.result_lists, kept.lengths, strict=True):
+            results[k], at = list(saved[at : at + length]), at + length  # type: ignore[call-overload]
         return self._call(kept.backend, flat, results)
 
 
@@ -172,23 +191,33 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rule: Gradient, kept: Kept, at: Sequence[Place], tensors: Any, made: Any, *_: Tensor) -> Any:
-        ctx.rule, ctx.kept, ctx.at = rule, kept, at
-        ctx.set_materialize_grads(rule.materialize)
+        ctx.call = rule, kept, at
+        if not rule.materialize:
+            ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         return tuple(made)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        kept, rule = ctx.kept, ctx.rule
+        rule, kept, at = ctx.call
         needs: list[Any] = [False] * len(kept.flat)
         for i in rule.lists:
             needs[i] = [False] * len(kept.flat[i])
-        _put(needs, ctx.at, ctx.needs_input_grad[5:])
+        for (i, j), need in zip(at, ctx.needs_input_grad[5:], strict=True):
+            if j < 0:
+                needs[i] = need
+            else:
+                needs[i][j] = need
         given: list[Any] = [None] * len(rule.op.signature.results)
-        _put(given, [(k, -1) for k, _ in kept.carriers], grads)
+        for (k, _), grad in zip(kept.carriers, grads, strict=True):
+            given[k] = grad
         # read once: hooks that hand each tensor out once (checkpointing, offloading) refuse a second time
         found = rule.gradients(kept, ctx.saved_tensors, needs, given)
-        return (None, None, None, None, None, *(_get(found, place) for place in ctx.at))
+        own = []
+        for i, j in at:
+            grad = found.get(rule.names[i])
+            own.append(grad if j < 0 or grad is None else grad[j])
+        return (None, None, None, None, None, *own)
 
 
 # past the checks of Function.apply, which the caller has made
@@ -202,24 +231,16 @@ def attached(rule: Gradient, backend: str, flat: Sequence[Any], found: Any) -> A
     if not kept.carriers:
         return found
     at = [(i, -1) for i in rule.singles if flat[i] is not None and flat[i].requires_grad]
-    at += [(i, j) for i in rule.lists for j, t in enumerate(flat[i]) if t.requires_grad]
-    made = [_get(results, place) for place in kept.carriers]
-    made = _apply(rule, kept, at, tensors, made, *[_get(flat, place) for place in at])
+    for i in rule.lists:
+        at += [(i, j) for j, t in enumerate(flat[i]) if t.requires_grad]
+    made = [results[k] if j < 0 else results[k][j] for k, j in kept.carriers]
+    made = _apply(rule, kept, at, tensors, made, *[flat[i] if j < 0 else flat[i][j] for i, j in at])
     if results is not found:
         return made[0]
     whole = [list(value) if isinstance(value, (tuple, list)) else value for value in results]
-    _put(whole, kept.carriers, made)
-    return tuple(whole)
-
-
-def _get(values: Sequence[Any], place: Place) -> Any:
-    i, j = place
-    return values[i] if j < 0 or values[i] is None else values[i][j]
-
-
-def _put(values: list[Any], places: Sequence[Place], found: Sequence[Any]) -> None:
-    for (i, j), value in zip(places, found, strict=True):
+    for (k, j), value in zip(kept.carriers, made, strict=True):
         if j < 0:
-            values[i] = value
+            whole[k] = value
         else:
-            values[i][j] = value
+            whole[k][j] = value
+    return tuple(whole)

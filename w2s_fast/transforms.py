@@ -124,9 +124,9 @@ class _Transformed(torch.autograd.Function):
         given = [grad if k in carried else None for k, grad in enumerate(call.results(grads))]
         found = call.op.gradient.gradients(ctx.kept, saved[: ctx.count], needs, given, saved[ctx.count :])
         flat: list[Any] = []
-        for argument, grad in zip(call.spec.children(), found, strict=True):
-            leaves = argument.num_leaves
-            flat += grad if isinstance(grad, list) else [grad] if leaves == 1 else [None] * leaves
+        for name, argument in zip(call.op.gradient.names, call.spec.children(), strict=True):
+            grad = found.get(name)
+            flat += grad if isinstance(grad, list) else [grad] if argument.is_leaf() else [None] * argument.num_leaves
         return (None, *flat)
 
     @staticmethod
