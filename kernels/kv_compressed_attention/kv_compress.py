@@ -190,8 +190,8 @@ def launch_kv_compress(x: Any, first: int, given: Any, eps: float) -> tuple[Any,
     stats = x.new_empty((batch, p["M"], p["G"], 2) if normalize else (0,), dtype=dtype(x, "float32"))
     launch(
         _forward_kernel, batch * p["M"] * p["G"], x, _places(x), first, *p["taps"], given.norm_weight,
-        given.norm_bias, kv, stats, p["M"], c, p["T"], p["G"], p["grid"], p["factor"], eps, STRIDE=p["STRIDE"], NORM=normalize,
-        BLOCK=next_power(c), num_warps=_warps(c),
+        given.norm_bias, kv, stats, p["M"], c, p["T"], p["G"], p["grid"], p["factor"], eps, STRIDE=p["STRIDE"],
+        NORM=normalize, BLOCK=next_power(c), num_warps=_warps(c),
     )  # fmt: skip
     return kv, stats
 

@@ -19,7 +19,9 @@ from .packing import of_rows, used_rows
 from .rows import block_of, chunk_rows, logits, row_statistics, warps_of
 
 FKL, RKL, JSD, SCE, CE_SOFT, PRODUCT, COSINE = (tl.constexpr(i) for i in range(7))
-LOGITS, PROBS, TOPK = (tl.constexpr(i) for i in range(3))
+LOGITS, PROBS, TOPK, LINEAR, LINEAR_BIAS = (tl.constexpr(i) for i in range(5))
+#: Tensors of a teacher of each form.
+COUNTS = (1, 1, 2, 2, 3)
 LOG_FLOOR, REMAINDER_FLOOR = tl.constexpr(-1e4), tl.constexpr(1e-12)
 NORM_FLOOR = tl.constexpr(1e-8)
 NONE = tl.constexpr(-float("inf"))
@@ -228,10 +230,10 @@ def _row_kernel(
 
 
 def _split(teachers: Any, forms: Any) -> list[tuple[Any, ...]]:
-    counts, found, start = (1, 1, 2, 2, 3), [], 0
+    found, start = [], 0
     for form in forms:
-        found.append(tuple(teachers[start : start + counts[form]]))
-        start += counts[form]
+        found.append(tuple(teachers[start : start + COUNTS[form]]))
+        start += COUNTS[form]
     return found
 
 
@@ -241,9 +243,9 @@ def _prepared(teachers: list[tuple[int, Any, Any]], shares: Any, tau: float, voc
     first, second = [], []
     for form, rows, _ in teachers:
         a, b = None, None
-        if form == 0:
+        if form == LOGITS.value:
             a, b = row_statistics(rows, tau)
-        elif form == 2:
+        elif form == TOPK.value:
             a = rows.new_empty((rows.shape[0],), dtype=dtype(rows, "float32"))
             launch(_rest_kernel, rows.shape[0], rows, rows, rows.stride(0), rows.shape[1], vocab, a, BLOCK=64)
         first.append(a)
@@ -298,7 +300,7 @@ def rows_of_logits(z: Any, given: Any, need: bool, statistics: bool, grad: Any) 
     """(kd, ce, stats) of every row; the gradient into ``grad`` if needed."""
     out = _outputs(z, z.shape[0], statistics)
     split = _split(given.teachers, given.forms)
-    teachers = [(f, t[-1], t[0] if f == 2 else None) for f, t in zip(given.forms, split, strict=True)]
+    teachers = [(f, t[-1], t[0] if f == TOPK.value else None) for f, t in zip(given.forms, split, strict=True)]
     _rows(z, teachers, given, out, 0, grad if need else None)
     return out
 
@@ -313,7 +315,8 @@ def launch_linear_kd(
     statistics = need_statistics
     if index is not None:
         hidden, given = hidden[index], of_rows(given, "target keep coef_kd coef_ce", _chosen, index)
-        split = [(t[0][index], *t[1:]) if form >= 3 else t for form, t in zip(given.forms, split, strict=True)]
+        linear = [form >= LINEAR.value for form in given.forms]
+        split = [(t[0][index], *t[1:]) if own else t for own, t in zip(linear, split, strict=True)]
     elif keep is not None:  # what such a row holds must not reach the products
         hidden = hidden.masked_fill(keep.logical_not().unsqueeze(1), 0.0)
     rows, need = hidden.shape[0], need_hidden or need_head or need_bias
@@ -321,7 +324,7 @@ def launch_linear_kd(
     dhead = head.new_zeros(head.shape if need_head else (0,), dtype=f32)
     dbias = head.new_zeros((vocab,) if need_bias else (0,), dtype=f32)
     out = _outputs(hidden, rows, statistics)
-    linear = sum(form >= 3 for form in given.forms)
+    linear = sum(form >= LINEAR.value for form in given.forms)
     chunk = chunk_rows(rows, vocab, 4 * (1 + linear) + head.element_size())
     for first in range(0, rows, chunk):
         part = slice(first, min(first + chunk, rows))
@@ -330,13 +333,13 @@ def launch_linear_kd(
         logits(hidden, head, bias, first, z)
         teachers = []
         for form, t in zip(given.forms, split, strict=True):
-            if form >= 3:
+            if form >= LINEAR.value:
                 tile = hidden.new_empty((size, vocab), dtype=f32)
-                logits(t[0], t[1], t[2] if form == 4 else None, first, tile)
-                teachers.append((0, tile, None))
+                logits(t[0], t[1], t[2] if form == LINEAR_BIAS.value else None, first, tile)
+                teachers.append((LOGITS.value, tile, None))
             else:
                 own = part if index is None else index[part]
-                teachers.append((form, t[-1][own], t[0][own] if form == 2 else None))
+                teachers.append((form, t[-1][own], t[0][own] if form == TOPK.value else None))
         dz = z if z.dtype == head.dtype else head.new_empty((size, vocab))
         _rows(z, teachers, given, out, first, dz if need else None)
         if need_hidden:
