@@ -14,6 +14,7 @@ from w2s_fast import extension
 from w2s_fast.library import Op
 from w2s_fast.testing.compare import Mismatch, compare
 from w2s_fast.testing.samples import Sample, all_samples, tensors
+from w2s_fast.testing.selection import sampled
 
 BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
 CASES = [
@@ -38,10 +39,11 @@ def test_accuracy(sample: Sample, dtype: torch.dtype, backend: str):
 @pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_accuracy_of_other_instruction_sets(isa: str):
-    """Fused logits and the losses over a vocabulary on narrower vectors, in a process where those are chosen."""
-    ops = ("kd_loss", "linear_kd", "linear_eisl", "linear_ce", "fuse_logits")
-    chosen = f"test_accuracy and cpp and ({' or '.join(f'{op}-' for op in ops)})"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    """A sample of every op in all its dtypes (all samples in a full run), in a process where that set is chosen."""
+    samples = [s for op in sorted({s.op for s in all_samples()})
+               for s in sampled([s for s in all_samples() if s.op == op], 1)]  # fmt: skip
+    chosen = [f"{__file__}::test_accuracy[cpp-{s.id}-{str(dtype)[6:]}]" for s in samples for dtype in s.dtypes]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen]
     run = subprocess.run(command, env={**os.environ, "W2S_FAST_CPU": isa}, capture_output=True, text=True, check=False)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
 

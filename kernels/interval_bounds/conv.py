@@ -254,7 +254,8 @@ def aot_cases() -> list[AotCase]:
 
     def sound(compute: str) -> None:
         a, weight = Meta((128, 64, 32, 32), "float32"), Meta((64, 64, 3, 3), "float32")
-        launch_interval_conv2d(a, a, weight, None, (1, 1), (1, 1), (1, 1), 1, True, True, True, compute, True)
+        conv = Group(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
+        launch_interval_conv2d(a, a, weight, None, conv, True, True, True, compute, True)
 
     units = ("tf32", "bf16x3+bf16", "bf16")
     return [

@@ -193,7 +193,7 @@ def refuse_softcap(model: Any, *_: Any) -> str | None:
 
 
 def model_of(hiddens: Any, heads: Any, **changes: Any) -> Group:
-    """A model for ahead-of-time cases."""
+    """A model of one or more heads, all with the weight 1."""
     usual = Group(
         hiddens=hiddens, heads=heads, biases=[], weights=None, weight_values=[1.0] * len(heads), temperature=1.0,
         softcap=0.0, vocab_size=heads[0].shape[0],

@@ -128,5 +128,5 @@ def one_expert(base: Any, expert: Any, anti: Any, **changes: Any) -> Group:
 def pairs(base: Any, rest: Any, weights: Any, **changes: Any) -> Group:
     """One of several experts, each with its own small model, and a weight a row."""
     half = len(rest) // 2
-    given = one_expert(base, None, None, experts=rest[:half], anti=rest[half:], weights=weights, weight_values=[])
-    return given._replace(**changes)
+    several = {"experts": rest[:half], "anti": rest[half:], "weights": weights, "weight_values": []}
+    return one_expert(base, None, None)._replace(**several, **changes)

@@ -57,10 +57,36 @@ def _rows(op: str, name: str, tensor: Tensor, batch: torch.Size) -> Tensor:
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] <= 1 else tensor.contiguous()
 
 
+def _plain(base: Any, experts: Any, anti: Any) -> Logits | None:
+    """The rows of a call of the plainest kind, of which nothing is left to check; otherwise None.
+
+    That is matrices of one shape, device and row layout, and one tensor a model: all that `logits` looks at costs a
+    decoding step over a few columns as much as the kernel.
+    """
+    if type(base) is not Tensor or type(experts) is not list or not experts:
+        return None
+    alone = type(anti) is Tensor
+    if not alone and (type(anti) is not list or len(anti) not in (1, len(experts))):
+        return None
+    small = [anti] if alone else anti
+    shape, device = base.shape, base.device
+    if len(shape) != 2 or shape[1] < 1:
+        return None
+    for t in (base, *experts, *small):
+        if type(t) is not Tensor or t.dtype not in checks.FLOATS or t.shape != shape or t.device != device:
+            return None
+        if t.stride(1) != 1:
+            return None
+    return Logits(base, experts, small, shape[1], shape[:1])
+
+
 def logits(
     op: str, base: Any, experts: Any, anti: Any, vocab_size: int | None, strict_vocab: bool, anti_required: bool = False
 ) -> Logits:
     """Check the logits tensors and bring them to rows; views wherever the strides allow it."""
+    plain = _plain(base, experts, anti) if vocab_size is None else None
+    if plain is not None:
+        return plain
     checks.is_float_tensor(op, "base", base)
     if base.ndim < 1:
         checks.fail(op, "base", "of shape [..., V]", "a 0-dimensional tensor")
