@@ -86,7 +86,8 @@ class Gradient:
         self.op, self.backward, self.saves, self.carriers = op, backward, saves, carriers
         self.materialize, self.twice = materialize, twice
         arguments, results = op.signature.arguments, op.signature.results
-        self.names, self._results = [a.name for a in arguments], [r.name for r in results]
+        # the only result of an op has no name in the schema
+        self.names, self._results = [a.name for a in arguments], [r.name or "out" for r in results]
         self.singles = [i for i, a in enumerate(arguments) if a.is_tensor]
         self.lists = [i for i, a in enumerate(arguments) if a.is_list]
         self._result_lists = {k for k, r in enumerate(results) if r.is_list}
