@@ -234,8 +234,8 @@ def attached(rule: Gradient, backend: str, flat: Sequence[Any], found: Any) -> A
     at = [(i, -1) for i in rule.singles if flat[i] is not None and flat[i].requires_grad]
     for i in rule.lists:
         at += [(i, j) for j, t in enumerate(flat[i]) if t.requires_grad]
-    made = [results[k] if j < 0 else results[k][j] for k, j in kept.carriers]
-    made = _apply(rule, kept, at, tensors, made, *[flat[i] if j < 0 else flat[i][j] for i, j in at])
+    carried = [results[k] if j < 0 else results[k][j] for k, j in kept.carriers]
+    made = _apply(rule, kept, at, tensors, carried, *[flat[i] if j < 0 else flat[i][j] for i, j in at])
     if results is not found:
         return made[0]
     whole = [list(value) if isinstance(value, (tuple, list)) else value for value in results]

@@ -111,6 +111,7 @@ def ict_loss(
     levels = torch.cat((out, skip), 1)
     levels[:, 1::2].neg_()  # the teacher's
     c = default_scale(op, "student_out", c, student_out)
-    given = Consistency(*(as_rows(t) for t in tensors), levels)
+    student, teacher, noisy, other = (as_rows(t) for t in tensors)
+    given = Consistency(student, teacher, noisy, other, levels)
     loss: Tensor = ICT_LOSS(given, c, form == "vector").loss
     return reduced(loss, weight, reduction)

@@ -20,7 +20,7 @@ def fake_gradients(model: Linear, need: Need) -> Gradients:
     ):  # fmt: skip
         lists.append([t.new_empty(t.shape if mask >> i & 1 else (0,)) for i, t in enumerate(tensors)])
     shape = (model.rows, len(model.hiddens)) if need.need_weights else (0,)
-    return Gradients(*lists, model.hiddens[0].new_empty(shape, dtype=model.accumulate))  # type: ignore[arg-type]
+    return Gradients(*lists, model.hiddens[0].new_empty(shape, dtype=model.accumulate))  # type: ignore[arg-type, call-arg]
 
 
 LINEAR_LOSS_BACKWARD = define(
@@ -33,8 +33,9 @@ LINEAR_LOSS_BACKWARD = define(
 def wanted(call: Call) -> Need:
     """The gradients that the call's model is asked for, of those that there are."""
     need, weights = call.needs.model, call.needs.model.weights
-    masks = (sum(1 << i for i, flag in enumerate(flags) if flag) for flags in (need.hiddens, need.heads, need.biases))
-    return Need(*masks, bool(weights and call.model.weights is not None))
+    lists = (need.hiddens, need.heads, need.biases)
+    hiddens, heads, biases = (sum(1 << i for i, flag in enumerate(flags) if flag) for flags in lists)
+    return Need(hiddens, heads, biases, bool(weights and call.model.weights is not None))
 
 
 def by_name(found: Gradients, need: Need, weights: Tensor | None) -> dict[str, Any]:

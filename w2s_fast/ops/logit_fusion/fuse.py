@@ -24,10 +24,10 @@ def _fake(given: Fusion, out_dtype: torch.dtype, need_lse: bool) -> tuple[Tensor
 
 
 def _backward(call: Call, grads: reference.FusedLogits) -> dict[str, Any]:
-    lse, row_a = call.out.lse, grads.lse
-    if not call.need_lse:
-        lse, row_a = lse.new_zeros(call.given.base.shape[0]), None  # its softmax gets no coefficient
-    return fusion_gradients(call, lse, grads.fused, row_a)
+    if call.need_lse:
+        return fusion_gradients(call, call.out.lse, grads.fused, grads.lse)
+    unused = call.out.lse.new_zeros(call.given.base.shape[0])  # its softmax gets no coefficient
+    return fusion_gradients(call, unused, grads.fused)
 
 
 FUSE_LOGITS = define(

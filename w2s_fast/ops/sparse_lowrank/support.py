@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ class SparseSupport(nn.Module):
     def _blocks(self) -> tuple[int, int]:
         return self.block, self.per_block
 
-    def _collect(self, walk: list[Tensor]) -> None:
+    def _collect(self, walk: Sequence[Tensor]) -> None:
         # kept as a tuple: looking up four buffers of a module costs a small call a microsecond
         self._arguments = Support(self.row_ptr, self.cols, walk, *self.shape, self.block, self.per_block)
         # few tokens are walked row by row: five tensors less to pass
