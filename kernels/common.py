@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import triton
@@ -77,6 +78,13 @@ def refuse_double(*tensors: Any) -> str | None:
     if any(str(t.dtype).endswith("float64") for t in tensors):
         return "float64 logits are served by the reference; the Triton kernels accumulate in float32"
     return None
+
+
+class Group(SimpleNamespace):
+    """A group of arguments by name, as ahead-of-time cases and launchers make one; ops give their own NamedTuples."""
+
+    def _replace(self, **changes: Any) -> Group:
+        return Group(**{**vars(self), **changes})
 
 
 @dataclass(frozen=True)

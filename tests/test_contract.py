@@ -39,10 +39,11 @@ def test_every_public_op_has_samples():
     assert not missing, f"no samples in w2s_fast/testing/samples for {missing}"
 
 
-def test_every_part_is_reached_by_a_public_op():
+def test_every_part_is_defined_once():
     text = "\n".join(path.read_text() for path in (ROOT / "ops").rglob("*.py"))
     for name in PARTS:
-        assert text.count(f'"{name}"') == 1, f"{name} is defined {text.count(name)} times"
+        count = len(re.findall(rf"define\(\s*\w+\.{name},", text))
+        assert count == 1, f"{name} is defined {count} times"
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
@@ -105,6 +106,71 @@ def test_has_a_bench_case(name):
     from w2s_fast.bench.case import load
 
     assert any(case.op == name for case in load("cpu", full=True)), f"no case in bench/cases names {name}"
+
+
+def _enumerators(name: str) -> list[str]:
+    """Of a C++ enum, in order; it stands once."""
+    found = [
+        match.group(1)
+        for path in sorted((ROOT.parent / "csrc").rglob("*"))
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh")
+        for match in re.finditer(rf"enum (?:class )?{name}\b[^{{;]*{{([^}}]*)}}", path.read_text())
+    ]
+    assert len(found) == 1, f"enum {name} stands {len(found)} times"
+    return [word.split("=")[0].strip() for word in found[0].split(",")]
+
+
+def test_kinds_and_forms_are_the_same_in_every_language():
+    """Numbers that pass from Python to C++ and Triton: each language names them once, in one order."""
+    from w2s_fast.kernels.linear_loss import kd, kd_row, preference
+
+    from w2s_fast.reference.linear_loss import distillation
+    from w2s_fast.reference.linear_loss import preference as losses
+
+    forms = [form.upper().replace(" WITH ", "_") for form in distillation.FORMS]
+    kinds = [kind.upper() for kind in distillation.KINDS]
+    assert _enumerators("KdKind") == kinds and _enumerators("KdForm") == forms
+    arguments, functions = _enumerators("Argument"), _enumerators("Function")
+    for module, names in ((kd_row, kinds), (kd_row, forms), (preference, arguments), (preference, functions)):
+        assert [getattr(module, name).value for name in names] == list(range(len(names)))
+    for names in (arguments, functions):
+        assert [getattr(losses, name) for name in names] == list(range(len(names)))
+    assert [getattr(distillation, name) for name in forms] == list(range(len(forms)))
+    assert tuple(distillation.FORMS.values()) == kd.COUNTS
+
+
+@pytest.mark.parametrize("layer", ["ops", "reference", "kernels"])
+def test_no_argument_goes_by_position(layer):
+    """Arguments and what a call keeps are read by name: neither ``*args`` nor saved tensors are indexed or sliced."""
+    folder = ROOT.parent / "kernels" if layer == "kernels" else ROOT / layer
+    for path in folder.rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, (ast.FunctionDef, ast.Lambda)) or not function.args.vararg:
+                continue
+            if getattr(function, "name", "") == "_load_from_state_dict":  # torch's own signature
+                continue
+            for node in ast.walk(function):
+                flat = isinstance(node, ast.Subscript) and ast.unparse(node.value) == function.args.vararg.arg
+                assert not flat, f"{path}:{node.lineno}: {ast.unparse(node)}"
+        assert not re.search(r"saved_tensors|needs_input_grad|ctx\b", path.read_text()), f"{path}: use the Call"
+
+
+@pytest.mark.skipif(w2s_fast.extension.ERROR is not None, reason="the extension is not built")
+def test_readme_lists_every_op_with_its_backends():
+    """The table is written by hand, what it says of backends comes from the registry."""
+    from w2s_fast.testing.registry import backends_of
+
+    text = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    table = text.split("## Operations", 1)[1].split("\n\n", 2)[1]
+    listed = {}
+    for row in table.splitlines()[2:]:
+        names, *_, backends = (cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip("| ")))
+        listed.update(dict.fromkeys(re.findall(r"`(\w+)`", names), backends))
+    for name in _public_ops():
+        assert name in listed, f"README's table of operations has no {name}"
+        known = backends_of(getattr(w2s_fast, name))
+        if listed[name].startswith("C++") and "over" not in listed[name]:
+            assert listed[name] == ", ".join(known), f"README says {listed[name]} of {name}, the registry {known}"
 
 
 def test_kernels_import_only_triton():

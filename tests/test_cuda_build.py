@@ -58,12 +58,12 @@ def test_golden_table_names_every_target():
 def test_clusters_hold_a_row():
     """V = 151,936 fits a portable cluster of 8 with one expert, and one of 16 with four."""
     from w2s_fast.ops.logit_fusion.cluster import row_does_not_fit
-    from w2s_fast.ops.logit_fusion.dynamic_weights import DynamicArguments
+    from w2s_fast.reference.logit_fusion.arguments import Solve
 
     def reason(width, experts, blocks, dtype=torch.float32, anti_dtype=None):
         t = torch.empty(1, width, dtype=dtype, device="meta")
         a = torch.empty(1, width, dtype=anti_dtype or dtype, device="meta")
-        given = DynamicArguments(t, [t] * experts, [a], 2.0, 16, -1, 1e-4, 0, 0, None, False, None, width)
+        given = Solve(t, [t] * experts, [a], 2.0, 16, -1, 1e-4, 0, 0, None, False, None, width)
         return row_does_not_fit(given, blocks)
 
     assert reason(151936, 1, 8) is None and reason(151936, 4, 16) is None

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from w2s_fast.reference.logit_fusion.arguments import Draw, Fusion, Solve
 from w2s_fast.reference.logit_fusion.dynamic_sample import dynamic_sample
 
 ROOT = Path(__file__).parent.parent
@@ -52,8 +53,8 @@ def run(host, base, experts, anti, uniform, blocks=3, threads=2, alpha_max=2.0, 
          integer(kind), _pointer(direction), integer(average), _pointer(target_kl), real(temperature),
          integer(plausible), real(plausible_value), _pointer(u), integer(top_k), real(top_p), real(min_p),
          *(_pointer(t) for t in out))
-    want = dynamic_sample(base, experts, anti, alpha_max, nodes, first, tol, multi, kind, direction, average, target_kl,
-                          width, None, temperature, plausible, plausible_value, uniform, top_k, top_p, min_p)
+    solve = Solve(base, experts, anti, alpha_max, nodes, first, tol, multi, kind, direction, average, target_kl, width)
+    want = dynamic_sample(solve, None, temperature, plausible, plausible_value, Draw(uniform, top_k, top_p, min_p))
     return dict(zip(NAMES, out, strict=True)), dict(zip(NAMES, want, strict=True))
 
 
@@ -76,9 +77,10 @@ def filters_agree(host, got, base, experts, anti, uniform, **settings):
     """Token and kept set are those of the reference with the weights that the row program found."""
     from w2s_fast.reference.logit_fusion.sample import fused_sample
 
-    want = fused_sample(base, experts, anti, got["alpha"], [], 1.0, None, settings.get("temperature", 1.0),
-                        settings.get("plausible", 0), settings.get("plausible_value", 0.0), base.shape[1], uniform,
-                        settings.get("top_k", 0), settings.get("top_p", 1.0), settings.get("min_p", 0.0))
+    given = Fusion(base, experts, anti, got["alpha"], [], 1.0, None, settings.get("temperature", 1.0),
+                   settings.get("plausible", 0), settings.get("plausible_value", 0.0), base.shape[1])
+    how = Draw(uniform, settings.get("top_k", 0), settings.get("top_p", 1.0), settings.get("min_p", 0.0))
+    want = fused_sample(given, how)
     for name, value in zip(NAMES[:4], want, strict=True):
         torch.testing.assert_close(
             got[name], value, rtol=1e-5, atol=2e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"

@@ -65,7 +65,7 @@ def run(host, n=1, rows=53, columns=150, rank=20, density=0.1, layout="csr16", d
 
     def reference(kind):
         cast = [t.to(kind) for t in (x, A, B, values)]
-        return sparse_lowrank_linear(*cast, s, 0.5, None if b is None else b.to(kind), *given, False, False)[0]
+        return sparse_lowrank_linear(*cast, s, 0.5, None if b is None else b.to(kind), given, False, False).y
 
     return y, reference(dtype), reference(torch.float64)
 
@@ -105,16 +105,16 @@ def test_grids(host, team, layout):
     (torch.bfloat16, 4096, 11008, 1024, 8, True), (torch.bfloat16, 11008, 4096, 1024, 1, True),
     (torch.float32, 4096, 11008, 1024, 8, False), (torch.bfloat16, 4096, 11008, 1024, 9, False),
 ])  # fmt: skip
-def test_what_is_served(kind, rows, columns, rank, n, fits):
-    from w2s_fast.ops.sparse_lowrank.decode import call_does_not_fit
-    from w2s_fast.ops.sparse_lowrank.linear import LinearArguments
+def test_what_is_served(kind, rows, columns, rank, n, fits, monkeypatch):
+    from w2s_fast.ops.sparse_lowrank.decode import call_does_not_fit, supports_sparse_lowrank_linear
+    from w2s_fast.reference.sparse_lowrank.arguments import Support
 
     def empty(*shape, dtype=kind):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    support = empty(rows + 1, dtype=torch.int32), empty(1000, dtype=torch.uint16), []
-    given = LinearArguments(empty(n, columns), empty(rank, columns), empty(rows, rank), empty(1000), None, 0.5, None,
-                            *support, rows, columns, 0, 0, False, False)  # fmt: skip
-    assert (call_does_not_fit(given, 227 * 1024, 132) is None) == fits
-    assert "materialize" in call_does_not_fit(given._replace(materialize=True), 227 * 1024, 132)
-    assert "need_h" in call_does_not_fit(given._replace(need_h=True), 227 * 1024, 132)
+    support = Support(empty(rows + 1, dtype=torch.int32), empty(1000, dtype=torch.uint16), [], rows, columns, 0, 0)
+    factors = (empty(n, columns), empty(rank, columns), empty(rows, rank), empty(1000))
+    assert (call_does_not_fit(*factors, None, None, support, 227 * 1024, 132) is None) == fits
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    for flags, word in (((True, False), "materialize"), ((False, True), "need_h")):
+        assert word in supports_sparse_lowrank_linear(*factors, None, 0.5, None, support, *flags)

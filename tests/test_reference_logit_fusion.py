@@ -11,6 +11,7 @@ import torch
 
 from w2s_fast.reference import numerics
 from w2s_fast.reference.logit_fusion import backward, dynamic_weights, fuse, log_softmax, sample, stats
+from w2s_fast.reference.logit_fusion.arguments import Fusion, Solve
 from w2s_fast.testing.synthetic import language_models, plain_fusion, tilted_kl
 
 INF, NAN = math.inf, math.nan
@@ -67,9 +68,9 @@ def test_fuse_backward_is_the_derivative(count: int, anti_count: int, plausible:
     anti = [_logits(rows, width + 1, seed=k + 9).requires_grad_() for k in range(anti_count)]
     weights = _logits(rows, count, seed=20).requires_grad_()
     temperature = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).requires_grad_()
-    args = (base, experts, anti, weights, [], 0.7, temperature, 1.0, *plausible, width)
+    given = Fusion(base, experts, anti, weights, [], 0.7, temperature, 1.0, *plausible, width)
     with torch.no_grad():
-        live = fuse.fused(*args) > -INF
+        live = fuse.fused(given) > -INF
     assert live.any(-1).all() and not live[:, 4].any()
     z = plain_fusion(finite, [e[:, :width] for e in experts], [a[:, :width] for a in anti] or None, weights, 0.7,
                      temperature, torch.float64)
@@ -83,7 +84,7 @@ def test_fuse_backward_is_the_derivative(count: int, anti_count: int, plausible:
     wanted = torch.autograd.grad(loss, [finite, *experts, *anti, *([weights] if count else []), temperature])
     with torch.no_grad():
         dz, dweights, dheat = backward.fuse_backward(
-            *args, up, lse, flags[0] + flags[1] * (lse - entropy), -flags[1], targets.unsqueeze(1),
+            given, up, lse, flags[0] + flags[1] * (lse - entropy), -flags[1], targets.unsqueeze(1),
             flags[2].unsqueeze(1), True, True,
         )
     assert bool((dz[~live] == 0).all())
@@ -101,7 +102,7 @@ def test_fuse_backward_is_the_derivative(count: int, anti_count: int, plausible:
 def test_fuse_backward_without_upstream_is_zero():
     base = _logits(2, 5)
     dz, dweights, dheat = backward.fuse_backward(
-        base, [base], [], None, [1.0], 1.0, None, 1.0, 0, 0.0, 5,
+        Fusion(base, [base], [], None, [1.0], 1.0, None, 1.0, 0, 0.0, 5),
         None, base.logsumexp(-1), None, None, None, None, False, False,
     )
     assert dz.shape == base.shape and bool((dz == 0).all())
@@ -111,17 +112,16 @@ def test_fuse_backward_without_upstream_is_zero():
 def test_fuse_backward_adds_repeated_indices():
     base = _logits(1, 4)
     dz = backward.fuse_backward(
-        base, [], [], None, [], 1.0, None, 2.0, 0, 0.0, 4, None, base.logsumexp(-1), None, None, torch.tensor([[2, 2]]),
-        torch.tensor([[3.0, 5.0]]), False, False,
+        Fusion(base, [], [], None, [], 1.0, None, 2.0, 0, 0.0, 4), None, base.logsumexp(-1), None, None,
+        torch.tensor([[2, 2]]), torch.tensor([[3.0, 5.0]]), False, False,
     )[0]
     torch.testing.assert_close(dz, torch.tensor([[0.0, 0.0, 4.0, 0.0]], dtype=torch.float64))
 
 
 def _solve(base, experts, anti, multi=0, kind=0, direction=None, average=False, target=None, alpha_max=2.0):
     width = base.shape[1]
-    return dynamic_weights.dynamic_fusion_weights(
-        base, experts, anti, alpha_max, 16, -1, 1e-4, multi, kind, direction, average, target, width
-    )
+    given = Solve(base, experts, anti, alpha_max, 16, -1, 1e-4, multi, kind, direction, average, target, width)
+    return dynamic_weights.dynamic_fusion_weights(given)
 
 
 @pytest.mark.parametrize("multi, kind, average, shared, override", [
@@ -291,14 +291,13 @@ def test_stats_are_torch():
     m = language_models(5, 401, 2, seed=8, dtype=torch.float64)
     weights, targets = torch.rand(5, 2, dtype=torch.float64), torch.tensor([0, 400, 7, 7, 123])
     z = plain_fusion(m.base, m.experts, m.anti, weights, temperature=0.7, dtype=torch.float64)
-    found = stats.fused_stats(m.base, m.experts, [m.anti], weights, [], 1.0, None, 0.7, 0, 0.0, 401, targets)
+    given = Fusion(m.base, m.experts, [m.anti], weights, [], 1.0, None, 0.7, 0, 0.0, 401)
+    found = stats.fused_stats(given, targets)
     logp = z.log_softmax(-1)
     expected = (z.logsumexp(-1), z.amax(-1), z.argmax(-1), torch.distributions.Categorical(logits=z).entropy(),
                 logp.gather(1, targets.unsqueeze(1)).squeeze(1))  # fmt: skip
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
-    again, lse = log_softmax.fused_log_softmax(
-        m.base, m.experts, [m.anti], weights, [], 1.0, None, 0.7, 0, 0.0, 401, torch.float64
-    )
+    again, lse = log_softmax.fused_log_softmax(given, torch.float64)
     torch.testing.assert_close(again, logp)
     torch.testing.assert_close(lse, z.logsumexp(-1))

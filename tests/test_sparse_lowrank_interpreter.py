@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import w2s_fast
+from w2s_fast.library import OPS
 from w2s_fast.reference.sparse_lowrank import linear as reference
 
 NAN = float("nan")
@@ -117,10 +118,10 @@ def test_panels_and_splits(layout: str, monkeypatch: pytest.MonkeyPatch):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
     x, A, B, values, grad, bias = (t.double() for t in tensors)
     given = support.arguments("test")
-    y, _ = reference.sparse_lowrank_linear(x, A, B, values, None, 0.4, bias, *given, False, False)
+    y, _ = reference.sparse_lowrank_linear(x, A, B, values, None, 0.4, bias, given, False, False)
     torch.testing.assert_close(parts[0].double(), y, rtol=1e-4, atol=1e-4)
     exact = reference.sparse_lowrank_backward(
-        grad, x, A, B, values, torch.tensor([0.4]), 1.0, None, *given, False, *[True] * 5
+        grad, x, A, B, values, torch.tensor([0.4]), 1.0, None, given, False, *[True] * 5
     )
     for got, want in zip(parts[1:6], exact, strict=True):
         torch.testing.assert_close(got.double(), want.double(), rtol=1e-3, atol=1e-3)
@@ -141,19 +142,17 @@ def test_columns_past_a_csr_row():
 
 
 def test_float64_is_refused():
-    from w2s_fast.kernels.sparse_lowrank import backward, linear, materialize, products
-
     support, tensors = _problem("csr16", 3)
     x, A, B, values, grad, _ = (t.double() for t in tensors)
     given = support.arguments("test")
-    for reason in (
-        linear.supports_sparse_lowrank_linear(x, A, B, values, None, 1.0, None, *given, False, False),
-        backward.supports_sparse_lowrank_backward(grad, x, A, B, values, None, 1.0, None, *given, *[False] * 6),
-        materialize.supports_sparse_lowrank_materialize(A, B, values, None, 1.0, *given, torch.float32),
-        materialize.supports_sparse_lowrank_materialize(
-            A.float(), B.float(), values.float(), None, 1.0, *given, torch.float64
-        ),
-        products.supports_spmm(x, values, *given, False),
-        products.supports_sddmm(grad, x, *given),
+    factors = (A.float(), B.float(), values.float())
+    for name, *args in (
+        ("sparse_lowrank_linear", x, A, B, values, None, 1.0, None, given, False, False),
+        ("sparse_lowrank_backward", grad, x, A, B, values, None, 1.0, None, given, *[False] * 6),
+        ("sparse_lowrank_materialize", A, B, values, None, 1.0, given, torch.float32),
+        ("sparse_lowrank_materialize", *factors, None, 1.0, given, torch.float64),
+        ("spmm", x, values, given, False),
+        ("sddmm", grad, x, given),
     ):
-        assert reason is not None and "float64" in reason
+        reason = OPS[name].triton.why_not(OPS[name].flatten(*args))
+        assert reason is not None and "float64" in reason, name

@@ -1,4 +1,7 @@
-"""How an op enters PyTorch: one `define` gives it a schema, a default kernel, a fake kernel and a gradient.
+"""How an op enters PyTorch: one `define` reads its reference's type hints and registers all there is to an op.
+
+Schema, argument names and result names come from the hints (`signature`); the reference, the fake kernel, the
+launchers, `supports` and the backward (`gradients`) are called with groups and names, and so is the op.
 
 Each op is two dispatcher ops: ``w2s_fast::<name>``, where PyTorch's own dispatch picks the kernel, and
 ``w2s_fast::<name>_on``, the same schema and a trailing ``str backend``, for a backend the caller asked for.
@@ -10,137 +13,182 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch._library import simple_registry
 from torch.autograd import forward_ad
 
 from . import calibration, dispatch, extension, transforms
+from .gradients import Call, Gradient, Names, attached
+from .signature import Signature
 
 _LIBRARY = torch.library.Library("w2s_fast", "FRAGMENT")
 _LOG = logging.getLogger("w2s_fast")
 
 # looked up once: a small call takes a few microseconds
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
-_any_requires_grad, _below_autograd = torch._C._any_requires_grad, torch._C._AutoDispatchBelowAutograd
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, _C._set_grad_enabled
+_any_requires_grad, _below_autograd = _C._any_requires_grad, _C._AutoDispatchBelowAutograd
 _transforms_active = transforms.active
-_autocast_off = torch._C._DisableAutocast
+_autocast_off = _C._DisableAutocast
 
 #: Every op, by name, in the order of definition.
 OPS: dict[str, Op] = {}
 
+def _tensors(flat: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in flat:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [t for t in value if isinstance(t, Tensor)]
+    return found
+
 
 class Kernel:
-    """A kernel written outside the reference: a launcher and the reason, if any, that it cannot serve a call.
+    """A kernel written outside the reference, found by name: ``launch_<op>`` in ``kernels/<family>/<file>.py``, and
+    ``supports_<op>`` there, which returns the reason that it cannot serve a call or None; without one, float64 tensors
+    are refused. Both are called as the reference is. They are imported at first use, so that importing the package does
+    not import Triton.
 
-    Both are named ``"module:function"`` relative to ``w2s_fast`` and imported at first use, so that importing
-    the package does not import Triton. They take the op's positional arguments. ``opt_in`` is a reason why `auto` does
-    not take this kernel although it could serve; asking for its backend still runs it.
-
-    The launcher is given contiguous tensors (copied where they are not), but for the arguments named in ``rowwise``,
-    which have their last dimension contiguous and any other strides, and in ``strided``, which come as they are.
+    Args:
+        file: by default that of the reference.
+        rowwise: arguments that have their last dimension contiguous and any other strides, which others are copied to.
+        strided: arguments that come as they are. All others are contiguous, or copied.
+        opt_in: a reason why `auto` does not take this kernel although it could serve; asking for its backend runs it.
     """
 
-    def __init__(
-        self, launch: str, supports: str | None = None, opt_in: str | None = None, rowwise: str = "", strided: str = ""
-    ) -> None:
-        self._names = (launch, supports)
-        self.opt_in = opt_in
+    def __init__(self, file: str = "", rowwise: str = "", strided: str = "", opt_in: str | None = None) -> None:
+        self.opt_in, self._file = opt_in, file
         self._free = {**dict.fromkeys(rowwise.split(), _rowwise), **dict.fromkeys(strided.split(), _strided)}
-        self._layouts: list[Callable[[torch.Tensor], torch.Tensor]] = []
         self._loaded: tuple[Callable[..., Any], Callable[..., str | None]] | None = None
+        self._op: Op
+        self._module = ""
+        self._layouts: list[Callable[[Tensor], Tensor]] = []
+
+    def bind(self, op: Op, layer: str) -> None:
+        """Learn the op, and in which layer the launcher stands: kernels or ops."""
+        *_, family, file = op.reference.__module__.split(".")
+        self._op, self._module = op, f"{__package__}.{layer}.{family}.{self._file or file}"
+        names = [argument.name for argument in op.signature.arguments]
+        unknown = set(self._free) - set(names)
+        assert not unknown, f"{op.name}: no argument {unknown}"
+        self._layouts = [self._free.get(name, Tensor.contiguous) for name in names]
 
     def _load(self) -> tuple[Callable[..., Any], Callable[..., str | None]]:
         if self._loaded is None:
-            launch, supports = (_resolve(name) if name else (lambda *_: None) for name in self._names)
-            self._loaded = (launch, supports)
+            module = importlib.import_module(self._module)
+            supports = getattr(module, f"supports_{self._op.name}", self._refuse_double)
+            self._loaded = (getattr(module, f"launch_{self._op.name}"), supports)
         return self._loaded
 
-    def why_not(self, args: Sequence[Any]) -> str | None:
-        """The reason this kernel cannot serve ``args``, or None."""
+    def _refuse_double(self, *args: Any) -> str | None:
+        if any(t.dtype == torch.float64 for t in _tensors(self._op.flatten(*args))):
+            return "float64 tensors are served by the reference; the kernels accumulate in float32"
+        return None
+
+    def why_not(self, flat: Sequence[Any]) -> str | None:
+        """The reason this kernel cannot serve these arguments, or None."""
         try:
-            return self._load()[1](*args)
+            return self._load()[1](*self._op.group(*flat))
         except ImportError as error:
             return f"import failed: {error}"
 
-    def bind(self, schema: str) -> None:
-        """Learn the names of the arguments."""
-        names = [name for _, name in _arguments(schema)]
-        unknown = set(self._free) - set(names)
-        assert not unknown, f"{self._names[0]}: no argument {unknown}"
-        self._layouts = [self._free.get(name, torch.Tensor.contiguous) for name in names]
+    def laid_out(self, flat: Sequence[Any]) -> list[Any]:
+        """The arguments as the launcher wants them."""
+        return [_laid_out(value, layout) for value, layout in zip(flat, self._layouts, strict=True)]
 
-    def __call__(self, *args: Any) -> Any:
-        return self._load()[0](*(_laid_out(arg, layout) for arg, layout in zip(args, self._layouts, strict=True)))
+    def launch(self, flat: Sequence[Any]) -> Any:
+        """Call the launcher with these arguments as they are."""
+        return self._load()[0](*self._op.group(*flat))
+
+    def __call__(self, *flat: Any) -> Any:
+        return self.launch(self.laid_out(flat))
 
 
-def _rowwise(t: torch.Tensor) -> torch.Tensor:
+def _rowwise(t: Tensor) -> Tensor:
     return t if t.ndim == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
-def _strided(t: torch.Tensor) -> torch.Tensor:
+def _strided(t: Tensor) -> Tensor:
     return t
 
 
-def _laid_out(value: Any, layout: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
+def _laid_out(value: Any, layout: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
         return layout(value)
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
         return [layout(t) for t in value]
     return value
 
 
-def _arguments(schema: str) -> list[tuple[str, str]]:
-    """(type, name) of the arguments of ``"(Tensor x, float eps) -> ..."``, in order."""
-    return re.findall(r"([\w\[\]?]+) (\w+)(?:=[^,()]*)?(?=[,)])", schema.rsplit(" -> ", 1)[0])
-
-
-def _resolve(name: str) -> Callable[..., Any]:
-    module, function = name.split(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(f"w2s_fast.{module}"), function)
-    return found
-
-
-def _first_tensor(args: Sequence[Any]) -> torch.Tensor:
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            return arg
-        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
-            return arg[0]
+def _first_tensor(flat: Sequence[Any]) -> Tensor:
+    for value in flat:
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            return value[0]
     raise ValueError("w2s_fast: an op needs at least one tensor argument, got none.")
 
 
 class Op:
-    """One op of the package: call it to run on the current backend, or `on(backend)` to choose one."""
+    """One op of the package: call it as its reference to run on the current backend, or `on(backend)` to choose one."""
 
     def __init__(
-        self, name: str, schema: str, reference: Callable[..., Any], triton: Kernel | None, cuda: Kernel | None
+        self, reference: Callable[..., Any], fake: Callable[..., Any], triton: Kernel | None, cuda: Kernel | None
     ) -> None:
-        self.name, self.schema, self.reference, self.triton, self.cuda = name, schema, reference, triton, cuda
+        self.name, self.reference, self.fake, self.triton, self.cuda = reference.__name__, reference, fake, triton, cuda
+        self.signature = signature = Signature(reference)
+        self.flatten = signature.flatten()
         self._auto: Any = None
         self._forced: Any = None
         #: where plain PyTorch serves calls on a CPU faster than the C++ kernel; None: nowhere
         self.regions: calibration.Regions | calibration.Unknown | None = calibration.UNKNOWN
-        arguments = _arguments(schema)
-        self.names = [argument for _, argument in arguments]
-        #: places of the lists, and whether they are of tensors
-        self.lists = [(i, kind == "Tensor[]") for i, (kind, _) in enumerate(arguments) if kind.endswith("[]")]
-        self._places: dict[tuple[str, ...], tuple[int, ...]] = {}
-        #: ``(ctx, backend, inputs, output)`` and ``(ctx, grads, origins)``, of `define`
-        self.setup: Callable[..., None]
-        self.gradients: Callable[..., list[Any]]
-        for kernel in (triton, cuda):
+        self._group: Callable[..., tuple[Any, ...]] | None = None
+        self._make = None if signature.made is None else signature.made._make
+        self.gradient: Gradient
+        for kernel, layer in ((triton, "kernels"), (cuda, "ops")):
             if kernel is not None:
-                kernel.bind(schema)
+                kernel.bind(self, layer)
 
-    def __call__(self, *args: Any) -> Any:
-        return self.run(dispatch.STATE, args)
+    @property
+    def schema(self) -> str:
+        """``"(Tensor x, float eps) -> (Tensor y, Tensor z)"``."""
+        return self.signature.schema()
 
-    def run(self, backend: str, flat: Sequence[Any]) -> Any:
-        """The op on one backend; ``"auto"`` leaves the choice to PyTorch's dispatch and this machine's calibration."""
+    @property
+    def names(self) -> list[str]:
+        """Of the flat arguments."""
+        return [argument.name for argument in self.signature.arguments]
+
+    def group(self, *flat: Any) -> tuple[Any, ...]:
+        """Flat arguments as the reference takes them."""
+        if self._group is None:
+            self._group = self.signature.group()
+        return self._group(*flat)
+
+    def named(self, results: Sequence[Any]) -> Any:
+        """One value a result as the reference returns them: by name, or the value of the only one."""
+        return results[0] if self._make is None else self._make(results)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self.run(dispatch.STATE, self.flatten(*args, **kwargs))
+        return found if self._make is None else self._make(found)
+
+    def on(self, backend: str) -> Callable[..., Any]:
+        """The op on one backend; ``"auto"`` leaves the choice to PyTorch's dispatch."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = self.run(backend, self.flatten(*args, **kwargs))
+            return found if self._make is None else self._make(found)
+
+        return call
+
+    def run(self, backend: str, flat: tuple[Any, ...]) -> Any:
+        """The op on flat arguments."""
         if backend == "explain":
             raise dispatch.Explained(self.explain(flat))
         if _is_compiling():
@@ -149,61 +197,63 @@ class Op:
             self._refuse_tangents(flat)
         if _transforms_active():
             return transforms.call(self, backend, flat)
-        if backend != "auto":
-            return self._forced(*flat, backend)
-        wanted = _is_grad_enabled() and _any_requires_grad(*flat)
-        if self.regions is not None and self.regions.plain(flat, self):
-            return self._forced(*flat, "reference") if wanted else self.plain(flat)
-        if wanted:
-            return self._auto(*flat)
-        # no gradient is wanted: past the Python autograd kernel, which costs a small call as much as the op
-        with _below_autograd():
-            return self._auto(*flat)
+        # past the dispatcher's autograd kernel, which would cost a small call as much as the op
+        if not (_is_grad_enabled() and _any_requires_grad(*flat)):
+            return self._serve(backend, flat)
+        _set_grad_enabled(False)
+        try:
+            found = self._serve(backend, flat)
+        finally:
+            _set_grad_enabled(True)
+        return attached(self.gradient, backend, flat, found)
 
-    def kernel(self, flat: Sequence[Any]) -> Any:
+    def _serve(self, backend: str, flat: tuple[Any, ...]) -> Any:
+        """The results without gradients; what `auto` is, a calibration of this machine has a say in."""
+        if backend == "auto" and self.regions is not None and self.regions.plain(flat, self):
+            return self.plain(flat)
+        with _below_autograd():
+            return self._auto(*flat) if backend == "auto" else self._forced(*flat, backend)
+
+    def kernel(self, flat: tuple[Any, ...]) -> Any:
         """What PyTorch's dispatch picks, without gradients."""
         with _below_autograd():
             return self._auto(*flat)
 
-    def plain(self, flat: Sequence[Any]) -> Any:
+    def plain(self, flat: tuple[Any, ...]) -> Any:
         """The reference, without gradients."""
         with _below_autograd(), _autocast_off():
-            return self.reference(*flat)
+            return self.defined(*flat)
 
-    def directly(self, args: Sequence[Any], trained: tuple[str, ...]) -> Any:
-        """The op, for eager calls whose gradients go to the tensors named ``trained`` only: on a small batch the
-        dispatcher's way around an op with many arguments or lists of tensors costs more than the op."""
-        if _is_compiling() or _transforms_active() or not _is_grad_enabled():
-            return self(*args)
-        places = self._places.get(trained)
-        if places is None:
-            places = self._places[trained] = tuple(self.names.index(name) for name in trained)
-        tensors = [args[place] for place in places]
-        if not _any_requires_grad(*tensors):
-            return self(*args)
-        return _Direct.apply(self, args, places, *tensors)
+    def _autograd(self, forced: bool) -> Callable[..., Any]:
+        """The dispatcher's autograd kernel: what `run` does, for a call that does not come from there."""
 
-    def _refuse_tangents(self, args: Sequence[Any]) -> None:
+        def kernel(keys: Any, *args: Any) -> Any:
+            overload = self._forced if forced else self._auto
+            with torch.no_grad(), _below_autograd():
+                found = overload.redispatch(keys & _C._after_autograd_keyset, *args)
+            if not (_is_grad_enabled() and _any_requires_grad(*args)):
+                return found
+            flat, backend = (args[:-1], args[-1]) if forced else (args, "auto")
+            return attached(self.gradient, backend, flat, found)
+
+        return kernel
+
+    def _refuse_tangents(self, flat: Sequence[Any]) -> None:
         """The kernels would drop a tangent and the derivative would silently be 0."""
-        for arg in args:
-            for t in arg if isinstance(arg, (list, tuple)) else (arg,):
-                if isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None:
-                    raise NotImplementedError(
-                        f"w2s_fast.{self.name}: forward-mode automatic differentiation is not supported; use reverse "
-                        "mode (torch.autograd.grad, Tensor.backward)."
-                    )
-
-    def on(self, backend: str) -> Callable[..., Any]:
-        """The op on one backend; ``"auto"`` leaves the choice to PyTorch's dispatch."""
-        return lambda *args: self.run(backend, args)
+        for t in _tensors(flat):
+            if forward_ad.unpack_dual(t).tangent is not None:
+                raise NotImplementedError(
+                    f"w2s_fast.{self.name}: forward-mode automatic differentiation is not supported; use reverse "
+                    "mode (torch.autograd.grad, Tensor.backward)."
+                )
 
     def has_cpp(self) -> bool:
         """Whether the loaded extension has a C++ kernel for this op on the CPU."""
-        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"w2s_fast::{self.name}", "CPU"))
+        return bool(_C._dispatch_has_kernel_for_dispatch_key(f"w2s_fast::{self.name}", "CPU"))
 
-    def why_not(self, backend: str, args: Sequence[Any]) -> str | None:
-        """The reason ``backend`` cannot serve ``args``, or None."""
-        device = _first_tensor(args).device.type
+    def why_not(self, backend: str, flat: Sequence[Any]) -> str | None:
+        """The reason ``backend`` cannot serve these arguments, or None."""
+        device = _first_tensor(flat).device.type
         if backend == "reference":
             return None
         if backend == "cpp":
@@ -220,189 +270,115 @@ class Op:
             return f"needs a CUDA tensor, got {device}" + (
                 " (the environment variable TRITON_INTERPRET=1 runs it on the CPU)" if backend == "triton" else ""
             )
-        return kernel.why_not(args)
+        return kernel.why_not(flat)
 
     def _opt_in(self, backend: str) -> str | None:
         kernel = {"triton": self.triton, "cuda": self.cuda}.get(backend)
         return kernel.opt_in if kernel is not None else None
 
-    def explain(self, args: Sequence[Any]) -> dispatch.Explanation:
-        """The backend that `auto` takes for ``args`` and the reasons against the others."""
-        device = _first_tensor(args).device.type
+    def explain(self, flat: Sequence[Any]) -> dispatch.Explanation:
+        """The backend that `auto` takes for these arguments and the reasons against the others."""
+        device = _first_tensor(flat).device.type
         order = {"cpu": ("cpp", "reference", "triton", "cuda"), "cuda": ("cuda", "triton", "reference", "cpp")}
+        slower = calibration.slower(self, flat) if device == "cpu" else None
         chosen, rejected = "", []
-        slower = calibration.slower(self, args) if device == "cpu" else None
         for name in order.get(device, ("reference", "cpp", "triton", "cuda")):
-            reason = self.why_not(name, args) or self._opt_in(name) or (slower if name == "cpp" else None)
+            reason = self.why_not(name, flat) or self._opt_in(name) or (slower if name == "cpp" else None)
             if reason is None and not chosen:
                 chosen = name
             else:
                 rejected.append((name, reason or f"{chosen} comes first on {device}"))
         return dispatch.Explanation(self.name, chosen, tuple(rejected))
 
-    def _run_cuda(self, *args: Any) -> Any:
+    def defined(self, *flat: Any) -> Any:
+        """The reference on flat arguments."""
+        return self.reference(*self.group(*flat))
+
+    def _fake(self, forced: bool) -> Callable[..., Any]:
+        if forced:
+            return lambda *args: self.fake(*self.group(*args[:-1]))
+        return lambda *args: self.fake(*self.group(*args))
+
+    def _run_cuda(self, *flat: Any) -> Any:
         for backend, kernel in (("cuda", self.cuda), ("triton", self.triton)):
-            if kernel is not None and kernel.opt_in is None and self.why_not(backend, args) is None:
+            if kernel is not None and kernel.opt_in is None and self.why_not(backend, flat) is None:
                 with _autocast_off():
-                    return kernel(*args)
+                    return kernel(*flat)
         _LOG.warning(
-            "w2s_fast.%s: no GPU kernel serves this call, plain PyTorch does:\n%s", self.name, self.explain(args)
+            "w2s_fast.%s: no GPU kernel serves this call, plain PyTorch does:\n%s", self.name, self.explain(flat)
         )
         with _autocast_off():
-            return self.reference(*args)
+            return self.defined(*flat)
 
     def _run_forced(self, *args: Any) -> Any:
-        *inputs, backend = args
-        reason = self.why_not(backend, inputs)
+        *flat, backend = args
+        reason = self.why_not(backend, flat)
         if reason is not None:
             raise RuntimeError(
                 f"w2s_fast.{self.name}: backend {backend!r} cannot serve this call: {reason}. Use backend='auto'."
             )
         if backend == "cpp":
-            return self._auto(*inputs)
-        kernel = {"triton": self.triton, "cuda": self.cuda, "reference": self.reference}[backend]
+            return self._auto(*flat)
+        kernel = {"triton": self.triton, "cuda": self.cuda, "reference": self.defined}[backend]
         assert kernel is not None
         with _autocast_off():
-            return kernel(*inputs)
+            return kernel(*flat)
 
-    def _run_default(self, *args: Any) -> Any:
-        if _first_tensor(args).device.type == "cpu":
+    def _run_default(self, *flat: Any) -> Any:
+        if _first_tensor(flat).device.type == "cpu":
             extension.warn_once()
         with _autocast_off():
-            return self.reference(*args)
+            return self.defined(*flat)
 
 
 def define(
-    name: str,
-    schema: str,
-    *,
     reference: Callable[..., Any],
+    *,
     fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., dict[str, Any]] | None = None,
+    backward: Callable[[Call, Any], dict[str, Any]] | None = None,
+    saves: Names = "",
+    carriers: Names | None = None,
+    materialize: bool = False,
+    twice: bool = False,
     triton: Kernel | None = None,
     cuda: Kernel | None = None,
-    differentiable: bool = True,
-    twice: bool = False,
 ) -> Op:
-    """Register op ``name``.
+    """Register the op of the reference's name, whose arguments and results are the reference's type hints.
 
     Args:
-        schema: arguments and returns, ``"(Tensor x, float eps) -> (Tensor y, Tensor z)"``.
         reference: the op in plain PyTorch; its definition and the default kernel on every device.
-        fake: shapes and dtypes of the outputs (contiguous), for the compiler.
-        setup_context: ``(ctx, inputs, output)`` saves what backward needs. ``ctx.backend`` is already set.
-        backward: ``(ctx, *grads) -> {argument name: gradient}``; names left out get no gradient. It may read
-            ``ctx.saved_tensors`` as often as it likes: autograd's are unpacked once.
-            None with ``differentiable=True`` makes a gradient through the op an error (double backward).
-        differentiable: False for ops such as sampling, whose outputs never carry a gradient.
+        fake: called as the reference; shapes and dtypes of the results (contiguous), for the compiler.
+        backward: ``(call, grads) -> {argument: gradient}``. Arguments left out get no gradient; ``grads`` has the form
+            of the results, with None for those that none came of. It is not called without any. None makes a gradient
+            through the op an error (double backward).
+        saves: tensors that backward needs, arguments and results. All else that is no tensor is there anyway.
+        carriers: results that carry a gradient; None: all of floating dtype. "" for an op such as sampling.
+        materialize: whether backward gets zeros for a gradient that did not come.
         twice: whether backward consists of differentiable operations on what forward was given, so that it can be
             differentiated too. Otherwise that is an error.
+        triton, cuda: the GPU's kernels.
     """
-    op = Op(name, schema, reference, triton, cuda)
-    arguments, returns = schema.rsplit(" -> ", 1)
-    op.setup = _make_setup(op, setup_context, differentiable)
-    op.gradients = _make_gradients(op, backward, twice)
-    for suffix, text, kernel in (
-        ("", schema, op._run_default),
-        ("_on", f"{arguments[:-1]}, str backend) -> {returns}", op._run_forced),
-    ):
-        forced = suffix == "_on"
-        qualified = f"w2s_fast::{name}{suffix}"
-        _LIBRARY.define(f"{name}{suffix}{text}")
-        _LIBRARY.impl(f"{name}{suffix}", kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, (lambda *args: fake(*args[:-1])) if forced else fake, lib=_LIBRARY)
-        torch.library.register_autograd(
-            qualified, _autograd_backward(op, forced), setup_context=_autograd_setup(op, forced), lib=_LIBRARY
-        )
-    _LIBRARY.impl(name, op._run_cuda, "CUDA")
-    op._auto = getattr(torch.ops.w2s_fast, name).default
-    op._forced = getattr(torch.ops.w2s_fast, f"{name}_on").default
-    OPS[name] = op
+    op = Op(reference, fake, triton, cuda)
+    op.gradient = Gradient(op, backward, saves, carriers, materialize, twice)
+    register(op)
     return op
+
+
+def register(op: Op) -> None:
+    """Make the dispatcher ops of ``op``."""
+    for name, forced in ((op.name, False), (f"{op.name}_on", True)):
+        _LIBRARY.define(name + op.signature.schema(*(["str backend"] if forced else [])))
+        _LIBRARY.impl(name, op._run_forced if forced else op._run_default, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, op._autograd(forced), "Autograd", with_keyset=True)
+        # torch.library.register_fake, which first reads the source of its caller: a third of the package's import
+        entry = simple_registry.singleton.find(f"w2s_fast::{name}")
+        entry.fake_impl.register(op._fake(forced), __name__, _LIBRARY)
+    _LIBRARY.impl(op.name, op._run_cuda, "CUDA")
+    ours = torch.ops.w2s_fast
+    op._auto, op._forced = getattr(ours, op.name).default, getattr(ours, f"{op.name}_on").default
+    OPS[op.name] = op
 
 
 def define_raw(name: str, schema: str) -> None:
     """Declare an op that only the compiled extension implements and only another op's dispatch calls."""
     _LIBRARY.define(f"{name}{schema}")
-
-
-def _make_setup(op: Op, setup_context: Callable[..., None] | None, differentiable: bool) -> Callable[..., None]:
-    def setup(ctx: Any, backend: str, inputs: Sequence[Any], output: Any) -> None:
-        ctx.backend = backend
-        # a list of numbers counts only where it is empty: then nothing tells it from an empty list of tensors
-        ctx.lengths = [(place, len(inputs[place])) for place, kind in op.lists if kind or not inputs[place]]
-        if not differentiable:
-            ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
-        elif setup_context is not None:
-            setup_context(ctx, inputs, output)
-
-    return setup
-
-
-def _make_gradients(op: Op, backward: Callable[..., dict[str, Any]] | None, twice: bool) -> Callable[..., list[Any]]:
-    def gradients(ctx: Any, grads: Sequence[Any], origins: Sequence[Any]) -> list[Any]:
-        if backward is None:
-            transforms.no_second_derivative(op.name)
-        with _autocast_off():
-            if twice or not torch.is_grad_enabled():
-                found = backward(ctx, *grads)
-            else:  # create_graph
-                with torch.no_grad():
-                    found = backward(ctx, *grads)
-        result = [found.get(name) for name in op.names]
-        for place, length in ctx.lengths:  # where autograd wants a list as long
-            if result[place] is None:
-                result[place] = [None] * length
-        return result if twice else transforms.once(op.name, result, (*origins, *grads))
-
-    return gradients
-
-
-class _Direct(torch.autograd.Function):
-    """An op whose gradients go to the arguments at ``places`` only."""
-
-    @staticmethod
-    def forward(ctx: Any, op: Op, args: Sequence[Any], places: tuple[int, ...], *trained: Tensor | None) -> Any:
-        output = op(*args)
-        ctx.op, ctx.places, ctx.count = op, places, len(args)
-        op.setup(ctx, dispatch.STATE, args, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        once = _Unpacked(ctx)
-        needs = [False] * ctx.count
-        for place, need in zip(ctx.places, ctx.needs_input_grad[3:], strict=True):
-            needs[place] = need
-        once.needs_input_grad = needs
-        found = ctx.op.gradients(once, grads, once.saved_tensors)
-        return (None, None, None, *(found[place] for place in ctx.places))
-
-
-class _Unpacked:
-    """autograd's ctx with the saved tensors read once: hooks that hand each out once (checkpointing, offloading)
-    refuse a second time, and a copy from elsewhere is not made twice."""
-
-    def __init__(self, ctx: Any) -> None:
-        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
-        self.needs_input_grad = ctx.needs_input_grad
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
-
-
-def _autograd_setup(op: Op, forced: bool) -> Callable[[Any, tuple[Any, ...], Any], None]:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        op.setup(ctx, *((inputs[-1], inputs[:-1]) if forced else ("auto", inputs)), output)
-
-    return setup
-
-
-def _autograd_backward(op: Op, forced: bool) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: Any) -> Any:
-        once = _Unpacked(ctx)
-        found = op.gradients(once, grads, once.saved_tensors)
-        return (*found, None) if forced else tuple(found)
-
-    return backward

@@ -76,25 +76,6 @@ def once(name: str, grads: Sequence[Any], origins: Sequence[Tensor | None]) -> l
     return made
 
 
-class _Record:
-    """Stands for autograd's ctx where an op's setup and backward run under a transform."""
-
-    def __init__(self) -> None:
-        self.saved_tensors: tuple[Tensor | None, ...] = ()
-        self.fixed: tuple[Tensor, ...] = ()
-        self.materialize = True
-        self.needs_input_grad: Any = ()
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self.saved_tensors = tensors
-
-    def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        self.fixed = tensors
-
-    def set_materialize_grads(self, value: bool) -> None:
-        self.materialize = value
-
-
 class _Call:
     """One call of an op: what stays the same at every level of transforms."""
 
@@ -105,9 +86,14 @@ class _Call:
     def run(self, flat: Sequence[Any]) -> tuple[Tensor, ...]:
         """The op on flat arguments; its outputs, flat."""
         outputs, self.output_spec = pytree.tree_flatten(
-            self.op.on(self.backend)(*pytree.tree_unflatten(list(flat), self.spec))
+            self.op.run(self.backend, tuple(pytree.tree_unflatten(list(flat), self.spec)))
         )
         return tuple(outputs)
+
+    def results(self, outputs: Sequence[Any]) -> Any:
+        """Flat outputs, one value a result."""
+        made = pytree.tree_unflatten(list(outputs), self.output_spec)
+        return [made] if self.output_spec.is_leaf() else made
 
 
 class _Transformed(torch.autograd.Function):
@@ -120,32 +106,27 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *flat = inputs
-        record = _Record()
-        call.op.setup(record, call.backend, tuple(pytree.tree_unflatten(flat, call.spec)),
-                      pytree.tree_unflatten(list(output), call.output_spec))  # fmt: skip
-        ctx.mark_non_differentiable(*record.fixed, *(t for t in output if not t.is_floating_point()))
-        ctx.set_materialize_grads(record.materialize)
+        rule = call.op.gradient
+        results = call.results(output)
+        tensors, ctx.kept = rule.keep(call.backend, pytree.tree_unflatten(flat, call.spec), results)
+        carried = [results[k] if j < 0 else results[k][j] for k, j in ctx.kept.carriers]
+        ctx.mark_non_differentiable(*(t for t in output if not any(t is other for other in carried)))
+        ctx.set_materialize_grads(rule.materialize)
         origins = [t for t in flat if isinstance(t, Tensor)]
-        ctx.count = len(record.saved_tensors)
-        ctx.save_for_backward(*record.saved_tensors, *origins)
-        record.saved_tensors = record.fixed = ()
-        ctx.call, ctx.record = call, record
+        ctx.call, ctx.count = call, len(tensors)
+        ctx.save_for_backward(*tensors, *origins)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        call, record = ctx.call, ctx.record
-        saved = ctx.saved_tensors
-        record.saved_tensors, origins = saved[: ctx.count], saved[ctx.count :]
-        record.needs_input_grad = pytree.tree_unflatten(list(ctx.needs_input_grad[1:]), call.spec)
-        try:
-            given = grads if call.output_spec.is_leaf() else pytree.tree_unflatten(list(grads), call.output_spec)
-            found = call.op.gradients(record, given, origins)
-        finally:
-            record.saved_tensors = ()
+        call, saved = ctx.call, ctx.saved_tensors
+        needs = pytree.tree_unflatten(list(ctx.needs_input_grad[1:]), call.spec)
+        carried = {k for k, _ in ctx.kept.carriers}
+        given = [grad if k in carried else None for k, grad in enumerate(call.results(grads))]
+        found = call.op.gradient.gradients(ctx.kept, saved[: ctx.count], needs, given, saved[ctx.count :])
         flat: list[Any] = []
-        for argument, grad in zip(call.spec.children(), found, strict=True):
-            leaves = argument.num_leaves
-            flat += grad if isinstance(grad, list) else [grad] if leaves == 1 else [None] * leaves
+        for name, argument in zip(call.op.gradient.names, call.spec.children(), strict=True):
+            grad = found.get(name)
+            flat += grad if isinstance(grad, list) else [grad] if argument.is_leaf() else [None] * argument.num_leaves
         return (None, *flat)
 
     @staticmethod

@@ -10,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, launch, refuse_double, row_tile
+from ..common import AotCase, Meta, cdiv, launch, row_tile
 
 BLOCK = 1024
 
@@ -44,11 +44,6 @@ def launch_ddim_step(x: Any, cond: Any, uncond: Any, levels: Any, a: float, b: f
         None if levels is None else levels.contiguous(), (a, b, guidance), size, tiles, out, BLOCK=BLOCK,
     )
     return out
-
-
-def supports_ddim_step(*args: Any) -> str | None:
-    """The reason these arguments cannot be served, or None."""
-    return refuse_double(*(t for t in args[:4] if t is not None))
 
 
 def aot_cases() -> list[AotCase]:

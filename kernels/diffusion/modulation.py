@@ -15,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, dtype, launch, next_power, refuse_double
+from ..common import AotCase, Meta, cdiv, dtype, launch, next_power
 
 #: Tokens of a range.
 RANGE = 32
@@ -180,10 +180,15 @@ def backward(
     return dx, dy, partial, dgates, dscales
 
 
-def launch_modulate_backward(*args: Any) -> tuple[Any, Any, Any, Any, Any]:
+def launch_modulate_backward(
+    grad_added: Any, grad_h: Any, added: Any, y: Any, gate: Any, gate_row: Any, scale: Any, scale_row: Any, stats: Any,
+    need_x: bool, need_y: bool, need_gate: bool, need_modulation: bool,
+) -> tuple[Any, Any, Any, Any, Any]:  # fmt: skip
     """Arguments of `modulate_backward` -> (dx, dy, dgate, dshift, dscale)."""
-    added, need_gate, need_modulation = args[2], args[11], args[12]
-    dx, dy, partial, dgates, dscales = backward(*args)
+    dx, dy, partial, dgates, dscales = backward(
+        grad_added, grad_h, added, y, gate, gate_row, scale, scale_row, stats, need_x, need_y, need_gate,
+        need_modulation,
+    )  # fmt: skip
     empty = added.new_empty((0,))
     none = added.new_empty((0,), dtype=dtype(added, "float32"))
     total = [none] * 3 if partial is None else list(partial.sum(1, keepdim=True).unbind(2))
@@ -191,14 +196,6 @@ def launch_modulate_backward(*args: Any) -> tuple[Any, Any, Any, Any, Any]:
     dgate, dshift, dscale = ((t if need else none).clone() for t, need in zip(total, needs, strict=True))
     dgate, dscale = dgate if dgates is None else dgates, dscale if dscales is None else dscales
     return empty if dx is None else dx, empty.clone() if dy is None else dy, dgate, dshift, dscale
-
-
-def supports(*args: Any) -> str | None:
-    """The reason against these tensors, or None."""
-    return refuse_double(*(a for a in args if hasattr(a, "dtype")))
-
-
-supports_backward = supports
 
 
 def aot_cases() -> list[AotCase]:

@@ -16,7 +16,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, dtype, launch, next_power, refuse_double, row_tile
+from ..common import AotCase, Group, Meta, cdiv, dtype, launch, next_power, row_tile
 
 BLOCK = 2048
 
@@ -115,24 +115,18 @@ def launch_pseudo_huber_backward(grad: Any, pred: Any, target: Any, inverse: Any
     return _backward(grad, (pred, target), None, inverse, c, 0)
 
 
-def launch_ict_loss(*args: Any) -> tuple[Any, Any]:
+def _tensors(given: Any) -> tuple[Any, ...]:
+    return given.student, given.teacher, given.x_student, given.x_teacher
+
+
+def launch_ict_loss(given: Any, c: float, vector: bool) -> tuple[Any, Any]:
     """Arguments of `ict_loss` -> (loss, inverse)."""
-    *tensors, levels, c, vector = args
-    return _forward(tuple(tensors), levels.contiguous(), c, vector)
+    return _forward(_tensors(given), given.levels.contiguous(), c, vector)
 
 
-def launch_ict_backward(*args: Any) -> Any:
+def launch_ict_backward(grad: Any, given: Any, inverse: Any, c: float, column: int) -> Any:
     """Arguments of `ict_backward` -> gradient in tensor ``column``."""
-    grad, *tensors, levels, inverse, c, column = args
-    return _backward(grad, tuple(tensors), levels.contiguous(), inverse, c, column)
-
-
-def _supports(*args: Any) -> str | None:
-    """The reason these arguments cannot be served, or None."""
-    return refuse_double(*(t for t in args if hasattr(t, "dtype")))
-
-
-supports_pseudo_huber_loss = supports_pseudo_huber_backward = supports_ict_loss = supports_ict_backward = _supports
+    return _backward(grad, _tensors(given), given.levels.contiguous(), inverse, c, column)
 
 
 def aot_cases() -> list[AotCase]:
@@ -149,8 +143,10 @@ def aot_cases() -> list[AotCase]:
     def consistency() -> None:
         tensors = [Meta((512, 3072), "bfloat16") for _ in range(4)]
         levels, row = Meta((512, 4), "float32"), Meta((512,), "float32")
-        launch_ict_loss(*tensors, levels, 0.03, True)
-        launch_ict_backward(row, *tensors, levels, row, 0.03, 0)
+        names = ("student", "teacher", "x_student", "x_teacher", "levels")
+        given = Group(**dict(zip(names, (*tensors, levels), strict=True)))
+        launch_ict_loss(given, 0.03, True)
+        launch_ict_backward(row, given, row, 0.03, 0)
 
     return [run("fp32-vector", "float32", True), run("bf16-elementwise", "bfloat16", False),
             AotCase("bf16-ict", consistency)]

@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, dtype, launch, next_power, refuse_double
+from ..common import AotCase, Meta, cdiv, dtype, launch, next_power
 
 #: Tokens of a range.
 RANGE = 32
@@ -147,11 +147,6 @@ def launch_qk_norm_backward(
         total = partial[:, :, at].sum(0)
         found.append(total if p.shape[0] > 1 or total.shape[0] == 1 else total.sum(0, keepdim=True))
     return dx, found[0], found[1]
-
-
-def supports(*args: Any) -> str | None:
-    """The reason against these tensors, or None."""
-    return refuse_double(*(a for a in args if hasattr(a, "dtype")))
 
 
 def aot_cases() -> list[AotCase]:

@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import INF, AotCase, Meta, cdiv, dtype, launch, refuse_double
+from ..common import INF, AotCase, Meta, cdiv, dtype, launch
 from .dual import TINY, UNIT, narrow_outward, relu, through
 
 
@@ -140,7 +140,7 @@ def launch_interval_affine(lower: Any, upper: Any, scale: Any, shift: Any, act: 
     return (narrow_outward(low, lower, True), narrow_outward(high, lower, False)) if sound else (low, high)
 
 
-def launch_affine_backward(
+def launch_interval_affine_backward(
     gl: Any, gu: Any, lower: Any, upper: Any, scale: Any, low: Any, high: Any, act: bool
 ) -> tuple[Any, Any, Any, Any]:
     """Arguments of `interval_affine_backward` -> (dlower, dupper, dscale, dshift)."""
@@ -165,7 +165,7 @@ def launch_interval_batchnorm_stats(x: Any) -> tuple[Any, Any]:
     return mean, var
 
 
-def launch_stats_backward(grad_mean: Any, grad_var: Any, x: Any, mean: Any) -> Any:
+def launch_interval_batchnorm_stats_backward(grad_mean: Any, grad_var: Any, x: Any, mean: Any) -> Any:
     """Arguments of `interval_batchnorm_stats_backward` -> dx."""
     batch, channels, size, programs = _sizes(x)
     dx = x.new_empty(tuple(x.shape))
@@ -176,30 +176,15 @@ def launch_stats_backward(grad_mean: Any, grad_var: Any, x: Any, mean: Any) -> A
     return dx
 
 
-def supports_interval_affine(lower: Any, *_: Any) -> str | None:
-    """The reason these kernels cannot serve a call, or None."""
-    return refuse_double(lower)
-
-
-def supports_interval_batchnorm_stats(x: Any) -> str | None:
-    """The reason these kernels cannot serve a call, or None."""
-    return refuse_double(x)
-
-
-def supports_backward(first: Any, second: Any, x: Any, *_: Any) -> str | None:
-    """The reason these kernels cannot serve a call, or None."""
-    return refuse_double(x)
-
-
 def aot_cases() -> list[AotCase]:
     """A convolutional layer of CNN7 in float32, a hidden one in bfloat16."""
 
     def case(kind: str, *shape: int, sound: bool = False) -> None:
         x, channel, wide = Meta(shape, kind), Meta((shape[1],), kind), Meta((shape[1],), "float32")
         launch_interval_affine(x, x, channel, channel, True, sound)
-        launch_affine_backward(x, x, x, x, channel, x, x, True)
+        launch_interval_affine_backward(x, x, x, x, channel, x, x, True)
         launch_interval_batchnorm_stats(x)
-        launch_stats_backward(wide, wide, x, wide)
+        launch_interval_batchnorm_stats_backward(wide, wide, x, wide)
 
     return [
         AotCase("fp32-b128-c64-32px", lambda: case("float32", 128, 64, 32, 32)),

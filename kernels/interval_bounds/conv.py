@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, launch, refuse_double
+from ..common import AotCase, Group, Meta, cdiv, launch
 from ..common import dtype as dtype_named
 from .dual import (
     centered,
@@ -174,15 +174,15 @@ def config(mode: str, depth: str) -> dict[str, Any]:
     return {**sizes, "num_warps": 8}
 
 
-def _options(a: Any, weight: Any, conv: tuple, depth: str, compute: str, sound: bool = False) -> dict[str, Any]:
+def _options(a: Any, weight: Any, conv: Any, depth: str, compute: str, sound: bool = False) -> dict[str, Any]:
     chosen = mode(a, compute, sound)
-    (sy, sx), (py, px), (dy, dx) = conv
+    (sy, sx), (py, px), (dy, dx) = conv.stride, conv.padding, conv.dilation
     taps = {"KH": weight.shape[2], "KW": weight.shape[3], "SY": sy, "SX": sx, "PY": py, "PX": px, "DY": dy, "DX": dx}
     return {**taps, **config(chosen["MODE"], depth), **chosen}
 
 
-def _sizes(a: Any, weight: Any, conv: tuple) -> tuple[int, int]:
-    stride, padding, dilation = conv
+def _sizes(a: Any, weight: Any, conv: Any) -> tuple[int, int]:
+    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
     height, width = (
         (a.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
         for i in range(2)
@@ -191,18 +191,17 @@ def _sizes(a: Any, weight: Any, conv: tuple) -> tuple[int, int]:
 
 
 def launch_interval_conv2d(
-    a: Any, b: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, bounds_in: bool,
-    bounds_out: bool, relu: bool, compute: str, sound: bool, spread: float = 0.0,
+    a: Any, b: Any, weight: Any, bias: Any, conv: Any, bounds_in: bool, bounds_out: bool, relu: bool, compute: str,
+    sound: bool, spread: float = 0.0,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Arguments of `interval_conv2d` -> two ``[B, O, H', W']``."""
     if sound and spread > 0:
         wide = (*spread_box(a, b, bounds_in, spread), weight.float(), None if bias is None else bias.float())
-        shape = (stride, padding, dilation, groups)
-        x, y = launch_interval_conv2d(*wide, *shape, bounds_in, True, False, compute, True)
+        x, y = launch_interval_conv2d(*wide, conv, bounds_in, True, False, compute, True)
         x, y = spread_ends(x.movedim(1, -1), y.movedim(1, -1), bias, spread, relu)
         x, y = (t.movedim(-1, 1).contiguous() for t in (x, y))
         return narrow_outward(x, a, True), narrow_outward(y, a, False)
-    conv = (stride, padding, dilation)
+    groups = conv.groups
     (batch, channels, in_h, in_w), out_channels, (out_h, out_w) = a.shape, weight.shape[0], _sizes(a, weight, conv)
     options, group_out = _options(a, weight, conv, "I", compute, sound), out_channels // groups
     kind = dtype_named(a, "float32") if sound else a.dtype
@@ -219,19 +218,18 @@ def launch_interval_conv2d(
 
 
 def launch_interval_conv2d_backward(
-    ga: Any, gb: Any, a: Any, b: Any, weight: Any, oa: Any, ob: Any, stride: Any, padding: Any, dilation: Any,
-    groups: int, bounds_in: bool, bounds_out: bool, relu: bool, compute: str, need_x: bool, need_weight: bool,
-    need_bias: bool,
+    grad_a: Any, grad_b: Any, a: Any, b: Any, weight: Any, out_a: Any, out_b: Any, conv: Any, bounds_in: bool,
+    bounds_out: bool, relu: bool, compute: str, need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Any, Any, Any, Any]:  # fmt: skip
     """Arguments of `interval_conv2d_backward` -> (da, db, dweight, dbias), of shape [0] where not wanted."""
-    conv = (stride, padding, dilation)
+    groups = conv.groups
     (batch, channels, in_h, in_w), out_channels, (out_h, out_w) = a.shape, weight.shape[0], _sizes(a, weight, conv)
     group_in, group_out = channels // groups, out_channels // groups
     sizes = (out_h, out_w, in_h, in_w, channels, out_channels)
     flags = {"group_in": group_in, "group_out": group_out, "BOUNDS_IN": bounds_in, "BOUNDS_OUT": bounds_out}
     da, db = (a.new_empty(tuple(a.shape) if need_x else (0,)) for _ in range(2))
     dweight, dbias = a.new_empty(tuple(weight.shape) if need_weight else (0,)), a.new_empty((0,))
-    given = (ga, gb, oa, ob)
+    ga, gb, oa, ob = given = (grad_a, grad_b, out_a, out_b)
     if need_x:
         options, positions = _options(a, weight, conv, "O", compute), batch * in_h * in_w
         programs = cdiv(positions, options["BLOCK_P"]) * cdiv(group_in, options["BLOCK_I"]) * groups
@@ -250,30 +248,22 @@ def launch_interval_conv2d_backward(
     return da, db, dweight, dbias
 
 
-def supports_interval_conv2d(a: Any, *_: Any) -> str | None:
-    """The reason these kernels cannot serve a call, or None."""
-    return refuse_double(a)
-
-
-def supports_interval_conv2d_backward(*args: Any) -> str | None:
-    """The reason these kernels cannot serve a call, or None."""
-    return refuse_double(args[2])
-
-
 def aot_cases() -> list[AotCase]:
     """A hidden layer and a strided one of CNN7, forward and backward; a sound forward; every mode of ``compute``."""
 
     def case(kind: str, channels: int, out_channels: int, stride: int, compute: str = "fp32") -> None:
-        conv = ((stride, stride), (1, 1), (1, 1), 1, True, True, True, compute)
+        conv = Group(stride=(stride, stride), padding=(1, 1), dilation=(1, 1), groups=1)
+        options = (True, True, True, compute)
         size = 32 // stride
         a, weight = Meta((128, channels, 32, 32), kind), Meta((out_channels, channels, 3, 3), kind)
         out = Meta((128, out_channels, size, size), kind)
-        launch_interval_conv2d(a, a, weight, Meta((out_channels,), kind), *conv, False)
-        launch_interval_conv2d_backward(out, out, a, a, weight, out, out, *conv, True, True, False)
+        launch_interval_conv2d(a, a, weight, Meta((out_channels,), kind), conv, *options, False)
+        launch_interval_conv2d_backward(out, out, a, a, weight, out, out, conv, *options, True, True, False)
 
     def sound(compute: str) -> None:
         a, weight = Meta((128, 64, 32, 32), "float32"), Meta((64, 64, 3, 3), "float32")
-        launch_interval_conv2d(a, a, weight, None, (1, 1), (1, 1), (1, 1), 1, True, True, True, compute, True)
+        conv = Group(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
+        launch_interval_conv2d(a, a, weight, None, conv, True, True, True, compute, True)
 
     units = ("tf32", "bf16x3+bf16", "bf16")
     return [

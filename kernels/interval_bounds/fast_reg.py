@@ -69,16 +69,6 @@ def launch_interval_moments_backward(grad: Any, lower: Any, upper: Any) -> tuple
     return dl, du
 
 
-def supports_interval_moments(lower: Any, upper: Any) -> str | None:
-    """The reason these kernels cannot serve a call, or None."""
-    return "float64 bounds are served by the reference" if "float64" in str(lower.dtype) else None
-
-
-def supports_interval_moments_backward(grad: Any, lower: Any, upper: Any) -> str | None:
-    """The reason these kernels cannot serve a call, or None."""
-    return supports_interval_moments(lower, upper)
-
-
 def aot_cases() -> list[AotCase]:
     """One hidden layer of CNN7, both passes."""
 

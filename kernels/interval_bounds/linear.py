@@ -175,15 +175,15 @@ def launch_interval_linear(
 
 
 def launch_interval_linear_backward(
-    ga: Any, gb: Any, a: Any, b: Any, weight: Any, oa: Any, ob: Any, bounds_in: bool, bounds_out: bool, relu: bool,
-    compute: str, need_x: bool, need_weight: bool, need_bias: bool,
+    grad_a: Any, grad_b: Any, a: Any, b: Any, weight: Any, out_a: Any, out_b: Any, bounds_in: bool,
+    bounds_out: bool, relu: bool, compute: str, need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Any, Any, Any, Any]:  # fmt: skip
     """Arguments of `interval_linear_backward` -> (da, db, dweight, dbias), of shape [0] where not wanted."""
     (batch, k), n = a.shape, weight.shape[0]
     flags = {"BOUNDS_IN": bounds_in, "BOUNDS_OUT": bounds_out, "RELU": relu}
     da, db = (a.new_empty((batch, k) if need_x else (0,)) for _ in range(2))
     dweight, dbias = a.new_empty((n, k) if need_weight else (0,)), a.new_empty((n,) if need_bias else (0,))
-    given = (ga, gb, oa, ob)
+    given = (grad_a, grad_b, out_a, out_b)
     if need_x:
         options = _options(a, "N", compute)
         programs = cdiv(batch, options["BLOCK_B"]) * cdiv(k, options["BLOCK_K"])
@@ -208,9 +208,9 @@ def supports_interval_linear(a: Any, b: Any, weight: Any, *_: Any) -> str | None
     return refuse_double(a)
 
 
-def supports_interval_linear_backward(*args: Any) -> str | None:
+def supports_interval_linear_backward(ga: Any, gb: Any, a: Any, b: Any, weight: Any, *_: Any) -> str | None:
     """The reason these kernels cannot serve a call, or None."""
-    return supports_interval_linear(args[2], args[3], args[4])
+    return supports_interval_linear(a, b, weight)
 
 
 def aot_cases() -> list[AotCase]:

@@ -149,9 +149,11 @@ def launch_margin_logits(a: Any, b: Any, weight: Any, bias: Any, y: Any, bounds:
     return z
 
 
-def launch_margin_cross_entropy(*args: Any) -> tuple[Any, Any, Any]:
+def launch_margin_cross_entropy(
+    a: Any, b: Any, weight: Any, bias: Any, y: Any, bounds: bool, sound: bool
+) -> tuple[Any, Any, Any]:
     """Arguments of `margin_cross_entropy` -> (loss, worst, z)."""
-    z, y = launch_margin_logits(*args), args[4]
+    z = launch_margin_logits(a, b, weight, bias, y, bounds, sound)
     loss, worst = z.new_empty((z.shape[0],)), z.new_empty((z.shape[0],))
     launch(_loss_kernel, z.shape[0], z, z, y, loss, worst, z.shape[1], BLOCK=next_power(z.shape[1]))
     return loss, worst, z
@@ -183,20 +185,10 @@ def launch_margin_logits_backward(
     return da, db, dweight, dbias
 
 
-def supports_margin_logits(a: Any, *_: Any) -> str | None:
-    """The reason these kernels cannot serve a call, or None."""
-    return refuse_double(a)
-
-
 def supports_margin_cross_entropy(a: Any, b: Any, weight: Any, *_: Any) -> str | None:
     """The reason these kernels cannot serve a call, or None."""
     if weight.shape[0] > 65536:
         return "more than 65,536 classes do not fit one program of the loss; plain PyTorch serves them"
-    return refuse_double(a)
-
-
-def supports_margin_logits_backward(grad: Any, a: Any, *_: Any) -> str | None:
-    """The reason these kernels cannot serve a call, or None."""
     return refuse_double(a)
 
 

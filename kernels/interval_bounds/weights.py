@@ -9,7 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import INF, AotCase, Meta, cdiv, dtype, launch, refuse_double
+from ..common import INF, AotCase, Group, Meta, cdiv, dtype, launch
 from .dual import SMALLEST, TINY, UNIT, narrow_outward, turned
 
 
@@ -157,15 +157,14 @@ def _gradient_kernel(
 CONFIG = {"BLOCK_B": 8, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4}
 
 
-def launch_forward(
-    xl: Any, xm: Any, xu: Any, wl: Any, wm: Any, wu: Any, mode: int, sound: bool
-) -> tuple[Any, Any, Any]:  # fmt: skip
+def launch_interval_linear_iw(ends: Any, mode: int, sound: bool) -> tuple[Any, Any, Any]:
     """Arguments of `interval_linear_iw` -> (lower, middle, upper)."""
+    xl, wl = ends.xl, ends.wl
     (batch, k), n = xl.shape, wl.shape[0]
     out = [xl.new_empty((batch, n), dtype=dtype(xl, "float32") if sound and i != 1 else xl.dtype) for i in range(3)]
     eta = (4.0 if mode == 2 else 1.0) * (k + 10) * 2.0**-24 * 1.01 + 16.0 * 2.0**-24
     programs = cdiv(batch, CONFIG["BLOCK_B"]) * cdiv(n, CONFIG["BLOCK_N"])
-    x, w = (xl, xm, xu), (wl, wm, wu)
+    x, w = (xl, ends.xm, ends.xu), (wl, ends.wm, ends.wu)
     strides = [t.stride(0) for t in x], [t.stride(0) for t in w]
     launch(
         _forward_kernel, programs, xl, *x, *strides[0], *w, *strides[1], *out, batch, n, k, eta, MODE=mode, SOUND=sound,
@@ -176,9 +175,9 @@ def launch_forward(
     return out[0], out[1], out[2]
 
 
-def launch_backward(*args: Any) -> tuple[Any, ...]:
+def launch_interval_linear_iw_backward(gl: Any, gm: Any, gu: Any, ends: Any, mode: int) -> tuple[Any, ...]:
     """Arguments of `interval_linear_iw_backward` -> gradients of x and of the weights."""
-    g, x, w, mode = args[:3], args[3:6], args[6:9], args[9]
+    g, x, w = (gl, gm, gu), (ends.xl, ends.xm, ends.xu), (ends.wl, ends.wm, ends.wu)
     (batch, k), n = x[0].shape, w[0].shape[0]
     dx, dw = [t.new_empty((batch, k)) for t in x], [t.new_empty((n, k)) for t in w]
     given = (*g, *x, *(t.stride(0) for t in x), *w, *(t.stride(0) for t in w))
@@ -188,22 +187,16 @@ def launch_backward(*args: Any) -> tuple[Any, ...]:
     return (*dx, *dw)
 
 
-def supports_forward(xl: Any, *_: Any) -> str | None:
-    """The reason these kernels cannot serve a call, or None."""
-    return refuse_double(xl)
-
-
-supports_backward = supports_forward
-
-
 def aot_cases() -> list[AotCase]:
     """A hidden layer in float32, each mode; nonneg in bfloat16; sound nonneg and midrad."""
 
     def case(kind: str, mode: int, sound: bool = False) -> None:
         x, w, g = [Meta((128, 1000), kind)] * 3, [Meta((1000, 1000), kind)] * 3, [Meta((128, 1000), kind)] * 3
-        launch_forward(*x, *w, mode, sound)
+        names = ("xl", "xm", "xu", "wl", "wm", "wu")
+        ends = Group(**dict(zip(names, (*x, *w), strict=True)))
+        launch_interval_linear_iw(ends, mode, sound)
         if not sound:
-            launch_backward(*g, *x, *w, mode)
+            launch_interval_linear_iw_backward(*g, ends, mode)
 
     return [
         AotCase("fp32-nonneg", lambda: case("float32", 0)),

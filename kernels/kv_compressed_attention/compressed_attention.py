@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, dtype, launch, refuse_double, safe
+from ..common import AotCase, Meta, cdiv, dtype, launch, safe
 from .attention import alignment, interpreted, load_tile, outer, product, split, store_tile
 
 #: Keys that a program holds.
@@ -146,11 +146,6 @@ def launch_compressed_attention(q: Any, k: Any, v: Any, scale: float) -> tuple[A
     softmax = q.new_empty((2, batch, heads, n), dtype=dtype(q, "float32"))
     attention(q, k, v, scale, out, softmax)
     return out, softmax
-
-
-def supports(*args: Any) -> str | None:
-    """The reason against these tensors, or None."""
-    return refuse_double(*(a for a in args if hasattr(a, "dtype")))
 
 
 def aot_cases() -> list[AotCase]:

@@ -14,7 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, dtype, launch, next_power, refuse_double
+from ..common import AotCase, Group, Meta, cdiv, dtype, launch, next_power
 
 BLOCK_C = 128
 #: Rows whose parameter sums one program makes.
@@ -160,8 +160,11 @@ def _places(t: Any) -> tuple[Any, ...]:
     return (t, t.stride(0), t.stride(1), t.stride(2))
 
 
-def _plan(x: Any, first: int, height: int, width: int, ratio: int, mode: str, weight: Any, bias: Any) -> dict[str, Any]:
+def _plan(x: Any, first: int, given: Any) -> dict[str, Any]:
     """What the kernels share: sizes, the grid and the parameters' steps from k to v."""
+    height, width, ratio, mode, weight, bias = (
+        given.height, given.width, given.ratio, given.mode, given.weight, given.bias
+    )
     sums = mode in ("conv", "mean")
     taps = ratio * ratio if sums else 1
     count = cdiv(height * width, ratio) if mode == "stride" else (height // ratio) * (width // ratio)
@@ -179,19 +182,16 @@ def _plan(x: Any, first: int, height: int, width: int, ratio: int, mode: str, we
     }
 
 
-def launch_kv_compress(
-    x: Any, first: int, height: int, width: int, ratio: int, mode: str, weight: Any, bias: Any, normalize: bool,
-    norm_weight: Any, norm_bias: Any, eps: float,
-) -> tuple[Any, Any]:  # fmt: skip
+def launch_kv_compress(x: Any, first: int, given: Any, eps: float) -> tuple[Any, Any]:
     """Arguments of `kv_compress` -> (kv, stats)."""
-    p = _plan(x, first, height, width, ratio, mode, weight, bias)
+    p, normalize = _plan(x, first, given), given.normalize
     batch, c = x.shape[0], x.shape[3]
     kv = x.new_empty((batch, p["M"], p["G"], c))
     stats = x.new_empty((batch, p["M"], p["G"], 2) if normalize else (0,), dtype=dtype(x, "float32"))
     launch(
-        _forward_kernel, batch * p["M"] * p["G"], x, _places(x), first, *p["taps"], norm_weight, norm_bias, kv, stats,
-        p["M"], c, p["T"], p["G"], p["grid"], p["factor"], eps, STRIDE=p["STRIDE"], NORM=normalize,
-        BLOCK=next_power(c), num_warps=_warps(c),
+        _forward_kernel, batch * p["M"] * p["G"], x, _places(x), first, *p["taps"], given.norm_weight,
+        given.norm_bias, kv, stats, p["M"], c, p["T"], p["G"], p["grid"], p["factor"], eps, STRIDE=p["STRIDE"],
+        NORM=normalize, BLOCK=next_power(c), num_warps=_warps(c),
     )  # fmt: skip
     return kv, stats
 
@@ -222,57 +222,54 @@ def spread(
     return partial
 
 
-def parameters(
-    partial: Any, p: dict[str, Any], weight: Any, bias: Any, norm_weight: Any, norm_bias: Any, normalize: bool,
-    like: Any,
-) -> list[Any]:  # fmt: skip
+def parameters(partial: Any, p: dict[str, Any], given: Any, like: Any) -> list[Any]:
     """dweight, dbias, dnorm_weight, dnorm_bias of the partial sums; ``[0]`` where there are none."""
     empty = like.new_empty((0,), dtype=dtype(like, "float32"))
     if partial is None:
         return [empty, empty.clone(), empty.clone(), empty.clone()]
-    total, taps = partial.sum(0), p["T"]  # [G, T + 3, C]
+    weight, bias, total, taps = given.weight, given.bias, partial.sum(0), p["T"]  # [G, T + 3, C]
     one = total.sum(0, keepdim=True)
     dw = db = dgain = doffset = empty
     if weight is not None:
         dw = (total if weight.shape[0] > 1 else one)[:, :taps].transpose(1, 2).reshape(weight.shape)
     if bias is not None:
         db = (total if bias.shape[0] > 1 else one)[:, taps]
-    if normalize and norm_weight is not None:
+    if given.normalize and given.norm_weight is not None:
         dgain = one[0, taps + 1]
-    if normalize and norm_bias is not None:
+    if given.normalize and given.norm_bias is not None:
         doffset = one[0, taps + 2]
     return [t.clone() for t in (dw, db, dgain, doffset)]
 
 
-def backward_into(
-    grad: Any, x: Any, first: int, compression: tuple[Any, ...], stats: Any, dx: Any, need_params: bool
-) -> list[Any]:
+def backward_into(grad: Any, x: Any, first: int, given: Any, stats: Any, dx: Any, need_params: bool) -> list[Any]:
     """Write dx's compressed slots (unless None; where tokens have no window dx must be 0 already), return the
-    parameters'
-    gradients. ``compression`` is the nine arguments that describe it."""
-    height, width, ratio, mode, weight, bias, normalize, norm_weight, norm_bias = compression
-    p = _plan(x, first, height, width, ratio, mode, weight, bias)
-    partial = spread(grad, x, first, p, normalize, norm_weight, stats, dx, need_params)
-    return parameters(partial, p, weight, bias, norm_weight, norm_bias, normalize, x)
+    parameters' gradients."""
+    p = _plan(x, first, given)
+    partial = spread(grad, x, first, p, given.normalize, given.norm_weight, stats, dx, need_params)
+    return parameters(partial, p, given, x)
 
 
-def fresh(x: Any, first: int, compression: tuple[Any, ...]) -> Any:
+def fresh(x: Any, first: int, given: Any) -> Any:
     """A tensor for dx, 0 wherever the kernels write nothing."""
-    covered = _plan(x, first, *compression[:6])["covered"]
+    covered = _plan(x, first, given)["covered"]
     return x.new_empty(x.shape) if covered and first == 0 else x.new_zeros(x.shape)
 
 
-def launch_kv_compress_backward(grad: Any, x: Any, first: int, *args: Any) -> tuple[Any, ...]:
+def launch_kv_compress_backward(
+    grad: Any, x: Any, first: int, given: Any, stats: Any, need_x: bool, need_params: bool
+) -> tuple[Any, ...]:
     """Arguments of `kv_compress_backward` -> (dx, dweight, dbias, dnorm_weight, dnorm_bias)."""
-    *compression, stats, need_x, need_params = args
-    dx = fresh(x, first, tuple(compression)) if need_x else None
-    params = backward_into(grad, x, first, tuple(compression), stats, dx, need_params)
+    dx = fresh(x, first, given) if need_x else None
+    params = backward_into(grad, x, first, given, stats, dx, need_params)
     return (x.new_empty((0,)) if dx is None else dx, *params)
 
 
-def supports(*args: Any) -> str | None:
-    """The reason against these tensors, or None."""
-    return refuse_double(*(a for a in args if hasattr(a, "dtype")))
+def compression_of(height: int, width: int, ratio: int, mode: str, weight: Any, bias: Any, vector: Any) -> Group:
+    """A compression for ahead-of-time cases, with a LayerNorm where there is a ``vector`` for it."""
+    return Group(
+        height=height, width=width, ratio=ratio, mode=mode, weight=weight, bias=bias, normalize=vector is not None,
+        norm_weight=vector, norm_bias=vector,
+    )
 
 
 def aot_cases() -> list[AotCase]:
@@ -285,12 +282,12 @@ def aot_cases() -> list[AotCase]:
         weight = Meta((1, 1152, ratio, ratio), "float32") if mode == "conv" else None
         bias = Meta((1, 1152), "float32") if mode == "conv" else None
         norm = mode == "conv"
-        given = (64, 64, ratio, mode, weight, bias, norm, vector if norm else None, vector if norm else None)
+        given = compression_of(64, 64, ratio, mode, weight, bias, vector if norm else None)
 
         def run() -> None:
-            launch_kv_compress(x, 1, *given, 1e-5)
+            launch_kv_compress(x, 1, given, 1e-5)
             grad, stats = Meta((2, m, 2, 1152), kind), Meta((2, m, 2, 2), "float32")
-            spread(grad, x, 1, _plan(x, 1, *given[:6]), norm, vector if norm else None, stats, x, True)
+            spread(grad, x, 1, _plan(x, 1, given), norm, given.norm_weight, stats, x, True)
 
         return run
 

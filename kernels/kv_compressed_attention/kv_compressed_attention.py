@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..common import AotCase, Meta, dtype
-from .compressed_attention import attention, supports
+from .compressed_attention import attention
 from .compressed_attention_backward import gradients, summed
-from .kv_compress import backward_into, launch_kv_compress
+from .kv_compress import backward_into, compression_of, launch_kv_compress
 
-__all__ = ["aot_cases", "launch_kv_compressed_attention", "launch_kv_compressed_attention_backward", "supports"]
+__all__ = ["aot_cases", "launch_kv_compressed_attention", "launch_kv_compressed_attention_backward"]
 
 
 def _heads(t: Any, slot: int, heads: int) -> Any:
@@ -21,14 +21,16 @@ def _heads(t: Any, slot: int, heads: int) -> Any:
     return t[:, :, slot].unflatten(-1, (heads, t.shape[-1] // heads))
 
 
-def launch_kv_compressed_attention(qkv: Any, *args: Any) -> tuple[Any, Any, Any, Any]:
+def launch_kv_compressed_attention(
+    qkv: Any, given: Any, eps: float, num_heads: int, scale: float
+) -> tuple[Any, Any, Any, Any]:
     """Arguments of `kv_compressed_attention` -> (out, softmax, kv, stats)."""
-    *compression, eps, heads, scale = args
+    heads = num_heads
     batch, n, _, c = qkv.shape
     f32 = dtype(qkv, "float32")
     kv, stats, keys, first = qkv.new_empty((0,)), qkv.new_empty((0,), dtype=f32), qkv, 1
-    if compression[2] > 1:
-        kv, stats = launch_kv_compress(qkv, 1, *compression, eps)
+    if given.ratio > 1:
+        kv, stats = launch_kv_compress(qkv, 1, given, eps)
         keys, first = kv, 0
     out = qkv.new_empty((batch, n, c))
     softmax = qkv.new_empty((2, batch, heads, n), dtype=f32)
@@ -37,13 +39,14 @@ def launch_kv_compressed_attention(qkv: Any, *args: Any) -> tuple[Any, Any, Any,
     return out, softmax, kv, stats
 
 
-def launch_kv_compressed_attention_backward(grad: Any, qkv: Any, *args: Any) -> tuple[Any, ...]:
+def launch_kv_compressed_attention_backward(
+    grad: Any, qkv: Any, given: Any, num_heads: int, scale: float, out: Any, softmax: Any, kv: Any, stats: Any,
+    need_params: bool,
+) -> tuple[Any, ...]:  # fmt: skip
     """Arguments of `kv_compressed_attention_backward` -> (dqkv, dweight, dbias, dnorm_weight, dnorm_bias)."""
-    *compression, heads, scale, out, softmax, kv, stats, need_params = args
-    batch, c = qkv.shape[0], qkv.shape[3]
-    compressed = compression[2] > 1
+    batch, c, heads, compressed = qkv.shape[0], qkv.shape[3], num_heads, given.ratio > 1
     keys, first = (kv, 0) if compressed else (qkv, 1)
-    dqkv = _packed(qkv, tuple(compression)) if compressed else qkv.new_empty(qkv.shape)
+    dqkv = _packed(qkv, given) if compressed else qkv.new_empty(qkv.shape)
     shape = (heads, c // heads)
     views = (grad.unflatten(-1, shape), *(_heads(t, s, heads) for t, s in ((qkv, 0), (keys, first), (keys, first + 1))))
     dk, dv = gradients(*views, out.unflatten(-1, shape), softmax, scale, _heads(dqkv, 0, heads), True)
@@ -56,18 +59,18 @@ def launch_kv_compressed_attention_backward(grad: Any, qkv: Any, *args: Any) -> 
     dkv = dk.new_empty((*dk.shape[:2], 2, c))
     dkv[:, :, 0].copy_(dk)
     dkv[:, :, 1].copy_(dv)
-    return (dqkv, *backward_into(dkv, qkv, 1, tuple(compression), stats, dqkv, need_params))
+    return (dqkv, *backward_into(dkv, qkv, 1, given, stats, dqkv, need_params))
 
 
-def _packed(qkv: Any, compression: tuple[Any, ...]) -> Any:
+def _packed(qkv: Any, given: Any) -> Any:
     """Room for dqkv, 0 where the kernels write nothing; slot 0 is written by the attention's gradient."""
-    height, width, ratio, mode = compression[:4]
-    covered = mode in ("conv", "mean") and height % ratio == 0 and width % ratio == 0
+    covered = given.mode in ("conv", "mean") and given.height % given.ratio == 0 and given.width % given.ratio == 0
     return qkv.new_empty(qkv.shape) if covered else qkv.new_zeros(qkv.shape)
 
 
 def aot_cases() -> list[AotCase]:
     """The compression on a packed qkv; the other launches are those of the modules this one puts together."""
     qkv, vector = Meta((2, 16384, 3, 1152), "bfloat16"), Meta((1152,), "bfloat16")
-    given = (128, 128, 2, "conv", Meta((1, 1152, 2, 2), "bfloat16"), Meta((1, 1152), "bfloat16"), True, vector, vector)
-    return [AotCase("bf16-16k", lambda: launch_kv_compress(qkv, 1, *given, 1e-5))]
+    taps, bias = Meta((1, 1152, 2, 2), "bfloat16"), Meta((1, 1152), "bfloat16")
+    given = compression_of(128, 128, 2, "conv", taps, bias, vector)
+    return [AotCase("bf16-16k", lambda: launch_kv_compress(qkv, 1, given, 1e-5))]

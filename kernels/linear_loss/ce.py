@@ -7,11 +7,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import INF, NO_INDEX, AotCase, Meta, dtype, launch, next_power, safe
-from .chunk import Chunks, capped, gradient_row, options, row_block, supports_chunk
+from ..common import INF, NO_INDEX, AotCase, Group, Meta, dtype, launch, next_power, safe
+from .chunk import Chunks, capped, gradient_row, options, refuse_softcaps, row_block
 from .packing import packed
+from .tile import model_of
 
-supports_linear_ce = supports_chunk
+supports_linear_ce = refuse_softcaps
 
 
 @triton.jit
@@ -123,15 +124,23 @@ def _ce_kernel(
         )  # fmt: skip
 
 
-def launch_linear_ce(*args: Any) -> tuple[Any, ...]:
-    """Arguments of `linear_ce` -> its outputs."""
-    dense = args[12] is not None  # [T, V]: not copied
-    return packed(_all_rows, args, args[8], (0, 3, 8, 9, 10, 11, 14), (1, 2, 3, 4, 5, 6, 7, 10), every_row=dense)
+def launch_linear_ce(
+    model: Any, target: Any, weight: Any, z_loss: float, scaled: bool, need_entropy: bool, need_best: bool, need: Any
+) -> tuple[Any, ...]:
+    """Arguments of `linear_ce` -> its results."""
+    return packed(
+        lambda *rows: _all_rows(*rows, z_loss, scaled, need_entropy, need_best, need),
+        ((model, "hiddens weights"), (target, "keep ids probs uniform"), (weight, "")), target.keep,
+        "row logp lse entropy best largest dhiddens dweights", every_row=target.dense is not None,  # [T, V]: not copied
+    )  # fmt: skip
 
 
-def _all_rows(*args: Any) -> tuple[Any, ...]:
-    work = Chunks(args[:8], args[19:])
-    keep, ids, probs, uniform, dense, classes, weight, z_loss, scaled, need_entropy, need_best = args[8:19]
+def _all_rows(
+    model: Any, target: Any, weight: Any, z_loss: float, scaled: bool, need_entropy: bool, need_best: bool, need: Any
+) -> dict[str, Any]:
+    work = Chunks(model, need)
+    keep, ids, probs, uniform = target.keep, target.ids, target.probs, target.uniform
+    dense, classes = target.dense, target.classes
     keep, ids, probs, weight = keep.contiguous(), ids.contiguous(), probs.contiguous(), weight.contiguous()
     uniform = None if uniform is None else uniform.contiguous()
     coefs = probs
@@ -153,16 +162,16 @@ def _all_rows(*args: Any) -> tuple[Any, ...]:
         if work.any:
             work.spend(first, size, dz)
     none = row.new_empty((0,))
-    return (
-        losses.sum(),
-        row,
-        logp,
-        lse,
-        none if entropy is None else entropy,
-        ids.new_empty((0,)) if best is None else best,
-        none if largest is None else largest,
-        *work.gradients(),
-    )
+    return {
+        "loss": losses.sum(),
+        "row": row,
+        "logp": logp,
+        "lse": lse,
+        "entropy": none if entropy is None else entropy,
+        "best": ids.new_empty((0,)) if best is None else best,
+        "largest": none if largest is None else largest,
+        **work.gradients(),
+    }
 
 
 def chunk_logp(work: Chunks, first: int, size: int, z: Any, keep: Any, ids: Any, weight: Any, out: tuple) -> None:
@@ -182,7 +191,8 @@ def aot_cases() -> list[AotCase]:
     def run(kind: str, full: bool, smooth: bool = False) -> None:
         vocab, rows = (32000, 2048) if full else (128256, 2048)
         hiddens, heads = [Meta((rows, 2048), kind)], [Meta((vocab, 2048), kind)]
-        work = Chunks((hiddens, heads, [], None, [1.0], 1.0, 30.0 if full else 0.0, vocab), (0, 0, 0, False))
+        need = Group(need_hiddens=0, need_heads=0, need_biases=0, need_weights=False)
+        work = Chunks(model_of(hiddens, heads, softcap=30.0 if full else 0.0), need)
         work.any = True
         row, count = Meta((rows,), "float32"), 10 if full else 1
         ids, probs, keep = Meta((rows, count), "int64"), Meta((rows, count), "float32"), Meta((rows,), "bool")

@@ -102,12 +102,11 @@ def chunks(rows: int, vocab_size: int) -> list[tuple[int, int]]:
     return [(first, min(size, rows - first)) for first in range(0, rows, size)]
 
 
-def supports_chunk(*args: Any) -> str | None:
+def refuse_softcaps(model: Any, *_: Any) -> str | None:
     """The reason these kernels cannot serve a call, or None."""
-    hiddens, heads, weights, softcap = args[0], args[1], args[3], args[6]
-    if softcap and (len(hiddens) > 1 or weights is not None):
+    if model.softcap and (len(model.hiddens) > 1 or model.weights is not None):
         return "a softcap of several models needs an accumulator a model; plain PyTorch serves it"
-    return refuse_double(*hiddens, *heads)
+    return refuse_double(*model.hiddens, *model.heads)
 
 
 class Chunks:
@@ -116,16 +115,19 @@ class Chunks:
     ``cap`` are the (scale, softcap, whether there is one) of `capped`: with a softcap the scratch holds plain products.
     """
 
-    def __init__(self, given: tuple[Any, ...], need: tuple[Any, ...]) -> None:
-        hiddens, heads, biases, weights, values, temperature, softcap, self.vocab_size = given
-        self.given, self.need, self.any = given, need, any(need)
-        self.rows, self.like = hiddens[0].shape[0], hiddens[0]
-        self.single = dtype(hiddens[0], "float32")
-        plain = ([1.0], 1.0) if softcap else (values, temperature)
-        self.models, self.options = prepare(hiddens, heads, biases, weights, *plain)
-        self.cap = (values[0] / temperature, softcap, True) if softcap else (1.0, 1.0, False)
-        self.grads = [self._zeros(t, mask) for t, mask in zip((hiddens, heads, biases), need[:3], strict=True)]
-        self.dweights = self.row(len(hiddens)) if need[3] else self.like.new_empty((0,), dtype=self.single)
+    def __init__(self, model: Any, need: Any) -> None:
+        self.model, self.need, self.vocab_size = model, need, model.vocab_size
+        self.any = bool(need.need_hiddens or need.need_heads or need.need_biases or need.need_weights)
+        self.rows, self.like = model.hiddens[0].shape[0], model.hiddens[0]
+        self.single = dtype(self.like, "float32")
+        capped = bool(model.softcap)
+        self.models, self.options = prepare(model._replace(weight_values=[1.0], temperature=1.0) if capped else model)
+        self.cap = (model.weight_values[0] / model.temperature, model.softcap, True) if capped else (1.0, 1.0, False)
+        self.dhiddens = self._zeros(model.hiddens, need.need_hiddens)
+        self.dheads = self._zeros(model.heads, need.need_heads)
+        self.dbiases = self._zeros(model.biases, need.need_biases)
+        count = len(model.hiddens)
+        self.dweights = self.row(count) if need.need_weights else self.like.new_empty((0,), dtype=self.single)
 
     def _zeros(self, tensors: Any, mask: int) -> list[Any]:
         return [t.new_zeros(t.shape if mask >> i & 1 else (0,), dtype=self.single) for i, t in enumerate(tensors)]
@@ -136,7 +138,7 @@ class Chunks:
 
     def each(self, parts: list[tuple[int, int]] | None = None) -> Iterator[tuple[int, int, Any, Any]]:
         """(first row, rows, z, dz to be written) of every chunk, of ``parts`` if given."""
-        kind = self.given[1][0].dtype
+        kind = self.model.heads[0].dtype
         for first, size in chunks(self.rows, self.vocab_size) if parts is None else parts:
             z = self.like.new_empty((size, self.vocab_size), dtype=self.single)
             blocks = cdiv(size, self.options["BLOCK_T"])
@@ -148,31 +150,30 @@ class Chunks:
 
     def spend(self, first: int, size: int, dz: Any) -> None:
         """Adds a chunk's dz to the gradients."""
-        hiddens, heads, biases, weights, values, temperature, _, vocab_size = self.given
-        need_h, need_w, need_b, need_weights = self.need
+        model, need, vocab_size = self.model, self.need, self.vocab_size
+        biases, weights, temperature = model.biases, model.weights, model.temperature
         part = slice(first, first + size)
-        for i, (h, head) in enumerate(zip(hiddens, heads, strict=True)):
-            scale = values[i] / temperature if weights is None else weights[part, i : i + 1] / temperature
+        for i, (h, head) in enumerate(zip(model.hiddens, model.heads, strict=True)):
+            scale = model.weight_values[i] / temperature if weights is None else weights[part, i : i + 1] / temperature
             g = dz.to(head.dtype)
-            if need_h >> i & 1 or need_weights:
+            if need.need_hiddens >> i & 1 or need.need_weights:
                 raw = g.matmul(head[:vocab_size]).float()
-                if need_h >> i & 1:
-                    self.grads[0][i][part] = raw * scale
-                if need_weights:
+                if need.need_hiddens >> i & 1:
+                    self.dhiddens[i][part] = raw * scale
+                if need.need_weights:
                     bias = dz.float().matmul(biases[i][:vocab_size].float()) if biases else 0.0
                     self.dweights[part, i] = ((raw * h[part].float()).sum(1) + bias) / temperature
-            if need_w >> i & 1:
-                self.grads[1][i][:vocab_size] += g.t().matmul((h[part].float() * scale).to(head.dtype))
-            if need_b >> i & 1:
-                self.grads[2][i][:vocab_size] += (dz.float() * scale).sum(0)
+            if need.need_heads >> i & 1:
+                self.dheads[i][:vocab_size] += g.t().matmul((h[part].float() * scale).to(head.dtype))
+            if need.need_biases >> i & 1:
+                self.dbiases[i][:vocab_size] += (dz.float() * scale).sum(0)
 
-    def gradients(self) -> tuple[list[Any], list[Any], list[Any], Any]:
+    def gradients(self) -> dict[str, Any]:
         """dhiddens, dheads, dbiases in the dtypes of their tensors, and dweights."""
-        cast = [
-            [x.to(t.dtype) for x, t in zip(xs, ts, strict=True)]
-            for xs, ts in zip(self.grads, self.given[:3], strict=True)
-        ]
-        return cast[0], cast[1], cast[2], self.dweights
+        model = self.model
+        lists = ((self.dhiddens, model.hiddens), (self.dheads, model.heads), (self.dbiases, model.biases))
+        cast = ([x.to(t.dtype) for x, t in zip(xs, ts, strict=True)] for xs, ts in lists)
+        return {**dict(zip(("dhiddens", "dheads", "dbiases"), cast, strict=True)), "dweights": self.dweights}
 
 
 def options() -> dict[str, Any]:

@@ -156,11 +156,13 @@ def _pairs(logits: Any, labels: Any) -> tuple[Any, Any]:
     return z, w
 
 
-def launch_confidence(*args: Any) -> tuple[Any, ...]:
+def launch_w2s_confidence_loss(
+    logits: Any, soft_labels: Any, product: bool, coef: float, alpha: float, beta: float, balance: int, threshold: Any,
+    need_loss: bool, need_gradient: bool,
+) -> tuple[Any, ...]:  # fmt: skip
     """Arguments of `w2s_confidence_loss` -> (loss, threshold_made, dlogits)."""
-    logits, labels, product, coef, alpha, beta, balance, threshold, need_loss, need_gradient = args
     single = len(logits.shape) == 1
-    z, w = _pairs(logits, labels) if single else (logits, labels)
+    z, w = _pairs(logits, soft_labels) if single else (logits, soft_labels)
     statistics = row_statistics(z, 1.0)
     made, p0, guesses = z.new_empty((0,), dtype=dtype(z, "float32")), None, not product and coef > 0
     if guesses and z.shape[1] == 2:
@@ -181,9 +183,9 @@ def launch_confidence(*args: Any) -> tuple[Any, ...]:
     return loss.sum() / max(z.shape[0], 1), made, grad
 
 
-def supports(*args: Any) -> str | None:
-    """The reason these kernels cannot serve a call of `w2s_confidence_loss`, or None."""
-    return refuse_double(args[0])
+def supports_w2s_confidence_loss(logits: Any, *_: Any) -> str | None:
+    """The reason these kernels cannot serve a call, or None."""
+    return refuse_double(logits)
 
 
 def aot_cases() -> list[AotCase]:

@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, dtype, launch, next_power, refuse_double
+from ..common import AotCase, Meta, cdiv, dtype, launch, next_power
 from .rows import SCRATCH, block_of, logits, row_statistics, warps_of
 
 NONE = tl.constexpr(-float("inf"))
@@ -198,23 +198,25 @@ def ngram_gradients(
     return losses, diagonal
 
 
-def launch_linear_eisl(*args: Any) -> tuple[Any, ...]:
+def launch_linear_eisl(
+    hidden: Any, head: Any, bias: Any, target: Any, ngrams: Any, weights: Any, tau: float, logsumexp: bool,
+    floor: float, noise: Any, src_keep: Any, tgt_keep: Any, ngram_coef: float, ce_coef: float, need_hidden: bool,
+    need_head: bool, need_bias: bool,
+) -> tuple[Any, ...]:  # fmt: skip
     """Arguments of `linear_eisl` -> (loss, parts, dhidden, dhead, dbias)."""
-    hidden, head, bias, target, sizes, weights, tau, logsumexp, floor, noise, source, wanted = args[:12]
-    ngram_coef, ce_coef, need_hidden, need_head, need_bias = args[12:]
     (batch, t, _), vocab, f32 = hidden.shape, head.shape[0], dtype(hidden, "float32")
-    if source is not None:  # what such a row holds must not reach the products
-        hidden = hidden.masked_fill(source.logical_not().unsqueeze(2), 0.0)
-    if wanted is not None:
-        target = target.masked_fill(wanted.logical_not(), 0)
+    if src_keep is not None:  # what such a row holds must not reach the products
+        hidden = hidden.masked_fill(src_keep.logical_not().unsqueeze(2), 0.0)
+    if tgt_keep is not None:
+        target = target.masked_fill(tgt_keep.logical_not(), 0)
     flat = hidden.reshape(batch * t, hidden.shape[2])
     dhidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     dhead = head.new_zeros(head.shape if need_head else (0,), dtype=f32)
     dbias = head.new_zeros((vocab,) if need_bias else (0,), dtype=f32)
-    parts, pairs = hidden.new_zeros((len(sizes) + 1,), dtype=f32), None
+    parts, pairs = hidden.new_zeros((len(ngrams) + 1,), dtype=f32), None
     if ce_coef:
         both = hidden.new_zeros((batch, t), dtype=f32) + 1.0
-        for mask in (source, wanted):
+        for mask in (src_keep, tgt_keep):
             both = both if mask is None else both * mask.float()
         pairs = both.sum().clamp_min(1)
     share = None if pairs is None else ce_coef / pairs
@@ -226,8 +228,8 @@ def launch_linear_eisl(*args: Any) -> tuple[Any, ...]:
         z = hidden.new_empty((rows.stop - rows.start, vocab), dtype=f32)
         logits(flat, head, bias, rows.start, z)
         dz = z if z.dtype == head.dtype else head.new_empty(z.shape)
-        masks = tuple(None if mask is None else mask[part] for mask in (source, wanted))
-        given = (sizes, weights, tau, logsumexp, floor, ngram_coef, share)
+        masks = tuple(None if mask is None else mask[part] for mask in (src_keep, tgt_keep))
+        given = (ngrams, weights, tau, logsumexp, floor, ngram_coef, share)
         losses, diagonal = ngram_gradients(
             z, target[part], given, [x[part] for x in noise], masks, batch, dz if need else None
         )
@@ -247,11 +249,6 @@ def launch_linear_eisl(*args: Any) -> tuple[Any, ...]:
     return (
         loss, parts, dhidden, dhead.to(head.dtype), dbias.to(like.dtype) if need_bias else like.new_empty((0,)),
     )
-
-
-def supports_linear_eisl(*args: Any) -> str | None:
-    """The reason these kernels cannot serve a call, or None."""
-    return refuse_double(args[0], args[1])
 
 
 def aot_cases() -> list[AotCase]:

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from ..common import AotCase, Meta, launch, safe
-from .chunk import Chunks, gradient_row, options, supports_chunk
+from .chunk import Chunks, gradient_row, options, refuse_softcaps
 from .packing import packed
 
-supports_linear_loss_backward = supports_chunk
+supports_linear_loss_backward = refuse_softcaps
 
 
 @triton.jit
@@ -43,27 +43,29 @@ def _rows_kernel(
     )  # fmt: skip
 
 
-def launch_linear_loss_backward(*args: Any) -> tuple[Any, ...]:
+def launch_linear_loss_backward(model: Any, coef: Any, need: Any) -> tuple[Any, ...]:
     """Arguments of `linear_loss_backward` -> (dhiddens, dheads, dbiases, dweights)."""
-    coefs, coef, log, everywhere, dense = args[10:15]
-    keep = (coef != 0) | (coefs != 0).any(1)
-    for rows in (log, everywhere):
+    keep = (coef.coef_lse != 0) | (coef.coef_ids != 0).any(1)
+    for rows in (coef.coef_log, coef.coef_all):
         keep = keep if rows is None else keep | (rows != 0)
-    if dense is not None:
-        share = args[15]
-        keep = keep | (True if share is None else share != 0)
-    # a dense target is [T, V]: not copied
-    return packed(_all_rows, args, keep, (0, 3, 8, 9, 10, 11, 12, 13), (0, 3), every_row=dense is not None)
+    whole = coef.dense is not None  # [T, V]: not copied
+    if whole:
+        keep = keep | (True if coef.coef_dense is None else coef.coef_dense != 0)
+    fields = "lse ids coef_ids coef_lse coef_log coef_all"
+    return packed(
+        lambda model, coef: _all_rows(model, coef, need), ((model, "hiddens weights"), (coef, fields)), keep,
+        "dhiddens dweights", every_row=whole,
+    )  # fmt: skip
 
 
-def _all_rows(*args: Any) -> tuple[Any, ...]:
-    work = Chunks(args[:8], args[17:])
-    lse, ids, coefs, coef, log, everywhere, dense, coef_dense, classes = args[8:17]
+def _all_rows(model: Any, given: Any, need: Any) -> dict[str, Any]:
+    work = Chunks(model, need)
+    ids, coefs, dense, coef_dense, classes = given.ids, given.coef_ids, given.dense, given.coef_dense, given.classes
     classes = None if classes is None else classes.float().contiguous()
     ids, coefs = ids.contiguous(), coefs.contiguous()
-    rows = [x if x is None else x.contiguous() for x in (coef, log, everywhere)]
+    rows = [x if x is None else x.contiguous() for x in (given.coef_lse, given.coef_log, given.coef_all)]
     coef_dense = None if coef_dense is None else coef_dense.contiguous()
-    lse, stride = lse.contiguous(), 0 if dense is None else dense.stride(0)
+    lse, stride = given.lse.contiguous(), 0 if dense is None else dense.stride(0)
     scale, cap, has = work.cap
     if work.any:
         for first, size, z, dz in work.each():

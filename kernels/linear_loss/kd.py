@@ -14,10 +14,13 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, dtype, launch, refuse_double
-from .kd_row import NONE, REMAINDER_FLOOR, _row_kernel
-from .packing import used_rows
+from ..common import AotCase, Group, Meta, dtype, launch
+from .kd_row import LINEAR, LOGITS, NONE, REMAINDER_FLOOR, _row_kernel
+from .packing import of_rows, used_rows
 from .rows import block_of, chunk_rows, logits, row_statistics, warps_of
+
+#: Tensors of a teacher of each form.
+COUNTS = (1, 1, 2, 2, 3)
 
 
 @triton.jit
@@ -31,10 +34,10 @@ def _rest_kernel(logp, stride, count, vocab, o_rest, BLOCK: tl.constexpr):
 
 
 def _split(teachers: Any, forms: Any) -> list[tuple[Any, ...]]:
-    counts, found, start = (1, 1, 2, 2, 3), [], 0
+    found, start = [], 0
     for form in forms:
-        found.append(tuple(teachers[start : start + counts[form]]))
-        start += counts[form]
+        found.append(tuple(teachers[start : start + COUNTS[form]]))
+        start += COUNTS[form]
     return found
 
 
@@ -44,9 +47,9 @@ def _prepared(teachers: list[tuple[int, Any, Any]], shares: Any, tau: float, voc
     first, second = [], []
     for form, rows, _ in teachers:
         a, b = None, None
-        if form == 0:
+        if form == LOGITS.value:
             a, b = row_statistics(rows, tau)
-        elif form == 2:
+        elif form == TOPK.value:
             a = rows.new_empty((rows.shape[0],), dtype=dtype(rows, "float32"))
             launch(_rest_kernel, rows.shape[0], rows, rows, rows.stride(0), rows.shape[1], vocab, a, BLOCK=64)
         first.append(a)
@@ -58,20 +61,20 @@ def _prepared(teachers: list[tuple[int, Any, Any]], shares: Any, tau: float, voc
     return packed, tuple(t[0] for t in teachers)
 
 
-def _rows(z: Any, teachers: list[tuple[int, Any, Any]], given: tuple, out: tuple, first: int, grad: Any) -> None:
+def _rows(z: Any, teachers: list[tuple[int, Any, Any]], given: Any, out: tuple, first: int, grad: Any) -> None:
     """The row kernel on a chunk of logits that begins at row ``first``; grad may be None."""
-    _, _, shares, kind, tau, beta, power, target, keep, coef_kd, coef_ce = given
+    tau, target, keep, coef_kd, coef_ce = given.tau, given.target, given.keep, given.coef_kd, given.coef_ce
     kd, ce, stats = out
     rows, vocab = z.shape
-    packed, forms = _prepared(teachers, shares, tau, vocab)
+    packed, forms = _prepared(teachers, given.shares, tau, vocab)
     top, log_sum = row_statistics(z, tau)
     hard = coef_ce is not None and target is not None
     one = (log_sum if tau == 1 else row_statistics(z, 1.0)[1]) if hard else log_sum
     launch(
         _row_kernel, rows, z, z, z.stride(0), vocab, top, log_sum, one, packed, target, keep, coef_kd, coef_ce,
-        1.0 / tau, float(beta), float(power), kd, ce, stats, kd.shape[0], first,
+        1.0 / tau, float(given.beta), float(given.power), kd, ce, stats, kd.shape[0], first,
         z if grad is None else grad, vocab if grad is None else grad.stride(0),
-        KIND=kind, FORMS=forms, HARD=hard, GRADIENT=grad is not None, STATISTICS=stats.shape[0] > 0,
+        KIND=given.kind, FORMS=forms, HARD=hard, GRADIENT=grad is not None, STATISTICS=stats.shape[0] > 0,
         BLOCK=block_of(vocab), num_warps=warps_of(vocab),
     )
 
@@ -82,38 +85,42 @@ def _outputs(like: Any, rows: int, statistics: bool) -> tuple[Any, Any, Any]:
     return kd, ce, like.new_empty((3, rows) if statistics else (0,), dtype=f32)
 
 
-def _total(given: tuple, kd: Any, ce: Any) -> Any:
+def _total(given: Any, kd: Any, ce: Any) -> Any:
     """sum coef_kd D + coef_ce CE over the rows kept."""
-    target, keep, coef_kd, coef_ce = given[7:]
-    loss = kd * coef_kd.float()
-    if coef_ce is not None and target is not None:
-        loss = loss + ce * coef_ce.float()
-    return (loss if keep is None else loss.masked_fill(keep.logical_not(), 0.0)).sum()
+    loss = kd * given.coef_kd.float()
+    if given.coef_ce is not None and given.target is not None:
+        loss = loss + ce * given.coef_ce.float()
+    return (loss if given.keep is None else loss.masked_fill(given.keep.logical_not(), 0.0)).sum()
 
 
-def launch_kd_loss(*args: Any) -> tuple[Any, ...]:
+def launch_kd_loss(logits: Any, given: Any, need_gradient: bool, need_statistics: bool) -> tuple[Any, ...]:
     """Arguments of `kd_loss` -> (loss, kd, ce, stats, dlogits)."""
-    z, given, (need, statistics) = args[0], args[1:12], args[12:]
-    kd, ce, stats = rows_of_logits(z, given, need, statistics, grad := z.new_empty(z.shape if need else (0,)))
+    grad = logits.new_empty(logits.shape if need_gradient else (0,))
+    kd, ce, stats = rows_of_logits(logits, given, need_gradient, need_statistics, grad)
     return _total(given, kd, ce), kd, ce, stats, grad
 
 
-def rows_of_logits(z: Any, given: tuple, need: bool, statistics: bool, grad: Any) -> tuple[Any, Any, Any]:
+def rows_of_logits(z: Any, given: Any, need: bool, statistics: bool, grad: Any) -> tuple[Any, Any, Any]:
     """(kd, ce, stats) of every row; the gradient into ``grad`` if needed."""
     out = _outputs(z, z.shape[0], statistics)
-    teachers = [(f, t[-1], t[0] if f == 2 else None) for f, t in zip(given[1], _split(given[0], given[1]), strict=True)]
+    split = _split(given.teachers, given.forms)
+    teachers = [(f, t[-1], t[0] if f == TOPK.value else None) for f, t in zip(given.forms, split, strict=True)]
     _rows(z, teachers, given, out, 0, grad if need else None)
     return out
 
 
-def launch_linear_kd(*args: Any) -> tuple[Any, ...]:
+def launch_linear_kd(
+    hidden: Any, head: Any, bias: Any, given: Any, need_hidden: bool, need_head: bool, need_bias: bool,
+    need_statistics: bool,
+) -> tuple[Any, ...]:  # fmt: skip
     """Arguments of `linear_kd` -> (loss, kd, ce, stats, dhidden, dhead, dbias)."""
-    (hidden, head, bias), given, (need_hidden, need_head, need_bias, statistics) = args[:3], args[3:14], args[14:]
-    total, vocab, keep, f32 = hidden.shape[0], head.shape[0], given[8], dtype(hidden, "float32")
-    index, split = None if keep is None else used_rows(keep), _split(given[0], given[1])
+    total, vocab, keep, f32 = hidden.shape[0], head.shape[0], given.keep, dtype(hidden, "float32")
+    index, split = None if keep is None else used_rows(keep), _split(given.teachers, given.forms)
+    statistics = need_statistics
     if index is not None:
-        hidden, given = hidden[index], (*given[:7], *(x if x is None else x[index] for x in given[7:]))
-        split = [(t[0][index], *t[1:]) if form >= 3 else t for form, t in zip(given[1], split, strict=True)]
+        hidden, given = hidden[index], of_rows(given, "target keep coef_kd coef_ce", _chosen, index)
+        linear = [form >= LINEAR.value for form in given.forms]
+        split = [(t[0][index], *t[1:]) if own else t for own, t in zip(linear, split, strict=True)]
     elif keep is not None:  # what such a row holds must not reach the products
         hidden = hidden.masked_fill(keep.logical_not().unsqueeze(1), 0.0)
     rows, need = hidden.shape[0], need_hidden or need_head or need_bias
@@ -121,7 +128,7 @@ def launch_linear_kd(*args: Any) -> tuple[Any, ...]:
     dhead = head.new_zeros(head.shape if need_head else (0,), dtype=f32)
     dbias = head.new_zeros((vocab,) if need_bias else (0,), dtype=f32)
     out = _outputs(hidden, rows, statistics)
-    linear = sum(form >= 3 for form in given[1])
+    linear = sum(form >= LINEAR.value for form in given.forms)
     chunk = chunk_rows(rows, vocab, 4 * (1 + linear) + head.element_size())
     for first in range(0, rows, chunk):
         part = slice(first, min(first + chunk, rows))
@@ -129,14 +136,14 @@ def launch_linear_kd(*args: Any) -> tuple[Any, ...]:
         z = hidden.new_empty((size, vocab), dtype=f32)
         logits(hidden, head, bias, first, z)
         teachers = []
-        for form, t in zip(given[1], split, strict=True):
-            if form >= 3:
+        for form, t in zip(given.forms, split, strict=True):
+            if form >= LINEAR.value:
                 tile = hidden.new_empty((size, vocab), dtype=f32)
-                logits(t[0], t[1], t[2] if form == 4 else None, first, tile)
-                teachers.append((0, tile, None))
+                logits(t[0], t[1], t[2] if form == LINEAR_BIAS.value else None, first, tile)
+                teachers.append((LOGITS.value, tile, None))
             else:
                 own = part if index is None else index[part]
-                teachers.append((form, t[-1][own], t[0][own] if form == 2 else None))
+                teachers.append((form, t[-1][own], t[0][own] if form == TOPK.value else None))
         dz = z if z.dtype == head.dtype else head.new_empty((size, vocab))
         _rows(z, teachers, given, out, first, dz if need else None)
         if need_hidden:
@@ -157,20 +164,14 @@ def launch_linear_kd(*args: Any) -> tuple[Any, ...]:
     )
 
 
+def _chosen(x: Any, index: Any) -> Any:
+    return None if x is None else x[index]
+
+
 def _spread(x: Any, index: Any, rows: int, axis: int) -> Any:
     """Rows ``index`` of a tensor with ``rows`` of them along an axis, zeros elsewhere."""
     shape = (*x.shape[:axis], rows, *x.shape[axis + 1 :])
     return x.new_zeros(shape).index_copy(axis, index, x)
-
-
-def supports_kd(*args: Any) -> str | None:
-    """The reason these kernels cannot serve a call of `kd_loss`, or None."""
-    return refuse_double(args[0], *args[1])
-
-
-def supports_linear_kd(*args: Any) -> str | None:
-    """The reason these kernels cannot serve a call of `linear_kd`, or None."""
-    return refuse_double(args[0], args[1], *args[3])
 
 
 def aot_cases() -> list[AotCase]:
@@ -183,7 +184,10 @@ def aot_cases() -> list[AotCase]:
             tensors += [Meta((rows, 10), "int64"), Meta((rows, 10), element)] if form == 2 else [z]
         target, coef_ce = (Meta((rows,), "int64"), row) if hard else (None, None)
         shares = [1.0 / len(forms)] * len(forms)
-        given = (tensors, forms, shares, kind, 4.0, 0.5, 2.0, target, None, row, coef_ce)
+        given = Group(
+            teachers=tensors, forms=forms, shares=shares, kind=kind, tau=4.0, beta=0.5, power=2.0, target=target,
+            keep=None, coef_kd=row, coef_ce=coef_ce,
+        )
         rows_of_logits(z, given, True, hard, Meta((rows, vocab), element))
 
     return [

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 FKL, RKL, JSD, SCE, CE_SOFT, PRODUCT, COSINE = (tl.constexpr(i) for i in range(7))
-LOGITS, PROBS, TOPK = (tl.constexpr(i) for i in range(3))
+LOGITS, PROBS, TOPK, LINEAR, LINEAR_BIAS = (tl.constexpr(i) for i in range(5))
 LOG_FLOOR, REMAINDER_FLOOR = tl.constexpr(-1e4), tl.constexpr(1e-12)
 NORM_FLOOR = tl.constexpr(1e-8)
 NONE = tl.constexpr(-float("inf"))

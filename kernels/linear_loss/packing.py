@@ -44,22 +44,32 @@ def cleared(x: Any, keep: Any) -> Any:
     return x.masked_fill(keep.logical_not().reshape(-1, *(1,) * (len(x.shape) - 1)), 0.0)
 
 
-#: Of the arguments of a linear loss: hidden states and the models' weights a row, which the products multiply.
-FACTORS = (0, 3)
+#: Fields of a linear loss's model with a number a row, which the products multiply.
+FACTORS = ("hiddens", "weights")
+
+
+def of_rows(group: Any, names: str | tuple[str, ...], change: Callable[..., Any], rows: Any) -> Any:
+    """A group of arguments whose fields of these names, which have T rows, are changed: `pick`, `cleared`."""
+    names = names.split() if isinstance(names, str) else names
+    return group._replace(**{name: change(getattr(group, name), rows) for name in names})
 
 
 def packed(
-    run: Callable[..., tuple[Any, ...]], args: tuple[Any, ...], keep: Any, of_rows: Sequence[int], out: Sequence[int],
-    every_row: bool = False,
-) -> tuple[Any, ...]:  # fmt: skip
-    """``run(*args)`` on the rows with ``keep``; ``of_rows`` and ``out`` number the arguments and results of T rows.
+    run: Callable[..., dict[str, Any]], groups: Sequence[tuple[Any, str]], keep: Any, out: str, every_row: bool = False
+) -> tuple[Any, ...]:
+    """The results of ``run(*groups)`` on the rows with ``keep``.
 
-    ``every_row``: what does not count is cleared instead of left out.
+    A group, the model first, comes with the names of its fields of T rows; a tensor of T rows by itself is its own
+    group, with the name "". ``out`` names the results of T rows; ``every_row``: what does not count is cleared instead
+    of left out.
     """
     index = None if every_row else used_rows(keep)
+    (model, fields), *others = groups
     if every_row or capturing(keep):
-        args = tuple(cleared(x, keep) if i in FACTORS else x for i, x in enumerate(args))
+        model = of_rows(model, FACTORS, cleared, keep)
     if index is None:
-        return run(*args)
-    found = run(*(pick(x, index) if i in of_rows else x for i, x in enumerate(args)))
-    return tuple(spread(x, index, keep.shape[0]) if i in out else x for i, x in enumerate(found))
+        return tuple(run(model, *(group for group, _ in others)).values())
+    chosen = (of_rows(group, own, pick, index) if own else pick(group, index) for group, own in others)
+    found = run(of_rows(model, fields, pick, index), *chosen)
+    wide = out.split()
+    return tuple(spread(x, index, keep.shape[0]) if name in wide else x for name, x in found.items())

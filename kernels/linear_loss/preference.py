@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, capturing, cdiv, launch
+from ..common import AotCase, Group, Meta, capturing, cdiv, launch
 from .ce import chunk_logp, launch_linear_ce
-from .chunk import Chunks, most_rows, supports_chunk
+from .chunk import Chunks, most_rows, refuse_softcaps
 from .gradient import chunk_gradient, launch_linear_loss_backward
-from .packing import pick, spread
+from .packing import FACTORS, of_rows, pick, spread
 
-supports_linear_preference = supports_chunk
+supports_linear_preference = refuse_softcaps
 BLOCK = 128
 #: arguments and functions of a term, and the bits of its mode, as the reference numbers them
 MARGIN, CHOSEN, REJECTED, ODDS, NLL = (tl.constexpr(i) for i in range(5))
@@ -237,26 +237,28 @@ def _tokens(target: Any, ignored: int, weights: Any, nll_target: Any) -> _Tokens
     return _Tokens(ids, own)
 
 
-def launch_linear_preference(*args: Any) -> tuple[Any, ...]:
-    """Arguments of `linear_preference` -> its outputs."""
-    target, ignored, weights, nll_target, segments, counts, ref, mean, pairs, labels, kl, share = args[8:20]
-    tokens = _tokens(target, ignored, weights, nll_target)
-    given = _Given(counts, ref, mean, pairs, labels, kl, share, *args[20:22])
-    found = _groups((tokens.own != 0).any(1), segments, counts.shape[0], pairs)
-    chunks = None if found is None else _group_chunks(found[1], most_rows(args[7]))
-    rest = (given, segments, args[22], args[23:])
+def launch_linear_preference(model: Any, tokens: Any, compared: Any, terms: Any, need: Any) -> tuple[Any, ...]:
+    """Arguments of `linear_preference` -> its results."""
+    own = _tokens(tokens.target, tokens.ignore_index, tokens.token_weights, tokens.nll_target)
+    given = _Given(
+        compared.counts, compared.ref, compared.mean, compared.pairs, compared.labels, compared.kl, compared.share,
+        terms.forms, terms.numbers,
+    )
+    found = _groups((own.own != 0).any(1), tokens.segments, given.counts.shape[0], given.pairs)
+    chunks = None if found is None else _group_chunks(found[1], most_rows(model.vocab_size))
+    rest = (given, tokens.segments, terms.scale, need)
     if found is None or chunks is None:
-        return _two_passes(args[:8], tokens, *rest)
-    return _one_pass(args[:8], tokens, *rest, found[0], chunks)
+        return _two_passes(model, own, *rest)
+    return _one_pass(model, own, *rest, found[0], chunks)
 
 
 def _one_pass(
-    model: tuple[Any, ...], tokens: _Tokens, given: _Given, segments: Any, scale: float, need: tuple[Any, ...],
-    rows: Any, chunks: list[tuple[int, int, int, int]],
+    model: Any, tokens: _Tokens, given: _Given, segments: Any, scale: float, need: Any, rows: Any,
+    chunks: list[tuple[int, int, int, int]],
 ) -> tuple[Any, ...]:  # fmt: skip
     """A chunk holds whole pairs, so that its logits become dz in place."""
     total = segments.shape[0]
-    work = Chunks((pick(model[0], rows), *model[1:3], pick(model[3], rows), *model[4:]), need)
+    work = Chunks(of_rows(model, FACTORS, pick, rows), need)
     ids, own, segments = pick(tokens.ids, rows), pick(tokens.own, rows), pick(segments, rows)
     columns = ids.shape[1]
     keep, lse, other = (own != 0).any(1), work.row(), work.row()
@@ -276,26 +278,30 @@ def _one_pass(
             here = _Tokens(ids[part], own[part])
             coef[part] = here.slopes(segments[part], scale, score, nll)
             chunk_gradient(work, first, count, z, dz, lse, ids, coef)
-    dhiddens, dheads, dbiases, dweights = work.gradients()
-    grads = (spread(dhiddens, rows, total), dheads, dbiases, spread(dweights, rows, total))
-    return (scale * losses, sums[0], sums[-1].clone(), *grads)
+    made = work.gradients()
+    for name in ("dhiddens", "dweights"):
+        made[name] = spread(made[name], rows, total)
+    return (scale * losses, sums[0], sums[-1].clone(), *made.values())
 
 
 def _two_passes(
-    model: tuple[Any, ...], tokens: _Tokens, given: _Given, segments: Any, scale: float, need: tuple[Any, ...]
+    model: Any, tokens: _Tokens, given: _Given, segments: Any, scale: float, need: Any
 ) -> tuple[Any, ...]:
     """Log-probabilities of all sequences first, then the logits again."""
     keep, sums = (tokens.own != 0).any(1), []
     for k in range(tokens.ids.shape[1]):
         y, w = tokens.ids[:, k : k + 1], tokens.own[:, k]
-        logp, lse = launch_linear_ce(
-            *model, keep, y, w.unsqueeze(1), None, None, None, w, 0.0, False, False, False, 0, 0, 0, False
-        )[2:4]
+        target = Group(keep=keep, ids=y, probs=w.unsqueeze(1), uniform=None, dense=None, classes=None)
+        nothing = Group(need_hiddens=0, need_heads=0, need_biases=0, need_weights=False)
+        _, _, logp, lse, *_ = launch_linear_ce(model, target, w, 0.0, False, False, False, nothing)
         sums.append(w.new_zeros(given.counts.shape).index_put((segments,), logp * w, accumulate=True))
     losses, score, nll = given.losses(sums[0], sums[-1], slice(None))
     coef = tokens.slopes(segments, scale, score, nll)
-    none = (None,) * 5
-    grads = launch_linear_loss_backward(*model, lse, tokens.ids, coef, -coef.sum(1), *none, *need)
+    rows = Group(
+        lse=lse, ids=tokens.ids, coef_ids=coef, coef_lse=-coef.sum(1), coef_log=None, coef_all=None, dense=None,
+        coef_dense=None, classes=None,
+    )
+    grads = launch_linear_loss_backward(model, rows, need)
     return (scale * losses.sum(), sums[0], sums[-1].clone(), *grads)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..common import AotCase, Meta, cdiv, dtype, launch, next_power
 from .chunk import logits_kernel
-from .tile import BLOCK_V, prepare
+from .tile import BLOCK_V, model_of, prepare
 
 #: Bytes of tiles that exist at a time.
 SCRATCH = 1 << 30
@@ -21,7 +21,7 @@ SCRATCH = 1 << 30
 
 def logits(hidden: Any, head: Any, bias: Any, first: int, out: Any) -> None:
     """W h + b of rows [first, first + len(out)) into ``out``, float32 and contiguous."""
-    models, options = prepare([hidden], [head], [] if bias is None else [bias], None, [1.0], 1.0)
+    models, options = prepare(model_of([hidden], [head], biases=[] if bias is None else [bias]))
     chunk, vocab = out.shape
     blocks = cdiv(chunk, options["BLOCK_T"])
     launch(

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..common import INF, NO_INDEX, AotCase, Meta, cdiv, dtype, launch, next_power, safe
 from ..logit_fusion.sample import choose, draw_in_tile
-from .tile import BLOCK_V, fused_tile, prepare, statistics, supports_linear
+from .tile import BLOCK_V, fused_tile, model_of, prepare, refuse_softcap, statistics
 
 
 @triton.jit
@@ -63,11 +63,10 @@ def _draw_kernel(
     tl.store(o_kept + row, tl.where(fine, 1 if GREEDY else vocab, 0).to(tl.int32))
 
 
-def launch_linear_fusion_sample(*args: Any) -> tuple[Any, Any, Any, Any]:
+def launch_linear_fusion_sample(model: Any, uniform: Any) -> tuple[Any, Any, Any, Any]:
     """Arguments of `linear_fusion_sample` -> (token, logprob, lse, kept)."""
-    hiddens, heads, biases, weights, values, temperature, _, vocab_size, uniform = args
-    greedy, like = temperature == 0, hiddens[0]
-    models, options = prepare(hiddens, heads, biases, weights, values, 1.0 if greedy else temperature)
+    greedy, like, vocab_size = model.temperature == 0, model.hiddens[0], model.vocab_size
+    models, options = prepare(model._replace(temperature=1.0) if greedy else model)
     top, total, _ = statistics(models, options, vocab_size, None)
     rows, tiles = like.shape[0], cdiv(vocab_size, BLOCK_V)
     token, kept = (
@@ -97,11 +96,11 @@ def launch_linear_fusion_sample(*args: Any) -> tuple[Any, Any, Any, Any]:
     return token, logprob, lse, kept
 
 
-def supports_linear_fusion_sample(*args: Any) -> str | None:
+def supports_linear_fusion_sample(model: Any, uniform: Any) -> str | None:
     """The reason these kernels cannot serve a call, or None."""
-    if args[2]:
+    if model.biases:
         return "kept counts columns that a bias of -inf masks; plain PyTorch serves biases"
-    return supports_linear(*args)
+    return refuse_softcap(model)
 
 
 def aot_cases() -> list[AotCase]:
@@ -110,6 +109,7 @@ def aot_cases() -> list[AotCase]:
     def bf16() -> None:
         sizes = (4096, 1024, 1024)
         hiddens, heads = [Meta((8, d), "bfloat16") for d in sizes], [Meta((151936, d), "bfloat16") for d in sizes]
-        launch_linear_fusion_sample(hiddens, heads, [], None, [1.0, 1.0, -1.0], 1.0, 0.0, 151936, Meta((8,), "float32"))
+        model = model_of(hiddens, heads, weight_values=[1.0, 1.0, -1.0])
+        launch_linear_fusion_sample(model, Meta((8,), "float32"))
 
     return [AotCase("bf16-n3-v151936", bf16)]

@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, dtype, launch, refuse_double, safe
+from ..common import AotCase, Group, Meta, cdiv, dtype, launch, refuse_double, safe
 from ..logit_fusion.fusion import number
 
 BLOCK_V = 128
@@ -164,19 +164,18 @@ def config(rows: int, double_bytes: bool) -> dict[str, Any]:
     }
 
 
-def prepare(
-    hiddens: Any, heads: Any, biases: Any, weights: Any, values: Any, temperature: float
-) -> tuple[tuple, dict[str, Any]]:
+def prepare(model: Any) -> tuple[tuple, dict[str, Any]]:
     """The `models` tuple and the compile-time options of a call."""
+    hiddens, heads, weights, temperature = model.hiddens, model.heads, model.weights, model.temperature
     models = (
         tuple(hiddens),
         tuple(h.stride(0) for h in hiddens),
         tuple(heads),
         tuple(w.stride(0) for w in heads),
         tuple(h.shape[1] for h in hiddens),
-        tuple(biases),
+        tuple(model.biases),
         weights,
-        tuple(v / temperature for v in values),
+        tuple(v / temperature for v in model.weight_values),
         1.0 / temperature,
     )
     wide = any("float32" in str(h.dtype) for h in hiddens)
@@ -186,12 +185,20 @@ def prepare(
     return models, options
 
 
-def supports_linear(*args: Any) -> str | None:
+def refuse_softcap(model: Any, *_: Any) -> str | None:
     """The reason these kernels cannot serve a call, or None."""
-    hiddens, heads, softcap = args[0], args[1], args[6]
-    if softcap:
+    if model.softcap:
         return "a softcap needs an accumulator a model; plain PyTorch serves it"
-    return refuse_double(*hiddens, *heads)
+    return refuse_double(*model.hiddens, *model.heads)
+
+
+def model_of(hiddens: Any, heads: Any, **changes: Any) -> Group:
+    """A model of one or more heads, all with the weight 1."""
+    usual = Group(
+        hiddens=hiddens, heads=heads, biases=[], weights=None, weight_values=[1.0] * len(heads), temperature=1.0,
+        softcap=0.0, vocab_size=heads[0].shape[0],
+    )
+    return usual._replace(**changes)
 
 
 def statistics(models: tuple, options: dict[str, Any], vocab_size: int, target: Any) -> tuple[Any, Any, Any]:
@@ -273,7 +280,7 @@ def aot_cases() -> list[AotCase]:
 
     def case(kind: str, rows: int, vocab: int, sizes: tuple[int, ...]) -> None:
         hiddens, heads = [Meta((rows, d), kind) for d in sizes], [Meta((vocab, d), kind) for d in sizes]
-        models, options = prepare(hiddens, heads, [], None, [1.0] * len(sizes), 1.0)
+        models, options = prepare(model_of(hiddens, heads))
         target, row = Meta((rows,), "int64"), Meta((rows,), "float32")
         log_probabilities(models, options, vocab, target, -100)
         gradient_tile(models, options, vocab, target, -100, row, row, row, 0, Meta((rows, vocab), kind))

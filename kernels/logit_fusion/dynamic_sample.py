@@ -9,21 +9,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..common import AotCase, Meta
-from .dynamic_weights import launch_dynamic_fusion_weights, supports_dynamic_fusion_weights
+from ..common import AotCase, Group, Meta
+from .dynamic_weights import launch_dynamic_fusion_weights, solve_of, supports_dynamic_fusion_weights
 from .filters import plausible_fusion
 from .sample import draw
 
 
-def launch_dynamic_sample(*args: Any) -> tuple[Any, ...]:
+def launch_dynamic_sample(
+    given: Any, temperature: Any, temperature_value: float, plausible: int, plausible_value: float, how: Any
+) -> tuple[Any, ...]:
     """Arguments of `dynamic_sample` -> (token, logprob, lse, kept, alpha, target_kl, achieved_kl, saturated)."""
-    solver, (temperature, temperature_value, plausible, plausible_value, uniform, *filters) = args[:13], args[13:]
-    base, experts, anti, vocab_size = *solver[:3], solver[12]
-    solved = launch_dynamic_fusion_weights(*solver)
-    fusion = plausible_fusion(
-        base, experts, anti, solved[0], (), 1.0, temperature, temperature_value, plausible, plausible_value, vocab_size
+    alpha, *solved = launch_dynamic_fusion_weights(given)
+    fused = Group(
+        base=given.base, experts=given.experts, anti=given.anti, weights=alpha, weight_values=(), base_weight=1.0,
+        temperature=temperature, temperature_value=temperature_value, plausible=plausible,
+        plausible_value=plausible_value, vocab_size=given.vocab_size,
     )
-    return (*draw(fusion, vocab_size, uniform, *filters), *solved)
+    return (*draw(plausible_fusion(fused), given.vocab_size, how), alpha, *solved)
 
 
 supports_dynamic_sample = supports_dynamic_fusion_weights
@@ -34,9 +36,7 @@ def aot_cases() -> list[AotCase]:
 
     def case() -> None:
         base, expert, anti = (Meta((8, 151936), "bfloat16") for _ in range(3))
-        launch_dynamic_sample(
-            base, [expert], [anti], 2.0, 8, -1, 1e-4, 0, 0, None, False, None, 151936, None, 0.7, 0, 0.0,
-            Meta((8,), "float32"), 0, 1.0, 0.0,
-        )
+        how = Group(uniform=Meta((8,), "float32"), top_k=0, top_p=1.0, min_p=0.0)
+        launch_dynamic_sample(solve_of(base, [expert], [anti], nodes=8), None, 0.7, 0, 0.0, how)
 
     return [AotCase("bf16-k1-v151936-j8", case)]

@@ -15,8 +15,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import INF, AotCase, Meta, dtype, launch, next_power
-from .fusion import fusion_tuple, supports_fusion
+from ..common import INF, AotCase, Group, Meta, dtype, launch, next_power
+from .fusion import models_tuple, refuse_fusion
 from .newton import CLAMP, FLOOR, grid_by_passes, newton
 from .sweep import merge_nodes, merge_target, node_power, sweep
 
@@ -192,19 +192,18 @@ def _direction_kernel(
                 tl.store(o_direction + row * COUNT + k, scaled.to(tl.float32))
 
 
-def launch_dynamic_fusion_weights(
-    base: Any, experts: Any, anti: Any, alpha_max: float, nodes: int, first_candidate: int, tol: float, multi: int,
-    direction_kind: int, direction: Any, average: bool, target_kl: Any, vocab_size: int,
-) -> tuple[Any, Any, Any, Any]:
+def launch_dynamic_fusion_weights(given: Any) -> tuple[Any, Any, Any, Any]:
     """Arguments of `dynamic_fusion_weights` -> (alpha, target_kl, achieved_kl, saturated)."""
-    rows, count, f32 = base.shape[0], len(experts), dtype(base, "float32")
-    models = fusion_tuple(base, experts, anti, None, (), 1.0, None, 1.0)
-    solves = count if multi == 1 else 1
-    given = None if target_kl is None else (target_kl, *target_kl.stride())
+    base, vocab_size, alpha_max, nodes = given.base, given.vocab_size, given.alpha_max, given.nodes
+    direction, direction_kind = given.direction, given.direction_kind
+    rows, count, f32 = base.shape[0], len(given.experts), dtype(base, "float32")
+    models = models_tuple(base, given.experts, given.anti)
+    solves = count if given.multi == 1 else 1
+    goal = None if given.target_kl is None else (given.target_kl, *given.target_kl.stride())
     u, targets = None, None
     if direction_kind != 0 and solves == 1:
         u = base.new_empty((rows, count), dtype=f32)
-        source = given if direction_kind == 1 else (direction, *direction.stride())
+        source = goal if direction_kind == 1 else (direction, *direction.stride())
         tiles = 1
         if source is None:  # u follows the targets: one more pass finds those first
             targets, _, _, tiles = sweep(models, vocab_size, alpha_max, 0, 0, None, f32)
@@ -217,19 +216,28 @@ def launch_dynamic_fusion_weights(
     achieved = base.new_empty((rows, solves), dtype=f32)
     saturated = base.new_empty((rows, count), dtype=dtype(base, "bool"))
     launch(
-        _solve_kernel, rows, base, models, vocab_size, tiles, targets, sums, lines, given, u, float(alpha_max),
-        float(tol), 1.0 / count if average and multi == 1 else 1.0, centers, alpha, target, achieved, saturated,
-        SOLVES=solves,
-        NODES=nodes, NP=node_power(nodes), FIRST=first_candidate, TILES=next_power(tiles), BLOCK=1024,
+        _solve_kernel, rows, base, models, vocab_size, tiles, targets, sums, lines, goal, u, float(alpha_max),
+        float(given.tol), 1.0 / count if given.average and given.multi == 1 else 1.0, centers, alpha,
+        target, achieved, saturated, SOLVES=solves, NODES=nodes, NP=node_power(nodes), FIRST=given.first_candidate,
+        TILES=next_power(tiles), BLOCK=1024,
     )
     return alpha, target, achieved, saturated
 
 
-def supports_dynamic_fusion_weights(*args: Any) -> str | None:
+def supports_dynamic_fusion_weights(given: Any, *_: Any) -> str | None:
     """The reason the kernels cannot serve a call, or None."""
-    if args[7] == 2:
+    if given.multi == 2:
         return "the product grid is for comparison only and served by the reference"
-    return supports_fusion(*args)
+    return refuse_fusion(given)
+
+
+def solve_of(base: Any, experts: Any, anti: Any, **changes: Any) -> Group:
+    """The arguments of ahead-of-time cases."""
+    usual = Group(
+        base=base, experts=experts, anti=anti, alpha_max=2.0, nodes=16, first_candidate=-1, tol=1e-4, multi=0,
+        direction_kind=0, direction=None, average=False, target_kl=None, vocab_size=base.shape[1],
+    )
+    return usual._replace(**changes)
 
 
 def aot_cases() -> list[AotCase]:
@@ -237,9 +245,9 @@ def aot_cases() -> list[AotCase]:
 
     def case(kind: str, vocab_size: int, count: int, nodes: int, first: int, multi: int, direction: int) -> None:
         base, anti, *experts = (Meta((8, vocab_size), kind) for _ in range(count + 2))
-        launch_dynamic_fusion_weights(
-            base, experts, [anti], 2.0, nodes, first, 1e-4, multi, direction, None, False, None, vocab_size
-        )
+        launch_dynamic_fusion_weights(solve_of(
+            base, experts, [anti], nodes=nodes, first_candidate=first, multi=multi, direction_kind=direction
+        ))  # fmt: skip
 
     return [
         AotCase("bf16-k1-v151936-j16", lambda: case("bfloat16", 151936, 1, 16, -1, 0, 0)),

@@ -16,8 +16,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import INF, AotCase, Meta, cdiv, dtype, launch, next_power, row_tile, safe
-from .fusion import difference, fusion_tuple, load_pair, load_row, supports_fusion
+from ..common import INF, AotCase, Meta, cdiv, dtype, launch, next_power, refuse_double, row_tile, safe
+from .fusion import difference, load_pair, load_row, models_tuple
 from .newton import CLAMP
 from .partials import tile_max
 from .sweep import merge_target, sweep, sweep_width
@@ -221,7 +221,7 @@ def launch_dynamic_fusion_weights_backward(
     """Arguments of `dynamic_fusion_weights_backward` -> (dbase, dexperts, danti, dtarget)."""
     rows, count, f32 = base.shape[0], len(experts), dtype(base, "float32")
     solves = count if multi == 1 else 1
-    models = fusion_tuple(base, experts, anti, None, (), 1.0, None, 1.0)
+    models = models_tuple(base, experts, anti)
     targets, _, _, tiles = sweep(models, vocab_size, 1.0, 0, 0, None, f32)
     power, block = next_power(tiles), sweep_width(vocab_size)
     per_row = base.new_empty((rows, count, 4), dtype=f32)
@@ -248,11 +248,13 @@ def launch_dynamic_fusion_weights_backward(
     return dbase, rest[:count], rest[count:], dtarget
 
 
-def supports_dynamic_fusion_weights_backward(*args: Any) -> str | None:
+def supports_dynamic_fusion_weights_backward(
+    grad_alpha: Any, alpha: Any, saturated: Any, base: Any, experts: Any, anti: Any, multi: int, *_: Any
+) -> str | None:
     """The reason the kernels cannot serve a call, or None."""
-    if args[6] == 2:
+    if multi == 2:
         return "the product grid is for comparison only and served by the reference"
-    return supports_fusion(*args[3:6])
+    return refuse_double(base, *experts, *anti)
 
 
 def aot_cases() -> list[AotCase]:

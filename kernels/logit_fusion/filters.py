@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..common import INF, NO_INDEX, dtype, launch, next_power, ordered_key
-from .fusion import fusion_tuple, load_fused
+from .fusion import fusion_tuple, load_fused, models_tuple
 from .partials import merge_sums, tile_stats
 
 THRESHOLDS = tl.constexpr(16)
@@ -158,20 +158,17 @@ def find_cut(
     return value, index
 
 
-def plausible_fusion(
-    base: Any, experts: Any, anti: Any, weights: Any, weight_values: Any, base_weight: float, temperature: Any,
-    temperature_value: float, plausible: int, plausible_value: float, vocab_size: int,
-) -> tuple[Any, ...]:
+def plausible_fusion(given: Any) -> tuple[Any, ...]:
     """The `fusion` argument of the kernels, with the cut of the base's plausible set found first where there is one."""
-    given = (base, experts, anti, weights, weight_values, base_weight, temperature, temperature_value)
+    base, plausible, plausible_value = given.base, given.plausible, given.plausible_value
     if plausible == 0 or (plausible == 2 and plausible_value >= 1.0):
-        return fusion_tuple(*given)
-    alone = fusion_tuple(base, (), (), None, (), 1.0, None, 1.0)
-    partial, _, tiles = tile_stats(alone, base.shape[0], vocab_size)
+        return fusion_tuple(given)
+    alone = models_tuple(base, (), ())
+    partial, _, tiles = tile_stats(alone, base.shape[0], given.vocab_size)
     if plausible == 2:
-        return fusion_tuple(*given, cut=find_cut(alone, vocab_size, partial, tiles, 0, plausible_value))
+        return fusion_tuple(given, find_cut(alone, given.vocab_size, partial, tiles, 0, plausible_value))
     value = partial.new_empty((base.shape[0],))
     index = partial.new_empty((base.shape[0],), dtype=dtype(base, "int32"))
     distance = least_distance(plausible_value)
     launch(_relative_cut_kernel, base.shape[0], base, tiles, partial, distance, value, index, TILES=next_power(tiles))
-    return fusion_tuple(*given, cut=(value, index))
+    return fusion_tuple(given, (value, index))

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..common import INF, AotCase, Meta, cdiv, dtype, launch, next_power, row_tile, safe, tile_width
 from .filters import plausible_fusion
-from .fusion import load_fused, supports_fusion
+from .fusion import load_fused, one_expert, pairs, refuse_fusion
 from .partials import merge_sums, merged_lse, row_lse, tile_stats
 
 
@@ -36,12 +36,11 @@ def _fuse_kernel(fusion, vocab, tiles, o_out, i_partial, o_lse, TILES: tl.conste
     tl.store(o_out + row * vocab + cols, z.to(o_out.dtype.element_ty), mask=cols < vocab)
 
 
-def launch_fuse_logits(*args: Any) -> tuple[Any, Any]:
+def launch_fuse_logits(given: Any, out_dtype: Any, need_lse: bool) -> tuple[Any, Any]:
     """Arguments of `fuse_logits` -> (fused, lse); lse of shape (0,) unless ``need_lse``."""
-    *given, out_dtype, need_lse = args
-    base, vocab_size = given[0], given[10]
+    base, vocab_size = given.base, given.vocab_size
     rows = base.shape[0]
-    fusion = plausible_fusion(*given)
+    fusion = plausible_fusion(given)
     out = base.new_empty((rows, vocab_size), dtype=out_dtype)
     block = tile_width(vocab_size)
     tiles = cdiv(vocab_size, block)
@@ -52,12 +51,11 @@ def launch_fuse_logits(*args: Any) -> tuple[Any, Any]:
     return out, merged_lse(partial, tiles)
 
 
-def launch_fused_log_softmax(*args: Any) -> tuple[Any, Any]:
+def launch_fused_log_softmax(given: Any, out_dtype: Any) -> tuple[Any, Any]:
     """Arguments of `fused_log_softmax` -> (logp, lse)."""
-    *given, out_dtype = args
-    base, vocab_size = given[0], given[10]
+    base, vocab_size = given.base, given.vocab_size
     rows = base.shape[0]
-    fusion = plausible_fusion(*given)
+    fusion = plausible_fusion(given)
     partial, _, tiles = tile_stats(fusion, rows, vocab_size)
     out = base.new_empty((rows, vocab_size), dtype=out_dtype)
     lse = partial.new_empty((rows,))
@@ -68,7 +66,7 @@ def launch_fused_log_softmax(*args: Any) -> tuple[Any, Any]:
     return out, lse
 
 
-supports_fuse_logits = supports_fused_log_softmax = supports_fusion
+supports_fuse_logits = supports_fused_log_softmax = refuse_fusion
 
 
 def aot_cases() -> list[AotCase]:
@@ -76,14 +74,14 @@ def aot_cases() -> list[AotCase]:
 
     def bf16() -> None:
         base, expert, anti = (Meta((8, 151936), "bfloat16") for _ in range(3))
-        given = (base, [expert], [anti], None, [1.0], 1.0, None, 1.0, 0, 0.0, 151936)
-        launch_fuse_logits(*given, "bfloat16", True)
-        launch_fused_log_softmax(*given, "float32")
+        given = one_expert(base, expert, anti)
+        launch_fuse_logits(given, "bfloat16", True)
+        launch_fused_log_softmax(given, "float32")
 
     def fp32() -> None:
         base, *rest = (Meta((8, 32000), "float32") for _ in range(5))
-        given = (base, rest[:2], rest[2:], Meta((8, 2), "float32"), [], 1.0, None, 1.0, 2, 0.9, 32000)
-        launch_fuse_logits(*given, "float32", False)
-        launch_fused_log_softmax(*given, "float32")
+        given = pairs(base, rest, Meta((8, 2), "float32"), plausible=2, plausible_value=0.9)
+        launch_fuse_logits(given, "float32", False)
+        launch_fused_log_softmax(given, "float32")
 
     return [AotCase("bf16-k1-v151936", bf16), AotCase("fp32-k2-v32000-top-p", fp32)]

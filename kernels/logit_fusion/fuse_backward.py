@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..common import INF, AotCase, Meta, cdiv, dtype, launch, next_power, row_tile, tile_width
 from .filters import plausible_fusion
-from .fusion import load_fused, load_shift, load_temperature, supports_fusion
+from .fusion import load_fused, load_shift, load_temperature, one_expert, pairs, refuse_fusion
 
 
 @triton.jit
@@ -98,13 +98,15 @@ def with_strides(tensor: Any) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor, *tensor.stride())
 
 
-def launch_fuse_backward(*args: Any) -> tuple[Any, Any, Any]:
+def launch_fuse_backward(
+    given: Any, grad: Any, lse: Any, row_a: Any, row_b: Any, index: Any, index_coef: Any, subtract_row_sum: bool,
+    need_params: bool,
+) -> tuple[Any, Any, Any]:  # fmt: skip
     """Arguments of `fuse_backward` -> (dz, dweights, dtemperature)."""
-    *given, grad, lse, row_a, row_b, index, coef, subtract_row_sum, need_params = args
-    base, vocab_size, count = given[0], given[10], len(given[1])
+    base, vocab_size, count = given.base, given.vocab_size, len(given.experts)
     rows, block = base.shape[0], tile_width(vocab_size)
     tiles = cdiv(vocab_size, block)
-    fusion = plausible_fusion(*given)
+    fusion = plausible_fusion(given)
     f32 = dtype(base, "float32")
     dz = base.new_empty((rows, vocab_size))
     sums = partial = None
@@ -115,7 +117,7 @@ def launch_fuse_backward(*args: Any) -> tuple[Any, Any, Any]:
         partial = base.new_empty((rows, count + 1, tiles), dtype=dtype(base, "float64"))
     launch(
         _gradient_kernel, rows * tiles, base, fusion, vocab_size, tiles, with_strides(grad), with_strides(lse),
-        with_strides(row_a), with_strides(row_b), with_strides(index), with_strides(coef), sums, dz, partial,
+        with_strides(row_a), with_strides(row_b), with_strides(index), with_strides(index_coef), sums, dz, partial,
         J=0 if index is None else index.shape[1], TILES=next_power(tiles), BLOCK=block,
     )
     if not need_params:
@@ -127,7 +129,7 @@ def launch_fuse_backward(*args: Any) -> tuple[Any, Any, Any]:
     return dz, dweights, dheat
 
 
-supports_fuse_backward = supports_fusion
+supports_fuse_backward = refuse_fusion
 
 
 def aot_cases() -> list[AotCase]:
@@ -136,18 +138,13 @@ def aot_cases() -> list[AotCase]:
     def log_softmax() -> None:
         base, expert, anti, grad = (Meta((8, 151936), "bfloat16") for _ in range(4))
         row = Meta((8,), "float32")
-        launch_fuse_backward(
-            base, [expert], [anti], None, [1.0], 1.0, None, 1.0, 0, 0.0, 151936, grad, row, row, None, None, None,
-            True, False
-        )
+        given = one_expert(base, expert, anti)
+        launch_fuse_backward(given, grad, row, row, None, None, None, True, False)
 
     def stats() -> None:
         base, *rest = (Meta((8, 32000), "float32") for _ in range(5))
         row, index, coef = Meta((8,), "float32"), Meta((8, 2), "int64"), Meta((8, 2), "float32")
-        launch_fuse_backward(
-            base, rest[:2], rest[2:], Meta((8, 2), "float32"), [], 1.0, row, 1.0, 0, 0.0, 32000, None, row, row, row,
-            index,
-            coef, False, True,
-        )
+        given = pairs(base, rest, Meta((8, 2), "float32"), temperature=row)
+        launch_fuse_backward(given, None, row, row, row, index, coef, False, True)
 
     return [AotCase("bf16-k1-v151936-log-softmax", log_softmax), AotCase("fp32-k2-v32000-stats", stats)]

@@ -10,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import INF, refuse_double
+from ..common import INF, Group, refuse_double
 
 
 @triton.jit
@@ -92,19 +92,41 @@ def load_fused(fusion, row, cols, mask):
     return load_sum(fusion, row, cols, mask) / tl.where(tau == 0.0, 1.0, tau)
 
 
-def fusion_tuple(
-    base: Any, experts: Any, anti: Any, weights: Any, weight_values: Any, base_weight: float, temperature: Any,
-    temperature_value: float, cut: tuple[Any, Any] = (None, None),
-) -> tuple[Any, ...]:
+def fusion_tuple(given: Any, cut: tuple[Any, Any] = (None, None)) -> tuple[Any, ...]:
     """The `fusion` argument of the kernels; ``cut`` = (value [B] float32, index [B] int32) of the plausible set."""
+    weights, temperature = given.weights, given.temperature
     return (
-        base, base.stride(0), tuple(experts), tuple(t.stride(0) for t in experts), tuple(anti),
-        tuple(t.stride(0) for t in anti), weights, () if weights is None else weights.stride(),
-        () if weights is not None else tuple(float(w) for w in weight_values), float(base_weight), *cut,
-        temperature, None if temperature is None else temperature.stride(0), float(temperature_value),
+        given.base, given.base.stride(0), tuple(given.experts), tuple(t.stride(0) for t in given.experts),
+        tuple(given.anti), tuple(t.stride(0) for t in given.anti), weights, () if weights is None else weights.stride(),
+        () if weights is not None else tuple(float(w) for w in given.weight_values), float(given.base_weight), *cut,
+        temperature, None if temperature is None else temperature.stride(0), float(given.temperature_value),
     )
 
 
-def supports_fusion(base: Any, experts: Any, anti: Any, *_: Any) -> str | None:
+def models_tuple(base: Any, experts: Any, anti: Any) -> tuple[Any, ...]:
+    """The same of models without weights."""
+    return fusion_tuple(
+        Group(base=base, experts=experts, anti=anti, weights=None, weight_values=(), base_weight=1.0, temperature=None,
+              temperature_value=1.0)
+    )  # fmt: skip
+
+
+def refuse_fusion(given: Any, *_: Any) -> str | None:
     """The reason the kernels cannot serve these logits, or None."""
-    return refuse_double(base, *experts, *anti)
+    return refuse_double(given.base, *given.experts, *given.anti)
+
+
+def one_expert(base: Any, expert: Any, anti: Any, **changes: Any) -> Group:
+    """A plain fusion for ahead-of-time cases."""
+    usual = Group(
+        base=base, experts=[expert], anti=[anti], weights=None, weight_values=[1.0], base_weight=1.0, temperature=None,
+        temperature_value=1.0, plausible=0, plausible_value=0.0, vocab_size=base.shape[1],
+    )
+    return usual._replace(**changes)
+
+
+def pairs(base: Any, rest: Any, weights: Any, **changes: Any) -> Group:
+    """One of several experts, each with its own small model, and a weight a row."""
+    half = len(rest) // 2
+    several = {"experts": rest[:half], "anti": rest[half:], "weights": weights, "weight_values": []}
+    return one_expert(base, None, None)._replace(**several, **changes)

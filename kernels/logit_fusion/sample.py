@@ -15,9 +15,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import INF, NO_INDEX, AotCase, Meta, cdiv, dtype, launch, next_power, row_tile, safe, tile_width
+from ..common import INF, NO_INDEX, AotCase, Group, Meta, cdiv, dtype, launch, next_power, row_tile, safe, tile_width
 from .filters import find_cut, least_distance, plausible_fusion
-from .fusion import load_fused, load_temperature, supports_fusion
+from .fusion import load_fused, load_temperature, one_expert, refuse_fusion
 from .partials import log_probability, merge_sums, row_lse, tile_stats
 
 
@@ -93,10 +93,9 @@ def _draw_kernel(
     tl.store(o_kept + row, tl.where(fine, kept, 0))
 
 
-def draw(
-    fusion: tuple[Any, ...], vocab_size: int, uniform: Any, top_k: int, top_p: float, min_p: float
-) -> tuple[Any, Any, Any, Any]:
+def draw(fusion: tuple[Any, ...], vocab_size: int, how: Any) -> tuple[Any, Any, Any, Any]:
     """(token, logprob, lse, kept) of the rows of ``fusion``."""
+    uniform, top_k, top_p, min_p = how.uniform, how.top_k, how.top_p, how.min_p
     base, block = fusion[0], tile_width(vocab_size)
     rows, tiles = base.shape[0], cdiv(vocab_size, block)
     shape = {"TILES": next_power(tiles), "BLOCK": block}
@@ -118,22 +117,21 @@ def draw(
     return token, logprob, lse, count
 
 
-def launch_fused_sample(*args: Any) -> tuple[Any, Any, Any, Any]:
+def launch_fused_sample(given: Any, how: Any) -> tuple[Any, Any, Any, Any]:
     """Arguments of `fused_sample` -> (token, logprob, lse, kept)."""
-    *given, uniform, top_k, top_p, min_p = args
-    return draw(plausible_fusion(*given), given[10], uniform, top_k, top_p, min_p)
+    return draw(plausible_fusion(given), given.vocab_size, how)
 
 
-supports_fused_sample = supports_fusion
+supports_fused_sample = refuse_fusion
 
 
 def aot_cases() -> list[AotCase]:
     """Plain draws in bf16, every filter in bf16 and fp32."""
 
-    def case(kind: str, vocab_size: int, *filters: float) -> None:
+    def case(kind: str, vocab_size: int, top_k: int, top_p: float, min_p: float) -> None:
         base, expert, anti = (Meta((8, vocab_size), kind) for _ in range(3))
-        given = (base, [expert], [anti], None, [1.0], 1.0, None, 0.7, 0, 0.0, vocab_size)
-        launch_fused_sample(*given, Meta((8,), "float32"), *filters)
+        how = Group(uniform=Meta((8,), "float32"), top_k=top_k, top_p=top_p, min_p=min_p)
+        launch_fused_sample(one_expert(base, expert, anti, temperature_value=0.7), how)
 
     return [
         AotCase("bf16-v151936", lambda: case("bfloat16", 151936, 0, 1.0, 0.0)),

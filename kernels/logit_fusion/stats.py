@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..common import INF, NO_INDEX, AotCase, Meta, dtype, launch, next_power, safe
 from .filters import plausible_fusion
-from .fusion import load_fused, supports_fusion
+from .fusion import load_fused, one_expert, pairs, refuse_fusion
 from .partials import first_index, log_probability, merge_sums, row_lse, tile_stats
 
 
@@ -44,12 +44,11 @@ def _merge_stats_kernel(
         tl.store(o_logp + row, log_probability(tl.max(tl.where(z == z, z, -INF), 0), top, total))
 
 
-def launch_fused_stats(*args: Any) -> tuple[Any, Any, Any, Any, Any]:
+def launch_fused_stats(given: Any, targets: Any) -> tuple[Any, Any, Any, Any, Any]:
     """Arguments of `fused_stats` -> (lse, max, argmax, entropy, target_logp)."""
-    *given, targets = args
-    base, vocab_size = given[0], given[10]
+    base, vocab_size = given.base, given.vocab_size
     rows = base.shape[0]
-    fusion = plausible_fusion(*given)
+    fusion = plausible_fusion(given)
     partial, index, tiles = tile_stats(fusion, rows, vocab_size)
     lse, top, entropy, logp = (partial.new_empty((n,)) for n in (rows, rows, rows, 0 if targets is None else rows))
     argmax = base.new_empty((rows,), dtype=dtype(base, "int64"))
@@ -60,7 +59,7 @@ def launch_fused_stats(*args: Any) -> tuple[Any, Any, Any, Any, Any]:
     return lse, top, argmax, entropy, logp
 
 
-supports_fused_stats = supports_fusion
+supports_fused_stats = refuse_fusion
 
 
 def aot_cases() -> list[AotCase]:
@@ -68,15 +67,15 @@ def aot_cases() -> list[AotCase]:
 
     def bf16() -> None:
         base, expert, anti = (Meta((8, 151936), "bfloat16") for _ in range(3))
-        launch_fused_stats(base, [expert], [anti], None, [1.0], 1.0, None, 0.7, 0, 0.0, 151936, Meta((8,), "int64"))
+        launch_fused_stats(one_expert(base, expert, anti, temperature_value=0.7), Meta((8,), "int64"))
 
     def fp32() -> None:
         base, *rest = (Meta((8, 32000), "float32") for _ in range(5))
         heat, weights = Meta((8,), "float32"), Meta((8, 2), "float32")
-        launch_fused_stats(base, rest[:2], rest[2:], weights, [], 1.0, heat, 1.0, 0, 0.0, 32000, None)
+        launch_fused_stats(pairs(base, rest, weights, temperature=heat), None)
 
     def many() -> None:
         base, *rest = (Meta((8, 400000), "bfloat16") for _ in range(17))
-        launch_fused_stats(base, rest[:8], rest[8:], Meta((8, 8), "float32"), [], 1.0, None, 1.0, 0, 0.0, 400000, None)
+        launch_fused_stats(pairs(base, rest, Meta((8, 8), "float32")), None)
 
     return [AotCase("bf16-k1-v151936", bf16), AotCase("fp32-k2-v32000", fp32), AotCase("bf16-k8-v400000", many)]

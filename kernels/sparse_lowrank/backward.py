@@ -149,14 +149,15 @@ def _through_rank(
     return da, db, dv
 
 
-def launch_sparse_lowrank_backward(*args: Any) -> tuple[Any, Any, Any, Any, Any]:
+def launch_sparse_lowrank_backward(
+    grad: Any, x: Any, A: Any, B: Any, values: Any, scale: Any, scale_value: float, h: Any, support: Any,
+    materialize: bool, need_x: bool, need_A: bool, need_B: bool, need_values: bool, need_scale: bool,
+) -> tuple[Any, Any, Any, Any, Any]:  # fmt: skip
     """Arguments of `sparse_lowrank_backward` -> (dx, dA, dB, dvalues, dscale); shape [0] where not asked for."""
-    grad, x, A, B, values, scale, scale_value, h, *support, materialize, need_x = args[:17]
-    *need, need_scale = args[17:]
-    rows, columns = support[3:5]
-    g, where = grad.to(x.dtype), place(x, *support)
+    rows, columns, need = support.rows, support.columns, (need_A, need_B, need_values)
+    g, where = grad.to(x.dtype), place(x, support)
     panels = materialize and x.shape[0] * (rows + columns) >= rows * columns
-    t = g @ B.to(x.dtype) if (need_x and not materialize) or (need[0] and not panels) else None
+    t = g @ B.to(x.dtype) if (need_x and not materialize) or (need_A and not panels) else None
     dx = _input_gradient(g, t, A, B, values, (scale, scale_value), where, materialize) if need_x else x.new_empty((0,))
     if panels:
         found = _from_panels(g, x, A, B, values, scale, scale_value, where, need)
@@ -168,9 +169,9 @@ def launch_sparse_lowrank_backward(*args: Any) -> tuple[Any, Any, Any, Any, Any]
     return dx, *wanted, _scale_gradient(g, x, A, B).sum().to(scale.dtype).reshape(scale.shape)
 
 
-def supports_sparse_lowrank_backward(*args: Any) -> str | None:
+def supports_sparse_lowrank_backward(grad: Any, x: Any, A: Any, B: Any, values: Any, *_: Any) -> str | None:
     """The reason these kernels cannot serve a call, or None."""
-    return refuse_double(*args[:5])
+    return refuse_double(grad, x, A, B, values)
 
 
 def aot_cases() -> list[AotCase]:
@@ -182,7 +183,7 @@ def aot_cases() -> list[AotCase]:
             Meta(s, "bfloat16")
             for s in ((count, columns), (count, rows), (count, rank), (rank, columns), (rows, rank), (nnz,))
         )
-        where = place(x, *support)
+        where = place(x, support)
         _input_gradient(g, t, A, B, values, (None, 0.5), where, False)
         _partial_sums(g, x, where, nnz, "bfloat16")
         _scale_gradient(g, x, A, B)

@@ -132,7 +132,8 @@ def few_rows(
     x: Any, values: Any, support: Any, low: tuple[Any, ...], scale: tuple[Any, float], bias: Any, out: Any
 ) -> Any:
     """``out`` for up to `FEW` rows of x; ``low`` and ``scale`` as in products.py, with h in float32."""
-    row_ptr, cols, _, rows, columns, block, per_block = support
+    row_ptr, cols, rows, columns = support.row_ptr, support.cols, support.rows, support.columns
+    block, per_block = support.block, support.per_block
     blocks = cdiv(columns, block) if block else 0
     last = (2 * per_block * (columns - (blocks - 1) * block) + block) // (2 * block) if blocks else 0
     launch(

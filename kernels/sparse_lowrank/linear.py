@@ -44,14 +44,16 @@ def _factored(x: Any, h: Any, B: Any, values: Any, scale: Any, bias: Any, suppor
     low = (h, h.stride(0), B, B.stride(0), rank) if rank else ()
     if x.shape[0] <= FEW:
         return few_rows(x, values, support, low, scale, bias, out)
-    return spmm_into(x, values, place(x, *support), False, low, scale, bias, out)
+    return spmm_into(x, values, place(x, support), False, low, scale, bias, out)
 
 
-def launch_sparse_lowrank_linear(*args: Any) -> tuple[Any, Any]:
+def launch_sparse_lowrank_linear(
+    x: Any, A: Any, B: Any, values: Any, scale: Any, scale_value: float, bias: Any, support: Any, materialize: bool,
+    need_h: bool,
+) -> tuple[Any, Any]:  # fmt: skip
     """Arguments of `sparse_lowrank_linear` -> (y, h); h is float32."""
-    x, A, B, values, scale, scale_value, bias, *support, materialize, need_h = args
     if materialize:
-        y = _materialized(x, A, B, values, (scale, scale_value), bias, place(x, *support))
+        y = _materialized(x, A, B, values, (scale, scale_value), bias, place(x, support))
         h = x.new_empty((0,))
     else:
         h = project(x, A) if x.shape[0] <= FEW else x @ A.to(x.dtype).t()
@@ -59,9 +61,9 @@ def launch_sparse_lowrank_linear(*args: Any) -> tuple[Any, Any]:
     return y, (h if need_h else h.new_empty((0,))).float()
 
 
-def supports_sparse_lowrank_linear(*args: Any) -> str | None:
+def supports_sparse_lowrank_linear(x: Any, A: Any, B: Any, values: Any, *_: Any) -> str | None:
     """The reason these kernels cannot serve a call, or None."""
-    return refuse_double(*args[:4])
+    return refuse_double(x, A, B, values)
 
 
 def aot_cases() -> list[AotCase]:
@@ -72,7 +74,7 @@ def aot_cases() -> list[AotCase]:
         x, A, B = (Meta(s, "bfloat16") for s in ((count, columns), (rank, columns), (rows, rank)))
         h = project(x, A) if count <= FEW else Meta((count, rank), "bfloat16")
         _factored(x, h, B, Meta((nnz,), "bfloat16"), (None, 0.5), None, support)
-        where, w = place(x, *support), Meta((2048, columns), "bfloat16")
+        where, w = place(x, support), Meta((2048, columns), "bfloat16")
         materialize_into(A, B, Meta((nnz,), "bfloat16"), (None, 0.5), where, w, x, rows=(2048, 4096))
 
     return [

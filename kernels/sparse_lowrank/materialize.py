@@ -149,19 +149,22 @@ def gather(dense: Any, where: Place, tiles: tuple[int, int], out: Any) -> None:
     )  # fmt: skip
 
 
-def launch_sparse_lowrank_materialize(*args: Any) -> Any:
+def launch_sparse_lowrank_materialize(
+    A: Any, B: Any, values: Any, scale: Any, scale_value: float, support: Any, out_dtype: Any
+) -> Any:
     """Arguments of `sparse_lowrank_materialize` -> W."""
-    A, B, values, scale, scale_value, *support, out_dtype = args
-    out = B.new_empty(tuple(support[3:5]), dtype=out_dtype)
+    out = B.new_empty((support.rows, support.columns), dtype=out_dtype)
     like = B if A.dtype == B.dtype else B.float()
-    return materialize_into(A, B, values, (scale, scale_value), place(like, *support), out, like)
+    return materialize_into(A, B, values, (scale, scale_value), place(like, support), out, like)
 
 
-def supports_sparse_lowrank_materialize(*args: Any) -> str | None:
+def supports_sparse_lowrank_materialize(
+    A: Any, B: Any, values: Any, scale: Any, scale_value: float, support: Any, out_dtype: Any
+) -> str | None:
     """The reason these kernels cannot serve a call, or None."""
-    if str(args[-1]).endswith("float64"):
+    if str(out_dtype).endswith("float64"):
         return "float64 is served by the reference; the Triton kernels accumulate in float32"
-    return refuse_double(*args[:3])
+    return refuse_double(A, B, values)
 
 
 def aot_cases() -> list[AotCase]:
@@ -170,8 +173,8 @@ def aot_cases() -> list[AotCase]:
     def case(kind: str, rows: int, columns: int, rank: int, density: float, block: int) -> None:
         support, nnz = meta_support(rows, columns, density, block)
         A, B, values = Meta((rank, columns), kind), Meta((rows, rank), kind), Meta((nnz,), kind)
-        launch_sparse_lowrank_materialize(A, B, values, None, 0.5, *support, kind)
-        where = place(A, *support)
+        launch_sparse_lowrank_materialize(A, B, values, None, 0.5, support, kind)
+        where = place(A, support)
         gather(Meta((rows, where.first_column(16)), kind), where, (0, 16), values)
 
     return [

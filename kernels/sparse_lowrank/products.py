@@ -19,7 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, launch, refuse_double
+from ..common import AotCase, Meta, cdiv, launch
 from .few import FEW, few_rows
 from .support import (
     Place,
@@ -215,30 +215,19 @@ def sddmm_into(g: Any, x: Any, where: Place, nnz: int, out_dtype: Any) -> Any:
     return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(out_dtype)
 
 
-def launch_spmm(*args: Any) -> Any:
+def launch_spmm(x: Any, values: Any, support: Any, transpose: bool) -> Any:
     """Arguments of `spmm` -> y."""
-    x, values, *support, transpose = args
-    rows, columns = support[3:5]
-    out = x.new_empty((x.shape[0], columns if transpose else rows))
+    out = x.new_empty((x.shape[0], support.columns if transpose else support.rows))
     if x.shape[0] <= FEW and not transpose:
         return few_rows(x, values, support, (), (None, 1.0), None, out)
-    return spmm_into(x, values, place(x, *support), transpose, (), (None, 1.0), None, out)
+    return spmm_into(x, values, place(x, support), transpose, (), (None, 1.0), None, out)
 
 
-def launch_sddmm(*args: Any) -> Any:
+def launch_sddmm(g: Any, x: Any, support: Any) -> Any:
     """Arguments of `sddmm` -> values, in the wider dtype of g and x."""
-    g, x, *support = args
     wide = x if x.dtype == g.dtype or "float32" in str(x.dtype) else g.float()
     g, x = g.to(wide.dtype), x.to(wide.dtype)
-    return sddmm_into(g, x, place(x, *support), support[1].shape[0], wide.dtype)
-
-
-def supports_spmm(*args: Any) -> str | None:
-    """The reason these kernels cannot serve a call, or None."""
-    return refuse_double(*args[:2])
-
-
-supports_sddmm = supports_spmm
+    return sddmm_into(g, x, place(x, support), support.cols.shape[0], wide.dtype)
 
 
 def aot_cases() -> list[AotCase]:
@@ -248,7 +237,7 @@ def aot_cases() -> list[AotCase]:
         support, nnz = meta_support(rows, columns, density, block)
         x, g, values = Meta((count, columns), kind), Meta((count, rows), kind), Meta((nnz,), kind)
         h, A, B = Meta((count, rank), kind), Meta((rank, columns), kind), Meta((rows, rank), kind)
-        where = place(x, *support)
+        where = place(x, support)
         spmm_into(x, values, where, False, (h, rank, B, rank, rank), (None, 0.5), Meta((rows,), kind), g)
         spmm_into(g, values, where, True, (h, rank, A, columns, rank), (Meta((1,), "float32"), 1.0), None, x)
         _partial_sums(g, x, where, nnz, kind)
@@ -256,8 +245,8 @@ def aot_cases() -> list[AotCase]:
     def alone() -> None:
         support, nnz = meta_support(4096, 4096, 0.05)
         x = Meta((64, 4096), "bfloat16")
-        launch_spmm(x, Meta((nnz,), "bfloat16"), *support, False)
-        launch_spmm(x, Meta((nnz,), "bfloat16"), *support, True)
+        launch_spmm(x, Meta((nnz,), "bfloat16"), support, False)
+        launch_spmm(x, Meta((nnz,), "bfloat16"), support, True)
 
     big, small = (11008, 4096, 1024, 0.05), (5461, 2048, 512, 0.03)
     return [

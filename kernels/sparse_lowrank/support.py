@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..common import INTERPRETED, AotCase, Meta, cdiv, dtype, launch, next_power
+from ..common import INTERPRETED, AotCase, Group, Meta, cdiv, dtype, launch, next_power
 from ..logit_fusion.fusion import number
 
 _DOT = {"torch.bfloat16": tl.bfloat16, "torch.float16": tl.float16}
@@ -173,9 +173,10 @@ def tile_width(low: bool, block: int) -> int:
     return max(16, min(next_power(block), width)) if block else width
 
 
-def place(like: Any, row_ptr: Any, cols: Any, plan: Any, rows: int, columns: int, block: int, per_block: int) -> Place:
+def place(like: Any, support: Any) -> Place:
     """The support for kernels that compute in the dtype of ``like``; writes the segments of a csr one."""
-    del plan  # the CPU's
+    row_ptr, cols, rows, columns = support.row_ptr, support.cols, support.rows, support.columns
+    block, per_block = support.block, support.per_block
     width = tile_width(large_tiles(like), block)
     if block:
         subs, blocks = cdiv(block, width), cdiv(columns, block)
@@ -192,13 +193,14 @@ def place(like: Any, row_ptr: Any, cols: Any, plan: Any, rows: int, columns: int
     return Place((cols, segments, rows, columns, tiles, 0), {"BLOCK": 0, "PER_BLOCK": 0, "SUBS": 1, "BLOCK_I": width})
 
 
-def meta_support(rows: int, columns: int, density: float, block: int = 0) -> tuple[Any, ...]:
-    """A support's arguments and its number of values, for ahead-of-time cases."""
+def meta_support(rows: int, columns: int, density: float, block: int = 0) -> tuple[Any, int]:
+    """A support and its number of values, for ahead-of-time cases."""
     per_block = round(density * block)
     nnz = rows * per_block * cdiv(columns, block) if block else int(density * rows * columns)
     row_ptr = Meta((0 if block else rows + 1,), "int32")
     cols = Meta((nnz,), "uint8" if block else "uint16")
-    return (row_ptr, cols, [], rows, columns, block, per_block), nnz
+    given = Group(row_ptr=row_ptr, cols=cols, plan=[], rows=rows, columns=columns, block=block, per_block=per_block)
+    return given, nnz
 
 
 def single(like: Any) -> Any:
@@ -208,4 +210,4 @@ def single(like: Any) -> Any:
 
 def aot_cases() -> list[AotCase]:
     """The segments of a 7B layer."""
-    return [AotCase("csr16", lambda: place(Meta((1,), "bfloat16"), *meta_support(11008, 4096, 0.05)[0]))]
+    return [AotCase("csr16", lambda: place(Meta((1,), "bfloat16"), meta_support(11008, 4096, 0.05)[0]))]

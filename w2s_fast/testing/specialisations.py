@@ -110,12 +110,11 @@ def _recording(found: list[Found], problems: list[str], where: list[str]) -> Ite
         strip = _stand_in(common, {})
         try:
             with common.recording() as launches:
-                given = zip(_fake(args), kernel._layouts, strict=True)
-                kernel._load()[0](*(library._laid_out(arg, layout) for arg, layout in given))
+                kernel.launch(kernel.laid_out(_fake(args)))
             found.extend(Found(where[0], op.name, common.Launch(x.kernel, strip(x.args), x.options)) for x in launches)
         except Exception as error:  # a launcher that fails is what this looks for
             problems.append(f"{where[0]}: launcher of {op.name}: {type(error).__name__}: {str(error)[:300]}")
-        return op.reference(*args)
+        return op.defined(*args)
 
     def why_not(op: library.Op, backend: str, args: Sequence[Any]) -> str | None:
         if backend == "triton":

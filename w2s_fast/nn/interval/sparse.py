@@ -9,31 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.sparse_lowrank.linear import SPARSE_LOWRANK_MATERIALIZE
+from ...reference.sparse_lowrank.arguments import Support
 from .backward import Rows, Way
 from .boxes import Box, Call, finished, largest, wide
 from .registry import layer
-
-_NAMES = (
-    "A",
-    "B",
-    "values",
-    "scale",
-    "scale_value",
-    "row_ptr",
-    "cols",
-    "plan",
-    "rows",
-    "columns",
-    "block",
-    "per_block",
-)
 
 
 def _weight(call: Call, given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """The dense weight and, with sound rounding, more than its own rounding in float64."""
     kind = torch.float64 if call.sound else given["A"].dtype
     arguments = {k: wide(call, v) for k, v in given.items()} | {"plan": []}  # a trace holds the plan of its moment
-    weight: Tensor = SPARSE_LOWRANK_MATERIALIZE(*[arguments[n] for n in _NAMES], kind)
+    support = Support(**{name: arguments[name] for name in Support._fields})
+    factors = {name: arguments[name] for name in ("A", "B", "values", "scale", "scale_value")}
+    weight: Tensor = SPARSE_LOWRANK_MATERIALIZE(**factors, support=support, out_dtype=kind)
     if not call.sound:
         return weight, None
     scale = given["scale_value"] if given["scale"] is None else given["scale"].double()

@@ -41,5 +41,5 @@ def adaln_modulate(
     op = "adaln_modulate"
     x = tokens(op, "x", x)
     vectors = (*vector(op, "shift", shift, x), *vector(op, "scale", scale, x))
-    found = MODULATE(x, None, None, None, *vectors, checks.number(op, "eps", eps, low=0.0))[1]
+    found = MODULATE(x, None, None, None, *vectors, checks.number(op, "eps", eps, low=0.0)).h
     return copy_out(op, out, found, (x, *vectors))

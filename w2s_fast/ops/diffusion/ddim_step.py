@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.diffusion import ddim_step as reference
 from ...reference.numerics import accumulate_dtype
@@ -24,41 +25,28 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, cond, uncond, levels, a, b, guidance = inputs
-    ctx.numbers = a, b, guidance
-    ctx.dtypes = x.dtype, cond.dtype if cond is not None else None, uncond.dtype if uncond is not None else None
-    ctx.save_for_backward(levels)
-
-
-def _backward(ctx: Any, grad: Tensor) -> dict[str, Any]:
+def _backward(call: Call, grad: Tensor) -> dict[str, Any]:
     """The step is linear: the gradient times its coefficients."""
-    (levels,), (a, b, guidance) = ctx.saved_tensors, ctx.numbers
-    x_dtype, cond_dtype, uncond_dtype = ctx.dtypes
-    both = cond_dtype is not None and uncond_dtype is not None
-    need = ctx.needs_input_grad
+    levels, needs, guidance = call.levels, call.needs, call.guidance
+    both = call.cond is not None and call.uncond is not None
 
-    def scaled(column: int, number: float, share: float, dtype: torch.dtype) -> Tensor:
-        factor = number * share if levels is None else levels[:, column : column + 1] * share
-        return (grad * factor).to(dtype)
+    def scaled(column: int, number: float, share: float) -> Tensor:  # autograd gives it the argument's dtype
+        return grad * (number * share if levels is None else levels[:, column : column + 1] * share)
 
     return {
-        "x": scaled(0, a, 1.0, x_dtype) if need[0] else None,
-        "cond": scaled(1, b, guidance if both else 1.0, cond_dtype) if need[1] else None,
-        "uncond": scaled(1, b, 1 - guidance if both else 1.0, uncond_dtype) if need[2] else None,
+        "x": scaled(0, call.a, 1.0) if needs.x else None,
+        "cond": scaled(1, call.b, guidance if both else 1.0) if needs.cond else None,
+        "uncond": scaled(1, call.b, 1 - guidance if both else 1.0) if needs.uncond else None,
     }
 
 
-_MODULE = "kernels.diffusion.ddim_step"
 DDIM_STEP = define(
-    "ddim_step",
-    "(Tensor x, Tensor? cond, Tensor? uncond, Tensor? levels, float a, float b, float guidance) -> Tensor",
-    reference=reference.ddim_step,
+    reference.ddim_step,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
+    saves="levels",
     twice=True,
-    triton=Kernel(f"{_MODULE}:launch_ddim_step", f"{_MODULE}:supports_ddim_step"),
+    triton=Kernel(),
 )
 
 #: x, the two predictions and the guidance.

@@ -33,5 +33,5 @@ def gate_residual(x: Tensor, y: Tensor, gate: Vector | None = None, *, out: Tens
     given = x
     x, y = both_tokens(op, x, y)
     vectors = (None, None) if gate is None else vector(op, "gate", gate, x)
-    found = MODULATE(x, y, *vectors, None, None, None, None, 0.0)[0]
+    found = MODULATE(x, y, *vectors, None, None, None, None, 0.0).added
     return copy_out(op, out, found, (given, y, *vectors))

@@ -8,58 +8,44 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.diffusion import pseudo_huber_loss as reference
+from ...reference.diffusion.pseudo_huber_loss import Consistency
 from ...reference.numerics import accumulate_dtype
 from .pseudo_huber_loss import Form, Reduction, as_rows, default_scale, per_sample, reduced, same_samples
 from .schedule import SIGMA_DATA, SIGMA_MIN, skip_and_out
 
-_MODULE = "kernels.diffusion.pseudo_huber_loss"
-_TENSORS = "Tensor student, Tensor teacher, Tensor x_student, Tensor x_teacher, Tensor levels"
 
-
-def _fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    acc, rows = accumulate_dtype(student, *args[:3]), student.shape[0]
-    return student.new_empty(rows, dtype=acc), student.new_empty(rows if args[5] else 0, dtype=acc)
-
-
-def _fake_backward(grad: Tensor, *args: Any) -> Tensor:
-    like: Tensor = args[args[-1]]
-    return like.new_empty(like.shape)
+def _fake(given: Consistency, c: float, vector: bool) -> tuple[Tensor, Tensor]:
+    student, rows = given.student, given.student.shape[0]
+    acc = accumulate_dtype(student, given.teacher, given.x_student, given.x_teacher)
+    return student.new_empty(rows, dtype=acc), student.new_empty(rows if vector else 0, dtype=acc)
 
 
 ICT_BACKWARD = define(
-    "ict_backward",
-    f"(Tensor grad, {_TENSORS}, Tensor inverse, float c, int column) -> Tensor",
-    reference=reference.ict_backward,
-    fake=_fake_backward,
-    triton=Kernel(f"{_MODULE}:launch_ict_backward", f"{_MODULE}:supports_ict_backward"),
+    reference.ict_backward,
+    fake=lambda grad, given, inverse, c, column: given[column].new_empty(given[column].shape),
+    triton=Kernel(),
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.c = inputs[5]
-    ctx.save_for_backward(*inputs[:5], output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Any) -> dict[str, Any]:
-    names = ("student", "teacher", "x_student", "x_teacher")
-    run = ICT_BACKWARD.on(ctx.backend)
+def _backward(call: Call, grads: reference.Huber) -> dict[str, Any]:
+    run, grad = ICT_BACKWARD.on(call.backend), grads.loss.contiguous()
     return {
-        name: run(grad.contiguous(), *ctx.saved_tensors, ctx.c, column)
-        for column, name in enumerate(names) if ctx.needs_input_grad[column]
-    }  # fmt: skip
+        name: run(grad, call.given, call.out.inverse, call.c, column)
+        for column, name in enumerate(("student", "teacher", "x_student", "x_teacher"))
+        if getattr(call.needs.given, name)
+    }
 
 
 ICT_LOSS = define(
-    "ict_loss",
-    f"({_TENSORS}, float c, bool vector) -> (Tensor loss, Tensor inverse)",
-    reference=reference.ict_loss,
+    reference.ict_loss,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(f"{_MODULE}:launch_ict_loss", f"{_MODULE}:supports_ict_loss"),
+    saves="student teacher x_student x_teacher levels inverse",
+    carriers="loss",
+    triton=Kernel(),
 )
 
 
@@ -125,5 +111,7 @@ def ict_loss(
     levels = torch.cat((out, skip), 1)
     levels[:, 1::2].neg_()  # the teacher's
     c = default_scale(op, "student_out", c, student_out)
-    loss: Tensor = ICT_LOSS(*(as_rows(t) for t in tensors), levels, c, form == "vector")[0]
+    student, teacher, noisy, other = (as_rows(t) for t in tensors)
+    given = Consistency(student, teacher, noisy, other, levels)
+    loss: Tensor = ICT_LOSS(given, c, form == "vector").loss
     return reduced(loss, weight, reduction)

@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from ... import autocast, checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.diffusion import modulation as reference
 from ...reference.numerics import accumulate_dtype
+from ..layout import unit_stride
 
 #: A modulation vector: (B, C), (B, 1, C), (1, 1, C), or one a token, (B, N, C) or (1, N, C); or a pair (table row (C,),
 #: such a vector) that is added up.
 Vector = Tensor | tuple[Tensor, Tensor]
-
-_MODULE = "kernels.diffusion.modulation"
 
 
 def _fake(
@@ -44,59 +44,47 @@ def _fake_backward(
 
 
 MODULATE_BACKWARD = define(
-    "modulate_backward",
-    "(Tensor? grad_added, Tensor? grad_h, Tensor added, Tensor? y, Tensor? gate, Tensor? gate_row, Tensor? scale, "
-    "Tensor? scale_row, Tensor stats, bool need_x, bool need_y, bool need_gate, bool need_modulation) "
-    "-> (Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale)",
-    reference=reference.modulate_backward,
+    reference.modulate_backward,
     fake=_fake_backward,
-    triton=Kernel(
-        f"{_MODULE}:launch_modulate_backward",
-        f"{_MODULE}:supports_backward",
-        rowwise="grad_added grad_h added y gate scale",
-    ),
+    triton=Kernel(rowwise="grad_added grad_h added y gate scale"),
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, y, *vectors = inputs[:8]
-    added, _, stats = output
-    ctx.mark_non_differentiable(stats)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if y is None else added, y, *vectors, stats)
+def _saves(call: Call) -> str:
+    """What the LayerNorm was of: the sum, where there is one."""
+    return "y gate gate_row shift shift_row scale scale_row stats " + ("x" if call.y is None else "added")
 
 
-def _backward(ctx: Any, grad_added: Tensor | None, grad_h: Tensor | None, _: Any) -> dict[str, Any]:
-    added, y, gate, gate_row, shift, shift_row, scale, scale_row, stats = ctx.saved_tensors
-    grad_added = None if y is None else grad_added
-    grad_h = None if shift is None else grad_h
-    need = ctx.needs_input_grad
-    need_gate = y is not None and any(need[2:4])
-    need_modulation = grad_h is not None and any(need[4:8])
+def _backward(call: Call, grads: reference.Modulated) -> dict[str, Any]:
+    y, gate, scale, needs = call.y, call.gate, call.scale, call.needs
+    added = call.x if y is None else call.out.added
+    grad_added = None if y is None else grads.added
+    grad_h = None if call.shift is None else grads.h
+    need_gate = y is not None and (needs.gate or needs.gate_row)
+    vectors = needs.shift or needs.shift_row or needs.scale or needs.scale_row
+    need_modulation = grad_h is not None and vectors
     if grad_added is None and grad_h is None:
         return {}
-    if grad_h is None and not need_gate and (gate is None or not need[1]):
-        return {"x": grad_added, "y": grad_added if need[1] else None}
+    if grad_h is None and not need_gate and (gate is None or not needs.y):
+        return {"x": grad_added, "y": grad_added if needs.y else None}
     plain = grad_h is None  # dx is the gradient as it came
-    dx, dy, dgate, dshift, dscale = MODULATE_BACKWARD.on(ctx.backend)(
+    made = MODULATE_BACKWARD.on(call.backend)(
         *(None if g is None else unit_stride(g) for g in (grad_added, grad_h)),
-        added, y, gate, gate_row, scale, scale_row, stats,
-        not plain and (need[0] or (need[1] and gate is None)), need[1] and gate is not None, need_gate, need_modulation,
+        added, y, gate, call.gate_row, scale, call.scale_row, call.out.stats,
+        need_x=not plain and (needs.x or (needs.y and gate is None)), need_y=needs.y and gate is not None,
+        need_gate=need_gate, need_modulation=need_modulation,
     )  # fmt: skip
-    dx = grad_added if plain else dx
-    found: dict[str, Any] = {"x": dx if need[0] else None}
-    if need[1]:
-        found["y"] = dx if gate is None else dy
-    for name, d, vector, row, at, wanted in (
-        ("gate", dgate, gate, gate_row, 2, need_gate),
-        ("shift", dshift, shift, shift_row, 4, need_modulation),
-        ("scale", dscale, scale, scale_row, 6, need_modulation),
-    ):
+    dx = grad_added if plain else made.dx
+    found: dict[str, Any] = {"x": dx if needs.x else None}
+    if needs.y:
+        found["y"] = dx if gate is None else made.dy
+    for name, wanted in (("gate", need_gate), ("shift", need_modulation), ("scale", need_modulation)):
         if not wanted:
             continue
-        if need[at + 1]:
+        d, vector, row = getattr(made, f"d{name}"), getattr(call, name), getattr(call, f"{name}_row")
+        if getattr(needs, f"{name}_row"):
             found[f"{name}_row"] = d.sum((0, 1)).to(row.dtype)
-        if need[at]:
+        if getattr(needs, name):
             if d.shape[1] != vector.shape[1]:  # a shift a token: nothing to add up
                 d = grad_h
             found[name] = (d if vector.shape[0] == d.shape[0] else d.sum(0, keepdim=True)).to(vector.dtype)
@@ -104,20 +92,13 @@ def _backward(ctx: Any, grad_added: Tensor | None, grad_h: Tensor | None, _: Any
 
 
 MODULATE = define(
-    "modulate",
-    "(Tensor x, Tensor? y, Tensor? gate, Tensor? gate_row, Tensor? shift, Tensor? shift_row, Tensor? scale, "
-    "Tensor? scale_row, float eps) -> (Tensor added, Tensor h, Tensor stats)",
-    reference=reference.modulate,
+    reference.modulate,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(f"{_MODULE}:launch_modulate", f"{_MODULE}:supports", rowwise="x y gate shift scale"),
+    saves=_saves,
+    carriers="added h",
+    triton=Kernel(rowwise="x y gate shift scale"),
 )
-
-
-def unit_stride(t: Tensor) -> Tensor:
-    """``t`` with its last dimension contiguous."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def tokens(op: str, name: str, value: Any) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.diffusion import pseudo_huber_loss as reference
 from ...reference.numerics import accumulate_dtype
 
 Form = Literal["vector", "elementwise"]
 Reduction = Literal["mean", "sum", "none"]
-_MODULE = "kernels.diffusion.pseudo_huber_loss"
 
 
 def _fake(pred: Tensor, target: Tensor, c: float, vector: bool) -> tuple[Tensor, Tensor]:
@@ -22,45 +22,30 @@ def _fake(pred: Tensor, target: Tensor, c: float, vector: bool) -> tuple[Tensor,
     return pred.new_empty(rows, dtype=acc), pred.new_empty(rows if vector else 0, dtype=acc)
 
 
-def _fake_backward(grad: Tensor, pred: Tensor, *_: Any) -> Tensor:
-    return pred.new_empty(pred.shape)
-
-
 PSEUDO_HUBER_BACKWARD = define(
-    "pseudo_huber_backward",
-    "(Tensor grad, Tensor pred, Tensor target, Tensor inverse, float c) -> Tensor",
-    reference=reference.pseudo_huber_backward,
-    fake=_fake_backward,
-    triton=Kernel(f"{_MODULE}:launch_pseudo_huber_backward", f"{_MODULE}:supports_pseudo_huber_backward"),
+    reference.pseudo_huber_backward,
+    fake=lambda grad, pred, *_: pred.new_empty(pred.shape),
+    triton=Kernel(),
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.c = inputs[2]
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Any) -> dict[str, Any]:
-    pred, target, inverse = ctx.saved_tensors
-    need_pred, need_target = ctx.needs_input_grad[:2]
+def _backward(call: Call, grads: reference.Huber) -> dict[str, Any]:
+    pred, target, needs = call.pred, call.target, call.needs
     # the gradient comes in the first tensor's dtype: the wider goes first where both want one
-    swap = need_target and (not need_pred or target.dtype.itemsize > pred.dtype.itemsize)
+    swap = needs.target and (not needs.pred or target.dtype.itemsize > pred.dtype.itemsize)
     first, second = (target, pred) if swap else (pred, target)
-    found = PSEUDO_HUBER_BACKWARD.on(ctx.backend)(grad.contiguous(), first, second, inverse, ctx.c)
-    both = need_pred and need_target
-    other = (-found).to(second.dtype) if both else None
+    found = PSEUDO_HUBER_BACKWARD.on(call.backend)(grads.loss.contiguous(), first, second, call.out.inverse, call.c)
+    other = (-found).to(second.dtype) if needs.pred and needs.target else None
     return {"pred": other, "target": found} if swap else {"pred": found, "target": other}
 
 
 PSEUDO_HUBER_LOSS = define(
-    "pseudo_huber_loss",
-    "(Tensor pred, Tensor target, float c, bool vector) -> (Tensor loss, Tensor inverse)",
-    reference=reference.pseudo_huber_loss,
+    reference.pseudo_huber_loss,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(f"{_MODULE}:launch_pseudo_huber_loss", f"{_MODULE}:supports_pseudo_huber_loss"),
+    saves="pred target inverse",
+    carriers="loss",
+    triton=Kernel(),
 )
 
 
@@ -108,7 +93,7 @@ def pseudo_huber_loss(
     if weight is not None:
         per_sample(op, "weight", weight, pred)
     rows = as_rows(pred), as_rows(target if target_grad else target.detach())
-    loss: Tensor = PSEUDO_HUBER_LOSS(*rows, c, form == "vector")[0]
+    loss: Tensor = PSEUDO_HUBER_LOSS(*rows, c, form == "vector").loss
     return reduced(loss, weight, reduction)
 
 

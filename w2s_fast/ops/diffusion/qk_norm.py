@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.diffusion import qk_norm as reference
 from ...reference.numerics import accumulate_dtype
-
-_MODULE = "kernels.diffusion.qk_norm"
+from ..layout import unit_stride
 
 
 def _fake(x: Tensor, first: int, last: int, *_: Any) -> tuple[Tensor, Tensor]:
@@ -28,47 +28,33 @@ def _fake_backward(
 
 
 QK_NORM_BACKWARD = define(
-    "qk_norm_backward",
-    "(Tensor grad, Tensor x, int first, int last, Tensor? weight, Tensor? bias, bool rms, Tensor stats, "
-    "bool need_params) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    reference=reference.qk_norm_backward,
+    reference.qk_norm_backward,
     fake=_fake_backward,
-    triton=Kernel(f"{_MODULE}:launch_qk_norm_backward", f"{_MODULE}:supports", rowwise="grad x"),
+    triton=Kernel(rowwise="grad x"),
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, ctx.first, ctx.last, weight, bias, ctx.rms, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, output[1])
-
-
-def _backward(ctx: Any, grad: Tensor | None, _: Any) -> dict[str, Any]:
-    if grad is None:
-        return {}
-    x, weight, bias, stats = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    dx, dweight, dbias = QK_NORM_BACKWARD.on(ctx.backend)(
-        grad, x, ctx.first, ctx.last, weight, bias, ctx.rms, stats, any(need[3:5])
-    )
-    found: dict[str, Any] = {"x": dx if need[0] else None}
-    if weight is not None and need[3]:
-        found["weight"] = dweight.to(weight.dtype)
-    if bias is not None and need[4]:
-        found["bias"] = dbias.to(bias.dtype)
+def _backward(call: Call, grads: reference.Normed) -> dict[str, Any]:
+    weight, bias, needs = call.weight, call.bias, call.needs
+    made = QK_NORM_BACKWARD.on(call.backend)(
+        unit_stride(grads.y), call.x, call.first, call.last, weight, bias, call.rms, call.out.stats,
+        needs.weight or needs.bias,
+    )  # fmt: skip
+    found: dict[str, Any] = {"x": made.dx if needs.x else None}
+    if weight is not None and needs.weight:
+        found["weight"] = made.dweight.to(weight.dtype)
+    if bias is not None and needs.bias:
+        found["bias"] = made.dbias.to(bias.dtype)
     return found
 
 
 QK_NORM = define(
-    "qk_norm",
-    "(Tensor x, int first, int last, Tensor? weight, Tensor? bias, bool rms, float eps) -> (Tensor y, Tensor stats)",
-    reference=reference.qk_norm,
+    reference.qk_norm,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(f"{_MODULE}:launch_qk_norm", f"{_MODULE}:supports", rowwise="x"),
+    saves="x weight bias stats",
+    carriers="y",
+    triton=Kernel(rowwise="x"),
 )
 
 
@@ -81,7 +67,7 @@ def _rows(op: str, name: str, value: Any, per_head: bool) -> Tensor:
         value = value.flatten(2).unsqueeze(2)
     if value.shape[-1] < 1:
         checks.fail(op, name, "of one channel or more", tuple(value.shape))
-    return value if value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()  # type: ignore[no-any-return]
+    return unit_stride(value)
 
 
 def _parameter(op: str, name: str, value: Any, x: Tensor) -> Tensor | None:
@@ -149,6 +135,6 @@ def qk_norm(
         x = _rows(op, name, value, per_head)
         checks.same_device(op, [("q", q), (name, x)])
         gamma, beta = _parameter(op, f"{name}_weight", weight, x), _parameter(op, f"{name}_bias", bias, x)
-        y = QK_NORM(x, 0, x.shape[2], gamma, beta, kind == "rms", eps)[0].view(value.shape)
+        y = QK_NORM(x, 0, x.shape[2], gamma, beta, kind == "rms", eps).y.view(value.shape)
         found.append(value.copy_(y) if inplace else y)
     return found[0], found[1]

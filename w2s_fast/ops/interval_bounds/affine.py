@@ -8,51 +8,37 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import affine as reference
 from .inputs import ROUNDINGS, Rounding, alike, box
 
 
-def _kernel(name: str) -> Kernel:
-    return Kernel(f"kernels.interval_bounds.affine:launch_{name}", f"kernels.interval_bounds.affine:supports_{name}")
-
-
-def _setup_affine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    lower, upper, scale, _, ctx.relu, _ = inputs
-    ctx.save_for_backward(lower, upper, scale, *(output if ctx.relu else ()))
-
-
-def _backward_affine(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> dict[str, Any]:
-    lower, upper, scale, *out = ctx.saved_tensors
-    grads = grad_lower.contiguous(), grad_upper.contiguous()
-    found = INTERVAL_AFFINE_BACKWARD.on(ctx.backend)(*grads, lower, upper, scale, *(out or grads), ctx.relu)
-    return dict(zip(("lower", "upper", "scale", "shift"), found, strict=True))
+def _backward_affine(call: Call, grads: reference.Affine) -> dict[str, Any]:
+    given = grads.low.contiguous(), grads.high.contiguous()
+    out = call.out if call.relu else given
+    made = INTERVAL_AFFINE_BACKWARD.on(call.backend)(*given, call.lower, call.upper, call.scale, *out, call.relu)
+    return {name: getattr(made, f"d{name}") for name in ("lower", "upper", "scale", "shift")}
 
 
 INTERVAL_AFFINE = define(
-    "interval_affine",
-    "(Tensor lower, Tensor upper, Tensor scale, Tensor shift, bool relu, bool sound) -> (Tensor low, Tensor high)",
-    reference=reference.interval_affine,
+    reference.interval_affine,
     fake=lambda lower, upper, *_: (lower.new_empty(lower.shape), lower.new_empty(lower.shape)),
-    setup_context=_setup_affine,
     backward=_backward_affine,
-    triton=_kernel("interval_affine"),
+    saves=lambda call: "lower upper scale" + (" low high" if call.relu else ""),
+    materialize=True,
+    triton=Kernel(),
 )
 
 INTERVAL_AFFINE_BACKWARD = define(
-    "interval_affine_backward",
-    "(Tensor grad_lower, Tensor grad_upper, Tensor lower, Tensor upper, Tensor scale, Tensor low, Tensor high, "
-    "bool relu) -> (Tensor dlower, Tensor dupper, Tensor dscale, Tensor dshift)",
-    reference=reference.interval_affine_backward,
-    fake=lambda g, h, lower, upper, scale, *_: (
+    reference.interval_affine_backward,
+    fake=lambda grad_lower, grad_upper, lower, upper, scale, *_: (
         lower.new_empty(lower.shape),
         lower.new_empty(lower.shape),
         scale.new_empty(scale.shape),
         scale.new_empty(scale.shape),
     ),
-    triton=Kernel(
-        "kernels.interval_bounds.affine:launch_affine_backward", "kernels.interval_bounds.affine:supports_backward"
-    ),
+    triton=Kernel(),
 )
 
 
@@ -61,34 +47,24 @@ def _fake_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[1],), dtype=kind), x.new_empty((x.shape[1],), dtype=kind)
 
 
-def _setup_stats(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], output[0])
-
-
-def _backward_stats(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> dict[str, Any]:
-    x, mean = ctx.saved_tensors
-    kernel = INTERVAL_BATCHNORM_STATS_BACKWARD.on(ctx.backend)
-    return {"x": kernel(grad_mean.contiguous(), grad_var.contiguous(), x, mean)}
+def _backward_stats(call: Call, grads: reference.Moments) -> dict[str, Any]:
+    kernel = INTERVAL_BATCHNORM_STATS_BACKWARD.on(call.backend)
+    return {"x": kernel(grads.mean.contiguous(), grads.var.contiguous(), call.x, call.out.mean)}
 
 
 INTERVAL_BATCHNORM_STATS = define(
-    "interval_batchnorm_stats",
-    "(Tensor x) -> (Tensor mean, Tensor var)",
-    reference=reference.interval_batchnorm_stats,
+    reference.interval_batchnorm_stats,
     fake=_fake_stats,
-    setup_context=_setup_stats,
     backward=_backward_stats,
-    triton=_kernel("interval_batchnorm_stats"),
+    saves="x mean",
+    materialize=True,
+    triton=Kernel(),
 )
 
 INTERVAL_BATCHNORM_STATS_BACKWARD = define(
-    "interval_batchnorm_stats_backward",
-    "(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor mean) -> Tensor dx",
-    reference=reference.interval_batchnorm_stats_backward,
-    fake=lambda g, h, x, mean: x.new_empty(x.shape),
-    triton=Kernel(
-        "kernels.interval_bounds.affine:launch_stats_backward", "kernels.interval_bounds.affine:supports_backward"
-    ),
+    reference.interval_batchnorm_stats_backward,
+    fake=lambda grad_mean, grad_var, x, mean: x.new_empty(x.shape),
+    triton=Kernel(),
 )
 
 

@@ -8,75 +8,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autocast, checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import conv as reference
+from ...reference.interval_bounds.arguments import Box, Convolution
 from .affine import interval_affine
 from .inputs import COMPUTES, FORMS, ROUNDINGS, Compute, Form, Rounding, alike, box, outward_center
-
-_OPTIONS = (
-    "int[] stride, int[] padding, int[] dilation, int groups, bool bounds_in, bool bounds_out, bool relu, str compute"
-)
+from .linear import fake_layer_gradients, layer_backward, saved
 
 
-def _size(shape: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, int]:
+def _size(shape: Any, weight: Any, conv: Convolution) -> tuple[int, int]:
     """Height and width of the output."""
     height, width = (
-        (shape[2 + i] + 2 * padding[i] - dilation[i] * (weight[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
+        (shape[2 + i] + 2 * conv.padding[i] - conv.dilation[i] * (weight[2 + i] - 1) - 1) // conv.stride[i] + 1
+        for i in range(2)
     )
     return height, width
 
 
-def _fake(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    shape = (a.shape[0], weight.shape[0], *_size(a.shape, weight.shape, *options[:3]))
+def _fake(
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, conv: Convolution, *_: Any
+) -> tuple[Tensor, Tensor]:
+    shape = (a.shape[0], weight.shape[0], *_size(a.shape, weight.shape, conv))
     return a.new_empty(shape), a.new_empty(shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, b, weight, _, *options, _, _ = inputs
-    ctx.options = options
-    ctx.save_for_backward(a, b, weight, *(output if options[-2] else ()))
+def _backward(call: Call, grads: Box) -> dict[str, Any]:
+    options = (call.conv, call.bounds_in, call.bounds_out, call.relu, call.compute)
+    return layer_backward(call, grads, INTERVAL_CONV2D_BACKWARD, *options)
 
 
-def _backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> dict[str, Any]:
-    a, b, weight, *out = ctx.saved_tensors
-    grad_a, grad_b = grad_a.contiguous(), grad_b.contiguous()
-    need_a, need_b, need_weight, need_bias = ctx.needs_input_grad[:4]
-    found = INTERVAL_CONV2D_BACKWARD.on(ctx.backend)(
-        grad_a, grad_b, a, b, weight, *(out or (grad_a, grad_b)), *ctx.options, need_a or need_b, need_weight, need_bias
-    )
-    wanted = (need_a, need_b, need_weight, need_bias)
-    return {n: g if w else None for n, g, w in zip(("a", "b", "weight", "bias"), found, wanted, strict=True)}
-
-
-def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    a, weight, (need_x, need_weight, need_bias) = args[2], args[4], args[15:]
-    shapes = (a.shape if need_x else (0,),) * 2 + (weight.shape if need_weight else (0,),)
-    return (*(a.new_empty(s) for s in shapes), a.new_empty((weight.shape[0],) if need_bias else (0,)))
+def _fake_backward(
+    grad_a: Tensor, grad_b: Tensor, a: Tensor, b: Tensor, weight: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    *_, need_x, need_weight, need_bias = others
+    return fake_layer_gradients(a, weight, need_x, need_weight, need_bias)
 
 
 INTERVAL_CONV2D = define(
-    "interval_conv2d",
-    f"(Tensor a, Tensor b, Tensor weight, Tensor? bias, {_OPTIONS}, bool sound, float spread) -> (Tensor x, Tensor y)",
-    reference=reference.interval_conv2d,
+    reference.interval_conv2d,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.interval_bounds.conv:launch_interval_conv2d", "kernels.interval_bounds.conv:supports_interval_conv2d"
-    ),
+    saves=saved,
+    materialize=True,
+    triton=Kernel(),
 )
 
 INTERVAL_CONV2D_BACKWARD = define(
-    "interval_conv2d_backward",
-    "(Tensor grad_a, Tensor grad_b, Tensor a, Tensor b, Tensor weight, Tensor out_a, Tensor out_b, "
-    f"{_OPTIONS}, bool need_x, bool need_weight, bool need_bias) "
-    "-> (Tensor da, Tensor db, Tensor dweight, Tensor dbias)",
-    reference=reference.interval_conv2d_backward,
+    reference.interval_conv2d_backward,
     fake=_fake_backward,
-    triton=Kernel(
-        "kernels.interval_bounds.conv:launch_interval_conv2d_backward",
-        "kernels.interval_bounds.conv:supports_interval_conv2d_backward",
-    ),
+    triton=Kernel(),
 )
 
 
@@ -168,11 +149,10 @@ def interval_conv2d(
         checks.fail(op, "clean", f"of the shape of a {tuple(a.shape)}", tuple(clean.shape))
     named = (("b", b), ("weight", weight), *vectors.items(), ("clean", clean))
     a, b, weight, bias, bn_scale, bn_shift, clean = alike(op, ("a", a), *named)
-    options = [
-        _pair(op, name, value, low)
-        for name, value, low in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
-    ]
-    if min(_size(a.shape, weight.shape, *options)) < 1:
+    conv = Convolution(
+        _pair(op, "stride", stride, 1), _pair(op, "padding", padding, 0), _pair(op, "dilation", dilation, 1), groups
+    )
+    if min(_size(a.shape, weight.shape, conv)) < 1:
         checks.fail(op, "a", "at least as large as the filter after padding", tuple(a.shape))
     out_form = checks.choice(op, "out_form", form if out_form is None else out_form, FORMS)  # type: ignore[assignment]
     bounds_in = checks.choice(op, "form", form, FORMS) == "lu"
@@ -183,7 +163,7 @@ def interval_conv2d(
     extra: tuple[Tensor, ...] = ()
     if clean is not None:
         with autocast.off(a.device):
-            extra = (F.conv2d(clean, weight, bias, options[0], options[1], options[2], groups),)
+            extra = (F.conv2d(clean, weight, bias, *conv),)
     normed = bn_scale is not None or bn_shift is not None
     if normed and not sound:
         weight = weight if bn_scale is None else weight * bn_scale.reshape(-1, 1, 1, 1)
@@ -191,7 +171,7 @@ def interval_conv2d(
         bias = bn_shift if bias is None else bias if bn_shift is None else bias + bn_shift
     bias = None if bias is None else bias.contiguous()
     x, y = INTERVAL_CONV2D(
-        a.contiguous(), b.contiguous(), weight.contiguous(), bias, *options, groups, bounds_in, not direct,
+        a.contiguous(), b.contiguous(), weight.contiguous(), bias, conv, bounds_in, not direct,
         relu and not (normed and sound), compute, sound, checks.number(op, "spread", spread, low=0.0, high=1.0),
     )  # fmt: skip
     if normed and sound:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import fast_reg as reference
 from .inputs import alike, box
@@ -21,38 +22,23 @@ class FastReg(NamedTuple):
     relu: Tensor
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> dict[str, Any]:
-    lower, upper = ctx.saved_tensors
-    dl, du = INTERVAL_MOMENTS_BACKWARD.on(ctx.backend)(grad.contiguous(), lower, upper)
-    return {"lower": dl, "upper": du}
+def _backward(call: Call, grad: Tensor) -> dict[str, Any]:
+    made = INTERVAL_MOMENTS_BACKWARD.on(call.backend)(grad.contiguous(), call.lower, call.upper)
+    return {"lower": made.dlower, "upper": made.dupper}
 
 
 INTERVAL_MOMENTS = define(
-    "interval_moments",
-    "(Tensor lower, Tensor upper) -> Tensor sums",
-    reference=reference.interval_moments,
+    reference.interval_moments,
     fake=lambda lower, upper: lower.new_empty((9,), dtype=torch.float64),
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.interval_bounds.fast_reg:launch_interval_moments",
-        "kernels.interval_bounds.fast_reg:supports_interval_moments",
-    ),
+    saves="lower upper",
+    triton=Kernel(),
 )
 
 INTERVAL_MOMENTS_BACKWARD = define(
-    "interval_moments_backward",
-    "(Tensor grad, Tensor lower, Tensor upper) -> (Tensor dlower, Tensor dupper)",
-    reference=reference.interval_moments_backward,
+    reference.interval_moments_backward,
     fake=lambda grad, lower, upper: (lower.new_empty(lower.shape), upper.new_empty(upper.shape)),
-    triton=Kernel(
-        "kernels.interval_bounds.fast_reg:launch_interval_moments_backward",
-        "kernels.interval_bounds.fast_reg:supports_interval_moments_backward",
-    ),
+    triton=Kernel(),
 )
 
 

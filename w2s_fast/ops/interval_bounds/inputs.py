@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import autocast, checks
 from ...reference.interval_bounds.boxes import center_radius
+from ..layout import separate_rows
 
 Form = Literal["lu", "cr"]
 Rounding = Literal["fast", "sound"]
@@ -52,9 +53,7 @@ def layer(op: str, weight: Any, bias: Any, inputs: int) -> None:
 
 def rows(x: Tensor) -> Tensor:
     """``[*, K]`` as rows ``[B, K]`` of unit stride that do not overlap."""
-    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    fine = flat.shape[-1] <= 1 or flat.stride(1) == 1
-    return flat if fine and (flat.shape[0] <= 1 or flat.stride(0) >= flat.shape[1]) else flat.contiguous()
+    return separate_rows(x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]))
 
 
 def outward_center(lower: Tensor, upper: Tensor, sound: bool) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import linear as reference
+from ...reference.interval_bounds.arguments import Box
 from .inputs import COMPUTES, FORMS, ROUNDINGS, Compute, Form, Rounding, alike, box, layer, outward_center, rows
 
 #: Rows of a batch up to which a weight stored [K, N] is read in place; csrc/cpu/interval_bounds/linear.cpp
@@ -20,60 +22,54 @@ def _fake(a: Tensor, b: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor
     return a.new_empty(shape), a.new_empty(shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, b, weight, _, ctx.bounds_in, ctx.bounds_out, ctx.relu, ctx.compute, _, _ = inputs
-    ctx.save_for_backward(a, b, weight, *(output if ctx.relu else ()))
-
-
-def _backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> dict[str, Any]:
-    a, b, weight, *out = ctx.saved_tensors
-    grad_a, grad_b = grad_a.contiguous(), grad_b.contiguous()
-    need_a, need_b, need_weight, need_bias = ctx.needs_input_grad[:4]
-    da, db, dw, dbias = INTERVAL_LINEAR_BACKWARD.on(ctx.backend)(
-        grad_a, grad_b, a, b, weight, *(out or (grad_a, grad_b)), ctx.bounds_in, ctx.bounds_out, ctx.relu,
-        ctx.compute, need_a or need_b, need_weight, need_bias,
+def layer_backward(call: Call, grads: Box, backward: Any, *options: Any) -> dict[str, Any]:
+    """Gradients of a layer's a, b, weight and bias by its backward op, whose ``options`` follow the tensors."""
+    given, needs = (grads.x.contiguous(), grads.y.contiguous()), call.needs
+    out = call.out if call.relu else given
+    made = backward.on(call.backend)(
+        *given, call.a, call.b, call.weight, *out, *options, need_x=needs.a or needs.b, need_weight=needs.weight,
+        need_bias=needs.bias,
     )  # fmt: skip
-    return {
-        "a": da if need_a else None,
-        "b": db if need_b else None,
-        "weight": dw if need_weight else None,
-        "bias": dbias if need_bias else None,
-    }
+    return {name: getattr(made, f"d{name}") for name in ("a", "b", "weight", "bias") if getattr(needs, name)}
 
 
-def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    a, weight, (need_x, need_weight, need_bias) = args[2], args[4], args[11:]
+def fake_layer_gradients(a: Tensor, weight: Tensor, *need: bool) -> tuple[Tensor, ...]:
+    """Shapes of `LayerGradients`; need: of the input, of the weight, of the bias."""
+    need_x, need_weight, need_bias = need
     shapes = (a.shape if need_x else (0,),) * 2 + (weight.shape if need_weight else (0,),)
     return (*(a.new_empty(s) for s in shapes), a.new_empty((weight.shape[0],) if need_bias else (0,)))
 
 
+def _backward(call: Call, grads: Box) -> dict[str, Any]:
+    options = (call.bounds_in, call.bounds_out, call.relu, call.compute)
+    return layer_backward(call, grads, INTERVAL_LINEAR_BACKWARD, *options)
+
+
+def _fake_backward(
+    grad_a: Tensor, grad_b: Tensor, a: Tensor, b: Tensor, weight: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    *_, need_x, need_weight, need_bias = others
+    return fake_layer_gradients(a, weight, need_x, need_weight, need_bias)
+
+
+def saved(call: Call) -> str:
+    """What `layer_backward` needs: the results only where a ReLU cut them."""
+    return "a b weight" + (" x y" if call.relu else "")
+
+
 INTERVAL_LINEAR = define(
-    "interval_linear",
-    "(Tensor a, Tensor b, Tensor weight, Tensor? bias, bool bounds_in, bool bounds_out, bool relu, str compute, "
-    "bool sound, float spread) -> (Tensor x, Tensor y)",
-    reference=reference.interval_linear,
+    reference.interval_linear,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.interval_bounds.linear:launch_interval_linear",
-        "kernels.interval_bounds.linear:supports_interval_linear",
-        rowwise="a b weight",
-    ),
+    saves=saved,
+    materialize=True,
+    triton=Kernel(rowwise="a b weight"),
 )
 
 INTERVAL_LINEAR_BACKWARD = define(
-    "interval_linear_backward",
-    "(Tensor grad_a, Tensor grad_b, Tensor a, Tensor b, Tensor weight, Tensor out_a, Tensor out_b, bool bounds_in, "
-    "bool bounds_out, bool relu, str compute, bool need_x, bool need_weight, bool need_bias) "
-    "-> (Tensor da, Tensor db, Tensor dweight, Tensor dbias)",
-    reference=reference.interval_linear_backward,
+    reference.interval_linear_backward,
     fake=_fake_backward,
-    triton=Kernel(
-        "kernels.interval_bounds.linear:launch_interval_linear_backward",
-        "kernels.interval_bounds.linear:supports_interval_linear_backward",
-        rowwise="a b weight",
-    ),
+    triton=Kernel(rowwise="a b weight"),
 )
 
 

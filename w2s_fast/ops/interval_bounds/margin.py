@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import margin as reference
 from .inputs import FORMS, ROUNDINGS, Form, Rounding, alike, box, layer, rows
-
-_BOX = "Tensor a, Tensor b, Tensor weight, Tensor? bias, Tensor y, bool bounds, bool sound"
+from .linear import fake_layer_gradients
 
 
 class MarginLoss(NamedTuple):
@@ -26,80 +26,50 @@ def _kind(a: Tensor) -> torch.dtype:
     return torch.float64 if a.dtype == torch.float64 else torch.float32
 
 
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Any]:
-    a, b, weight, y = ctx.saved_tensors[:4]
-    need_a, need_b, need_weight, need_bias = ctx.needs_input_grad[:4]
-    found = MARGIN_LOGITS_BACKWARD.on(ctx.backend)(
-        grad.to(_kind(a)).contiguous(), a, b, weight, y, ctx.bounds, need_a or need_b, need_weight, need_bias
-    )
-    wanted = (need_a, need_b, need_weight, need_bias)
-    names = ("a", "b", "weight", "bias")
-    return {name: g if w else None for name, g, w in zip(names, found, wanted, strict=True)}
+def _gradients(call: Call, grad: Tensor) -> dict[str, Any]:
+    needs = call.needs
+    made = MARGIN_LOGITS_BACKWARD.on(call.backend)(
+        grad.to(_kind(call.a)).contiguous(), call.a, call.b, call.weight, call.y, call.bounds, needs.a or needs.b,
+        needs.weight, needs.bias,
+    )  # fmt: skip
+    return {name: getattr(made, f"d{name}") for name in ("a", "b", "weight", "bias") if getattr(needs, name)}
 
 
-def _setup_logits(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
-    a, b, weight, _, y, ctx.bounds, _ = inputs
-    ctx.save_for_backward(a, b, weight, y)
+def _backward_loss(call: Call, grads: reference.Margins) -> dict[str, Any]:
+    return _gradients(call, (call.out.z - call.out.loss.unsqueeze(1)).exp() * grads.loss.unsqueeze(1))
 
 
-def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a, b, weight, _, y, ctx.bounds, _ = inputs
-    loss, worst, z = output
-    ctx.mark_non_differentiable(worst, z)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(a, b, weight, y, loss, z)
-
-
-def _backward_loss(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
-    if grad is None:
-        return {}
-    loss, z = ctx.saved_tensors[4:]
-    return _gradients(ctx, (z - loss.unsqueeze(1)).exp() * grad.unsqueeze(1))
-
-
-def _fake_backward(grad: Tensor, a: Tensor, b: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_x, need_weight, need_bias = rest[2:]
-    shapes = (a.shape if need_x else (0,),) * 2 + (weight.shape if need_weight else (0,),)
-    return (*(a.new_empty(s) for s in shapes), a.new_empty((weight.shape[0],) if need_bias else (0,)))
-
-
-def _kernel(name: str) -> Kernel:
-    return Kernel(
-        f"kernels.interval_bounds.margin:launch_margin_{name}", f"kernels.interval_bounds.margin:supports_margin_{name}"
-    )
+def _fake_backward(
+    grad: Tensor, a: Tensor, b: Tensor, weight: Tensor, y: Tensor, bounds: bool, *need: bool
+) -> tuple[Tensor, ...]:
+    return fake_layer_gradients(a, weight, *need)
 
 
 MARGIN_LOGITS = define(
-    "margin_logits",
-    f"({_BOX}) -> Tensor z",
-    reference=reference.margin_logits,
+    reference.margin_logits,
     fake=lambda a, b, weight, *_: a.new_empty((a.shape[0], weight.shape[0]), dtype=_kind(a)),
-    setup_context=_setup_logits,
     backward=_gradients,
-    triton=_kernel("logits"),
+    saves="a b weight y",
+    triton=Kernel(),
 )
 
 MARGIN_CROSS_ENTROPY = define(
-    "margin_cross_entropy",
-    f"({_BOX}) -> (Tensor loss, Tensor worst, Tensor z)",
-    reference=reference.margin_cross_entropy,
+    reference.margin_cross_entropy,
     fake=lambda a, b, weight, *_: (
         a.new_empty((a.shape[0],), dtype=_kind(a)),
         a.new_empty((a.shape[0],), dtype=_kind(a)),
         a.new_empty((a.shape[0], weight.shape[0]), dtype=_kind(a)),
     ),
-    setup_context=_setup_loss,
     backward=_backward_loss,
-    triton=_kernel("cross_entropy"),
+    saves="a b weight y loss z",
+    carriers="loss",
+    triton=Kernel(),
 )
 
 MARGIN_LOGITS_BACKWARD = define(
-    "margin_logits_backward",
-    "(Tensor grad, Tensor a, Tensor b, Tensor weight, Tensor y, bool bounds, bool need_x, bool need_weight, "
-    "bool need_bias) -> (Tensor da, Tensor db, Tensor dweight, Tensor dbias)",
-    reference=reference.margin_logits_backward,
+    reference.margin_logits_backward,
     fake=_fake_backward,
-    triton=_kernel("logits_backward"),
+    triton=Kernel(),
 )
 
 

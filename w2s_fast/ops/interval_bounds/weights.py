@@ -9,47 +9,34 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import weights as reference
+from ...reference.interval_bounds.arguments import Ends
 from .inputs import ROUNDINGS, Rounding, alike, rows
 
-_NAMES = ("xl", "xm", "xu", "wl", "wm", "wu")
-_TENSORS = ", ".join(f"Tensor {name}" for name in _NAMES)
 Triple = Sequence[Tensor]
 
 
-def _kernel(name: str) -> Kernel:
-    return Kernel(f"kernels.interval_bounds.weights:launch_{name}", f"kernels.interval_bounds.weights:supports_{name}")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
-    *tensors, ctx.mode, _ = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, *grads: Tensor) -> dict[str, Any]:
+def _backward(call: Call, grads: reference.Products) -> dict[str, Any]:
     given = (g.contiguous() for g in grads)
-    found = INTERVAL_LINEAR_IW_BACKWARD.on(ctx.backend)(*given, *ctx.saved_tensors, ctx.mode)
-    return dict(zip(_NAMES, found, strict=True))
+    made = INTERVAL_LINEAR_IW_BACKWARD.on(call.backend)(*given, call.ends, call.mode)
+    return {name: getattr(made, f"d{name}") for name in Ends._fields}
 
 
 INTERVAL_LINEAR_IW = define(
-    "interval_linear_iw",
-    f"({_TENSORS}, int mode, bool sound) -> (Tensor yl, Tensor ym, Tensor yu)",
-    reference=reference.interval_linear_iw,
-    fake=lambda *args: tuple(args[0].new_empty((args[0].shape[0], args[3].shape[0])) for _ in range(3)),
-    setup_context=_setup_context,
+    reference.interval_linear_iw,
+    fake=lambda ends, *_: tuple(ends.xl.new_empty((ends.xl.shape[0], ends.wl.shape[0])) for _ in range(3)),
     backward=_backward,
-    triton=_kernel("forward"),
+    saves=" ".join(Ends._fields),
+    materialize=True,
+    triton=Kernel(),
 )
 
 INTERVAL_LINEAR_IW_BACKWARD = define(
-    "interval_linear_iw_backward",
-    f"(Tensor gl, Tensor gm, Tensor gu, {_TENSORS}, int mode) -> (Tensor dxl, Tensor dxm, Tensor dxu, Tensor dwl, "
-    "Tensor dwm, Tensor dwu)",
-    reference=reference.interval_linear_iw_backward,
-    fake=lambda *args: tuple(t.new_empty(t.shape) for t in args[3:9]),
-    triton=_kernel("backward"),
+    reference.interval_linear_iw_backward,
+    fake=lambda gl, gm, gu, ends, _: tuple(t.new_empty(t.shape) for t in ends),
+    triton=Kernel(),
 )
 
 
@@ -127,7 +114,7 @@ def interval_linear_iw(
     x, weight, bias = found[:3], found[3:6], None if bias is None else found[6:]
     kind = reference.MODES.index(checks.choice(op, "mode", mode, reference.MODES))
     sound = checks.choice(op, "rounding", rounding, ROUNDINGS) == "sound"
-    found = INTERVAL_LINEAR_IW(*(rows(t) for t in x), *(rows(t) for t in weight), kind, sound)
+    found = INTERVAL_LINEAR_IW(Ends(*(rows(t) for t in (*x, *weight))), kind, sound)
     if bias is not None:
         found = tuple(y + b for y, b in zip(found, bias, strict=True))
         if sound:

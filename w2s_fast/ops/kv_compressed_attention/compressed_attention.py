@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from ... import autocast, checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.kv_compressed_attention import compressed_attention as reference
 from ...reference.numerics import accumulate_dtype
+from ..layout import unit_stride
 from ..output import copy_out
-from .inputs import unit_stride
 
-_MODULE = "kernels.kv_compressed_attention.compressed_attention"
 MAX_HEAD = 256
 
 
@@ -22,8 +22,10 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
     return q.new_empty(q.shape), q.new_empty((2, b, h, n), dtype=accumulate_dtype(q, k, v))
 
 
-def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, need_q, need_kv = args
+def _fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax: Tensor, scale: float, need_q: bool,
+    need_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     empty = (0,)
     return (
         q.new_empty(q.shape if need_q else empty),
@@ -33,45 +35,28 @@ def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) ->
 
 
 COMPRESSED_ATTENTION_BACKWARD = define(
-    "compressed_attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, float scale, bool need_q, bool need_kv) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)",
-    reference=reference.compressed_attention_backward,
+    reference.compressed_attention_backward,
     fake=_fake_backward,
-    triton=Kernel(
-        f"{_MODULE}_backward:launch_compressed_attention_backward",
-        f"{_MODULE}:supports",
-        rowwise="grad q k v",
-    ),
+    triton=Kernel("compressed_attention_backward", rowwise="grad q k v"),
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output)
-
-
-def _backward(ctx: Any, grad: Tensor | None, _: Any) -> dict[str, Any]:
-    if grad is None:
-        return {}
-    q, k, v, out, softmax = ctx.saved_tensors
-    need_q, need_k, need_v = ctx.needs_input_grad[:3]
-    dq, dk, dv = COMPRESSED_ATTENTION_BACKWARD.on(ctx.backend)(
-        unit_stride(grad), q, k, v, out, softmax, ctx.scale, need_q, need_k or need_v
-    )
-    return {"q": dq if need_q else None, "k": dk if need_k else None, "v": dv if need_v else None}
+def _backward(call: Call, grads: reference.Attended) -> dict[str, Any]:
+    needs = call.needs
+    made = COMPRESSED_ATTENTION_BACKWARD.on(call.backend)(
+        unit_stride(grads.out), call.q, call.k, call.v, call.out.out, call.out.softmax, call.scale, needs.q,
+        needs.k or needs.v,
+    )  # fmt: skip
+    return {name: getattr(made, f"d{name}") for name in "qkv" if getattr(needs, name)}
 
 
 COMPRESSED_ATTENTION = define(
-    "compressed_attention",
-    "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor softmax)",
-    reference=reference.compressed_attention,
+    reference.compressed_attention,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(f"{_MODULE}:launch_compressed_attention", f"{_MODULE}:supports", rowwise="q k v"),
+    saves="q k v out softmax",
+    carriers="out",
+    triton=Kernel(rowwise="q k v"),
 )
 
 

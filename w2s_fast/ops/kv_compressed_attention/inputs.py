@@ -2,72 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import checks
-from ...reference.kv_compressed_attention.kv_compress import kept_tokens
-
-MODES = ("conv", "mean", "uniform", "nearest", "stride")
-#: The part of every schema that describes a compression; see `Compression`.
-COMPRESSION = (
-    "int height, int width, int ratio, str mode, Tensor? weight, Tensor? bias, bool normalize, Tensor? norm_weight, "
-    "Tensor? norm_bias"
-)
-
-
-class Compression(NamedTuple):
-    """Arguments of `COMPRESSION`, in order.
-
-    weight is [1 or 2, C, R, R], bias [1 or 2, C], norm_weight and norm_bias [C], all contiguous.
-    """
-
-    height: int
-    width: int
-    ratio: int
-    mode: str
-    weight: Tensor | None
-    bias: Tensor | None
-    normalize: bool
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-
-    @property
-    def tokens(self) -> int:
-        """M."""
-        return kept_tokens(self.height, self.width, self.ratio, self.mode)
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The parameters, in the order of their gradients."""
-        return self.weight, self.bias, self.norm_weight, self.norm_bias
-
-
-#: Names of the parameters in the order in which the backward ops return their gradients.
-PARAMETERS = ("weight", "bias", "norm_weight", "norm_bias")
+from ...reference.kv_compressed_attention.arguments import MODES, PARAMETERS, Compression
 
 
 def parameter_gradients(given: Compression, grads: Any) -> dict[str, Tensor | None]:
     """Gradients in the accumulation dtype as backward returns them: by name, in the parameter's dtype."""
-    return {
-        name: None if parameter is None or (not grad.numel() and parameter.numel()) else grad.to(parameter.dtype)
-        for name, parameter, grad in zip(PARAMETERS, given.tensors, grads, strict=True)
-    }
+    found: dict[str, Tensor | None] = {}
+    for name, parameter in given.parameters.items():
+        grad = getattr(grads, f"d{name}")
+        missing = parameter is None or (not grad.numel() and parameter.numel())
+        found[name] = None if parameter is None or missing else grad.to(parameter.dtype)
+    return found
+
+
+def wanted(needs: Any) -> bool:
+    """Whether any parameter of a compression wants a gradient, from the flags of its call."""
+    return any(getattr(needs.given, name) for name in PARAMETERS)
 
 
 def fake_parameters(given: Compression, acc: torch.dtype, needed: bool, like: Tensor) -> list[Tensor]:
     """Shapes of the parameter gradients."""
+    there = given if given.normalize else given._replace(norm_weight=None, norm_bias=None)
     return [
-        like.new_empty(p.shape if needed and p is not None else (0,), dtype=acc)
-        for p in (given.tensors[:2] + (given.tensors[2:] if given.normalize else (None, None)))
+        like.new_empty(p.shape if needed and p is not None else (0,), dtype=acc) for p in there.parameters.values()
     ]
-
-
-def unit_stride(t: Tensor) -> Tensor:
-    """``t`` with its last dimension contiguous."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def packed(op: str, qkv: Any) -> Tensor:
@@ -104,7 +68,7 @@ def compression(
     norm_bias: Any,
     normalize: Any,
 ) -> Compression:
-    """Every argument of `COMPRESSION` checked against x [B, N, S, C]."""
+    """A `Compression` of arguments checked against x [B, N, S, C]."""
     if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != 2:
         checks.fail(op, "grid", "a pair (H, W)", repr(grid), error=TypeError)
     height, width = (checks.integer(op, f"grid[{i}]", grid[i], low=1) for i in (0, 1))

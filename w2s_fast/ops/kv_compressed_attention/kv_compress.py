@@ -7,85 +7,53 @@ from typing import Any
 from torch import Tensor
 
 from ... import autocast
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.kv_compressed_attention import kv_compress as reference
+from ...reference.kv_compressed_attention.arguments import Compression
 from ...reference.numerics import accumulate_dtype
+from ..layout import unit_stride
 from ..output import copy_out
-from .inputs import (
-    COMPRESSION,
-    Compression,
-    compression,
-    fake_parameters,
-    heads,
-    packed,
-    parameter_gradients,
-    unit_stride,
-)
-
-_MODULE = "kernels.kv_compressed_attention.kv_compress"
+from .inputs import compression, fake_parameters, heads, packed, parameter_gradients, wanted
 
 
-def _fake(x: Tensor, first: int, *args: Any) -> tuple[Tensor, Tensor]:
-    given, acc = Compression(*args[:9]), accumulate_dtype(x)
+def _fake(x: Tensor, first: int, given: Compression, eps: float) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], given.tokens, x.shape[2] - first)
     return (
         x.new_empty((*shape, x.shape[3])),
-        x.new_empty((*shape, 2) if given.normalize else (0,), dtype=acc),
+        x.new_empty((*shape, 2) if given.normalize else (0,), dtype=accumulate_dtype(x)),
     )
 
 
-def _fake_backward(grad: Tensor, x: Tensor, first: int, *args: Any) -> tuple[Tensor, ...]:
-    given, (_, need_x, need_params) = Compression(*args[:9]), args[9:]
+def _fake_backward(
+    grad: Tensor, x: Tensor, first: int, given: Compression, stats: Tensor, need_x: bool, need_params: bool
+) -> tuple[Tensor, ...]:
     dx = x.new_empty(x.shape if need_x else (0,))
     return (dx, *fake_parameters(given, accumulate_dtype(x), need_params, x))
 
 
 KV_COMPRESS_BACKWARD = define(
-    "kv_compress_backward",
-    f"(Tensor grad, Tensor x, int first, {COMPRESSION}, Tensor stats, bool need_x, bool need_params) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
-    reference=reference.kv_compress_backward,
+    reference.kv_compress_backward,
     fake=_fake_backward,
-    triton=Kernel(f"{_MODULE}:launch_kv_compress_backward", f"{_MODULE}:supports", rowwise="grad x"),
+    triton=Kernel(rowwise="grad x"),
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, first = inputs[:2]
-    given = Compression(*inputs[2:11])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.first, ctx.given = first, (*given[:4], given.normalize)
-    ctx.save_for_backward(x, *given.tensors, output[1])
-
-
-def restore(ctx: Any, tensors: tuple[Tensor | None, ...]) -> Compression:
-    """The compression that ``ctx.given`` and the four saved parameters describe."""
-    height, width, ratio, mode, normalize = ctx.given
-    weight, bias, norm_weight, norm_bias = tensors
-    return Compression(height, width, ratio, mode, weight, bias, normalize, norm_weight, norm_bias)
-
-
-def _backward(ctx: Any, grad: Tensor | None, _: Any) -> dict[str, Any]:
-    if grad is None:
-        return {}
-    x, *tensors, stats = ctx.saved_tensors
-    given = restore(ctx, tuple(tensors))
-    need = ctx.needs_input_grad
-    dx, *params = KV_COMPRESS_BACKWARD.on(ctx.backend)(
-        unit_stride(grad), x, ctx.first, *given, stats, need[0], any((*need[6:8], *need[9:11]))
+def _backward(call: Call, grads: reference.Compressed) -> dict[str, Any]:
+    given, needs = call.given, call.needs
+    made = KV_COMPRESS_BACKWARD.on(call.backend)(
+        unit_stride(grads.kv), call.x, call.first, given, call.out.stats, needs.x, wanted(needs)
     )
-    return {"x": dx if need[0] else None, **parameter_gradients(given, params)}
+    return {"x": made.dx if needs.x else None, **parameter_gradients(given, made)}
 
 
 KV_COMPRESS = define(
-    "kv_compress",
-    f"(Tensor x, int first, {COMPRESSION}, float eps) -> (Tensor kv, Tensor stats)",
-    reference=reference.kv_compress,
+    reference.kv_compress,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(f"{_MODULE}:launch_kv_compress", f"{_MODULE}:supports", rowwise="x"),
+    saves="x weight bias norm_weight norm_bias stats",
+    carriers="kv",
+    triton=Kernel(rowwise="x"),
 )
 
 
@@ -150,6 +118,6 @@ def kv_compress(
     x = packed(op, qkv)
     given = compression(op, x, grid, ratio, mode, weight, bias, norm_weight, norm_bias, normalize)
     shape = (x.shape[3],) if num_heads is None else (heads(op, num_heads, x.shape[3]), -1)
-    kv = x[:, :, 1:] if given.ratio == 1 else KV_COMPRESS(x, 1, *given, float(eps))[0]
-    k, v = copy_out(op, out, kv, (qkv, *given.tensors)).unbind(2)
+    kv = x[:, :, 1:] if given.ratio == 1 else KV_COMPRESS(x, 1, given, float(eps)).kv
+    k, v = copy_out(op, out, kv, (qkv, *given.parameters.values())).unbind(2)
     return (k, v) if num_heads is None else (k.unflatten(2, shape), v.unflatten(2, shape))

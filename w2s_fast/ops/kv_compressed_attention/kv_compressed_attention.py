@@ -8,31 +8,24 @@ import torch
 from torch import Tensor
 
 from ... import autocast, checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.kv_compressed_attention import kv_compressed_attention as reference
+from ...reference.kv_compressed_attention.arguments import Compression
 from ...reference.numerics import accumulate_dtype
 from ..diffusion.qk_norm import QK_NORM
+from ..layout import unit_stride
 from ..output import copy_out
 from .compressed_attention import MAX_HEAD, log_sum, scale_of
-from .inputs import (
-    COMPRESSION,
-    Compression,
-    compression,
-    fake_parameters,
-    heads,
-    packed,
-    parameter_gradients,
-    unit_stride,
-)
-from .kv_compress import restore
+from .inputs import compression, fake_parameters, heads, packed, parameter_gradients, wanted
 
-_MODULE = "kernels.kv_compressed_attention.kv_compressed_attention"
 Affine = tuple[Tensor, Tensor | None]
 
 
-def _fake(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given, num_heads, acc = Compression(*args[:9]), args[10], accumulate_dtype(qkv)
-    b, n, _, c = qkv.shape
+def _fake(
+    qkv: Tensor, given: Compression, eps: float, num_heads: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc, (b, n, _, c) = accumulate_dtype(qkv), qkv.shape
     shape = (b, given.tokens, 2)
     return (
         qkv.new_empty((b, n, c)),
@@ -42,52 +35,34 @@ def _fake(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _fake_backward(grad: Tensor, qkv: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    params = fake_parameters(Compression(*args[:9]), accumulate_dtype(qkv), args[-1], qkv)
-    return (qkv.new_empty(qkv.shape), *params)
+def _fake_backward(grad: Tensor, qkv: Tensor, given: Compression, *others: Any) -> tuple[Tensor, ...]:
+    *_, need_params = others
+    return (qkv.new_empty(qkv.shape), *fake_parameters(given, accumulate_dtype(qkv), need_params, qkv))
 
 
 KV_COMPRESSED_ATTENTION_BACKWARD = define(
-    "kv_compressed_attention_backward",
-    f"(Tensor grad, Tensor qkv, {COMPRESSION}, int num_heads, float scale, Tensor out, Tensor softmax, Tensor kv, "
-    "Tensor stats, bool need_params) "
-    "-> (Tensor dqkv, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
-    reference=reference.kv_compressed_attention_backward,
+    reference.kv_compressed_attention_backward,
     fake=_fake_backward,
-    triton=Kernel(f"{_MODULE}:launch_kv_compressed_attention_backward", f"{_MODULE}:supports", rowwise="grad qkv"),
+    triton=Kernel(rowwise="grad qkv"),
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    given = Compression(*inputs[1:10])
-    out, softmax, kv, stats = output
-    ctx.mark_non_differentiable(softmax, kv, stats)
-    ctx.set_materialize_grads(False)
-    ctx.given, ctx.numbers = (*given[:4], given.normalize), (inputs[11], inputs[12])
-    ctx.save_for_backward(inputs[0], *given.tensors, out, softmax, kv, stats)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
-    if grad is None:
-        return {}
-    qkv, *tensors, out, softmax, kv, stats = ctx.saved_tensors
-    given = restore(ctx, tuple(tensors))
-    need = ctx.needs_input_grad
-    dqkv, *params = KV_COMPRESSED_ATTENTION_BACKWARD.on(ctx.backend)(
-        unit_stride(grad), qkv, *given, *ctx.numbers, out, softmax, kv, stats, any((*need[5:7], *need[8:10]))
+def _backward(call: Call, grads: reference.CompressedAttended) -> dict[str, Any]:
+    given, needs, out = call.given, call.needs, call.out
+    made = KV_COMPRESSED_ATTENTION_BACKWARD.on(call.backend)(
+        unit_stride(grads.out), call.qkv, given, call.num_heads, call.scale, out.out, out.softmax, out.kv, out.stats,
+        wanted(needs),
     )
-    return {"qkv": dqkv if need[0] else None, **parameter_gradients(given, params)}
+    return {"qkv": made.dqkv if needs.qkv else None, **parameter_gradients(given, made)}
 
 
 KV_COMPRESSED_ATTENTION = define(
-    "kv_compressed_attention",
-    f"(Tensor qkv, {COMPRESSION}, float eps, int num_heads, float scale) "
-    "-> (Tensor out, Tensor softmax, Tensor kv, Tensor stats)",
-    reference=reference.kv_compressed_attention,
+    reference.kv_compressed_attention,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(f"{_MODULE}:launch_kv_compressed_attention", f"{_MODULE}:supports", rowwise="qkv"),
+    saves="qkv weight bias norm_weight norm_bias out softmax kv stats",
+    carriers="out",
+    triton=Kernel(rowwise="qkv"),
 )
 
 
@@ -113,7 +88,7 @@ def _normalized(op: str, x: Tensor, q_norm: Any, k_norm: Any) -> Tensor:
         return x
     first, last = int(q_norm is None), 1 + int(k_norm is not None)
     weight, bias = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
-    return QK_NORM(x, first, last, weight, bias, False, 1e-5)[0]  # type: ignore[no-any-return]
+    return QK_NORM(x, first, last, weight, bias, False, 1e-5).y  # type: ignore[no-any-return]
 
 
 def kv_compressed_attention(
@@ -181,6 +156,6 @@ def kv_compressed_attention(
         checks.fail(op, "num_heads", f"at least C / {MAX_HEAD} (C = {x.shape[3]})", num_heads)
     factor = scale_of(op, scale, x.shape[3] // num_heads)
     x = _normalized(op, x, q_norm, k_norm)
-    found, softmax, _, _ = KV_COMPRESSED_ATTENTION(x, *given, float(eps), num_heads, factor)
-    found = copy_out(op, out, found, (qkv, *given.tensors))
-    return (found, log_sum(softmax)) if return_lse else found
+    made = KV_COMPRESSED_ATTENTION(x, given, float(eps), num_heads, factor)
+    found = copy_out(op, out, made.out, (qkv, *given.parameters.values()))
+    return (found, log_sum(made.softmax)) if return_lse else found

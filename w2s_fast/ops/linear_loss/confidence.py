@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ... import checks, dispatch, extension, transforms
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.linear_loss import confidence as reference
 from ...reference.linear_loss.confidence import BALANCES
 from ...reference.numerics import accumulate_dtype
-from .inputs import _unit_stride as unit_stride
+from ..layout import separate_rows
 from .stored import scaled
 
 Balance = Literal["weak_prior", "median", "none"]
@@ -53,54 +54,38 @@ def confidence_ramp(
     return coef if x > warmup_frac else coef * x
 
 
-def _fake(logits: Tensor, labels: Tensor, product: bool, coef: float, *args: Any) -> tuple[Tensor, ...]:
-    _, _, _, threshold, _, need = args
+def _fake(
+    logits: Tensor, soft_labels: Tensor, product: bool, coef: float, alpha: float, beta: float, balance: int,
+    threshold: Tensor | None, need_loss: bool, need_gradient: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = accumulate_dtype(logits)
     classes = 2 if logits.ndim == 1 else logits.shape[1]
     made = not product and coef > 0 and threshold is None
     return (
         logits.new_empty((), dtype=dtype),
         logits.new_empty((0,) if not made else (1,) if classes == 2 else (classes,), dtype=dtype),
-        logits.new_empty(logits.shape if need else (0,)),
+        logits.new_empty(logits.shape if need_gradient else (0,)),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """The gradient, which is made already, and what makes it where it is not."""
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.made = output[2].shape == inputs[0].shape
-    if ctx.made:
-        ctx.save_for_backward(output[2], inputs[0])  # the second only says what the gradient depends on
-    else:
-        ctx.settings = inputs[2:7]
-        ctx.save_for_backward(*inputs[:2], inputs[7])
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
-    if grad is None:
-        return {}
-    if ctx.made:
-        dlogits = ctx.saved_tensors[0]
-    else:
-        logits, labels, threshold = ctx.saved_tensors
-        dlogits = W2S_CONFIDENCE_LOSS.on(ctx.backend)(logits, labels, *ctx.settings, threshold, True, True)[2]
-    return {"logits": scaled(grad, [dlogits])[0]}
+def _backward(call: Call, grads: reference.Confidence) -> dict[str, Any]:
+    dlogits = call.out.dlogits
+    if not call.need_gradient:
+        dlogits = W2S_CONFIDENCE_LOSS.on(call.backend)(
+            call.logits, call.soft_labels, call.product, call.coef, call.alpha, call.beta, call.balance, call.threshold,
+            need_loss=True, need_gradient=True,
+        ).dlogits  # fmt: skip
+    return {"logits": scaled(grads.loss, [dlogits])[0]}
 
 
 W2S_CONFIDENCE_LOSS = define(
-    "w2s_confidence_loss",
-    "(Tensor logits, Tensor soft_labels, bool product, float coef, float alpha, float beta, int balance, "
-    "Tensor? threshold, bool need_loss, bool need_gradient) -> (Tensor loss, Tensor threshold_made, Tensor dlogits)",
-    reference=reference.w2s_confidence_loss,
+    reference.w2s_confidence_loss,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.linear_loss.confidence:launch_confidence",
-        "kernels.linear_loss.confidence:supports",
-        rowwise="logits soft_labels",
-    ),
+    # of a gradient that is made already the logits only say what it depends on
+    saves=lambda call: "logits dlogits" if call.need_gradient else "logits soft_labels threshold",
+    carriers="loss",
+    triton=Kernel(rowwise="logits soft_labels"),
 )
 
 
@@ -131,7 +116,7 @@ def _inputs(op: str, logits: Any, soft_labels: Any) -> tuple[Tensor, Tensor]:
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t.contiguous() if t.ndim == 1 else unit_stride(t)
+    return t.contiguous() if t.ndim == 1 else separate_rows(t)
 
 
 def _threshold(op: str, logits: Tensor, balance: str, threshold: Any) -> Tensor | None:
@@ -183,10 +168,10 @@ def confidence_threshold(logits: Tensor, soft_labels: Tensor, *, balance: Balanc
     _threshold(op, z, balance, None)
     if checks.readable(z):
         _outside(op, weak)
-    found: tuple[Tensor, ...] = W2S_CONFIDENCE_LOSS(
+    found: reference.Confidence = W2S_CONFIDENCE_LOSS(
         z.detach(), weak, False, 1.0, 1.0, 1.0, BALANCES.index(balance), None, False, False
     )
-    return found[1]
+    return found.threshold_made
 
 
 def w2s_confidence_loss(
@@ -253,12 +238,12 @@ def w2s_confidence_loss(
         threshold = None
     settings = (product, coef, alpha, beta, BALANCES.index(balance), threshold, True)
     if torch.compiler.is_compiling() or transforms.active():
-        loss: Tensor = W2S_CONFIDENCE_LOSS(z, weak, *settings, transforms.wants_grad(z))[0]
+        loss: Tensor = W2S_CONFIDENCE_LOSS(z, weak, *settings, transforms.wants_grad(z)).loss
         return loss
     if z.device.type == "cpu" and (extension.ERROR is not None or dispatch.STATE not in ("auto", "cpp", "explain")):
         _outside(NAME, weak)
     try:
-        loss = W2S_CONFIDENCE_LOSS.directly((z, weak, *settings, transforms.wants_grad(z)), ("logits",))[0]
+        loss = W2S_CONFIDENCE_LOSS(z, weak, *settings, transforms.wants_grad(z)).loss
     except RuntimeError:  # the C++ kernel looks at the labels while it reads them
         if z.device.type == "cpu":
             _outside(NAME, weak)

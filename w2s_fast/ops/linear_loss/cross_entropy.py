@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from .ce import Target, cross_entropy
-from .inputs import Weights, linear, targets
+from ...reference.linear_loss.arguments import Target
+from .ce import cross_entropy
+from .inputs import Weights, linear, needs, targets
 from .logprobs import logprobs
 
 
@@ -59,10 +60,10 @@ def linear_fusion_cross_entropy(
     target = targets(op, target, batch, given, ignore_index)
     keep = target != ignore_index
     count = keep.sum().clamp_min(1) if reduction == "mean" else torch.ones((), device=keep.device)
-    trainable = bool(given.needs(given.heads) or given.needs(given.biases))
+    trainable = bool(needs(given.heads) or needs(given.biases))
     if trainable and reduction != "none" and not return_lse:
         q = Target(keep, target.unsqueeze(1), target.new_ones((target.shape[0], 1), dtype=given.accumulate))
-        return cross_entropy(given, q, keep.to(given.accumulate) / count, 0.0, False, False, True)[0]
+        return cross_entropy(given, q, keep.to(given.accumulate) / count, 0.0, False, False, True).loss
     logp, lse = logprobs(given, target, ignore_index)
     loss = -logp.reshape(batch) if reduction == "none" else -logp.sum() / count
     return (loss, lse.reshape(batch)) if return_lse else loss

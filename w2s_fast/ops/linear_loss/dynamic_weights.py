@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ... import autocast, checks
+from ...reference.linear_loss.arguments import Linear
 from ..logit_fusion.dynamic_weights import DynamicWeights, dynamic_fusion_weights
-from .inputs import Linear, linear
+from .inputs import linear
 
 #: Bytes of logits that exist at a time.
 SCRATCH = 64 << 20

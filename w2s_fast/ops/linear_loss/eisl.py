@@ -9,31 +9,24 @@ import torch
 from torch import Tensor
 
 from ... import autocast, checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.linear_loss import eisl as reference
 from ...transforms import wants_grad
-from .inputs import _unit_stride as unit_stride
+from ..layout import separate_rows
 from .stored import scaled
 from .teachers import check_head
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.need = inputs[-3:]  # the gradients that forward made
-    ctx.save_for_backward(*output[2:], *inputs[:3])  # the inputs only say what the gradients depend on
+def _backward(call: Call, grads: reference.Eisl) -> dict[str, Any]:
+    names = [n for n in ("hidden", "head", "bias") if getattr(call.needs, n) and getattr(call, f"need_{n}")]
+    return dict(zip(names, scaled(grads.loss, [getattr(call.out, f"d{name}") for name in names]), strict=True))
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
-    wanted = [made and need for made, need in zip(ctx.need, ctx.needs_input_grad[:3], strict=True)]
-    if grad is None or not any(wanted):
-        return {}
-    found = zip(("hidden", "head", "bias"), scaled(grad, ctx.saved_tensors[:3]), wanted, strict=True)
-    return {name: g for name, g, want in found if want}
-
-
-def _fake(hidden: Tensor, head: Tensor, bias: Tensor | None, _: Tensor, ngrams: list[int], *args: Any) -> Any:
-    need_hidden, need_head, need_bias = args[-3:]
+def _fake(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, target: Tensor, ngrams: Sequence[int], *others: Any
+) -> tuple[Tensor, ...]:
+    *_, need_hidden, need_head, need_bias = others
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     offset = hidden if bias is None else bias
     return (
@@ -46,20 +39,12 @@ def _fake(hidden: Tensor, head: Tensor, bias: Tensor | None, _: Tensor, ngrams: 
 
 
 LINEAR_EISL = define(
-    "linear_eisl",
-    "(Tensor hidden, Tensor head, Tensor? bias, Tensor target, int[] ngrams, float[] weights, float tau, "
-    "bool logsumexp, float floor, Tensor[] noise, Tensor? src_keep, Tensor? tgt_keep, float ngram_coef, float ce_coef, "
-    "bool need_hidden, bool need_head, bool need_bias) "
-    "-> (Tensor loss, Tensor parts, Tensor dhidden, Tensor dhead, Tensor dbias)",
-    reference=reference.linear_eisl,
+    reference.linear_eisl,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.linear_loss.eisl:launch_linear_eisl",
-        "kernels.linear_loss.eisl:supports_linear_eisl",
-        rowwise="head",
-    ),
+    saves="hidden head bias dhidden dhead dbias",  # the arguments only say what the gradients depend on
+    carriers="loss",
+    triton=Kernel(rowwise="head"),
 )
 
 _LONGEST = 1 << 62
@@ -216,7 +201,7 @@ def linear_eisl(
     y = _target(op, target, tgt, hidden, lm_head.shape[0])
     need = [wants_grad(x) for x in (hidden, lm_head, bias)]
     loss, parts, *_ = LINEAR_EISL(
-        hidden.contiguous(), unit_stride(lm_head), None if bias is None else bias.contiguous(), y, kept, values, tau,
+        hidden.contiguous(), separate_rows(lm_head), None if bias is None else bias.contiguous(), y, kept, values, tau,
         select == "logsumexp", floor, _noise(op, noise, select, kept, hidden, u), src, tgt, ngram_coef, ce_coef, *need,
     )
     return loss, {"ngram": parts[:-1], "ce": parts[-1]}

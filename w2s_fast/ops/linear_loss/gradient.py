@@ -6,48 +6,47 @@ from typing import Any
 
 from torch import Tensor
 
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.linear_loss import ce as reference
-from .inputs import LINEAR, Linear
-
-#: Which gradients are wanted; bit i of a mask is model i.
-NEED = "int need_hiddens, int need_heads, int need_biases, bool need_weights"
-#: A model's gradient that is not wanted has shape [0].
-GRADIENTS = "Tensor[] dhiddens, Tensor[] dheads, Tensor[] dbiases, Tensor dweights"
+from ...reference.linear_loss.arguments import Gradients, Linear, Need
 
 
-def fake_gradients(given: Linear, need: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    """Shapes of `GRADIENTS` for the flags `NEED`."""
+def fake_gradients(model: Linear, need: Need) -> Gradients:
+    """Shapes of the gradients that are wanted."""
     lists = []
-    for tensors, mask in zip((given.hiddens, given.heads, given.biases), need[:3], strict=True):
+    for tensors, mask in (
+        (model.hiddens, need.need_hiddens), (model.heads, need.need_heads), (model.biases, need.need_biases)
+    ):  # fmt: skip
         lists.append([t.new_empty(t.shape if mask >> i & 1 else (0,)) for i, t in enumerate(tensors)])
-    shape = (given.rows, len(given.hiddens)) if need[3] else (0,)
-    return (*lists, given.hiddens[0].new_empty(shape, dtype=given.accumulate))  # type: ignore[return-value]
+    shape = (model.rows, len(model.hiddens)) if need.need_weights else (0,)
+    return Gradients(*lists, model.hiddens[0].new_empty(shape, dtype=model.accumulate))  # type: ignore[arg-type, call-arg]
 
 
 LINEAR_LOSS_BACKWARD = define(
-    "linear_loss_backward",
-    f"({LINEAR}, Tensor lse, Tensor ids, Tensor coef_ids, Tensor coef_lse, Tensor? coef_log, Tensor? coef_all, "
-    f"Tensor? dense, Tensor? coef_dense, Tensor? classes, {NEED}) -> ({GRADIENTS})",
-    reference=reference.linear_loss_backward,
-    fake=lambda *args: fake_gradients(Linear(*args[:8]), args[17:]),
-    triton=Kernel(
-        "kernels.linear_loss.gradient:launch_linear_loss_backward",
-        "kernels.linear_loss.gradient:supports_linear_loss_backward",
-        rowwise="hiddens heads dense",
-    ),
+    reference.linear_loss_backward,
+    fake=lambda model, _, need: fake_gradients(model, need),
+    triton=Kernel("gradient", rowwise="hiddens heads dense"),
 )
 
 
-def bits(flags: Any) -> int:
-    """Bit i is flag i (of a list from ``ctx.needs_input_grad``)."""
-    return sum(1 << i for i, flag in enumerate(flags or ()) if flag)
+def wanted(call: Call) -> Need:
+    """The gradients that the call's model is asked for, of those that there are."""
+    need, weights = call.needs.model, call.needs.model.weights
+    lists = (need.hiddens, need.heads, need.biases)
+    hiddens, heads, biases = (sum(1 << i for i, flag in enumerate(flags) if flag) for flags in lists)
+    return Need(hiddens, heads, biases, bool(weights and call.model.weights is not None))
 
 
-def by_name(grads: Any, need: tuple[int, int, int, bool], weights: Tensor | None) -> dict[str, Any]:
-    """`GRADIENTS` as backward returns them: by argument name, None where not wanted."""
-    found: dict[str, Any] = {}
-    for name, tensors, mask in zip(("hiddens", "heads", "biases"), grads[:3], need[:3], strict=True):
-        found[name] = [t if mask >> i & 1 else None for i, t in enumerate(tensors)]
-    found["weights"] = grads[3].to(weights.dtype) if weights is not None and need[3] else None
-    return found
+def by_name(found: Gradients, need: Need, weights: Tensor | None) -> dict[str, Any]:
+    """Gradients as backward returns them: by argument name, None where not wanted."""
+    lists = {
+        "hiddens": (found.dhiddens, need.need_hiddens),
+        "heads": (found.dheads, need.need_heads),
+        "biases": (found.dbiases, need.need_biases),
+    }
+    made: dict[str, Any] = {
+        name: [t if mask >> i & 1 else None for i, t in enumerate(tensors)] for name, (tensors, mask) in lists.items()
+    }
+    made["weights"] = found.dweights.to(weights.dtype) if weights is not None and need.need_weights else None
+    return made

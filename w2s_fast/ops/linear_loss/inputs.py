@@ -9,45 +9,22 @@ import torch
 from torch import Tensor
 
 from ... import autocast, checks
+from ...reference.linear_loss.arguments import Linear, Need
 from ...transforms import wants_grad
+from ..layout import separate_rows
 
-#: The part of every schema that describes z_t = (1 / temperature) sum_i w_ti cap(W_i h_ti + b_i); see `Linear`.
-LINEAR = (
-    "Tensor[] hiddens, Tensor[] heads, Tensor[] biases, Tensor? weights, float[] weight_values, float temperature, "
-    "float softcap, int vocab_size"
-)
 Weights = Sequence[float] | Tensor
 
 
-class Linear(NamedTuple):
-    """Arguments of `LINEAR`, in order.
+def needs(tensors: Sequence[Tensor]) -> int:
+    """Bit i says that tensor i will get a gradient."""
+    return sum(1 << i for i, t in enumerate(tensors) if wants_grad(t))
 
-    hiddens: n of [T, D_i]; heads: n of [>= vocab_size, D_i]; last strides 1. biases: none or n. weights: [T, n] or None
-    (then weight_values). softcap 0 is none.
-    """
 
-    hiddens: list[Tensor]
-    heads: list[Tensor]
-    biases: list[Tensor]
-    weights: Tensor | None
-    weight_values: list[float]
-    temperature: float
-    softcap: float
-    vocab_size: int
-
-    @property
-    def rows(self) -> int:
-        """T."""
-        return self.hiddens[0].shape[0]
-
-    @property
-    def accumulate(self) -> torch.dtype:
-        """float64 if any hidden or head is, otherwise float32."""
-        return accumulate_dtype(self)
-
-    def needs(self, tensors: Sequence[Tensor]) -> int:
-        """Bit i says that tensor i will get a gradient."""
-        return sum(1 << i for i, t in enumerate(tensors) if wants_grad(t))
+def need_of(given: Linear) -> Need:
+    """The gradients of ``given`` that will be wanted."""
+    weights = given.weights is not None and wants_grad(given.weights)
+    return Need(needs(given.hiddens), needs(given.heads), needs(given.biases), weights)
 
 
 class Names(NamedTuple):
@@ -61,23 +38,12 @@ class Names(NamedTuple):
 LISTS = Names("hiddens[{}]", "lm_heads[{}]", "biases[{}]")
 
 
-def accumulate_dtype(args: Sequence[Any]) -> torch.dtype:
-    """float64 if any of hiddens, heads (the first two of ``args``) is, otherwise float32."""
-    double = any(t.dtype == torch.float64 for t in (*args[0], *args[1]))
-    return torch.float64 if double else torch.float32
-
-
 def _list(op: str, name: str, value: Any) -> list[Any]:
     if isinstance(value, Tensor):
         return [value]
     if not isinstance(value, (list, tuple)) or not value:
         checks.fail(op, name, "a nonempty list of tensors", type(value).__name__, error=TypeError)
     return list(value)
-
-
-def _unit_stride(t: Tensor) -> Tensor:
-    fine = t.stride(-1) == 1 or t.shape[-1] <= 1
-    return t if fine and (t.ndim < 2 or t.stride(0) >= t.shape[1]) else t.contiguous()
 
 
 def linear(
@@ -92,7 +58,7 @@ def linear(
     zero_temperature: bool = False,
     names: Names = LISTS,
 ) -> tuple[Linear, torch.Size]:
-    """Every argument of `LINEAR` checked, and the leading shape of the rows."""
+    """A `Linear` of checked arguments, and the leading shape of the rows."""
     hiddens, heads = _list(op, "hiddens", hiddens), _list(op, "lm_heads", lm_heads)
     if len(heads) != len(hiddens):
         checks.fail(op, "lm_heads", f"one a hidden ({len(hiddens)})", f"{len(heads)} tensors")
@@ -103,13 +69,13 @@ def linear(
     batch = hiddens[0].shape[:-1]
     width = min(head.shape[0] for head in heads)
     vocab_size = width if vocab_size is None else checks.integer(op, "vocab_size", vocab_size, low=1, high=width)
-    rows = [_unit_stride(h.reshape(batch.numel(), h.shape[-1])) for h in hiddens]
+    rows = [separate_rows(h.reshape(batch.numel(), h.shape[-1])) for h in hiddens]
     offsets = _biases(op, names.bias, biases, heads, vocab_size, rows)
     checks.same_device(op, [*named, *((names.bias.format(i), b) for i, b in enumerate(offsets))])
     values, given = _weights(op, weights, len(heads), batch, rows[0])
     heat = checks.temperature(op, temperature, zero_temperature)
     cap = 0.0 if softcap is None else checks.number(op, "softcap", softcap, low=0.0, open_low=True)
-    return Linear(rows, [_unit_stride(w) for w in heads], offsets, given, values, heat, cap, vocab_size), batch
+    return Linear(rows, [separate_rows(w) for w in heads], offsets, given, values, heat, cap, vocab_size), batch
 
 
 def single(op: str, h: Any, W: Any, bias: Any, temperature: Any, softcap: Any) -> tuple[Linear, torch.Size]:
@@ -148,7 +114,7 @@ def _biases(op: str, name: str, biases: Any, heads: list[Tensor], vocab_size: in
         checks.is_float_tensor(op, name.format(i), bias)
         if bias.shape != heads[i].shape[:1]:
             checks.fail(op, name.format(i), f"of shape [{heads[i].shape[0]}]", tuple(bias.shape))
-        found.append(_unit_stride(bias))
+        found.append(separate_rows(bias))
     return found if any(b is not None for b in biases) else []
 
 

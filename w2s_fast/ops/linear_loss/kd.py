@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
+from ...reference.linear_loss.arguments import Distillation
 from ...transforms import wants_grad
-from .inputs import _unit_stride as unit_stride
+from ..layout import separate_rows
 from .stored import scaled
 from .teachers import (
-    DISTILLATION,
-    Distillation,
     Kind,
     Reduction,
     Teacher,
@@ -29,47 +29,22 @@ from .teachers import (
 )
 from .teachers import teachers as checked
 
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save_distillation(ctx, Distillation(*inputs[1:12]), output[1], output[2], (inputs[0],), output[4:])
-    ctx.mark_non_differentiable(*output[3:])
+#: What `_coefficients` and a second forward need.
+SAVED = "teachers target keep coef_kd coef_ce kd ce"
 
 
-def save_distillation(
-    ctx: Any, given: Distillation, kd: Tensor, ce: Tensor, student: Sequence[Tensor | None], grads: Sequence[Tensor]
-) -> None:
-    """Everything that a backward may need: usually the gradients alone, which are made already."""
-    ctx.set_materialize_grads(False)
-    ctx.numbers = given[1:7]
-    ctx.counts = (len(grads), len(student))
-    ctx.save_for_backward(
-        *grads, *student, *given.teachers, given.target, given.keep, given.coef_kd, given.coef_ce, kd, ce
-    )
-
-
-def saved_distillation(
-    ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None
-) -> tuple[list[Tensor], list[Tensor], Callable[[], Distillation], dict[str, Any], bool]:
-    """Gradients made in forward; the student; a function for the other arguments, with the coefficients that all
-    upstream gradients make together; gradients of the coefficients; whether forward's gradients are of those, up to
-    ``grad``."""
-    n, m = ctx.counts
-    saved = ctx.saved_tensors
-    *tensors, target, keep, coef_kd, coef_ce, kd, ce = saved[n + m :]
-    forms, shares, kind, tau, beta, power = ctx.numbers
-
-    def given() -> Distillation:
-        a, b = _merged(grad, grad_kd, coef_kd), _merged(grad, grad_ce, coef_ce)
-        a = torch.zeros_like(coef_kd) if a is None else a.contiguous()
-        b = b if b is None or target is None else b.contiguous()
-        return Distillation(tensors, forms, shares, kind, tau, beta, power, target, keep, a, b)
-
+def upstream(call: Call, grads: Any) -> tuple[Distillation, dict[str, Any], bool]:
+    """The arguments with the coefficients that all upstream gradients make together; gradients of the coefficients;
+    whether forward's gradients are of those, up to that of the loss."""
+    given, grad = call.given, grads.loss
+    a, b = _merged(grad, grads.kd, given.coef_kd), _merged(grad, grads.ce, given.coef_ce)
+    a = torch.zeros_like(given.coef_kd) if a is None else a.contiguous()
+    b = b if b is None or given.target is None else b.contiguous()
     rows: dict[str, Any] = {}
     if grad is not None:
-        for name, coef, values in (("coef_kd", coef_kd, kd), ("coef_ce", coef_ce, ce)):
-            if coef is not None and coef.requires_grad:
-                rows[name] = grad * values
-    return list(saved[:n]), list(saved[n : n + m]), given, rows, grad_kd is None and grad_ce is None
+        rows["coef_kd"] = grad * call.out.kd if call.needs.given.coef_kd else None
+        rows["coef_ce"] = grad * call.out.ce if call.needs.given.coef_ce else None
+    return given._replace(coef_kd=a, coef_ce=b), rows, grads.kd is None and grads.ce is None
 
 
 def _merged(grad: Tensor | None, rows: Tensor | None, coef: Tensor | None) -> Tensor | None:
@@ -77,41 +52,32 @@ def _merged(grad: Tensor | None, rows: Tensor | None, coef: Tensor | None) -> Te
     return rows if own is None else own if rows is None else own + rows
 
 
-def _backward(
-    ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None, *_: Any
-) -> dict[str, Any]:
-    (dlogits,), (logits,), given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
-    if ctx.needs_input_grad[0]:
-        made = made and dlogits.shape == logits.shape
-        found = scaled(grad, [dlogits])[0] if made else KD_LOSS.on(ctx.backend)(logits, *given(), True, False)[4]
-        rows["logits"] = found
+def _backward(call: Call, grads: reference.Distilled) -> dict[str, Any]:
+    given, rows, made = upstream(call, grads)
+    if call.needs.logits:
+        if made and call.need_gradient:
+            rows["logits"] = scaled(grads.loss, [call.out.dlogits])[0]
+        else:
+            rows["logits"] = KD_LOSS.on(call.backend)(call.logits, given, True, False).dlogits
     return rows
 
 
-def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    given, (need, statistics) = Distillation(*args[:11]), args[11:]
-    rows = logits.shape[0]
-    dtype = accumulate_dtype(logits, given.teachers)
-    shapes: list[tuple[Any, ...]] = [(), (rows,), (rows,), (3, rows) if statistics else (0,)]
+def _fake(logits: Tensor, given: Distillation, need_gradient: bool, need_statistics: bool) -> tuple[Tensor, ...]:
+    rows, dtype = logits.shape[0], accumulate_dtype(logits, given.teachers)
+    shapes: list[tuple[Any, ...]] = [(), (rows,), (rows,), (3, rows) if need_statistics else (0,)]
     return (
         *(logits.new_empty(shape, dtype=dtype) for shape in shapes),
-        logits.new_empty(logits.shape if need else (0,)),
+        logits.new_empty(logits.shape if need_gradient else (0,)),
     )
 
 
 KD_LOSS = define(
-    "kd_loss",
-    f"(Tensor logits, {DISTILLATION}, bool need_gradient, bool need_statistics) "
-    "-> (Tensor loss, Tensor kd, Tensor ce, Tensor stats, Tensor dlogits)",
-    reference=reference.kd_loss,
+    reference.kd_loss,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.linear_loss.kd:launch_kd_loss",
-        "kernels.linear_loss.kd:supports_kd",
-        rowwise="logits teachers",
-    ),
+    saves=f"logits {SAVED} dlogits",
+    carriers="loss kd ce",
+    triton=Kernel("kd", rowwise="logits teachers"),
 )
 
 
@@ -218,7 +184,7 @@ def kd_loss(
     batch = logits.shape[:-1]
     found = checked(op, logits, batch, teachers, logits.shape[-1], teacher_weights, vocab, linear=False)
     tensors, forms, shares, width = found
-    student = unit_stride(flat_rows(logits, batch, width))
+    student = separate_rows(flat_rows(logits, batch, width))
     check_cosine(op, number, forms)
     scale = tau * tau if tau_scale and kind != "cosine" else 1.0
     dtype = accumulate_dtype(student, tensors)
@@ -230,6 +196,5 @@ def kd_loss(
         return _entries(student, given).reshape(*batch, width), {}
     need = wants_grad(student)
     statistics = any(name not in ("kd", "ce") for name in outputs)
-    # a small batch: the dispatcher's own way around an op with a list of tensors costs more than the loss does
-    loss, kd, ce, stats, _ = KD_LOSS.directly((student, *given, need, statistics), ("logits", "coef_kd", "coef_ce"))
-    return loss, named_outputs(outputs, batch, kd, ce, stats, scale, weights)
+    made = KD_LOSS(student, given, need, statistics)
+    return made.loss, named_outputs(outputs, batch, made.kd, made.ce, made.stats, scale, weights)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ... import autocast, checks
-from .ce import Target, cross_entropy
-from .inputs import Linear, single, targets
-from .inputs import _unit_stride as unit_stride
+from ...reference.linear_loss.arguments import Linear, Target
+from ..layout import separate_rows
+from .ce import cross_entropy
+from .inputs import needs, single, targets
 from .logp import token_weights
 from .logprobs import logprobs
 
@@ -74,7 +75,7 @@ def _dense(given: Linear, batch: torch.Size, soft_target: Any) -> Target:
     checks.is_float_tensor(OP, "soft_target", soft_target)
     if soft_target.shape != (*batch, given.vocab_size):
         checks.fail(OP, "soft_target", f"of shape {(*batch, given.vocab_size)}", tuple(soft_target.shape))
-    q = unit_stride(soft_target.detach().reshape(batch.numel(), given.vocab_size))
+    q = separate_rows(soft_target.detach().reshape(batch.numel(), given.vocab_size))
     checks.same_device(OP, [("h", given.hiddens[0]), ("soft_target", q)])
     none = torch.full((q.shape[0], 1), -1, device=q.device)
     keep = torch.ones(q.shape[0], dtype=torch.bool, device=q.device)
@@ -229,12 +230,12 @@ def linear_ce(
         settings = _RowLoss(eps, z_loss, token_scaling, classes)
         loss, found = _frozen(given, hard, q.keep, ignore_index, w, settings, reduction)
     else:
-        names = ("loss", "row", "logp", "lse", "entropy", "argmax", "maxprob")
         entropy, best = "entropy" in outputs, bool({"argmax", "maxprob", "correct"} & set(outputs))
         smooth = _smoothed(q, eps, given)._replace(classes=classes)
         values = cross_entropy(given, smooth, w, z_loss, entropy, best, reduction != "none", token_scaling)
-        found = dict(zip(names, values, strict=True))
-        loss = found["loss"] if reduction != "none" else w * found["row"]
+        found = {"logp": values.logp, "lse": values.lse, "entropy": values.entropy, "argmax": values.best,
+                 "maxprob": values.largest}  # fmt: skip
+        loss = values.loss if reduction != "none" else w * values.row
     loss = loss.reshape(batch) if reduction == "none" else loss
     if not outputs:
         return loss
@@ -274,8 +275,8 @@ def _target(
 
 def _kept_direction(given: Linear, eps: float, outputs: set[str]) -> bool:
     """Whether the head is frozen and E_p[W], kept in forward, makes the gradient: two products instead of three."""
-    frozen = not (given.needs(given.heads) or given.needs(given.biases))
-    return frozen and bool(given.needs(given.hiddens)) and outputs <= {"logp", "lse"} and not (eps and given.softcap)
+    frozen = not (needs(given.heads) or needs(given.biases))
+    return frozen and bool(needs(given.hiddens)) and outputs <= {"logp", "lse"} and not (eps and given.softcap)
 
 
 class _RowLoss(NamedTuple):

@@ -8,15 +8,15 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ... import autocast, checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
+from ...reference.linear_loss.arguments import Distillation
 from ...transforms import wants_grad
-from .inputs import _unit_stride as unit_stride
-from .kd import save_distillation, saved_distillation
+from ..layout import separate_rows
+from .kd import SAVED, upstream
 from .stored import scaled
 from .teachers import (
-    DISTILLATION,
-    Distillation,
     Kind,
     Reduction,
     Teacher,
@@ -30,29 +30,27 @@ from .teachers import (
 from .teachers import teachers as checked
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save_distillation(ctx, Distillation(*inputs[3:14]), output[1], output[2], inputs[:3], output[4:])
-    ctx.need = inputs[14:17]  # the gradients that forward made
-    ctx.mark_non_differentiable(*output[3:])
-
-
-def _backward(
-    ctx: Any, grad: Tensor | None, grad_kd: Tensor | None, grad_ce: Tensor | None, *_: Any
-) -> dict[str, Any]:
-    grads, student, given, rows, made = saved_distillation(ctx, grad, grad_kd, grad_ce)
-    need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
-    if any(need):
-        made = made and all(done or not want for done, want in zip(ctx.need, need, strict=True))
-        found = scaled(grad, grads) if made else LINEAR_KD.on(ctx.backend)(*student, *given(), *need, False)[4:]
-        names = ("hidden", "head", "bias")
-        rows.update((name, g) for name, g, wanted in zip(names, found, need, strict=True) if wanted)
+def _backward(call: Call, grads: reference.LinearDistilled) -> dict[str, Any]:
+    given, rows, made = upstream(call, grads)
+    names = [name for name in ("hidden", "head", "bias") if getattr(call.needs, name)]
+    if names:
+        made = made and all(getattr(call, f"need_{name}") for name in names)
+        if made:
+            found = scaled(grads.loss, [getattr(call.out, f"d{name}") for name in names])
+        else:
+            need = {f"need_{name}": name in names for name in ("hidden", "head", "bias")}
+            again = LINEAR_KD.on(call.backend)(call.hidden, call.head, call.bias, given, **need, need_statistics=False)
+            found = [getattr(again, f"d{name}") for name in names]
+        rows.update(zip(names, found, strict=True))
     return rows
 
 
-def _fake(hidden: Tensor, head: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    given, (need_hidden, need_head, need_bias, statistics) = Distillation(*args[:11]), args[11:]
+def _fake(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, given: Distillation, need_hidden: bool, need_head: bool,
+    need_bias: bool, need_statistics: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden, given.teachers)
-    shapes: list[tuple[Any, ...]] = [(), (rows,), (rows,), (3, rows) if statistics else (0,)]
+    shapes: list[tuple[Any, ...]] = [(), (rows,), (rows,), (3, rows) if need_statistics else (0,)]
     return (
         *(hidden.new_empty(shape, dtype=dtype) for shape in shapes),
         hidden.new_empty(hidden.shape if need_hidden else (0,)),
@@ -62,19 +60,12 @@ def _fake(hidden: Tensor, head: Tensor, bias: Tensor | None, *args: Any) -> tupl
 
 
 LINEAR_KD = define(
-    "linear_kd",
-    f"(Tensor hidden, Tensor head, Tensor? bias, {DISTILLATION}, bool need_hidden, bool need_head, bool need_bias, "
-    "bool need_statistics) -> "
-    "(Tensor loss, Tensor kd, Tensor ce, Tensor stats, Tensor dhidden, Tensor dhead, Tensor dbias)",
-    reference=reference.linear_kd,
+    reference.linear_kd,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.linear_loss.kd:launch_linear_kd",
-        "kernels.linear_loss.kd:supports_linear_kd",
-        rowwise="hidden head teachers",
-    ),
+    saves=f"hidden head bias {SAVED} dhidden dhead dbias",
+    carriers="loss kd ce",
+    triton=Kernel("kd", rowwise="hidden head teachers"),
 )
 
 
@@ -146,10 +137,10 @@ def linear_kd(
         op, kind, tau, beta_jsd, beta_sce, power_student, power_teacher, outputs, hard
     )
     batch = hidden.shape[:-1]
-    student = unit_stride(hidden.reshape(batch.numel(), hidden.shape[-1]))
+    student = separate_rows(hidden.reshape(batch.numel(), hidden.shape[-1]))
     found = checked(op, student, batch, teachers, lm_head.shape[0], teacher_weights, vocab, linear=True)
     tensors, forms, shares, width = found
-    head, offset = unit_stride(lm_head[:width]), None if bias is None else bias[:width].contiguous()
+    head, offset = separate_rows(lm_head[:width]), None if bias is None else bias[:width].contiguous()
     check_cosine(op, number, forms)
     scale = tau * tau if tau_scale and kind != "cosine" else 1.0
     dtype = accumulate_dtype(student, tensors)
@@ -157,5 +148,5 @@ def linear_kd(
     given = Distillation(tensors, forms, shares, number, tau, beta, power, *rows)
     need = [wants_grad(t) for t in (student, head, offset)]
     statistics = any(name not in ("kd", "ce") for name in outputs)
-    loss, kd, ce, stats, *_ = LINEAR_KD(student, head, offset, *given, *need, statistics)
-    return loss, named_outputs(outputs, batch, kd, ce, stats, scale, weights)
+    made = LINEAR_KD(student, head, offset, given, *need, statistics)
+    return made.loss, named_outputs(outputs, batch, made.kd, made.ce, made.stats, scale, weights)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ... import checks
 from ...reference.linear_loss import preference as reference
+from ...reference.linear_loss.arguments import Compared, Linear, Terms, Tokens
 from ...reference.linear_loss.preference import AVERAGED, PAIRED, SMOOTHED, UNPAIRED, UNREFERENCED, Sequences, Term
 from ...transforms import wants_grad
-from .inputs import Linear, single, targets
+from .inputs import need_of, needs, single, targets
 from .logp import linear_logp, segments, token_counts, token_weights
 from .preference import LINEAR_PREFERENCE
 
@@ -340,7 +341,7 @@ def linear_preference(
         share = _share(nll_average, pairs, own)
     elif nll_target is not None:
         checks.fail(OP, "nll_target", "left out without nll_coef and without kind 'sft' or 'orpo'", "a tensor")
-    trainable = bool(model.needs(model.heads) or model.needs(model.biases))
+    trainable = bool(needs(model.heads) or needs(model.biases))
     whole = given.uses(reference.SORTED, reference.SORTED_APART)
     known = Sequences(counts, counts, ref, given.mean, pairs, signed, baseline, counts, share)
     if trainable and not whole and reduction != "none" and not wants_grad(scale):
@@ -380,12 +381,14 @@ def _in_one_pass(
     if ids is None:
         per_row = target.shape[0] // max(counts.shape[0], 1)
         ids = torch.arange(counts.shape[0], device=target.device).repeat_interleave(per_row)
-    need = (model.needs(model.hiddens), model.needs(model.heads), model.needs(model.biases), False)
-    loss, sums, nll, *_ = LINEAR_PREFERENCE(
-        *model, target, ignore_index, scale, nll_target, ids, counts, known.ref, known.mean, known.pairs, known.labels,
-        known.kl, known.share, *reference.packed(given.terms), factor, *need,
-    )  # fmt: skip
-    return loss, known._replace(sums=sums.detach(), nll=nll.detach())
+    found = LINEAR_PREFERENCE(
+        model,
+        Tokens(target, ignore_index, scale, nll_target, ids),
+        Compared(counts, known.ref, known.mean, known.pairs, known.labels, known.kl, known.share),
+        Terms(*reference.packed(given.terms), factor),
+        need_of(model)._replace(need_weights=False),
+    )
+    return found.loss, known._replace(sums=found.sums.detach(), nll=found.nll.detach())
 
 
 def _metrics(given: _Settings, known: Sequences) -> dict[str, Tensor]:

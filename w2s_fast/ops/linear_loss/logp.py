@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...reference.linear_loss.arguments import Linear, Target
 from ...transforms import wants_grad
-from .ce import Target, cross_entropy
-from .inputs import Linear, single, targets
+from .ce import cross_entropy
+from .inputs import needs, single, targets
 from .logprobs import LINEAR_FUSION_LOGPROBS, logprobs
 
 Normalize = Literal["none", "sum", "mean"]
@@ -142,16 +143,17 @@ def _tokens(
     """(weighted log-probability, entropy or lse), ``[T]``."""
     if scale is not None and not wants_grad(scale) and not entropy:
         target = torch.where(scale == 0, ignore_index, target)
-    frozen = not (given.needs(given.heads) or given.needs(given.biases))
+    frozen = not (needs(given.heads) or needs(given.biases))
     if grad == "saved_u" and not frozen:
         checks.fail(op, "grad", "'auto' or 'recompute' for a head that gets a gradient", repr(grad))
     if entropy:
         ones = torch.ones_like(target, dtype=given.accumulate)
         q = Target(target != ignore_index, target.unsqueeze(1), ones.unsqueeze(1))
         found = cross_entropy(given, q, ones, 0.0, True, False, False)
-        logp, other = found[2], found[4]
+        logp, other = found.logp, found.entropy
     elif grad == "recompute":
-        logp, other, _, _ = LINEAR_FUSION_LOGPROBS(*given, target, ignore_index, False, False)
+        again = LINEAR_FUSION_LOGPROBS(given, target, ignore_index, False, False)
+        logp, other = again.logp, again.lse
     else:
         logp, other = logprobs(given, target, ignore_index)
     return (logp if scale is None else logp * scale), other

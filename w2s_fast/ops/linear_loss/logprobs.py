@@ -8,71 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.linear_loss import fusion as reference
-from .gradient import LINEAR_LOSS_BACKWARD, bits, by_name
-from .inputs import LINEAR, Linear, Weights, linear, targets
+from ...reference.linear_loss.arguments import Coefficients, Linear, Need
+from .gradient import LINEAR_LOSS_BACKWARD, by_name, wanted
+from .inputs import Weights, linear, need_of, targets
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given, (need_rows, need_logits) = Linear(*args[:8]), args[10:]
-    first, rows, acc = given.hiddens[0], given.rows, given.accumulate
-    width = sum(h.shape[1] for h in given.hiddens)
+def _fake(
+    model: Linear, target: Tensor, ignore_index: int, need_rows: bool, need_logits: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, rows, acc = model.hiddens[0], model.rows, model.accumulate
+    width = sum(h.shape[1] for h in model.hiddens)
     return (
         first.new_empty((rows,), dtype=acc),
         first.new_empty((rows,), dtype=acc),
         first.new_empty((rows, width) if need_rows else (0,), dtype=acc),
-        first.new_empty((rows, len(given.hiddens)) if need_logits else (0,), dtype=acc),
+        first.new_empty((rows, len(model.hiddens)) if need_logits else (0,), dtype=acc),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    given, (target, ignore_index, need_rows, need_logits) = Linear(*inputs[:8]), inputs[8:]
-    _, lse, rows, logits = output
-    ctx.mark_non_differentiable(rows, logits)
-    ctx.set_materialize_grads(False)
-    ctx.counts = (len(given.hiddens), len(given.biases))
-    ctx.numbers = (given.weight_values, given.temperature, given.softcap, given.vocab_size, ignore_index)
-    ctx.kept = (need_rows, need_logits)
-    ctx.save_for_backward(*given.hiddens, *given.heads, *given.biases, given.weights, target, lse, rows, logits)
+def _backward(call: Call, grads: reference.LogProbs) -> dict[str, Any]:
+    given, target, lse, need = call.model, call.target, call.out.lse, wanted(call)
+    grad_logp = torch.zeros_like(lse) if grads.logp is None else grads.logp
+    grad_lse = torch.zeros_like(lse) if grads.lse is None else grads.lse
+    trained = need.need_heads or need.need_biases
+    if trained or not call.need_rows or (need.need_weights and not call.need_logits):
+        keep = target != call.ignore_index
+        picked, spread = (torch.where(keep, g, 0.0) for g in (grad_logp, grad_lse - grad_logp))
+        coef = Coefficients(lse, target.unsqueeze(1), picked.unsqueeze(1), spread)
+        return by_name(LINEAR_LOSS_BACKWARD.on(call.backend)(given, coef, need), need, given.weights)
+    return _from_expectations(call, grad_logp, grad_lse, need)
 
 
-def _backward(ctx: Any, grad_logp: Tensor, grad_lse: Tensor, *_: Any) -> dict[str, Any]:
-    n, biased = ctx.counts
-    saved = ctx.saved_tensors
-    values, heat, cap, width, ignore_index = ctx.numbers
-    weights, target, lse, rows, logits = saved[2 * n + biased :]
-    grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
-    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    given = Linear(
-        list(saved[:n]), list(saved[n : 2 * n]), list(saved[2 * n : 2 * n + biased]), weights, values, heat, cap, width
-    )
-    hiddens, heads, biases, weight = ctx.needs_input_grad[:4]
-    need = (bits(hiddens), bits(heads), bits(biases), bool(weight and weights is not None))
-    kept_rows, kept_logits = ctx.kept
-    if need[1] or need[2] or not kept_rows or (need[3] and not kept_logits):
-        keep = target != ignore_index
-        coefs = [torch.where(keep, g, 0.0) for g in (grad_logp, grad_lse - grad_logp)]
-        grads = LINEAR_LOSS_BACKWARD.on(ctx.backend)(
-            *given, lse, target.unsqueeze(1), coefs[0].unsqueeze(1), coefs[1], None, None, None, None, None,
-            *need,
-        )
-        return by_name(grads, need, weights)
-    return _from_expectations(given, target, ignore_index, rows, logits, grad_logp, grad_lse, need)
-
-
-def _from_expectations(
-    given: Linear,
-    target: Tensor,
-    ignore_index: int,
-    rows: Tensor,
-    logits: Tensor,
-    grad_logp: Tensor,
-    grad_lse: Tensor,
-    need: tuple[int, int, int, bool],
-) -> dict[str, Any]:
+def _from_expectations(call: Call, grad_logp: Tensor, grad_lse: Tensor, need: Need) -> dict[str, Any]:
     """Frozen heads: d logp_t / d h_i = scale_i (W_i[y] - E_p W_i) needs the kept expectations only, no pass over V."""
-    keep = target != ignore_index
+    given, target, rows, logits = call.model, call.target, call.out.mean_rows, call.out.mean_logits
+    keep = target != call.ignore_index
     y = torch.where(keep, target, 0)
     a = torch.where(keep, grad_logp, 0.0).unsqueeze(1)
     b = torch.where(keep, grad_lse - grad_logp, 0.0).unsqueeze(1)
@@ -81,7 +54,7 @@ def _from_expectations(
     for i, (h, head) in enumerate(zip(given.hiddens, given.heads, strict=True)):
         own = head[y].to(rows.dtype)
         mean, start = rows[:, start : start + h.shape[1]], start + h.shape[1]
-        if need[3] or given.softcap:
+        if need.need_weights or given.softcap:
             part = (h.to(own.dtype) * own).sum(1, keepdim=True)
             part = part + given.biases[i][y].to(own.dtype).unsqueeze(1) if given.biases else part
             if given.softcap:
@@ -89,10 +62,10 @@ def _from_expectations(
                 part, own = given.softcap * unit, own * (1 - unit.square())
             at_target.append(part)
         scale = given.weight_values[i] if given.weights is None else given.weights[:, i : i + 1].to(own.dtype)
-        wanted = need[0] >> i & 1
-        dhiddens.append(((a * own + b * mean) * (scale / given.temperature)).to(h.dtype) if wanted else None)
+        asked = need.need_hiddens >> i & 1
+        dhiddens.append(((a * own + b * mean) * (scale / given.temperature)).to(h.dtype) if asked else None)
     dweights = None
-    if need[3] and given.weights is not None:
+    if need.need_weights and given.weights is not None:
         dweights = (a * torch.cat(at_target, 1) + b * logits) / given.temperature
         dweights = dweights.to(given.weights.dtype)
     return {
@@ -104,28 +77,21 @@ def _from_expectations(
 
 
 LINEAR_FUSION_LOGPROBS = define(
-    "linear_fusion_logprobs",
-    f"({LINEAR}, Tensor target, int ignore_index, bool need_rows, bool need_logits) "
-    "-> (Tensor logp, Tensor lse, Tensor mean_rows, Tensor mean_logits)",
-    reference=reference.linear_fusion_logprobs,
+    reference.linear_fusion_logprobs,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.linear_loss.fusion:launch_linear_fusion_logprobs",
-        "kernels.linear_loss.fusion:supports_linear_fusion_logprobs",
-        rowwise="hiddens heads",
-    ),
+    saves="hiddens heads biases weights target lse mean_rows mean_logits",
+    carriers="logp lse",
+    triton=Kernel(rowwise="hiddens heads"),
 )
 
 
 def logprobs(given: Linear, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """logp and lse of checked rows; keeps what a backward with frozen heads needs, and only if there will be one."""
-    weights = [] if given.weights is None else [given.weights]
-    frozen = not (given.needs(given.heads) or given.needs(given.biases))
-    rows = frozen and bool(given.needs(given.hiddens) or given.needs(weights))
-    logp, lse, _, _ = LINEAR_FUSION_LOGPROBS(*given, target, ignore_index, rows, rows and bool(given.needs(weights)))
-    return logp, lse
+    need = need_of(given)
+    rows = not (need.need_heads or need.need_biases) and bool(need.need_hiddens or need.need_weights)
+    found = LINEAR_FUSION_LOGPROBS(given, target, ignore_index, rows, rows and need.need_weights)
+    return found.logp, found.lse
 
 
 def linear_fusion_logprobs(

@@ -4,50 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from ...library import Kernel, define
 from ...reference.linear_loss import preference as reference
-from .gradient import GRADIENTS, NEED, fake_gradients
-from .inputs import LINEAR, Linear
-from .stored import keep_gradients, stored_gradients
+from ...reference.linear_loss.arguments import Compared, Linear, Need, Terms, Tokens
+from .gradient import fake_gradients
+from .stored import STORED, stored_gradients
 
 
-def _fake(*args: Any) -> tuple[Any, ...]:
-    given, counts = Linear(*args[:8]), args[13]
-    first, acc = given.hiddens[0], given.accumulate
+def _fake(model: Linear, tokens: Tokens, compared: Compared, terms: Terms, need: Need) -> tuple[Any, ...]:
+    first, acc, counts = model.hiddens[0], model.accumulate, compared.counts
     return (
         first.new_empty((), dtype=acc),
         first.new_empty(counts.shape, dtype=acc),
         first.new_empty(counts.shape, dtype=acc),
-        *fake_gradients(given, args[23:]),
+        *fake_gradients(model, need),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.set_materialize_grads(False)
-    given = Linear(*inputs[:8])
-    # the inputs only say what the gradients depend on
-    keep_gradients(ctx, given, inputs[23:], output[3:], *given.hiddens, *given.heads, *given.biases)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> dict[str, Any]:
-    return stored_gradients(ctx, grad, ctx.need)
-
-
 LINEAR_PREFERENCE = define(
-    "linear_preference",
-    f"({LINEAR}, Tensor target, int ignore_index, Tensor? token_weights, Tensor? nll_target, Tensor segments, "
-    "Tensor counts, Tensor? ref, bool mean, Tensor? pairs, Tensor? labels, Tensor? kl, Tensor? share, int[] forms, "
-    f"float[] numbers, float scale, {NEED}) -> (Tensor loss, Tensor sums, Tensor nll, {GRADIENTS})",
-    reference=reference.linear_preference,
+    reference.linear_preference,
     fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    triton=Kernel(
-        "kernels.linear_loss.preference:launch_linear_preference",
-        "kernels.linear_loss.preference:supports_linear_preference",
-        rowwise="hiddens heads",
-    ),
+    backward=lambda call, grads: stored_gradients(call, grads.loss, call.need),
+    saves=STORED,
+    carriers="loss",
+    triton=Kernel(rowwise="hiddens heads"),
 )

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...library import Kernel, define
 from ...reference.linear_loss import fusion as reference
+from ...reference.linear_loss.arguments import Linear
+from ...reference.logit_fusion.arguments import Drawn
 from ..logit_fusion.sample import SampleOutput, uniform_of
-from .inputs import LINEAR, Linear, Weights, linear
+from .inputs import Weights, linear
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = Linear(*args[:8])
-    first, rows, acc = given.hiddens[0], (given.rows,), given.accumulate
-    token, logprob, lse, kept = (first.new_empty(rows, dtype=t) for t in (torch.int64, acc, acc, torch.int32))
-    return token, logprob, lse, kept
+def _fake(model: Linear, uniform: Tensor) -> Drawn:
+    first, rows, acc = model.hiddens[0], (model.rows,), model.accumulate
+    return Drawn(*(first.new_empty(rows, dtype=t) for t in (torch.int64, acc, acc, torch.int32)))
 
 
 LINEAR_FUSION_SAMPLE = define(
-    "linear_fusion_sample",
-    f"({LINEAR}, Tensor uniform) -> (Tensor token, Tensor logprob, Tensor lse, Tensor kept)",
-    reference=reference.linear_fusion_sample,
+    reference.linear_fusion_sample,
     fake=_fake,
-    differentiable=False,
-    triton=Kernel(
-        "kernels.linear_loss.sample:launch_linear_fusion_sample",
-        "kernels.linear_loss.sample:supports_linear_fusion_sample",
-        rowwise="hiddens heads",
-    ),
+    carriers="",
+    triton=Kernel("sample", rowwise="hiddens heads"),
 )
 
 
@@ -77,5 +70,5 @@ def linear_fusion_sample(
         op, hiddens, lm_heads, weights, biases, temperature, softcap, vocab_size, zero_temperature=True
     )
     draws = uniform_of(op, uniform, generator, ("hiddens[0]", given.hiddens[0]), batch, temperature)
-    token, logprob, lse, kept = LINEAR_FUSION_SAMPLE(*given, draws)
+    token, logprob, lse, kept = LINEAR_FUSION_SAMPLE(given, draws)
     return SampleOutput(token.reshape(batch), logprob.reshape(batch), lse.reshape(batch), None, kept.reshape(batch))

@@ -9,39 +9,22 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
+from ...reference.linear_loss.arguments import Gradients, Need
 from .gradient import by_name
-from .inputs import Linear
+
+#: What `stored_gradients` needs; the arguments only say what the gradients depend on.
+STORED = "hiddens heads biases weights dhiddens dheads dbiases dweights"
 
 
-def keep_gradients(ctx: Any, given: Linear, need: tuple[Any, ...], grads: Any, *others: Tensor | None) -> None:
-    """Save (dhiddens, dheads, dbiases, dweights) and the tensors ``others``."""
-    dhiddens, dheads, dbiases, dweights = grads
-    flat = (*dhiddens, *dheads, *dbiases, dweights)
-    ctx.mark_non_differentiable(*flat)
-    ctx.counts, ctx.need = (len(given.hiddens), len(given.biases)), need
-    ctx.save_for_backward(*flat, given.weights, *others)
-
-
-def lists(ctx: Any, tensors: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """One a hidden, one a head, one a bias."""
-    n, biased = ctx.counts
-    return list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n : 2 * n + biased])
-
-
-def kept(ctx: Any) -> tuple[list[Tensor], Tensor | None, list[Any]]:
-    """The saved gradients, the models' weights and the other saved tensors."""
-    size = 2 * ctx.counts[0] + ctx.counts[1] + 1
-    saved = ctx.saved_tensors
-    return list(saved[:size]), saved[size], list(saved[size + 1 :])
-
-
-def stored_gradients(ctx: Any, grad: Tensor | None, need: tuple[Any, ...]) -> dict[str, Any]:
-    """The saved gradients times that of the loss, by argument name."""
-    found, weights, _ = kept(ctx)
+def stored_gradients(call: Call, grad: Tensor | None, need: Need) -> dict[str, Any]:
+    """The gradients that forward made times that of the loss, by argument name."""
+    made, weights = Gradients(*(getattr(call.out, name) for name in Gradients._fields)), call.model.weights
     if grad is None:
-        return by_name((*lists(ctx, found), found[-1]), (0, 0, 0, False), None)
-    found = scaled(grad, found)
-    return by_name((*lists(ctx, found), found[-1]), need, weights)
+        return by_name(made, Need(0, 0, 0, False), None)
+    flat = iter(scaled(grad, [*made.dhiddens, *made.dheads, *made.dbiases, made.dweights]))
+    hiddens, heads, biases = ([next(flat) for _ in t] for t in (made.dhiddens, made.dheads, made.dbiases))
+    return by_name(Gradients(hiddens, heads, biases, next(flat)), need, weights)
 
 
 def scaled(grad: Tensor | None, found: Sequence[Tensor]) -> list[Tensor]:

@@ -11,40 +11,13 @@ from torch import Tensor
 from ... import autocast, checks
 from ...reference.linear_loss.distillation import FORMS, KINDS, LINEAR, LINEAR_BIAS, LOGITS, PROBS, TOPK
 from ...transforms import wants_grad
-from .inputs import _unit_stride as unit_stride
+from ..layout import separate_rows
 
 Kind = Literal["fkl", "rkl", "jsd", "sce", "ce_soft", "product", "cosine"]
 Reduction = Literal["batchmean", "sum", "mean", "none"]
 Teacher = tuple[Any, ...]
 
-#: The part of the schemas that describes D and the coefficients of the rows; see `Distillation`.
-DISTILLATION = (
-    "Tensor[] teachers, int[] forms, float[] shares, int kind, float tau, float beta, float power, Tensor? target, "
-    "Tensor? keep, Tensor coef_kd, Tensor? coef_ce"
-)
 OUTPUTS = ("kd", "ce", "entropy_s", "entropy_t", "agree")
-
-
-class Distillation(NamedTuple):
-    """Arguments of `DISTILLATION`, in order.
-
-    teachers: the tensors of all teachers, rows flattened, last strides 1; forms: what each teacher is; shares: omega.
-    beta: of jsd or sce, or of product the student's power, whose teacher's is ``power``.
-    target int64 ``[T]`` or None; keep bool ``[T]`` or None for all rows; coef_kd, coef_ce ``[T]`` in the accumulating
-    dtype.
-    """
-
-    teachers: list[Tensor]
-    forms: list[int]
-    shares: list[float]
-    kind: int
-    tau: float
-    beta: float
-    power: float
-    target: Tensor | None
-    keep: Tensor | None
-    coef_kd: Tensor
-    coef_ce: Tensor | None
 
 
 def accumulate_dtype(student: Tensor, teachers: Sequence[Tensor]) -> torch.dtype:
@@ -70,7 +43,7 @@ def _rows(op: str, name: str, t: Any, batch: torch.Size, integer: bool = False) 
         checks.is_float_tensor(op, name, t)
     if t.ndim < 1 or t.shape[:-1] != batch:
         checks.fail(op, name, f"of leading shape {tuple(batch)} (that of the student)", tuple(t.shape))
-    return unit_stride(flat_rows(t.detach() if t.requires_grad else t, batch, t.shape[-1]))
+    return separate_rows(flat_rows(t.detach() if t.requires_grad else t, batch, t.shape[-1]))
 
 
 def _one(op: str, i: int, teacher: Any, batch: torch.Size, linear: bool) -> tuple[int, list[Tensor], int | None]:
@@ -102,7 +75,7 @@ def _linear(op: str, name: str, given: list[Any], batch: torch.Size) -> tuple[in
     h, head = _rows(op, f"{name}[1]", given[0], batch), checks.is_float_tensor(op, f"{name}[2]", given[1])
     bias = given[2] if len(given) == 3 else None
     check_head(op, (f"{name}[1]", f"{name}[2]", f"{name}[3]"), h, head, bias)
-    tensors = [h, unit_stride(head.detach())]
+    tensors = [h, separate_rows(head.detach())]
     if bias is not None:
         tensors.append(bias.detach().contiguous())
     return (LINEAR if bias is None else LINEAR_BIAS), tensors, head.shape[0]

@@ -11,16 +11,12 @@ from typing import Any
 import torch
 
 from ...library import define_raw
-from .dynamic_weights import DYN, MULTI, DynamicArguments
+from ...reference.logit_fusion.arguments import MULTI, Solve
+from ...reference.logit_fusion.dynamic_sample import dynamic_sample
+from ...signature import Signature
 
-define_raw(
-    "dynamic_sample_cuda",
-    f"({DYN}, Tensor? temperature, float temperature_value, int plausible, float plausible_value, Tensor uniform, "
-    "int top_k, float top_p, float min_p) -> (Tensor token, Tensor logprob, Tensor lse, Tensor kept, Tensor alpha, "
-    "Tensor target_kl, Tensor achieved_kl, Tensor saturated)",
-)
-
-
+#: Its arguments are those of `dynamic_sample`, and in its order.
+define_raw("dynamic_sample_cuda", Signature(dynamic_sample).schema())
 define_raw("dynamic_sample_cuda_blocks", "(Tensor on) -> int")  # blocks of the largest cluster of this device
 
 #: Limits of csrc/cuda/logit_fusion: experts held, shared memory of a block, what of it is not columns.
@@ -28,13 +24,13 @@ _EXPERTS, _MEMORY, _OVERHEAD = 4, 227 * 1024, 4 * 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports_dynamic_sample(*args: Any) -> str | None:
+def supports_dynamic_sample(given: Solve, *_: Any) -> str | None:
     """The reason the cluster kernel cannot serve a call, or None."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key("w2s_fast::dynamic_sample_cuda", "CUDA"):
         return "the extension was built without its CUDA sources"
-    if torch.cuda.get_device_capability(args[0].device) < (9, 0):
+    if torch.cuda.get_device_capability(given.base.device) < (9, 0):
         return "needs compute capability 9.0 (thread-block clusters)"
-    return row_does_not_fit(DynamicArguments(*args[:13]), _blocks(args[0].device))
+    return row_does_not_fit(given, _blocks(given.base.device))
 
 
 @cache
@@ -43,7 +39,7 @@ def _blocks(device: torch.device) -> int:
     return found
 
 
-def row_does_not_fit(given: DynamicArguments, blocks: int) -> str | None:
+def row_does_not_fit(given: Solve, blocks: int) -> str | None:
     """The reason that a row cannot stay in the shared memory of one cluster of ``blocks`` blocks, or None."""
     count, tensors = len(given.experts), (given.base, *given.experts, *given.anti)
     if count > _EXPERTS:
@@ -58,6 +54,7 @@ def row_does_not_fit(given: DynamicArguments, blocks: int) -> str | None:
     return None
 
 
-def launch_dynamic_sample(*args: Any) -> Any:
+def launch_dynamic_sample(given: Solve, *others: Any) -> Any:
     """Run the cluster kernel."""
-    return torch.ops.w2s_fast.dynamic_sample_cuda(*args)
+    *heat, how = others
+    return torch.ops.w2s_fast.dynamic_sample_cuda(*given, *heat, *how)

@@ -9,18 +9,12 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.logit_fusion import backward as reference_backward
 from ...reference.logit_fusion import dynamic_weights as reference
+from ...reference.logit_fusion.arguments import EXACT, MULTI, Solve, Solved
 from .inputs import Logits, accumulate_dtype, logits, unflatten
-
-#: The part of a schema that describes the solve; see `DynamicArguments`.
-DYN = (
-    "Tensor base, Tensor[] experts, Tensor[] anti, float alpha_max, int nodes, int first_candidate, float tol, "
-    "int multi, int direction_kind, Tensor? direction, bool average, Tensor? target_kl, int vocab_size"
-)
-MULTI = {"ray": 0, "decoupled": 1, "grid": 2}
-EXACT = -1
 
 
 class DynamicWeights(NamedTuple):
@@ -37,31 +31,12 @@ class DynamicWeights(NamedTuple):
     saturated: Tensor
 
 
-class DynamicArguments(NamedTuple):
-    """Arguments of `DYN`, in order; first_candidate is `EXACT` or the first grid node (0 or 1)."""
-
-    base: Tensor
-    experts: list[Tensor]
-    anti: list[Tensor]
-    alpha_max: float
-    nodes: int
-    first_candidate: int
-    tol: float
-    multi: int
-    direction_kind: int
-    direction: Tensor | None
-    average: bool
-    target_kl: Tensor | None
-    vocab_size: int
-
-
-def fake_weights(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes of alpha, target_kl, achieved_kl, saturated."""
-    given = DynamicArguments(*args[:13])
+def fake_weights(given: Solve) -> Solved:
+    """Shapes of a solution."""
     rows, count = given.base.shape[0], len(given.experts)
-    acc = accumulate_dtype(args)
+    acc = accumulate_dtype(given)
     kls = count if given.multi == MULTI["decoupled"] else 1
-    return (
+    return Solved(
         given.base.new_empty((rows, count), dtype=acc),
         given.base.new_empty((rows, count), dtype=acc),
         given.base.new_empty((rows, kls), dtype=acc),
@@ -74,8 +49,8 @@ def _fake_backward(
     alpha: Tensor,
     saturated: Tensor,
     base: Tensor,
-    experts: list[Tensor],
-    anti: list[Tensor],
+    experts: Sequence[Tensor],
+    anti: Sequence[Tensor],
     *_: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     def like(t: Tensor) -> Tensor:
@@ -85,66 +60,32 @@ def _fake_backward(
 
 
 BACKWARD = define(
-    "dynamic_fusion_weights_backward",
-    "(Tensor grad_alpha, Tensor alpha, Tensor saturated, Tensor base, Tensor[] experts, Tensor[] anti, int multi, "
-    "int direction_kind, Tensor? direction, bool average, bool has_target, int vocab_size) "
-    "-> (Tensor dbase, Tensor[] dexperts, Tensor[] danti, Tensor dtarget)",
-    reference=reference_backward.dynamic_fusion_weights_backward,
+    reference_backward.dynamic_fusion_weights_backward,
     fake=_fake_backward,
     triton=Kernel(
-        "kernels.logit_fusion.dynamic_weights_backward:launch_dynamic_fusion_weights_backward",
-        "kernels.logit_fusion.dynamic_weights_backward:supports_dynamic_fusion_weights_backward",
-        rowwise="base experts anti",
-        strided="grad_alpha alpha saturated",
+        "dynamic_weights_backward", rowwise="base experts anti", strided="grad_alpha alpha saturated"
     ),
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    given = DynamicArguments(*inputs)
-    alpha, target_kl, achieved_kl, saturated = output
-    # a KL is reported, not trained through; a grid's argmin is piecewise constant
-    piecewise = (alpha,) if given.first_candidate != EXACT else ()
-    ctx.mark_non_differentiable(target_kl, achieved_kl, saturated, *piecewise)
-    ctx.counts = (len(given.experts), len(given.anti))
-    ctx.numbers = (given.multi, given.direction_kind, given.average, given.target_kl is not None, given.vocab_size)
-    ctx.save_for_backward(alpha, saturated, given.base, *given.experts, *given.anti, given.direction)
-
-
-def _backward(ctx: Any, grad_alpha: Tensor, *_: Any) -> dict[str, Any]:
-    alpha, saturated, base, *rest = ctx.saved_tensors
-    experts, anti = ctx.counts
-    multi, kind, average, has_target, width = ctx.numbers
-    dbase, dexperts, danti, dtarget = BACKWARD.on(ctx.backend)(
-        grad_alpha,
-        alpha,
-        saturated,
-        base,
-        rest[:experts],
-        rest[experts : experts + anti],
-        multi,
-        kind,
-        rest[-1],
-        average,
-        has_target,
-        width,
-    )
-    return {"base": dbase, "experts": dexperts, "anti": danti, "target_kl": dtarget if has_target else None}
+def _backward(call: Call, grads: Solved) -> dict[str, Any]:
+    given, has_target = call.given, call.given.target_kl is not None
+    found = BACKWARD.on(call.backend)(
+        grads.alpha, call.out.alpha, call.out.saturated, given.base, given.experts, given.anti, given.multi,
+        given.direction_kind, given.direction, given.average, has_target, given.vocab_size,
+    )  # fmt: skip
+    target = found.dtarget if has_target else None
+    return {"base": found.dbase, "experts": found.dexperts, "anti": found.danti, "target_kl": target}
 
 
 DYNAMIC_FUSION_WEIGHTS = define(
-    "dynamic_fusion_weights",
-    f"({DYN}) -> (Tensor alpha, Tensor target_kl, Tensor achieved_kl, Tensor saturated)",
-    reference=reference.dynamic_fusion_weights,
+    reference.dynamic_fusion_weights,
     fake=fake_weights,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.logit_fusion.dynamic_weights:launch_dynamic_fusion_weights",
-        "kernels.logit_fusion.dynamic_weights:supports_dynamic_fusion_weights",
-        rowwise="base experts anti",
-        strided="direction target_kl",
-    ),
+    saves="base experts anti direction alpha saturated",
+    # a KL is reported, not trained through; a grid's argmin is piecewise constant
+    carriers=lambda call: "alpha" if call.given.first_candidate == EXACT else "",
+    triton=Kernel(rowwise="base experts anti", strided="direction target_kl"),
 )
 
 
@@ -165,8 +106,8 @@ def dynamic_arguments(
     target_kl: Tensor | None = None,
     vocab_size: int | None = None,
     strict_vocab: bool = False,
-) -> tuple[DynamicArguments, Logits]:
-    """Check the arguments of a solve and bring them to the form of `DYN`."""
+) -> tuple[Solve, Logits]:
+    """Check the arguments of a solve and bring them to one form."""
     given = logits(op, base, experts, anti, vocab_size, strict_vocab, anti_required=True)
     if not given.experts:
         checks.fail(op, "experts", "at least one tensor", "none")
@@ -184,7 +125,7 @@ def dynamic_arguments(
         checks.fail(op, "multi", '"ray" or "decoupled" unless solver="grid"', "'grid'")
     kind, rows = _direction(op, direction, given)
     target = _target(op, target_kl, given)
-    return DynamicArguments(
+    return Solve(
         given.base,
         given.experts,
         given.anti,
@@ -270,13 +211,12 @@ def _target(op: str, target_kl: Any, given: Logits) -> Tensor | None:
     return rows_kl
 
 
-def shaped(
-    given: Logits, multi: int, alpha: Tensor, target: Tensor, achieved: Tensor, saturated: Tensor
-) -> DynamicWeights:
+def shaped(given: Logits, multi: int, found: Solved) -> DynamicWeights:
     """Row results in the caller's leading shape."""
+    achieved = found.achieved_kl
     kls = achieved if multi == MULTI["decoupled"] and len(given.experts) > 1 else achieved.squeeze(1)
-    alpha, target, kls, saturated = (unflatten(t, given.batch) for t in (alpha, target, kls, saturated))
-    return DynamicWeights(alpha, target, kls, saturated)
+    rows = found._replace(achieved_kl=kls)
+    return DynamicWeights(*(unflatten(t, given.batch) for t in rows))
 
 
 def dynamic_fusion_weights(
@@ -355,4 +295,4 @@ def dynamic_fusion_weights(
     )
     # the product grid exists for comparison only, in the reference
     op = DYNAMIC_FUSION_WEIGHTS.on("reference") if args.multi == MULTI["grid"] else DYNAMIC_FUSION_WEIGHTS
-    return shaped(given, args.multi, *op(*args))
+    return shaped(given, args.multi, op(args))

@@ -9,44 +9,34 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.logit_fusion import fuse as reference
-from .gradient import fusion_gradients, save_fusion, saved_fusion
-from .inputs import FUSE, accumulate_dtype, fusion, unflatten
+from ...reference.logit_fusion.arguments import Fusion
+from .gradient import TENSORS, fusion_gradients
+from .inputs import accumulate_dtype, fusion, unflatten
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    base, out_dtype, need_lse = args[0], args[11], args[12]
-    fused = base.new_empty((base.shape[0], args[10]), dtype=out_dtype)
-    return fused, base.new_empty((base.shape[0],) if need_lse else (0,), dtype=accumulate_dtype(args))
+def _fake(given: Fusion, out_dtype: torch.dtype, need_lse: bool) -> tuple[Tensor, Tensor]:
+    rows = given.base.shape[0]
+    fused = given.base.new_empty((rows, given.vocab_size), dtype=out_dtype)
+    return fused, given.base.new_empty((rows,) if need_lse else (0,), dtype=accumulate_dtype(given))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.has_lse = inputs[12]
-    save_fusion(ctx, inputs, output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> dict[str, Any]:
-    given, (lse,) = saved_fusion(ctx)
-    row_a = grad_lse if ctx.has_lse else None
-    if not ctx.has_lse:
-        lse = lse.new_zeros(given.base.shape[0])  # its softmax gets the coefficient None, so no value is used
-    return fusion_gradients(ctx, given, lse, grad, row_a)
+def _backward(call: Call, grads: reference.FusedLogits) -> dict[str, Any]:
+    if call.need_lse:
+        return fusion_gradients(call, call.out.lse, grads.fused, grads.lse)
+    unused = call.out.lse.new_zeros(call.given.base.shape[0])  # its softmax gets no coefficient
+    return fusion_gradients(call, unused, grads.fused)
 
 
 FUSE_LOGITS = define(
-    "fuse_logits",
-    f"({FUSE}, ScalarType out_dtype, bool need_lse) -> (Tensor fused, Tensor lse)",
-    reference=reference.fuse_logits,
+    reference.fuse_logits,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.logit_fusion.fuse:launch_fuse_logits",
-        "kernels.logit_fusion.fuse:supports_fuse_logits",
-        rowwise="base experts anti",
-        strided="weights temperature",
-    ),
+    saves=f"{TENSORS} lse",
+    materialize=True,
+    triton=Kernel(rowwise="base experts anti", strided="weights temperature"),
 )
 
 Weights = float | Sequence[float] | Tensor
@@ -138,7 +128,7 @@ def fuse_logits(
         "fuse_logits", base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab
     )
     fused, lse = FUSE_LOGITS(
-        *given, checks.float_dtype("fuse_logits", "out_dtype", out_dtype or base.dtype), return_lse
+        given, checks.float_dtype("fuse_logits", "out_dtype", out_dtype or base.dtype), return_lse
     )
     fused = unflatten(fused, batch)
     return (fused, unflatten(lse, batch)) if return_lse else fused

@@ -15,77 +15,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.logit_fusion import backward as reference
-from .inputs import FUSE, Fusion, accumulate_dtype
+from ...reference.logit_fusion.arguments import Fusion
+from .inputs import accumulate_dtype
+
+#: What `fusion_gradients` needs of a `Fusion`.
+TENSORS = "base experts anti weights temperature"
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    given, need = Fusion(*args[:11]), args[-1]
+def _fake(given: Fusion, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows, count = given.base.shape[0], len(given.experts)
-    acc = accumulate_dtype(args)
+    acc, (*_, need_params) = accumulate_dtype(given), others
     return (
         given.base.new_empty((rows, given.vocab_size)),
-        given.base.new_empty((rows, count) if need else (0,), dtype=acc),
-        given.base.new_empty((rows,) if need else (0,), dtype=acc),
+        given.base.new_empty((rows, count) if need_params else (0,), dtype=acc),
+        given.base.new_empty((rows,) if need_params else (0,), dtype=acc),
     )
 
 
 FUSE_BACKWARD = define(
-    "fuse_backward",
-    f"({FUSE}, Tensor? grad, Tensor lse, Tensor? row_a, Tensor? row_b, Tensor? index, Tensor? index_coef, "
-    "bool subtract_row_sum, bool need_params) -> (Tensor dz, Tensor dweights, Tensor dtemperature)",
-    reference=reference.fuse_backward,
+    reference.fuse_backward,
     fake=_fake,
     triton=Kernel(
-        "kernels.logit_fusion.fuse_backward:launch_fuse_backward",
-        "kernels.logit_fusion.fuse_backward:supports_fuse_backward",
+        "fuse_backward",
         rowwise="base experts anti",
         strided="weights temperature grad lse row_a row_b index index_coef",
     ),
 )
 
 
-def save_fusion(ctx: Any, inputs: tuple[Any, ...], *extra: Tensor) -> None:
-    """Keep what `fusion_gradients` needs: the inputs (no copies) and ``extra`` row vectors."""
-    given = Fusion(*inputs[:11])
-    ctx.counts = (len(given.experts), len(given.anti))
-    ctx.numbers = (
-        given.weight_values,
-        given.base_weight,
-        given.temperature_value,
-        given.plausible,
-        given.plausible_value,
-        given.vocab_size,
-    )
-    ctx.save_for_backward(given.base, *given.experts, *given.anti, given.weights, given.temperature, *extra)
-
-
-def saved_fusion(ctx: Any) -> tuple[Fusion, tuple[Tensor, ...]]:
-    """What `save_fusion` kept: the fusion and the extra vectors."""
-    base, *rest = ctx.saved_tensors
-    experts, anti = ctx.counts
-    values, base_weight, heat, kind, level, width = ctx.numbers
-    weights, temperature, *extra = rest[experts + anti :]
-    given = Fusion(
-        base,
-        rest[:experts],
-        rest[experts : experts + anti],
-        weights,
-        values,
-        base_weight,
-        temperature,
-        heat,
-        kind,
-        level,
-        width,
-    )
-    return given, tuple(extra)
-
-
 def fusion_gradients(
-    ctx: Any,
-    given: Fusion,
+    call: Call,
     lse: Tensor,
     grad: Tensor | None = None,
     row_a: Tensor | None = None,
@@ -94,30 +56,32 @@ def fusion_gradients(
     index_coef: Tensor | None = None,
     subtract_row_sum: bool = False,
 ) -> dict[str, Any]:
-    """Gradients by name of every tensor of ``given``; ctx.needs_input_grad says which are wanted."""
-    need_base, need_experts, need_anti, need_weights = ctx.needs_input_grad[:4]
-    need_heat = ctx.needs_input_grad[6]
+    """Gradients by name of the tensors of the call's `Fusion` that want one."""
+    given, need = call.given, call.needs.given
     # dz comes in base's dtype: widen base for that pass where a wider input wants its gradient
     wide = given.base.dtype
-    for tensor, need in zip([*given.experts, *given.anti], [*need_experts, *need_anti], strict=True):
-        wide = torch.promote_types(wide, tensor.dtype) if need else wide
+    for tensor, wanted in zip([*given.experts, *given.anti], [*need.experts, *need.anti], strict=True):
+        wide = torch.promote_types(wide, tensor.dtype) if wanted else wide
     widened = given if wide == given.base.dtype else given._replace(base=given.base[:, : given.vocab_size].to(wide))
-    dz, dweights, dheat = FUSE_BACKWARD.on(ctx.backend)(
-        *widened, grad, lse, row_a, row_b, index, index_coef, subtract_row_sum, bool(need_weights or need_heat)
+    dz, dweights, dheat = FUSE_BACKWARD.on(call.backend)(
+        widened, grad, lse, row_a, row_b, index, index_coef, subtract_row_sum, bool(need.weights or need.temperature)
     )
     count = len(given.experts)
     scales: list[Any] = given.weight_values if given.weights is None else list(given.weights.unbind(1))
-    found: dict[str, Any] = {"base": _input_gradient(given.base, dz, given.base_weight) if need_base else None}
+    found: dict[str, Any] = {"base": _input_gradient(given.base, dz, given.base_weight) if need.base else None}
     found["experts"] = [
-        _input_gradient(t, dz, scales[k]) if need_experts[k] else None for k, t in enumerate(given.experts)
+        _input_gradient(t, dz, scales[k]) if need.experts[k] else None for k, t in enumerate(given.experts)
     ]
     shared = len(given.anti) == 1 and count > 1
     found["anti"] = [
-        _input_gradient(t, dz, sum(scales) if shared else scales[k], sign=-1.0) if need_anti[k] else None
+        _input_gradient(t, dz, sum(scales) if shared else scales[k], sign=-1.0) if need.anti[k] else None
         for k, t in enumerate(given.anti)
     ]
-    found["weights"] = dweights.to(given.weights.dtype) if given.weights is not None and need_weights else None
-    found["temperature"] = dheat.to(given.temperature.dtype) if given.temperature is not None and need_heat else None
+    for name, d, like, wanted in (
+        ("weights", dweights, given.weights, need.weights),
+        ("temperature", dheat, given.temperature, need.temperature),
+    ):
+        found[name] = d.to(like.dtype) if wanted and like is not None else None
     return found
 
 

@@ -9,29 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
-
-#: The part of every schema that describes z = (base_weight base + sum_k w_k (experts_k - anti_k)) / temperature.
-FUSE = (
-    "Tensor base, Tensor[] experts, Tensor[] anti, Tensor? weights, float[] weight_values, float base_weight, "
-    "Tensor? temperature, float temperature_value, int plausible, float plausible_value, int vocab_size"
-)
-PLAUSIBLE = {"min_p": 1, "top_p": 2}
-
-
-class Fusion(NamedTuple):
-    """Arguments of `FUSE`, in order: rows flattened to [B, >= vocab_size], last stride 1."""
-
-    base: Tensor
-    experts: list[Tensor]
-    anti: list[Tensor]
-    weights: Tensor | None
-    weight_values: list[float]
-    base_weight: float
-    temperature: Tensor | None
-    temperature_value: float
-    plausible: int
-    plausible_value: float
-    vocab_size: int
+from ...reference.logit_fusion.arguments import PLAUSIBLE, Fusion, Solve
 
 
 class Logits(NamedTuple):
@@ -79,10 +57,36 @@ def _rows(op: str, name: str, tensor: Tensor, batch: torch.Size) -> Tensor:
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] <= 1 else tensor.contiguous()
 
 
+def _plain(base: Any, experts: Any, anti: Any) -> Logits | None:
+    """The rows of a call of the plainest kind, of which nothing is left to check; otherwise None.
+
+    That is matrices of one shape, device and row layout, and one tensor a model: all that `logits` looks at costs a
+    decoding step over a few columns as much as the kernel.
+    """
+    if type(base) is not Tensor or type(experts) is not list or not experts:
+        return None
+    alone = type(anti) is Tensor
+    if not alone and (type(anti) is not list or len(anti) not in (1, len(experts))):
+        return None
+    small = [anti] if alone else anti
+    shape, device = base.shape, base.device
+    if len(shape) != 2 or shape[1] < 1:
+        return None
+    for t in (base, *experts, *small):
+        if type(t) is not Tensor or t.dtype not in checks.FLOATS or t.shape != shape or t.device != device:
+            return None
+        if t.stride(1) != 1:
+            return None
+    return Logits(base, experts, small, shape[1], torch.Size(shape[:1]))
+
+
 def logits(
     op: str, base: Any, experts: Any, anti: Any, vocab_size: int | None, strict_vocab: bool, anti_required: bool = False
 ) -> Logits:
     """Check the logits tensors and bring them to rows; views wherever the strides allow it."""
+    plain = _plain(base, experts, anti) if vocab_size is None else None
+    if plain is not None:
+        return plain
     checks.is_float_tensor(op, "base", base)
     if base.ndim < 1:
         checks.fail(op, "base", "of shape [..., V]", "a 0-dimensional tensor")
@@ -181,7 +185,7 @@ def fusion(
     strict_vocab: bool,
     zero_temperature: bool = False,
 ) -> tuple[Fusion, torch.Size]:
-    """Every argument of `FUSE` checked, and the leading shape of the result."""
+    """A `Fusion` of checked arguments, and the leading shape of the result."""
     given = logits(op, base, experts, anti, vocab_size, strict_vocab)
     rows, values = weights_of(op, weights, len(given.experts), given)
     heat, heat_value = temperature_of(op, temperature, given, zero_temperature)
@@ -202,7 +206,7 @@ def fusion(
     ), given.batch
 
 
-def accumulate_dtype(args: Sequence[Any]) -> torch.dtype:
-    """float64 if any of base, experts, anti (the first three of ``args``) is, otherwise float32."""
-    double = any(t.dtype == torch.float64 for t in (args[0], *args[1], *args[2]))
+def accumulate_dtype(given: Fusion | Solve) -> torch.dtype:
+    """float64 if any of base, experts, anti is, otherwise float32."""
+    double = any(t.dtype == torch.float64 for t in (given.base, *given.experts, *given.anti))
     return torch.float64 if double else torch.float32

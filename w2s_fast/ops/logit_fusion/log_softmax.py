@@ -9,41 +9,32 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.logit_fusion import log_softmax as reference
+from ...reference.logit_fusion.arguments import Fusion
 from .fuse import Plausible, Weights
-from .gradient import fusion_gradients, save_fusion, saved_fusion
-from .inputs import FUSE, accumulate_dtype, fusion, unflatten
+from .gradient import TENSORS, fusion_gradients
+from .inputs import accumulate_dtype, fusion, unflatten
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    base = args[0]
-    logp = base.new_empty((base.shape[0], args[10]), dtype=args[11])
-    return logp, base.new_empty((base.shape[0],), dtype=accumulate_dtype(args))
+def _fake(given: Fusion, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows = given.base.shape[0]
+    logp = given.base.new_empty((rows, given.vocab_size), dtype=out_dtype)
+    return logp, given.base.new_empty((rows,), dtype=accumulate_dtype(given))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    save_fusion(ctx, inputs, output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> dict[str, Any]:
-    given, (lse,) = saved_fusion(ctx)
-    return fusion_gradients(ctx, given, lse, grad, grad_lse, subtract_row_sum=True)
+def _backward(call: Call, grads: reference.LogSoftmax) -> dict[str, Any]:
+    return fusion_gradients(call, call.out.lse, grads.logp, grads.lse, subtract_row_sum=True)
 
 
 FUSED_LOG_SOFTMAX = define(
-    "fused_log_softmax",
-    f"({FUSE}, ScalarType out_dtype) -> (Tensor logp, Tensor lse)",
-    reference=reference.fused_log_softmax,
+    reference.fused_log_softmax,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.logit_fusion.fuse:launch_fused_log_softmax",
-        "kernels.logit_fusion.fuse:supports_fused_log_softmax",
-        rowwise="base experts anti",
-        strided="weights temperature",
-    ),
+    saves=f"{TENSORS} lse",
+    materialize=True,
+    triton=Kernel("fuse", rowwise="base experts anti", strided="weights temperature"),
 )
 
 
@@ -85,5 +76,5 @@ def fused_log_softmax(
         op, base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab
     )
     out_dtype = checks.float_dtype(op, "out_dtype", out_dtype or accumulate_dtype(given))
-    logp: Tensor = FUSED_LOG_SOFTMAX(*given, out_dtype)[0]
+    logp: Tensor = FUSED_LOG_SOFTMAX(given, out_dtype).logp
     return unflatten(logp, batch)

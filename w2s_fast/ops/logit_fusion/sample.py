@@ -12,12 +12,10 @@ from ... import checks
 from ...library import Kernel, define
 from ...reference.logit_fusion import dynamic_sample as reference_dynamic
 from ...reference.logit_fusion import sample as reference
-from .dynamic_weights import DYN, MULTI, dynamic_arguments, fake_weights, shaped
+from ...reference.logit_fusion.arguments import MULTI, Draw, Drawn, Fusion, Solve, Solved
+from .dynamic_weights import dynamic_arguments, fake_weights, shaped
 from .fuse import Plausible, Weights
-from .inputs import FUSE, accumulate_dtype, fusion, plausible_of, temperature_of, unflatten
-
-_FILTERS = "Tensor uniform, int top_k, float top_p, float min_p"
-
+from .inputs import accumulate_dtype, fusion, plausible_of, temperature_of, unflatten
 
 #: what the dict `dynamic` may hold
 _SOLVER = {"alpha_max", "solver", "grid", "nodes", "tol", "multi", "direction", "average", "target_kl"}
@@ -38,56 +36,27 @@ class SampleOutput(NamedTuple):
     kept: Tensor
 
 
-def _fake_rows(args: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    base, acc = args[0], accumulate_dtype(args)
-    rows = (base.shape[0],)
-    token, logprob, lse, kept = (base.new_empty(rows, dtype=t) for t in (torch.int64, acc, acc, torch.int32))
-    return token, logprob, lse, kept
+def _fake(given: Fusion | Solve, *_: Any) -> Drawn:
+    rows, acc = (given.base.shape[0],), accumulate_dtype(given)
+    return Drawn(*(given.base.new_empty(rows, dtype=t) for t in (torch.int64, acc, acc, torch.int32)))
 
 
 FUSED_SAMPLE = define(
-    "fused_sample",
-    f"({FUSE}, {_FILTERS}) -> (Tensor token, Tensor logprob, Tensor lse, Tensor kept)",
-    reference=reference.fused_sample,
-    fake=lambda *args: _fake_rows(args),
-    differentiable=False,
-    triton=Kernel(
-        "kernels.logit_fusion.sample:launch_fused_sample",
-        "kernels.logit_fusion.sample:supports_fused_sample",
-        rowwise="base experts anti",
-        strided="weights temperature uniform",
-    ),
+    reference.fused_sample,
+    fake=_fake,
+    carriers="",
+    triton=Kernel(rowwise="base experts anti", strided="weights temperature uniform"),
 )
-
-_DYNAMIC_SCHEMA = (
-    f"({DYN}, Tensor? temperature, float temperature_value, int plausible, float plausible_value, {_FILTERS}) -> "
-    "(Tensor token, Tensor logprob, Tensor lse, Tensor kept, Tensor alpha, Tensor target_kl, Tensor achieved_kl, "
-    "Tensor saturated)"
-)
-
-
-def _fake_dynamic(*args: Any) -> tuple[Tensor, ...]:
-    return (*_fake_rows(args), *fake_weights(*args[:13]))
-
-
 DYNAMIC_SAMPLE = define(
-    "dynamic_sample",
-    _DYNAMIC_SCHEMA,
-    reference=reference_dynamic.dynamic_sample,
-    fake=_fake_dynamic,
-    differentiable=False,
-    triton=Kernel(
-        "kernels.logit_fusion.dynamic_sample:launch_dynamic_sample",
-        "kernels.logit_fusion.dynamic_sample:supports_dynamic_sample",
-        rowwise="base experts anti",
-        strided="direction target_kl temperature uniform",
-    ),
+    reference_dynamic.dynamic_sample,
+    fake=lambda given, *_: (*_fake(given), *fake_weights(given)),
+    carriers="",
+    triton=Kernel(rowwise="base experts anti", strided="direction target_kl temperature uniform"),
     cuda=Kernel(
-        "ops.logit_fusion.cluster:launch_dynamic_sample",
-        "ops.logit_fusion.cluster:supports_dynamic_sample",
-        opt_in='not measured on a GPU yet, so Triton comes first; `with w2s_fast.backend("cuda")` takes it',
+        "cluster",
         rowwise="base experts anti",
         strided="direction target_kl temperature uniform",
+        opt_in='not measured on a GPU yet, so Triton comes first; `with w2s_fast.backend("cuda")` takes it',
     ),
 )
 
@@ -185,7 +154,7 @@ def fused_sample(
         zero_temperature=True,
     )
     draws = uniform_of(op, uniform, generator, ("base", given.base), batch, temperature)
-    token, logprob, lse, kept = FUSED_SAMPLE(*given, draws, top_k, top_p, min_p)
+    token, logprob, lse, kept = FUSED_SAMPLE(given, Draw(draws, top_k, top_p, min_p))
     wanted = unflatten(logprob, batch) if return_logprob else None
     return SampleOutput(unflatten(token, batch), wanted, unflatten(lse, batch), None, unflatten(kept, batch))
 
@@ -209,12 +178,10 @@ def _dynamic(
     kind, level = plausible_of(op, plausible)
     draws = uniform_of(op, uniform, generator, ("base", given.base), given.batch, temperature)
     run = DYNAMIC_SAMPLE.on("reference") if args.multi == MULTI["grid"] else DYNAMIC_SAMPLE
-    token, logprob, lse, kept, *solved = run(*args, heat, heat_value, kind, level, draws, top_k, top_p, min_p)
-    batch = given.batch
-    alpha = shaped(given, args.multi, *solved).alpha
-    return SampleOutput(
-        unflatten(token, batch), unflatten(logprob, batch), unflatten(lse, batch), alpha, unflatten(kept, batch)
-    )
+    found = run(args, heat, heat_value, kind, level, Draw(draws, top_k, top_p, min_p))
+    alpha = shaped(given, args.multi, Solved(*(getattr(found, name) for name in Solved._fields))).alpha
+    token, logprob, lse, kept = (unflatten(getattr(found, name), given.batch) for name in Drawn._fields)
+    return SampleOutput(token, logprob, lse, alpha, kept)
 
 
 def uniform_of(

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.logit_fusion import stats as reference
+from ...reference.logit_fusion.arguments import Fusion
 from .fuse import Plausible, Weights
-from .gradient import fusion_gradients, save_fusion, saved_fusion
-from .inputs import FUSE, accumulate_dtype, fusion, unflatten
+from .gradient import TENSORS, fusion_gradients
+from .inputs import accumulate_dtype, fusion, unflatten
 
 
 class FusedStats(NamedTuple):
@@ -29,52 +31,33 @@ class FusedStats(NamedTuple):
     target_logp: Tensor | None
 
 
-def _fake(*args: Any) -> tuple[Tensor, ...]:
-    base, targets, acc = args[0], args[11], accumulate_dtype(args)
-    rows = (base.shape[0],)
+def _fake(given: Fusion, targets: Tensor | None) -> reference.Statistics:
+    base, acc, rows = given.base, accumulate_dtype(given), (given.base.shape[0],)
     lse, top, entropy = (base.new_empty(rows, dtype=acc) for _ in range(3))
-    return (
-        lse,
-        top,
-        base.new_empty(rows, dtype=torch.int64),
-        entropy,
-        base.new_empty(rows if targets is not None else (0,), dtype=acc),
-    )
+    argmax = base.new_empty(rows, dtype=torch.int64)
+    target_logp = base.new_empty(rows if targets is not None else (0,), dtype=acc)
+    return reference.Statistics(lse, top, argmax, entropy, target_logp)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    lse, _, argmax, entropy, _ = output
-    ctx.mark_non_differentiable(argmax)
-    save_fusion(ctx, inputs, lse, argmax, entropy, inputs[11])
-
-
-def _backward(
-    ctx: Any, grad_lse: Tensor, grad_max: Tensor, _: Any, grad_entropy: Tensor, grad_target: Tensor
-) -> dict[str, Any]:
-    given, (lse, argmax, entropy, targets) = saved_fusion(ctx)
+def _backward(call: Call, grads: reference.Statistics) -> dict[str, Any]:
+    lse, argmax, entropy, targets = call.out.lse, call.out.argmax, call.out.entropy, call.targets
     # dH = -P (log P + H) dz with log P = z - lse
-    row_a = grad_lse + grad_entropy * (lse - entropy)
-    index, coef = argmax.unsqueeze(1), grad_max.unsqueeze(1)
+    row_a = grads.lse + grads.entropy * (lse - entropy)
+    index, coef = argmax.unsqueeze(1), grads.max.unsqueeze(1)
     if targets is not None:
-        row_a = row_a - grad_target
+        row_a = row_a - grads.target_logp
         index = torch.stack((argmax, targets), 1)
-        coef = torch.stack((grad_max, grad_target), 1)
-    return fusion_gradients(ctx, given, lse, None, row_a, -grad_entropy, index, coef)
+        coef = torch.stack((grads.max, grads.target_logp), 1)
+    return fusion_gradients(call, lse, None, row_a, -grads.entropy, index, coef)
 
 
 FUSED_STATS = define(
-    "fused_stats",
-    f"({FUSE}, Tensor? targets) -> (Tensor lse, Tensor max, Tensor argmax, Tensor entropy, Tensor target_logp)",
-    reference=reference.fused_stats,
+    reference.fused_stats,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.logit_fusion.stats:launch_fused_stats",
-        "kernels.logit_fusion.stats:supports_fused_stats",
-        rowwise="base experts anti",
-        strided="weights temperature targets",
-    ),
+    saves=f"{TENSORS} targets lse argmax entropy",
+    materialize=True,
+    triton=Kernel(rowwise="base experts anti", strided="weights temperature targets"),
 )
 
 
@@ -118,7 +101,7 @@ def fused_stats(
     )
     if targets is not None:
         targets = _targets(op, targets, batch, given.base, given.vocab_size)
-    lse, top, argmax, entropy, logp = FUSED_STATS(*given, targets)
+    lse, top, argmax, entropy, logp = FUSED_STATS(given, targets)
     lse, top, argmax, entropy = (unflatten(t, batch) for t in (lse, top, argmax, entropy))
     return FusedStats(lse, top, argmax, entropy, unflatten(logp, batch) if targets is not None else None)
 

@@ -3,118 +3,73 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ... import autocast, checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.sparse_lowrank import linear as reference
+from ...reference.sparse_lowrank.arguments import Support
 from ...reference.sparse_lowrank.support import gathered
 from ...transforms import wants_grad
-from .support import SUPPORT, SparseSupport, Support, _check_values, contiguous_rows
+from ..layout import unit_stride
+from .support import SparseSupport, _check_values
 
 MODES = ("auto", "factored", "materialize")
 DECODE = 8  # tokens up to which csrc/cpu/sparse_lowrank/decode.cpp serves
-_LINEAR = f"Tensor x, Tensor A, Tensor B, Tensor values, Tensor? scale, float scale_value, Tensor? bias, {SUPPORT}"
 Mode = Literal["auto", "factored", "materialize"]
 
 
-class LinearArguments(NamedTuple):
-    """Arguments of sparse_lowrank_linear's schema, in order. x [N, I], A [r, I], B [O, r]: last strides 1."""
-
-    x: Tensor
-    A: Tensor
-    B: Tensor
-    values: Tensor
-    scale: Tensor | None
-    scale_value: float
-    bias: Tensor | None
-    row_ptr: Tensor
-    cols: Tensor
-    plan: list[Tensor]
-    rows: int
-    columns: int
-    block: int
-    per_block: int
-    materialize: bool
-    need_h: bool
+def _fake(
+    x: Tensor, A: Tensor, B: Tensor, values: Tensor, scale: Tensor | None, scale_value: float, bias: Tensor | None,
+    support: Support, materialize: bool, need_h: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    h = (x.shape[0], A.shape[0]) if need_h else (0,)
+    return x.new_empty((x.shape[0], support.rows)), x.new_empty(h, dtype=reference.wide(x, A, B, values))
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    given = LinearArguments(*args)
-    x, dtype = given.x, reference.wide(given.x, given.A, given.B, given.values)
-    h = (x.shape[0], given.A.shape[0]) if given.need_h else (0,)
-    return x.new_empty((x.shape[0], given.rows)), x.new_empty(h, dtype=dtype)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    given = LinearArguments(*inputs)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.numbers = (given.scale_value, *given[10:15])
-    ctx.save_for_backward(given.x, given.A, given.B, given.values, given.scale, given.bias, given.row_ptr, given.cols,
-                          output[1] if given.need_h else None, *given.plan)  # fmt: skip
-
-
-def _backward(ctx: Any, grad: Tensor | None, _: Any) -> dict[str, Any]:
-    if grad is None:
-        return {}
-    x, A, B, values, scale, bias, row_ptr, cols, h, *plan = ctx.saved_tensors
-    scale_value, *sizes, materialize = ctx.numbers
-    need = dict(zip(LinearArguments._fields, ctx.needs_input_grad, strict=False))
+def _backward(call: Call, grads: reference.LowRankLinear) -> dict[str, Any]:
+    grad, needs, bias = unit_stride(grads.y), call.needs, call.bias
+    h = call.out.h if call.need_h else None
     names = ("x", "A", "B", "values", "scale")
-    grad = contiguous_rows(grad)
-    grads = BACKWARD.on("auto" if ctx.backend == "cuda" else ctx.backend)(  # decode has no gradient kernel of its own
-        grad, x, A, B, values, scale, scale_value, h, row_ptr, cols, plan, *sizes, materialize,
-        *(bool(need[name]) for name in names),
+    made = BACKWARD.on("auto" if call.backend == "cuda" else call.backend)(  # decode has no gradient kernel of its own
+        grad, call.x, call.A, call.B, call.values, call.scale, call.scale_value, h, call.support, call.materialize,
+        **{f"need_{name}": bool(getattr(needs, name)) for name in names},
     )  # fmt: skip
-    found: dict[str, Any] = {name: g if need[name] else None for name, g in zip(names, grads, strict=True)}
-    if bias is not None and need["bias"]:
+    found: dict[str, Any] = {name: getattr(made, f"d{name}") for name in names if getattr(needs, name)}
+    if bias is not None and needs.bias:
         found["bias"] = grad.sum(0, dtype=reference.wide(grad, bias)).to(bias.dtype)
     return found
 
 
-def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    tensors, need = args[1:6], args[-5:]
-    return tuple(
-        args[1].new_empty(0) if t is None else t.new_empty(t.shape if wanted else (0,))
-        for t, wanted in zip(tensors, need, strict=True)
-    )
+def _fake_backward(
+    grad: Tensor, x: Tensor, A: Tensor, B: Tensor, values: Tensor, scale: Tensor | None, *others: Any
+) -> tuple[Tensor, ...]:
+    *_, need_x, need_A, need_B, need_values, need_scale = others
+    wanted = ((x, need_x), (A, need_A), (B, need_B), (values, need_values), (scale, need_scale))
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape if need else (0,)) for t, need in wanted)
 
 
 SPARSE_LOWRANK_LINEAR = define(
-    "sparse_lowrank_linear",
-    f"({_LINEAR}, bool materialize, bool need_h) -> (Tensor y, Tensor h)",
-    reference=reference.sparse_lowrank_linear,
+    reference.sparse_lowrank_linear,
     fake=_fake,
-    setup_context=_setup_context,
     backward=_backward,
-    triton=Kernel(
-        "kernels.sparse_lowrank.linear:launch_sparse_lowrank_linear",
-        "kernels.sparse_lowrank.linear:supports_sparse_lowrank_linear",
-        rowwise="x A B",
-    ),
+    saves=lambda call: "x A B values scale bias row_ptr cols plan" + (" h" if call.need_h else ""),
+    carriers="y",
+    triton=Kernel(rowwise="x A B"),
     cuda=Kernel(
-        "ops.sparse_lowrank.decode:launch_sparse_lowrank_decode",
-        "ops.sparse_lowrank.decode:supports_sparse_lowrank_decode",
-        opt_in='not measured on a GPU yet, so Triton comes first; `with w2s_fast.backend("cuda")` takes it',
+        "decode",
         rowwise="x A B",
+        opt_in='not measured on a GPU yet, so Triton comes first; `with w2s_fast.backend("cuda")` takes it',
     ),
 )
 BACKWARD = define(
-    "sparse_lowrank_backward",
-    "(Tensor grad, Tensor x, Tensor A, Tensor B, Tensor values, Tensor? scale, float scale_value, Tensor? h, "
-    f"{SUPPORT}, bool materialize, bool need_x, bool need_A, bool need_B, bool need_values, bool need_scale) "
-    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dvalues, Tensor dscale)",
-    reference=reference.sparse_lowrank_backward,
+    reference.sparse_lowrank_backward,
     fake=_fake_backward,
-    triton=Kernel(
-        "kernels.sparse_lowrank.backward:launch_sparse_lowrank_backward",
-        "kernels.sparse_lowrank.backward:supports_sparse_lowrank_backward",
-        rowwise="grad x A B",
-    ),
+    triton=Kernel("backward", rowwise="grad x A B"),
 )
 
 
@@ -232,8 +187,8 @@ def sparse_lowrank_linear(
             given = support._decoding
     trained = wants_grad(B, factor)
     bias = None if bias is None else bias.contiguous()
-    factors = (contiguous_rows(flat), contiguous_rows(A), contiguous_rows(B), values.contiguous())
-    y: Tensor = SPARSE_LOWRANK_LINEAR(*factors, factor, number, bias, *given, dense, trained and not dense)[0]
+    factors = (unit_stride(flat), unit_stride(A), unit_stride(B), values.contiguous())
+    y: Tensor = SPARSE_LOWRANK_LINEAR(*factors, factor, number, bias, given, dense, trained and not dense).y
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], given.rows)
 
 
@@ -280,49 +235,38 @@ def _checked(
     return given, factor, number
 
 
-def _fake_materialize(*args: Any) -> Tensor:
-    return args[0].new_empty((args[8], args[9]), dtype=args[-1])  # type: ignore[no-any-return]
+def _fake_materialize(
+    A: Tensor, B: Tensor, values: Tensor, scale: Tensor | None, scale_value: float, support: Support,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return A.new_empty((support.rows, support.columns), dtype=out_dtype)
 
 
-def _materialize_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    A, B, values, scale, ctx.scale_value, row_ptr, cols = inputs[:7]
-    ctx.sizes = inputs[8:12]
-    ctx.save_for_backward(A, B, values, scale, row_ptr, cols)
-
-
-def _materialize_backward(ctx: Any, grad: Tensor) -> dict[str, Any]:
-    A, B, values, scale, row_ptr, cols = ctx.saved_tensors
-    need_A, need_B, need_values, need_scale = ctx.needs_input_grad[:4]
+def _materialize_backward(call: Call, grad: Tensor) -> dict[str, Any]:
+    A, B, values, scale, needs = call.A, call.B, call.values, call.scale, call.needs
     dtype = reference.wide(A, B, values)
     g = grad.to(dtype)
-    s: Any = ctx.scale_value if scale is None else scale.to(dtype)
+    s: Any = call.scale_value if scale is None else scale.to(dtype)
     found: dict[str, Any] = {}
-    through = g @ A.to(dtype).t() if need_B or need_scale else None  # dW A^T
-    if need_A:
+    through = g @ A.to(dtype).t() if needs.B or needs.scale else None  # dW A^T
+    if needs.A:
         found["A"] = (B.to(dtype).t() @ g * s).to(A.dtype)
     if through is not None:
-        found["B"] = (through * s).to(B.dtype) if need_B else None
-        if need_scale:
+        found["B"] = (through * s).to(B.dtype) if needs.B else None
+        if needs.scale:
             found["scale"] = (through * B.to(dtype)).sum().to(scale.dtype).reshape(scale.shape)
-    if need_values:
-        found["values"] = gathered(g, row_ptr, cols, *ctx.sizes).to(values.dtype)
+    if needs.values:
+        found["values"] = gathered(g, call.support).to(values.dtype)
     return found
 
 
 SPARSE_LOWRANK_MATERIALIZE = define(
-    "sparse_lowrank_materialize",
-    f"(Tensor A, Tensor B, Tensor values, Tensor? scale, float scale_value, {SUPPORT}, ScalarType out_dtype) "
-    "-> Tensor W",
-    reference=reference.sparse_lowrank_materialize,
+    reference.sparse_lowrank_materialize,
     fake=_fake_materialize,
-    setup_context=_materialize_context,
     backward=_materialize_backward,
+    saves="A B values scale row_ptr cols",
     twice=True,
-    triton=Kernel(
-        "kernels.sparse_lowrank.materialize:launch_sparse_lowrank_materialize",
-        "kernels.sparse_lowrank.materialize:supports_sparse_lowrank_materialize",
-        rowwise="A B",
-    ),
+    triton=Kernel("materialize", rowwise="A B"),
 )
 
 
@@ -358,6 +302,6 @@ def sparse_lowrank_materialize(
     given, factor, number = _factors(op, A, B, values, support, scale)
     dtype = checks.float_dtype(op, "out_dtype", out_dtype or B.dtype)
     w: Tensor = SPARSE_LOWRANK_MATERIALIZE(
-        contiguous_rows(A), contiguous_rows(B), values.contiguous(), factor, number, *given, dtype
+        unit_stride(A), unit_stride(B), values.contiguous(), factor, number, given, dtype
     )
     return w

@@ -9,81 +9,61 @@ import torch
 from torch import Tensor
 
 from ... import autocast, checks
+from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.sparse_lowrank import products as reference
-from .support import SUPPORT, SparseSupport, Support, _check_values, contiguous_rows
+from ...reference.sparse_lowrank.arguments import Support
+from ..layout import unit_stride
+from .support import SparseSupport, _check_values
 
 
-def _spmm_fake(x: Tensor, values: Tensor, *args: Any) -> Tensor:
-    given, transpose = Support(*args[:-1]), args[-1]
-    return x.new_empty((x.shape[0], given.columns if transpose else given.rows))
+def _spmm_fake(x: Tensor, values: Tensor, support: Support, transpose: bool) -> Tensor:
+    return x.new_empty((x.shape[0], support.columns if transpose else support.rows))
 
 
-def _spmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, row_ptr, cols, plan, *ctx.sizes, ctx.transpose = inputs
-    ctx.save_for_backward(x, values, row_ptr, cols, *plan)
-
-
-def _spmm_backward(ctx: Any, grad: Tensor) -> dict[str, Any]:
-    x, values, row_ptr, cols, *plan = ctx.saved_tensors
-    given, grad = (row_ptr, cols, plan, *ctx.sizes), contiguous_rows(grad)
-    dx = dv = None
-    if ctx.needs_input_grad[0]:
-        dx = SPMM.on(ctx.backend)(grad, values, *given, not ctx.transpose)
-    if ctx.needs_input_grad[1]:
+def _spmm_backward(call: Call, grad: Tensor) -> dict[str, Any]:
+    x, values, support, transpose = call.x, call.values, call.support, call.transpose
+    grad = unit_stride(grad)
+    found: dict[str, Any] = {}
+    if call.needs.x:
+        found["x"] = SPMM.on(call.backend)(grad, values, support, not transpose)
+    if call.needs.values:
         # in the dtype of the values, so that wide values keep their digits
         g = grad.to(torch.promote_types(grad.dtype, values.dtype))
-        dv = SDDMM.on(ctx.backend)(*((x, g) if ctx.transpose else (g, x)), *given).to(values.dtype)
-    return {"x": dx, "values": dv}
+        rows, columns = (x, g) if transpose else (g, x)
+        found["values"] = SDDMM.on(call.backend)(rows, columns, support).to(values.dtype)
+    return found
 
 
-def _sddmm_fake(g: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(cols.shape, dtype=torch.promote_types(g.dtype, x.dtype))
+def _sddmm_fake(g: Tensor, x: Tensor, support: Support) -> Tensor:
+    return x.new_empty(support.cols.shape, dtype=torch.promote_types(g.dtype, x.dtype))
 
 
-def _sddmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    g, x, row_ptr, cols, plan, *ctx.sizes = inputs
-    ctx.save_for_backward(g, x, row_ptr, cols, *plan)
-
-
-def _sddmm_backward(ctx: Any, grad: Tensor) -> dict[str, Any]:
-    g, x, row_ptr, cols, *plan = ctx.saved_tensors
-    given, grad = (row_ptr, cols, plan, *ctx.sizes), grad.contiguous()
-    spmm = SPMM.on(ctx.backend)
+def _sddmm_backward(call: Call, grad: Tensor) -> dict[str, Any]:
+    g, x, support, grad = call.g, call.x, call.support, grad.contiguous()
+    spmm = SPMM.on(call.backend)
     wide = torch.promote_types(g.dtype, x.dtype)  # a product comes in the dtype of its first operand
     return {
-        "g": spmm(x.to(wide), grad, *given, False).to(g.dtype) if ctx.needs_input_grad[0] else None,
-        "x": spmm(g.to(wide), grad, *given, True).to(x.dtype) if ctx.needs_input_grad[1] else None,
+        "g": spmm(x.to(wide), grad, support, False).to(g.dtype) if call.needs.g else None,
+        "x": spmm(g.to(wide), grad, support, True).to(x.dtype) if call.needs.x else None,
     }
 
 
 SPMM = define(
-    "spmm",
-    f"(Tensor x, Tensor values, {SUPPORT}, bool transpose) -> Tensor y",
-    reference=reference.spmm,
+    reference.spmm,
     fake=_spmm_fake,
-    setup_context=_spmm_context,
     backward=_spmm_backward,
+    saves="x values row_ptr cols plan",
     twice=True,
-    triton=Kernel(
-        "kernels.sparse_lowrank.products:launch_spmm",
-        "kernels.sparse_lowrank.products:supports_spmm",
-        rowwise="x",
-    ),
+    triton=Kernel(rowwise="x"),
 )
 SDDMM = define(
-    "sddmm",
-    f"(Tensor g, Tensor x, {SUPPORT}) -> Tensor values",
-    reference=reference.sddmm,
+    reference.sddmm,
     fake=_sddmm_fake,
-    setup_context=_sddmm_context,
     backward=_sddmm_backward,
+    saves="g x row_ptr cols plan",
     twice=True,
-    triton=Kernel(
-        "kernels.sparse_lowrank.products:launch_sddmm",
-        "kernels.sparse_lowrank.products:supports_sddmm",
-        rowwise="g x",
-    ),
+    triton=Kernel(rowwise="g x"),
 )
 
 
@@ -96,7 +76,7 @@ def _matrix(op: str, name: str, value: Any, support: Any, width: str) -> Tensor:
     if tensor.ndim < 1 or tensor.shape[-1] != size:
         checks.fail(op, name, f"of shape [..., {size}], the support's {width}", tuple(tensor.shape))
     checks.same_device(op, [(name, tensor), ("support", support.row_ptr)])
-    return contiguous_rows(tensor.reshape(math.prod(tensor.shape[:-1]), size))
+    return unit_stride(tensor.reshape(math.prod(tensor.shape[:-1]), size))
 
 
 def spmm(x: Tensor, values: Tensor, support: SparseSupport, *, transpose: bool = False) -> Tensor:
@@ -126,7 +106,7 @@ def spmm(x: Tensor, values: Tensor, support: SparseSupport, *, transpose: bool =
     checks.is_float_tensor("spmm", "values", values)
     _check_values("spmm", support, values)
     checks.same_device("spmm", [("x", x), ("values", values)])
-    y: Tensor = SPMM(rows, values.contiguous(), *support.arguments("spmm"), bool(transpose))
+    y: Tensor = SPMM(rows, values.contiguous(), support.arguments("spmm"), bool(transpose))
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -156,5 +136,5 @@ def sddmm(g: Tensor, x: Tensor, support: SparseSupport) -> Tensor:
     left, right = _matrix("sddmm", "g", g, support, "rows"), _matrix("sddmm", "x", x, support, "columns")
     if g.shape[:-1] != x.shape[:-1]:
         checks.fail("sddmm", "x", f"of leading shape {[*g.shape[:-1]]}, as g", tuple(x.shape))
-    v: Tensor = SDDMM(left, right, *support.arguments("sddmm"))
+    v: Tensor = SDDMM(left, right, support.arguments("sddmm"))
     return v

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import checks
 from ...reference.sparse_lowrank import support as reference
+from ...reference.sparse_lowrank.arguments import Support
 from . import plan
 
 LAYOUTS = ("csr16", "csr32", "balanced", "flat64")
-#: The part of every schema that describes a support; see `Support`.
-SUPPORT = "Tensor row_ptr, Tensor cols, Tensor[] plan, int rows, int columns, int block, int per_block"
-
-
-class Support(NamedTuple):
-    """Arguments of `SUPPORT`, in order. csr: block 0; balanced: an empty row_ptr. plan: `plan.build`'s, or empty."""
-
-    row_ptr: Tensor
-    cols: Tensor
-    plan: list[Tensor]
-    rows: int
-    columns: int
-    block: int
-    per_block: int
-
-
 class SparseSupport(nn.Module):
     """The positions of a sparse matrix's nonzeros, which never change (SLTrain, arXiv 2406.02214, section 3).
 
@@ -132,7 +118,7 @@ class SparseSupport(nn.Module):
         """Row and column of every value, int64 [K] each, in the order of the values."""
         if self.layout == "flat64":
             return self.cols // max(self.shape[1], 1), self.cols % max(self.shape[1], 1)
-        return reference.positions(self.row_ptr, self.cols, *self.shape, self.block, self.per_block)
+        return reference.positions(Support(self.row_ptr, self.cols, [], *self.shape, self.block, self.per_block))
 
     def flat_indices(self) -> Tensor:
         """Sorted positions row * I + column, int64 [K]: the ``sparse_index`` of official checkpoints."""
@@ -209,7 +195,7 @@ class SparseSupport(nn.Module):
     def _blocks(self) -> tuple[int, int]:
         return self.block, self.per_block
 
-    def _collect(self, walk: list[Tensor]) -> None:
+    def _collect(self, walk: Sequence[Tensor]) -> None:
         # kept as a tuple: looking up four buffers of a module costs a small call a microsecond
         self._arguments = Support(self.row_ptr, self.cols, walk, *self.shape, self.block, self.per_block)
         # few tokens are walked row by row: five tensors less to pass
@@ -379,11 +365,6 @@ def _check_values(op: str, s: SparseSupport, values: Any) -> None:
     if not isinstance(values, Tensor) or values.shape != (s.nnz,):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         checks.fail(op, "values", f"of shape [{s.nnz}], one a position of the support", got)
-
-
-def contiguous_rows(t: Tensor) -> Tensor:
-    """A matrix whose rows are contiguous (copied once if they are not)."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _balanced(shape: tuple[int, int], row: Tensor, column: Tensor, block: int, per_block: int) -> SparseSupport:

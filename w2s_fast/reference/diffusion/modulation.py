@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from ..kv_compressed_attention.kv_compress import standardize, standardize_backward
@@ -19,6 +21,24 @@ def _summed(product: Tensor, vector: Tensor | None) -> Tensor:
     return product if vector is not None and vector.shape[1] != 1 else product.sum(1, keepdim=True)
 
 
+class Modulated(NamedTuple):
+    """added and h ``[B, N, C]``, stats ``[B, N, 2]``; ``[0]`` where absent."""
+
+    added: Tensor
+    h: Tensor
+    stats: Tensor
+
+
+class ModulationGradients(NamedTuple):
+    """dx and dy ``[B, N, C]``, dgate, dshift and dscale in the accumulation dtype; ``[0]`` where not needed."""
+
+    dx: Tensor
+    dy: Tensor
+    dgate: Tensor
+    dshift: Tensor
+    dscale: Tensor
+
+
 def modulate(
     x: Tensor,
     y: Tensor | None,
@@ -29,7 +49,7 @@ def modulate(
     scale: Tensor | None,
     scale_row: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Modulated:
     """added = x + gate y; h = LN0(added) (1 + scale) + shift, both ``[B, N, C]``, and LN0's stats ``[B, N, 2]``.
 
     Without y, added is ``[0]`` and x takes its place; without shift and scale, h and stats are ``[0]``. gate, shift and
@@ -44,7 +64,7 @@ def modulate(
     if shift is not None and scale is not None:
         unit, stats = standardize((x if y is None else added).to(acc), eps)
         h = (unit * (1 + _vector(scale, scale_row, acc)) + _vector(shift, shift_row, acc)).to(x.dtype)
-    return added, h.clone() if y is None and shift is None else h, stats
+    return Modulated(added, h.clone() if y is None and shift is None else h, stats)
 
 
 def modulate_backward(
@@ -61,7 +81,7 @@ def modulate_backward(
     need_y: bool,
     need_gate: bool,
     need_modulation: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> ModulationGradients:
     """dx, dy ``[B, N, C]``, dgate, dshift, dscale (accumulation dtype); ``[0]`` where not needed.
 
     dx = grad_added + (g - mean g - unit mean(g unit)) / s with g = grad_h (1 + scale) and unit = LN0(added);
@@ -86,4 +106,5 @@ def modulate_backward(
     if need_gate and y is not None:
         dgate = _summed(dx * y.to(acc), gate)
     dx = dx if need_x else empty
-    return tuple(t.clone() for t in (dx.to(added.dtype), dy.to(added.dtype), dgate, dshift, dscale))  # type: ignore[return-value]
+    found = (dx.to(added.dtype), dy.to(added.dtype), dgate, dshift, dscale)
+    return ModulationGradients(*(t.clone() for t in found))

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from ..numerics import accumulate_dtype
 
 
-def _loss(residual: Tensor, c: float, vector: bool) -> tuple[Tensor, Tensor]:
+class Huber(NamedTuple):
+    """loss ``[B]`` and inverse ``[B]``, ``[0]`` for the elementwise form."""
+
+    loss: Tensor
+    inverse: Tensor
+
+
+class Consistency(NamedTuple):
+    """What the network gave and was given at two levels, ``[B, D]`` each, and the levels' numbers ``[B, 4]``."""
+
+    student: Tensor
+    teacher: Tensor
+    x_student: Tensor
+    x_teacher: Tensor
+    levels: Tensor
+
+
+def _loss(residual: Tensor, c: float, vector: bool) -> Huber:
     square = residual.square()
     if vector:
         square = square.sum(1)
     root = (square + c * c).sqrt()
     loss = square / (root + c)
-    return (loss, 1 / root) if vector else (loss.sum(1) / residual.shape[1], loss.new_empty(0))
+    return Huber(loss, 1 / root) if vector else Huber(loss.sum(1) / residual.shape[1], loss.new_empty(0))
 
 
 def _gradient(grad: Tensor, residual: Tensor, inverse: Tensor, c: float) -> Tensor:
@@ -23,7 +42,7 @@ def _gradient(grad: Tensor, residual: Tensor, inverse: Tensor, c: float) -> Tens
     return residual / (residual.square() + c * c).sqrt() * (grad / residual.shape[1]).unsqueeze(1)
 
 
-def pseudo_huber_loss(pred: Tensor, target: Tensor, c: float, vector: bool) -> tuple[Tensor, Tensor]:
+def pseudo_huber_loss(pred: Tensor, target: Tensor, c: float, vector: bool) -> Huber:
     """loss ``[B]`` and, for the vector form, ``1 / sqrt(s + c^2)`` ``[B]`` (else ``[0]``) of pred, target ``[B, D]``.
 
     vector: ``s / (sqrt(s + c^2) + c)`` with s the sum of squared residuals; otherwise the mean over entries of the same
@@ -42,24 +61,19 @@ def pseudo_huber_backward(grad: Tensor, pred: Tensor, target: Tensor, inverse: T
     return _gradient(grad, pred.to(acc) - target.to(acc), inverse, c).to(pred.dtype)
 
 
-def _ict_residual(student: Tensor, teacher: Tensor, x_student: Tensor, x_teacher: Tensor, levels: Tensor) -> Tensor:
+def _ict_residual(given: Consistency) -> Tensor:
+    student, teacher, x_student, x_teacher, levels = given
     acc = accumulate_dtype(student, teacher, x_student, x_teacher)
     a, b, c, d = levels.to(acc).unsqueeze(2).unbind(1)
     return (a * student.to(acc) + c * x_student.to(acc)) + (b * teacher.to(acc) + d * x_teacher.to(acc))
 
 
-def ict_loss(
-    student: Tensor, teacher: Tensor, x_student: Tensor, x_teacher: Tensor, levels: Tensor, c: float, vector: bool
-) -> tuple[Tensor, Tensor]:
+def ict_loss(given: Consistency, c: float, vector: bool) -> Huber:
     """`pseudo_huber_loss` of ``r = k0 student + k1 teacher + k2 x_student + k3 x_teacher``, k = levels ``[B, 4]``."""
-    return _loss(_ict_residual(student, teacher, x_student, x_teacher, levels), c, vector)
+    return _loss(_ict_residual(given), c, vector)
 
 
-def ict_backward(
-    grad: Tensor, student: Tensor, teacher: Tensor, x_student: Tensor, x_teacher: Tensor, levels: Tensor,
-    inverse: Tensor, c: float, column: int,
-) -> Tensor:  # fmt: skip
+def ict_backward(grad: Tensor, given: Consistency, inverse: Tensor, c: float, column: int) -> Tensor:
     """Gradient in tensor number ``column``, in its dtype: its coefficient times the gradient in the residual."""
-    tensors = (student, teacher, x_student, x_teacher)
-    factor = grad * levels[:, column].to(grad.dtype)
-    return _gradient(factor, _ict_residual(*tensors, levels), inverse, c).to(tensors[column].dtype)
+    factor = grad * given.levels[:, column].to(grad.dtype)
+    return _gradient(factor, _ict_residual(given), inverse, c).to(given[column].dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,24 @@ from ..kv_compressed_attention.kv_compress import standardize, standardize_backw
 from ..numerics import accumulate_dtype
 
 
+class Normed(NamedTuple):
+    """y like x, and stats."""
+
+    y: Tensor
+    stats: Tensor
+
+
+class NormGradients(NamedTuple):
+    """dx like x; dweight and dbias like their parameters, ``[0]`` where absent."""
+
+    dx: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
 def qk_norm(
     x: Tensor, first: int, last: int, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float
-) -> tuple[Tensor, Tensor]:
+) -> Normed:
     """y of x ``[B, N, S, C]``: slots [first, last) normalised over C, the others copied; stats ``[B, N, last - first,
     2]``.
 
@@ -23,7 +40,7 @@ def qk_norm(
     unit = unit if bias is None else unit + bias.to(acc)
     y = x.clone(memory_format=torch.contiguous_format)
     y[:, :, first:last] = unit.to(x.dtype)
-    return y, stats
+    return Normed(y, stats)
 
 
 def qk_norm_backward(
@@ -36,7 +53,7 @@ def qk_norm_backward(
     rms: bool,
     stats: Tensor,
     need_params: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> NormGradients:
     """dx ``[B, N, S, C]``, dweight and dbias (accumulation dtype, their parameter's shape; ``[0]`` where absent)."""
     acc = accumulate_dtype(x)
     g, mean, rstd = grad[:, :, first:last].to(acc), stats[..., :1], stats[..., 1:]
@@ -51,4 +68,4 @@ def qk_norm_backward(
     dx = grad.to(x.dtype).clone(memory_format=torch.contiguous_format)
     through = standardize_backward(g if weight is None else g * weight.to(acc), unit, rstd, rms)
     dx[:, :, first:last] = through.to(x.dtype)
-    return dx, dweight, dbias
+    return NormGradients(dx, dweight, dbias)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,32 @@ def _axes(x: Tensor) -> tuple[int, ...]:
     return (1, -1) + (1,) * (x.ndim - 2)
 
 
+class Affine(NamedTuple):
+    """Lower and upper bounds."""
+
+    low: Tensor
+    high: Tensor
+
+
+class AffineGradients(NamedTuple):
+    """Each like its argument."""
+
+    dlower: Tensor
+    dupper: Tensor
+    dscale: Tensor
+    dshift: Tensor
+
+
+class Moments(NamedTuple):
+    """Of each channel."""
+
+    mean: Tensor
+    var: Tensor
+
+
 def interval_affine(
     lower: Tensor, upper: Tensor, scale: Tensor, shift: Tensor, relu: bool, sound: bool
-) -> tuple[Tensor, Tensor]:
+) -> Affine:
     """``s x + t`` of both bounds, exchanged where s < 0, through ReLU if ``relu``.
 
     ``sound`` computes in float64, covers its rounding error too and rounds outward.
@@ -34,13 +59,13 @@ def interval_affine(
             end = torch.where(size < torch.inf, moved, -torch.inf if down else torch.inf)
         end = end.relu() if relu else end
         ends.append(outward(end, lower.dtype, down) if sound else end.to(lower.dtype))
-    return ends[0], ends[1]
+    return Affine(ends[0], ends[1])
 
 
 def interval_affine_backward(
     grad_lower: Tensor, grad_upper: Tensor, lower: Tensor, upper: Tensor, scale: Tensor, low: Tensor, high: Tensor,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> AffineGradients:  # fmt: skip
     """Gradients of lower, upper, scale and shift; ``low`` and ``high`` are the outputs."""
     wide = accumulate_dtype(lower)
     g, h, x, y = (v.to(wide) for v in (grad_lower, grad_upper, lower, upper))
@@ -51,15 +76,15 @@ def interval_affine_backward(
     axes = [0, *range(2, lower.ndim)]
     dscale, dshift = (to_lower * x + to_upper * y).sum(axes), (g + h).sum(axes)
     bounds = (to_lower * s).to(lower.dtype), (to_upper * s).to(lower.dtype)
-    return *bounds, dscale.to(scale.dtype), dshift.to(scale.dtype)
+    return AffineGradients(*bounds, dscale.to(scale.dtype), dshift.to(scale.dtype))
 
 
-def interval_batchnorm_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+def interval_batchnorm_stats(x: Tensor) -> Moments:
     """Mean and biased variance of each channel, from float64 sums."""
     axes = [0, *range(2, x.ndim)]
     variance, mean = torch.var_mean(x.double(), axes, correction=0)
     wide = accumulate_dtype(x)
-    return mean.to(wide), variance.to(wide)
+    return Moments(mean.to(wide), variance.to(wide))
 
 
 def interval_batchnorm_stats_backward(grad_mean: Tensor, grad_var: Tensor, x: Tensor, mean: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,17 @@ def interval_moments(lower: Tensor, upper: Tensor) -> Tensor:
     return torch.stack([row.sum() for row in rows])
 
 
-def interval_moments_backward(grad: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+class MomentsGradients(NamedTuple):
+    """Each like its argument."""
+
+    dlower: Tensor
+    dupper: Tensor
+
+
+def interval_moments_backward(grad: Tensor, lower: Tensor, upper: Tensor) -> MomentsGradients:
     """Gradients of lower and upper; those of the counts are 0."""
     low, high, g = lower.double(), upper.double(), grad.double()
     c = (low + high) * 0.5
     active, dead = (low > 0).double(), (high < 0).double()
     half = 0.5 * (g[1] + g[4] * active + g[7] * dead) + c * (g[2] + g[5] * active + g[8] * dead)
-    return (half - g[0]).to(lower.dtype), (half + g[0]).to(upper.dtype)
+    return MomentsGradients((half - g[0]).to(lower.dtype), (half + g[0]).to(upper.dtype))

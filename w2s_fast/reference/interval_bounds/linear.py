@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import Box, LayerGradients
 from .boxes import center_radius, outward, sound_bounds, sound_operand, spread_limit, unit, without_tf32
 
 
@@ -20,19 +21,19 @@ def interval_linear(
     compute: str,
     sound: bool,
     spread: float,
-) -> tuple[Tensor, Tensor]:
+) -> Box:
     """Centre ``m W^T + b`` and radius ``r |W|^T``; as lower and upper if ``bounds_out``, both through ReLU if ``relu``.
 
     ``sound`` computes in float64, covers its rounding error and ``spread (|W| |x| + |bias|)`` too and rounds outward.
     ``compute`` is a permission that plain PyTorch does not use.
     """
     if sound:
-        return _sound(a, b, weight, bias, bounds_in, relu, spread)
+        return Box(*_sound(a, b, weight, bias, bounds_in, relu, spread))
     m, r = center_radius(a, b) if bounds_in else (a, b)
     with without_tf32(a):
         m, r = F.linear(m, weight, bias), F.linear(r, weight.abs())
     x, y = (m - r, m + r) if bounds_out else (m, r)
-    return (x.relu(), y.relu()) if relu else (x, y)
+    return Box(x.relu(), y.relu()) if relu else Box(x, y)
 
 
 def _sound(
@@ -65,7 +66,7 @@ def interval_linear_backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> LayerGradients:
     """Gradients of a, b, weight and bias; of shape [0] where not wanted.
 
     With G_m, G_r those of centre and radius before the activation: ``dm = G_m W``, ``dr = G_r |W|``,
@@ -86,4 +87,4 @@ def interval_linear_backward(
             dw = gm.t() @ m + weight.sign() * (gr.t() @ r)
     if need_bias:
         dbias = gm.sum(0)
-    return da, db, dw.contiguous(), dbias
+    return LayerGradients(da, db, dw.contiguous(), dbias)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import accumulate_dtype
+from .arguments import LayerGradients
 from .boxes import center_radius, outward, sound_operand, unit
 
 
@@ -48,7 +51,7 @@ def margin_logits_backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> LayerGradients:
     """Gradients of a, b, weight and bias; of shape [0] where not wanted.
 
     ``dm = sum_k g_k D_k``, ``dr = sum_k g_k |D_k|``, ``dW_k += g_k (m + sign(D_k) r)`` and the same from ``dW_y``.
@@ -74,14 +77,22 @@ def margin_logits_backward(
         dweight = (dw - torch.zeros_like(dw).index_add(0, y, taken)).to(weight.dtype)
     if need_bias:
         dbias = (g.sum(0) - g.new_zeros(w.shape[0]).index_add(0, y, g.sum(1))).to(weight.dtype)
-    return da, db, dweight, dbias
+    return LayerGradients(da, db, dweight, dbias)
+
+
+class Margins(NamedTuple):
+    """loss and worst ``[B]``, z ``[B, C]``."""
+
+    loss: Tensor
+    worst: Tensor
+    z: Tensor
 
 
 def margin_cross_entropy(
     a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, bounds: bool, sound: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Margins:
     """``(loss, worst, z)``: ``loss_i = log sum_k exp z_ik``, the cross-entropy; ``worst_i = max_(k != y) z_ik``."""
     z = margin_logits(a, b, weight, bias, y, bounds, sound)
     other = z.masked_fill(F.one_hot(y, z.shape[1]).bool(), -torch.inf) if len(y) else z
     worst = other.amax(1)
-    return torch.where(worst == torch.inf, torch.inf, torch.logsumexp(z, 1)), worst, z
+    return Margins(torch.where(worst == torch.inf, torch.inf, torch.logsumexp(z, 1)), worst, z)

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..numerics import accumulate_dtype
 
 
-def compressed_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+class Attended(NamedTuple):
+    """out ``[B, N, H, D]`` and softmax ``[2, B, H, N]``."""
+
+    out: Tensor
+    softmax: Tensor
+
+
+class AttentionGradients(NamedTuple):
+    """Each like its argument, ``[0]`` where not needed."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def compressed_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Attended:
     """O = softmax(scale Q K^T) V ``[B, N, H, D]`` and softmax ``[2, B, H, N]``: a row's largest score and the sum of
     exponentials above it.
 
@@ -21,7 +38,7 @@ def compressed_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
     e = (scores - top).exp()
     total = e.sum(-1, keepdim=True)
     out = torch.einsum("bhnm,bmhd->bnhd", e / total, v.to(acc)).to(q.dtype)
-    return out.contiguous(), torch.stack((top.squeeze(-1), total.squeeze(-1)))
+    return Attended(out.contiguous(), torch.stack((top.squeeze(-1), total.squeeze(-1))))
 
 
 def compressed_attention_backward(
@@ -34,14 +51,14 @@ def compressed_attention_backward(
     scale: float,
     need_q: bool,
     need_kv: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> AttentionGradients:
     """dq, dk, dv (``[0]`` where not needed) of `compressed_attention`.
 
     P = exp(S - top) / total; dV = P^T dO; dP = dO V^T; dS = P (dP - rowsum(dO O)); dQ = scale dS K; dK = scale dS^T Q.
     """
     dq, dk, dv = attention_gradients(grad, q, k, v, out, softmax, scale)
     empty = q.new_empty(0)
-    return (
+    return AttentionGradients(
         dq.to(q.dtype) if need_q else empty,
         dk.to(k.dtype) if need_kv else empty,
         dv.to(v.dtype) if need_kv else empty.clone(),

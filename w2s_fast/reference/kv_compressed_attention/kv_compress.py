@@ -5,54 +5,42 @@ Slots ``first`` and later of x (the k and v of a packed qkv) are compressed alik
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..numerics import accumulate_dtype
-
-#: Modes that sum over a window with taps; the others pick tokens.
-SUMS = ("conv", "mean")
+from .arguments import SUMS, Compression
 
 
-def kept_tokens(height: int, width: int, ratio: int, mode: str) -> int:
-    """M, the number of tokens left: windows that do not fit are dropped, ``stride`` rounds up."""
-    if mode == "stride":
-        return -(-height * width // ratio)
-    return (height // ratio) * (width // ratio)
-
-
-def _windows(z: Tensor, height: int, width: int, ratio: int) -> Tensor:
+def _windows(z: Tensor, given: Compression) -> Tensor:
     """[B, N, G, C] as [B, M, R, R, G, C]: the tokens of each window."""
-    b, _, g, c = z.shape
+    (b, _, g, c), height, width, ratio = z.shape, given.height, given.width, given.ratio
     h, w = height // ratio, width // ratio
     grid = z.reshape(b, height, width, g, c)[:, : h * ratio, : w * ratio]
     grid = grid.reshape(b, h, ratio, w, ratio, g, c).transpose(2, 3)
     return grid.reshape(b, h * w, ratio, ratio, g, c)
 
 
-def _pick(z: Tensor, height: int, width: int, ratio: int, mode: str) -> Tensor:
+def _pick(z: Tensor, given: Compression) -> Tensor:
     """The kept tokens of z [B, N, ...]: every R-th, or the top left of each window; a view where it can be."""
-    if mode == "stride":
+    height, width, ratio = given.height, given.width, given.ratio
+    if given.mode == "stride":
         return z[:, ::ratio]
     h, w = height // ratio, width // ratio
     grid = z.reshape(z.shape[0], height, width, *z.shape[2:])[:, : h * ratio : ratio, : w * ratio : ratio]
     return grid.reshape(z.shape[0], h * w, *z.shape[2:])
 
 
-def kv_compress(
-    x: Tensor,
-    first: int,
-    height: int,
-    width: int,
-    ratio: int,
-    mode: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    normalize: bool,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+class Compressed(NamedTuple):
+    """kv ``[B, M, G, C]`` and stats ``[B, M, G, 2]`` (mean, 1/s; ``[0]`` without normalize)."""
+
+    kv: Tensor
+    stats: Tensor
+
+
+def kv_compress(x: Tensor, first: int, given: Compression, eps: float) -> Compressed:
     """kv ``[B, M, G, C]`` and stats ``[B, M, G, 2]`` (mean, 1/s; ``[0]`` without normalize) of x ``[B, N, S, C]``.
 
     a_mc = b_c + sum_ij w_cij z_(Ry+i)W+(Rx+j),c (conv; mean: w = 1/R^2; uniform, nearest: token (Ry, Rx); stride: token
@@ -60,21 +48,20 @@ def kv_compress(
     C]``.
     """
     acc = accumulate_dtype(x)
-    a = _sums(x[:, :, first:].to(acc), height, width, ratio, mode, weight, bias)
-    if not normalize:
-        return a.to(x.dtype), a.new_empty(0)
+    a = _sums(x[:, :, first:].to(acc), given)
+    if not given.normalize:
+        return Compressed(a.to(x.dtype), a.new_empty(0))
     unit, stats = standardize(a, eps)
-    out = unit if norm_weight is None else unit * norm_weight.to(acc)
-    out = out if norm_bias is None else out + norm_bias.to(acc)
-    return out.to(x.dtype), stats
+    out = unit if given.norm_weight is None else unit * given.norm_weight.to(acc)
+    out = out if given.norm_bias is None else out + given.norm_bias.to(acc)
+    return Compressed(out.to(x.dtype), stats)
 
 
-def _sums(
-    z: Tensor, height: int, width: int, ratio: int, mode: str, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    if mode not in SUMS:
-        return _pick(z, height, width, ratio, mode).contiguous()
-    windows = _windows(z, height, width, ratio)
+def _sums(z: Tensor, given: Compression) -> Tensor:
+    weight, bias = given.weight, given.bias
+    if given.mode not in SUMS:
+        return _pick(z, given).contiguous()
+    windows = _windows(z, given)
     if weight is None:
         a = windows.mean((2, 3))
     else:
@@ -96,35 +83,32 @@ def standardize_backward(g: Tensor, unit: Tensor, rstd: Tensor, rms: bool = Fals
     return rstd * (inner if rms else inner - g.mean(-1, keepdim=True))
 
 
+class CompressGradients(NamedTuple):
+    """dx like x, and those of the parameters."""
+
+    dx: Tensor
+    dweight: Tensor
+    dbias: Tensor
+    dnorm_weight: Tensor
+    dnorm_bias: Tensor
+
+
 def kv_compress_backward(
-    grad: Tensor,
-    x: Tensor,
-    first: int,
-    height: int,
-    width: int,
-    ratio: int,
-    mode: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    normalize: bool,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    stats: Tensor,
-    need_x: bool,
-    need_params: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, first: int, given: Compression, stats: Tensor, need_x: bool, need_params: bool
+) -> CompressGradients:
     """Gradients of `kv_compress`: dx ``[B, N, S, C]`` (0 in slots before ``first`` and in tokens without a window), and
     dweight, dbias, dnorm_weight, dnorm_bias in the shape of their parameter; ``[0]`` where absent or not needed.
 
     dbeta = sum dk', dgamma = sum dk' unit, da through the LayerNorm, db = sum da, dw = sum da z, dz = w da.
     """
     acc = accumulate_dtype(x)
+    weight, bias, norm_weight, norm_bias = given.parameters.values()
     g, z = grad.to(acc), x[:, :, first:].to(acc)
     empty = g.new_empty(0)
     d_norm_weight = d_norm_bias = dw = db = dx = empty
-    if normalize:
+    if given.normalize:
         mean, rstd = stats[..., :1], stats[..., 1:]
-        unit = (_sums(z, height, width, ratio, mode, weight, bias) - mean) * rstd
+        unit = (_sums(z, given) - mean) * rstd
         if need_params and norm_weight is not None:
             d_norm_weight = (g * unit).sum((0, 1, 2))
         if need_params and norm_bias is not None:
@@ -134,16 +118,17 @@ def kv_compress_backward(
     if need_params and bias is not None:
         db = g.sum((0, 1, 2))[None] if shared else g.sum((0, 1))
     if need_params and weight is not None:
-        dw = torch.einsum("bmijgc,bmgc->gcij", _windows(z, height, width, ratio), g)
+        dw = torch.einsum("bmijgc,bmgc->gcij", _windows(z, given), g)
         dw = dw.sum(0, keepdim=True) if weight.shape[0] == 1 else dw
     if need_x:
         dx = torch.zeros(x.shape, dtype=acc, device=x.device)
-        _spread(dx[:, :, first:], g, height, width, ratio, mode, weight)
-    return dx.to(x.dtype), dw, db, d_norm_weight, d_norm_bias
+        _spread(dx[:, :, first:], g, given)
+    return CompressGradients(dx.to(x.dtype), dw, db, d_norm_weight, d_norm_bias)
 
 
-def _spread(dz: Tensor, g: Tensor, height: int, width: int, ratio: int, mode: str, weight: Tensor | None) -> None:
+def _spread(dz: Tensor, g: Tensor, given: Compression) -> None:
     """dz_token = w da of its window, written into ``dz``, which is 0."""
+    height, width, ratio, mode, weight = given.height, given.width, given.ratio, given.mode, given.weight
     if mode == "stride":
         dz[:, ::ratio] = g
         return

@@ -5,12 +5,13 @@ These are definitions: they hold the whole [T, V] matrix that the kernels never 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..numerics import log_sum_exp
+from .arguments import Coefficients, Gradients, Linear, Need, Target
 from .fusion import Fused, fused, probabilities
 
 
@@ -38,31 +39,27 @@ def agreement(q: Tensor, z: Tensor) -> Tensor:
     return torch.where(q == 0, 0.0, q * z).sum(1)
 
 
+class CrossEntropy(NamedTuple):
+    """loss, a scalar; row, logp, lse, entropy, best and largest ``[T]``, the last three ``[0]`` unless needed; and the
+    gradients of the loss."""
+
+    loss: Tensor
+    row: Tensor
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor
+    best: Tensor
+    largest: Tensor
+    dhiddens: list[Tensor]
+    dheads: list[Tensor]
+    dbiases: list[Tensor]
+    dweights: Tensor
+
+
 def linear_ce(
-    hiddens: Sequence[Tensor],
-    heads: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    weights: Tensor | None,
-    weight_values: Sequence[float],
-    temperature: float,
-    softcap: float,
-    vocab_size: int,
-    keep: Tensor,
-    ids: Tensor,
-    probs: Tensor,
-    uniform: Tensor | None,
-    dense: Tensor | None,
-    classes: Tensor | None,
-    weight: Tensor,
-    z_loss: float,
-    scaled: bool,
-    need_entropy: bool,
-    need_best: bool,
-    need_hiddens: int,
-    need_heads: int,
-    need_biases: int,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    model: Linear, target: Target, weight: Tensor, z_loss: float, scaled: bool, need_entropy: bool, need_best: bool,
+    need: Need,
+) -> CrossEntropy:  # fmt: skip
     """loss = sum_t weight_t row_t over the rows with ``keep``, and its gradients as in `linear_loss_backward`.
 
     ``row_t = s_t (Q_t lse_t - sum_v q_tv z_tv + z_loss lse_t^2)`` with ``Q_t = sum_v q_tv`` and the target ``q_tv =
@@ -71,9 +68,9 @@ def linear_ce(
     logp is the mean of log p over the target without classes and its uniform part; entropy of p; best, the first token
     of the largest logit, and largest, its probability; all ``[T]``, 0 in other rows, ``[0]`` unless needed.
     """
-    given = (hiddens, heads, biases, weights, weight_values, temperature, softcap, vocab_size)
-    z = fused(*given).z
+    z = fused(model).z
     lse = log_sum_exp(z)
+    keep, ids, probs, uniform, dense, classes = target
     core = scattered(z, ids, probs, None, dense, None)
     q = core if uniform is None else core + uniform.to(z.dtype).unsqueeze(1)
     q = q if classes is None else q * classes.to(z.dtype)
@@ -88,23 +85,14 @@ def linear_ce(
     entropy = torch.where(p == 0, 0.0, -p * (z - lse.unsqueeze(1))).sum(1) if need_entropy else none
     w = torch.where(keep, weight.to(z.dtype), 0.0)
     rows = [torch.where(keep, x, 0.0) for x in (row, logp, lse)]
-    need = (need_hiddens, need_heads, need_biases, need_weights)
     v = torch.where(w == 0, 0.0, w * scale)
     coef_all = None if uniform is None else -v * uniform.to(z.dtype)
-    grads = linear_loss_backward(
-        *given,
-        lse,
-        ids,
-        -v.unsqueeze(1) * class_probs(ids, probs.to(z.dtype), classes),
-        v * (mass + 2 * z_loss * lse),
-        None,
-        coef_all,
-        dense,
-        None if dense is None else -v,
-        classes,
-        *need,
-    )
-    return (
+    coef = Coefficients(
+        lse, ids, -v.unsqueeze(1) * target.class_probs(probs.to(z.dtype)), v * (mass + 2 * z_loss * lse), None,
+        coef_all, dense, None if dense is None else -v, classes,
+    )  # fmt: skip
+    grads = linear_loss_backward(model, coef, need)
+    return CrossEntropy(
         torch.where(w == 0, 0.0, w * row).sum(),
         rows[0],
         rows[1],
@@ -116,76 +104,33 @@ def linear_ce(
     )
 
 
-def class_probs(ids: Tensor, probs: Tensor, classes: Tensor | None) -> Tensor:
-    """probs times the classes of their ids, ``[T, K]``; a negative id is none."""
-    return probs if classes is None else torch.where(ids < 0, 0.0, probs * classes.to(probs.dtype)[ids.clamp_min(0)])
-
-
-def linear_loss_backward(
-    hiddens: Sequence[Tensor],
-    heads: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    weights: Tensor | None,
-    weight_values: Sequence[float],
-    temperature: float,
-    softcap: float,
-    vocab_size: int,
-    lse: Tensor,
-    ids: Tensor,
-    coef_ids: Tensor,
-    coef_lse: Tensor,
-    coef_log: Tensor | None,
-    coef_all: Tensor | None,
-    dense: Tensor | None,
-    coef_dense: Tensor | None,
-    classes: Tensor | None,
-    need_hiddens: int,
-    need_heads: int,
-    need_biases: int,
-    need_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    """Gradients where ``dz_tv = p_tv (coef_lse_t + coef_log_t log p_tv) + classes_v (coef_all_t + coef_dense_t
-    dense_tv) + sum_k coef_ids_tk [v = ids_tk]``, classes 1 where there are none; a negative id is none.
+def linear_loss_backward(model: Linear, coef: Coefficients, need: Need) -> Gradients:
+    """Gradients of a loss whose derivative in the logits is that of `Coefficients`.
 
     Bit i of ``need_hiddens``, ``need_heads``, ``need_biases`` asks for model i's gradient, in the dtype and shape of
     its tensor (zero past ``vocab_size``); those not asked for have shape ``[0]``. dweights is ``[T, n]`` or ``[0]``.
     """
-    if not (need_hiddens or need_heads or need_biases or need_weights):
-        return (
-            [h.new_empty(0) for h in hiddens],
-            [w.new_empty(0) for w in heads],
-            [b.new_empty(0) for b in biases],
-            (lse.new_empty(0)),
-        )
-    found = fused(hiddens, heads, biases, weights, weight_values, temperature, softcap, vocab_size)
+    if not any(need):
+        none = [[t.new_empty(0) for t in tensors] for tensors in (model.hiddens, model.heads, model.biases)]
+        return Gradients(none[0], none[1], none[2], coef.lse.new_empty(0))
+    found, lse = fused(model), coef.lse
     p = probabilities(found.z, lse)
-    g = p * coef_lse.to(lse.dtype).unsqueeze(1)
-    if coef_log is not None:
-        g = g + torch.where(p == 0, 0.0, p * coef_log.to(lse.dtype).unsqueeze(1) * (found.z - lse.unsqueeze(1)))
-    g = g + scattered(g, ids, coef_ids, coef_all, dense, coef_dense, classes)
-    others = [coef_ids.any(1), *(x != 0 for x in (coef_lse, coef_log, coef_all, coef_dense) if x is not None)]
+    g = p * coef.coef_lse.to(lse.dtype).unsqueeze(1)
+    if coef.coef_log is not None:
+        g = g + torch.where(p == 0, 0.0, p * coef.coef_log.to(lse.dtype).unsqueeze(1) * (found.z - lse.unsqueeze(1)))
+    g = g + scattered(g, coef.ids, coef.coef_ids, coef.coef_all, coef.dense, coef.coef_dense, coef.classes)
+    rows = (coef.coef_lse, coef.coef_log, coef.coef_all, coef.coef_dense)
+    others = [coef.coef_ids.any(1), *(x != 0 for x in rows if x is not None)]
     g = torch.where(torch.stack(others).any(0).unsqueeze(1), g, 0.0)  # not NaN in a row that takes no part
-    return _spread(
-        g, found, hiddens, heads, biases, temperature, vocab_size, need_hiddens, need_heads, need_biases, need_weights
-    )
+    return _spread(g, found, model, need)
 
 
-def _spread(
-    g: Tensor,
-    found: Fused,
-    hiddens: Sequence[Tensor],
-    heads: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    temperature: float,
-    vocab_size: int,
-    need_hiddens: int,
-    need_heads: int,
-    need_biases: int,
-    need_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+def _spread(g: Tensor, found: Fused, model: Linear, need: Need) -> Gradients:
     """dz = g through the products."""
+    need_hiddens, need_heads, need_biases, need_weights = need
+    biases, vocab_size = model.biases, model.vocab_size
     dhiddens, dheads, dbiases = [], [], []
-    for i, (h, head) in enumerate(zip(hiddens, heads, strict=True)):
+    for i, (h, head) in enumerate(zip(model.hiddens, model.heads, strict=True)):
         scale = found.scale[:, i : i + 1]
         own = g if found.slopes is None else g * found.slopes[i]
         dhiddens.append(
@@ -197,8 +142,8 @@ def _spread(
             dbiases.append(_padded(scaled.sum(0), biases[i]) if need_biases >> i & 1 else biases[i].new_empty(0))
     dweights = g.new_empty(0)
     if need_weights:
-        dweights = torch.stack([(g * part).sum(1) for part in found.parts], 1) / temperature
-    return dhiddens, dheads, dbiases, dweights
+        dweights = torch.stack([(g * part).sum(1) for part in found.parts], 1) / model.temperature
+    return Gradients(dhiddens, dheads, dbiases, dweights)
 
 
 def _padded(grad: Tensor, like: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,14 @@ WEAK_PRIOR, MEDIAN, NONE = range(3)
 #: A mean probability is at least this (the smallest normal float32), so that a class that no row takes has no infinite
 #: preference.
 LEAST_MEAN = 2.0**-126
+
+
+class Confidence(NamedTuple):
+    """loss, a scalar, the threshold if one was made, and the gradient if it is needed."""
+
+    loss: Tensor
+    threshold_made: Tensor
+    dlogits: Tensor
 
 
 def w2s_confidence_loss(
@@ -25,7 +35,7 @@ def w2s_confidence_loss(
     threshold: Tensor | None,
     need_loss: bool,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Confidence:
     """loss = -(1 / B) sum t log p over classes of t != 0, p = softmax(logits), t held fixed.
 
     t = (1 - coef) w + coef guess, or with ``product`` p^beta w^alpha over its sum (0 in a row where all are 0). The
@@ -58,9 +68,9 @@ def w2s_confidence_loss(
     if need_loss:
         loss = -torch.where(target == 0, 0.0, target * log_p).sum() * share
     if not need_gradient:
-        return loss, made, logits.new_empty(0)
+        return Confidence(loss, made, logits.new_empty(0))
     grad = (log_p.exp() * target.sum(1, keepdim=True) - target) * share
-    return loss, made, (grad[:, 1] if logits.ndim == 1 else grad).to(logits.dtype).contiguous()
+    return Confidence(loss, made, (grad[:, 1] if logits.ndim == 1 else grad).to(logits.dtype).contiguous())
 
 
 def choose(p: Tensor, w: Tensor, balance: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import accumulate_dtype
+from .arguments import Distillation
 
 KINDS = ("fkl", "rkl", "jsd", "sce", "ce_soft", "product", "cosine")
 #: How a teacher is given, and by how many tensors: z; q; ids and log q; h and W; h, W and the bias.
@@ -178,27 +179,23 @@ def _argmax(x: Tensor) -> Tensor:
     return (x == x.amax(1, keepdim=True)).to(torch.uint8).argmax(1)
 
 
-def kd_loss(
-    logits: Tensor,
-    teachers: Sequence[Tensor],
-    forms: Sequence[int],
-    shares: Sequence[float],
-    kind: int,
-    tau: float,
-    beta: float,
-    power: float,
-    target: Tensor | None,
-    keep: Tensor | None,
-    coef_kd: Tensor,
-    coef_ce: Tensor | None,
-    need_gradient: bool,
-    need_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+class Distilled(NamedTuple):
+    """loss, a scalar, kd and ce ``[T]``, stats ``[3, T]`` and dlogits, the last two ``[0]`` unless needed."""
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+    stats: Tensor
+    dlogits: Tensor
+
+
+def kd_loss(logits: Tensor, given: Distillation, need_gradient: bool, need_statistics: bool) -> Distilled:
     """loss = sum_t coef_kd_t D_t + coef_ce_t CE_t over the rows kept, with CE_t = -log softmax(z_t)[target_t].
 
     Returns loss, D ``[T]``, CE ``[T]`` (zeros without ``coef_ce``), `statistics` ``[3, T]`` and d loss / d logits
     (the last two ``[0]`` unless needed). Rows not kept are 0 everywhere, whatever they hold.
     """
+    teachers, forms, shares, kind, tau, beta, power, target, keep, coef_kd, coef_ce = given
     dtype = accumulate_dtype(logits, *(t for t in teachers if t.is_floating_point()))
     rows, vocab = logits.shape
     kept = torch.ones(rows, dtype=torch.bool, device=logits.device) if keep is None else keep
@@ -222,42 +219,42 @@ def kd_loss(
         grad = (grad + c_ce * log_one.exp()).scatter_add(1, y, -c_ce)
         loss = loss + (c_ce.squeeze(1) * ce).sum()
     stats = torch.where(kept, statistics(log_p, t), 0.0) if need_statistics else kd.new_empty(0)
-    return loss, kd, ce, stats, grad.to(logits.dtype) if need_gradient else logits.new_empty(0)
+    return Distilled(loss, kd, ce, stats, grad.to(logits.dtype) if need_gradient else logits.new_empty(0))
+
+
+class LinearDistilled(NamedTuple):
+    """`Distilled` with the gradients of hidden, head and bias, ``[0]`` unless needed."""
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+    stats: Tensor
+    dhidden: Tensor
+    dhead: Tensor
+    dbias: Tensor
 
 
 def linear_kd(
     hidden: Tensor,
     head: Tensor,
     bias: Tensor | None,
-    teachers: Sequence[Tensor],
-    forms: Sequence[int],
-    shares: Sequence[float],
-    kind: int,
-    tau: float,
-    beta: float,
-    power: float,
-    target: Tensor | None,
-    keep: Tensor | None,
-    coef_kd: Tensor,
-    coef_ce: Tensor | None,
+    given: Distillation,
     need_hidden: bool,
     need_head: bool,
     need_bias: bool,
     need_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> LinearDistilled:
     """`kd_loss` of logits z = W h + b; the gradients of hidden, head and bias (each ``[0]`` unless needed) replace
     that of the logits."""
-    dtype = accumulate_dtype(hidden, *(t for t in teachers if t.is_floating_point()))
+    keep = given.keep
+    dtype = accumulate_dtype(hidden, *(t for t in given.teachers if t.is_floating_point()))
     h, w = hidden.to(dtype), head.to(dtype)
     if keep is not None:
         h = torch.where(keep.unsqueeze(1), h, 0.0)
     z = h @ w.t() if bias is None else h @ w.t() + bias.to(dtype)
     need, offset = need_hidden or need_head or need_bias, hidden if bias is None else bias
-    loss, kd, ce, stats, dz = kd_loss(
-        z, teachers, forms, shares, kind, tau, beta, power, target, keep, coef_kd, coef_ce, need,
-        need_statistics,
-    )
-    return (
+    loss, kd, ce, stats, dz = kd_loss(z, given, need, need_statistics)
+    return LinearDistilled(
         loss,
         kd,
         ce,

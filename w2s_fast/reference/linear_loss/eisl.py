@@ -11,6 +11,7 @@ These are definitions: they hold the whole [B, T, V] tensor that the kernels nev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +56,16 @@ def ngram(
     return -(share * value).sum(), dcost
 
 
+class Eisl(NamedTuple):
+    """loss, a scalar, parts ``[n-grams + 1]``, and the gradients, ``[0]`` unless needed."""
+
+    loss: Tensor
+    parts: Tensor
+    dhidden: Tensor
+    dhead: Tensor
+    dbias: Tensor
+
+
 def linear_eisl(
     hidden: Tensor,
     head: Tensor,
@@ -73,7 +84,7 @@ def linear_eisl(
     need_hidden: bool,
     need_head: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Eisl:
     """loss = ngram_coef sum_n weights_n L_n + ce_coef CE, CE the mean of -log softmax(z_i)[y_i] over positions kept in
     both source and target.
 
@@ -111,7 +122,7 @@ def linear_eisl(
         loss = loss + ce_coef * ce
     offset = hidden if bias is None else bias
     dz = (-a.sum(2, keepdim=True) * log_p.exp()).scatter_add(2, y.unsqueeze(1).expand(batch, t, u), a)
-    return (
+    return Eisl(
         loss,
         torch.stack([*parts, ce]),
         (dz @ w).to(hidden.dtype) if need_hidden else hidden.new_empty(0),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .arguments import Coefficients, Compared, Linear, Need, Terms, Tokens
 from .ce import linear_loss_backward
 from .fusion import linear_fusion_logprobs
 
@@ -282,46 +283,31 @@ def preference_slopes(terms: Sequence[Term], given: Sequences) -> tuple[Tensor, 
     return sums, nll
 
 
-def linear_preference(
-    hiddens: Sequence[Tensor],
-    heads: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    weights: Tensor | None,
-    weight_values: Sequence[float],
-    temperature: float,
-    softcap: float,
-    vocab_size: int,
-    target: Tensor,
-    ignore_index: int,
-    token_weights: Tensor | None,
-    nll_target: Tensor | None,
-    segments: Tensor,
-    counts: Tensor,
-    ref: Tensor | None,
-    mean: bool,
-    pairs: Tensor | None,
-    labels: Tensor | None,
-    kl: Tensor | None,
-    share: Tensor | None,
-    forms: Sequence[int],
-    numbers: Sequence[float],
-    scale: float,
-    need_hiddens: int,
-    need_heads: int,
-    need_biases: int,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
+class Preferred(NamedTuple):
+    """loss, a scalar, sums and nll ``[S]``, and the gradients of the loss."""
+
+    loss: Tensor
+    sums: Tensor
+    nll: Tensor
+    dhiddens: list[Tensor]
+    dheads: list[Tensor]
+    dbiases: list[Tensor]
+    dweights: Tensor
+
+
+def linear_preference(model: Linear, tokens: Tokens, compared: Compared, terms: Terms, need: Need) -> Preferred:
     """scale times the sum of `preference_losses`, the sums ``[S]`` of token_weights_t log p_t(target_t) over the
     sequences ``segments``, those of log p_t(nll_target_t) (the same sums without nll_target), and the gradients of the
     loss as in `linear_loss_backward`. forms, numbers: see `packed`."""
-    model = (hiddens, heads, biases, weights, weight_values, temperature, softcap, vocab_size)
+    target, ignore_index, token_weights, nll_target, segments = tokens
+    counts, ref, mean, pairs, labels, kl, share = compared
 
     def sequence_sums(ids: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        logp, lse, _, _ = linear_fusion_logprobs(*model, ids, ignore_index, False, False)
+        logp, lse, _, _ = linear_fusion_logprobs(model, ids, ignore_index, False, False)
         keep = ids != ignore_index
         w = keep.to(logp.dtype) if own is None else torch.where(keep, own.to(logp.dtype), 0.0)
-        tokens = torch.where(w == 0, 0.0, w * logp)
-        return tokens.new_zeros(counts.shape[0]).index_add(0, segments, tokens), w, torch.where(keep, lse, 0.0)
+        own_logp = torch.where(w == 0, 0.0, w * logp)
+        return own_logp.new_zeros(counts.shape[0]).index_add(0, segments, own_logp), w, torch.where(keep, lse, 0.0)
 
     sums, own, lse = sequence_sums(target, token_weights)
     ids, weight = [target], [own]
@@ -335,13 +321,10 @@ def linear_preference(
         sums, counts.to(kind), None if ref is None else ref.to(kind), mean, pairs, labels, kl, nll,
         None if share is None else share.to(kind),
     )  # fmt: skip
-    terms = unpacked(forms, numbers)
-    slope, slope_nll = preference_slopes(terms, given)
+    parts = unpacked(terms.forms, terms.numbers)
+    slope, slope_nll = preference_slopes(parts, given)
     slopes = [slope + slope_nll] if nll_target is None else [slope, slope_nll]
-    coef = torch.stack([scale * s[segments] * w for s, w in zip(slopes, weight, strict=True)], 1)
+    coef = torch.stack([terms.scale * s[segments] * w for s, w in zip(slopes, weight, strict=True)], 1)
     places = torch.stack([torch.where(y == ignore_index, -1, y) for y in ids], 1)
-    grads = linear_loss_backward(
-        *model, lse, places, coef, -coef.sum(1), None, None, None, None, None, need_hiddens, need_heads, need_biases,
-        need_weights,
-    )  # fmt: skip
-    return scale * preference_losses(terms, given).sum(), sums, nll.clone(), *grads
+    grads = linear_loss_backward(model, Coefficients(lse, places, coef, -coef.sum(1)), need)
+    return Preferred(terms.scale * preference_losses(parts, given).sum(), sums, nll.clone(), *grads)

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..numerics import accumulate_dtype
+from .arguments import DECOUPLED, Fusion
 from .dynamic_weights import log_probabilities, tilted, tilts
 from .fuse import fused, heat, shifts
 
 
+class FuseGradients(NamedTuple):
+    """dz ``[B, V]``, dweights ``[B, K]`` and dtemperature ``[B]``."""
+
+    dz: Tensor
+    dweights: Tensor
+    dtemperature: Tensor
+
+
 def fuse_backward(
-    base: Tensor,
-    experts: Sequence[Tensor],
-    anti: Sequence[Tensor],
-    weights: Tensor | None,
-    weight_values: Sequence[float],
-    base_weight: float,
-    temperature: Tensor | None,
-    temperature_value: float,
-    plausible: int,
-    plausible_value: float,
-    vocab_size: int,
+    given: Fusion,
     grad: Tensor | None,
     lse: Tensor,
     row_a: Tensor | None,
@@ -34,7 +34,7 @@ def fuse_backward(
     index_coef: Tensor | None,
     subtract_row_sum: bool,
     need_params: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> FuseGradients:
     """dz = g / temperature ``[B, V]`` in the dtype of base, dweights ``[B, K]`` and dtemperature ``[B]``, where
 
         g_v = grad_v + P_v (row_a + row_b z_v - [subtract_row_sum] sum_u grad_u) + sum_j index_coef_j [v = index_j],
@@ -42,8 +42,7 @@ def fuse_backward(
     P_v = exp(z_v - lse), and g_v = 0 where z_v = -inf. dweights_k = sum_v dz_v d_k,v and dtemperature =
     -sum_v g_v z_v / temperature, over the columns with z_v > -inf; both ``[0]`` unless ``need_params``.
     """
-    z = fused(base, experts, anti, weights, weight_values, base_weight, temperature, temperature_value, plausible,
-              plausible_value, vocab_size)
+    z = fused(given)
     masked = z == -math.inf
     level = torch.where(masked, 0.0, z)
     g = torch.zeros_like(z) if grad is None else grad.to(z.dtype)
@@ -61,13 +60,22 @@ def fuse_backward(
         for j in range(index.shape[1]):  # one at a time: an index may occur twice, and the order of sums is then fixed
             g = g.scatter_add(1, index[:, j : j + 1], index_coef[:, j : j + 1].to(z.dtype))
     g = torch.where(masked, 0.0, g)
-    tau = heat(temperature, temperature_value, z)
-    dz = g / tau
+    dz = g / heat(given, z)
     if not need_params:
-        return dz.to(base.dtype), z.new_empty(0), z.new_empty(0)
-    columns = [torch.where(masked, 0.0, dz * d).sum(-1) for d in shifts(experts, anti, vocab_size, z.dtype)]
+        return FuseGradients(dz.to(given.base.dtype), z.new_empty(0), z.new_empty(0))
+    shift = shifts(given.experts, given.anti, given.vocab_size, z.dtype)
+    columns = [torch.where(masked, 0.0, dz * d).sum(-1) for d in shift]
     dweights = torch.stack(columns, 1) if columns else z.new_zeros(z.shape[0], 0)
-    return dz.to(base.dtype), dweights, -(dz * level).sum(-1)
+    return FuseGradients(dz.to(given.base.dtype), dweights, -(dz * level).sum(-1))
+
+
+class SolveGradients(NamedTuple):
+    """Each like its argument; dtarget ``[B, K]``."""
+
+    dbase: Tensor
+    dexperts: list[Tensor]
+    danti: list[Tensor]
+    dtarget: Tensor
 
 
 def dynamic_fusion_weights_backward(
@@ -83,7 +91,7 @@ def dynamic_fusion_weights_backward(
     average: bool,
     has_target: bool,
     vocab_size: int,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+) -> SolveGradients:
     """Gradient of the exact weights by the implicit function theorem on F(t) = T.
 
     With P = P_t, x the shift along the ray, m = E_P x, and den = F'(t) = t Var_P x:
@@ -97,12 +105,12 @@ def dynamic_fusion_weights_backward(
     """
     logp, shift, _ = tilts(base, experts, anti, vocab_size)
     count = len(shift)
-    step = alpha.double() * (count if average and multi == 1 else 1)
-    upstream = grad_alpha.double() / (count if average and multi == 1 else 1)
+    step = alpha.double() * (count if average and multi == DECOUPLED else 1)
+    upstream = grad_alpha.double() / (count if average and multi == DECOUPLED else 1)
     d_base = torch.zeros_like(logp)
     d_shift = [torch.zeros_like(logp) for _ in shift]
     d_target = torch.zeros_like(step)
-    if multi == 1:
+    if multi == DECOUPLED:
         unit = torch.ones_like(step[:, 0])
         problems = [(step[:, k], upstream[:, k], saturated[:, k], {k: unit}) for k in range(count)]
     else:
@@ -129,7 +137,7 @@ def dynamic_fusion_weights_backward(
         d_target = torch.zeros_like(d_target)
     if len(anti) == 1:
         d_anti = [torch.stack(d_anti).sum(0)]
-    return (
+    return SolveGradients(
         _as(d_base, base),
         [_as(d, like) for d, like in zip(d_experts, experts, strict=True)],
         [_as(d, like) for d, like in zip(d_anti, anti, strict=True)],

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import accumulate_dtype, difference, log_sum_exp
+from .arguments import DECOUPLED, EXACT, GRID, Solve, Solved
 from .fuse import shifts
 
 #: KL below this is rounding error of the float64 evaluation: the shift is constant, or there is nothing to reach.
@@ -171,21 +172,7 @@ def ray_direction(kind: int, direction: Tensor | None, kl: Tensor) -> Tensor:
     return torch.where(largest == 0, 1.0 if kind == 1 else 0.0, scaled)
 
 
-def dynamic_fusion_weights(
-    base: Tensor,
-    experts: Sequence[Tensor],
-    anti: Sequence[Tensor],
-    alpha_max: float,
-    nodes: int,
-    first_candidate: int,
-    tol: float,
-    multi: int,
-    direction_kind: int,
-    direction: Tensor | None,
-    average: bool,
-    target_kl: Tensor | None,
-    vocab_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dynamic_fusion_weights(given: Solve) -> Solved:
     """Weights alpha ``[B, K]`` in [0, alpha_max] with KL(P_alpha || P_base) = T, T_k = KL(Q_k || Q_0) or ``target_kl``.
 
     ``multi``: 0 ray, alpha = t u and T = mean T_k; 1 decoupled, K problems of one expert each (their alpha divided
@@ -197,26 +184,27 @@ def dynamic_fusion_weights(
     Returns:
         alpha, T_k ``[B, K]``, achieved KL (``[B, K]`` decoupled, otherwise ``[B, 1]``), saturated ``[B, K]`` bool.
     """
-    logp, shift, kl = tilts(base, experts, anti, vocab_size)
-    target = kl if target_kl is None else target_kl.double()
+    logp, shift, kl = tilts(given.base, given.experts, given.anti, given.vocab_size)
+    target = kl if given.target_kl is None else given.target_kl.double()
+    alpha_max, nodes, first = given.alpha_max, given.nodes, given.first_candidate
 
     def one(x: Tensor, goal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if first_candidate < 0:
+        if first == EXACT:
             return solve(logp, x, goal, alpha_max)
-        return search(logp, x, goal, alpha_max, nodes, first_candidate)
+        return search(logp, x, goal, alpha_max, nodes, first)
 
-    if multi == 1:
+    if given.multi == DECOUPLED:
         results = [one(x, target[:, k]) for k, x in enumerate(shift)]
         alpha, achieved, saturated = (torch.stack(parts, 1) for parts in zip(*results, strict=True))
-        alpha = alpha / len(shift) if average else alpha
-    elif multi == 2:
-        alpha, achieved, saturated = search_product(logp, shift, target, alpha_max, nodes, first_candidate)
+        alpha = alpha / len(shift) if given.average else alpha
+    elif given.multi == GRID:
+        alpha, achieved, saturated = search_product(logp, shift, target, alpha_max, nodes, first)
         achieved, saturated = achieved.unsqueeze(1), saturated.unsqueeze(1).expand_as(alpha)
     else:
-        u = ray_direction(direction_kind, direction, target)
+        u = ray_direction(given.direction_kind, given.direction, target)
         x = torch.stack([u[:, k : k + 1] * d for k, d in enumerate(shift)]).sum(0)
         t, achieved, saturated = one(x, target.mean(1))
         alpha, achieved = t.unsqueeze(1) * u, achieved.unsqueeze(1)
         saturated = saturated.unsqueeze(1).expand_as(alpha)
-    dtype = accumulate_dtype(base, *experts, *anti)
-    return alpha.to(dtype), target.to(dtype), achieved.to(dtype), saturated.contiguous()
+    dtype = accumulate_dtype(given.base, *given.experts, *given.anti)
+    return Solved(alpha.to(dtype), target.to(dtype), achieved.to(dtype), saturated.contiguous())

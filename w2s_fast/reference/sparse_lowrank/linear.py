@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .arguments import Support
 from .support import dense, gathered
 
 
@@ -20,6 +21,13 @@ def _factor(scale: Tensor | None, scale_value: float, dtype: torch.dtype) -> Ten
     return scale_value if scale is None else scale.to(dtype)
 
 
+class LowRankLinear(NamedTuple):
+    """y ``[N, O]`` and h = x A^T ``[N, r]``, ``[0]`` unless needed."""
+
+    y: Tensor
+    h: Tensor
+
+
 def sparse_lowrank_linear(
     x: Tensor,
     A: Tensor,
@@ -28,20 +36,14 @@ def sparse_lowrank_linear(
     scale: Tensor | None,
     scale_value: float,
     bias: Tensor | None,
-    row_ptr: Tensor,
-    cols: Tensor,
-    plan: Sequence[Tensor],
-    rows: int,
-    columns: int,
-    block: int,
-    per_block: int,
+    support: Support,
     materialize: bool,
     need_h: bool,
-) -> tuple[Tensor, Tensor]:
+) -> LowRankLinear:
     """y [N, O] in the dtype of x, and h = x A^T [N, r] (accumulation dtype; [0] unless asked for)."""
     dtype = wide(x, A, B, values)
     xw, s = x.to(dtype), _factor(scale, scale_value, dtype)
-    sparse = dense(values.to(dtype), row_ptr, cols, rows, columns, block, per_block)
+    sparse = dense(values.to(dtype), support)
     h = xw.new_empty(0)
     if materialize:
         y = xw @ (B.to(dtype) @ A.to(dtype) * s + sparse).t()
@@ -50,7 +52,17 @@ def sparse_lowrank_linear(
         y = h @ B.to(dtype).t() * s + xw @ sparse.t()
     if bias is not None:
         y = y + bias.to(dtype)
-    return y.to(x.dtype), h if need_h else xw.new_empty(0)
+    return LowRankLinear(y.to(x.dtype), h if need_h else xw.new_empty(0))
+
+
+class LowRankGradients(NamedTuple):
+    """Each like its argument, ``[0]`` where not needed."""
+
+    dx: Tensor
+    dA: Tensor
+    dB: Tensor
+    dvalues: Tensor
+    dscale: Tensor
 
 
 def sparse_lowrank_backward(
@@ -62,20 +74,14 @@ def sparse_lowrank_backward(
     scale: Tensor | None,
     scale_value: float,
     h: Tensor | None,
-    row_ptr: Tensor,
-    cols: Tensor,
-    plan: Sequence[Tensor],
-    rows: int,
-    columns: int,
-    block: int,
-    per_block: int,
+    support: Support,
     materialize: bool,
     need_x: bool,
     need_A: bool,
     need_B: bool,
     need_values: bool,
     need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> LowRankGradients:
     """dx, dA, dB, dvalues (dtypes of their tensors) and dscale; those not asked for have shape [0].
 
     With g the gradient of y and t = g B: dx = s t A + g S, dA = s t^T x, dB = s g^T h, dv_k = sum_n g[n, row_k]
@@ -85,8 +91,7 @@ def sparse_lowrank_backward(
     dtype = wide(x, A, B, values)
     g, xw, a, b = (t.to(dtype) for t in (grad, x, A, B))
     s = _factor(scale, scale_value, dtype)
-    support = (row_ptr, cols, rows, columns, block, per_block)
-    sparse = dense(values.to(dtype), *support)
+    sparse = dense(values.to(dtype), support)
     dw = g.t() @ xw if need_values or materialize else None
     if materialize:
         assert dw is not None
@@ -97,13 +102,13 @@ def sparse_lowrank_backward(
         t = g @ b
         dx, da, db = t * s @ a + g @ sparse, t.t() @ xw * s, g.t() @ h
         ds = (h * t).sum()
-    found = (dx, da, db * s, None if dw is None else gathered(dw, *support), ds)
+    found = (dx, da, db * s, None if dw is None else gathered(dw, support), ds)
     tensors, need = (x, A, B, values, x if scale is None else scale), (need_x, need_A, need_B, need_values, need_scale)
     dx, da, db, dv, ds = (
         value.to(like.dtype).reshape(like.shape) if wanted and value is not None else like.new_empty(0)
         for value, like, wanted in zip(found, tensors, need, strict=True)
     )
-    return dx, da, db, dv, ds
+    return LowRankGradients(dx, da, db, dv, ds)
 
 
 def sparse_lowrank_materialize(
@@ -112,16 +117,10 @@ def sparse_lowrank_materialize(
     values: Tensor,
     scale: Tensor | None,
     scale_value: float,
-    row_ptr: Tensor,
-    cols: Tensor,
-    plan: Sequence[Tensor],
-    rows: int,
-    columns: int,
-    block: int,
-    per_block: int,
+    support: Support,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """W = s B A + S [O, I], rounded once."""
     dtype = wide(A, B, values)
-    sparse = dense(values.to(dtype), row_ptr, cols, rows, columns, block, per_block)
+    sparse = dense(values.to(dtype), support)
     return (B.to(dtype) @ A.to(dtype) * _factor(scale, scale_value, dtype) + sparse).to(out_dtype)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import Support
+
 
 def last_per_block(columns: int, block: int, per_block: int) -> int:
     """Values of a row in the last block, round(per_block width / block)."""
@@ -23,10 +25,9 @@ def row_values(columns: int, block: int, per_block: int) -> int:
     return per_block * (blocks - 1) + last_per_block(columns, block, per_block) if blocks else 0
 
 
-def positions(
-    row_ptr: Tensor, cols: Tensor, rows: int, columns: int, block: int, per_block: int
-) -> tuple[Tensor, Tensor]:
+def positions(given: Support) -> tuple[Tensor, Tensor]:
     """Row and column (int64) of every stored value, in the order of the values."""
+    row_ptr, cols, _, rows, columns, block, per_block = given
     device = cols.device
     if not block:
         counts = row_ptr[1:].long() - row_ptr[:-1].long()
@@ -45,17 +46,13 @@ def positions(
     return row, cols.long() + first.repeat_interleave(sizes, output_size=cols.shape[0])
 
 
-def dense(
-    values: Tensor, row_ptr: Tensor, cols: Tensor, rows: int, columns: int, block: int, per_block: int
-) -> Tensor:
+def dense(values: Tensor, given: Support) -> Tensor:
     """S, [rows, columns]."""
-    found = values.new_zeros((rows, columns))
-    found[positions(row_ptr, cols, rows, columns, block, per_block)] = values
+    found = values.new_zeros((given.rows, given.columns))
+    found[positions(given)] = values
     return found
 
 
-def gathered(
-    matrix: Tensor, row_ptr: Tensor, cols: Tensor, rows: int, columns: int, block: int, per_block: int
-) -> Tensor:
+def gathered(matrix: Tensor, given: Support) -> Tensor:
     """The entries of a dense [rows, columns] matrix at the support's positions, [K]."""
-    return matrix[positions(row_ptr, cols, rows, columns, block, per_block)]
+    return matrix[positions(given)]

@@ -1,0 +1,56 @@
+"""The skeleton of a new op works before anything is changed: its samples agree with the reference, forward and back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from w2s_fast.testing.new_op import LAYERS, ROOT, write
+
+RUN = """
+import torch, w2s_fast
+from w2s_fast.testing.compare import compare
+from w2s_fast.testing.samples import all_samples
+found = [s for s in all_samples() if s.op == "row_scale"]
+assert len(found) == 5 and w2s_fast.__file__.startswith(ROOT)
+for sample in found:
+    for dtype in sample.dtypes:
+        compare(sample, "reference", dtype)
+op = w2s_fast.library.OPS["row_scale"]
+assert op.schema == "(Tensor x, float scale) -> Tensor" and op.triton.why_not((torch.ones(1), 1.0)) is None
+print("fine")
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("not a source tree")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "results")
+    for folder in ("w2s_fast", "kernels", "bench"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    for name in ("setup.py", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_the_skeleton_works(tree: Path):
+    made = write(tree, "diffusion", "row_scale")
+    assert len(made) == len(LAYERS) + 3
+    with pytest.raises(FileExistsError):
+        write(tree, "diffusion", "row_scale")
+    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONWARNINGS": "ignore"}
+    code = RUN.replace("ROOT", repr(str(tree)))
+    run = subprocess.run([sys.executable, "-c", code], env=env, cwd=tree, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and run.stdout.strip() == "fine", run.stderr[-2000:]
+
+
+def test_a_new_family_gets_its_folders(tree: Path):
+    made = {str(path.relative_to(tree)) for path in write(tree, "brand_new", "first")}
+    assert {"w2s_fast/reference/brand_new/__init__.py", "w2s_fast/ops/brand_new/first.py"} <= made
+    assert "from .ops.brand_new.first import first" in (tree / "w2s_fast" / "__init__.py").read_text()

@@ -1,0 +1,217 @@
+"""`python -m w2s_fast.testing.new_op family/op`: the skeleton of an op in every layer that Python writes.
+
+The skeleton is an op that works, ``y = scale x`` with a gradient, so that every test holds before the first line is
+changed but the one that asks for a C++ kernel (until there is one the reference serves CPUs). It never overwrites.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+REFERENCE = '''"""{op}: y = scale x."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..numerics import accumulate_dtype
+
+
+def {op}(x: Tensor, scale: float) -> Tensor:
+    """y ``[N]`` in the dtype of x ``[N]``; arithmetic in float32 (float64 if x is)."""
+    return (x.to(accumulate_dtype(x)) * scale).to(x.dtype)
+'''
+
+OP = '''"""{op}: y = scale x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ... import checks
+from ...gradients import Call
+from ...library import Kernel, define
+from ...reference.{family} import {op} as reference
+
+
+def _backward(call: Call, grad: Tensor) -> dict[str, Any]:
+    return {{"x": grad * call.scale}}
+
+
+{constant} = define(
+    reference.{op},
+    fake=lambda x, scale: x.new_empty(x.shape),
+    backward=_backward,
+    twice=True,
+    triton=Kernel(),
+)
+
+
+def {op}(x: Tensor, scale: float) -> Tensor:
+    """``y = scale x`` in one pass.
+
+    Args:
+        x: any shape; float32, bfloat16, float16 or float64.
+        scale: a number.
+
+    Returns:
+        y like x, contiguous. Differentiable in x.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> import torch, w2s_fast
+        >>> w2s_fast.{op}(torch.tensor([1.0, 2.0]), 3.0)
+        tensor([3., 6.])
+    """
+    op = "{op}"
+    checks.is_float_tensor(op, "x", x)
+    y: Tensor = {constant}(x.reshape(-1).contiguous(), checks.number(op, "scale", scale))
+    return y.reshape(x.shape)
+'''
+
+KERNEL = '''"""{op}: y = scale x, one program a block. Floor: x read once, y written once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..common import AotCase, Meta, cdiv, launch
+
+BLOCK = 1024
+
+
+@triton.jit
+def _{op}_kernel(x, scale, size, o_y, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(o_y + at, (value * scale).to(o_y.dtype.element_ty), mask=at < size)
+
+
+def launch_{op}(x: Any, scale: float) -> Any:
+    """Arguments of `{op}` -> y."""
+    y = x.new_empty(x.shape)
+    launch(_{op}_kernel, cdiv(x.shape[0], BLOCK), x, x, scale, x.shape[0], y, BLOCK=BLOCK)
+    return y
+
+
+def aot_cases() -> list[AotCase]:
+    """A million numbers."""
+    return [AotCase("bf16", lambda: launch_{op}(Meta((1 << 20,), "bfloat16"), 0.5))]
+'''
+
+SAMPLES = '''"""Samples of `{op}`."""
+
+from __future__ import annotations
+
+from . import Sample
+
+SAMPLES = [
+    Sample("{op}", "plain", lambda m: ((m.logits(5, 7), 1.5), {{}})),
+    Sample("{op}", "sliced", lambda m: ((m.logits(5, 9)[1:, 2:], -2.0), {{}})),
+    Sample("{op}", "transposed", lambda m: ((m.logits(3, 11).t(), 0.3), {{}})),
+    Sample("{op}", "expanded", lambda m: ((m.logits(1, 5).expand(3, 5), 1.0), {{}})),
+    Sample("{op}", "empty", lambda m: ((m.logits(0, 5), 1.0), {{}})),
+]
+'''
+
+BENCH = '''"""`{op}` against the formula as written."""
+
+from __future__ import annotations
+
+import torch
+
+import w2s_fast
+
+from ..case import Case, compiled, eager
+
+
+def cases(device: str) -> list[Case]:
+    """One size."""
+    numbers = 1 << 22
+    return [
+        Case(
+            op="{op}", name="4M-fp32", dtype="float32", shape={{"numbers": numbers}}, bytes=8 * numbers,
+            flops=numbers, prediction="bound by memory, as the formula is",
+            inputs=lambda g, device: (torch.randn(numbers, generator=g).to(device),),
+            ours=lambda x: w2s_fast.{op}(x, 0.5),
+            reference=lambda x: x.double() * 0.5,
+            providers={{"eager": eager(lambda x: x * 0.5), "compile": compiled(lambda x: x * 0.5)}},
+            hot=False,
+        )
+    ]  # fmt: skip
+'''
+
+LAYERS = {
+    "w2s_fast/reference/{family}/{op}.py": REFERENCE,
+    "w2s_fast/ops/{family}/{op}.py": OP,
+    "kernels/{family}/{op}.py": KERNEL,
+    "w2s_fast/testing/samples/{op}.py": SAMPLES,
+    "bench/cases/{op}.py": BENCH,
+}
+#: What each file gets a line in: the file, the line, and the pattern of the lines among which it is sorted.
+LINES = (
+    ("w2s_fast/__init__.py", "from .ops.{family}.{op} import {op}\n", r"^from \.ops\..*\n"),
+    ("w2s_fast/__init__.py", '    "{op}",\n', r'^    "[a-z]\w*",\n'),
+    ("w2s_fast/autocast.py", '    "{op}": "as given",\n', r'^    "\w+": "as given",\n'),
+    ("README.md", "| `{op}` | y = scale x | Triton |\n", r"^\| `w2s_fast\.data`.*\n"),
+)
+
+
+def _insert(text: str, line: str, among: str) -> str:
+    """``line`` before the first of the matching lines that sorts after it, or behind the last."""
+    lines = list(re.finditer(among, text, re.M))
+    later = [m.start() for m in lines if m.group() > line]
+    at = later[0] if later else lines[-1].end()
+    return text[:at] + line + text[at:]
+
+
+def write(root: Path, family: str, op: str) -> list[Path]:
+    """Write the skeleton under ``root``, the root of a source tree; the files it made or changed."""
+    names = {"family": family, "op": op, "constant": op.upper()}
+    made = [root / path.format(**names) for path in LAYERS]
+    for path in made:
+        if path.exists():
+            raise FileExistsError(f"{path} is there already")
+    for layer in ("reference", "ops"):
+        start = root / "w2s_fast" / layer / family / "__init__.py"
+        if not start.exists():
+            start.parent.mkdir()
+            start.write_text(f'"""{family.replace("_", " ").capitalize()}."""\n')
+            made.append(start)
+    for path, template in zip(made, LAYERS.values(), strict=False):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(template.format(**names))
+    for name, line, among in LINES:
+        path = root / name
+        path.write_text(_insert(path.read_text(), line.format(**names), among))
+        if path not in made:
+            made.append(path)
+    return made
+
+
+def main() -> None:
+    """Write the skeleton and say what is left to do."""
+    parser = argparse.ArgumentParser(prog="python -m w2s_fast.testing.new_op", description=main.__doc__)
+    parser.add_argument("name", help="family/op, in lower case with underscores")
+    family, _, op = parser.parse_args().name.partition("/")
+    if not (re.fullmatch(r"[a-z]\w*", family) and re.fullmatch(r"[a-z]\w*", op)):
+        parser.error("name must be family/op, as in diffusion/row_scale")
+    for path in write(ROOT, family, op):
+        print(path.relative_to(ROOT))
+    print(f"left: csrc/cpu/{family}/{op}.cpp, and the mathematics in place of y = scale x; then\n"
+          f"python -m pytest -q tests/test_contract.py tests/test_samples.py -k {op}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
