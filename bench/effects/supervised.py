@@ -63,12 +63,13 @@ class Classifier(nn.Module):
 class Linear(nn.Module):
     """A weak model: linear in its view of the input, logistic regression from zero."""
 
-    def __init__(self, view: Callable[[Tensor], Tensor], features: Tensor, y: Tensor, classes: int) -> None:
+    def __init__(self, view: Callable[[Tensor], Tensor], features: Tensor, y: Tensor, classes: int,
+                 steps: int = 300) -> None:  # fmt: skip
         super().__init__()
         self.view, self.layer = view, nn.Linear(features.shape[1], classes)
         nn.init.zeros_(self.layer.weight)
         nn.init.zeros_(self.layer.bias)
-        recipe = loop.Recipe(300, 0.02, schedule="constant", clip=None)
+        recipe = loop.Recipe(steps, 0.02, schedule="constant", clip=None)
         loop.train(self.layer, lambda layer, _: F.cross_entropy(layer(features), y), range(300), recipe)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,8 +40,7 @@ def pairs(data: Data, draw: torch.Generator) -> TensorDataset:
 def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:
     task, draw = text_task(seed), torch.Generator().manual_seed(seed)
     first, second, test = (pairs(d, draw) for d in (task.first, task.second, task.held["test"]))
-    weak = Linear(task.view, task.view(task.first.x), task.first.y, 1)
-    torch.nn.init.zeros_(weak.layer.weight)
+    weak = Linear(task.view, task.view(task.first.x), task.first.y, 1, steps=0)
     recipe = Recipe(10 * COUNT // 32, 0.02, batch=32, clip=None, seed=seed)
     deception.train_on(weak, first, first.tensors[2], recipe=recipe)
     p, y = {"weak": deception.preferences(weak, test)}, test.tensors[2]

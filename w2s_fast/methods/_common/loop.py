@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from ... import checks
 from ...data import StreamBatchSampler, StreamSampler
 from ...files import write_tensors
-from . import optim
+from . import optim, randomness
 from .cache import digest
 from .console import progress as progress_bar
 from .place import ALONE, Place, average_gradients, least, mean, same_start, wait
@@ -139,7 +138,7 @@ def train(
     run.load()
     mode = model.training
     model.train()
-    named = "step" in inspect.signature(loss).parameters
+    named = "step" in list(inspect.signature(loss).parameters)[2:]
     with progress_bar(not progress or where.rank > 0) as bars:
         bar = bars(label or type(model).__name__, recipe.steps)
         for value in run.losses:
@@ -182,7 +181,7 @@ class _Run:
         self.folder = None if checkpoint is None else Path(checkpoint)
         self.losses: list[float] = []
         self.epoch = self.taken = 0
-        self.begun = _random_state(batches)  # at the start of the epoch
+        self.begun = randomness.get(batches)  # at the start of the epoch
         self.resumed: Any = None  # random state at a checkpoint
         shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         settings = {n: v for n, v in dataclasses.asdict(recipe).items() if n != "every" and not callable(v)}
@@ -220,7 +219,7 @@ class _Run:
         """Batches for ever, from where the run is."""
         while True:
             if self.resumed is None:
-                self.begun = _random_state(self.batches)
+                self.begun = randomness.get(self.batches)
                 _set_epoch(self.batches, self.epoch)
                 found = iter(self.batches)
             else:
@@ -238,7 +237,7 @@ class _Run:
         """The rest of the epoch of a checkpoint."""
         sampler = _stream(self.batches)
         state = self.resumed
-        _set_random_state(self.begun, self.batches)
+        randomness.put(self.begun, self.batches)
         _set_epoch(self.batches, self.epoch)
         if state["batches"] is not None:
             self.batches.load_state_dict(state["batches"])  # type: ignore[attr-defined]
@@ -250,7 +249,7 @@ class _Run:
             found = iter(self.batches)
             for _ in range(self.taken):
                 next(found)
-        _set_random_state(state["random"], self.batches)
+        randomness.put(state["random"], self.batches)
         self._load_also(state["also"])  # what drawing again has changed
         self.resumed = None
         return found
@@ -295,7 +294,7 @@ class _Run:
         stateful = hasattr(self.batches, "state_dict") and hasattr(self.batches, "load_state_dict")
         write_tensors(self._path(self.done), {
             "key": self.key, "losses": self.losses, "epoch": self.epoch, "taken": self.taken, "begun": self.begun,
-            "random": _random_state(self.batches), "batches": self.batches.state_dict() if stateful else None,
+            "random": randomness.get(self.batches), "batches": self.batches.state_dict() if stateful else None,
             "stream": None if sampler is None else sampler.state_dict(self._drawn(sampler)),
             "model": {name: optim.local(t) for name, t in self.model.state_dict().items() if isinstance(t, Tensor)},
             "optimizers": [optim.state(optimizer) for optimizer in self.optimizers],
@@ -355,42 +354,6 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name != "lr_lambdas"} | (
         {"lr_lambdas": [None] * len(state["lr_lambdas"])} if "lr_lambdas" in state else {}
     )
-
-
-def _generators(batches: Any) -> list[torch.Generator]:
-    """That a DataLoader and its samplers draw from."""
-    parts = (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None))
-    found = [getattr(part, "generator", None) for part in parts]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def _random_state(batches: Any) -> dict[str, Any]:
-    """Of every source of random numbers."""
-    import numpy as np
-
-    name, words, *rest = np.random.get_state()
-    found = {
-        "torch": torch.get_rng_state(), "python": random.getstate(),
-        "loader": [generator.get_state() for generator in _generators(batches)],
-        "numpy": (name, torch.from_numpy(np.asarray(words).astype(np.int64)), *rest),
-    }  # fmt: skip
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["cuda"] = torch.cuda.get_rng_state()
-    return found
-
-
-def _set_random_state(state: dict[str, Any], batches: Any) -> None:
-    import numpy as np
-
-    torch.set_rng_state(state["torch"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, words, *rest = state["numpy"]
-    np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
-    for generator, own in zip(_generators(batches), state["loader"], strict=True):
-        generator.set_state(own)
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _stream(batches: Any) -> StreamSampler | StreamBatchSampler | None:
