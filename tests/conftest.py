@@ -15,3 +15,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = items[first::step]
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % step != first])
         items[:] = kept
+
+
+@pytest.fixture
+def own_products():
+    """Deterministic algorithms: products and attention are ours, whatever this machine runs faster (csrc/cpu/choice.h)."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -242,6 +242,7 @@ def test_compiled_gradients(classes, kind):
     same(compiled(logits), w2s_fast.w2s_confidence_loss(2 * logits, weak, kind=kind), logits, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("shape", [(3000, 2), (100, 3000)])
 def test_threads_change_nothing(shape):
     logits, weak = inputs(*shape, dtype=torch.float32)

@@ -241,6 +241,7 @@ def test_threads_and_batches_do_not_change_a_row(backend):
     )
 
 
+@pytest.mark.usefixtures("own_products")
 @needs_cpp
 def test_results_do_not_depend_on_threads():
     lower, upper = a_box(130, 300, dtype=torch.float32)

@@ -190,6 +190,7 @@ def test_parameters_of_14_blocks():
     assert 14 * sum(g.numel() for g in grads) == 112896
 
 
+@pytest.mark.usefixtures("own_products")
 def test_deterministic_and_free_of_threads(backend):
     qkv = torch.randn(2, 256, 3 * 72, requires_grad=True)
     params = {"weight": torch.randn(72, 1, 2, 2), "norm_weight": torch.randn(72)}

@@ -35,6 +35,7 @@ OTHER_SUMS = {
 needs_cpp = pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("sample, dtype", sampled(CASES, 40))
 def test_arguments(sample: Sample, dtype: torch.dtype):
     assert layouts.check_arguments(sample, dtype, OTHER_SUMS) == []
@@ -62,6 +63,7 @@ def test_a_kernel_that_takes_a_vector_to_be_contiguous_is_found(monkeypatch: pyt
     assert any("[0][3] gaps" in line for line in found)
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("rounding", ["fast", "sound"])
 def test_weight_and_bias_stored_together(rounding: str):
     """The homogeneous form: the bias is a column of the matrix."""

@@ -306,6 +306,7 @@ def test_compiled_training_step(dynamic):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.skipif(w2s_fast.extension.ERROR is not None, reason="no compiled kernels")
 @pytest.mark.parametrize("n, rows, columns, density", [(5, 700, 300, 0.05), (60, 700, 900, 0.1), (600, 70, 90, 0.1),
                                                        (300, 600, 600, 0.3)])  # fmt: skip

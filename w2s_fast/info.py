@@ -16,6 +16,7 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "flashinfer-python")
 VARIABLES = (
     "W2S_FAST_BACKEND",
     "W2S_FAST_CPU",
+    "W2S_FAST_GEMM",
     "W2S_FAST_BUILD",
     "W2S_FAST_CACHE",
     "TRITON_INTERPRET",
@@ -57,6 +58,24 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+#: The classes of shapes for which csrc/cpu/gemm_library.cpp chooses between our float32 product and the library's.
+PRODUCTS = ("few rows", "few rows, transposed", "shallow", "deep")
+
+
+def products() -> list[tuple[str, str]]:
+    """Which float32 product the CPU kernels take for a class of shapes, and the rates of both that decided it.
+
+    The rates are measured at first use and kept in the cache folder; ``W2S_FAST_GEMM=own|library|auto`` overrides them.
+    """
+    if extension.ERROR is not None:
+        return []
+    found = []
+    for name, (own, library, taken) in zip(PRODUCTS, torch.ops.w2s_fast.product_rates(torch.empty(0)).tolist(), strict=True):
+        choice = "the library's" if taken else "ours"
+        found.append((f"product, {name}", f"{choice} (ours {own / 1e9:.0f}, the library's {library / 1e9:.0f} GFLOP/s)"))
+    return found
+
+
 def machine() -> list[tuple[str, str]]:
     """CPU and its vector features, threads, GPUs and their compute capabilities."""
     found = [("CPU", _cpu_name()), ("CPU capability (torch)", torch.backends.cpu.get_cpu_capability())]
@@ -64,6 +83,7 @@ def machine() -> list[tuple[str, str]]:
         have = [name for name, there in probes.cpu_features().items() if there]
         found.append(("CPU features", " ".join(have) or "none"))
     found.append(("threads (torch)", str(torch.get_num_threads())))
+    found.extend(products())
     if not torch.cuda.is_available():
         return [*found, ("GPU", "none visible to torch")]
     for index in range(torch.cuda.device_count()):

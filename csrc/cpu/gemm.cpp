@@ -50,7 +50,7 @@ void* scratch(int slot, int64_t bytes) {
 
 namespace {
 
-constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048, FEW = 32;
+constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;
 
 template <class F>
 void parallel(int64_t count, const F& work) {
@@ -205,7 +205,10 @@ void product(const Operand& a, const Operand& b, Target<A> c, A alpha, bool add)
 
 }  // namespace
 
-void gemm(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) { product<float>(a, b, c, alpha, add); }
+void gemm_own(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) { product<float>(a, b, c, alpha, add); }
+void gemm(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) {
+  if (!gemm_library(a, b, c, alpha, add)) gemm_own(a, b, c, alpha, add);
+}
 void gemm(const Operand& a, const Operand& b, Target<double> c, double alpha, bool add) { product<double>(a, b, c, alpha, add); }
 
 }  // namespace w2s

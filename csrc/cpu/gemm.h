@@ -1,8 +1,9 @@
 // c = alpha a b, or c += alpha a b, for matrices of any strides: the one dense product of the CPU kernels.
 //
-// Why not the library's: torch.mm calls MKL, which runs AVX2 code on AMD (235 of 530 GFLOP/s on two Zen 5 cores), takes
-// one dtype only, and a bfloat16 product rounds its result to bfloat16. Here operands are widened while they are packed,
-// sums are in the type of c, and their order depends on the shapes alone, not on the number of threads.
+// Ours: operands of any dtype are widened while they are packed, sums are in the type of c, and their order depends on
+// the shapes alone, not on the number of threads. The library's (torch.mm) takes one dtype and rounds a bfloat16 product
+// to bfloat16; it runs AVX2 code on AMD (235 of 530 GFLOP/s on two Zen 5 cores, ours 490) and is at its best on Intel.
+// So float32 products take whichever this machine runs faster (gemm_library.cpp).
 #pragma once
 
 #include <cstdint>
@@ -27,14 +28,24 @@ struct Target {  // where a product goes; strides in elements
   int64_t down, across;
 };
 
+constexpr int64_t FEW = 32;  // rows that are not worth packing the other operand for
+
 // a.rows x b.columns; a.columns == b.rows. Calls torch's parallel_for: not for use inside one.
 void gemm(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add);
 void gemm(const Operand& a, const Operand& b, Target<double> c, double alpha, bool add);
 
-// c = a b, or c += a b, of bfloat16 operands with the machine's bfloat16 dot instruction, where it has one: exact products
-// summed in float32, subnormal numbers taken as 0, at twice the rate of gemm. Where it has none: gemm.
+// Our own product, and the library's where it is to be taken (else false, and nothing is done).
+void gemm_own(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add);
+bool library_takes(int64_t rows, int64_t columns, int64_t depth, bool transposed);  // transposed: b's depth is contiguous
+bool gemm_library(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add);
+
+// c = a b, or c += a b, of bfloat16 operands with the machine's own bfloat16 instructions, where it has them: exact
+// products summed in float32, subnormal numbers taken as 0. The dot instruction runs at twice the rate of gemm, the tile
+// unit (AMX) at ten times. Where it has neither: gemm.
 bool has_bf16_dot();
 void gemm_bf16(const Operand& a, const Operand& b, Target<float> c, bool add);
+bool has_amx();
+void gemm_amx(const Operand& a, const Operand& b, Target<float> c, bool add);
 
 // Memory of this thread that stays allocated between calls (fresh pages cost as much as the work). 64-byte aligned; the
 // content is lost at the next call with the same slot.

@@ -173,6 +173,7 @@ bool has_bf16_dot() {
 
 void gemm_bf16(const Operand& a, const Operand& b, Target<float> c, bool add) {
   if (a.rows == 0 || b.columns == 0 || a.columns == 0) return gemm(a, b, c, 1.0f, add);
+  if (has_amx()) return gemm_amx(a, b, c, add);
   if (c.across == 1) product(a, b, c, add);
   else product(b.t(), a.t(), {c.data, c.across, c.down}, add);
 }

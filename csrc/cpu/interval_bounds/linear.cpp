@@ -4,6 +4,10 @@
 // forward product (both operands run along K) nor for the gradient of the box below 9 rows; |W| exists in registers only.
 // A batch of up to 4 rows streams: one read of W for all three gradients. A weight stored [K, N] (a transposed view) and
 // such a batch skip the columns that are exactly 0 in every row (dead units).
+//
+// Larger batches in fast rounding are bound by arithmetic, not by reading W; where the library multiplies faster than our
+// tiles (gemm.h), each dual product is two of its, with |W| made a block of rows at a time.
+#include "cpu/gemm.h"
 #include "cpu/interval_bounds/linear.h"
 
 #define W2S_KERNEL "cpu/interval_bounds/linear_targets.h"
@@ -16,6 +20,31 @@ namespace {
 
 constexpr int64_t FEW = 4;        // rows of a batch that streams
 constexpr int64_t PARTS = 16;     // partial sums of a streaming gradient: fixed, so that results do not depend on threads
+
+// Rows of W whose absolute values exist at a time: a megabyte.
+inline int64_t block_rows(int64_t k) { return std::max<int64_t>(64, (int64_t(1) << 18) / std::max<int64_t>(k, 1)); }
+
+// w.rows rows of |w| one after another
+void absolute_block(const Matrix<float>& w, float* out) {
+  parallel_items(w.rows, 16, [&](int64_t i) { W2S_DISPATCH(absolute<float>)(w.data + i * w.stride, w.columns, out + i * w.columns); });
+}
+
+Operand operand(const float* data, int64_t rows, int64_t columns, int64_t down) { return {data, Dtype::f32, rows, columns, down, 1}; }
+
+void forward_by_products(const Box<float>& box, const Matrix<float>& w, const float* bias, const Call& call, Scratch<float>& scratch, Tensor& x, Tensor& y) {
+  const int64_t batch = box.batch, n = w.rows, k = w.columns, ld = round_up(n, 16) + 16, block = std::min(n, block_rows(k));
+  float *m = scratch.get(batch * ld), *s = scratch.get(batch * ld), *size = scratch.get(block * k);
+  gemm(operand(box.c, batch, k, box.ld), operand(w.data, n, k, w.stride).t(), Target<float>{m, ld, 1}, 1.0f, false);
+  for (int64_t j = 0; j < n; j += block) {
+    const int64_t rows = std::min(block, n - j);
+    absolute_block({w.data + j * w.stride, rows, k, w.stride}, size);
+    gemm(operand(box.r, batch, k, box.ld), operand(size, rows, k, k).t(), Target<float>{s + j, ld, 1}, 1.0f, false);
+  }
+  const Rows first(x), second(y);
+  parallel_items(batch, 4, [&](int64_t p) {
+    W2S_DISPATCH(finish<float>)(m + p * ld, s + p * ld, bias, n, call, first.dtype, first.at(p, 0), second.at(p, 0));
+  });
+}
 
 template <class A>
 void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::optional<Tensor>& bias, const Call& call, Tensor& x, Tensor& y) {
@@ -43,6 +72,8 @@ void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
     return;
   }
   const Matrix<A> w = widened<A>(weight, scratch);
+  if constexpr (sizeof(A) == 4)
+    if (!call.sound && batch > FEW && library_takes(batch, n, k, true)) return forward_by_products(box, w, shift, call, scratch, x, y);
   // a chunk of W stays in L2 while every tile of rows passes over it
   const int64_t fit = std::clamp<int64_t>(393216 / int64_t(sizeof(A)) / std::max<int64_t>(1, cut_of(k, batch, sizeof(A))), 12, 252);
   const int64_t chunks = std::max<int64_t>(1, round_up(pieces(n, fit), n >= 48 ? 4 : 1));
@@ -145,12 +176,45 @@ struct Backward {
     if (!direct) narrow_rows<A>(out, dw);
   }
 
+  void by_products(const Matrix<float>& w) {
+    const int64_t block = std::min(n, block_rows(k));
+    float* size = scratch.get(block * k);
+    if (need_x) {
+      float *m = scratch.get(batch * k), *s = scratch.get(batch * k);
+      gemm(operand(gm, batch, n, ldg), operand(w.data, n, k, w.stride), Target<float>{m, k, 1}, 1.0f, false);
+      for (int64_t j = 0; j < n; j += block) {
+        const int64_t rows = std::min(block, n - j);
+        absolute_block({w.data + j * w.stride, rows, k, w.stride}, size);
+        gemm(operand(gr + j, batch, rows, ldg), operand(size, rows, k, k), Target<float>{s, k, 1}, 1.0f, j > 0);
+      }
+      const Rows first(da), second(db);
+      parallel_items(batch, 4, [&](int64_t p) {
+        W2S_DISPATCH(input_gradients<float>)(m + p * k, s + p * k, k, call.bounds_in, first.dtype, first.at(p, 0), second.at(p, 0));
+      });
+    }
+    if (!need_w) return;
+    const Box<float> box = centered<float>(a, b, call.bounds_in, false, 0, scratch);
+    const bool direct = dtype_of(weight.scalar_type()) == Dtype::f32;
+    float* out = direct ? static_cast<float*>(dw.data_ptr()) : scratch.get(n * k);
+    for (int64_t j = 0; j < n; j += block) {
+      const int64_t rows = std::min(block, n - j);
+      gemm(operand(gm + j, batch, rows, ldg).t(), operand(box.c, batch, k, box.ld), Target<float>{out + j * k, k, 1}, 1.0f, false);
+      gemm(operand(gr + j, batch, rows, ldg).t(), operand(box.r, batch, k, box.ld), Target<float>{size, k, 1}, 1.0f, false);
+      parallel_items(rows, 16, [&](int64_t i) {
+        W2S_DISPATCH(add_signed<float>)(w.data + (j + i) * w.stride, size + i * k, k, out + (j + i) * k);
+      });
+    }
+    if (!direct) narrow_rows<float>(out, dw);
+  }
+
   void run(const Tensor& ga, const Tensor& gb, const Tensor& oa, const Tensor& ob) {
     gradients(ga, gb, oa, ob);
     if (!need_x && !need_w) return;
     const Matrix<A> w = widened<A>(weight, scratch);
-    if (batch <= FEW) few(w);
-    else many(w);
+    if (batch <= FEW) return few(w);
+    if constexpr (sizeof(A) == 4)
+      if (library_takes(batch, k, n, false)) return by_products(w);
+    many(w);
   }
 };
 

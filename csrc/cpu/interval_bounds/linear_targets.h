@@ -43,6 +43,25 @@ inline A* workspace(int64_t elements) {
   return memory.data();
 }
 
+// |w|, and dw += sign(w) turned: what stands around products of the library, which take no |W| in registers.
+template <class A>
+inline void absolute(const A* w, int64_t n, A* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = std::abs(w[i]);
+}
+template <class A>
+inline void add_signed(const A* w, const A* turned, int64_t n, A* dw) {
+  for (int64_t i = 0; i < n; ++i) dw[i] += w[i] > 0 ? turned[i] : w[i] < 0 ? -turned[i] : A(0);
+}
+
+// One row of centres and radii to outputs; m, s and bias are readable to whole PADs.
+template <class A>
+inline void finish(const A* m, const A* s, const A* bias, int64_t n, const interval::Call& call, Dtype dtype, void* x, void* y) {
+  const int64_t bytes = bytes_of(dtype);
+  for (int64_t j = 0; j < n; j += TILE)
+    finish_row<A>(m + j, s + j, bias ? bias + j : nullptr, int(n - j < TILE ? n - j : TILE), {call.bounds_out, call.relu}, Rounding<A>(),
+                  dtype, static_cast<char*>(x) + j * bytes, static_cast<char*>(y) + j * bytes);
+}
+
 // `rows` rows by n <= 256 outputs; stride and the offset between rows of the outputs are in bytes. k is cut so that a
 // tile's rows of x stay in L1 and the block of W in L2.
 template <class A>

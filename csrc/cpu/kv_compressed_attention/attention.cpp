@@ -10,12 +10,12 @@
 namespace w2s {
 namespace attention {
 
-void forward(const Problem& p, bool f64) {
+void forward_own(const Problem& p, bool f64) {
   if (f64) W2S_DISPATCH(run_forward<double>)(p);
   else W2S_DISPATCH(run_forward<float>)(p);
 }
 
-void backward(const Problem& p, const Gradients& g, bool f64) {
+void backward_own(const Problem& p, const Gradients& g, bool f64) {
   if (f64) W2S_DISPATCH(run_backward<double>)(p, g);
   else W2S_DISPATCH(run_backward<float>)(p, g);
 }

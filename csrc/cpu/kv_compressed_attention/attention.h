@@ -40,8 +40,12 @@ struct Gradients {
   bool need_q, need_kv;
 };
 
+// Ours, or the library's where this machine runs that faster (attention_library.cpp).
 void forward(const Problem& p, bool f64);
 void backward(const Problem& p, const Gradients& g, bool f64);
+std::optional<Tensor> forward_made(const Problem& p, bool f64);  // [B, N, H, D] by the library, whatever p.out is; or none
+void forward_own(const Problem& p, bool f64);
+void backward_own(const Problem& p, const Gradients& g, bool f64);
 
 // Uninitialised memory on a cache line.
 template <class A>

@@ -15,8 +15,9 @@ Tensor like(const Tensor& t, bool wanted) {
 
 std::tuple<Tensor, Tensor> compressed_attention(Rowwise q, Rowwise k, Rowwise v, double scale) {
   const bool f64 = q.scalar_type() == ScalarType::Double;
-  Tensor out = like(q, true);
   Tensor softmax = torch::stable::new_empty(q, {2, q.size(0), q.size(2), q.size(1)}, f64 ? ScalarType::Double : ScalarType::Float);
+  if (std::optional<Tensor> made = forward_made(problem(q, k, v, q, softmax, scale), f64)) return {*made, softmax};
+  Tensor out = like(q, true);
   forward(problem(q, k, v, out, softmax, scale), f64);
   return {out, softmax};
 }

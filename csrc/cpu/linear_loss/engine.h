@@ -15,7 +15,6 @@ namespace w2s {
 namespace linear {
 
 constexpr int64_t CHUNK = 128;  // vocabulary rows of one piece of row-kernel work; also the unit a draw computes again
-constexpr int64_t BLOCK = 512;  // rows of a block
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t pieces(int64_t n, int64_t of) { return (n + of - 1) / of; }
 
@@ -136,6 +135,9 @@ struct Engine {
   }
   Tensor output(std::vector<int64_t> shape) const { return torch::stable::new_empty(hiddens[0], shape, scalar<A>); }
   bool narrower(int i) const { return head[size_t(i)].dtype != own_dtype<A>; }
+
+  // Rows of a block. A product on the tile unit is done before its operands and sums have come from memory: fewer passes.
+  int64_t block() const { return dots && has_amx() ? 1024 : 512; }
 
   // Chooses the height of a vocabulary tile, so that all scratch of a tile with `columns` tokens and `shared` further
   // elements a vocabulary row is about 1/20 of [T, V], within [1 MiB, 8 MiB].

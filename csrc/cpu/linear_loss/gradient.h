@@ -249,7 +249,7 @@ struct Gradients {
 template <class A>
 inline std::vector<std::vector<Segment>> blocks(const Engine<A>& e) {
   std::vector<std::vector<Segment>> groups;
-  for (int64_t r0 = 0; r0 < e.M; r0 += BLOCK) groups.push_back({{r0, std::min(BLOCK, e.M - r0), -1}});
+  for (int64_t r0 = 0; r0 < e.M; r0 += e.block()) groups.push_back({{r0, std::min(e.block(), e.M - r0), -1}});
   return groups;
 }
 

@@ -110,7 +110,7 @@ struct Expectations {
 
 template <class A>
 std::tuple<Tensor, Tensor, Tensor, Tensor> run(Engine<A>& e, const int64_t* target, bool need_rows, bool need_logits) {
-  const int64_t block = std::min(BLOCK, e.Mp);
+  const int64_t block = std::min(e.block(), e.Mp);
   e.plan(block * (e.cap ? e.n + 2 : 1), 0);
   Statistics<A> s(e, target);
   A* z = e.scratch(e.tile * block);

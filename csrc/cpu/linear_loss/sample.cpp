@@ -16,7 +16,7 @@ struct Draw {
   explicit Draw(Engine<A>& engine) : e(engine), tops(size_t(pieces(e.V, CHUNK) * e.Mp)), sums(tops.size()) {}
 
   void sweep() {
-    const int64_t block = std::min(BLOCK, e.Mp);
+    const int64_t block = std::min(e.block(), e.Mp);
     e.plan(block * (e.cap ? e.n + 1 : 1), 0);
     A* z = e.scratch(e.tile * block);
     std::vector<A*> capped;

@@ -1,0 +1,121 @@
+// The library's float32 product beside our own: this machine takes the one that it runs faster (choice.h), for each class
+// of shapes.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/choice.h"
+#include "cpu/gemm.h"
+#include "cpu/tensors.h"
+
+namespace w2s {
+namespace {
+
+// Shapes that differ in what limits them: few rows (the other operand is read once) with either layout of that operand,
+// many rows over a short depth (writing c), and the rest.
+enum Class { few_rows, few_columns, shallow, deep, CLASSES };
+constexpr const char* NAMES[CLASSES] = {"product-few-rows", "product-few-rows-transposed", "product-shallow", "product-deep"};
+constexpr double SMALL = 1 << 18;  // products below this many multiply-adds are ours: the library's call costs more
+
+Class class_of(int64_t M, int64_t N, int64_t K, bool transposed) {
+  if (M <= FEW) return transposed ? few_columns : few_rows;
+  return K <= 256 || N <= FEW ? shallow : deep;
+}
+
+bool plain(int64_t rows, int64_t columns, int64_t down, int64_t across) {  // a matrix as BLAS takes it
+  return (across == 1 && down >= std::max<int64_t>(columns, 1)) || (down == 1 && across >= std::max<int64_t>(rows, 1));
+}
+
+Tensor view(const void* data, int64_t rows, int64_t columns, int64_t down, int64_t across) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {down, across};
+  return torch::stable::from_blob(const_cast<void*>(data), {sizes, 2}, {strides, 2},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
+}
+
+void run(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) {
+  const Tensor x = view(a.data, a.rows, a.columns, a.down, a.across), y = view(b.data, b.rows, b.columns, b.down, b.across);
+  const Tensor out = view(c.data, a.rows, b.columns, c.down, c.across);
+  if (!add && alpha == 1) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), x.get(), y.get()));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), x.get(), y.get(), add ? 1.0 : 0.0, alpha));
+  }
+}
+
+// Both products of one class, on sizes that take about a millisecond.
+Choice& choice(int k) {
+  static Choice choices[CLASSES] = {Choice(NAMES[0]), Choice(NAMES[1]), Choice(NAMES[2]), Choice(NAMES[3])};
+  struct Shape { int64_t M, N, K; bool transposed; };
+  constexpr Shape shapes[CLASSES] = {{8, 2048, 1024, false}, {8, 2048, 1024, true}, {512, 1024, 128, true}, {512, 512, 1024, true}};
+  const Shape& s = shapes[k];
+  choices[k].settle([&](auto&& race) {
+    std::vector<float> a(size_t(s.M * s.K), 0.5f), b(size_t(s.N * s.K), 0.25f), c(size_t(s.M * s.N));
+    const Operand left{a.data(), Dtype::f32, s.M, s.K, s.K, 1};
+    const Operand right = s.transposed ? Operand{b.data(), Dtype::f32, s.K, s.N, 1, s.K} : Operand{b.data(), Dtype::f32, s.K, s.N, s.N, 1};
+    const Target<float> to{c.data(), s.N, 1};
+    race(2.0 * double(s.M) * double(s.N) * double(s.K), [&] { gemm_own(left, right, to, 1.0f, false); },
+         [&] { run(left, right, to, 1.0f, false); });
+  });
+  return choices[k];
+}
+
+}  // namespace
+
+bool library_takes(int64_t rows, int64_t columns, int64_t depth, bool transposed) {
+  if (double(rows) * double(columns) * double(depth) < SMALL || !library_allowed()) return false;
+  return library_forced() || choice(class_of(rows, columns, depth, transposed)).library_is_faster();
+}
+
+bool gemm_library(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) {
+  const int64_t M = a.rows, N = b.columns, K = a.columns;
+  if (a.dtype != Dtype::f32 || b.dtype != Dtype::f32) return false;
+  if (!plain(M, K, a.down, a.across) || !plain(K, N, b.down, b.across) || !plain(M, N, c.down, c.across)) return false;
+  // c stored by columns: it is b^T a^T that is computed
+  if (!(c.across == 1 ? library_takes(M, N, K, b.down == 1) : library_takes(N, M, K, a.across == 1))) return false;
+  run(a, b, c, alpha, add);
+  return true;
+}
+
+namespace {
+
+// [classes, 3]: our rate and the library's in FLOP a second, and whether the library's is taken
+Tensor product_rates(Tensor like) {
+  Tensor out = torch::stable::new_empty(like, {CLASSES, 3}, ScalarType::Double);
+  double* p = static_cast<double*>(out.data_ptr());
+  for (int k = 0; k < CLASSES; ++k, p += 3) {
+    p[0] = choice(k).own;
+    p[1] = choice(k).library;
+    p[2] = library_allowed() && (library_forced() || choice(k).library_is_faster());
+  }
+  return out;
+}
+
+// c = a b or c += a b as the kernels make it (way 0), by our own product (1), by the machine's bfloat16 instructions (2):
+// the door for tests and benchmarks of the product alone
+void product(Strided a, Strided b, Strided c, bool add, int64_t way) {
+  const auto operand = [](const Tensor& t) {
+    return Operand{t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+  };
+  const Operand x = operand(a), y = operand(b);
+  if (c.scalar_type() == ScalarType::Double) {
+    gemm(x, y, Target<double>{static_cast<double*>(c.data_ptr()), c.stride(0), c.stride(1)}, 1.0, add);
+    return;
+  }
+  const Target<float> to{static_cast<float*>(c.data_ptr()), c.stride(0), c.stride(1)};
+  if (way == 1) gemm_own(x, y, to, 1.0f, add);
+  else if (way == 2) gemm_bf16(x, y, to, add);
+  else gemm(x, y, to, 1.0f, add);
+}
+
+}  // namespace
+}  // namespace w2s
+
+STABLE_TORCH_LIBRARY_FRAGMENT(w2s_fast, m) {
+  m.def("product_rates(Tensor like) -> Tensor");
+  m.def("product(Tensor a, Tensor b, Tensor(a!) c, bool add, int way) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(w2s_fast, CPU, m) {
+  m.impl("product_rates", W2S_BOX(&w2s::product_rates));
+  m.impl("product", W2S_BOX(&w2s::product));
+}

@@ -1,0 +1,124 @@
+"""The CPU kernels' dense product: every way of making it, against float64, over layouts, dtypes and sizes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import w2s_fast  # noqa: F401  (loads the kernels)
+from w2s_fast import extension
+from w2s_fast.testing.selection import sampled
+
+pytestmark = pytest.mark.skipif(extension.ERROR is not None, reason=f"needs the compiled kernels: {extension.ERROR}")
+
+WAYS = {"chosen": 0, "own": 1, "machine's bfloat16": 2}
+SIZES = [0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 257]
+DEPTHS = [1, 2, 3, 31, 32, 33, 64, 95, 384, 385, 1030, 2049]
+LAYOUTS = ["rows", "columns", "gaps", "columns with gaps", "strided"]
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same matrix in another layout; what lies between its elements is NaN."""
+    rows, columns = values.shape
+    if layout.startswith("columns"):
+        return laid_out(values.t(), "gaps" if "gaps" in layout else "rows").t()
+    step = {"rows": 1, "gaps": 1, "strided": 2}[layout]
+    room = torch.full((rows + 1, columns * step + (0 if layout == "rows" else 5)), float("nan"), dtype=values.dtype)
+    view = room[:rows, : columns * step : step]
+    view.copy_(values)
+    return view
+
+
+def cases() -> Iterator[tuple[int, int, int, str, str, str, str, bool, str]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def one(options: list) -> object:
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    for _ in range(1500):
+        way = one(list(WAYS))
+        dtype = "bfloat16" if way == "machine's bfloat16" else one(["float32", "float32", "bfloat16", "float16"])
+        yield (one(SIZES), one(SIZES), one(DEPTHS), one(LAYOUTS), one(LAYOUTS), one(LAYOUTS[:4]), dtype, one([False, True]), way)
+
+
+@pytest.mark.parametrize("case", sampled(cases(), 200), ids=str)
+def test_against_float64(case) -> None:
+    rows, columns, depth, of_a, of_b, of_c, dtype, add, way = case
+    a = torch.randn(rows, depth).to(getattr(torch, dtype))
+    b = torch.randn(depth, columns).to(getattr(torch, dtype))
+    start = torch.randn(rows, columns) if add else torch.full((rows, columns), float("nan"))
+    c = laid_out(start, of_c)
+    torch.ops.w2s_fast.product(laid_out(a, of_a), laid_out(b, of_b), c, add, WAYS[way])
+    exact = a.double() @ b.double() + (start.double() if add else 0)
+    scale = a.double().abs() @ b.double().abs() + (start.double().abs() if add else 0)
+    assert ((c.double() - exact).abs() <= 8e-7 * depth**0.5 * scale + 1e-30).all()
+
+
+@pytest.mark.parametrize("way", ["own", "machine's bfloat16"])
+def test_any_number_of_threads_gives_the_same_bits(way: str) -> None:
+    dtype = torch.bfloat16 if way != "own" else torch.float32
+    a, b = torch.randn(300, 1100).to(dtype), torch.randn(1100, 170).to(dtype)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        c = torch.empty(300, 170)
+        torch.ops.w2s_fast.product(a, b, c, False, WAYS[way])
+        found.append(c)
+    torch.set_num_threads(1)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_deterministic_algorithms_take_ours() -> None:
+    a, b = torch.randn(200, 300), torch.randn(300, 250)
+    own, chosen = torch.empty(200, 250), torch.empty(200, 250)
+    torch.ops.w2s_fast.product(a, b, own, False, WAYS["own"])
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.ops.w2s_fast.product(a, b, chosen, False, WAYS["chosen"])
+        taken = torch.ops.w2s_fast.product_rates(torch.empty(0))[:, 2]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(own, chosen) and not taken.any()
+
+
+def test_beside_the_librarys_own_bfloat16() -> None:
+    """The tile unit's set-up of one product must not be left to another's (torch.mm uses the unit too)."""
+    a, b = torch.randn(96, 160).bfloat16(), torch.randn(160, 64).bfloat16()
+    c, exact = torch.empty(96, 64), a.double() @ b.double()
+    for _ in range(3):
+        theirs = a @ b
+        torch.ops.w2s_fast.product(a, b, c, False, WAYS["machine's bfloat16"])
+        assert torch.allclose(theirs.double(), exact, rtol=2e-2, atol=0.2)
+        assert torch.allclose(c.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+PROGRAM = """
+import torch, w2s_fast
+a, b, c = torch.randn(200, 300), torch.randn(300, 250), torch.empty(200, 250)
+torch.ops.w2s_fast.product(a, b, c, False, 0)
+assert torch.allclose(c.double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
+print([bool(x) for x in torch.ops.w2s_fast.product_rates(torch.empty(0))[:, 2]])
+"""
+
+
+@pytest.mark.parametrize("choice", ["own", "library", "auto", None])
+def test_the_variable_decides(choice, tmp_path) -> None:
+    env = {**os.environ, "W2S_FAST_CACHE": str(tmp_path / "new" / "folder")} | ({"W2S_FAST_GEMM": choice} if choice else {})
+    runs = [subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=True) for _ in range(2)]
+    if choice in ("own", "library"):
+        assert runs[0].stdout.strip() == str([choice == "library"] * 4)
+    files = list(tmp_path.rglob("product-*"))
+    assert len(files) == 4
+    assert runs[0].stdout == runs[1].stdout  # measured once
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    env = {**os.environ, "W2S_FAST_CACHE": str(tmp_path / "file" / "folder")}
+    subprocess.run([sys.executable, "-c", PROGRAM], env=env, check=True, capture_output=True)
