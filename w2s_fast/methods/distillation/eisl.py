@@ -65,7 +65,7 @@ def train(
     def either(model: Any, batch: Sequences, step: int) -> Tensor:
         if step < warm * recipe.steps:
             return language.cross_entropy(model, batch)
-        return loss(model, batch, ngrams=range(2, longest + 1))
+        return loss(model, batch, ngrams=tuple(range(2, longest + 1)))
 
     loader = shuffled(given, recipe.batch, seed=recipe.seed, where=run.get("where"), collate=language.collate)
     return run_loop(model, either, loader, recipe, **run)

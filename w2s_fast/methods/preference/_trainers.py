@@ -33,9 +33,11 @@ class NPOTrainer(SFTTrainer):
     """
 
     def __init__(self, *args: Any, beta: float = 0.1, ref_model: Any = None, **kwargs: Any) -> None:
+        made = ref_model if ref_model is not None else copy.deepcopy(args[0] if args else kwargs["model"])
+        if isinstance(made, str):
+            checks.fail("methods.preference.NPOTrainer", "ref_model", "given where the model is a name", None)
         super().__init__(*args, **kwargs)
         self.beta, self.model_accepts_loss_kwargs = beta, False
-        made = ref_model if ref_model is not None else copy.deepcopy(self.accelerator.unwrap_model(self.model))
         self.ref_model = made.eval().requires_grad_(False)
 
     def compute_loss(
@@ -59,7 +61,7 @@ class NPOTrainer(SFTTrainer):
 
         with torch.no_grad():
             ref = through_head(self.ref_model, score, **given)
-        return through_head(model, loss, **given)
+        return model(**given, use_cache=False, fused=loss)[0]
 
 
 def self_play(model: Any, tokenizer: Any, rows: Any, *, seed: int = 0, **how: Any) -> Dataset:
@@ -92,6 +94,8 @@ class SPINTrainer(DPOTrainer):
         seed = kwargs["args"].seed if kwargs.get("args") is not None else 0
         played = self_play(model, processing_class, train_dataset, seed=seed, max_new_tokens=max_new_tokens,
                            temperature=temperature)  # fmt: skip
+        if kwargs.get("peft_config") is None:
+            kwargs.setdefault("ref_model", copy.deepcopy(model))
         super().__init__(model, train_dataset=played, processing_class=processing_class, **kwargs)
 
     def _choose_losses(self) -> None:
