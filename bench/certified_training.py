@@ -1,6 +1,6 @@
 """Certified training here and on auto_LiRPA, to one verified error: ``python -m w2s_fast.bench.certified_training``.
 
-The methods of `w2s-fast train ibp` (Linear layers) and `w2s-fast train fast` (convolutions and batch-norm, with the
+The methods `methods.certified.ibp` (Linear layers) and `methods.certified.fast` (convolutions and batch-norm, with the
 regularisers) on scikit-learn's digits, each twice from the same weights with the same batches: over
 `nn.IntervalModule`, and over auto_LiRPA as its own examples have it, the regularisers in PyTorch. They train an epoch
 in turns, in random order; after every epoch each model gets its verified test error, by the same certificates, off the
@@ -23,21 +23,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import cache_dir, out_folder, write_figure, write_json
-from ..methods._common.digits import digits
-from ..methods._common.report import figure
 from ..methods.certified import fast, ibp
-from ..methods.certified._common import CLIP, mlp, verified_error
-from ..methods.certified._training import Loss, Ramp, Schedule, Stage, Trainer, linear, smoothed
+from ..methods.certified.ibp import PIXELS as CLIP
+from ..methods.certified.ibp import Stage, linear, smoothed
 from ..nn import bound
 from ..testing.peers import auto_lirpa
 from .cases.interval_networks import _regularisers
+from .certified_loop import Ramp, Schedule, Trainer, data, figure, verified_error
 from .command import SOURCE
+from .effects.data import cnn7, mlp
 from .report import RESULTS
 
+KAPPA, WEIGHT, EPS = 0.5, 0.5, 0.1  # the defaults of the two methods
+Loss = Callable[..., Tensor]
 NAMES = ("w2s_fast", "auto_LiRPA")
 COLORS = {"w2s_fast": "#c8553d", "auto_LiRPA": "#3b6fb6"}
 # a folder of its own: the files in results/ are reports of cases
 FOLDER = (RESULTS if SOURCE else cache_dir() / "bench") / "training"
+
+
+def started(seed: int) -> nn.Sequential:
+    """CNN-7 of width 8 as fast certified training starts it."""
+    model = cnn7(8, seed, norm=True)
+    fast.initialise(model, seed)
+    return model
 
 
 class Setting(NamedTuple):
@@ -52,10 +61,10 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "ibp": Setting("IBP, Linear 64-128-128-10", lambda seed: mlp((128, 128), seed), ibp.ibp_loss, linear,
-                   ibp.SCHEDULE, (64,)),
-    "fast": Setting("fast, CNN-7 with batch-norm", lambda seed: fast.network(fast.VARIANTS["fast"], seed),
-                    fast.fast_loss, smoothed, fast.SCHEDULE, (1, 8, 8)),
+    "ibp": Setting("IBP, Linear 64-128-128-10", lambda seed: mlp(64, 128, 128, 10, seed=seed), ibp.ibp_loss,
+                   linear, Schedule(60, 1, 30, 64, 1e-2), (64,)),
+    "fast": Setting("fast, CNN-7 with batch-norm", lambda seed: started(seed), fast.fast_loss, smoothed,
+                    Schedule(30, 1, 15, 64, 8e-3), (1, 8, 8)),
 }  # fmt: skip
 
 
@@ -80,7 +89,7 @@ def peer_loss(
 
     def ibp_loss(x: Tensor, y: Tensor, stage: Stage) -> Tensor:
         logits, z, _ = bounds(x, y, stage.eps)
-        kappa = 1 - (1 - ibp.KAPPA) * stage.share
+        kappa = 1 - (1 - KAPPA) * stage.share
         return kappa * F.cross_entropy(logits, y) + (1 - kappa) * F.cross_entropy(z, y)
 
     def fast_loss(x: Tensor, y: Tensor, stage: Stage) -> Tensor:
@@ -88,7 +97,7 @@ def peer_loss(
         value = F.cross_entropy(z if stage.eps else logits, y)
         if stage.ramp:
             tight, relu = _regularisers([(n.inputs[0].lower, n.inputs[0].upper) for n in relus], box)
-            value = value + fast.WEIGHT * (1 - stage.share) * (tight + relu)
+            value = value + WEIGHT * (1 - stage.share) * (tight + relu)
         return value
 
     def update() -> None:
@@ -110,7 +119,7 @@ class Side:
             self.update: Callable[[], None] = lambda: None
         else:
             loss, self.update = peer_loss(method, self.model, x[:2])
-        self.trainer = Trainer(self.model, loss, ibp.EPS, schedule, seed, setting.ramp)
+        self.trainer = Trainer(self.model, loss, EPS, schedule, seed, setting.ramp)
         self.seconds = 0.0
         self.curve: list[tuple[float, float]] = []
 
@@ -120,7 +129,7 @@ class Side:
         self.trainer.epoch(x, y)
         self.seconds += time.perf_counter() - begin
         self.update()
-        self.curve.append((self.seconds, verified_error(self.model, *test, ibp.EPS)))
+        self.curve.append((self.seconds, verified_error(self.model, *test, EPS)))
 
     def reaches(self, target: float) -> float:
         """Seconds until the verified error is at most the target for the first time."""
@@ -131,7 +140,7 @@ def agree(sides: list[Side], x: Tensor, y: Tensor) -> float:
     """Largest relative difference of the two sides' losses at several stages."""
     worst = 0.0
     for share in (0.0, 0.3, 1.0):
-        stage = Stage(share * ibp.EPS, share, True)
+        stage = Stage(share * EPS, share, True)
         ours, theirs = (side.trainer.loss(x[:64], y[:64], stage).item() for side in sides)
         worst = max(worst, abs(ours - theirs) / abs(theirs))
     return worst
@@ -139,7 +148,7 @@ def agree(sides: list[Side], x: Tensor, y: Tensor) -> float:
 
 def run(method: str, schedule: Schedule, seed: int) -> dict[str, Any]:
     """Both loops; seconds and verified errors, and the seconds each took to what both reach."""
-    (x, y), (test_x, test_y) = digits()
+    (x, y), (test_x, test_y) = data()
     shape = SETTINGS[method].shape
     x, test = x.reshape(-1, *shape), (test_x.reshape(-1, *shape), test_y)
     fresh = [Side(name, method, schedule, x, seed) for name in NAMES]
@@ -176,7 +185,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
                 seconds, errors = zip(*curve, strict=True)
                 axis.plot(seconds, [100 * e for e in errors], color=COLORS[name], linewidth=1.2,
                           label=None if i else name)  # fmt: skip
-        axis.set(xlabel="seconds of training", ylabel=f"verified test error at radius {ibp.EPS:g}, percent",
+        axis.set(xlabel="seconds of training", ylabel=f"verified test error at radius {EPS:g}, percent",
                  title=SETTINGS[method].title, xlim=(0, None), ylim=(0, 102))  # fmt: skip
         axis.spines[["top", "right"]].set_visible(False)
         handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))

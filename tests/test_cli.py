@@ -102,7 +102,7 @@ def test_bench_refuses_what_it_does_not_know(run):
 
 
 def test_demo_without_transformers_says_what_to_install(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "w2s_fast.methods.decoding.demo", None)
+    monkeypatch.setitem(sys.modules, "w2s_fast.bench.demo", None)
     found = run("demo")
     assert found.exit_code == 1 and "w2s_fast[demo]" in found.stderr
 
@@ -129,7 +129,7 @@ def test_train_passes_its_options_on(run, monkeypatch):
         given.append(arguments)
         return 3
 
-    monkeypatch.setattr(genarm, "main", main)
+    monkeypatch.setattr(genarm, "main", main, raising=False)
     assert run("train", "genarm", "--seeds", "0", "1", "--help", "-x=2").exit_code == 3
     assert given == [["--seeds", "0", "1", "--help", "-x=2"]]
 
@@ -144,7 +144,7 @@ def test_train_reports_what_a_method_raises(run, monkeypatch):
         raise KeyboardInterrupt
 
     for main, code, text in ((full, 1, "disk full"), (stopped, 130, "stopped")):
-        monkeypatch.setattr(genarm, "main", main)
+        monkeypatch.setattr(genarm, "main", main, raising=False)
         found = run("train", "genarm")
         assert found.exit_code == code and text in found.stderr and not found.stdout
     monkeypatch.setitem(sys.modules, "w2s_fast.methods.decoding.genarm", None)
@@ -157,7 +157,7 @@ def test_methods_have_names_of_their_own_and_a_summary():
 
     found = methods.available()
     files = [p.stem for p in (ROOT / "w2s_fast" / "methods").glob("[!_]*/[!_]*.py")]
-    assert {"dynamic_logit_fusion", "genarm", "weak_to_strong_search"} <= set(found) and len(files) == len(set(files))
+    assert {"spin", "genarm", "weak_to_strong_search"} <= set(found) and len(files) == len(set(files))
     assert all("arXiv" in method.summary for method in found.values())
 
 
@@ -231,7 +231,7 @@ def _bad_hints(texts: list[str], extras: set[str]) -> list[str]:
 
     from w2s_fast import methods
 
-    commands, known = {"info", "check", "bench", "effect", "demo", "train"}, set(methods.available())
+    commands, known = {"info", "check", "bench", "effect", "demo", "teacher", "train"}, set(methods.available())
     bad = []
     for text in texts:
         for extra in re.findall(r"pip install \"?(?:w2s_fast|\.|-e \.)\\?\[(\w+)\\?\]", text):

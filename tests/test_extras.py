@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from w2s_fast import methods
+from w2s_fast.testing import foreign
 from w2s_fast.testing.selection import amount, sampled
 
 try:
@@ -125,14 +125,22 @@ def library_modules() -> list[str]:
     return sorted(names)
 
 
+LANGUAGE = ("npo", "spin", "grape", "eisl", "genarm", "weak_to_strong_search", "sltrain")
+
+
 def commands(folder: Path, count: int, seed: int) -> list[list[str]]:
-    found = []
-    for method in sorted(methods.available().values()):
-        source = ROOT.joinpath(*method.module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
-        writes = "given.out" in source or method.name in ("per_step_advantage", "spin")  # theirs is in _report.py
-        out = ["--out", str(folder / method.name)] if writes else []
-        found.append(["train", method.name, "--quick", *out])
-    return sampled([*found, ["demo", "--fresh", "--out", str(folder / "demo")]], count, seed)
+    """Methods on a model of transformers and a file of rows, and the demo."""
+    pytest.importorskip("transformers")
+    tokenizer = foreign.tokenizer(["what is it?", "nine"])
+    foreign.gpt2(len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    text = " ".join(["nine"] * 300)
+    row = {"prompt": "what is it?", "completion": "nine", "chosen": "nine", "rejected": "ten", "text": text,
+           "completions": ["nine", "ten"]}  # fmt: skip
+    foreign.write_jsonl(folder / "rows.jsonl", [row, row])
+    given = ["--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), "--steps", "1", "--device", "cpu"]
+    found = [["train", name, *given, "--out", str(folder / name)] for name in LANGUAGE]
+    return sampled([["demo", "--fresh", "--out", str(folder / "demo")], *found], count, seed)
 
 
 def brought_by(message: str) -> str:
@@ -176,11 +184,11 @@ def test_commands_without_optional_packages(tmp_path: Path):
 #: What each extra is for: modules to import, and whether all commands run with it.
 USES = {
     "transformers": [m for m in library_modules() if ".integrations.transformers" in m],
-    "trl": ["w2s_fast.integrations.trl"],
+    "trl": ["w2s_fast.integrations.trl", "w2s_fast.methods.preference._trainers"],
     "diffusers": ["w2s_fast.integrations.diffusers.kv_compression"],
     "plot": ["w2s_fast.bench.plots", "matplotlib.figure"],
     "adam8bit": ["w2s_fast.methods._common.optim", "bitsandbytes.optim"],
-    "demo": [m for m in library_modules() if ".methods" in m],
+    "demo": [m for m in library_modules() if ".methods" in m and "_trainers" not in m] + ["w2s_fast.bench.demo"],
 }
 
 

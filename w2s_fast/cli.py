@@ -1,4 +1,4 @@
-"""`w2s-fast`: info, check, calibrate, bench, effect, demo, train. Heavy imports happen inside the commands."""
+"""`w2s-fast`: info, check, calibrate, bench, effect, demo, teacher, train. Imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ def _draw(report: Any, folder: Path) -> None:
 def demo(context: typer.Context) -> None:
     """Logit fusion on real text: small models trained here, decoding with them against the fine-tuned large one."""
     try:
-        from .methods.decoding.demo import main
+        from .bench.demo import main
     except ImportError as error:
         _cannot_import("the demo", error)
     code = main(context.args)
@@ -354,9 +354,7 @@ def _list_methods(console: Console) -> None:
     options_metavar="[METHOD] [OPTIONS]",
 )
 def train(context: typer.Context) -> None:
-    """Train with a paper's method on this machine; alone, it lists the methods."""
-    import importlib
-
+    """Train the user's model on the user's data with a paper's method; alone, it lists the methods."""
     from .methods import available
 
     name, *arguments = context.args or ["--help"]
@@ -369,12 +367,40 @@ def train(context: typer.Context) -> None:
         _list_methods(err)
         raise typer.Exit(2)
     try:
-        main = importlib.import_module(method.module).main
+        code = method.run(arguments)
     except ImportError as error:
         _cannot_import(name, error)
-    code = main(arguments)
     if code:
         raise typer.Exit(int(code))
+
+
+teacher_app = typer.Typer(no_args_is_help=True, help="A teacher's outputs, kept for students.")
+app.add_typer(teacher_app, name="teacher")
+
+
+@teacher_app.command("dump")
+def teacher_dump(
+    model: Annotated[str, typer.Option(help="The teacher: a folder, a hub name, or package.module:function.")],
+    data: Annotated[str, typer.Option(help="A .jsonl or .parquet file: text, or prompt and completion.")],
+    to: Annotated[Path, typer.Option("--out", help="The parquet file to write.")],
+    top: Annotated[int, typer.Option(min=1, max=64, help="Log-probabilities of each token.")] = 20,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Most tokens of a row.")] = 1024,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: cuda if there is one.")] = "auto",
+) -> None:
+    """Write a teacher's top-k log-probabilities to a parquet file; `methods.distillation.teacher.distil` reads it."""
+    from . import files
+    from .methods._common import command
+    from .methods._common.place import place
+    from .methods.distillation import teacher
+
+    files.writable_folder(to.parent)  # before the work
+    rows = command.rows_of(data)
+    made, tokenizer = command.model_of(model, tokenizer=True)
+    with err.status("dumping"):
+        made = made.to(place(device).device)
+        count = teacher.dump(made, tokenizer, rows, to, top=top, batch=batch, max_length=length)
+    out.print(f"{count} rows: {to}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -47,3 +47,21 @@ def mlp(*widths: int, seed: int) -> nn.Sequential:
 def accuracy(model: nn.Module, split: Split) -> float:
     """Share of right answers."""
     return (model(split.x).argmax(1) == split.y).float().mean().item()
+
+
+def cnn7(width: int, seed: int, *, norm: bool = False, hidden: int = 64) -> nn.Sequential:
+    """CNN-7 of fast certified training (arXiv 2103.17268), narrow and for digits ``[N, 1, 8, 8]``: one stride of 2.
+
+    Args:
+        width: channels; twice as many from the third convolution on.
+        norm: batch-norm after every convolution and after the hidden Linear.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for inner, outer, stride in ((1, width, 1), (width, width, 1), (width, 2 * width, 2),
+                                     (2 * width, 2 * width, 1), (2 * width, 2 * width, 1)):  # fmt: skip
+            convolution = nn.Conv2d(inner, outer, 3, stride, 1)
+            layers += [convolution, *([nn.BatchNorm2d(outer)] if norm else []), nn.ReLU()]
+        layers += [nn.Flatten(), nn.Linear(32 * width, hidden), *([nn.BatchNorm1d(hidden)] if norm else []), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(hidden, 10))

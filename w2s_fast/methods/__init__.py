@@ -1,10 +1,11 @@
-"""Thin training loops, one a paper; `w2s-fast train` lists and runs those that have a ``main(arguments)``."""
+"""The papers' methods as a library, one a file; `w2s-fast train` lists and runs those that train."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
@@ -19,18 +20,41 @@ class Method(NamedTuple):
         """Where to import it from."""
         return f"{__name__}.{self.family}.{self.name}"
 
+    def run(self, arguments: list[str]) -> int | None:
+        """`w2s-fast train NAME`: the module's own ``main``, or its ``train`` by `_common.command`."""
+        module: Any = importlib.import_module(self.module)
+        if hasattr(module, "main"):
+            code: int | None = module.main(arguments)
+            return code
+        from ._common import command
+
+        return command.main(self.name, self.summary, module.train, arguments)
+
+
+def __getattr__(name: str) -> Any:
+    """`Recipe`, `train` and `place` of the loop that the methods share, loaded on first use."""
+    if name in ("Recipe", "train"):
+        from ._common import loop
+
+        return getattr(loop, name)
+    if name == "place":
+        from ._common.place import place
+
+        return place
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 def available() -> dict[str, Method]:
-    """Methods by name: every ``<family>/<paper>.py`` with ``def main(arguments: list[str]) -> int | None``.
+    """Methods by name: every ``<family>/<paper>.py`` with a ``train(..., recipe, ...)`` or a ``main(arguments)``.
 
-    Read from the source, so that listing imports nothing heavy. ``main`` gets what follows the method's name on the
-    command line and returns an exit status (None is 0). ``demo`` has a command of its own.
+    Read from the source, so that listing imports nothing heavy.
     """
     found = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*/[!_]*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        mains = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
-        if path.stem != "demo" and any([a.arg for a in n.args.args] == ["arguments"] for n in mains):
+        given = {n.name: [a.arg for a in (*n.args.args, *n.args.kwonlyargs)] for n in tree.body
+                 if isinstance(n, ast.FunctionDef)}  # fmt: skip
+        if given.get("main") == ["arguments"] or "recipe" in given.get("train", ()):
             summary = (ast.get_docstring(tree) or "").split("\n")[0]
             found[path.stem] = Method(path.stem, path.parent.name, summary)
     return found

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from w2s_fast.methods._common import text
-from w2s_fast.methods._common.models import Size, llama
 from w2s_fast.methods.streams._fit import fit
 from w2s_fast.methods.streams.continual_pretraining import continue_training, rewarm
 from w2s_fast.optim import RewarmCosineLR
 
+from .. import text
+from ..llama import Size, llama
 from ..protocol import Claim
 
 METHOD = "continual_pretraining"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,13 +32,22 @@ def no_figure() -> None:
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Callable[[str, int], Callable[[float], None]]]:
-    """Yields ``start(description, steps)``, which returns ``tick(loss)``: one bar a training run."""
+    """Yields ``start(description, steps)``, which returns ``tick(loss)``: one bar a training run.
+
+    Python's random numbers stay as they were; rich draws some.
+    """
+    if quiet:
+        yield lambda description, steps: lambda loss: None
+        return
+    state = random.getstate()
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(
+    bars = Progress(
         TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(), console=stderr_console(), disable=quiet,
-    ) as bars:  # fmt: skip
+        TimeRemainingColumn(), console=stderr_console(),
+    )  # fmt: skip
+    with bars:
+        random.setstate(state)
 
         def start(description: str, steps: int) -> Callable[[float], None]:
             task = bars.add_task(description, total=steps, note="")

@@ -1,131 +1,82 @@
 """Weak-to-strong search (arXiv 2405.19262): a small tuned and a small untuned model choose among a large one's chunks.
 
 Keep W beams; every chunk of L tokens, sample K successors of each from the large model and keep the W candidates with
-the largest ``sum_t log pi_tuned(y_t) - log pi_untuned(y_t)`` over the whole response.
+the largest ``sum_t log pi_tuned(y_t) - log pi_untuned(y_t)`` over the whole response. `train` makes the tuned model, by
+DPO against the untuned one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...integrations.transformers import generate
-from ...ops.linear_loss.arm import arm_loss
-from ...ops.linear_loss.logprobs import linear_fusion_logprobs
-from .._common import models, tokens
-from .._common.console import progress, quiet_transformers
-from .._common.preferences import mean_reward, pairs
-from . import dynamic_logit_fusion
-
-OBJECTIVE = "letters"
+from .._common import language
+from .._common.batches import shuffled
+from .._common.language import Example, Pairs, Row
+from .._common.loop import Recipe, Trained
+from .._common.loop import train as run_loop
+from . import genarm
 
 
-@dataclass
-class SearchResult:
-    """Mean reward over the prompts of: one sample of the large model, the best of W K samples, the search."""
+class Beam(NamedTuple):
+    """Token ids behind the prompt, and the implicit reward of all of them."""
 
-    sampled: float
-    best_of_n: float
-    searched: float
-    candidates: int
+    completion: list[int]
+    score: float
 
 
-def response_logps(model: Any, ids: Tensor, prompt: int) -> Tensor:
-    """``sum_t log pi(y_t)`` of the tokens behind the prompt, [N]; the ``[N, S, V]`` logits are never formed."""
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, prompt - 1 : -1]
-    logp, _ = linear_fusion_logprobs([hidden], [model.lm_head.weight], ids[:, prompt:])
-    return logp.sum(1)
+def score(tuned: Any, untuned: Any, prompt: list[int], completions: Sequence[list[int]]) -> Tensor:
+    """The implicit reward ``log pi_tuned - log pi_untuned`` of completions, ``[N]``."""
+    rows = [Example(prompt, completion) for completion in completions]
+    return language.scores(tuned, rows) - language.scores(untuned, rows)
 
 
 @torch.no_grad()
-def score(tuned: Any, untuned: Any, ids: Tensor, prompt: int) -> Tensor:
-    """The implicit reward ``log pi_tuned - log pi_untuned`` of each row's response, [N]."""
-    return response_logps(tuned, ids, prompt) - response_logps(untuned, ids, prompt)
-
-
 def search(
-    large: Any, tuned: Any, untuned: Any, prompt_ids: Tensor, *, beams: int = 4, successors: int = 4, chunk: int = 10,
+    large: Any, tuned: Any, untuned: Any, prompt: list[int], *, beams: int = 4, successors: int = 4, chunk: int = 10,
     max_new_tokens: int = 50, top_k: int = 50, temperature: float = 1.0, generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Chunk-level beam search for one prompt ``[S]``; beams ``[W, S + max_new_tokens]``, best first, scores ``[W]``."""
-    kept, length = prompt_ids[None].expand(beams, -1), len(prompt_ids)
-    scores = torch.zeros(beams)
-    while kept.shape[1] < length + max_new_tokens:
-        made = generate(
-            large, input_ids=kept.repeat_interleave(successors, 0), method="static", top_k=top_k, eos_token_id=(),
-            max_new_tokens=min(chunk, length + max_new_tokens - kept.shape[1]), temperature=temperature,
-            generator=generator,
-        ).sequences  # fmt: skip
-        scores, best = score(tuned, untuned, made, length).topk(beams)
-        kept = made[best]
-    return kept, scores
+    end: int | Sequence[int] | None = None,
+) -> list[Beam]:  # fmt: skip
+    """Chunk-level beam search for one prompt (token ids); beams, best first.
+
+    Args:
+        end: ids that end a response, ``()`` for none; default those of the large model's configuration.
+    """
+    own = getattr(getattr(large, "generation_config", None), "eos_token_id", None) if end is None else end
+    ends = [own] if isinstance(own, int) else list(own or ())
+    device = next(large.parameters()).device
+    kept = [Beam([], 0.0)] * beams
+    for at in range(0, max_new_tokens, chunk):
+        made = [beam for beam in kept if beam.completion[-1:] and beam.completion[-1] in ends]
+        for beam in (b for b in kept if b not in made):
+            ids = torch.tensor([prompt + beam.completion], device=device)
+            found = generate(large, input_ids=ids, attention_mask=torch.ones_like(ids), method="static", top_k=top_k,
+                             temperature=temperature, max_new_tokens=min(chunk, max_new_tokens - at),
+                             num_return_sequences=successors, eos_token_id=ends, generator=generator)  # fmt: skip
+            made += [Beam(beam.completion + row[ids.shape[1] : ids.shape[1] + int(n)].tolist(), 0.0)
+                     for row, n in zip(found.sequences, found.lengths, strict=True)]  # fmt: skip
+        values = score(tuned, untuned, prompt, [beam.completion for beam in made]).tolist()
+        ranked = sorted(zip(made, values, strict=True), key=lambda pair: -pair[1])
+        kept = [Beam(beam.completion, value) for beam, value in ranked[:beams]]
+        if all(beam.completion[-1] in ends for beam in kept):
+            break
+    return kept
 
 
-def tune(
-    model: Any, reference: Any, tok: Any, ids: Tensor, *, steps: int = 150, rate: float = 0.01, beta: float = 0.1,
-    batch: int = 16, seed: int = 0, tick: Callable[[float], None] | None = None,
-) -> Any:
-    """DPO of the small model in place: the pair loss on ``log pi - log pi_reference``."""
-    generator = torch.Generator().manual_seed(seed)
+def train(
+    model: Any, tokenizer: Any, rows: list[Row], *, recipe: Recipe, beta: float = 0.1, max_length: int = 1024,
+    **run: Any,
+) -> Trained:  # fmt: skip
+    """DPO of the small model in place, against itself as it is now; rows: ``prompt``, ``chosen``, ``rejected``."""
+    plain = [(pair.chosen, pair.rejected) for pair in genarm.pairs(tokenizer, rows, max_length)]
+    loader = shuffled(language.referenced(model, plain), recipe.batch, seed=recipe.seed, where=run.get("where"),
+                      collate=language.collate_pairs)  # fmt: skip
 
-    def loss(step: int) -> Tensor:
-        made = pairs(tok, ids, OBJECTIVE, batch, generator)
-        prompt = int((made.labels[0] < 0).sum())
-        with torch.no_grad():
-            anchor = response_logps(reference, made.ids, prompt)
-        margin = response_logps(model, made.ids, prompt) - anchor
-        return arm_loss(margin[:batch], margin[batch:], beta).loss
+    def loss(model: Any, batch: Pairs) -> Tensor:
+        return language.preference_loss(model, batch.sequences, kind="dpo", beta=beta, ref_logp=batch.ref)
 
-    models.fit(model, loss, steps, rate, tick=tick)
-    return model
-
-
-def run(
-    settings: dynamic_logit_fusion.Settings | None = None, *, steps: int = 150, prompts: int = 8, new_tokens: int = 50,
-    beams: int = 4, successors: int = 4, chunk: int = 10, seed: int = 0, quiet: bool = False,
-) -> SearchResult:
-    """Tune a small model for one property of the text, search with it, compare with sampling and best-of-n."""
-    with quiet_transformers():
-        family = dynamic_logit_fusion.train_family(settings or dynamic_logit_fusion.Settings(), quiet=quiet, domains=())
-        tok, train = family.tokenizer, tokens.stream(family.tokenizer, "general", "train")
-        with progress(quiet) as start:
-            tuned = tune(models.clone(family.small), family.small, tok, train, steps=steps, seed=seed,
-                         tick=start(f"small model tuned for {OBJECTIVE}", steps))  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    starts = models.windows(tokens.stream(tok, "general", "valid"), prompts, 16, generator)
-    count, single, best, found = beams * successors, [], [], []
-    for prompt in starts:
-        samples = generate(
-            family.large, input_ids=prompt[None].expand(count, -1), method="static", top_k=50, eos_token_id=(),
-            max_new_tokens=new_tokens, generator=generator,
-        ).sequences  # fmt: skip
-        single.append(samples)
-        best.append(samples[score(tuned, family.small, samples, 16).argmax()])
-        beam, _ = search(family.large, tuned, family.small, prompt, beams=beams, successors=successors, chunk=chunk,
-                         max_new_tokens=new_tokens, generator=generator)  # fmt: skip
-        found.append(beam[0])
-    mean = [mean_reward(tok, x, 16, OBJECTIVE) for x in (torch.cat(single), torch.stack(best), torch.stack(found))]
-    return SearchResult(mean[0], mean[1], mean[2], count)
-
-
-def main(arguments: list[str]) -> None:
-    """Run and print the three rewards."""
-    from rich.console import Console
-
-    given = dynamic_logit_fusion.options("weak_to_strong_search", __doc__, arguments)
-    tiny: dict[str, Any] = {"steps": 3, "prompts": 1, "new_tokens": 6, "chunk": 3}
-    result = run(dynamic_logit_fusion.TINY, seed=given.seed, **tiny) if given.quick else run(seed=given.seed)
-    Console().print(
-        f"reward ({OBJECTIVE}) of the large model's text: sampled {result.sampled:.3f}, best of {result.candidates} "
-        f"{result.best_of_n:.3f}, weak-to-strong search {result.searched:.3f}"
-    )
-
-
-if __name__ == "__main__":
-    import sys
-
-    main(sys.argv[1:])
+    return run_loop(model, loss, loader, recipe, **run)

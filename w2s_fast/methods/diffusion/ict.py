@@ -2,18 +2,19 @@
 
 The network learns that two noise levels of one sample have the same origin: pairs of neighbouring levels drawn from a
 discretised log-normal, Pseudo-Huber distance, weight 1 / (sigma_{i+1} - sigma_i), the number of levels doubling as
-training goes on, an average of the weights for sampling. Measured on two moons: the distance of one- and two-step
-samples to the true data, against a Gaussian of the data's mean and covariance and against fresh true data.
+training goes on, an average of the weights for sampling. Plain consistency training (arXiv 2303.01469) for comparison:
+uniform levels, squared distance, weight 1.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...ops.diffusion.ict_loss import ict_loss
 from ...ops.diffusion.noise_pair import noise_pair
@@ -25,91 +26,107 @@ from ...ops.diffusion.schedule import (
     karras_sigmas,
     lognormal_index_probs,
 )
-from .._common.console import progress
-from .._common.models import fit
-from .._common.points import TimeMlp, moons
-from .._common.report import finish, parser
-from . import _report
-
-SIGMA_MID = 0.8
-SCALE = 0.5  # the moons' standard deviation is about 1, sigma_data is 0.5
+from .._common.batches import shuffled
+from .._common.classify import inputs_of
+from .._common.loop import Recipe, Trained
+from .._common.loop import train as run_loop
+from .._common.place import generator
 
 
-def network(model: TimeMlp, x: Tensor, sigma: Tensor) -> Tensor:
-    """F(c_in x, c_noise); the time features want a number of order 1."""
+def network(model: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
+    """F(c_in x, c_noise) of a model of samples ``[N, ...]`` and their noise labels ``[N]``, 250 log sigma."""
     scalings = consistency_scalings(sigma)
-    made: Tensor = model(scalings.input[:, None] * x, scalings.noise / 1000)
-    return made
+    found = model(scalings.input.view(-1, *[1] * (x.ndim - 1)) * x, scalings.noise)
+    return found if isinstance(found, Tensor) else found.sample  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def consistency(model: TimeMlp, x: Tensor, sigma: float) -> Tensor:
+def consistency(model: nn.Module, x: Tensor, sigma: float) -> Tensor:
     """f(x, sigma): the origin of x at level sigma."""
-    scalings = consistency_scalings(sigma)
-    made: Tensor = scalings.skip * x + scalings.out * network(model, x, torch.full((len(x),), sigma))
-    return made
+    level = torch.full((len(x),), sigma, device=x.device)
+    skip, out = (part.view(-1, *[1] * (x.ndim - 1)) for part in consistency_scalings(level)[:2])
+    return skip * x + out * network(model, x, level)
 
 
-def sample(model: TimeMlp, noise: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
-    """One- and two-step samples; ``again`` is the second step's noise."""
-    one = consistency(model, SIGMA_MAX * noise, SIGMA_MAX)
-    level = math.sqrt(SIGMA_MID**2 - SIGMA_MIN**2)
-    return one, consistency(model, one + level * again, SIGMA_MID)
+def sample(
+    model: nn.Module, noise: Tensor, again: Sequence[Tensor] = (), levels: Sequence[float] = (0.8,)
+) -> Tensor:
+    """Samples from standard normal ``noise [N, ...]``, in one pass, and one more for each of ``again`` at its level."""
+    x = consistency(model, SIGMA_MAX * noise, SIGMA_MAX)
+    for more, level in zip(again, levels, strict=False):
+        x = consistency(model, x + math.sqrt(level**2 - SIGMA_MIN**2) * more, level)
+    return x
 
 
-def train(steps: int, *, batch: int = 1024, end: int = 160, seed: int = 0, decay: float = 0.99,
-          tick: Any = None) -> TimeMlp:  # fmt: skip
-    """Train from scratch; ``end`` intervals in the last phase. Returns the average of the weights."""
-    generator = torch.Generator().manual_seed(seed)
-    model = TimeMlp(depth=3, octaves=4, seed=seed)
-    average = copy.deepcopy(model)
+class Average:
+    """An exponential average of a model's weights: a copy that follows."""
 
-    def loss(step: int) -> Tensor:
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """After an update of ``model``."""
+        for kept, new in zip(self.model.parameters(), model.parameters(), strict=True):
+            kept.lerp_(new.detach().to(kept.device), 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the copy."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From `state_dict`."""
+        self.model.load_state_dict(state)
+
+
+def loss(model: nn.Module, x: Tensor, step: int, steps: int, *, end: int = 160, improved: bool = True,
+         draw: torch.Generator | None = None) -> Tensor:  # fmt: skip
+    """Of clean samples ``x [N, ...]`` at a step; ``end``: noise levels in the last phase."""
+    levels = ict_schedule(step, steps, end=end)
+    sigmas = karras_sigmas(levels)
+    likely = lognormal_index_probs(levels) if improved else torch.ones(len(sigmas) - 1)
+    index = torch.multinomial(likely, len(x), replacement=True, generator=draw)
+    low, high = sigmas[index].to(x.device), sigmas[index + 1].to(x.device)
+    x_low, x_high = noise_pair(x, torch.randn(x.shape, generator=draw).to(x), low, high)
+    state = torch.get_rng_state()
+    with torch.no_grad():  # the same dropout for both, as the paper has it
+        teacher = network(model, x_low, low)
+    torch.set_rng_state(state)
+    student = network(model, x_high, high)
+    if improved:
+        return ict_loss(student, teacher, x_high, x_low, high, low)
+    shape = (-1, *[1] * (x.ndim - 1))
+    (skip, out), (skip_low, out_low) = ([part.view(shape) for part in consistency_scalings(s)[:2]] for s in (high, low))
+    return (skip * x_high + out * student - skip_low * x_low - out_low * teacher).square().mean()
+
+
+def train(
+    model: nn.Module, data: Any, *, recipe: Recipe, end: int = 160, ema: float = 0.99, improved: bool = True,
+    average: Average | None = None, **run: Any,
+) -> Trained:  # fmt: skip
+    """Train ``model(x, noise label)`` on samples of deviation about 0.5; it ends as the average of its weights.
+
+    Args:
+        data: map-style, of samples or tuples that begin with one.
+        end: intervals of noise in the last phase.
+        ema: decay of the average.
+        improved: False for plain consistency training.
+        average: kept by the caller, who then keeps ``model`` as it was last.
+    """
+    kept, draw = average or Average(model, ema), generator(recipe.seed, run.get("where"))
+
+    def of(model: nn.Module, batch: Any, step: int) -> Tensor:
         if step:
-            with torch.no_grad():
-                for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-                    kept.lerp_(new, 1 - decay)
-        levels = ict_schedule(step, steps, end=end)
-        sigmas = karras_sigmas(levels)
-        index = torch.multinomial(lognormal_index_probs(levels), batch, replacement=True, generator=generator)
-        low, high = sigmas[index], sigmas[index + 1]
-        x, z = SCALE * moons(batch, generator), torch.randn(batch, 2, generator=generator)
-        x_low, x_high = noise_pair(x, z, low, high)
+            kept.update(model)
+        return loss(model, inputs_of(batch), step, recipe.steps, end=end, improved=improved, draw=draw)
+
+    loader = data if hasattr(data, "batch_sampler") else shuffled(data, recipe.batch, seed=recipe.seed,
+                                                                  where=run.get("where"))  # fmt: skip
+    also = {"average": kept, "draw": draw, **run.pop("also", {})}
+    found = run_loop(model, of, loader, recipe, also=also, **run)
+    kept.update(model)
+    if average is None:
         with torch.no_grad():
-            teacher = network(model, x_low, low)
-        return ict_loss(network(model, x_high, high), teacher, x_high, x_low, high, low)
-
-    fit(model, loss, steps, 0.01, tick=tick)
-    return average
-
-
-def run(seed: int, *, steps: int = 3000, count: int = 8192, tick: Any = lambda *_: None) -> dict[str, Tensor]:
-    """Train; true data (twice: their distance is the floor), a Gaussian fit, one- and two-step samples by name."""
-    model = train(steps, seed=seed, tick=tick(f"consistency model, seed {seed}", steps))
-    generator = torch.Generator().manual_seed(1000 + seed)
-    true, again = moons(count, generator), moons(count, generator)
-    noise, second, third = (torch.randn(count, 2, generator=generator) for _ in range(3))
-    one, two = (made / SCALE for made in sample(model, noise, second))
-    gaussian = true.mean(0) + third @ torch.linalg.cholesky(true.T.cov()).T
-    return {"true data": true, "true data again": again, "Gaussian fit": gaussian, "one step": one, "two steps": two}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`w2s-fast train ict`: print the distances, write ict.png and ict.json. About a minute on two CPU cores."""
-    from rich.console import Console
-
-    given = parser("ict", __doc__, seeds=3).parse_args(arguments)
-    sizes = {"steps": 600, "count": 2048} if given.quick else {}
-    with progress() as start:
-        found = {seed: run(seed, **sizes, tick=start) for seed in given.seeds}
-    measured, table = _report.distances(found)
-    Console().print(table)
-    first = found[given.seeds[0]]
-    shown = {f"{name}: {measured[name][0]:.3f}": first[name] for name in ("Gaussian fit", "one step", "two steps")}
-    finish(given.out, "ict", {"seeds": given.seeds, "distance": measured},
-           _report.clouds({"true data": first["true data"], **shown}))  # fmt: skip
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+            for own, new in zip(model.parameters(), kept.model.parameters(), strict=True):
+                own.copy_(new)
+    return found

@@ -2,36 +2,26 @@
 
 FKD (arXiv 2112.01528) lets a teacher label random crops once and stores, a crop, its box and the K largest
 probabilities; what they leave is spread evenly over the other classes. FerKD sorts the crops by the teacher's largest
-probability: below ``DISCARD`` a crop is left out, up to ``UNCERTAIN`` it gets the smoothed hard label, above that its
-soft label. SelfMix pastes a region of another crop of the same picture and mixes the two labels by area. The thresholds
-are this file's: the paper's are for ImageNet.
-
-Here: crops of 300 digits, from about 3 x 3 to 8 x 8 pixels, enlarged to 8 x 8; a larger network that has learned from
-crops of all training digits is the teacher. Measured: percent of wrong uncropped test digits after the same steps on
-the same crops with hard labels, with every stored soft label (FKD), and with FerKD. Soft labels beat hard ones. What
-FerKD adds does not help further here: of five pairs of thresholds, judged on the training digits that the student does
-not see, none came below FKD (7.4 percent wrong there; 7.7 with only the least sure third discarded).
+probability: below ``discard`` a crop is left out, up to ``uncertain`` it gets the smoothed hard label, above that its
+soft label. SelfMix pastes a region of another crop of the same picture and mixes the two labels by area.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, grid_sample
+from torch.nn.functional import grid_sample
+from torch.utils.data import TensorDataset
 
 from ...ops.linear_loss.kd import kd_loss
-from .._common import report
-from .._common.console import progress
-from .._common.digits import digits
-from .._common.training import NOTHING, Start, Watch, unwatched, watches
-from ._common import Batches, bars, error, fit, network
-
-TOP, BATCH, RATE, SMOOTH = 3, 64, 3e-3, 0.1
-LEAST, DISCARD, UNCERTAIN = 0.35, 0.5, 0.8
-VARIANTS = ("hard labels", "FKD", "FerKD, no SelfMix", "FerKD")
+from .._common.batches import shuffled
+from .._common.classify import as_list, labels, logits
+from .._common.loop import Recipe, Trained
+from .._common.loop import train as run_loop
+from .._common.place import generator
 
 
 class Stored(NamedTuple):
@@ -43,51 +33,63 @@ class Stored(NamedTuple):
     logp: Tensor
 
 
-def boxes(count: int, generator: torch.Generator) -> Tensor:
-    """Random boxes ``[N, 4]`` in coordinates from -1 to 1: half sizes from LEAST to 1, within the picture."""
-    half = LEAST + (1 - LEAST) * torch.rand(count, 2, generator=generator)
+def boxes(count: int, least: float, generator: torch.Generator, most: float = 1.0) -> Tensor:
+    """Random boxes ``[N, 4]`` in coordinates from -1 to 1: half sizes from ``least`` to ``most``, in the picture."""
+    half = least + (most - least) * torch.rand(count, 2, generator=generator)
     return torch.cat(((1 - half) * (2 * torch.rand(count, 2, generator=generator) - 1), half), 1)
 
 
-def crop(x: Tensor, box: Tensor) -> Tensor:
-    """Those parts of digits ``[N, 64]``, enlarged to 8 x 8."""
-    steps = (torch.arange(8) + 0.5) / 4 - 1
-    column, row = (box[:, i : i + 1] + box[:, 2 + i : 3 + i] * steps for i in range(2))
-    grid = torch.stack((column[:, None, :].expand(-1, 8, 8), row[:, :, None].expand(-1, 8, 8)), 3)
-    return grid_sample(x.view(-1, 1, 8, 8), grid, padding_mode="border", align_corners=False).flatten(1)
+def crop(x: Tensor, box: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Those parts of pictures ``[N, C, H, W]``, resized to ``size`` (default H x W)."""
+    height, width = size or (x.shape[2], x.shape[3])
+    column, row = (
+        box[:, i : i + 1] + box[:, 2 + i : 3 + i] * ((torch.arange(n, device=x.device) + 0.5) * 2 / n - 1)
+        for i, n in ((0, width), (1, height))
+    )
+    grid = torch.stack((column[:, None, :].expand(-1, height, width), row[:, :, None].expand(-1, height, width)), 3)
+    return grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 @torch.no_grad()
-def store(teacher: nn.Module, x: Tensor, crops: int, generator: torch.Generator) -> Stored:
-    """The teacher's labels of ``crops`` random crops a picture."""
-    picture = torch.arange(len(x)).repeat_interleave(crops)
-    box = boxes(len(picture), generator)
-    logp, ids = teacher(crop(x[picture], box)).log_softmax(1).topk(TOP, 1)
+def store(
+    teacher: nn.Module, pictures: Tensor, crops: int, generator: torch.Generator, *, top: int = 5, least: float = 0.3,
+    most: float = 1.0, batch: int = 256,
+) -> Stored:  # fmt: skip
+    """The teacher's labels of ``crops`` random crops of each picture ``[N, C, H, W]``."""
+    picture = torch.arange(len(pictures)).repeat_interleave(crops)
+    box, device = boxes(len(picture), least, generator, most), next(teacher.parameters()).device
+    teacher.eval()
+    parts = [logits(teacher, crop(pictures[picture[rows]], box[rows]).to(device)).float().log_softmax(1).cpu()
+             for rows in torch.arange(len(picture)).split(batch)]  # fmt: skip
+    logp, ids = torch.cat(parts).topk(min(top, parts[0].shape[1]), 1)
     return Stored(picture, box, ids, logp)
 
 
-def calibrated(stored: Stored, y: Tensor) -> Stored:
-    """FerKD's labels: crops below `DISCARD` left out, those below `UNCERTAIN` with smoothed hard labels."""
+def calibrated(
+    stored: Stored, y: Tensor, classes: int, *, discard: float = 0.5, uncertain: float = 0.8, smooth: float = 0.1
+) -> Stored:
+    """FerKD's labels, given hard labels ``y``: below ``discard`` left out, up to ``uncertain`` smoothed."""
     sure = stored.logp[:, 0].exp()
-    keep = sure >= DISCARD
+    keep = sure >= discard
     picture, box, ids, logp = (t[keep] for t in stored)
     hard = y[picture][:, None]
-    others = (hard + torch.arange(1, TOP)) % 10
-    rest = torch.full(others.shape, math.log(SMOOTH / 10))
-    smooth = torch.cat((torch.full(hard.shape, math.log(1 - SMOOTH + SMOOTH / 10)), rest), 1)
-    middle = (sure[keep] < UNCERTAIN)[:, None]
+    others = (hard + torch.arange(1, ids.shape[1])) % classes
+    rest = torch.full(others.shape, math.log(smooth / classes))
+    soft = torch.cat((torch.full(hard.shape, math.log(1 - smooth + smooth / classes)), rest), 1)
+    middle = (sure[keep] < uncertain)[:, None]
     ids = torch.where(middle, torch.cat((hard, others), 1), ids)
-    return Stored(picture, box, ids, torch.where(middle, smooth, logp))
+    return Stored(picture, box, ids, torch.where(middle, soft, logp))
 
 
 def self_mix(first: Tensor, second: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
-    """``second`` pasted into ``first``, digits ``[N, 64]``, in one random box of the batch; the share that stays."""
-    size = torch.randint(2, 6, (2,), generator=generator)
-    top, left = ((torch.rand(2, generator=generator) * (9 - size)).long()).tolist()
-    height, width = size.tolist()
-    mixed, area = first.view(-1, 8, 8).clone(), (slice(None), slice(top, top + height), slice(left, left + width))
-    mixed[area] = second.view(-1, 8, 8)[area]
-    return mixed.flatten(1), 1 - height * width / 64
+    """``second`` pasted into ``first`` ``[N, C, H, W]``, in one random box of the batch; the share that stays."""
+    height, width = first.shape[2:]
+    size = [int(torch.randint(max(1, n // 4), max(2, 3 * n // 4), (), generator=generator)) for n in (height, width)]
+    at = [int(torch.randint(n - s + 1, (), generator=generator)) for n, s in zip((height, width), size, strict=True)]
+    area = (..., slice(at[0], at[0] + size[0]), slice(at[1], at[1] + size[1]))
+    mixed = first.clone()
+    mixed[area] = second[area]
+    return mixed, 1 - size[0] * size[1] / (height * width)
 
 
 def partners(picture: Tensor, generator: torch.Generator) -> Tensor:
@@ -97,70 +99,44 @@ def partners(picture: Tensor, generator: torch.Generator) -> Tensor:
     return first + (torch.rand(len(picture), generator=generator) * count).long()
 
 
+def train_stored(
+    model: nn.Module, pictures: Tensor, stored: Stored, *, recipe: Recipe, mix: bool = True, **run: Any
+) -> Trained:
+    """Train on stored crops of ``pictures [N, C, H, W]``; every other batch is mixed."""
+    draw = generator(recipe.seed, run.get("where"))
+
+    def loss(model: nn.Module, batch: Any, step: int) -> Tensor:
+        rows = batch[0].cpu()
+        device = batch[0].device
+        seen, parts, share = crop(pictures[stored.picture[rows]], stored.box[rows]), [rows], 1.0
+        if mix and step % 2:
+            other = partners(stored.picture, draw)[rows]
+            seen, share = self_mix(seen, crop(pictures[stored.picture[other]], stored.box[other]), draw)
+            parts.append(other)
+        teachers = [("topk", stored.ids[r].to(device), stored.logp[r].to(device)) for r in parts]
+        made, weights = logits(model, seen.to(device)), [share, 1 - share][: len(parts)]
+        return kd_loss(made, teachers, kind="ce_soft", teacher_weights=weights)[0]
+
+    rows = TensorDataset(torch.arange(len(stored.picture)))
+    loader = shuffled(rows, recipe.batch, seed=recipe.seed, where=run.get("where"))
+    return run_loop(model, loss, loader, recipe, also={"draw": draw, **run.pop("also", {})}, **run)
+
+
 def train(
-    model: nn.Module, x: Tensor, stored: Stored, steps: int, seed: int, *, y: Tensor | None = None, mix: bool = False,
-    watch: Watch = NOTHING,
-) -> nn.Module:  # fmt: skip
-    """On stored crops, in place: with the hard labels ``y`` if given, else the stored ones; returns the model."""
-    generator = torch.Generator().manual_seed(seed)
-    take = Batches(len(stored.picture), BATCH, generator)
+    model: nn.Module, teacher: nn.Module, data: Any, *, recipe: Recipe, crops: int = 8, top: int = 5,
+    least: float = 0.3, discard: float = 0.5, uncertain: float = 0.8, smooth: float = 0.1, mix: bool = True, **run: Any,
+) -> Trained:  # fmt: skip
+    """Store the teacher's labels of crops of ``data`` (pictures ``[C, H, W]`` with labels), calibrate, train on them.
 
-    def loss(step: int) -> Tensor:
-        rows = take()
-        seen = crop(x[stored.picture[rows]], stored.box[rows])
-        if y is not None:
-            return cross_entropy(model(seen), y[stored.picture[rows]])
-        labels, share = [rows], 1.0
-        if mix and step % 2:  # every other batch
-            other = partners(stored.picture, generator)[rows]
-            seen, share = self_mix(seen, crop(x[stored.picture[other]], stored.box[other]), generator)
-            labels.append(other)
-        teachers = [("topk", stored.ids[r], stored.logp[r]) for r in labels]
-        return kd_loss(model(seen), teachers, kind="ce_soft", teacher_weights=[share, 1 - share][: len(labels)])[0]
-
-    fit(model, loss, steps, RATE, watch, generator=generator, take=take)
-    return model
-
-
-def run(
-    seed: int, *, steps: int = 1500, pictures: int = 300, crops: int = 16, start: Start = unwatched
-) -> dict[str, float]:
-    """Percent of wrong test digits by name; the shares of crops that FerKD discards and gives hard labels."""
-    whole, test = digits()
-    generator = torch.Generator().manual_seed(seed)
-
-    teacher = network(16, 100 + seed)
-    every = Stored(torch.arange(len(whole.y)).repeat(4), boxes(4 * len(whole.y), generator), whole.y, whole.y)
-    train(teacher, whole.x, every, steps, seed, y=whole.y, watch=start(f"teacher, seed {seed}", steps))
-    chosen = torch.randperm(len(whole.y), generator=generator)[:pictures]
-    x, y = whole.x[chosen], whole.y[chosen]
-    stored = store(teacher, x, crops, generator)
-    better = calibrated(stored, y)
-    found = {"teacher": error(teacher, *test)}
-    for name in VARIANTS:
-        student, watch = network(4, seed), start(f"{name}, seed {seed}", steps)
-        labels = better if name.startswith("FerKD") else stored
-        train(student, x, labels, steps, seed, y=y if name == "hard labels" else None, mix=name == "FerKD", watch=watch)
-        found[name] = error(student, *test)
-    return found
-
-
-def main(arguments: list[str]) -> int:
-    """`w2s-fast train ferkd`: print the errors, write ferkd.png and ferkd.json."""
-    from rich.console import Console
-
-    given = report.parser("ferkd", __doc__, seeds=3).parse_args(arguments)
-    with progress() as ticks:
-        start = watches(ticks, given.out, __file__)
-        found = [run(seed, **({"steps": 60} if given.quick else {}), start=start) for seed in given.seeds]
-    rows = {name: [f[name] for f in found] for name in found[0]}
-    Console().print(report.seed_table("Wrong test digits, percent", "trained with", given.seeds, rows, 2))
-    report.finish(given.out, "ferkd", {"seeds": given.seeds, "error": rows},
-                  bars("FerKD on crops of digits", "wrong test digits, %", rows))  # fmt: skip
-    return 0
-
-
-if __name__ == "__main__":
-    import sys
-
-    raise SystemExit(main(sys.argv[1:]))
+    Args:
+        crops, least: random crops of a picture, and the smallest half size of one.
+        top: probabilities kept of each.
+        discard, uncertain: thresholds of the teacher's largest probability. The paper's are for ImageNet.
+    """
+    (teacher,) = as_list(teacher)
+    pictures, draw = torch.stack([data[i][0] for i in range(len(data))]), torch.Generator().manual_seed(recipe.seed)
+    stored = store(teacher, pictures, crops, draw, top=top, least=least)
+    with torch.no_grad():
+        classes = logits(teacher, pictures[:1].to(next(teacher.parameters()).device)).shape[1]
+    kept = calibrated(stored, labels(data), classes, discard=discard, uncertain=uncertain, smooth=smooth)
+    return train_stored(model, pictures, kept, recipe=recipe, mix=mix, **run)

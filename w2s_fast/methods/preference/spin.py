@@ -4,170 +4,79 @@ Iteration t samples one answer y' of its frozen model p_t to every prompt of the
 
     L = mean ell(u),   u = lambda ((log p(y) - log p_t(y)) - (log p(y') - log p_t(y'))),   ell(u) = softplus(-u)
 
-(or max(0, 1 - u), kind "hinge"). The model is trained on chains of two sums whose writers forget 45 % of the carries
-and borrows, then fine-tuned on the right solutions of 256 problems; then three rounds, iterations 0 to 2, on the same
-256. Against it: more fine-tuning on them (continued SFT), with the same number of human answers a round, and with
-twice as many, about the cost of SPIN's pairs.
-
-SPIN improves on the fine-tuned model without a new human answer. What the paper also finds, that more fine-tuning
-does not, is not so here: continued SFT gains more, from the same human answers. At p = p_t the rejected answers'
-gradient has mean zero, so an iteration starts as fine-tuning does, with more noise. Continued SFT was ahead too with
-writers who forget 60 % and humans who forget 30 % (1,024 answers), with 64 answers and with a worse base model, each
-tried on seed 100 only.
-
-Chosen by the sampled accuracy after the last round: continued SFT's rate of 1e-3, 2e-3 and 4e-3 on seed 100; SPIN's
-(rate, lambda) of (3e-4, 5), (5e-4, 1, 5 and 20) and (1e-3, 1 and 5) on seeds 100 to 102, without those whose mean
-accuracy falls below the fine-tuned model's on the way. Both at 1e-3 do, and (1e-3, 1) on seeds 0 to 2 as well (sampled
-0.75, 0.65, 0.83, greedy 0.96, 0.78, 0.97). The last round has a fifth of the rate, for all, as in the paper's recipe.
+(or max(0, 1 - u), kind "hinge"). At p = p_t its expected gradient is lambda / 2 times that of fine-tuning on y.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-import w2s_fast
-
-from .._common import arithmetic, models, report
-from .._common.training import Start
-from . import _sequences as seq
-from ._report import Accuracies, command
-from ._sequences import Sequences
-
-STEPS, ANSWERS, FORGOTTEN = 2, 256, 0.45
-SOLUTION = arithmetic.STEP * STEPS + 1
-BATCH, ROUNDS, EPOCHS = 32, 3, 4
-FIRST_RATE, FIRST_EPOCHS = 3e-4, 1
-LAMBDA = 1.0
-LAST = 0.2  # of the rate, in the last round
-RATES = {"continued SFT": 2e-3, "continued SFT, twice the steps": 2e-3, "SPIN": 5e-4}
+from .._common import language
+from .._common.batches import shuffled
+from .._common.language import Example, Pair, Pairs, Row
+from .._common.loop import Recipe, Trained
+from .._common.loop import train as run_loop
 
 
-def forgetful(problems: Tensor, share: float, draw: torch.Generator) -> Tensor:
-    """Running values of writers who keep the tens as they were in a ``share`` of the steps."""
-    stated = [problems[:, 0]]
-    for term in problems[:, 1:].unbind(1):
-        true = stated[-1] + term
-        slip = torch.rand(len(term), generator=draw) < share
-        stated.append(torch.where(slip, 10 * (stated[-1] // 10) + true % 10, true).clamp(0, 99))
-    return torch.stack(stated, 1)
+def self_play(
+    model: Any, given: list[Example], *, seed: int = 0, temperature: float = 1.0, max_new_tokens: int = 256
+) -> list[Pair]:
+    """Human examples against what ``model`` answers to the same prompts, with its log-probabilities of both."""
+    draw = torch.Generator().manual_seed(seed)
+    own = language.sample(
+        model, [e.prompt for e in given], temperature=temperature, max_new_tokens=max_new_tokens, generator=draw
+    )
+    made = [Example(human.prompt, answer) for human, answer in zip(given, own, strict=True)]
+    return language.referenced(model, list(zip(given, made, strict=True)))
 
 
-def answered(problems: Tensor, stated: Tensor | None = None) -> Sequences:
-    """Questions with the solutions that state these running values, by default the right ones."""
-    asked, solved = arithmetic.questions(problems), arithmetic.solutions(problems, stated)
-    return Sequences(*arithmetic.examples(asked, solved))
+def loss(model: Any, batch: Pairs, *, kind: Literal["spin", "hinge"] = "spin", lam: float = 0.1) -> Tensor:
+    """The paper's, of a batch of pairs."""
+    return language.preference_loss(model, batch.sequences, kind=kind, beta=lam, ref_logp=batch.ref)
 
 
-def base_model(steps: int, start: Start) -> Any:
-    """Trained on the forgetful writers; the same for all seeds, from the cache."""
-    size, draw = models.Size(64, 2, 4), torch.Generator().manual_seed(0)
+def train(
+    model: Any, tokenizer: Any, rows: list[Row], *, recipe: Recipe, rounds: int = 3, lam: float = 0.1,
+    kind: Literal["spin", "hinge"] = "spin", last: float = 0.2, temperature: float = 1.0, max_new_tokens: int = 256,
+    max_length: int = 1024, **run: Any,
+) -> Trained:  # fmt: skip
+    """``rounds`` iterations of ``recipe`` from a fine-tuned model; rows have ``prompt`` and ``completion``.
 
-    def make() -> Any:
-        model = models.llama(size, len(arithmetic.CHARACTERS), 0, positions=64)
-
-        def loss(_: int) -> Tensor:
-            problems = arithmetic.draw(BATCH, STEPS, draw)
-            return seq.cross_entropy(model, answered(problems, forgetful(problems, FORGOTTEN, draw)))
-
-        models.fit(model, loss, steps, 0.02, tick=start("forgetful writers", steps).tick)
-        return model
-
-    return models.kept_model("spin-base", [torch.__version__, STEPS, FORGOTTEN, size, steps, BATCH], make)
-
-
-def spin_loss(model: Any, human: Sequences, own: Sequences, ref: Tensor, kind: Any = "spin") -> Tensor:
-    """The paper's; ``ref [2P]`` are p_t's log-probabilities of the human answers, then of its own."""
-    both, count = seq.join(human, own), len(human.ids)
-    index = torch.arange(2 * count).reshape(2, count).T
-    loss, _ = w2s_fast.linear_preference(seq.states(model, both.ids), model.lm_head.weight, both.labels[:, 1:], index,
-                                         kind=kind, beta=LAMBDA, ref_logp=ref)  # fmt: skip
-    return loss
-
-
-def tune(model: Any, loss: Callable[[Any, Tensor], Tensor], epochs: int, rate: float, seed: int, start: Start,
-         label: str) -> Any:  # fmt: skip
-    """A copy of ``model`` that has minimised ``loss(copy, indices)``."""
-    steps = epochs * ANSWERS // BATCH
-    order = seq.batches(ANSWERS, BATCH, steps, torch.Generator().manual_seed(seed))
-    return seq.tune(model, lambda copy, step: loss(copy, order[step]), steps, rate, start(label, steps))
-
-
-def self_play(model: Any, problems: Tensor, seed: int, epochs: int, rate: float, start: Start, label: str) -> Any:
-    """One iteration from ``model``, which stays as it is: p_t."""
-    human, asked = answered(problems), arithmetic.questions(problems)
-    made = arithmetic.sample(model, asked, SOLUTION, 1.0, torch.Generator().manual_seed(seed))
-    own = Sequences(*arithmetic.examples(asked, made))
-    ref = seq.scores(model, seq.join(human, own))
-
-    def loss(copy: Any, i: Tensor) -> Tensor:
-        return spin_loss(copy, human.at(i), own.at(i), ref[torch.cat((i, ANSWERS + i))])
-
-    return tune(model, loss, epochs, rate, seed, start, label)
-
-
-def accuracy(model: Any, seed: int, temperature: float, count: int) -> float:
-    """Share of unseen problems whose every step is right."""
-    draw = torch.Generator().manual_seed(10_000 + seed)
-    problems = arithmetic.draw(count, STEPS, draw)
-    made = arithmetic.sample(model, arithmetic.questions(problems), SOLUTION, temperature, draw)
-    return arithmetic.grade(problems, made).steps.all(1).float().mean().item()
-
-
-def run(seed: int, quick: bool, start: Start) -> Accuracies:
-    """Accuracies, sampled and greedy, of every model on the way."""
-    steps, epochs, unseen = (10, 1, 64) if quick else (1500, EPOCHS, 1024)
-    problems = arithmetic.draw(ANSWERS, STEPS, torch.Generator().manual_seed(seed))
-    human = answered(problems)
-
-    def score(model: Any) -> dict[str, float]:
-        return {"sampled": accuracy(model, seed, 1.0, unseen), "greedy": accuracy(model, seed, 0.0, unseen)}
-
-    def supervised(copy: Any, i: Tensor) -> Tensor:
-        return seq.cross_entropy(copy, human.at(i))
-
-    base = base_model(steps, start)
-    first = tune(base, supervised, FIRST_EPOCHS, FIRST_RATE, seed, start, f"seed {seed}: SFT")
-    found = {"base model": score(base), "SFT": score(first)}
-    for method, rate in RATES.items():
-        model = first
-        for turn in range(ROUNDS):
-            name, order = f"{method}, round {turn}", 100 * seed + turn
-            label, own_rate = f"seed {seed}: {name}", rate if turn < ROUNDS - 1 else LAST * rate
-            if method == "SPIN":
-                model = self_play(model, problems, order, epochs, own_rate, start, label)
-            else:
-                much = epochs * (2 if "twice" in method else 1)
-                model = tune(model, supervised, much, own_rate, order, start, label)
-            found[name] = score(model)
+    Args:
+        lam: the paper's lambda.
+        last: of the rate, in the last round.
+        temperature, max_new_tokens: of the model's own answers.
+    """
+    human = language.examples(
+        tokenizer, language.check_rows("methods.spin", rows, "prompt", "completion"), max_length=max_length
+    )
+    folder, found = run.pop("checkpoint", None), Trained([], [])
+    for turn in range(rounds):
+        own = folder and Path(folder) / f"round-{turn}"
+        pairs = kept_pairs(model, human, own, seed=recipe.seed + turn, temperature=temperature, most=max_new_tokens)
+        loader = shuffled(pairs, recipe.batch, seed=recipe.seed + turn, where=run.get("where"),
+                          collate=language.collate_pairs)  # fmt: skip
+        part = recipe.but(rate=recipe.rate * (last if turn == rounds - 1 else 1.0))
+        made = run_loop(model, lambda m, batch: loss(m, batch, kind=kind, lam=lam), loader, part, checkpoint=own, **run)
+        found = Trained(found.losses + made.losses, made.optimizers)
     return found
 
 
-def draw(found: list[Accuracies]) -> Any:
-    """Accuracy over the rounds, mean of the seeds and every seed."""
-    drawn = report.figure(9, 3.6)
-    if drawn is None:
-        return None
-    for axis, kind in zip(drawn.subplots(1, 2, sharey=True), ("sampled", "greedy"), strict=True):
-        for colour, method in zip(("#8c9bab", "#e59866", "#2b5c8a"), RATES, strict=True):
-            names = ["SFT", *(f"{method}, round {turn}" for turn in range(ROUNDS))]
-            made = torch.tensor([[seed[name][kind] for name in names] for seed in found])
-            axis.plot(made.mean(0).tolist(), "o-", color=colour, label=method)
-            axis.plot(made.T.tolist(), ".", color=colour, alpha=0.5)
-        axis.axhline(sum(seed["base model"][kind] for seed in found) / len(found), color="k", linestyle=":")
-        axis.set(xticks=range(ROUNDS + 1), xlabel="rounds after SFT", title=f"accuracy, {kind} (dotted: base model)")
-    axis.legend(fontsize=8)
-    return drawn
+def kept_pairs(
+    model: Any, human: list[Example], folder: Path | None, *, seed: int, temperature: float, most: int
+) -> list[Pair]:
+    """`self_play`, from the folder if it has been there: a round that goes on must play against the same answers."""
+    from ...files import write_tensors
 
-
-def main(arguments: list[str]) -> int:
-    """`w2s-fast train spin`; about 80 seconds on one CPU core."""
-    return command(__file__, __doc__, arguments, run, draw)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    path = folder and folder / "pairs.pt"
+    if path is not None and path.exists():
+        flat = torch.load(path, weights_only=True)
+        return [Pair(Example(*a), Example(*b), x, y) for a, b, x, y in flat]
+    made = self_play(model, human, seed=seed, temperature=temperature, max_new_tokens=most)
+    if path is not None:
+        write_tensors(path, [(tuple(p.chosen), tuple(p.rejected), p.ref_chosen, p.ref_rejected) for p in made])
+    return made

@@ -1,128 +1,85 @@
 """Debate helps weak-to-strong generalization (arXiv 2501.13124): two strong models argue, weak ones judge, together.
 
-A piece of 16 tokens is code or documentation; the weak judge sees the last four tokens. Two copies of the strong
-student that the judge's own labels trained (no ground truth but the judge's) argue for opposing answers, each by
-showing two of the other tokens: those whose presence speaks most for its answer, to first order in their embeddings,
-plus noise, so that no two debates are alike. The judge then learns from the first half's ground truth with its tokens
-and both arguments as input, and labels the second half; an ensemble is four judges, each of its own debates, whose
-probabilities are averaged. Strong students learn from the soft labels with the confidence loss of `weak_to_strong`.
-Measured: accuracy of judges and students, and the gap recovered between the judge without debate and the ceiling.
-
-Beside it a judge that is shown four random tokens instead. This is the smallest form of the paper's pipeline, where
-language models write the arguments; nothing was tuned. On seeds 0 to 2 debate improves the judges clearly, the students
-too, but the larger part of that comes with the random tokens already.
+Two copies of a strong model argue for opposing answers of a question; a weak judge learns from ground truth with the
+question and both arguments as its input, and labels other questions; an ensemble of judges, each of its own debates,
+averages its probabilities. The strong model then learns from these soft labels (`weak_to_strong`).
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from .._common import report
-from .._common.console import progress, quiet_transformers
-from .._common.training import ALONE
-from . import _report
-from ._tasks import SEEN, VOCABULARY, Start, Task, accuracy, linear_model, logits, text_task
-from .weak_to_strong import LOSSES, Loss, length, student, weak_labels
+from .._common import language
+from .._common.batches import shuffled
+from .._common.language import Example, Row
+from .._common.loop import Recipe, Trained
+from .._common.loop import train as run_loop
 
-JUDGES, SHOWN, NOISE = 4, 2, 0.5  # noise: in standard deviations of the evidence
-
-
-def evidence(debater: nn.Module, ids: Tensor, chunk: int = 500) -> Tensor:
-    """``[N, L]``: how much each token speaks for class 1, the gradient of the margin times the token's embedding."""
-    embedding = debater.get_submodule("body.model").get_input_embeddings()  # type: ignore[operator]
-    found: list[Tensor] = []
-    hook = embedding.register_forward_hook(lambda module, inputs, output: found.append(output))
-    made = []
-    for part in ids.split(chunk):
-        z = debater(part)
-        (slope,) = torch.autograd.grad((z[:, 1] - z[:, 0]).sum(), found.pop())
-        made.append((slope * embedding(part).detach()).sum(-1))
-        found.clear()
-    hook.remove()
-    return torch.cat(made)
+LETTERS = "AB"
+ARGUE = "Question: {question}\nAnswers: A) {a} B) {b}\n{said}Argument for answer {letter}:"
+JUDGE = "Question: {question}\nAnswers: A) {a} B) {b}\n{said}The right answer is"
 
 
-def arguments_of(spoken: Tensor, ids: Tensor, draw: torch.Generator) -> Tensor:
-    """Ids ``[N, 2, 2]`` of the hidden tokens that the debaters for class 0 and class 1 show."""
-    hidden = spoken[:, :-SEEN]
-    hidden = hidden + NOISE * hidden.std() * torch.randn(hidden.shape, generator=draw)
-    at = torch.stack([(sign * hidden).topk(SHOWN, 1).indices for sign in (-1, 1)], 1)
-    return ids[torch.arange(len(ids))[:, None, None], at]
+def argued(
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, turns: int = 1, max_new_tokens: int = 64,
+    temperature: float = 1.0, seed: int = 0,
+) -> list[str]:  # fmt: skip
+    """What is said in the debate of each row: in every turn an argument for A, then one for B, who hears it.
+
+    Args:
+        model: the debater; rows have ``question`` and two ``answers``.
+    """
+    draw, said = torch.Generator().manual_seed(seed), [""] * len(rows)
+    for _ in range(turns):
+        for letter in LETTERS:
+            asked = [ARGUE.format(question=row["question"], a=row["answers"][0], b=row["answers"][1], said=heard,
+                                  letter=letter) for row, heard in zip(rows, said, strict=True)]  # fmt: skip
+            made = language.sample(model, [language.ids_of(tokenizer, text) for text in asked], generator=draw,
+                                   max_new_tokens=max_new_tokens, temperature=temperature)  # fmt: skip
+            words = [language.decode(tokenizer, ids).strip().split("\n")[0] for ids in made]
+            said = [f"{heard}For {letter}: {word}\n" for heard, word in zip(said, words, strict=True)]
+    return said
 
 
-def judged(view: Tensor, shown: Tensor) -> Tensor:
-    """A judge's features: its tokens and each debater's argument, as bags ``[N, 3 * 512]``."""
-    bags = [torch.zeros(len(view), VOCABULARY).scatter_add_(1, s, torch.ones(s.shape)) for s in shown.unbind(1)]
-    return torch.cat((view, *bags), 1)
+def prompts(rows: Sequence[Row], said: Sequence[str]) -> list[str]:
+    """What a judge reads."""
+    return [JUDGE.format(question=row["question"], a=row["answers"][0], b=row["answers"][1], said=heard)
+            for row, heard in zip(rows, said, strict=True)]  # fmt: skip
 
 
-class Labels(NamedTuple):
-    """Probabilities ``[N, 2]`` of the second half and of the test set."""
-
-    second: Tensor
-    test: Tensor
-
-
-def debate(task: Task, debater: nn.Module | None, judges: int, seed: int) -> list[Labels]:
-    """Labels by judges of one debate each; without debaters the tokens shown are random."""
-    parts, draw = (task.first, task.second, task.test), torch.Generator().manual_seed(seed)
-    spoken = [evidence(debater, part.x) if debater else torch.randn(part.x.shape, generator=draw) for part in parts]
-    made = []
-    for judge in range(judges):
-        draw = torch.Generator().manual_seed(1000 * seed + judge)
-        features = [judged(task.view(d.x), arguments_of(s, d.x, draw)) for d, s in zip(parts, spoken, strict=True)]
-        model = linear_model(features[0], task.first.y, task.classes)
-        made.append(Labels(*(logits(model, f).softmax(1) for f in features[1:])))
-    return made
+def judged(model: Any, tokenizer: Any, rows: Sequence[Row], said: Sequence[str]) -> Tensor:
+    """Probabilities ``[N, 2]`` of the answers."""
+    asked = prompts(rows, said)
+    parts = [language.scores(model, [verdict(tokenizer, text, letter) for text in asked]) for letter in LETTERS]
+    return torch.stack(parts, 1).softmax(1)
 
 
-def mean_labels(judges: list[Labels]) -> Labels:
-    """The ensemble's."""
-    return Labels(*(torch.stack(p).mean(0) for p in zip(*judges, strict=True)))
+def verdict(tokenizer: Any, prompt: str, letter: str) -> Example:
+    """A judge's sentence."""
+    return language.example(tokenizer, prompt, f" {letter}", end=False)
 
 
-def run(task: Task, seed: int, start: Start, checkpoints: Path | None = None) -> _report.Accuracies:
-    """The ceiling, and judge and student of every kind of supervision; the debaters are the first student, copied."""
-
-    def train(name: str, labels: Tensor, loss: Loss) -> tuple[nn.Module, list[float]]:
-        path = checkpoints and checkpoints / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.pt"
-        return student(task, labels, loss, seed, ALONE, start(f"seed {seed}: {name}", length(task)), path)
-
-    def row(p: Tensor, losses: list[float]) -> _report.Row:
-        agreement = (p.argmax(1) == plain.test.argmax(1)).float().mean().item()
-        return _report.Row(accuracy(p, task.test.y), agreement, losses)
-
-    plain = Labels(*weak_labels(task))
-    ceiling, losses = train("strong ceiling", F.one_hot(task.second.y, task.classes).float(), LOSSES["xent"])
-    found = {_report.WEAK: row(plain.test, []), _report.CEILING: row(logits(ceiling, task.test.x), losses)}
-    debater, losses = train("no debate", plain.second, LOSSES["logconf"])
-    found["student, no debate"] = row(logits(debater, task.test.x), losses)
-    judges = debate(task, debater, JUDGES, seed)
-    kinds = {"random tokens": debate(task, None, 1, seed)[0], "debate": judges[0],
-             "debate, ensemble": mean_labels(judges)}  # fmt: skip
-    for name, labels in kinds.items():
-        model, losses = train(name, labels.second, LOSSES["logconf"])
-        found[f"judge, {name}"] = row(labels.test, [])
-        found[f"student, {name}"] = row(logits(model, task.test.x), losses)
-    return found
+def ensemble(judges: Sequence[Tensor]) -> Tensor:
+    """The mean of the judges' probabilities."""
+    return torch.stack(list(judges)).mean(0)
 
 
-def main(arguments: list[str]) -> int:
-    """`w2s-fast train debate`; checkpoints lie in ``--out``."""
-    options = report.parser("debate", __doc__, seeds=3)
-    given = options.parse_args(arguments)
-    with progress() as start, quiet_transformers():
-        found = [run(text_task(seed, given.quick, start), seed, start, given.out / "checkpoints")
-                 for seed in given.seeds]  # fmt: skip
-    _report.write(given.out, "debate", given.seeds, {"text": found}, {})
-    return 0
+def train(
+    model: Any, tokenizer: Any, rows: list[Row], debater: Any, *, recipe: Recipe, turns: int = 1,
+    max_new_tokens: int = 64, temperature: float = 1.0, **run: Any,
+) -> Trained:  # fmt: skip
+    """Train a judge on debates of ``debater``; rows have ``question``, two ``answers`` and ``label``, 0 or 1.
 
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    A judge of an ensemble is one of another ``recipe.seed``: its debates differ too.
+    """
+    given = language.check_rows("methods.debate", rows, "question", "answers", "label")
+    said = argued(debater, tokenizer, given, turns=turns, max_new_tokens=max_new_tokens, temperature=temperature,
+                  seed=recipe.seed)  # fmt: skip
+    made = [verdict(tokenizer, text, LETTERS[row["label"]])
+            for text, row in zip(prompts(given, said), given, strict=True)]  # fmt: skip
+    loader = shuffled(made, recipe.batch, seed=recipe.seed, where=run.get("where"), collate=language.collate)
+    return run_loop(model, language.cross_entropy, loader, recipe, **run)

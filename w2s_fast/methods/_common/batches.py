@@ -1,0 +1,46 @@
+"""Batches of a dataset in an order that is a function of the seed and the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from ...data import StreamBatchSampler
+from ...data._hash import Ints
+from ...data.permutation import permutation
+from .place import ALONE, Place
+
+
+class ShuffledBatches(StreamBatchSampler):
+    """Every item once an epoch, in full batches of all processes together; what is left over waits for another order.
+
+    Of fewer items than a batch has, all make one.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.count = count
+        size = max(world_size, min(batch_size, count) // world_size * world_size)
+        super().__init__(size, seed=seed, rank=rank, world_size=world_size)
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "count": self.count, "batch_size": self.global_batch_size}
+
+    def _batches(self, first: int, stop: int) -> Ints:
+        size = self.global_batch_size
+        order = permutation(self.count, self.seed, self.epoch, "shuffled")
+        return order(np.arange(first * size, stop * size, dtype=np.int64)).reshape(-1, size)
+
+    def __len__(self) -> int:
+        return self.count // self.global_batch_size
+
+
+def shuffled(
+    data: Any, batch_size: int, *, seed: int = 0, where: Place | None = None, collate: Callable[..., Any] | None = None
+) -> DataLoader[Any]:
+    """A DataLoader over a map-style dataset with `ShuffledBatches`; this process's part of every batch."""
+    where = where or ALONE
+    batches = ShuffledBatches(len(data), batch_size, seed=seed, rank=where.rank, world_size=where.world)
+    return DataLoader(data, batch_sampler=batches, collate_fn=collate)

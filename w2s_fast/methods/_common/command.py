@@ -1,0 +1,179 @@
+"""`w2s-fast train NAME`: a method's ``train`` on the user's own model and data; its signature is the command.
+
+``train(model, [tokenizer,] rows | data, [further models and data,] recipe, *, settings, **run)``. Before ``recipe``
+come models and data, each an option that is a name or a path; ``rows`` are those of a jsonl or parquet file. The
+keyword arguments with a number or a word as default are options too. ``**run`` is what `loop.train` takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ... import checks, files
+from . import place as places
+from .loop import Recipe, Trained
+
+#: Parameters that are files of rows, and those that are data of any kind; the others before ``recipe`` are models.
+ROWS, DATA = ("rows", "retain"), ("data", "validation", "labelled")
+
+
+def rows_of(path: str) -> list[dict[str, Any]]:
+    """Rows of a .jsonl or .parquet file.
+
+    Raises:
+        OSError: no such file, or of another kind.
+    """
+    source = Path(path)
+    if source.suffix not in (".jsonl", ".parquet"):
+        raise OSError(f"{path}: rows must be in a .jsonl or .parquet file")
+    if not source.is_file():
+        raise OSError(f"{path}: no such file")
+    if source.suffix == ".jsonl":
+        lines = source.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+    with checks.extra("streams"):
+        from pyarrow import parquet
+    found: list[dict[str, Any]] = parquet.read_table(source).to_pylist()
+    return found
+
+
+def called(name: str) -> Any:
+    """What ``package.module:function`` returns; the working directory is on the path."""
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)()
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise OSError(f"{name}: {error}") from error
+
+
+def model_of(name: str, tokenizer: bool) -> tuple[Any, Any]:
+    """A causal language model with its tokenizer (hub name or folder), or what ``package.module:function`` returns."""
+    if ":" in name:
+        found = called(name)
+        return found if isinstance(found, tuple) else (found, None)
+    if not tokenizer:
+        raise OSError(f"{name}: this method takes a model from package.module:function")
+    with checks.extra("transformers"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+
+
+def inputs_of(train: Callable[..., Any]) -> list[str]:
+    """Names of the parameters before ``recipe``."""
+    names = list(inspect.signature(train).parameters)
+    return names[: names.index("recipe")]
+
+
+def settings_of(train: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword arguments behind ``recipe`` whose defaults are numbers or words."""
+    keyword = [p for p in inspect.signature(train).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    return {p.name: p.default for p in keyword if isinstance(p.default, (bool, int, float, str))}
+
+
+def _clip(text: str) -> float | None:
+    return float(text) or None  # 0: none
+
+
+def parser(name: str, summary: str, train: Callable[..., Any]) -> argparse.ArgumentParser:
+    """Of one method."""
+    made = argparse.ArgumentParser(prog=f"w2s-fast train {name}", description=summary, epilog=inspect.getdoc(train),
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    language = "tokenizer" in inputs_of(train)
+    kinds = {"model": "a folder, a hub name, or package.module:function" if language else "package.module:function"}
+    for one in inputs_of(train):
+        if one != "tokenizer":
+            default = inspect.signature(train).parameters[one].default
+            flag = "--data" if one == "rows" else f"--{one.replace('_', '-')}"
+            file, function = "a .jsonl or .parquet file", "package.module:function, which returns the data"
+            text = file if one in ROWS else function if one in DATA else kinds["model"]
+            made.add_argument(flag, dest=one, required=default is inspect.Parameter.empty, help=text)
+    made.add_argument("--out", type=files.out_folder, required=True, help="folder for checkpoints, model and numbers")
+    made.add_argument("--device", default="auto", help="cpu, cuda, ... (default: CUDA where there is any)")
+    for field in dataclasses.fields(Recipe):
+        default = None if field.name == "steps" else field.default
+        kind = {"clip": _clip, "autocast": str, "optimizer": str, "schedule": str}.get(field.name, type(default))
+        made.add_argument(f"--{field.name}", type=int if field.name == "steps" else kind, default=default,
+                          required=field.name == "steps", help=f"of the recipe (default {default})")  # fmt: skip
+    for setting, default in settings_of(train).items():
+        kind = (lambda text: text.lower() in ("1", "true", "yes")) if isinstance(default, bool) else type(default)
+        made.add_argument(f"--{setting.replace('_', '-')}", dest=setting, type=kind, default=default,
+                          help=f"(default {default})")  # fmt: skip
+    return made
+
+
+def main(name: str, summary: str, train: Callable[..., Any], arguments: list[str]) -> int:
+    """Run it: the model goes to ``OUT/model``, losses and settings to ``OUT/train.json``."""
+    options = parser(name, summary, train)
+    given = options.parse_args(arguments)
+    try:
+        recipe = Recipe(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Recipe)})
+    except (ValueError, TypeError) as error:
+        options.error(str(error))
+    names, inputs, tokenizer = inputs_of(train), {}, None
+    for one in names:
+        path = getattr(given, one, None)
+        if one in ROWS:
+            inputs[one] = None if path is None else rows_of(path)
+        elif one in DATA:
+            inputs[one] = None if path is None else called(path)
+        elif one != "tokenizer" and path is not None:
+            inputs[one], found = model_of(path, "tokenizer" in names)
+            tokenizer = tokenizer or found
+    if "tokenizer" in names:
+        inputs["tokenizer"] = tokenizer
+    settings = {setting: getattr(given, setting) for setting in settings_of(train)}
+    where = places.place(given.device)
+    for one in inputs.values():
+        if isinstance(one, nn.Module):
+            one.to(where.device)
+    try:
+        trained = train(**inputs, recipe=recipe, **settings, where=where, checkpoint=given.out / "checkpoints",
+                        label=name, progress=sys.stderr.isatty())  # fmt: skip
+        _write(given.out, inputs, trained, {"method": name, **dataclasses.asdict(recipe), **settings}, where)
+    except ValueError as error:
+        print(f"w2s-fast train {name}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        places.leave()
+    return 0
+
+
+def _write(out: Path, inputs: dict[str, Any], trained: Trained, facts: dict[str, Any], where: places.Place) -> None:
+    model, folder = inputs["model"], out / "model"
+    state = whole_state(model)
+    if where.rank:
+        return
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder, state_dict=state)
+        if hasattr(inputs.get("tokenizer"), "save_pretrained"):
+            inputs["tokenizer"].save_pretrained(folder)
+    else:
+        files.write_tensors(folder / "model.pt", state)
+    files.write_json(out / "train.json", {**facts, "losses": trained.losses})
+    shown = f"loss {trained.losses[0]:.4f} -> {trained.losses[-1]:.4f}, " if trained.losses else ""
+    print(f"{facts['method']}: {shown}{len(trained.losses)} updates; model and numbers in {out}")
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict; of a sharded model every process must ask, and all get the whole tensors."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        found[name] = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if isinstance(found[name], torch.Tensor):
+            found[name] = found[name].detach()
+    return found
