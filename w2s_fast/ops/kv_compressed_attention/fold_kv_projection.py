@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import autocast, checks, transforms
-from .inputs import MODES
+from ...reference.kv_compressed_attention.arguments import MODES, Compression
+from ..layout import unit_stride
 from .kv_compress import KV_COMPRESS
 
 
@@ -43,10 +44,10 @@ class FoldedKV(NamedTuple):
             b, r, h, w = x.shape[0], self.ratio, height // self.ratio, width // self.ratio
             windows = x.unflatten(1, (height, width))[:, : h * r, : w * r].reshape(b, h, r, w, r, -1)
             return windows.transpose(2, 3).reshape(b, h * w, -1)  # type: ignore[no-any-return]
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = unit_stride(x)
         mode = "mean" if self.mode == "conv" else self.mode
-        given = (height, width, self.ratio, mode, None, None, False, None, None)
-        found: Tensor = KV_COMPRESS(x.unsqueeze(2), 0, *given, 1e-5)[0]
+        given = Compression(height, width, self.ratio, mode, None, None, False, None, None)
+        found: Tensor = KV_COMPRESS(x.unsqueeze(2), 0, given, 1e-5).kv
         return found.squeeze(2)
 
 
