@@ -72,9 +72,10 @@ def products() -> list[tuple[str, str]]:
     if extension.ERROR is not None:
         return []
     found = []
-    for name, (own, library, taken) in zip(PRODUCTS, torch.ops.w2s_fast.product_rates(torch.empty(0)).tolist(), strict=True):
-        choice = "the library's" if taken else "ours"
-        found.append((f"product, {name}", f"{choice} (ours {own / 1e9:.0f}, the library's {library / 1e9:.0f} GFLOP/s)"))
+    rates = torch.ops.w2s_fast.product_rates(torch.empty(0)).tolist()
+    for name, (own, library, taken) in zip(PRODUCTS, rates, strict=True):
+        choice, both = "the library's" if taken else "ours", f"ours {own / 1e9:.0f}, the library's {library / 1e9:.0f}"
+        found.append((f"product, {name}", f"{choice} ({both} GFLOP/s)"))
     return found
 
 

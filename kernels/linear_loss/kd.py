@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..common import AotCase, Group, Meta, dtype, launch
-from .kd_row import LINEAR, LOGITS, NONE, REMAINDER_FLOOR, _row_kernel
+from .kd_row import LINEAR, LINEAR_BIAS, LOGITS, NONE, REMAINDER_FLOOR, TOPK, _row_kernel
 from .packing import of_rows, used_rows
 from .rows import block_of, chunk_rows, logits, row_statistics, warps_of
 

@@ -34,8 +34,9 @@ compiler keeps a result in more digits than its dtype has. Assumed is what IEEE 
 7. Margins z_k = f_k - f_y of a merged last layer: its two logits err apart, by gamma (|W_k| |x| + |b_k|) each.
 
 Constants are what the model holds; those that the trace computes must be exact (views, casts), as another evaluation
-could round them otherwise. Under `torch.autocast` the operands of a product are rounded to 16 bits before it (`lowered`):
-of an activation the ends are, outward; a weight is rounded as it is. Linear bounds end at the box of such a product.
+could round them otherwise. Under `torch.autocast` the operands of a product are rounded to 16 bits before it
+(`lowered`): of an activation the ends are, outward; a weight is rounded as it is. Linear bounds end at the box of such
+a product.
 """
 
 from __future__ import annotations
