@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from w2s_fast.methods._common.models import Size, llama
 
-from w2s_fast.methods._common import text
 from w2s_fast.methods.streams._fit import fit
 from w2s_fast.optim import RewarmCosineLR
+
+from . import text
+from .llama import Size, llama
 
 VOCABULARY, LENGTH, BATCH, TRAINING = 128, 64, 16, 200
 

@@ -61,7 +61,7 @@ def labels(data: Any) -> Tensor:
 
 def as_list(models: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     """One or several models."""
-    found = [models] if not isinstance(models, (list, tuple, nn.ModuleList)) else list(models)
+    found: list[Any] = list(models) if isinstance(models, (list, tuple, nn.ModuleList)) else [models]
     for model in found:
         model.eval().requires_grad_(False)
     return found

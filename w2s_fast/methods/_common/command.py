@@ -44,7 +44,7 @@ def rows_of(path: str) -> list[dict[str, Any]]:
         lines = source.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.strip()]
     with checks.extra("streams"):
-        from pyarrow import parquet
+        from pyarrow import parquet  # type: ignore[import-untyped]
     found: list[dict[str, Any]] = parquet.read_table(source).to_pylist()
     return found
 
@@ -106,7 +106,8 @@ def parser(name: str, summary: str, train: Callable[..., Any]) -> argparse.Argum
     made.add_argument("--device", default="auto", help="cpu, cuda, ... (default: CUDA where there is any)")
     for field in dataclasses.fields(Recipe):
         default = None if field.name == "steps" else field.default
-        kind = {"clip": _clip, "autocast": str, "optimizer": str, "schedule": str}.get(field.name, type(default))
+        kinds_of: dict[str, Callable[[str], Any]] = {"clip": _clip, "autocast": str, "optimizer": str, "schedule": str}
+        kind = kinds_of.get(field.name, type(default))
         made.add_argument(f"--{field.name}", type=int if field.name == "steps" else kind, default=default,
                           required=field.name == "steps", help=f"of the recipe (default {default})")  # fmt: skip
     for setting, default in settings_of(train).items():
@@ -124,7 +125,8 @@ def main(name: str, summary: str, train: Callable[..., Any], arguments: list[str
         recipe = Recipe(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Recipe)})
     except (ValueError, TypeError) as error:
         options.error(str(error))
-    names, inputs, tokenizer = inputs_of(train), {}, None
+    names, tokenizer = inputs_of(train), None
+    inputs: dict[str, Any] = {}
     for one in names:
         path = getattr(given, one, None)
         if one in ROWS:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -188,7 +188,7 @@ class _Run:
         self.key = digest(settings, shapes, where.world, key)
         for module in model.modules():
             if hasattr(module, "reshard"):  # FSDP2 leaves the outermost module whole after a forward pass
-                module.reshard()
+                module.reshard()  # type: ignore[operator]
         self.wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         sharded = any(hasattr(p, "to_local") for p in model.parameters())
         if where.world > 1 and not self.wrapped and not sharded:
@@ -294,7 +294,7 @@ class _Run:
         stateful = hasattr(self.batches, "state_dict") and hasattr(self.batches, "load_state_dict")
         write_tensors(self._path(self.done), {
             "key": self.key, "losses": self.losses, "epoch": self.epoch, "taken": self.taken, "begun": self.begun,
-            "random": randomness.get(self.batches), "batches": self.batches.state_dict() if stateful else None,
+            "random": randomness.get(self.batches), "batches": cast(Any, self.batches).state_dict() if stateful else None,
             "stream": None if sampler is None else sampler.state_dict(self._drawn(sampler)),
             "model": {name: optim.local(t) for name, t in self.model.state_dict().items() if isinstance(t, Tensor)},
             "optimizers": [optim.state(optimizer) for optimizer in self.optimizers],
@@ -366,7 +366,7 @@ def _stream(batches: Any) -> StreamSampler | StreamBatchSampler | None:
 
 def _set_epoch(batches: Any, epoch: int) -> None:
     for part in (batches, getattr(batches, "batch_sampler", None), getattr(batches, "sampler", None)):
-        if callable(getattr(part, "set_epoch", None)):
+        if part is not None and callable(getattr(part, "set_epoch", None)):
             part.set_epoch(epoch)
 
 

@@ -112,7 +112,7 @@ class Verified(NamedTuple):
 
     accuracy: float
     verified: float
-    count: int
+    count: int  # type: ignore[assignment]
 
 
 @torch.no_grad()

@@ -56,7 +56,8 @@ def train(
 
 def accuracy(model: Any, given: Sequence[Pair]) -> float:
     """Share of pairs whose chosen response the reward model finds likelier."""
-    chosen, rejected = (language.scores(model, [pair[i] for pair in given]) for i in (0, 1))
+    chosen = language.scores(model, [pair.chosen for pair in given])
+    rejected = language.scores(model, [pair.rejected for pair in given])
     return (chosen > rejected).float().mean().item()
 
 

@@ -45,7 +45,8 @@ def consistency(model: nn.Module, x: Tensor, sigma: float) -> Tensor:
     """f(x, sigma): the origin of x at level sigma."""
     level = torch.full((len(x),), sigma, device=x.device)
     skip, out = (part.view(-1, *[1] * (x.ndim - 1)) for part in consistency_scalings(level)[:2])
-    return skip * x + out * network(model, x, level)
+    found: Tensor = skip * x + out * network(model, x, level)
+    return found
 
 
 def sample(
@@ -97,7 +98,8 @@ def loss(model: nn.Module, x: Tensor, step: int, steps: int, *, end: int = 160, 
         return ict_loss(student, teacher, x_high, x_low, high, low)
     shape = (-1, *[1] * (x.ndim - 1))
     (skip, out), (skip_low, out_low) = ([part.view(shape) for part in consistency_scalings(s)[:2]] for s in (high, low))
-    return (skip * x_high + out * student - skip_low * x_low - out_low * teacher).square().mean()
+    gap: Tensor = skip * x_high + out * student - skip_low * x_low - out_low * teacher
+    return gap.square().mean()
 
 
 def train(

@@ -52,8 +52,8 @@ def sample(
     answer for the branches.
     """
     table = linear_abar() if abar is None else abar
-    networks = (without_guidance(model, *inputs) for model in (strong, weak))
-    return w2sd_sample(*networks, noise, labels(steps, len(table)), table, guidance=1.0, strong_guidance=1.0,
+    ours, theirs = (without_guidance(model, *inputs) for model in (strong, weak))
+    return w2sd_sample(ours, theirs, noise, labels(steps, len(table)), table, guidance=1.0, strong_guidance=1.0,
                        weak_guidance=1.0, **settings)  # fmt: skip
 
 

@@ -133,6 +133,6 @@ def distil(model: Any, path: str | Path, *, recipe: Recipe, kind: Any = "ce_soft
 
 def _arrow() -> Any:
     with checks.extra("streams"):
-        import pyarrow as pa
+        import pyarrow as pa  # type: ignore[import-untyped]
         from pyarrow import parquet
     return pa, parquet

@@ -49,7 +49,7 @@ def train(
 
 
 def fine_tune(
-    model: Any, tokenizer: Any, rows: list[Row], *, recipe: Recipe, max_length: int = 1024, **run: Any
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, recipe: Recipe, max_length: int = 1024, **run: Any
 ) -> Trained:
     """Cross-entropy of the ``completion`` of each row."""
     given = language.examples(tokenizer, rows, max_length=max_length)

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.data import DataLoader
 
 from ...data import StreamBatchSampler
-from .._common import training
+from .._common import loop
+from .._common import place as places
 from ._fit import moved
 from ._language import Schedule, Stream, some, tell
 
@@ -45,7 +46,7 @@ class Run:
         others = {name: part.state_dict() for name, part in self.others.items()}
         return {"model": model, "optimizer": optimizer, "others": Kept({**others, "losses": self.losses})}
 
-    def save(self, out: Path, where: training.Place) -> None:
+    def save(self, out: Path, where: places.Place) -> None:
         """Into ``out``; the oldest are deleted."""
         dcp.save(self.state(), checkpoint_id=out / f"checkpoint-{len(self.losses)}")
         if where.rank == 0:
@@ -85,7 +86,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def losses(model: nn.Module, parts: Mapping[str, Any], batch: int, where: training.Place) -> dict[str, float]:
+def losses(model: nn.Module, parts: Mapping[str, Any], batch: int, where: places.Place) -> dict[str, float]:
     """Mean loss a token of each part; every process computes the same."""
     found = {}
     model.eval()
@@ -106,7 +107,7 @@ def train(
 
     if "RANK" not in os.environ:
         raise OSError("--fsdp: start it with torchrun, as in torchrun --nproc-per-node 8 -m w2s_fast.cli train ...")
-    where = training.place()
+    where = places.place()
     try:
         sampler = stream(where.rank, where.world)
         how: dict[str, Any] = {"sampler": sampler, "batch_size": given.batch}
@@ -115,8 +116,7 @@ def train(
         loader: DataLoader[Any] = DataLoader(data, collate_fn=default_data_collator, **how)
         steps = given.steps if given.steps > 0 else max(1, round(given.epochs * len(loader) / given.accumulate))
         model.to(where.device)
-        layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-        training.shard(model, layers)
+        loop.shard(model)
         decays: list[dict[str, Any]] = [
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
             {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -135,13 +135,13 @@ def train(
             made.load_state_dict(whole)
             made.save_pretrained(given.out)
             tell(tokenizer, given, steps, before, after)
-        training.wait(where)
+        places.wait(where)
     finally:
-        training.leave()
+        places.leave()
     return 0
 
 
-def _updates(run: Run, loader: Any, sampler: Any, steps: int, given: argparse.Namespace, where: training.Place) -> None:
+def _updates(run: Run, loader: Any, sampler: Any, steps: int, given: argparse.Namespace, where: places.Place) -> None:
     model, parts = run.model, list[torch.Tensor]()
     model.train()
     while len(run.losses) < steps:
@@ -156,7 +156,7 @@ def _updates(run: Run, loader: Any, sampler: Any, steps: int, given: argparse.Na
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             run.others["schedule"].step()
-            run.losses.append(training.mean(torch.stack(parts).mean(), where))
+            run.losses.append(places.mean(torch.stack(parts).mean(), where))
             parts.clear()
             if len(run.losses) % given.save_every == 0 or len(run.losses) == steps:
                 run.save(given.out, where)
