@@ -294,7 +294,8 @@ class _Run:
         stateful = hasattr(self.batches, "state_dict") and hasattr(self.batches, "load_state_dict")
         write_tensors(self._path(self.done), {
             "key": self.key, "losses": self.losses, "epoch": self.epoch, "taken": self.taken, "begun": self.begun,
-            "random": randomness.get(self.batches), "batches": cast(Any, self.batches).state_dict() if stateful else None,
+            "random": randomness.get(self.batches),
+            "batches": cast(Any, self.batches).state_dict() if stateful else None,
             "stream": None if sampler is None else sampler.state_dict(self._drawn(sampler)),
             "model": {name: optim.local(t) for name, t in self.model.state_dict().items() if isinstance(t, Tensor)},
             "optimizers": [optim.state(optimizer) for optimizer in self.optimizers],
