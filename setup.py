@@ -112,7 +112,8 @@ class Step(NamedTuple):
             return False
         self.target.parent.mkdir(parents=True, exist_ok=True)
         notes = ["-MMD", "-MF", str(self.target.with_suffix(".d"))]
-        done = subprocess.run([*self.command, *notes, "-o", str(self.target)], cwd=HERE, capture_output=True, text=True)
+        command = [*self.command, *notes, "-o", str(self.target)]
+        done = subprocess.run(command, cwd=HERE, capture_output=True, encoding="utf-8", errors="replace")
         if done.stdout or done.stderr:
             print(done.stdout + done.stderr, file=sys.stderr, end="", flush=True)
         if done.returncode:

@@ -231,7 +231,8 @@ def _bad_hints(texts: list[str], extras: set[str]) -> list[str]:
 
     from w2s_fast import methods
 
-    commands, known = {"info", "check", "bench", "effect", "demo", "teacher", "train"}, set(methods.available())
+    commands = {"info", "check", "calibrate", "bench", "effect", "demo", "teacher", "train"}
+    known = set(methods.available())
     bad = []
     for text in texts:
         for extra in re.findall(r"pip install \"?(?:w2s_fast|\.|-e \.)\\?\[(\w+)\\?\]", text):

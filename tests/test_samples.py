@@ -14,7 +14,7 @@ from w2s_fast import extension
 from w2s_fast.library import Op
 from w2s_fast.testing.compare import Mismatch, compare
 from w2s_fast.testing.samples import Sample, all_samples, tensors
-from w2s_fast.testing.selection import FULL, covering, sampled
+from w2s_fast.testing.selection import FULL, covering
 
 BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
 CASES = [(sample, dtype) for sample in all_samples() for dtype in sample.dtypes]
@@ -57,10 +57,9 @@ def test_accuracy(backend: str, sample: Sample, dtype: torch.dtype):
 @pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
 @pytest.mark.parametrize("isa", ["avx2"])
 def test_accuracy_of_other_instruction_sets(isa: str):
-    """A sample of every op in all its dtypes (all samples in a full run), in a process where that set is chosen."""
-    samples = [s for op in sorted({s.op for s in all_samples()})
-               for s in sampled([s for s in all_samples() if s.op == op], 1)]  # fmt: skip
-    chosen = [f"{__file__}::test_accuracy[cpp-{s.id}-{str(dtype)[6:]}]" for s in samples for dtype in s.dtypes]
+    """A sample of every op in all its dtypes (in full: all samples), in a process where that set is chosen."""
+    cases = [(sample, dtype) for backend, sample, dtype in accuracy_cases() if backend == "cpp"]
+    chosen = [f"{__file__}::test_accuracy[cpp-{s.id}-{named(dtype)}]" for s, dtype in covering(cases, op, 1)]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen]
     run = subprocess.run(command, env={**os.environ, "W2S_FAST_CPU": isa}, capture_output=True, text=True, check=False)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import extension, files
+from .files import write_text
 
 if TYPE_CHECKING:
     from .library import Op
@@ -154,7 +155,7 @@ class Table(NamedTuple):
         """Write the table, an op a line."""
         lines = (f"  {json.dumps(op)}: {json.dumps(points)}" for op, points in sorted(self.points.items()))
         head = json.dumps({"machine": machine(), "families": sorted(self.families)}, indent=1)
-        files.write_text(path, head[:-2] + ',\n "ops": {\n' + ",\n".join(lines) + "\n }\n}\n")
+        write_text(path, head[:-2] + ',\n "ops": {\n' + ",\n".join(lines) + "\n }\n}\n")
 
 
 def machine() -> dict[str, Any]:

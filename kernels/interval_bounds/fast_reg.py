@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, dtype, launch
+from ..common import AotCase, Meta, cdiv, dtype, launch, refuse_double
 
 BLOCK = 1024
 
@@ -59,6 +59,11 @@ def _partial_sums(lower: Any, upper: Any) -> Any:
     sums = lower.new_empty((programs, 9), dtype=dtype(lower, "float64"))
     launch(_moments_kernel, programs, lower, lower, upper, sums, count, steps, BLOCK=BLOCK)
     return sums
+
+
+def supports_interval_moments_backward(grad: Any, lower: Any, upper: Any) -> str | None:
+    """Why this call cannot be served; sums, and so their gradients, are float64 whatever the bounds are."""
+    return refuse_double(lower, upper)
 
 
 def launch_interval_moments_backward(grad: Any, lower: Any, upper: Any) -> tuple[Any, Any]:

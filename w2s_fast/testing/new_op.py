@@ -187,14 +187,15 @@ def write(root: Path, family: str, op: str) -> list[Path]:
         start = root / "w2s_fast" / layer / family / "__init__.py"
         if not start.exists():
             start.parent.mkdir()
-            start.write_text(f'"""{family.replace("_", " ").capitalize()}."""\n')
+            start.write_text(f'"""{family.replace("_", " ").capitalize()}."""\n', encoding="utf-8")
             made.append(start)
     for path, template in zip(made, LAYERS.values(), strict=False):
         path.parent.mkdir(exist_ok=True)
-        path.write_text(template.format(**names))
+        path.write_text(template.format(**names), encoding="utf-8")
     for name, line, among in LINES:
         path = root / name
-        path.write_text(_insert(path.read_text(), line.format(**names), among))
+        text = _insert(path.read_text(encoding="utf-8"), line.format(**names), among)
+        path.write_text(text, encoding="utf-8")
         if path not in made:
             made.append(path)
     return made

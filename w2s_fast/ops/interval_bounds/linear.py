@@ -109,7 +109,7 @@ def interval_linear(
             rounded up) or ``"bf16"``. ``"sound"`` widens by what the mode can lose. A CPU multiplies in float32
             whatever is allowed; 16-bit inputs with "fast" rounding are multiplied as they are stored.
         spread: with "sound", what bounds contain besides: ``spread (|W| |x| + |bias|)``, by which another evaluation of
-            the layer may be off (`w2s_fast.nn.bound` with ``rounding="deployed"``); where its partial sums could
+            the layer may be off (`nn.bound` with ``rounding="deployed"``); where its partial sums could
             overflow, (-inf, inf). At most 1.
 
     Returns:
