@@ -37,9 +37,9 @@ void run(const Operand& a, const Operand& b, Target<float> c, float alpha, bool 
   const Tensor x = view(a.data, a.rows, a.columns, a.down, a.across), y = view(b.data, b.rows, b.columns, b.down, b.across);
   const Tensor out = view(c.data, a.rows, b.columns, c.down, c.across);
   if (!add && alpha == 1) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), x.get(), y.get()));
+    library_call(aoti_torch_cpu_mm_out(out.get(), x.get(), y.get()));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), x.get(), y.get(), add ? 1.0 : 0.0, alpha));
+    library_call(aoti_torch_cpu_addmm_out(out.get(), out.get(), x.get(), y.get(), add ? 1.0 : 0.0, alpha));
   }
 }
 

@@ -50,7 +50,7 @@ Tensor whole_sum(const Problem& p) {
 Tensor made_by_library(const Problem& p) {
   AtenTensorHandle out, sums;
   double scale = p.scale;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(
+  library_call(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(
       view(p.q, p, p.N).get(), view(p.k, p, p.M).get(), view(p.v, p, p.M).get(), 0.0, 0, nullptr, &scale, &out, &sums));
   const Tensor found = owned(out), lse = torch::stable::contiguous(owned(sums));
   const int64_t n = p.B * p.H * p.N;
@@ -68,7 +68,7 @@ void forward_by_library(const Problem& p) {
 void backward_by_library(const Problem& p, const Gradients& g) {
   AtenTensorHandle q, k, v;
   double scale = p.scale;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward(
+  library_call(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward(
       view(g.grad, p, p.N).get(), view(p.q, p, p.N).get(), view(p.k, p, p.M).get(), view(p.v, p, p.M).get(), view(p.out, p, p.N).get(),
       whole_sum(p).get(), 0.0, 0, nullptr, &scale, &q, &k, &v));
   const Tensor dq = owned(q), dk = owned(k), dv = owned(v);
