@@ -236,7 +236,13 @@ def fuzz(seed: int, images: bool, count: int) -> dict[tuple[str, str, str], list
                 for rounding in kept:
                     slack = 1e-5 if rounding == "fast" else 0.0
                     for method in ("ibp", "crown-ibp", "crown"):
-                        low, high = (t.double() for t in module.bounds(x, eps, rounding, method=method))  # type: ignore[arg-type]
+                        try:
+                            ends = module.bounds(x, eps, rounding, method=method)  # type: ignore[arg-type]
+                        except ValueError as error:
+                            if "Deployed rounding is analysed for" in str(error):  # refused by name, which is right
+                                continue
+                            raise
+                        low, high = (t.double() for t in ends)
                         row = found.setdefault((method, rounding, name), [0, 0])
                         for y in outputs:
                             y = y.double().unflatten(0, (-1, len(x)))
