@@ -9,6 +9,7 @@
 #include <new>
 
 #include "cpu/gemm.h"
+#include "cpu/parallel.h"
 
 namespace w2s {
 struct Tile {
@@ -52,15 +53,6 @@ namespace {
 
 constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;
 
-template <class F>
-void parallel(int64_t count, const F& work) {
-  torch::stable::parallel_for(0, count, 1, [&work](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(i);
-  });
-}
-
-int64_t up(int64_t n, int64_t d) { return (n + d - 1) / d; }
-
 template <class A>
 struct Product {
   Operand a, b;
@@ -88,26 +80,26 @@ struct Product {
   }
 
   int height_for(int64_t rows) const {  // equal tiles of an even height
-    const int64_t tiles = up(rows, shape.rows), height = up(rows, tiles);
+    const int64_t tiles = pieces(rows, shape.rows), height = pieces(rows, tiles);
     return int(height == 1 ? 1 : (height + 1) / 2 * 2);
   }
 
   void many() const {
     const int height = height_for(M), width = shape.columns;
-    const int64_t tiles = up(M, height), threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-    const int64_t pieces = up(K, DEPTH), depth0 = up(K, pieces);
+    const int64_t tiles = pieces(M, height), workers = threads();
+    const int64_t cuts = pieces(K, DEPTH), depth0 = pieces(K, cuts);
     const int64_t per_block = std::max<int64_t>(1, ROWS / height);
-    const int64_t blocks = std::min(tiles, up(up(tiles, per_block), threads) * threads);
-    A* right = scratch_of<A>(0, depth0 * std::min(up(N, width) * width, COLUMNS) + 64);
+    const int64_t blocks = std::min(tiles, pieces(pieces(tiles, per_block), workers) * workers);
+    A* right = scratch_of<A>(0, depth0 * std::min(pieces(N, width) * width, COLUMNS) + 64);
     for (int64_t j0 = 0; j0 < N; j0 += COLUMNS) {
-      const int64_t columns = std::min(COLUMNS, N - j0), panels = up(columns, width);
+      const int64_t columns = std::min(COLUMNS, N - j0), panels = pieces(columns, width);
       // with few row blocks the columns are shared out as well
-      const int64_t groups = blocks >= threads ? 1 : std::min(panels, up(threads, blocks));
+      const int64_t groups = blocks >= workers ? 1 : std::min(panels, pieces(workers, blocks));
       for (int64_t k0 = 0; k0 < K; k0 += depth0) {
         const int64_t depth = std::min(depth0, K - k0);
         const bool adds = add || k0 > 0;
-        parallel(panels, [&](int64_t p) { pack_columns(j0 + p * width, k0, depth, width, right + p * width * depth); });
-        parallel(blocks * groups, [&](int64_t item) {
+        parallel_items(panels, 1, [&](int64_t p) { pack_columns(j0 + p * width, k0, depth, width, right + p * width * depth); });
+        parallel_items(blocks * groups, 1, [&](int64_t item) {
           const int64_t block = item / groups, group = item % groups;
           const int64_t t0 = block * tiles / blocks, t1 = (block + 1) * tiles / blocks;
           const int64_t p0 = group * panels / groups, p1 = (group + 1) * panels / groups;
@@ -126,12 +118,12 @@ struct Product {
   // Few rows; b's columns are contiguous and of our type: b is read in place, 32 rows of it at a time.
   void few_times_rows() const {
     const int height = height_for(M), width = shape.columns;
-    const int64_t tiles = up(M, height), panels = up(N, width), depth0 = 32;
+    const int64_t tiles = pieces(M, height), panels = pieces(N, width), depth0 = 32;
     const int64_t apart = height * K + 64;  // packing writes a little past a tile
     A* left = scratch_of<A>(0, tiles * apart);
-    parallel(tiles, [&](int64_t t) { pack_rows(t * height, 1, height, 0, K, left + t * apart); });
-    const int64_t items = std::min(panels, 4 * std::max<int64_t>(1, torch::stable::get_num_threads()));
-    parallel(items, [&](int64_t item) {
+    parallel_items(tiles, 1, [&](int64_t t) { pack_rows(t * height, 1, height, 0, K, left + t * apart); });
+    const int64_t items = std::min(panels, 4 * threads());
+    parallel_items(items, 1, [&](int64_t item) {
       const int64_t p0 = item * panels / items, p1 = (item + 1) * panels / items;
       A* tail = scratch_of<A>(1, depth0 * width + 64);
       for (int64_t k0 = 0; k0 < K; k0 += depth0) {
@@ -155,14 +147,14 @@ struct Product {
 
   // Few rows (the vector now); b's depth is contiguous and of our type: its columns are broadcast in place.
   void few_times_columns() const {
-    const int64_t width = M <= shape.columns / 2 ? shape.columns / 2 : shape.columns, panels = up(M, width);
+    const int64_t width = M <= shape.columns / 2 ? shape.columns / 2 : shape.columns, panels = pieces(M, width);
     const int height = shape.rows > 8 ? 8 : shape.rows;
     A* right = scratch_of<A>(0, panels * width * K + 64);
-    parallel(panels, [&](int64_t p) {
+    parallel_items(panels, 1, [&](int64_t p) {
       W2S_DISPATCH_AS(A, pack<A>)(at(a, p * width, 0), a.dtype, a.across, a.down, K, std::min(width, M - p * width), width,
                             right + p * width * K);
     });
-    parallel(up(N, height), [&](int64_t t) {
+    parallel_items(pieces(N, height), 1, [&](int64_t t) {
       const int64_t n0 = t * height, rows = std::min<int64_t>(height, N - n0);
       const A* left = static_cast<const A*>(at(b, 0, n0));
       A* copy = nullptr;

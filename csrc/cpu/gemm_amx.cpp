@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "cpu/gemm.h"
+#include "cpu/parallel.h"
 
 #if W2S_X86 && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
 #define W2S_HAS_AMX 1
@@ -31,15 +32,6 @@ namespace {
 constexpr int64_t BLOCK = 32, STEP = 32;            // rows and columns of a block of c; depth of a tile
 constexpr int64_t DEPTH = 512, ROWS = 256, COLUMNS = 2048;
 constexpr int64_t LINE = 64;
-
-template <class F>
-void parallel(int64_t count, const F& work) {
-  torch::stable::parallel_for(0, count, 1, [&work](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(i);
-  });
-}
-
-int64_t up(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 W2S_TARGET_BEGIN(W2S_AVX512 ",amx-tile,amx-bf16")
 
@@ -83,16 +75,24 @@ __m512i words(const uint16_t* p, int64_t sk, int64_t sj, int64_t n, bool both) {
   return _mm512_load_si512(pair);
 }
 
-// 16 rows of 16 words, x[j, 2w .. 2w + 1]: rows j < n of src[k * sk + j * sj] from depth k on, `left` of it there
-void word_square(const uint16_t* src, int64_t sj, int64_t n, int64_t left, avx512::Float (&square)[16]) {
-  if (n >= 16 && left >= 32) {
-    for (int64_t j = 0; j < 16; ++j) square[j].v = _mm512_loadu_ps(reinterpret_cast<const float*>(src + j * sj));
-    return;
+// 16 x 16 words of src[k * sk + j * sj], `left` of its depth and n of its columns there: a row of them a column j, or a
+// row a word.
+void word_square(const uint16_t* src, int64_t sk, int64_t sj, int64_t n, int64_t left, bool row_a_column, avx512::Float (&square)[16]) {
+  const bool whole = n == 16 && left == STEP;
+  for (int64_t i = 0; i < 16; ++i) {
+    __m512i row = _mm512_setzero_si512();
+    if (sk == 1) {
+      const __mmask32 there = left >= STEP ? ~__mmask32(0) : __mmask32((1u << left) - 1);
+      if (whole) row = _mm512_loadu_si512(src + i * sj);
+      else if (i < n) row = _mm512_maskz_loadu_epi16(there, src + i * sj);
+    } else {
+      const uint16_t* p = src + 2 * i * sk;
+      if (whole && sj == 1) row = whole_words(p, sk);
+      else if (2 * i < left) row = words(p, sk, sj, n, 2 * i + 1 < left);
+    }
+    square[i].v = _mm512_castsi512_ps(row);
   }
-  for (int64_t j = 0; j < 16; ++j) {
-    const __mmask32 there = left >= 32 ? ~__mmask32(0) : __mmask32((1u << left) - 1);
-    square[j].v = j < n ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, src + j * sj)) : _mm512_setzero_ps();
-  }
+  if ((sk == 1) != row_a_column) avx512::Float::transpose(square);
 }
 
 // Lines of both layouts lie one below the other, which hardware does not follow: the ones AHEAD steps on are asked for.
@@ -106,44 +106,16 @@ void ask(const uint16_t* src, int64_t sk, int64_t sj, int64_t k) {
   }
 }
 
-// dst[j][k], j < 32, k < padded depth: whole lines a row, rows one after another a step: [step][32 rows][32]
-void pack_rows(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int64_t rows, uint16_t* dst) {
+// Packed for the unit, a step of the depth after another. Rows of a: dst[j][k], a line each; columns of b: dst[w][j], a word
+// (x[2w, j], x[2w + 1, j]) each. What is not there is 0.
+void pack(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int64_t count, bool rows, uint16_t* dst) {
+  const int64_t down = rows ? STEP : 2 * BLOCK, across = rows ? 16 * STEP : 2 * 16;  // of a square, and of its halves
   for (int64_t k = 0; k < depth; k += STEP, dst += BLOCK * STEP) {
-    const int64_t left = std::min(STEP, depth - k);
     ask(src, sk, sj, k);
-    for (int64_t half = 0; half < BLOCK; half += 16) {
-      const int64_t n = std::clamp<int64_t>(rows - half, 0, 16);
-      const uint16_t* p = src + k * sk + half * sj;
+    for (int64_t half = 0; half < 2; ++half) {
       avx512::Float square[16];
-      if (sk == 1) {
-        word_square(p, sj, n, left, square);
-      } else {
-        for (int64_t w = 0; w < 16; ++w)
-          square[w].v = sj == 1 && n == 16 && left == STEP ? _mm512_castsi512_ps(whole_words(p + 2 * w * sk, sk)) : 2 * w < left ? _mm512_castsi512_ps(words(p + 2 * w * sk, sk, sj, n, 2 * w + 1 < left)) : _mm512_setzero_ps();
-        avx512::Float::transpose(square);
-      }
-      for (int64_t j = 0; j < 16; ++j) square[j].store(reinterpret_cast<float*>(dst + (half + j) * STEP));
-    }
-  }
-}
-
-// dst[w][j], a word (x[2w, j], x[2w + 1, j]); w < padded depth / 2, j < 32
-void pack_columns(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int64_t columns, uint16_t* dst) {
-  for (int64_t k = 0; k < depth; k += STEP, dst += BLOCK * STEP) {
-    const int64_t left = std::min(STEP, depth - k);
-    ask(src, sk, sj, k);
-    for (int64_t half = 0; half < BLOCK; half += 16) {
-      const int64_t n = std::clamp<int64_t>(columns - half, 0, 16);
-      const uint16_t* p = src + k * sk + half * sj;
-      avx512::Float square[16];
-      if (sk == 1) {
-        word_square(p, sj, n, left, square);
-        avx512::Float::transpose(square);
-      } else {
-        for (int64_t w = 0; w < 16; ++w)
-          square[w].v = sj == 1 && n == 16 && left == STEP ? _mm512_castsi512_ps(whole_words(p + 2 * w * sk, sk)) : 2 * w < left ? _mm512_castsi512_ps(words(p + 2 * w * sk, sk, sj, n, 2 * w + 1 < left)) : _mm512_setzero_ps();
-      }
-      for (int64_t w = 0; w < 16; ++w) square[w].store(reinterpret_cast<float*>(dst + w * 2 * BLOCK + half * 2));
+      word_square(src + k * sk + 16 * half * sj, sk, sj, std::clamp<int64_t>(count - 16 * half, 0, 16), std::min(STEP, depth - k), rows, square);
+      for (int64_t i = 0; i < 16; ++i) square[i].store(reinterpret_cast<float*>(dst + half * across + i * down));
     }
   }
 }
@@ -209,25 +181,25 @@ const uint16_t* at(const Operand& x, int64_t i, int64_t j) {
 
 void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
   const int64_t M = a.rows, N = b.columns, K = a.columns;
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t tiles = up(M, BLOCK), pieces = up(K, DEPTH), depth0 = up(up(K, pieces), STEP) * STEP;
-  const int64_t blocks = std::min(tiles, up(up(tiles, ROWS / BLOCK), threads) * threads);
-  uint16_t* right = scratch_of<uint16_t>(0, depth0 * std::min(up(N, BLOCK) * BLOCK, COLUMNS));
+  const int64_t workers = threads();
+  const int64_t tiles = pieces(M, BLOCK), cuts = pieces(K, DEPTH), depth0 = pieces(pieces(K, cuts), STEP) * STEP;
+  const int64_t blocks = std::min(tiles, pieces(pieces(tiles, ROWS / BLOCK), workers) * workers);
+  uint16_t* right = scratch_of<uint16_t>(0, depth0 * std::min(pieces(N, BLOCK) * BLOCK, COLUMNS));
   for (int64_t j0 = 0; j0 < N; j0 += COLUMNS) {
-    const int64_t columns = std::min(COLUMNS, N - j0), panels = up(columns, BLOCK);
-    const int64_t groups = blocks >= threads ? 1 : std::min(panels, up(threads, blocks));
+    const int64_t columns = std::min(COLUMNS, N - j0), panels = pieces(columns, BLOCK);
+    const int64_t groups = blocks >= workers ? 1 : std::min(panels, pieces(workers, blocks));
     for (int64_t k0 = 0; k0 < K; k0 += depth0) {
-      const int64_t depth = std::min(depth0, K - k0), steps = up(depth, STEP), size = steps * STEP * BLOCK;
-      parallel(panels, [&](int64_t p) {
-        pack_columns(at(b, k0, j0 + p * BLOCK), b.down, b.across, depth, std::min(BLOCK, columns - p * BLOCK), right + p * size);
+      const int64_t depth = std::min(depth0, K - k0), steps = pieces(depth, STEP), size = steps * STEP * BLOCK;
+      parallel_items(panels, 1, [&](int64_t p) {
+        pack(at(b, k0, j0 + p * BLOCK), b.down, b.across, depth, std::min(BLOCK, columns - p * BLOCK), false, right + p * size);
       });
-      parallel(blocks * groups, [&](int64_t item) {
+      parallel_items(blocks * groups, 1, [&](int64_t item) {
         const int64_t share = item / groups, group = item % groups;
         const int64_t t0 = share * tiles / blocks, t1 = (share + 1) * tiles / blocks;
         const int64_t p0 = group * panels / groups, p1 = (group + 1) * panels / groups;
         uint16_t* left = scratch_of<uint16_t>(1, (t1 - t0) * size);
         for (int64_t t = t0; t < t1; ++t)
-          pack_rows(at(a, t * BLOCK, k0), a.across, a.down, depth, std::min(BLOCK, M - t * BLOCK), left + (t - t0) * size);
+          pack(at(a, t * BLOCK, k0), a.across, a.down, depth, std::min(BLOCK, M - t * BLOCK), true, left + (t - t0) * size);
         const Unit unit;
         for (int64_t p = p0; p < p1; ++p)
           for (int64_t t = t0; t < t1; ++t)

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cpu/gemm.h"
+#include "cpu/parallel.h"
 
 #if W2S_X86 && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 10)
 #define W2S_HAS_DOT 1
@@ -27,15 +28,6 @@ constexpr int HEIGHT = 14, WIDTH = 32;                     // a register tile: 2
 constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;  // depth in words
 constexpr int64_t AHEAD = 32;                              // rows asked for beforehand: no prefetcher follows them
 
-template <class F>
-void parallel(int64_t count, const F& work) {
-  torch::stable::parallel_for(0, count, 1, [&work](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(i);
-  });
-}
-
-int64_t up(int64_t n, int64_t d) { return (n + d - 1) / d; }
-
 W2S_TARGET_BEGIN(W2S_DOT)
 
 // dst[w * width + j] = the pair (x[2w, j], x[2w + 1, j]) for x[k, j] = src[k * sk + j * sj], zero past `depth` and `columns`
@@ -56,7 +48,7 @@ void pack_words(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int6
         avx512::Float::transpose(square);
         for (int64_t i = 0; i < 16; ++i) _mm512_mask_storeu_ps(dst + (first + i) * width + j, fits, square[i].v);
       }
-  for (int64_t w = first; w < up(depth, 2); ++w)
+  for (int64_t w = first; w < pieces(depth, 2); ++w)
     for (int64_t j = 0; j < width; j += 16) {
       const int64_t n = std::clamp<int64_t>(columns - j, 0, 16), room = std::min<int64_t>(16, width - j);
       const __mmask16 mask = __mmask16((1u << n) - 1), fits = __mmask16((1u << room) - 1);
@@ -135,20 +127,20 @@ const uint16_t* at(const Operand& x, int64_t i, int64_t j) {
 
 void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
   const int64_t M = a.rows, N = b.columns, K = a.columns;
-  const int height = int(up(up(M, up(M, HEIGHT)), 2) * 2);
-  const int64_t tiles = up(M, height), threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t pieces = up(K, 2 * DEPTH), depth0 = 2 * up(up(K, pieces), 2);  // even
-  const int64_t blocks = std::min(tiles, up(up(tiles, std::max<int64_t>(1, ROWS / height)), threads) * threads);
-  uint32_t* right = scratch_of<uint32_t>(0, depth0 / 2 * std::min(up(N, WIDTH) * WIDTH, COLUMNS) + 64);
+  const int height = int(pieces(pieces(M, pieces(M, HEIGHT)), 2) * 2);
+  const int64_t tiles = pieces(M, height), workers = threads();
+  const int64_t cuts = pieces(K, 2 * DEPTH), depth0 = 2 * pieces(pieces(K, cuts), 2);  // even
+  const int64_t blocks = std::min(tiles, pieces(pieces(tiles, std::max<int64_t>(1, ROWS / height)), workers) * workers);
+  uint32_t* right = scratch_of<uint32_t>(0, depth0 / 2 * std::min(pieces(N, WIDTH) * WIDTH, COLUMNS) + 64);
   for (int64_t j0 = 0; j0 < N; j0 += COLUMNS) {
-    const int64_t columns = std::min(COLUMNS, N - j0), panels = up(columns, WIDTH);
+    const int64_t columns = std::min(COLUMNS, N - j0), panels = pieces(columns, WIDTH);
     for (int64_t k0 = 0; k0 < K; k0 += depth0) {
-      const int64_t depth = std::min(depth0, K - k0), words = up(depth, 2);
-      parallel(panels, [&](int64_t p) {
+      const int64_t depth = std::min(depth0, K - k0), words = pieces(depth, 2);
+      parallel_items(panels, 1, [&](int64_t p) {
         pack_words(at(b, k0, j0 + p * WIDTH), b.down, b.across, depth, std::min<int64_t>(WIDTH, columns - p * WIDTH), WIDTH,
                    right + p * WIDTH * words);
       });
-      parallel(blocks, [&](int64_t block) {
+      parallel_items(blocks, 1, [&](int64_t block) {
         const int64_t t0 = block * tiles / blocks, t1 = (block + 1) * tiles / blocks;
         uint32_t* left = scratch_of<uint32_t>(1, (t1 - t0) * height * words + 64);
         for (int64_t t = t0; t < t1; ++t)
