@@ -19,7 +19,7 @@ _IMPORT = "import time, torch; t = time.perf_counter(); import w2s_fast; print(t
 def import_seconds(runs: int = 3) -> float:
     """Seconds that ``import w2s_fast`` takes in a fresh process that has imported torch; the median.
 
-    With its bytecode, as pip installs it: where PYTHONDONTWRITEBYTECODE is set a source tree is compiled at every import.
+    With its bytecode, as pip installs it: under PYTHONDONTWRITEBYTECODE a source tree is compiled at every import.
     """
     root = str(Path(__file__).parent.parent)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
