@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -54,3 +55,16 @@ def test_everything_public_has_a_docstring():
     assert len(found) > 300
     missing = sorted(name for name, value in found.items() if not _stated(name, value))
     assert not missing, f"{len(missing)} of {len(found)} public names have no docstring: {missing}"
+
+
+def test_everything_that_refuses_says_so():
+    """Of functions, methods and constructors that check what they are given; a class says it for its constructor."""
+    silent = []
+    for name, value in ((name, value) for module in _modules() for name, value in _public(module)):
+        function = vars(value).get("__init__") if inspect.isclass(value) else value
+        if not inspect.isfunction(function) or function.__code__.co_filename == "<string>":  # a dataclass's own
+            continue
+        checked = re.search(r"checks\.(?!readable|extra)|raise (ValueError|TypeError)", inspect.getsource(function))
+        if checked and not re.search("Raises:|ValueError|TypeError", f"{value.__doc__} {function.__doc__}"):
+            silent.append(name)
+    assert not silent, f"docstrings that name no error: {sorted(set(silent))}"

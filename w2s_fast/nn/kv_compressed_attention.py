@@ -14,7 +14,11 @@ Affine = tuple[Tensor, Tensor | None]
 
 
 def check_compression(op: str, ratio: int, mode: str) -> None:
-    """Errors of a compression's settings."""
+    """Errors of a compression's settings.
+
+    Raises:
+        ValueError, TypeError: naming `ratio`, `mode`.
+    """
     checks.integer(op, "ratio", ratio, low=1)
     checks.choice(op, "mode", mode, ("conv", "mean", "uniform", "nearest", "stride"))
 
@@ -51,6 +55,9 @@ class KVCompressedAttention(nn.Module):
         ratio: R; 1 is plain attention.
         mode: of the compression, see `w2s_fast.kv_compress`.
         qk_norm: LayerNorm of q and k.
+
+    Raises:
+        ValueError, TypeError: naming `dim`, `num_heads`.
 
     Example:
         >>> import torch
@@ -97,7 +104,11 @@ class KVCompressedAttention(nn.Module):
 
 
 def compression_arguments(taps: nn.Conv2d | None, norm: nn.LayerNorm | None) -> dict[str, Any]:
-    """Arguments of the compression ops from its two modules."""
+    """Arguments of the compression ops from its two modules.
+
+    Raises:
+        ValueError: naming sr and norm.
+    """
     if taps is None or norm is None:
         return {}
     if not isinstance(taps, nn.Conv2d) or not isinstance(norm, nn.LayerNorm):

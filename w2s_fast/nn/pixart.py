@@ -32,6 +32,9 @@ def position_embedding(dim: int, grid: tuple[int, int], base: float, interpolati
         grid: (H, W) tokens.
         base: tokens a side of the resolution the model is configured for.
         interpolation: that resolution over the one where it is 1 (512 pixels).
+
+    Raises:
+        ValueError: naming `dim`.
     """
     if dim % 4:
         checks.fail("nn.position_embedding", "dim", "a multiple of 4", dim)
@@ -207,6 +210,9 @@ class PixArtSigma(nn.Module):
         ratio, mode: of their compression.
         interpolation: of the position embedding; default ``latent_size / 64``, 1 for 512 pixels.
 
+    Raises:
+        ValueError, TypeError: naming `mlp_ratio`, `dim`.
+
     Example:
         >>> import torch
         >>> from w2s_fast.nn import PixArtSigma
@@ -245,7 +251,11 @@ class PixArtSigma(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_position_embedding)
 
     def set_resolution(self, latent_size: int, interpolation: float | None = None) -> None:
-        """Configure for another latent size, a multiple of the patch; no parameter depends on it."""
+        """Configure for another latent size, a multiple of the patch; no parameter depends on it.
+
+        Raises:
+            ValueError, TypeError: naming `latent_size`, `interpolation`.
+        """
         checks.integer("nn.PixArtSigma", "latent_size", latent_size, low=self.patch)
         if latent_size % self.patch:
             checks.fail("nn.PixArtSigma", "latent_size", f"a multiple of the patch {self.patch}", latent_size)
@@ -257,7 +267,11 @@ class PixArtSigma(nn.Module):
     def enable_kv_compression(
         self, layers: Iterable[int] | None = None, ratio: int = 2, mode: str = "conv"
     ) -> list[nn.Parameter]:
-        """Compress keys and values of these blocks (default the deeper half); returns the new parameters."""
+        """Compress keys and values of these blocks (default the deeper half); returns the new parameters.
+
+        Raises:
+            ValueError, TypeError: naming `layers`.
+        """
         chosen = range(len(self.blocks) // 2, len(self.blocks)) if layers is None else layers
         made: list[nn.Parameter] = []
         for index in chosen:

@@ -72,7 +72,11 @@ class KVCompressedAttnProcessor(nn.Module):
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None, temb: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Self-attention of ``(B, N, C)`` without a mask."""
+        """Self-attention of ``(B, N, C)`` without a mask.
+
+        Raises:
+            ValueError: naming attention_mask and encoder_hidden_states.
+        """
         if encoder_hidden_states is not None or attention_mask is not None:
             checks.fail(_OP, "attention_mask and encoder_hidden_states", "None in compressed self-attention", "tensors")
         if self.grid is None:
@@ -233,6 +237,9 @@ class KVCompressedPixArtTransformer2DModel(PixArtTransformer2DModel):  # type: i
 
     ``from_pretrained(folder, kv_compression={"14": [2, "conv"], ...})`` also takes an uncompressed checkpoint: taps
     that it has no values for average each window.
+
+    Raises:
+        ValueError: naming `kv_compression`.
     """
 
     def __init__(self, *args: Any, kv_compression: dict[str, Any] | None = None, **kwargs: Any) -> None:

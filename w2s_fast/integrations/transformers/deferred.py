@@ -162,9 +162,11 @@ class DeferredLogits:
     # What is recorded. Each is called as a method, an operator, or through `torch.<name>`.
 
     def float(self) -> Any:
+        """In float32, deferred as these are."""
         return self.to(torch.float32)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
+        """In another floating dtype, deferred; anything else computes the logits."""
         if len(args) == 1 and not kwargs:
             if isinstance(args[0], torch.dtype) and args[0].is_floating_point:
                 return self._then("to", args, dtype=args[0])
@@ -173,18 +175,23 @@ class DeferredLogits:
         return self._own("to", *args, **kwargs)
 
     def contiguous(self) -> DeferredLogits:
+        """These: what is not there yet has any layout."""
         return self
 
     def size(self, dim: int | None = None) -> Any:
+        """As `Tensor.size`, of logits ``[B, T, V]`` that are not computed."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
+        """As `Tensor.dim`."""
         return self.ndim
 
     def view(self, *shape: Any) -> Any:
+        """As `Tensor.view`; deferred where only leading dimensions are joined."""
         return self._shaped("view", shape)
 
     def reshape(self, *shape: Any) -> Any:
+        """As `Tensor.reshape`; deferred as `view` is."""
         return self._shaped("reshape", shape)
 
     def _shaped(self, name: str, shape: tuple[Any, ...]) -> Any:
@@ -213,16 +220,19 @@ class DeferredLogits:
         return self._then("__getitem__", (index,), hidden=self.hidden[parts], rows=rows)
 
     def tanh(self) -> Any:
+        """The cap of a softcap, deferred; a second one computes the logits."""
         if self._capped:
             return self._own("tanh")
         return self._then("tanh", (), capped=True, before=self._before * self._after, after=1.0)
 
     def mul(self, other: Any) -> Any:
+        """Times a number, deferred; times a tensor computes the logits."""
         if not _is_scale(other):
             return self._own("mul", other)
         return self._then("mul", (other,), after=self._after * other)
 
     def div(self, other: Any, **kwargs: Any) -> Any:
+        """Over a number, deferred; over a tensor, or rounded, computes the logits."""
         if not _is_scale(other) or kwargs:
             return self._own("div", other, **kwargs)
         return self._then("div", (other,), after=self._after / other)

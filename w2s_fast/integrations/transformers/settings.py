@@ -128,7 +128,11 @@ def special_tokens(large: Any, eos: int | Sequence[int] | None, pad: int | None)
 
 
 def new_tokens(given: int | None, settings: dict[str, Any], default: int = 64) -> int | None:
-    """The length as given or the default; None where ``max_length`` says it."""
+    """The length as given or the default; None where ``max_length`` says it.
+
+    Raises:
+        ValueError, TypeError: naming `max_new_tokens`.
+    """
     if given is None:
         return None if settings.get("max_length") is not None else default
     return checks.integer("generate", "max_new_tokens", given, low=1)
@@ -173,7 +177,11 @@ def _listed(value: Any) -> list[Any]:
 
 
 def criteria_of(stopping_criteria: Any, stop_strings: Any, tokenizer: Any, large: Any) -> Any:
-    """The caller's stopping criteria as transformers' list, with those for stop strings."""
+    """The caller's stopping criteria as transformers' list, with those for stop strings.
+
+    Raises:
+        ValueError: naming `tokenizer`.
+    """
     from transformers import StoppingCriteriaList, StopStringCriteria
 
     found = _listed(stopping_criteria)

@@ -38,6 +38,9 @@ class Dumper:
     Args:
         model, tokenizer: the teacher.
         top: ids kept of each token, at most 64.
+
+    Raises:
+        ValueError, TypeError: naming `top`.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, top: int = 20, max_length: int = 1024) -> None:
@@ -113,7 +116,11 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
 
 
 def loss(model: Any, batch: Batch, *, kind: Any = "ce_soft") -> Tensor:
-    """`w2s_fast.linear_kd` over the tokens that count; what the top k leave is spread over the other tokens."""
+    """`w2s_fast.linear_kd` over the tokens that count; what the top k leave is spread over the other tokens.
+
+    Raises:
+        ValueError: naming `model`.
+    """
 
     def fused(hidden: Tensor, head: Any, target: Tensor) -> Any:
         if head.softcap is not None:

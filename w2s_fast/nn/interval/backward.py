@@ -59,9 +59,11 @@ class Way(NamedTuple):
 
     @property
     def sound(self) -> bool:
+        """Whether rounding is outward."""
         return self.call.sound
 
     def box(self, name: str) -> Box:
+        """The box of a value by its name in the trace."""
         found: Box = self.env.values[name]
         return found
 

@@ -131,7 +131,11 @@ def terms(name: str, given: dict[str, Any]) -> int:
 
 
 def gamma(count: int, dtype: torch.dtype) -> float:
-    """``n u / (1 - n u)``, rounded up."""
+    """``n u / (1 - n u)``, rounded up.
+
+    Raises:
+        ValueError: naming `rounding`.
+    """
     share = count * unit(torch.float64 if dtype == torch.float64 else torch.float32)
     if share > 0.25:
         checks.fail(OP, "rounding", '"sound" for sums of this length: float sums leave nothing known', "deployed")
@@ -180,7 +184,11 @@ def hidden(name: str, boxes: list[Box], found: tuple[Tensor, Tensor]) -> tuple[T
 
 
 def analysed(steps: Program) -> None:
-    """Refuse, by name, what has no bound of its rounding."""
+    """Refuse, by name, what has no bound of its rounding.
+
+    Raises:
+        ValueError: naming `rounding`.
+    """
     for step in steps.steps:
         where = _refused(step)
         if where:
@@ -209,7 +217,11 @@ def _refused(step: Step) -> str:
 
 
 def settings(device: torch.device, dtypes: set[torch.dtype | None]) -> None:
-    """Refuse settings that leave products fewer digits."""
+    """Refuse settings that leave products fewer digits.
+
+    Raises:
+        ValueError: naming `rounding`.
+    """
     backends = torch.backends
     if torch.float32 in dtypes:
         strict = {"ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"), "NVIDIA_TF32_OVERRIDE": ("", "0")}

@@ -108,7 +108,11 @@ class IntervalPass:
 
     @property
     def logits(self) -> Tensor:
-        """The model's output at x itself, of the clean pass beside the bounds."""
+        """The model's output at x itself, of the clean pass beside the bounds.
+
+        Raises:
+            ValueError: naming `clean`.
+        """
         clean = self._output().clean
         if clean is None:
             checks.fail(OP, "clean", "True in propagate for logits", False)
@@ -176,6 +180,9 @@ class IntervalPass:
             C: specifications ``[B, S, outputs]`` or ``[1, S, outputs]``; constants. A last Linear is merged with them
                 under ``"ibp"``.
             method: see `IntervalModule.bounds`.
+
+        Raises:
+            ValueError, TypeError: naming `C`, `model`.
         """
         shape = tuple(self._program.shapes.get(self._program.trace.output, ()))
         checks.is_float_tensor(OP, "C", C)
@@ -376,6 +383,9 @@ class IntervalModule(nn.Module):
                 with labels, else bounds.
             clean: return (what is asked, the model's output at x), of one pass.
             model: keyword arguments of the model, for its output only.
+
+        Raises:
+            ValueError, TypeError: naming `ask`, the model's keyword arguments, `y`.
         """
         radii = eps is not None or any(type(v).__name__ in ("Ball", "Choices") for v in x)
         ask = checks.choice(OP, "ask", ask or ("output" if not radii else "bounds" if y is None else "margins"), ASKS)
@@ -481,6 +491,9 @@ class IntervalModule(nn.Module):
             x, y, eps, clip, norm: see `margins`.
             method: ``"ibp"``, or ``"crown-ibp"``, ``"crown"``: of each margin the better of the two bounds.
             rounding: ``"sound"``: of the exact outputs; ``"deployed"``: of any float evaluation's. See `bounds`.
+
+        Raises:
+            ValueError: naming `rounding`.
         """
         if rounding == "fast":
             checks.fail(OP, "rounding", '"sound" or "deployed" for a certificate', '"fast"')
@@ -507,7 +520,11 @@ class IntervalModule(nn.Module):
         self, ask: str, x: Any, y: Any, eps: Any, rounding: Any, clip: Any, method: Any, norm: Any, clean: bool,
         given: dict[int, Tensor],
     ) -> Any:  # fmt: skip
-        """Bounds, margins or what is verified; ``given``: tensors to take for the model's own, by their ids."""
+        """Bounds, margins or what is verified; ``given``: tensors to take for the model's own, by their ids.
+
+        Raises:
+            ValueError: naming `method`.
+        """
         apart = checks.choice(OP, "method", method, METHODS) != "ibp"
         found = self._begin(apart, x, eps, rounding, clip, clean, norm, ask == "verified", given)
         if ask == "bounds":

@@ -40,6 +40,7 @@ class Step:
 
     @property
     def node(self) -> Node:
+        """The first of the operations that the step does."""
         return self.nodes[0]
 
 
@@ -193,7 +194,11 @@ def _constant(node: Node) -> None:
 
 
 def attribute(model: nn.Module, path: tuple[str, ...]) -> Tensor:
-    """A parameter, buffer or tensor by its path, as the model has it now."""
+    """A parameter, buffer or tensor by its path, as the model has it now.
+
+    Raises:
+        TypeError: naming `model`.
+    """
     module: Any = model
     for name in path[:-1]:
         module = module._modules.get(name) if isinstance(module, nn.Module) else None

@@ -44,6 +44,7 @@ class Node:
 
     @property
     def refs(self) -> list[str]:
+        """Names of the values among the arguments."""
         return [r.name for r in references((self.args, self.kwargs))]
 
 
