@@ -145,12 +145,13 @@ class Precompiled(NamedTuple):
 
 
 def compile_cpu(
-    folder: Path, targets: int, options: Sequence[str] = (), level: Sequence[str] = LEVEL, wide: Sequence[str] = WIDE
+    folder: Path, targets: int, options: Sequence[str] = (), level: Sequence[str] = LEVEL, wide: Sequence[str] = WIDE,
+    beside: Sequence[Step] = (),
 ) -> tuple[list[Path], int]:
     """The objects of csrc/cpu, and how many of them were made now.
 
     A ``*_kernel.cpp`` sees no torch and is compiled once a copy. All begin with a precompiled header.
-    ``level``: optimisation; ``wide``: that of float64's kernels.
+    ``level``: optimisation; ``wide``: that of float64's kernels; ``beside``: what is made at the same time.
     """
     command = [compiler() or "c++", *FLAGS, *options, "-Icsrc", f"-DW2S_TARGETS={targets}"]
     headers = torch_folder() / "include"
@@ -177,12 +178,15 @@ def compile_cpu(
     steps.sort(key=lambda one: made_first.index(one[1]))
     with ThreadPoolExecutor(jobs()) as pool:
         ready = {id(header): pool.submit(header.step.run) for header in made_first}
+        others = [pool.submit(step.run) for step in beside]
 
         def run(one: tuple[Step, Precompiled]) -> bool:
             ready[id(one[1])].result()
             return one[0].run()
 
         made = sum(pool.map(run, steps))
+        for other in others:
+            other.result()
     return [step.target for step, _ in steps], made
 
 
@@ -302,18 +306,21 @@ def extensions() -> tuple[list[Extension], type | None]:
             with open(target, "w", encoding="utf-8") as file:
                 json.dump({**known, "seconds": clean}, file, indent=1)
 
+        def module(self, extension: Extension) -> Step:
+            """The one object of `_C`."""
+            defines = [f"-DW2S_{key.upper()}={json.dumps(str(value))}" for key, value in known.items()]
+            include = [f"-isystem{path}" for path in (*extension.include_dirs, sysconfig.get_path("include"))]
+            command = [compiler() or "c++", *FLAGS, "-O1", "-Icsrc", *include, *defines, "-c", "csrc/module.cpp"]
+            return Step(folder / "module.o", command)
+
         def build_extension(self, extension: Extension) -> None:
             target = self.get_ext_fullpath(extension.name)
             if extension.name.endswith("._C"):
-                defines = [f"-DW2S_{key.upper()}={json.dumps(str(value))}" for key, value in known.items()]
-                include = [f"-isystem{path}" for path in (*extension.include_dirs, sysconfig.get_path("include"))]
-                step = Step(
-                    folder / "module.o",
-                    [compiler() or "c++", *FLAGS, "-O1", "-Icsrc", *include, *defines, "-c", "csrc/module.cpp"],
-                )
+                step = self.module(extension)
                 step.run()
                 return link([step.target], target, ["-pthread"])
-            objects, self.compiled = compile_cpu(folder / str(targets), targets)
+            beside = [self.module(other) for other in self.extensions if other.name.endswith("._C")]
+            objects, self.compiled = compile_cpu(folder / str(targets), targets, beside=beside)
             self.objects = len(objects)
             if not cuda:
                 return link(objects, target, torch_libraries())
