@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 import w2s_fast
 
 #: The packages that users import. Names that begin with an underscore, and modules of such names, are ours.
@@ -50,6 +52,7 @@ def _stated(name: str, value: Any) -> bool:
     return bool(value.__doc__)
 
 
+@pytest.mark.slow(20)  # imports of transformers, trl and diffusers
 def test_everything_public_has_a_docstring():
     found = {name: value for module in _modules() for name, value in _public(module)}
     assert len(found) > 300
