@@ -229,9 +229,9 @@ def _verify_case(sizes: tuple[int, ...], dead: float, rounding: Any, target: flo
         ours=later(lambda: ours(rounding)),
         reference=later(lambda: plain(True)),
         providers=providers,
+        # sound margins are wider by what 2,048 terms a layer round
+        compare=lambda actual, exact: float((actual.double() - exact).abs().max() / (0.03 * exact.abs().max())),
         targets={"eager": target},
-        rtol=1e-3,
-        atol=1e-2,
     )
 
 
