@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import autocast
 from .boxes import HALVES, refuse
 from .program import attribute, schema
 from .trace import Ref, Trace, same_attributes
@@ -15,13 +14,18 @@ from .trace import Ref, Trace, same_attributes
 _BATCH_NORMS = ("aten::batch_norm", "aten::native_batch_norm", "aten::_native_batch_norm_legit_functional")
 
 
-def _plain(tensors: list[Tensor]) -> bool:
-    """Whether values may be looked at: no stand-ins of a compiler or of vmap."""
-    if torch.compiler.is_compiling():
-        return False
-    return all(
-        type(t) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
-    )
+def _plain(t: Tensor) -> bool:
+    """Whether values may be looked at: no stand-in of a compiler or of vmap."""
+    return type(t) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def _instead(t: Tensor) -> Tensor:
+    """A tensor like a stand-in."""
+    shape = tuple(int(s) for s in t.shape)
+    if t.dtype.is_floating_point:
+        draw = torch.Generator(t.device).manual_seed(0)
+        return torch.randn(shape, dtype=torch.float32, device=t.device, generator=draw).to(t.dtype)
+    return torch.zeros(shape, dtype=t.dtype, device=t.device)
 
 
 def evaluated(trace: Trace, model: nn.Module, inputs: list[Tensor]) -> Tensor:
@@ -52,9 +56,10 @@ def check(model: nn.Module, trace: Trace, inputs: list[Tensor], inference: bool)
     buffers = dict(model.named_buffers())
     if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in trace.nodes):
         return  # dropout in training mode, which its rule refuses
-    if not _plain([*inputs, *model.parameters(), *buffers.values()]):
+    if not all(map(_plain, (*model.parameters(), *buffers.values()))):
         return
-    with autocast.off(inputs[0].device), same_attributes(model), torch.no_grad():
+    inputs = [t.detach() if _plain(t) else _instead(t) for t in inputs]
+    with same_attributes(model), torch.no_grad():
         found = evaluated(trace, model, [t.contiguous() for t in inputs])
         own = {name: b.clone() for name, b in buffers.items()}
         with torch.inference_mode() if inference else torch.no_grad():

@@ -454,7 +454,8 @@ def upper_bounds(env: Env, samples: Samples, output: str, rows: Tensor) -> Tenso
         a = pending.pop(step.name, None)
         if a is None:
             continue
-        found = _through(env, step, a, samples.owners.get(step.name, a) is None)
+        ordered = samples.owners.get(step.name, a) is None and a.shape[1:2] == (samples.count,)
+        found = _through(env, step, a, ordered)
         if found.total is not None:
             upper.constant = upper.constant + found.total
         upper.rounds(a, found.size, step.name)

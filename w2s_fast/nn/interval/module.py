@@ -589,7 +589,7 @@ class IntervalModule(nn.Module):
             names = {traced.inputs[i] for i in boxed}
             found = program(traced, names), program(traced, names, relu_apart=True)
             if lowered is None:
-                agreement.check(self.model, found[0].trace, inputs, facts.asks_inference)
+                alone(lambda: agreement.check(self.model, found[0].trace, inputs, facts.asks_inference))
             if len(self._programs) > 64:
                 self._programs.clear()
             kept = self._programs[key] = *found, facts
