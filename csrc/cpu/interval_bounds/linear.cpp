@@ -59,9 +59,8 @@ void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
           alive.push_back(int32_t(i));
           break;
         }
-    const int64_t panel = kernels<LinearKernels, A>().panel_width();
-    parallel_items(pieces(n, panel), 1, [&](int64_t i) {
-      kernels<LinearKernels, A>().forward_alive(box.c, box.r, box.ld, batch, w, weight.stride(1), n, i * panel, alive.data(), int64_t(alive.size()),
+    parallel_items(pieces(n, ALIVE_WIDTH), 1, [&](int64_t i) {
+      kernels<LinearKernels, A>().forward_alive(box.c, box.r, box.ld, batch, w, weight.stride(1), n, i * ALIVE_WIDTH, alive.data(), int64_t(alive.size()),
                                      shift, call, terms, first.dtype, first.at(0, 0), first.stride, second.at(0, 0));
     });
     return;
