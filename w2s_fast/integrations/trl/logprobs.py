@@ -113,34 +113,6 @@ class _Rows(torch.autograd.Function):
         return (first, None) if bool((grad == first).all()) else (None, grad)
 
 
-class _Again(torch.autograd.Function):
-    """``made(tensors, None)`` without gradients; backward makes those of the sum weighed by the rows' gradients.
-
-    For 16-bit tensors: a gradient from the forward pass would be rounded before it is scaled, and again after.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, made: Callable[..., Any], *tensors: Tensor | None) -> Tensor:
-        ctx.made = made
-        ctx.save_for_backward(*tensors)
-        found, entropy = made(tensors, None)[1].values()
-        ctx.mark_non_differentiable(entropy)
-        return found, entropy  # type: ignore[return-value]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        wanted = ctx.needs_input_grad[1:]
-        with torch.enable_grad():
-            leaves = [
-                t if t is None else t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, wanted, strict=True)
-            ]
-            total = ctx.made(leaves, grads[0])[0]
-        found = iter(
-            torch.autograd.grad(total, [t for t, n in zip(leaves, wanted, strict=True) if n and t is not None])
-        )
-        return (None, *(next(found) if n else None for n in wanted))
-
-
 def divergence(
     student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor, Tensor, Tensor | None],
@@ -165,17 +137,10 @@ def divergence(
     given = ("linear", theirs.detach(), head[:rows].detach())
     with_bias = given if offset is None else (*given, offset[:rows].detach())
     kind: Kind = "fkl" if beta == 0 else "rkl" if beta == 1 else "jsd"
-
-    def made(tensors: Sequence[Any], weights: Tensor | None) -> Any:
-        return linear_kd(
-            tensors[0], tensors[1], [with_bias], kind=kind, beta_jsd=beta, tau=temperature / logit_scale,
-            bias=tensors[2], weights=weights, tau_scale=False, reduction="sum", outputs=("kd", "entropy_s"),
-        )  # fmt: skip
-
-    if hidden.dtype in (torch.bfloat16, torch.float16):
-        again: Any = _Again.apply(made, hidden, weight, bias)
-        return again[0], again[1]
-    total, found = made((hidden, weight, bias), None)
+    total, found = linear_kd(
+        hidden, weight, [with_bias], kind=kind, beta_jsd=beta, tau=temperature / logit_scale, bias=bias,
+        tau_scale=False, reduction="sum", outputs=("kd", "entropy_s"),
+    )  # fmt: skip
     return _Rows.apply(total, found["kd"]), found["entropy_s"]
 
 
