@@ -209,6 +209,13 @@ inline auto with_engine(const LinearArguments& linear, std::vector<int64_t> rows
   });
 }
 
+// Memory of all logits [V, Mp], which backward is to find there: all rows count and fill one block without a cap.
+template <class A>
+inline Tensor kept_logits(const Engine<A>& e, bool wanted) {
+  if (wanted && (e.M != e.T || e.M > e.block() || e.cap || e.n != 1)) throw Refusal("logits are kept of one block of rows that all count");
+  return wanted ? e.output({e.V, e.Mp}) : e.output({0});
+}
+
 // Rows that count put back among all rows; the others get 0.
 template <class A, class F>
 inline Tensor scattered(const Engine<A>& e, const F& value) {
