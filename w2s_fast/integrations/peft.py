@@ -1,0 +1,249 @@
+"""PEFT's LoRA and DoRA layers with fewer passes: the same parameters, state dicts and results.
+
+`use_fused_adapters` changes the class of the layers in place; everything but ``forward`` stays PEFT's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from .. import checks
+
+OP = "integrations.peft.use_fused_adapters"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BLOCK = 256  # rows of a 16-bit weight that are float32 at a time, so that they stay in a cache
+
+
+class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
+    """PEFT's ``lora.Linear`` with the forward of this module; where that cannot serve a call, with PEFT's."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's."""
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        plain = self.disable_adapters or self.merged
+        reason = "" if plain else _why_not(self, x, args, given)
+        self.__dict__["_w2s_fast_status"] = "base layer alone" if plain else (f"PEFT: {reason}" if reason else "fused")
+        if plain or reason:
+            own: Tensor = super().forward(x, *args, **kwargs)
+            return own
+        return _forward(self, x)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's."""
+        self.__dict__.pop("_w2s_fast_squares", None)  # PEFT edits weight.data, which no version counter sees
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """As PEFT's."""
+        super().unmerge()
+        self.__dict__.pop("_w2s_fast_squares", None)
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; PiSSA and its relatives edit the base weight here."""
+        super().update_layer(*args, **kwargs)
+        self.__dict__.pop("_w2s_fast_squares", None)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _unfit(layer: Any) -> str:
+    """Why a layer keeps PEFT's forward for good, or ""."""
+    base = layer.base_layer
+    if type(layer) not in (PeftLinear, FusedLoraLinear):
+        return f"a {type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
+    if type(base) is not nn.Linear:
+        return f"its base is a {type(base).__name__}"
+    if type(base.weight) is not nn.Parameter or base.weight.dtype not in DTYPES:
+        return f"its base weight is a {type(base.weight).__name__} of {base.weight.dtype}"
+    return ""
+
+
+def _why_not(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why this call is PEFT's, or ""."""
+    unfit = _unfit(layer)
+    if unfit:
+        return unfit
+    if args or kwargs:
+        return "arguments beside the input: " + ", ".join([*map(str, range(len(args))), *kwargs])
+    modules = [layer.base_layer]
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        variant = layer.lora_variant.get(name)
+        if variant is not None and type(variant) is not DoraLinearVariant:
+            return f"adapter {name!r} is a {type(variant).__name__}"
+        if type(layer.lora_A[name]) is not nn.Linear or type(layer.lora_B[name]) is not nn.Linear:
+            return f"the factors of adapter {name!r} are no plain linear layers"
+        if layer.lora_B[name].bias is not None:
+            return f"adapter {name!r} has a bias"
+        modules += [layer.lora_A[name], layer.lora_B[name]]
+        modules += [layer.lora_magnitude_vector[name]] if variant is not None else []
+    return "hooks on its parts" if any(map(_hooked, modules)) else ""
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    """``base(x)``, then every active adapter on top of it, in their order."""
+    base = layer.base_layer
+    shape, rows = x.shape, x.reshape(-1, x.shape[-1])
+    result = F.linear(rows, base.weight, base.bias)
+    dtype = result.dtype
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        A, B, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        rows = layer._cast_input_dtype(rows, A.dtype)
+        dropout = layer.lora_dropout[name]
+        dropped = rows if isinstance(dropout, nn.Identity) else dropout(rows)
+        if name in layer.lora_variant:
+            result, B = _magnitudes(layer, name, rows, dropped, result)
+        result = _add_product(result, F.linear(dropped, A), B, scale)
+    return result.to(dtype).view(*shape[:-1], result.shape[-1])
+
+
+def _add_product(result: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``result + scale hidden B^T``, the product added where it is made; ``result`` is ours alone."""
+    if torch.is_autocast_enabled(result.device.type):
+        return torch.addmm(result, hidden, B.t(), alpha=scale)
+    return result.to(torch.promote_types(result.dtype, hidden.dtype)).addmm_(hidden, B.t(), alpha=scale)
+
+
+def _magnitudes(layer: Any, name: str, rows: Tensor, dropped: Tensor, result: Tensor) -> tuple[Tensor, Tensor]:
+    """DoRA's ``m / |W + scale B A|`` on what the base gives, and on the rows of B.
+
+    With the ratio q: ``q (W x + scale B A x) + bias = q result + (1 - q) bias + scale h (q B)^T``. Behind a dropout the
+    base is applied to the dropped input as well (PEFT does): ``result + (q - 1) W x' + scale h' (q B)^T``.
+    """
+    base, B = layer.base_layer, layer.lora_B[name].weight
+    norm = _norm(layer, layer.lora_A[name].weight, B, layer.scaling[name]).to(rows.dtype)
+    ratio = layer.lora_magnitude_vector[name].weight / norm
+    if dropped is rows or not layer.training:
+        if base.bias is None:
+            result = result * ratio
+        else:
+            result = torch.addcmul((1 - ratio) * base.bias, result, ratio)
+    else:
+        result = torch.addcmul(result, F.linear(dropped, base.weight.to(dropped.dtype)), ratio - 1)
+    return result, ratio.unsqueeze(1) * B
+
+
+@torch.no_grad()
+def _norm(layer: Any, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``|W + scale B A|`` of every row without the product: ``|W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>`` by rows.
+
+    DoRA takes it for a constant, and so does PEFT. |W|^2 is kept as long as the weight stays as it is.
+    """
+    weight = layer.base_layer.weight
+    dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
+    A, B = A.to(dtype), B.to(dtype)
+    with torch.autocast(A.device.type, enabled=False):
+        blocks = weight.split(BLOCK) if weight.dtype != dtype else (weight,)
+        cross = torch.cat([block.to(dtype) @ A.t() for block in blocks])
+        square = (2 * scale) * (cross * B).sum(1) + (scale * scale) * ((B @ (A @ A.t())) * B).sum(1)
+        return (_squares(layer, weight) + square).clamp_min_(0).sqrt_().to(dtype)
+
+
+def _squares(layer: Any, weight: Tensor) -> Tensor:
+    """``|W|^2`` of every row, in float64 against cancellation."""
+    if torch.compiler.is_compiling():
+        return weight.double().square().sum(1)
+    key = (weight.data_ptr(), weight._version, weight.dtype)
+    found = layer.__dict__.get("_w2s_fast_squares")
+    if found is None or found[0] != key:
+        found = (key, torch.cat([block.double().square().sum(1) for block in weight.detach().split(BLOCK)]))
+        layer.__dict__["_w2s_fast_squares"] = found
+    kept: Tensor = found[1]
+    return kept
+
+
+class FusedAdapters:
+    """What `use_fused_adapters` returns: ``layers``, ``left`` and `remove`, also as a context manager."""
+
+    def __init__(self, model: nn.Module, layers: list[str], left: dict[str, str]) -> None:
+        self._model = model
+        #: Paths of the layers that have the fused forward.
+        self.layers = layers
+        #: Why each other LoRA layer keeps PEFT's.
+        self.left = left
+
+    def status(self) -> dict[str, str]:
+        """Of each layer's last call: ``"fused"``, ``"PEFT: <why>"``, ``"base layer alone"`` or ``"not run"``."""
+        modules = dict(self._model.named_modules())
+        return {name: modules[name].__dict__.get("_w2s_fast_status", "not run") for name in self.layers}
+
+    def remove(self) -> None:
+        """Give the layers PEFT's class back; a second time is no error."""
+        for module in self._model.modules():
+            if type(module) is FusedLoraLinear:
+                module.__class__ = PeftLinear
+                for name in ("_w2s_fast_status", "_w2s_fast_squares"):
+                    module.__dict__.pop(name, None)
+
+    def __enter__(self) -> FusedAdapters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def use_fused_adapters(model: nn.Module) -> FusedAdapters:
+    r"""Give the LoRA layers of a PEFT model a forward with fewer passes, in place.
+
+    LoRA, rsLoRA and what differs in the start alone (PiSSA, OLoRA, EVA, ...): ``scale h B^T`` is added where the
+    product is made, forward and backward; PEFT multiplies and adds in passes of their own. DoRA: the norm of
+    ``W + scale B A`` comes from the factors,
+
+    .. code-block:: text
+
+        |W_o + s (B A)_o|^2 = |W_o|^2 + 2 s <(W A^T)_o, B_o> + s^2 <(B A A^T)_o, B_o>
+
+    at ``2 O I r`` operations; PEFT pushes an identity through A and B, adds the result to the weight and
+    differentiates it. Parameters, names, state dicts, ``merge``, ``unmerge``, ``set_adapter``, ``disable_adapter`` and
+    several active adapters are PEFT's. Results differ by rounding: of 16-bit norms ours are float32's.
+
+    Not served, with the reason in ``left`` or `FusedAdapters.status`: quantised bases, embeddings, convolutions,
+    Conv1D, other variants (aLoRA, Arrow, ...), ``lora_bias``, ``adapter_names`` of mixed batches, parts with hooks
+    (FSDP units of single factors). They run PEFT's own forward.
+
+    |W|^2 is kept by layer until the weight's version changes, PEFT merges, or an adapter is added; after an edit of a
+    frozen base weight through ``.data`` call this function again.
+
+    Args:
+        model: a PEFT model, or any module that contains PEFT's layers. Layers that come later need another call.
+
+    Returns:
+        A `FusedAdapters`.
+
+    Raises:
+        TypeError: if ``model`` is no module. ValueError: if it has no LoRA layer.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from w2s_fast.integrations.peft import use_fused_adapters
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(target_modules=["0"], r=2))
+        >>> handle = use_fused_adapters(model)
+        >>> model(torch.ones(1, 8)).shape, handle.status()
+        (torch.Size([1, 8]), {'base_model.model.0': 'fused'})
+    """
+    if not isinstance(model, nn.Module):
+        checks.fail(OP, "model", "a module", type(model).__name__, error=TypeError)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not found:
+        checks.fail(OP, "model", "one with LoRA layers of PEFT", type(model).__name__)
+    left = {name: why for name, module in found.items() if (why := _unfit(module))}
+    for name, module in found.items():
+        if name not in left:
+            module.__class__ = FusedLoraLinear
+            module.__dict__.pop("_w2s_fast_squares", None)
+    return FusedAdapters(model, [name for name in found if name not in left], left)
