@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from .. import checks
+
+with checks.extra("peft"):
+    from peft.tuners.lora.layer import Linear as PeftLinear
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.variants import DoraLinearVariant
 
 OP = "integrations.peft.use_fused_adapters"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
