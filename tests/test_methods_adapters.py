@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from w2s_fast.methods import Recipe
-from w2s_fast.methods.adapters import allora, ast, fira, perp, sst
+from w2s_fast.methods.adapters import allora, ast, fira, perp, s3t, sst
 from w2s_fast.optim import ASTAdamW, Fira, GaLore
 
 LENGTH = 12
@@ -205,3 +205,56 @@ def test_sst_draws_large_values_more_often():
         assert sorted(layer.order.tolist()) == list(range(8))
         seen[layer.order[:2]] += 1
     assert seen[0] > 1.7 * seen[1:].max() and seen.min() > 20
+
+
+def s3t_parts():
+    torch.manual_seed(0)
+    x = torch.randn(48, 6)
+    data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    return model, data, loss, [["0"], ["2"], ["4"]], Recipe(6, 5e-2, batch=8, seed=1)
+
+
+def test_s3t_forgets_exactly():
+    model, data, loss, blocks, recipe = s3t_parts()
+    base = copy.deepcopy(model)
+    made = s3t.fit(model, data, loss, blocks, recipe, shards=2, slices=3, budget=2, rank=2)
+    parts = sorted(sample for shard in made.slices for part in shard for sample in part)
+    assert parts == list(range(48)) and made.best(0) == s3t.Place(0, 3) and not made.exhausted
+    before = {key: [dict(stage) for stage in stages] for key, stages in made.stages.items()}
+    assert [list(stage) for stage in before[0, 0]] == [  # from the top
+        [f"base_model.model.{n}.lora_{p}.default.weight" for p in "AB"] for n in (4, 2, 0)]
+    whole = made.probabilities(data.tensors[0])
+    victim = made.slices[1][1][0]  # second in order 0 (0 1 2), first in order 1 (1 2 0)
+    assert made.delete(victim) == 2 + 3
+    assert made.best(1) == s3t.Place(0, 1) and made.best(0) == s3t.Place(0, 3) and victim not in made.slices[1][1]
+    left = made.probabilities(data.tensors[0])
+    assert not torch.equal(left, whole)
+    for order, valid in ((0, 1), (1, 0)):  # training without the sample gives the stages that are kept, bit for bit
+        assert len(made.stages[1, order]) == valid
+        again = s3t.chain(made, data, loss, 1, order, recipe)
+        for k, (ours, theirs) in enumerate(zip(again, before[1, order], strict=True)):
+            assert all(torch.equal(ours[n], theirs[n]) for n in theirs) == (k < valid), (order, k)
+    torch.testing.assert_close(made.probabilities(data.tensors[0]), left, rtol=0, atol=0)
+    assert made.delete(made.slices[1][0][0]) == 1 and made.exhausted == [1]
+    made.use(1)
+    torch.testing.assert_close(made.model(data.tensors[0]), base(data.tensors[0]))
+    with pytest.raises(ValueError, match="sample must be one that is trained on"):
+        made.delete(victim)
+
+
+def test_s3t_learns_and_says_what_does_not_fit():
+    model, data, loss, blocks, recipe = s3t_parts()
+    with torch.no_grad():
+        before = float(loss(model, data.tensors))
+    made = s3t.fit(model, data, loss, blocks, recipe.but(steps=20), shards=2, slices=3, budget=1, rank=2)
+    right = (made.probabilities(data.tensors[0]).argmax(1) == data.tensors[1]).float().mean()
+    assert right > 0.75 and before > 0.3
+    for change, message in (({"slices": 2}, "blocks must be a group for each"), ({"budget": 4}, "budget must be in"),
+                            ({"shards": 30}, "data must be of 90 samples at least")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            s3t.fit(s3t_parts()[0], data, loss, blocks, recipe, **{"slices": 3, **change})
