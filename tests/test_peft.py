@@ -184,18 +184,24 @@ def test_several_adapters_in_any_choice():
 
 
 def test_weights_that_change_give_new_norms():
-    model = adapted("dora").eval()
+    model, plain = adapted("dora"), adapted("dora")
     use_fused_adapters(model)
     x = data(4, 9)
-    model(x)
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, FusedLoraLinear):
-                m.base_layer.weight.mul_(3.0)
-                m.lora_B["default"].weight.mul_(2.0)
-    found = outcome(model, x)
-    use_fused_adapters(model).remove()
-    same(found, outcome(model, x))
+    changes = {
+        "the base": lambda m: m.base_layer.weight.mul_(3.0),
+        "B": lambda m: m.lora_B["default"].weight.mul_(2.0),
+        "A, out of sight": lambda m: m.lora_A["default"].weight.data.add_(1.0),
+        "the scale": lambda m: m.scale_layer(0.5),
+        "nothing": lambda m: None,
+        "the magnitude": lambda m: m.lora_magnitude_vector["default"].weight.mul_(2.0),
+        "merging": lambda m: (m.merge(), m.unmerge()),
+    }
+    for change in changes.values():
+        with torch.no_grad():
+            for one in (model, plain):
+                for m in (one.base_model.model.up, one.base_model.model.down):
+                    change(m)
+        same(outcome(model, x), outcome(plain, x), 1e-8, 1e-9)
 
 
 @pytest.mark.parametrize("variant", ("lora", "dora-dropout"))

@@ -39,18 +39,24 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's."""
-        self.__dict__.pop("_w2s_fast_squares", None)  # PEFT edits weight.data, which no version counter sees
+        _forget(self)  # PEFT edits weight.data, which no version counter sees
         super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:
         """As PEFT's."""
         super().unmerge()
-        self.__dict__.pop("_w2s_fast_squares", None)
+        _forget(self)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; PiSSA and its relatives edit the base weight here."""
         super().update_layer(*args, **kwargs)
-        self.__dict__.pop("_w2s_fast_squares", None)
+        _forget(self)
+
+
+def _forget(layer: nn.Module, *more: str) -> None:
+    """Drop what is kept of the weights."""
+    for name in ("_w2s_fast_squares", "_w2s_fast_norms", *more):
+        layer.__dict__.pop(name, None)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -127,7 +133,7 @@ def _magnitudes(layer: Any, name: str, rows: Tensor, dropped: Tensor, result: Te
     base is applied to the dropped input as well (PEFT does): ``result + (q - 1) W x' + scale h' (q B)^T``.
     """
     base, B = layer.base_layer, layer.lora_B[name].weight
-    norm = _norm(layer, layer.lora_A[name].weight, B, layer.scaling[name]).to(rows.dtype)
+    norm = _known_norm(layer, name).to(rows.dtype)
     ratio = layer.lora_magnitude_vector[name].weight / norm
     if dropped is rows or not layer.training:
         if base.bias is None:
@@ -137,6 +143,31 @@ def _magnitudes(layer: Any, name: str, rows: Tensor, dropped: Tensor, result: Te
     else:
         result = torch.addcmul(result, F.linear(dropped, base.weight.to(dropped.dtype)), ratio - 1)
     return result, ratio.unsqueeze(1) * B
+
+
+@torch.no_grad()
+def _known_norm(layer: Any, name: str) -> Tensor:
+    """`_norm`, on a CPU the last one where the factors have not changed: decoding, accumulation, checkpointing.
+
+    The factors are compared with copies, which sees every edit and reads next to nothing; a GPU would have to be waited
+    for.
+    """
+    A, B, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    if torch.compiler.is_compiling() or type(A) is not nn.Parameter or A.device.type != "cpu":
+        return _norm(layer, A, B, scale)
+    squares = _squares(layer, layer.base_layer.weight)
+    known = layer.__dict__.setdefault("_w2s_fast_norms", {})
+    found = known.get(name)
+    if found is not None and found[0] is squares and found[1] == scale and _equal(A, found[2]) and _equal(B, found[3]):
+        kept: Tensor = found[4]
+        return kept
+    norm = _norm(layer, A, B, scale)
+    known[name] = (squares, scale, A.detach().clone(), B.detach().clone(), norm)
+    return norm
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 @torch.no_grad()
@@ -188,8 +219,7 @@ class FusedAdapters:
         for module in self._model.modules():
             if type(module) is FusedLoraLinear:
                 module.__class__ = PeftLinear
-                for name in ("_w2s_fast_status", "_w2s_fast_squares"):
-                    module.__dict__.pop(name, None)
+                _forget(module, "_w2s_fast_status")
 
     def __enter__(self) -> FusedAdapters:
         return self
@@ -217,8 +247,8 @@ def use_fused_adapters(model: nn.Module) -> FusedAdapters:
     Conv1D, other variants (aLoRA, Arrow, ...), ``lora_bias``, ``adapter_names`` of mixed batches, parts with hooks
     (FSDP units of single factors). They run PEFT's own forward.
 
-    |W|^2 is kept by layer until the weight's version changes, PEFT merges, or an adapter is added; after an edit of a
-    frozen base weight through ``.data`` call this function again.
+    |W|^2 is kept by layer until the weight's version changes, PEFT merges, or an adapter is added, and on a CPU the norm
+    as long as the factors are the same; after an edit of a frozen base weight through ``.data`` call this function again.
 
     Args:
         model: a PEFT model, or any module that contains PEFT's layers. Layers that come later need another call.
@@ -247,5 +277,5 @@ def use_fused_adapters(model: nn.Module) -> FusedAdapters:
     for name, module in found.items():
         if name not in left:
             module.__class__ = FusedLoraLinear
-            module.__dict__.pop("_w2s_fast_squares", None)
+            _forget(module)
     return FusedAdapters(model, [name for name in found if name not in left], left)
