@@ -247,8 +247,8 @@ def use_fused_adapters(model: nn.Module) -> FusedAdapters:
     Conv1D, other variants (aLoRA, Arrow, ...), ``lora_bias``, ``adapter_names`` of mixed batches, parts with hooks
     (FSDP units of single factors). They run PEFT's own forward.
 
-    |W|^2 is kept by layer until the weight's version changes, PEFT merges, or an adapter is added, and on a CPU the norm
-    as long as the factors are the same; after an edit of a frozen base weight through ``.data`` call this function again.
+    |W|^2 is kept by layer until the weight's version changes, PEFT merges, or an adapter is added, and on a CPU the
+    norm as long as the factors are the same; after an edit of a frozen base weight through ``.data`` call this again.
 
     Args:
         model: a PEFT model, or any module that contains PEFT's layers. Layers that come later need another call.
