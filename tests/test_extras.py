@@ -184,7 +184,7 @@ def test_commands_without_optional_packages(tmp_path: Path):
 #: What each extra is for: modules to import, and whether all commands run with it.
 USES = {
     "transformers": [m for m in library_modules() if ".integrations.transformers" in m],
-    "peft": ["w2s_fast.integrations.peft"],
+    "peft": [m for m in library_modules() if ".integrations.peft" in m],
     "trl": ["w2s_fast.integrations.trl", "w2s_fast.methods.preference._trainers"],
     "diffusers": ["w2s_fast.integrations.diffusers.kv_compression"],
     "plot": ["w2s_fast.bench.plots", "matplotlib.figure"],

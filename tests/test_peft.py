@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, MissConfig, PeftModel, RandLoraConfig, VeraConfig, get_peft_model
 
-from w2s_fast.integrations.peft import FusedLoraLinear, use_fused_adapters
+from w2s_fast.integrations.peft import FusedLoraLinear, FusedRandLoraLinear, use_fused_adapters
 
 VARIANTS = {
     "lora": {},
@@ -264,8 +264,96 @@ def test_quantised_bases_stay_pefts():
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
+class Even(nn.Module):
+    """Sides that BAT's blocks divide; a wide, a tall and a square weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.flat = nn.Linear(8, 12), nn.Linear(12, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.flat(self.down(self.up(x).tanh()))
+
+
+WHOLE = {
+    "bat": lambda: MissConfig(target_modules=["up", "down", "flat"], r=4, init_weights="bat"),
+    "randlora": lambda: RandLoraConfig(target_modules=["up", "down", "flat"], r=3, randlora_alpha=6),
+}
+
+
+def whole(kind):
+    torch.manual_seed(0)
+    model = get_peft_model(Even(), WHOLE[kind]()).double()
+    draw = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn(p.shape, generator=draw).double()
+    return model
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_bat_and_randlora_are_pefts(kind, tmp_path):
+    model, plain = whole(kind), whole(kind)
+    handle = use_fused_adapters(model)
+    assert len(handle.layers) == 3 and model.state_dict().keys() == plain.state_dict().keys()
+    for x in (data(20, 8), data(2, 9, 8), data(1, 8), data(0, 8)):
+        same(outcome(model, x), outcome(plain, x))
+        few = kind == "randlora" and x.numel() < 9
+        assert all(status.startswith("PEFT: few rows" if few else "fused") for status in handle.status().values())
+    x = data(20, 8)
+    for m in (model, plain):
+        m.merge_adapter()
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+    for m in (model, plain):
+        m.unmerge_adapter()
+    with model.disable_adapter(), plain.disable_adapter():
+        torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+    for m in (model, plain):
+        m.add_adapter("second", WHOLE[kind]())
+        m.double()
+        for i, p in enumerate(p for n, p in m.named_parameters() if "second" in n):
+            p.data += 0.1 * data(*p.shape) * (i + 1)
+        m.base_model.set_adapter(["default", "second"])
+    same(outcome(model, x), outcome(plain, x))
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(x), model(x), rtol=0, atol=0)
+    handle.remove()
+    assert {type(m) for m in model.modules()} == {type(m) for m in plain.modules()}
+    model.save_pretrained(tmp_path)
+
+
+def test_randlora_with_dropout_or_narrow_weights_is_pefts():
+    torch.manual_seed(0)
+    settings = RandLoraConfig(target_modules=["up"], r=3, randlora_dropout=0.5)
+    model = get_peft_model(Even(), settings)
+    plain = copy.deepcopy(model)
+    handle = use_fused_adapters(model)
+    x = data(20, 8, dtype=torch.float32)
+    torch.manual_seed(1)
+    found = model(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, plain(x), rtol=0, atol=0)
+    assert handle.status() == {"base_model.model.up": "PEFT: dropout in front of the factors"}
+    model.eval()(x)
+    assert handle.status() == {"base_model.model.up": "fused"}
+    assert isinstance(model.base_model.model.up, FusedRandLoraLinear)
+    model.bfloat16()(x.bfloat16())
+    assert handle.status() == {"base_model.model.up": "PEFT: 16-bit or mixed dtypes"}
+
+
+def test_miss_and_vera_stay_pefts():
+    torch.manual_seed(0)
+    x = data(20, 8, dtype=torch.float32)
+    miss = get_peft_model(Even(), MissConfig(target_modules=["up"], r=4))
+    handle = use_fused_adapters(miss)
+    miss(x)
+    assert handle.status() == {"base_model.model.up": "PEFT: MiSS without BAT"}
+    vera = get_peft_model(nn.Sequential(nn.Linear(8, 8)), VeraConfig(target_modules=["0"], r=4))
+    assert use_fused_adapters(vera).left == {"base_model.model.0": "a vera.layer.Linear"}
+
+
 def test_errors_name_the_argument():
     with pytest.raises(TypeError, match="use_fused_adapters: model must be a module"):
         use_fused_adapters("model")
-    with pytest.raises(ValueError, match="model must be one with LoRA layers"):
+    with pytest.raises(ValueError, match="model must be one with layers that PEFT has adapted"):
         use_fused_adapters(nn.Linear(2, 2))

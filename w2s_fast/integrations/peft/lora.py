@@ -1,7 +1,4 @@
-"""PEFT's LoRA and DoRA layers with fewer passes: the same parameters, state dicts and results.
-
-`use_fused_adapters` changes the class of the layers in place; everything but ``forward`` stays PEFT's.
-"""
+"""PEFT's LoRA and DoRA layers with fewer passes."""
 
 from __future__ import annotations
 
@@ -11,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from ... import checks
 
 with checks.extra("peft"):
     from peft.tuners.lora.layer import Linear as PeftLinear
-    from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.lora.variants import DoraLinearVariant
 
-OP = "integrations.peft.use_fused_adapters"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BLOCK = 256  # rows of a 16-bit weight that are float32 at a time, so that they stay in a cache
 
@@ -30,8 +25,8 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
         """As PEFT's."""
         given = {name: value for name, value in kwargs.items() if value is not None}
         plain = self.disable_adapters or self.merged
-        reason = "" if plain else _why_not(self, x, args, given)
-        self.__dict__["_w2s_fast_status"] = "base layer alone" if plain else (f"PEFT: {reason}" if reason else "fused")
+        reason = "" if plain else _why_not(self, args, given)
+        note(self, plain, reason)
         if plain or reason:
             own: Tensor = super().forward(x, *args, **kwargs)
             return own
@@ -39,37 +34,41 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's."""
-        _forget(self)  # PEFT edits weight.data, which no version counter sees
+        forget(self)  # PEFT edits weight.data, which no version counter sees
         super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:
         """As PEFT's."""
         super().unmerge()
-        _forget(self)
+        forget(self)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; PiSSA and its relatives edit the base weight here."""
         super().update_layer(*args, **kwargs)
-        _forget(self)
+        forget(self)
 
 
-def _forget(layer: nn.Module, *more: str) -> None:
+def forget(layer: nn.Module, *more: str) -> None:
     """Drop what is kept of the weights."""
     for name in ("_w2s_fast_squares", "_w2s_fast_norms", *more):
         layer.__dict__.pop(name, None)
 
 
-def _hooked(module: nn.Module) -> bool:
+def note(layer: nn.Module, plain: bool, reason: str) -> None:
+    """What `FusedAdapters.status` says of a layer's call."""
+    layer.__dict__["_w2s_fast_status"] = "base layer alone" if plain else (f"PEFT: {reason}" if reason else "fused")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something wants to see the module called."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
-def _unfit(layer: Any) -> str:
-    """Why a layer keeps PEFT's forward for good, or ""."""
+def unfit(layer: Any) -> str:
+    """Why a layer keeps PEFT's forward for good, by its base, or ""."""
     base = layer.base_layer
-    if type(layer) not in (PeftLinear, FusedLoraLinear):
-        return f"a {type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
     if type(base) is not nn.Linear:
         return f"its base is a {type(base).__name__}"
     if type(base.weight) is not nn.Parameter or base.weight.dtype not in DTYPES:
@@ -77,13 +76,18 @@ def _unfit(layer: Any) -> str:
     return ""
 
 
-def _why_not(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def beside(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The reason that arguments beside the input are, or ""."""
+    if not args and not kwargs:
+        return ""
+    return "arguments beside the input: " + ", ".join([*map(str, range(len(args))), *kwargs])
+
+
+def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Why this call is PEFT's, or ""."""
-    unfit = _unfit(layer)
-    if unfit:
-        return unfit
-    if args or kwargs:
-        return "arguments beside the input: " + ", ".join([*map(str, range(len(args))), *kwargs])
+    reason = unfit(layer) or beside(args, kwargs)
+    if reason:
+        return reason
     modules = [layer.base_layer]
     for name in layer.active_adapters:
         if name not in layer.lora_A:
@@ -97,7 +101,7 @@ def _why_not(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
             return f"adapter {name!r} has a bias"
         modules += [layer.lora_A[name], layer.lora_B[name]]
         modules += [layer.lora_magnitude_vector[name]] if variant is not None else []
-    return "hooks on its parts" if any(map(_hooked, modules)) else ""
+    return "hooks on its parts" if any(map(hooked, modules)) else ""
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
@@ -197,85 +201,3 @@ def _squares(layer: Any, weight: Tensor) -> Tensor:
         layer.__dict__["_w2s_fast_squares"] = found
     kept: Tensor = found[1]
     return kept
-
-
-class FusedAdapters:
-    """What `use_fused_adapters` returns: ``layers``, ``left`` and `remove`, also as a context manager."""
-
-    def __init__(self, model: nn.Module, layers: list[str], left: dict[str, str]) -> None:
-        self._model = model
-        #: Paths of the layers that have the fused forward.
-        self.layers = layers
-        #: Why each other LoRA layer keeps PEFT's.
-        self.left = left
-
-    def status(self) -> dict[str, str]:
-        """Of each layer's last call: ``"fused"``, ``"PEFT: <why>"``, ``"base layer alone"`` or ``"not run"``."""
-        modules = dict(self._model.named_modules())
-        return {name: modules[name].__dict__.get("_w2s_fast_status", "not run") for name in self.layers}
-
-    def remove(self) -> None:
-        """Give the layers PEFT's class back; a second time is no error."""
-        for module in self._model.modules():
-            if type(module) is FusedLoraLinear:
-                module.__class__ = PeftLinear
-                _forget(module, "_w2s_fast_status")
-
-    def __enter__(self) -> FusedAdapters:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-
-def use_fused_adapters(model: nn.Module) -> FusedAdapters:
-    r"""Give the LoRA layers of a PEFT model a forward with fewer passes, in place.
-
-    LoRA, rsLoRA and what differs in the start alone (PiSSA, OLoRA, EVA, ...): ``scale h B^T`` is added where the
-    product is made, forward and backward; PEFT multiplies and adds in passes of their own. DoRA: the norm of
-    ``W + scale B A`` comes from the factors,
-
-    .. code-block:: text
-
-        |W_o + s (B A)_o|^2 = |W_o|^2 + 2 s <(W A^T)_o, B_o> + s^2 <(B A A^T)_o, B_o>
-
-    at ``2 O I r`` operations; PEFT pushes an identity through A and B, adds the result to the weight and
-    differentiates it. Parameters, names, state dicts, ``merge``, ``unmerge``, ``set_adapter``, ``disable_adapter`` and
-    several active adapters are PEFT's. Results differ by rounding: of 16-bit norms ours are float32's.
-
-    Not served, with the reason in ``left`` or `FusedAdapters.status`: quantised bases, embeddings, convolutions,
-    Conv1D, other variants (aLoRA, Arrow, ...), ``lora_bias``, ``adapter_names`` of mixed batches, parts with hooks
-    (FSDP units of single factors). They run PEFT's own forward.
-
-    |W|^2 is kept by layer until the weight's version changes, PEFT merges, or an adapter is added, and on a CPU the
-    norm as long as the factors are the same; after an edit of a frozen base weight through ``.data`` call this again.
-
-    Args:
-        model: a PEFT model, or any module that contains PEFT's layers. Layers that come later need another call.
-
-    Returns:
-        A `FusedAdapters`.
-
-    Raises:
-        TypeError: if ``model`` is no module. ValueError: if it has no LoRA layer.
-
-    Example:
-        >>> import torch
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from w2s_fast.integrations.peft import use_fused_adapters
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(target_modules=["0"], r=2))
-        >>> handle = use_fused_adapters(model)
-        >>> model(torch.ones(1, 8)).shape, handle.status()
-        (torch.Size([1, 8]), {'base_model.model.0': 'fused'})
-    """
-    if not isinstance(model, nn.Module):
-        checks.fail(OP, "model", "a module", type(model).__name__, error=TypeError)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    if not found:
-        checks.fail(OP, "model", "one with LoRA layers of PEFT", type(model).__name__)
-    left = {name: why for name, module in found.items() if (why := _unfit(module))}
-    for name, module in found.items():
-        if name not in left:
-            module.__class__ = FusedLoraLinear
-            _forget(module)
-    return FusedAdapters(model, [name for name in found if name not in left], left)
