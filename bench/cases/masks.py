@@ -53,7 +53,7 @@ def _mask_cases() -> list[Case]:
     n, side = 10_000_000, 1024
     top = Case(
         op="nn.topk_mask", name="10M-10%-fp32", dtype="float32", shape={"n": n}, bytes=5 * n, flops=n, hot=True,
-        prediction="five passes of compares; a sort makes twenty and more, topk of a tenth little fewer: 12x",
+        prediction="three passes of compares; a sort makes twenty and more, topk of a tenth little fewer: 12x",
         inputs=_draw(n), ours=lambda s: topk_mask(s, density=DENSITY), reference=_sort,
         providers={"topk": eager(_topk), "sort": formulation(_sort)}, targets={"topk": 12.0},
     )  # fmt: skip
