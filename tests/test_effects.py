@@ -93,6 +93,26 @@ def test_an_experiment_may_have_seeds_of_its_own(monkeypatch):
     assert protocol.run("scaling_recipe", [3])["seeds"] == [3]
 
 
+def test_the_long_form_has_constants_of_its_own(monkeypatch):
+    module = importlib.import_module("w2s_fast.bench.effects.streams.scaling_recipe")
+    long = protocol.experiment("streams", "scaling_recipe", full=True)
+    assert long is not module and protocol.experiment("streams", "scaling_recipe") is module
+    result = protocol.run("scaling_recipe", full=True)
+    assert result["full"] and result["seeds"] == list(protocol.FULL_SEEDS) and result["verdict"]
+    assert "of the long form" in protocol.lines(result)[0]
+    assert not protocol.run("scaling_recipe", [3])["full"]
+
+
+@pytest.mark.parametrize("name", protocol.available())
+def test_the_long_form_changes_what_there_is(name):
+    family, _ = protocol.available()[name]
+    module = importlib.import_module(f"w2s_fast.bench.effects.{family}.{name}")
+    long = protocol.experiment(family, name, full=True)
+    for constant, value in getattr(module, "FULL", {}).items():
+        before = getattr(module, constant)  # only what exists can be replaced
+        assert before != value and getattr(long, constant) == value and type(before) is type(value), constant
+
+
 def test_judging_and_the_overall_verdict():
     measured = [{"a": {"m": v + 0.1 + 0.01 * i}, "b": {"m": v}} for i, v in enumerate(UP)]
     rows = protocol.judge([Claim("x", "m", "a", "b", 0.05), Claim("y", "m", "b", 2.0)], measured)
@@ -146,9 +166,32 @@ def test_the_command(monkeypatch, tmp_path):
 
 
 def test_the_docs_quote_the_recorded_verdicts():
-    page = (ROOT / "docs" / "streams.md").read_text(encoding="utf-8")
-    own = {name: kept for name, kept in protocol.load().items() if kept["family"] == "streams"}
-    assert own and protocol.markdown(own) in page
+    """Written again, no page changes, and together they quote every experiment."""
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md")]
+    assert all(protocol.written(page, protocol.load()) == page for page in pages)
+    whole = "\n".join(pages)
+    for name, kept in protocol.load().items():
+        assert protocol.markdown({name: kept}).split("\n", 2)[2] in whole, name
+
+
+def test_the_pages_are_written_between_their_markers(tmp_path):
+    def kept(family):
+        return {
+            "family": family,
+            "claims": [{"text": "t", "mean": 0.5, "resolved": 0.1, "by": 0.0, "verdict": "shown"}],
+        }
+
+    end = "<!-- effects:end -->"
+    page = f"a\n<!-- effects:begin -->\nold\n{end}\nb\n<!-- effects:begin diffusion -->\n{end}\n"
+    made = protocol.written(page, {"x": kept("diffusion"), "y": kept("streams")})
+    assert "old" not in made and made.startswith("a\n<!-- effects:begin -->\n| experiment") and "\nb\n" in made
+    assert made.count("| `x` | t | +0.5 ± 0.1 | >= 0 | shown |") == 2 and made.count("| `y` |") == 1
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "page.md").write_text(page, encoding="utf-8")
+    (tmp_path / "other.md").write_text("no markers\n", encoding="utf-8")
+    done = CliRunner().invoke(cli.app, ["effect", "--docs", str(tmp_path)])
+    assert done.exit_code == 0 and "page.md" in done.stdout and "other.md" not in done.stdout
+    assert protocol.write_docs(tmp_path) == []
 
 
 def test_the_blocks_of_the_docs_run():

@@ -24,6 +24,8 @@ from ..protocol import Choice, Claim, choose
 from .dynamic_logit_fusion import family
 
 OBJECTIVE, PROMPTS, TOKENS, MOST = "letters", 64, 48, 0.5
+WEIGHTS = (0.25, 0.5, 1.0)
+FULL = {"PROMPTS": 256, "WEIGHTS": (0.125, 0.25, 0.5, 0.75, 1.0, 1.5)}
 CLAIMS = [
     Claim("guidance raises the reward by 0.05", "reward", "GenARM", "base", 0.05),
     Claim("more than the best of 8 samples", "reward", "GenARM", "best of 8"),
@@ -78,7 +80,7 @@ def choices() -> dict[str, Choice]:
         near, base = guided(weight, seed, on), guided(0.0, seed, on)
         return near["reward"] if near["log p_base"] > base["log p_base"] - MOST else -1.0
 
-    return {"GenARM": choose(value, {"weight": (0.25, 0.5, 1.0)})}
+    return {"GenARM": choose(value, {"weight": WEIGHTS})}
 
 
 def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:

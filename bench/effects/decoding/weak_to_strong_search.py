@@ -23,6 +23,7 @@ from .dynamic_logit_fusion import family
 from .genarm import OBJECTIVE, prompts
 
 PROMPTS, TOKENS, BEAMS, SUCCESSORS, CHUNK = 16, 50, 4, 4, 10
+FULL = {"PROMPTS": 64}
 CLAIMS = [
     Claim("search raises the reward over single samples by 0.05", "reward", "search", "one sample", 0.05),
     Claim("more than the best of 16 by the same log-ratio", "reward", "search", "best of 16"),
