@@ -65,7 +65,6 @@ demo: $(OPS)
 
 readme: $(OPS)
 	$(BIN)/w2s-fast bench --readme
-	$(BIN)/w2s-fast effect --docs docs
 
 cuda-check:
 	bash .ci/cuda_check.sh .venv-cuda

@@ -410,16 +410,11 @@ def effect(
     listed: Annotated[bool, typer.Option("--list", help="All experiments with their recorded verdicts.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The long form: ten seeds, longer grids, more steps.")] = False,
     to: Annotated[Path | None, typer.Option("--out", help="A JSON file that gets the result.")] = None,
-    docs: Annotated[Path | None, typer.Option(help="Run nothing; write the tables of this folder's pages.")] = None,
 ) -> None:
     """Run the experiment that shows a paper's effect, or that it does not show; alone, list them with verdicts."""
     from . import files
     from .bench.effects import protocol
 
-    if docs is not None:
-        for page in protocol.write_docs(docs):
-            out.print(f"written: {page}", soft_wrap=True, highlight=False)
-        return
     if listed or not name:
         for line in protocol.listing():
             out.print(escape(line), soft_wrap=True, highlight=False)

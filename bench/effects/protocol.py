@@ -13,7 +13,6 @@ import ast
 import json
 import math
 import platform
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
@@ -30,9 +29,6 @@ SEEDS = (0, 1, 2, 3, 4)
 FULL_SEEDS = tuple(range(10))
 #: 97.5 % quantiles of Student's t for 4, 5, ... degrees of freedom
 QUANTILES = (2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101)
-MARKERS = re.compile(
-    r"(?P<begin><!-- effects:begin(?P<families>[a-z_ ]*) -->)\n.*?(?P<end><!-- effects:end -->)", re.DOTALL
-)
 SHOWN, NOT_SHOWN, REVERSED, NOT_RESOLVABLE = "shown", "not shown", "reversed", "not resolvable"
 
 
@@ -255,29 +251,3 @@ def markdown(results: Mapping[str, Any]) -> str:
             numbers = f"{row['mean']:+.3g} ± {row['resolved']:.2g} | >= {row['by']:g}"
             rows.append(f"| `{name}` | {row['text']} | {numbers} | {row['verdict']} |")
     return "\n".join(rows)
-
-
-def written(page: str, results: Mapping[str, Any]) -> str:
-    """A page with the table between its markers ``<!-- effects:begin -->`` and ``<!-- effects:end -->``, if it has any.
-
-    ``<!-- effects:begin streams -->`` asks for one family, and ``<!-- effects:begin certified diffusion -->`` for two.
-    """
-
-    def table(match: re.Match[str]) -> str:
-        families = match["families"].split()
-        own = {name: kept for name, kept in results.items() if not families or kept["family"] in families}
-        return f"{match['begin']}\n{markdown(own)}\n{match['end']}"
-
-    return MARKERS.sub(table, page)
-
-
-def write_docs(folder: Path) -> list[Path]:
-    """Write the tables of all pages of a folder again; those that changed."""
-    results, changed = load(), []
-    for page in sorted(folder.rglob("*.md")):
-        before = page.read_text(encoding="utf-8")
-        after = written(before, results)
-        if after != before:
-            write_text(page, after)
-            changed.append(page)
-    return changed
