@@ -63,7 +63,7 @@ def base() -> Any:
     size, steps = llama.Size(64, 2, 4), 600
 
     def make() -> Any:
-        model, draw = llama.llama(size, len(arithmetic.CHARACTERS), 0, positions=64), torch.Generator().manual_seed(0)
+        model, draw = llama.llama(size, len(arithmetic.CHARACTERS), 0, positions=128), torch.Generator().manual_seed(0)
 
         def loss(_: int) -> Tensor:
             problems = arithmetic.draw(64, STEPS, draw)
