@@ -564,3 +564,11 @@ def test_every_method_has_a_command_or_says_what_it_is_instead():
     for name in found:
         done = run(name, "--help")
         assert done.exit_code == 0 and "--out" in done.stdout, name
+
+
+def test_every_method_is_called_here():
+    source = Path(__file__).read_text(encoding="utf-8")
+    called = set(re.findall(r"\b(\w+)\.\w+\(", source))
+    files = (Path(w2s_fast.__file__).parent / "methods").glob("[!_]*/[!_]*.py")
+    papers = {file.stem for file in files if file.parent.name != "streams"} - {"teacher"}  # a file format, no paper
+    assert len(papers) >= 24 and papers <= called

@@ -409,6 +409,7 @@ def effect(
     name: Annotated[str, typer.Argument(help="An experiment; none lists them.")] = "",
     seeds: Annotated[str, typer.Option(help="Comma-separated, at least five for a verdict; default: its own.")] = "",
     listed: Annotated[bool, typer.Option("--list", help="All experiments with their recorded verdicts.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The long form: ten seeds, longer grids, more steps.")] = False,
     to: Annotated[Path | None, typer.Option("--out", help="A JSON file that gets the result.")] = None,
 ) -> None:
     """Run the experiment that shows a paper's effect, or that it does not show; alone, list them with verdicts."""
@@ -427,7 +428,7 @@ def effect(
         files.writable_folder(to.parent)  # before the work
     try:
         with err.status(name) as status:
-            result = protocol.run(name.replace("-", "_"), numbers, lambda what: status.update(f"{name}: {what}"))
+            result = protocol.run(name.replace("-", "_"), numbers, lambda what: status.update(f"{name}: {what}"), full)
     except KeyError:
         _fail(f"no experiment named {name}; w2s-fast effect --list names them", code=2)
     for line in protocol.lines(result):
