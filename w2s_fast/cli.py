@@ -395,11 +395,14 @@ def teacher_dump(
     from .methods.distillation import teacher
 
     files.writable_folder(to.parent)  # before the work
-    rows = command.rows_of(data)
-    made, tokenizer = command.model_of(model, tokenizer=True)
-    with err.status("dumping"):
-        made = made.to(place(device).device)
-        count = teacher.dump(made, tokenizer, rows, to, top=top, batch=batch, max_length=length)
+    try:
+        where, rows = place(device), command.rows_of(data)
+        made, tokenizer = command.model_of(model, tokenizer=True)
+        with err.status("dumping"):
+            made = made.to(where.device)
+            count = teacher.dump(made, tokenizer, rows, to, top=top, batch=batch, max_length=length)
+    except ValueError as error:
+        _fail(f"teacher dump: {error}")
     out.print(f"{count} rows: {to}", soft_wrap=True, highlight=False)
 
 
