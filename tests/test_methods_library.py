@@ -540,6 +540,7 @@ def test_the_command_refuses_in_a_sentence(folder, tmp_path, monkeypatch):
     for words, text in (
         (["npo", "--model", "model", "--data", "none.jsonl"], "no such file"),
         (["ibp", "--model", "mine:nothing", "--data", "mine:data"], "mine:nothing"),
+        (["ibp", "--model", "mine:nn", "--data", "mine:data"], "mine:nn: must be a function, is of type module"),
         (["ibp", "--model", "model", "--data", "mine:data"], "package.module:function"),
         (["spin", "--model", "model", "--data", "rows.jsonl", "--rate", "x"], "--rate"),
         (["spin", "--model", "model", "--data", "rows.jsonl", "--optimizer", "x"], "optimizer must be one of"),
@@ -560,18 +561,22 @@ def test_files_that_hold_something_else_are_named(folder, tmp_path, monkeypatch)
         "list.jsonl": (b"[1, 2]", "list.jsonl, line 1: must be an object"),
         "latin.jsonl": ('{"text": "\xe9"}'.encode("latin-1"), "latin.jsonl: 'utf-8' codec can't decode"),
         "no.parquet": (b"PAR1 nothing of it PAR1", "no.parquet: "),
-        "half.jsonl": (b'{"prompt": "a"}', "half.jsonl, line 1: no column 'completion', only prompt"),
+        "half.jsonl": (b'{"prompt": "a"}', "rows must be mappings with prompt, completion, or text, got prompt"),
     }
     for name, (content, text) in files.items():
         (tmp_path / name).write_bytes(content)
-        common = ["--model", "model", "--data", str(tmp_path / name), "--out", str(tmp_path / "out" / "file")]
-        for words in (["train", "genarm", *common, "--steps", "1"], ["teacher", "dump", *common]):
+        common = ["--model", "model", "--data", str(tmp_path / name), "--out"]
+        train = ["train", "genarm", *common, str(tmp_path / "out"), "--steps", "1"]
+        for words in (train, ["teacher", "dump", *common, str(tmp_path / "top.parquet")]):
             if name == "half.jsonl" and words[0] == "train":
                 continue  # methods say what all their rows must have
             done = CliRunner().invoke(cli.app, [*words, "--device", "cpu"], env={"COLUMNS": "300"})
             assert done.exit_code == 1 and text in done.stderr and isinstance(done.exception, SystemExit), done.output
     (tmp_path / "lines.jsonl").write_text('{"text": "a\u2028b\x0cc"}\r\n', encoding="utf-8")  # breaks within a text
-    assert command.rows_of(str(tmp_path / "lines.jsonl")) == [{"text": "a\u2028b\x0cc"}]
+    (row,) = command.rows_of(str(tmp_path / "lines.jsonl"))
+    assert row == {"text": "a\u2028b\x0cc"}
+    with pytest.raises(ValueError, match=r"lines\.jsonl, line 1: no column 'prompt', only text"):
+        row["prompt"]
 
 
 def test_devices_that_are_not_there_are_named(folder, tmp_path, monkeypatch):

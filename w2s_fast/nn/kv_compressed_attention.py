@@ -37,12 +37,13 @@ class Norm(nn.LayerNorm):
         return super().forward(given) if isinstance(given, Tensor) else given(self.weight, self.bias)
 
 
-def within(modules: Sequence[nn.Module | None], use: Callable[..., Tensor]) -> Tensor:
+def within(modules: Sequence[nn.Module | None], use: Callable[..., Any]) -> Tensor:
     """``use`` of a (weight, bias) for each module, None for None, inside the call of those that hand theirs on."""
 
     def enter(place: int, found: tuple[Affine | None, ...]) -> Tensor:
         if place == len(modules):
-            return use(*found)
+            inside: Tensor = use(*found)
+            return inside
 
         def further(weight: Tensor, bias: Tensor | None) -> Tensor:
             return enter(place + 1, (*found, (weight, bias)))
@@ -127,7 +128,7 @@ class KVCompressedAttention(nn.Module):
         """x ``(B, N, C)`` of a grid (H, W), N = H W, row by row; the result is like x."""
         qkv, arguments = self.qkv(x), compression_arguments(self.sr, self.norm)
 
-        def attend(taps: Affine | None, norm: Affine | None, q_norm: Affine | None, k_norm: Affine | None) -> Tensor:
+        def attend(taps: Affine | None, norm: Affine | None, q_norm: Affine | None, k_norm: Affine | None) -> Any:
             return kv_compressed_attention(
                 qkv, grid, self.ratio, self.num_heads, mode=self.mode, **arguments(taps, norm),
                 q_norm=q_norm, k_norm=k_norm,

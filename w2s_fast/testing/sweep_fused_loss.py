@@ -174,13 +174,13 @@ def difference(draws: list[Draw]) -> str:
             return f"gradients of other parameters: {sorted(ours.keys() ^ own.keys())[:3]}"
     shares = {}
     for name, tensor in draws[0].own.items():
-        kind, ours = "forward" if name == "loss" else "gradient", draws[0].ours[name]
+        kind, mine = "forward" if name == "loss" else "gradient", draws[0].ours[name]
         measured = [measure(d.ours[name], d.own[name], d.exact[name], tensor.dtype, kind)
                     for d in draws if d.exact is not None and name in d.own]  # fmt: skip
         if measured:
             shares[name] = pooled(measured).worst
         else:
             allowed = 1000 * EPS[tensor.dtype] * max(float(tensor.abs().max()), 1e-3)
-            shares[name] = float((ours - tensor).abs().max()) / allowed
+            shares[name] = float((mine - tensor).abs().max()) / allowed
     worst = sorted(((share, name) for name, share in shares.items() if not share <= 1), reverse=True)
     return ", ".join(f"{name}: {share:.2f} times the allowed error" for share, name in worst[:2])

@@ -80,7 +80,7 @@ class KVCompressedAttnProcessor(nn.Module):
         assert self.grid is not None
         grid, arguments = self.grid, compression_arguments(self.sr, self.norm)
 
-        def attend(taps: Affine | None, norm: Affine | None) -> Tensor:
+        def attend(taps: Affine | None, norm: Affine | None) -> Any:
             return kv_compressed_attention(
                 qkv, grid, self.ratio, attn.heads, mode=self.mode, scale=attn.scale, **arguments(taps, norm)
             )

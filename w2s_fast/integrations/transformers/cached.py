@@ -74,10 +74,11 @@ class CachedModel:
     def __init__(self, model: Any, op: str = "CachedModel", argument: str = "model") -> None:
         if not isinstance(model, torch.nn.Module):
             checks.fail(op, argument, "a model, a torch.nn.Module", type(model).__name__, error=TypeError)
-        self.model = model
+        self.model: Any = model
         self._op, self.argument = op, argument
         self._owner = _owner(model)
-        self.device: torch.device = model.device if hasattr(model, "device") else next(model.parameters()).device
+        where: Any = getattr(model, "device", None)
+        self.device: torch.device = next(model.parameters()).device if where is None else where
         self._check()
         #: how many ids it has, None if unknown
         self.vocab_size = _vocab_size(self._owner)

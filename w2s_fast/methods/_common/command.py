@@ -83,9 +83,12 @@ def called(name: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), function)()
+        found = getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
         raise OSError(f"{name}: {error}") from error
+    if not callable(found):
+        raise OSError(f"{name}: must be a function, is of type {type(found).__name__}")
+    return found()
 
 
 def model_of(name: str, tokenizer: bool) -> tuple[Any, Any]:
