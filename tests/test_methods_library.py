@@ -572,9 +572,9 @@ def test_files_that_hold_something_else_are_named(folder, tmp_path, monkeypatch)
                 continue  # methods say what all their rows must have
             done = CliRunner().invoke(cli.app, [*words, "--device", "cpu"], env={"COLUMNS": "300"})
             assert done.exit_code == 1 and text in done.stderr and isinstance(done.exception, SystemExit), done.output
-    (tmp_path / "lines.jsonl").write_text('{"text": "a\u2028b\x0cc"}\r\n', encoding="utf-8")  # breaks within a text
+    (tmp_path / "lines.jsonl").write_text('{"text": "a\u2028b\u0085c"}\r\n', encoding="utf-8")  # breaks within a text
     (row,) = command.rows_of(str(tmp_path / "lines.jsonl"))
-    assert row == {"text": "a\u2028b\x0cc"}
+    assert row == {"text": "a\u2028b\u0085c"}
     with pytest.raises(ValueError, match=r"lines\.jsonl, line 1: no column 'prompt', only text"):
         row["prompt"]
 
