@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-out, err = Console(), Console(stderr=True)
+out, err = Console(emoji=False), Console(stderr=True, emoji=False)  # a name such as pkg:a: is no picture
 
 
 class _Commands(typer.core.TyperGroup):
@@ -396,11 +396,14 @@ def teacher_dump(
     from .methods.distillation import teacher
 
     files.writable_folder(to.parent)  # before the work
-    rows = command.rows_of(data)
-    made, tokenizer = command.model_of(model, tokenizer=True)
-    with err.status("dumping"):
-        made = made.to(place(device).device)
-        count = teacher.dump(made, tokenizer, rows, to, top=top, batch=batch, max_length=length)
+    try:
+        where, rows = place(device), command.rows_of(data)
+        made, tokenizer = command.model_of(model, tokenizer=True)
+        with err.status("dumping"):
+            made = made.to(where.device)
+            count = teacher.dump(made, tokenizer, rows, to, top=top, batch=batch, max_length=length)
+    except ValueError as error:
+        _fail(f"teacher dump: {error}")
     out.print(f"{count} rows: {to}", soft_wrap=True, highlight=False)
 
 

@@ -162,7 +162,7 @@ class CaptionEmbedding(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """``(B, L, features)`` to ``(B, L, dim)``."""
         if self.training and self.dropout:
-            empty = torch.rand(len(y), 1, 1, device=y.device) < self.dropout
+            empty = torch.rand(len(y), 1, 1, dtype=torch.float32, device=y.device) < self.dropout
             y = torch.where(empty, self.y_embedding[: y.shape[1]].to(y.dtype), y)
         made: Tensor = self.y_proj(y)
         return made
@@ -179,6 +179,12 @@ class FinalLayer(nn.Module):
     def modulations(self, t: Tensor) -> list[Pair]:
         """shift and scale from the time embedding ``(B, C)``."""
         return [(row, t) for row in self.scale_shift_table.unbind(0)]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x ``(B, N, C)`` and time embedding ``(B, C)`` to patches."""
+        shift, scale = self.modulations(t)
+        made: Tensor = self.linear(adaln_modulate(x, shift, scale))
+        return made
 
 
 class PatchEmbedding(nn.Module):
@@ -308,8 +314,7 @@ class PixArtSigma(nn.Module):
         conditioning = self.t_block(t).unflatten(1, (6, dim))
         text = self.y_embedder(y)
         mask = None if mask is None else mask.reshape(len(x), -1) != 0
-        tokens = self._run_blocks(tokens, text, conditioning, t, (height, width), mask)
-        patches = self.final_layer.linear(tokens)
+        patches = self._patches(tokens, text, conditioning, t, (height, width), mask)
         patches = patches.unflatten(1, (height, width)).unflatten(3, (self.patch, self.patch, -1))
         made: Tensor = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return made
@@ -332,18 +337,25 @@ class PixArtSigma(nn.Module):
         if mask is not None and checks.is_tensor(op, "mask", mask).numel() != batch * y.shape[1]:
             checks.fail(op, "mask", f"of shape ({batch}, {y.shape[1]})", tuple(mask.shape))
 
-    def _run_blocks(
+    def _patches(
         self, x: Tensor, text: Tensor, conditioning: Tensor, t: Tensor, grid: tuple[int, int], mask: Tensor | None
     ) -> Tensor:
-        """All blocks and the last modulation: each addition is one pass with the modulation that follows it."""
+        """All blocks and the last layer: each addition is one pass with the modulation that follows it, unless somebody
+        waits for the call of one of them."""
         stages: list[Any] = [*self.blocks]
+        if not all(_is_plain(module) for module in (*stages, self.final_layer)):
+            for block in stages:
+                x = block(x, text, conditioning, grid, mask)
+            patches: Tensor = self.final_layer(x, t)
+            return patches
         shift, scale, *_ = stages[0].modulations(conditioning)
         h = adaln_modulate(x, shift, scale)
         for block, following in zip(stages, [*stages[1:], None], strict=True):
             x, made, gate = block.residual(x, h, text, conditioning, grid, mask)
             after = self.final_layer.modulations(t) if following is None else following.modulations(conditioning)
             x, h = gate_residual_adaln(x, made, gate, after[0], after[1])
-        return h
+        patches = self.final_layer.linear(h)
+        return patches
 
     def _initialise(self) -> None:
         """The official initialisation; the output and the text's contribution start at zero."""
@@ -359,6 +371,13 @@ class PixArtSigma(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.cross_attn.proj.weight)  # type: ignore[union-attr, arg-type]
         nn.init.zeros_(self.final_layer.linear.weight)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's call is its forward and nothing else: no hook, no wrapper (FSDP2, checkpointing, compile)."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    own = type(module) in (PixArtBlock, FinalLayer) and "forward" not in module.__dict__
+    return own and not any(hooks) and module._compiled_call_impl is None
 
 
 def _drop_position_embedding(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

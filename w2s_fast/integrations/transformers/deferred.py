@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ... import checks
+from ... import checks, transforms
 from ...ops.linear_loss.linear_ce import linear_ce
 
 Number: TypeAlias = float  # `DeferredLogits` has a method of that name
@@ -30,9 +30,11 @@ class Head(NamedTuple):
 class _Product:
     """weight h + bias, as a linear layer was about to make it."""
 
-    def __init__(self, layer: nn.Linear, hidden: Tensor, request: _Request) -> None:
+    def __init__(
+        self, layer: nn.Linear, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: _Request
+    ) -> None:  # fmt: skip
         self.layer, self.hidden, self.request = layer, hidden, request
-        self.weight, self.bias = layer.weight, layer.bias
+        self.weight, self.bias = weight, bias
         self.dtype = _product_dtype(hidden, self.weight)
         self.grad = torch.is_grad_enabled()
         self.sharded = bool(layer._forward_hooks)  # FSDP's, see `_untouched`: the weights are gone after the call
@@ -41,7 +43,8 @@ class _Product:
         self.versions = self._versions()
 
     def _versions(self) -> tuple[int, ...]:
-        tensors = () if torch.compiler.is_compiling() or self.sharded else (self.hidden, self.weight)
+        unknown = self.sharded or torch.compiler.is_compiling() or transforms.active()
+        tensors = () if unknown else (self.hidden, self.weight)
         return tuple(t._version for t in tensors if not t.is_inference())
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
@@ -381,7 +384,9 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _is_gone(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and tensor.numel() > 0 and tensor.untyped_storage().size() == 0
+    if torch.compiler.is_compiling() or transforms.active():  # tensors of torch.func have no storage
+        return False
+    return tensor.numel() > 0 and tensor.untyped_storage().size() == 0
 
 
 def linear_layers(head: Any) -> list[nn.Linear]:
@@ -417,13 +422,14 @@ class _Request:
 
     def __call__(self, hidden: Any) -> Any:
         layer = self.layer
+        weight, bias = layer.weight, layer.bias  # once a call: a parametrization may compute them at every look
         if self.wanted is not None:
-            return self.wanted(hidden, layer.weight, layer.bias)
-        if not self._serves(hidden, layer.weight):
-            return nn.functional.linear(_tensor(hidden), layer.weight, layer.bias)
-        made = _Product(layer, hidden, self)
+            return self.wanted(hidden, weight, bias)
+        if not self._serves(hidden, weight):
+            return nn.functional.linear(_tensor(hidden), weight, bias)
+        made = _Product(layer, hidden, weight, bias, self)
         self.products.append(made)
-        return DeferredLogits(made, hidden, layer.weight.shape[0], 1.0, False, 1.0, made.dtype, made.made)
+        return DeferredLogits(made, hidden, weight.shape[0], 1.0, False, 1.0, made.dtype, made.made)
 
     def _serves(self, hidden: Any, weight: Any) -> bool:
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.ndim < 2:

@@ -57,10 +57,11 @@ class Dumper:
         logits = self.model(input_ids=part.ids, attention_mask=part.mask, use_cache=False).logits
         found: dict[str, list[Any]] = {"ids": [], "scored": [], "top_ids": [], "top_logp": []}
         for row, example in zip(logits, given, strict=True):
-            first, length = len(example.prompt), len(example.prompt) + len(example.completion)
-            logp, top = row[first - 1 : length - 1].float().log_softmax(-1).topk(self.top, -1)
+            length = len(example.prompt) + len(example.completion)
+            first = min(max(len(example.prompt), 1), length)  # nothing stands before a first token
+            logp, top = row[max(first - 1, 0) : max(length - 1, 0)].float().log_softmax(-1).topk(self.top, -1)
             found["ids"].append([*example.prompt, *example.completion])
-            found["scored"].append(len(example.completion))
+            found["scored"].append(length - first)
             found["top_ids"].append(top.to(torch.int32).flatten().tolist())
             found["top_logp"].append(logp.flatten().tolist())
         return found
@@ -103,9 +104,9 @@ class Dumped:
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     """Of a DataLoader."""
-    given = [Example(row["ids"][: -row["scored"]], row["ids"][-row["scored"] :]) for row in rows]
+    given = [Example(row["ids"][:at], row["ids"][at:]) for row in rows for at in [len(row["ids"]) - row["scored"]]]
     part = language.collate(given)
-    top = len(rows[0]["top_ids"]) // rows[0]["scored"]
+    top = next((len(row["top_ids"]) // row["scored"] for row in rows if row["scored"]), 1)
     ids = torch.zeros(*part.ids.shape, top, dtype=torch.long)
     logp = torch.full((*part.ids.shape, top), -torch.inf)
     for i, (row, example) in enumerate(zip(rows, given, strict=True)):
