@@ -301,7 +301,7 @@ def test_an_interrupted_run_keeps_its_rows_and_resumes(tmp_path: Path, monkeypat
     command.measure(options.cases(QUICK), QUICK, options)
     kept = Report.load(tmp_path / "x.json")
     assert {(row.case, row.run) for row in kept.rows} == {("first", 0), ("second", 1)} and len(kept.runs) == 2
-    with pytest.raises(ValueError, match="--resume: .* has all 2 cases"):
+    with pytest.raises(ValueError, match=r"--resume: .* has all 2 cases"):
         options.cases(QUICK)
 
 
