@@ -117,7 +117,11 @@ def take(settings: dict[str, Any], name: str, given: Any) -> Any:
 
 
 def special_tokens(large: Any, eos: Any, pad: Any) -> tuple[list[int], int]:
-    """The ids that end a row and the one that follows, as given or from the first configuration that names them."""
+    """The ids that end a row and the one that follows, as given or from the first configuration that names them.
+
+    Raises:
+        ValueError: naming `pad_token_id`.
+    """
     configs = [c for c in (getattr(large, "generation_config", None), getattr(large, "config", None)) if c]
     if eos is None:
         eos = next((e for c in configs if (e := getattr(c, "eos_token_id", None)) is not None), None)

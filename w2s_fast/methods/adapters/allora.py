@@ -31,7 +31,11 @@ def row_factor(A: Tensor, B: Tensor, eta: float) -> Tensor:
 
 
 def rescale(model: nn.Module, eta: float = 2.0) -> list[RemovableHandle]:
-    """Give every LoRA layer of PEFT in ``model`` ALLoRA's gradient; ``remove()`` of the handles undoes it."""
+    """Give every LoRA layer of PEFT in ``model`` ALLoRA's gradient; ``remove()`` of the handles undoes it.
+
+    Raises:
+        ValueError, TypeError: naming `eta`, `model`.
+    """
     from peft.tuners.lora.layer import LoraLayer
 
     checks.number("methods.allora", "eta", eta, low=0.0, open_low=True)
@@ -65,6 +69,9 @@ def train(
         eta: the largest factor.
         target: linear layers whose path ends in one of these; those that the model has.
         length: tokens of a block.
+
+    Raises:
+        ValueError: naming `target`.
     """
     with checks.extra("peft"):
         from peft import LoraConfig, get_peft_model

@@ -53,7 +53,11 @@ class Masked(nn.Module):
 
 
 def mask(model: nn.Module, target: Sequence[str] = TARGET, n: int = 2, m: int = 4) -> list[str]:
-    """Mask the linear layers with a part of ``target`` in their path, in place; their names."""
+    """Mask the linear layers with a part of ``target`` in their path, in place; their names.
+
+    Raises:
+        ValueError: naming `target`.
+    """
     found = []
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and any(part in name for part in target):

@@ -43,7 +43,11 @@ class MaskLoRA(nn.Module):
 
 
 def linears(model: nn.Module, target: Sequence[str] = TARGET) -> list[nn.Linear]:
-    """The linear layers with a part of ``target`` in their path."""
+    """The linear layers with a part of ``target`` in their path.
+
+    Raises:
+        ValueError: naming `target`.
+    """
     found = {id(layer): layer for name, layer in model.named_modules()
              if isinstance(layer, nn.Linear) and any(part in name for part in target)}  # fmt: skip
     if not found:
@@ -53,7 +57,11 @@ def linears(model: nn.Module, target: Sequence[str] = TARGET) -> list[nn.Linear]
 
 @torch.no_grad()
 def prune(model: nn.Module, sparsity: float, target: Sequence[str] = TARGET, pattern: str = "") -> None:
-    """Set the smallest magnitudes of every layer to zero, in place; ``pattern`` "2:4": 2 of every 4 inputs stay."""
+    """Set the smallest magnitudes of every layer to zero, in place; ``pattern`` "2:4": 2 of every 4 inputs stay.
+
+    Raises:
+        ValueError, TypeError: naming `sparsity`.
+    """
     checks.number("methods.perp", "sparsity", sparsity, low=0.0, high=1.0)
     for layer in linears(model, target):
         weight = layer.weight
@@ -71,6 +79,9 @@ def prepare(
     """Freeze a pruned model but for ``parts``, in place: "norms", "biases" (made where there is none), "adapters".
 
     Returns the number of trainable parameters.
+
+    Raises:
+        ValueError: naming `parts`.
     """
     for part in parts:
         checks.choice("methods.perp", "parts", part, PARTS)

@@ -29,7 +29,11 @@ Stage = dict[str, Tensor]
 
 
 def rotations(slices: int, budget: int) -> list[list[int]]:
-    """``budget`` <= ``slices`` orders that differ in the first slice: for deletions that are equally likely."""
+    """``budget`` <= ``slices`` orders that differ in the first slice: for deletions that are equally likely.
+
+    Raises:
+        ValueError, TypeError: naming `budget`.
+    """
     checks.integer("methods.s3t", "budget", budget, low=1, high=slices)
     return [[(r + i) % slices for i in range(slices)] for r in range(budget)]
 
@@ -69,7 +73,11 @@ class S3T:
         return [i for i in range(len(self.slices)) if self.best(i).stages == 0]
 
     def delete(self, sample: int) -> int:
-        """Forget a sample, exactly; the number of stages that are switched off."""
+        """Forget a sample, exactly; the number of stages that are switched off.
+
+        Raises:
+            ValueError: naming `sample`.
+        """
         for i, shard in enumerate(self.slices):
             for j, part in enumerate(shard):
                 if sample in part:

@@ -44,7 +44,11 @@ class _Product(torch.autograd.Function):
 
 
 class SSTLinear(nn.Module):
-    """A linear layer of SVD factors: parameters ``U`` [O, r], ``V`` [I, r] (active), ``sigma`` [m], ``bias``."""
+    """A linear layer of SVD factors: parameters ``U`` [O, r], ``V`` [I, r] (active), ``sigma`` [m], ``bias``.
+
+    Raises:
+        ValueError, TypeError: naming `rank`.
+    """
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -120,7 +124,11 @@ class SSTLinear(nn.Module):
 
 
 def convert(model: nn.Module, rank: int, target: Sequence[str] = TARGET) -> list[str]:
-    """Replace the linear layers with a part of ``target`` in their path, in place; their names."""
+    """Replace the linear layers with a part of ``target`` in their path, in place; their names.
+
+    Raises:
+        ValueError: naming `target`.
+    """
     names = [n for n, m in model.named_modules() if type(m) is nn.Linear and any(part in n for part in target)]
     if not names:
         checks.fail("methods.sst", "target", "a part of some linear layer's path", repr(tuple(target)))

@@ -224,7 +224,11 @@ _GEOMETRY = ("stride", "padding", "dilation", "output_padding")
 
 
 def convolution(step: Step, shapes: list[tuple[int, ...]], device: torch.device) -> None:
-    """Refuse one of two operands of these shapes that may be transformed, for its own batch, one of 1 and one of 16."""
+    """Refuse one of two operands of these shapes that may be transformed, for its own batch, one of 1 and one of 16.
+
+    Raises:
+        ValueError: naming `rounding`.
+    """
     bound, dtype = step.bound, step.node.dtype
     axes = len(shapes[1]) - 2
     options = []

@@ -79,6 +79,7 @@ class Facts:
         return number, value.dtype, value.shape, value.device, value.requires_grad
 
     def of(self, value: Any, depth: int = 0) -> Any:
+        """What stands for ``value`` in the comparison; ``depth``: how many objects it was reached through."""
         kind = type(value)
         if kind in _SIMPLE or isinstance(value, _PLAIN):
             return value
