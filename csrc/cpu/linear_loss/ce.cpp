@@ -60,7 +60,7 @@ Loss run(Engine<A>& e, const LinearArguments& linear, Need need, SoftTarget<A> t
              scattered(e, [&](int64_t m) { return logp[size_t(m)]; }),
              scattered(e, [&](int64_t m) { return s.lse(m); }),
              e.output({0}),
-             torch::stable::new_empty(e.hiddens[0], {wanted.best ? e.T : 0}, ScalarType::Long),
+             fresh(e.hiddens[0], {wanted.best ? e.T : 0}, ScalarType::Long),
              e.output({0}),
              kept, {}, {}, {}, g.dweights};
   if (wanted.entropy)

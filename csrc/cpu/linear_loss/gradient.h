@@ -291,5 +291,9 @@ inline void first_sweep(Engine<A>& e, Gradients<A>& g, const std::vector<std::ve
   }
 }
 
+// once for all losses: instances.cpp
+extern template struct Gradients<float>;
+extern template struct Gradients<double>;
+
 }  // namespace linear
 }  // namespace w2s
