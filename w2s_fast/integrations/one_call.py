@@ -21,7 +21,7 @@ class Row(NamedTuple):
     """A part of the model, how often it occurs, whether it was patched, and what was done or why not."""
 
     part: str
-    count: int
+    times: int
     done: bool
     note: str
 
@@ -51,7 +51,7 @@ class Applied:
 
     def __str__(self) -> str:
         cells = [("part", "count", "", "what was done, or why not")]
-        cells += [(r.part, str(r.count), "patched" if r.done else "left", r.note) for r in self.rows]
+        cells += [(r.part, str(r.times), "patched" if r.done else "left", r.note) for r in self.rows]
         widths = [max(len(row[i]) for row in cells) for i in range(3)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in cells]
         return "\n".join([f"w2s_fast.apply: {type(self.model).__name__} for {self.purpose}", *lines])
