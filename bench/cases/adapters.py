@@ -44,6 +44,7 @@ class _Layer:
         if id(x) not in self.made:
             self.made[id(x)] = (x, self._make(weight, A, B, m))
         layer = self.made[id(x)][1]
+        layer.__dict__.pop("_w2s_fast_norms", None)  # an optimizer changes the factors between two calls
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             y = layer(x)
