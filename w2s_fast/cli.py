@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-out, err = Console(), Console(stderr=True)
+out, err = Console(emoji=False), Console(stderr=True, emoji=False)  # a name such as pkg:a: is no picture
 
 
 class _Commands(typer.core.TyperGroup):
@@ -188,6 +188,7 @@ def bench(
     ] = None,
     plots: Annotated[bool, typer.Option("--plots", help="Also draw the charts beside the results.")] = False,
     overhead: Annotated[bool, typer.Option(help="Also measure import and call overhead.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Only the cases that the result file lacks.")] = False,
     readme: Annotated[bool, typer.Option("--readme", help="Measure nothing; rewrite README's tables.")] = False,
     guarantee: Annotated[
         bool, typer.Option("--guarantee", help="Random everyday calls against eager and torch.compile: who is faster?")
@@ -211,7 +212,7 @@ def bench(
         except ValueError as error:
             _fail(str(error), code=2)
         return
-    options = command.Options(tuple(op or ()), full, providers, device, threads, rounds, to, overhead)
+    options = command.Options(tuple(op or ()), full, providers, device, threads, rounds, to, overhead, resume)
     if guarantee:
         _guarantee(options, cases, seed)
         return
@@ -239,7 +240,7 @@ def bench(
 
         report = command.measure(chosen, settings, options, step, lambda: progress.advance(task))
     _print_report(report)
-    path = command.save(report, options)
+    path = command.path_for(report.slug, options.out)
     out.print(f"results: {path}", soft_wrap=True, highlight=False)
     if plots:
         _draw(report, path.parent)
@@ -395,11 +396,14 @@ def teacher_dump(
     from .methods.distillation import teacher
 
     files.writable_folder(to.parent)  # before the work
-    rows = command.rows_of(data)
-    made, tokenizer = command.model_of(model, tokenizer=True)
-    with err.status("dumping"):
-        made = made.to(place(device).device)
-        count = teacher.dump(made, tokenizer, rows, to, top=top, batch=batch, max_length=length)
+    try:
+        where, rows = place(device), command.rows_of(data)
+        made, tokenizer = command.model_of(model, tokenizer=True)
+        with err.status("dumping"):
+            made = made.to(where.device)
+            count = teacher.dump(made, tokenizer, rows, to, top=top, batch=batch, max_length=length)
+    except ValueError as error:
+        _fail(f"teacher dump: {error}")
     out.print(f"{count} rows: {to}", soft_wrap=True, highlight=False)
 
 
