@@ -202,7 +202,8 @@ def test_an_extra_suffices(extra: str, tmp_path: Path):
         assert result is None or result[0] == "Reached", (name, result)
 
 
-def test_readme_names_extras_that_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_readme_and_docs_name_extras_that_exist():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     named = set(re.findall(r'(?:w2s_fast|"\.)\[(\w+)\]"', text))
     assert named and named <= set(EXTRAS) and named - {"dev", "test", "bench"} <= set(USES)

@@ -164,7 +164,6 @@ LINES = (
     ("w2s_fast/__init__.py", "from .ops.{family}.{op} import {op}\n", r"^from \.ops\..*\n"),
     ("w2s_fast/__init__.py", '    "{op}",\n', r'^    "[a-z]\w*",\n'),
     ("w2s_fast/autocast.py", '    "{op}": "as given",\n', r'^    "\w+": "as given",\n'),
-    ("README.md", "| `{op}` | y = scale x | Triton |\n", r"^\| `w2s_fast\.data`.*\n"),
 )
 
 
@@ -211,6 +210,7 @@ def main() -> None:
     for path in write(ROOT, family, op):
         print(path.relative_to(ROOT))
     print(f"left: csrc/cpu/{family}/{op}.cpp, and the mathematics in place of y = scale x; then\n"
+          f"w2s-fast bench --readme  # its row in docs/operations.md\n"
           f"python -m pytest -q tests/test_contract.py tests/test_samples.py -k {op}")  # fmt: skip
 
 
