@@ -56,8 +56,13 @@ def block(name: str, members: list[str] | None = None, level: int = 2) -> str:
 
 
 def whole(name: str, level: int = 2) -> str:
-    """A module with its public members."""
-    return block(name, exported(name), level)
+    """A module with its public members; one that has its own module's name is asked for there."""
+    members, folder = exported(name), module_file(name).parent
+    if members is None or module_file(name).name != "__init__.py":
+        return block(name, members, level)
+    hidden = [member for member in members if (folder / f"{member}.py").exists()]
+    shown = block(name, [member for member in members if member not in hidden], level)
+    return "\n".join([shown, *(block(f"{name}.{member}.{member}", level=level + 1) for member in hidden)])
 
 
 def api() -> dict[str, str]:
