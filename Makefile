@@ -66,7 +66,7 @@ demo: $(OPS)
 
 # needs no network
 docs: $(OPS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet -f .ci/docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -f .ci/docs/mkdocs.yml
 
 readme: $(OPS)
 	$(BIN)/w2s-fast bench --readme
