@@ -5,6 +5,7 @@
 # every other platform. Compiled objects of build/cpp are used again. CUDA C++ kernels are built from source only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source=$PWD
 dist=$(realpath -m "${1:-dist}")
 work=${WORK:-$(mktemp -d)}
 [ -n "${WORK:-}" ] || trap 'rm -rf "$work"' EXIT
@@ -24,7 +25,7 @@ echo "== pure wheel"
 W2S_FAST_BUILD=skip "$work/build/bin/python" -m build --quiet --no-isolation --wheel --outdir "$dist" .
 echo "== abi3 wheel"
 W2S_FAST_BUILD=abi3 "$work/build/bin/python" -m build --quiet --no-isolation --wheel --outdir "$work/raw" .
-PATH="$work/build/bin:$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir "$dist" "$work"/raw/*abi3*.whl
+PATH="$work/build/bin:$PATH" "$work/build/bin/python" -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir "$dist" "$work"/raw/*abi3*.whl
 ls -l "$dist"
 
 echo "== an environment to try them in"
@@ -35,6 +36,6 @@ for file in "$dist"/*; do
   "$work/try/bin/pip" uninstall --quiet --yes w2s_fast
   # nothing but the environment on the path: there is no compiler to fall back to, and none that a build could find
   (cd "$work" && PATH="$work/try/bin" W2S_FAST_BUILD=auto "$work/try/bin/pip" install --quiet "$file")
-  (cd "$work" && PATH="$work/try/bin" "$work/try/bin/python" "$OLDPWD/.ci/try_wheel.py" "$OLDPWD/docs/operations.md")
+  (cd "$work" && PATH="$work/try/bin" "$work/try/bin/python" "$source/.ci/try_wheel.py" "$source/docs/operations.md")
 done
 echo "wheels: all of $dist passed"
