@@ -69,7 +69,7 @@ def api() -> dict[str, str]:
     """Pages by path: the ops, every public package, the command line."""
     lines = ["# w2s_fast\n"]
     for family, names in catalogue.public_ops().items():
-        lines.append(f"## {catalogue.family_title(family) or 'Backends'}\n")
+        lines.append(f"## {catalogue.family_title(family) or 'General'}\n")
         lines += [block(f"w2s_fast.{name}", level=3) for name in names]
     pages = {"w2s_fast": "\n".join(lines)}
     for name in (*(f"w2s_fast.{lazy}" for lazy in w2s_fast._LAZY), "w2s_fast.compat"):
@@ -117,11 +117,12 @@ def relinked(text: str, source: str) -> str:
 
 def on_config(config: Any) -> Any:
     """The navigation, from what there is."""
-    own = ("operations", "methods", "effects", "integrations", "bounds", "streams")
-    rest = ("benchmarks", "experiments", "command_line", "environment", "building")
+    first = ("operations", "methods", "effects", "integrations", "bounds", "streams")
+    last = ("benchmarks", "experiments", "command_line", "environment", "building")
+    others = sorted(path.stem for path in (ROOT / "docs").glob("*.md") if path.stem not in first + last)
     config["nav"] = [
-        {"Home": "index.md"}, *(f"{name}.md" for name in own), {"Examples": list(examples())},
-        *(f"{name}.md" for name in rest), {"API": [{Path(page).stem: page} for page in api()]},
+        {"Home": "index.md"}, *(f"{name}.md" for name in (*first, *others)), {"Examples": list(examples())},
+        *(f"{name}.md" for name in last), {"API": [{Path(page).stem: page} for page in api()]},
         {"Project": [page for source, page in OUTSIDE.items() if source != "README.md"]},
     ]  # fmt: skip
     return config
