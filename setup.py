@@ -5,7 +5,8 @@
 W2S_FAST_BUILD=auto (default) compiles what this machine can and never fails for want of a compiler;
 require makes a missing piece an error; skip compiles nothing; abi3 is require without w2s_fast._C, which one Python
 alone loads, for a wheel that serves Python 3.10 and later (.ci/wheels.sh). W2S_FAST_TARGETS=all (default) has every
-instruction set that is chosen from at run time; native only this machine's. TORCH_CUDA_ARCH_LIST chooses the CUDA targets.
+instruction set that is chosen from at run time; native only this machine's. TORCH_CUDA_ARCH_LIST chooses the CUDA
+targets.
 """
 
 from __future__ import annotations
