@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 os.chdir(HERE)  # sources are named relative to this file, whatever directory the build starts in
@@ -48,6 +49,7 @@ FLAGS += [f"-ffile-prefix-map={HERE}=."]
 # -O3 without what doubles code and compile time here (loops unswitched, split and versioned): vectors are written out
 LEVEL, WIDE = ["-O2", "-fpeel-loops", "-fvect-cost-model=dynamic"], ["-O1"]
 # where another level contracts other products and sums, so that results would differ in their last bit
+EXACT = ["-O3"]
 O3 = tuple(f"csrc/cpu/{of}_kernel.cpp" for of in ("diffusion/pseudo_huber", "linear_loss/kd", "linear_loss/tile"))
 
 
@@ -94,10 +96,14 @@ def jobs() -> int:
 
 
 class Step(NamedTuple):
-    """A command that makes `target`; it runs again where a file it read (the compiler's own list) is newer."""
+    """A command that makes `target`; it runs again where a file it read is newer.
+
+    Those are in the compiler's own list, but for what a precompiled header holds: ``header`` stands for that.
+    """
 
     target: Path
     command: list[str]
+    header: Path | None = None
 
     def outdated(self) -> bool:
         notes, made_by = self.target.with_suffix(".d"), self.target.with_suffix(".command")
@@ -106,6 +112,7 @@ class Step(NamedTuple):
         if made_by.read_text(encoding="utf-8") != json.dumps(self.command):
             return True
         files = notes.read_text(encoding="utf-8").replace("\\\n", " ").split()[1:]
+        files += [] if self.header is None else [str(self.header)]
         made = self.target.stat().st_mtime_ns
         return any(not os.path.exists(file) or os.stat(file).st_mtime_ns > made for file in files)
 
@@ -141,12 +148,13 @@ class Precompiled(NamedTuple):
 
 
 def compile_cpu(
-    folder: Path, targets: int, options: Sequence[str] = (), level: Sequence[str] = LEVEL, wide: Sequence[str] = WIDE
+    folder: Path, targets: int, options: Sequence[str] = (), level: Sequence[str] = LEVEL, wide: Sequence[str] = WIDE,
+    beside: Sequence[Step] = (),
 ) -> tuple[list[Path], int]:
     """The objects of csrc/cpu, and how many of them were made now.
 
     A ``*_kernel.cpp`` sees no torch and is compiled once a copy. All begin with a precompiled header.
-    ``level``: optimisation; ``wide``: that of float64's kernels.
+    ``level``: optimisation; ``wide``: that of float64's kernels; ``beside``: what is made at the same time.
     """
     command = [compiler() or "c++", *FLAGS, *options, "-Icsrc", f"-DW2S_TARGETS={targets}"]
     headers = torch_folder() / "include"
@@ -154,31 +162,34 @@ def compile_cpu(
     torch = [*(f"-isystem{path}" for path in include), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     hosts = Precompiled.of(folder / "host.h", "cpu/tensors.h", [*command, *level, *torch])
     # one for each level: functions after a header's target pragmas take the level that it was compiled at
-    kernels = Precompiled.of(folder / "kernel.h", "cpu/kernel_headers.h", [*command, *level])
-    doubles = Precompiled.of(folder / "double.h", "cpu/kernel_headers.h", [*command, *wide])
+    kernels, exact, doubles = (
+        (Precompiled.of(folder / f"{name}.h", "cpu/kernel_headers.h", [*command, *flags]), flags)
+        for name, flags in (("kernel", level), ("exact", EXACT if level is LEVEL else level), ("double", wide))
+    )
     steps: list[tuple[Step, Precompiled]] = []
     for source in sorted(sources("cpu", "cpp"), key=lambda s: -os.path.getsize(s)):
         name = source.removeprefix("csrc/cpu/").replace("/", "-").removesuffix(".cpp")
         if source.endswith("_kernel.cpp"):
             for copy in COPIES[targets]:
-                header, flags = (doubles, wide) if copy == 64 else (kernels, level)
-                if source in O3 and copy != 64 and level is LEVEL:
-                    own = [*command, "-O3", f"-DW2S_COPY={copy}"]  # the header is of another level
-                else:
-                    own = [*command, *flags, *header.use, f"-DW2S_COPY={copy}"]
-                steps.append((Step(folder / f"{name}-{copy}.o", [*own, "-c", source]), header))
+                header, flags = doubles if copy == 64 else exact if source in O3 else kernels
+                own = [*command, *flags, *header.use, f"-DW2S_COPY={copy}"]
+                steps.append((Step(folder / f"{name}-{copy}.o", [*own, "-c", source], header.step.target), header))
         else:
             own = [*command, *level, *torch, *hosts.use]
-            steps.append((Step(folder / f"{name}.o", [*own, "-c", source]), hosts))
-    steps.sort(key=lambda one: (kernels, hosts, doubles).index(one[1]))  # in the order in which the headers are made
+            steps.append((Step(folder / f"{name}.o", [*own, "-c", source], hosts.step.target), hosts))
+    made_first = (exact[0], hosts, kernels[0], doubles[0])  # the longest sources are of the first two
+    steps.sort(key=lambda one: made_first.index(one[1]))
     with ThreadPoolExecutor(jobs()) as pool:
-        ready = {id(header): pool.submit(header.step.run) for header in (kernels, hosts, doubles)}
+        ready = {id(header): pool.submit(header.step.run) for header in made_first}
+        others = [pool.submit(step.run) for step in beside]
 
         def run(one: tuple[Step, Precompiled]) -> bool:
             ready[id(one[1])].result()
             return one[0].run()
 
         made = sum(pool.map(run, steps))
+        for other in others:
+            other.result()
     return [step.target for step, _ in steps], made
 
 
@@ -245,7 +256,7 @@ def extensions() -> tuple[list[Extension], type | None]:
         skip("no C++ compiler was found")
         return [], None
 
-    targets, files = chosen_targets(), {"sources": sources("cpu", "cpp"), "depends": sources("", "h")}
+    targets = chosen_targets()
     cuda = cuda_sources(torch)
     if cuda:
         from torch.utils.cpp_extension import BuildExtension, CUDAExtension
@@ -262,7 +273,7 @@ def extensions() -> tuple[list[Extension], type | None]:
     else:
         if sources("cuda", "cu"):
             say("no nvcc with a CUDA build of torch: the CUDA C++ kernels are left out")
-        kernels = Extension("w2s_fast._ops", files["sources"], depends=files["depends"], py_limited_api=True)
+        kernels = Extension("w2s_fast._ops", sources("cpu", "cpp"), py_limited_api=True)
     known = facts(torch, cuda, targets)
     modules = [kernels]
     if MODE != "abi3":
@@ -299,18 +310,21 @@ def extensions() -> tuple[list[Extension], type | None]:
             with open(target, "w", encoding="utf-8") as file:
                 json.dump({**known, "seconds": clean}, file, indent=1)
 
+        def module(self, extension: Extension) -> Step:
+            """The one object of `_C`."""
+            defines = [f"-DW2S_{key.upper()}={json.dumps(str(value))}" for key, value in known.items()]
+            include = [f"-isystem{path}" for path in (*extension.include_dirs, sysconfig.get_path("include"))]
+            command = [compiler() or "c++", *FLAGS, "-O1", "-Icsrc", *include, *defines, "-c", "csrc/module.cpp"]
+            return Step(folder / "module.o", command)
+
         def build_extension(self, extension: Extension) -> None:
             target = self.get_ext_fullpath(extension.name)
             if extension.name.endswith("._C"):
-                defines = [f"-DW2S_{key.upper()}={json.dumps(str(value))}" for key, value in known.items()]
-                include = [f"-isystem{path}" for path in (*extension.include_dirs, sysconfig.get_path("include"))]
-                step = Step(
-                    folder / "module.o",
-                    [compiler() or "c++", *FLAGS, "-O1", "-Icsrc", *include, *defines, "-c", "csrc/module.cpp"],
-                )
+                step = self.module(extension)
                 step.run()
                 return link([step.target], target, ["-pthread"])
-            objects, self.compiled = compile_cpu(folder / str(targets), targets)
+            beside = [self.module(other) for other in self.extensions if other.name.endswith("._C")]
+            objects, self.compiled = compile_cpu(folder / str(targets), targets, beside=beside)
             self.objects = len(objects)
             if not cuda:
                 return link(objects, target, torch_libraries())
@@ -318,6 +332,14 @@ def extensions() -> tuple[list[Extension], type | None]:
             super().build_extension(extension)
 
     return modules, Build
+
+
+class Sources(sdist):
+    """A source distribution has all of csrc/, whatever this machine could compile of it."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        every = (file for file in glob.glob("csrc/**", recursive=True) if os.path.isfile(file))
+        super().make_release_tree(base_dir, sorted({*files, *every}))
 
 
 def packages() -> tuple[list[str], dict[str, str]]:
@@ -348,6 +370,6 @@ if __name__ == "__main__":
         package_dir=places,
         package_data={"w2s_fast": ["py.typed", "_build.json"], "w2s_fast.bench": ["results/*.json"]},
         ext_modules=ext_modules,
-        cmdclass={"build_ext": command or build_ext},
+        cmdclass={"build_ext": command or build_ext, "sdist": Sources},
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if MODE == "abi3" else {},
     )

@@ -14,7 +14,8 @@ from ..files import cache_dir, writable_folder
 from . import ceilings, harness, readme
 from . import overhead as overheads
 from .case import BACKENDS, KINDS, Case, load
-from .report import RESULTS, Report, new_report
+from .harness import Row
+from .report import RESULTS, Report, new_report, slug
 
 #: whether bench/ lies in a source tree; an installed package is never written to
 SOURCE = (RESULTS.parent.parent / "setup.py").is_file()
@@ -34,6 +35,7 @@ class Options:
     rounds: int = 15
     out: Path | None = None
     overhead: bool = True
+    resume: bool = False
 
     def settings(self) -> harness.Settings:
         """Checked settings. Raises ValueError naming the option."""
@@ -63,7 +65,16 @@ class Options:
         unknown = [name for name in settings.providers if name not in usable]
         if unknown:
             raise ValueError(f"--providers {', '.join(unknown)}: none of {', '.join(sorted(usable))}")
-        return found
+        return self._lacking(found, settings) if self.resume else found
+
+    def _lacking(self, cases: list[Case], settings: harness.Settings) -> list[Case]:
+        """The cases that the result file has no rows of. Raises ValueError if it has them all."""
+        path = path_for(slug(settings.device, settings.threads), self.out)
+        have = {(row.op, row.case) for row in Report.load(path).rows} if path.exists() else set()
+        lacking = [case for case in cases if (case.op, case.name) not in have]
+        if not lacking:
+            raise ValueError(f"--resume: {path} has all {len(cases)} cases")
+        return lacking
 
 
 def load_average() -> float:
@@ -92,26 +103,34 @@ def measure(
     step: Callable[[str], None] = lambda what: None,
     advance: Callable[[], None] = lambda: None,
 ) -> Report:
-    """Ceilings, cases, overheads: a report. ``step`` hears what begins, ``advance`` is called when it is done."""
+    """Ceilings, cases, overheads: a report, saved after each case, so that an interrupted run keeps what it measured.
+
+    ``step`` hears what begins, ``advance`` is called when it is done."""
     torch.set_num_threads(settings.threads)
     load = load_average()
     found = ceilings.measure(torch.device(settings.device))
+    report = new_report([], settings, found, {}, load)
 
     def progress(case: Case) -> None:
         advance()
         step(case.id)
 
-    rows = harness.run(cases, settings, found, progress)
+    def done(rows: list[Row]) -> None:
+        report.rows += rows
+        save(report, options)
+
+    harness.run(cases, settings, found, progress, done)
     step("overhead")
-    overhead = overheads.measure() if options.overhead and not options.ops else {}
+    report.overhead = overheads.measure() if options.overhead and not options.ops else {}
+    save(report, options)
     advance()
-    return new_report(rows, settings, found, overhead, load)
+    return report
 
 
-def path_for(report: Report, out: Path | None) -> Path:
+def path_for(slug: str, out: Path | None) -> Path:
     """The file results go to: ``out`` itself if it ends in .json, else ``<slug>.json`` in it."""
     folder = LOCAL if out is None else out
-    return folder if folder.suffix == ".json" else folder / f"{report.slug}.json"
+    return folder if folder.suffix == ".json" else folder / f"{slug}.json"
 
 
 def guarantee_path(out: Path | None, slug: str) -> Path:
@@ -135,7 +154,7 @@ def try_out(options: Options) -> None:
 
 def save(report: Report, options: Options) -> Path:
     """Write the report, merged into what the file already holds of other cases."""
-    path = path_for(report, options.out)
+    path = path_for(report.slug, options.out)
     merged = Report.load(path).merged(report) if path.exists() else report
     merged.save(path)
     return path

@@ -257,18 +257,26 @@ def _floor(case: Case, ours: Row, ceilings: Ceilings) -> None:
 
 
 def run(
-    cases: Sequence[Case], settings: Settings, ceilings: Ceilings, progress: Callable[[Case], None] = lambda case: None
+    cases: Sequence[Case],
+    settings: Settings,
+    ceilings: Ceilings,
+    progress: Callable[[Case], None] = lambda case: None,
+    done: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """All cases; one that fails as a whole becomes one unavailable row with the reason, and the run goes on."""
+    """All cases; one that fails as a whole becomes one unavailable row with the reason, and the run goes on.
+
+    ``progress`` hears of a case before it begins, ``done`` gets its rows."""
     torch.set_num_threads(settings.threads)
     rows: list[Row] = []
     for case in cases:
         progress(case)
         try:
-            rows += run_case(case, settings, ceilings)
+            new = run_case(case, settings, ceilings)
         except Exception as error:
             _LOG.debug("bench case %s failed", case.id, exc_info=True)
             row = _row(case, OURS, "ours")
             row.status, row.reason, row.prediction = "unavailable", _reason(error), case.prediction
-            rows.append(row)
+            new = [row]
+        rows += new
+        done(new)
     return rows

@@ -51,9 +51,13 @@ class Report:
     @classmethod
     def load(cls, path: Path) -> Report:
         """Read what `save` wrote."""
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: schema must be {SCHEMA}, got {data.get('schema')}. Run the benchmark again.")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        if found != SCHEMA:
+            raise ValueError(f"{path}: schema must be {SCHEMA}, got {found}. Run the benchmark again.")
         known = {f.name for f in fields(Row)}
         rows = [Row(**{k: v for k, v in row.items() if k in known}) for row in data["rows"]]
         return cls(data["device"], data["slug"], data["runs"], data["overhead"], rows)

@@ -14,6 +14,7 @@ from w2s_fast.bench import command, harness, readme, report, tables, timing
 from w2s_fast.bench.case import Case, Provider, Unavailable, eager, formulation, load, peer, relative_error, yardstick
 from w2s_fast.bench.ceilings import Ceilings
 from w2s_fast.bench.memory import peak_bytes
+from w2s_fast.bench.report import Report
 
 QUICK = harness.Settings(threads=1, rounds=5, window=1e-4, warm_up=1e-3, budget=0.2)
 CEILINGS = Ceilings(1e10, {"float32": 1e11, "bfloat16": 1e11}, "torch copy")
@@ -284,7 +285,28 @@ def test_options_name_what_is_wrong(tmp_path: Path):
         command.Options(ops=("nothing",)).cases(settings)
     with pytest.raises(ValueError, match="--providers nobody"):
         command.Options(providers="nobody").cases(replace(settings, providers=("nobody",)))
-    assert command.path_for(_report([]), tmp_path / "x.json") == tmp_path / "x.json"
+    assert command.path_for("cpu", tmp_path / "x.json") == tmp_path / "x.json"
+
+
+def test_an_interrupted_run_keeps_its_rows_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cases = [replace(fake_case(), name=name) for name in ("first", "second")]
+    options = command.Options(out=tmp_path / "x.json", overhead=False, resume=True)
+    monkeypatch.setattr(command.ceilings, "measure", lambda device: CEILINGS)
+    monkeypatch.setattr(command, "load", lambda *args, **kwargs: cases)
+
+    def interrupted(what: str) -> None:
+        if what == cases[1].id:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        command.measure(options.cases(QUICK), QUICK, options, interrupted)
+    assert {row.case for row in Report.load(tmp_path / "x.json").rows} == {"first"}
+    assert options.cases(QUICK) == cases[1:]
+    command.measure(options.cases(QUICK), QUICK, options)
+    kept = Report.load(tmp_path / "x.json")
+    assert {(row.case, row.run) for row in kept.rows} == {("first", 0), ("second", 1)} and len(kept.runs) == 2
+    with pytest.raises(ValueError, match=r"--resume: .* has all 2 cases"):
+        options.cases(QUICK)
 
 
 def test_a_yardstick_must_still_compute_something():

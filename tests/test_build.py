@@ -54,6 +54,23 @@ def test_an_edit_compiles_what_read_it(tmp_path: Path):
 
 
 @needs_compiler
+def test_an_edit_of_a_precompiled_header_compiles_its_users(tmp_path: Path):
+    """The compiler's list of what a source read leaves out what stands in a precompiled header."""
+    header, source = tmp_path / "one.h", tmp_path / "two.cpp"
+    header.write_text("inline int one() { return 1; }\n")
+    source.write_text("int two() { return one() + 1; }\n")
+    command = [setup.compiler(), f"-I{tmp_path}"]
+    made = setup.Precompiled.of(tmp_path / "made.h", "one.h", command)
+    step = setup.Step(tmp_path / "two.o", [*command, *made.use, "-c", str(source)], made.step.target)
+    assert made.step.run() and step.run() and not made.step.run() and not step.run()
+    later = time.time() + 5
+    os.utime(header, (later, later))
+    assert made.step.run()
+    os.utime(made.step.target, (later + 1, later + 1))
+    assert step.outdated()
+
+
+@needs_compiler
 def test_a_failing_compiler_is_an_error(tmp_path: Path):
     source = tmp_path / "wrong.cpp"
     source.write_text("int f( {\n")

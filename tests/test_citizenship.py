@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from torch.func import grad, jacrev, vjp, vmap
+from torch.func import grad, hessian, jacrev, vjp, vmap
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -148,6 +148,23 @@ def test_a_tensor_on_another_device_is_named(sample: Sample):
             use.call(leaves)
 
 
+@pytest.mark.parametrize("sample", some(SAMPLES, 14))
+def test_the_default_dtype_changes_nothing(sample: Sample):
+    """A program that loads a model in bfloat16 leaves that behind."""
+    use = Use(sample)
+    outputs, wanted = plain(use) if sample.grad else (list(use(*use.floats)), [])
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            leaves = use.trainable() if sample.grad else use.floats
+            found = list(use(*leaves))
+            loss = total(found)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        same(found, outputs, f"output under {dtype}")
+        same(gradients(loss, leaves) if sample.grad else [], wanted, f"gradient under {dtype}")
+
+
 def batched(use: Use, other: Use) -> list | None:
     """Every tensor of two draws of a sample, stacked; None where the draws differ in shape."""
     pairs = zip(use.everything(), other.everything(), strict=True)
@@ -266,6 +283,30 @@ def test_second_and_forward_derivatives(sample: Sample):
         assert "w2s_fast" in str(error) and "forward-mode" in str(error)
     else:  # made of plain PyTorch
         near([rise.float()], [sum(g.double().sum() for g in plain(use)[1]).float()], "jvp")
+
+
+@pytest.mark.parametrize("sample", some(TRAINED, 15))
+def test_hessian_and_several_upstream_gradients(sample: Sample):
+    """Forward over reverse is refused by name; is_grads_batched gives every gradient, or names the op that cannot."""
+    use = Use(sample)
+    first = use.floats[0].contiguous()
+    try:
+        if first.numel() <= 400:
+            hessian(lambda t: total(use(t, *use.floats[1:])))(first)
+    except NotImplementedError as error:
+        assert "w2s_fast" in str(error)
+    leaves = use.trainable()
+    loss = total(use(*leaves))
+    wanted = gradients(loss, leaves, retain_graph=True)
+    two = torch.tensor([1.0, 2.0], dtype=loss.dtype)
+    try:
+        found = torch.autograd.grad(loss, leaves, two, allow_unused=True, is_grads_batched=True)
+    except RuntimeError as error:  # a backward with lists of tensors, which PyTorch's loop does not know
+        assert "Batching rule not implemented for w2s_fast::" in str(error)
+        return
+    for row, factor in enumerate((1, 2)):
+        got = [torch.zeros_like(t) if g is None else g[row] / factor for g, t in zip(found, leaves, strict=True)]
+        near(got, wanted, f"gradient {row}")
 
 
 def cast_operands(sample: Sample, arguments: tuple[tuple, dict], dtype: torch.dtype) -> tuple[tuple, dict]:

@@ -101,6 +101,15 @@ def test_bench_refuses_what_it_does_not_know(run):
         assert found.exit_code == 2 and text in found.stderr and not found.stdout
 
 
+@pytest.mark.parametrize("content, text", [
+    (b"{", "Expecting"), (b"[]", "schema must be"), (b'{"schema": 0}', "got 0"), (b"\xff", "can't decode"),
+])  # fmt: skip
+def test_a_file_that_holds_no_results_is_named(run, tmp_path: Path, content: bytes, text: str):
+    (tmp_path / "x.json").write_bytes(content)
+    found = run("bench", "--compare", str(tmp_path / "x.json"), str(tmp_path / "x.json"))
+    assert found.exit_code == 2 and "x.json: " in found.stderr and text in found.stderr, found.output
+
+
 def test_demo_without_transformers_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "w2s_fast.bench.demo", None)
     found = run("demo")

@@ -178,13 +178,3 @@ def test_kernels_import_only_triton():
                 continue
             allowed = {"triton", *sys.stdlib_module_names}
             assert all(n.split(".")[0] in allowed for n in names), f"{path}: imports {names}"
-
-
-def test_imports_run_one_way():
-    order = ["methods", "integrations", "nn", "ops", "reference"]
-    for rank, layer in enumerate(order):
-        for path in (ROOT / layer).rglob("*.py"):
-            text = path.read_text()
-            for upper in order[:rank]:
-                assert f"w2s_fast.{upper}" not in text, f"{path} imports upward from {upper}"
-                assert f"from ..{upper}" not in text and f"from ...{upper}" not in text, f"{path} imports upward"

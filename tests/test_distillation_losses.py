@@ -422,6 +422,7 @@ T = [("logits", Z)]
         (lambda f, s: f(*s, [("topk", Z[:, :1], Z[:, :1])]), TypeError, r"teachers\[0\]\[1\] must be int64"),
         (lambda f, s: f(*s, T, kind="kl"), ValueError, "kind must be one of"),
         (lambda f, s: f(*s, T, tau=0.0), ValueError, "tau must be a finite number > 0"),
+        (lambda f, s: f(*s, T, tau=1e25), ValueError, "tau must be such that alpha tau.2 is a float32"),
         (lambda f, s: f(*s, T, kind="jsd", beta_jsd=1.5), ValueError, r"beta_jsd must be .*in \[0, 1"),
         (lambda f, s: f(*s, T, reduction="max"), ValueError, "reduction must be one of"),
         (lambda f, s: f(*s, [T[0], T[0]], kind="cosine"), ValueError, "teachers must be one teacher of logits"),

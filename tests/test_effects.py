@@ -93,6 +93,26 @@ def test_an_experiment_may_have_seeds_of_its_own(monkeypatch):
     assert protocol.run("scaling_recipe", [3])["seeds"] == [3]
 
 
+def test_the_long_form_has_constants_of_its_own(monkeypatch):
+    module = importlib.import_module("w2s_fast.bench.effects.streams.scaling_recipe")
+    long = protocol.experiment("streams", "scaling_recipe", full=True)
+    assert long is not module and protocol.experiment("streams", "scaling_recipe") is module
+    result = protocol.run("scaling_recipe", full=True)
+    assert result["full"] and result["seeds"] == list(protocol.FULL_SEEDS) and result["verdict"]
+    assert "of the long form" in protocol.lines(result)[0]
+    assert not protocol.run("scaling_recipe", [3])["full"]
+
+
+@pytest.mark.parametrize("name", protocol.available())
+def test_the_long_form_changes_what_there_is(name):
+    family, _ = protocol.available()[name]
+    module = importlib.import_module(f"w2s_fast.bench.effects.{family}.{name}")
+    long = protocol.experiment(family, name, full=True)
+    for constant, value in getattr(module, "FULL", {}).items():
+        before = getattr(module, constant)  # only what exists can be replaced
+        assert before != value and getattr(long, constant) == value and type(before) is type(value), constant
+
+
 def test_judging_and_the_overall_verdict():
     measured = [{"a": {"m": v + 0.1 + 0.01 * i}, "b": {"m": v}} for i, v in enumerate(UP)]
     rows = protocol.judge([Claim("x", "m", "a", "b", 0.05), Claim("y", "m", "b", 2.0)], measured)

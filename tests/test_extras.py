@@ -162,7 +162,7 @@ def test_modules_without_optional_packages(tmp_path: Path):
     for name, (kind, message) in failed.items():
         assert kind == "ModuleNotFoundError", (name, kind, message)
         brought_by(message)
-    for name in ("integrations.transformers", "integrations.trl", "integrations.diffusers"):
+    for name in ("integrations.transformers", "integrations.trl", "integrations.diffusers", "integrations.peft"):
         assert failed[f"w2s_fast.{name}"][1].endswith(f'pip install "w2s_fast[{name.split(".")[1]}]"')
 
 
@@ -184,6 +184,7 @@ def test_commands_without_optional_packages(tmp_path: Path):
 #: What each extra is for: modules to import, and whether all commands run with it.
 USES = {
     "transformers": [m for m in library_modules() if ".integrations.transformers" in m],
+    "peft": [m for m in library_modules() if ".integrations.peft" in m],
     "trl": ["w2s_fast.integrations.trl", "w2s_fast.methods.preference._trainers"],
     "diffusers": ["w2s_fast.integrations.diffusers.kv_compression"],
     "plot": ["w2s_fast.bench.plots", "matplotlib.figure"],

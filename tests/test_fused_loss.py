@@ -431,6 +431,46 @@ def test_heads_whose_weight_is_computed(change):
     assert_same(model, **batch())
 
 
+def test_a_weight_is_computed_once_a_pass():
+    """Spectral norm takes a step at every look at its weight, and others draw numbers."""
+    looks = []
+
+    class Counted(torch.nn.Module):
+        def forward(self, weight):
+            looks.append(weight.shape)
+            return 2 * weight
+
+    model, given = make("LlamaForCausalLM", tie_word_embeddings=False), batch()
+    torch.nn.utils.parametrize.register_parametrization(model.lm_head, "weight", Counted())
+    counts = []
+    for fused in (False, True):
+        if fused:
+            use_fused_loss(model)
+        looks.clear()
+        model(**given)
+        counts.append(len(looks))
+    assert counts[0] == counts[1], counts
+
+
+def test_torch_func():
+    """grad and vmap of a functional call, as ensembles and influence functions make them."""
+    model, given = make("LlamaForCausalLM"), batch()
+    own, grads = loss_and_grads(model, **given)
+    use_fused_loss(model)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(p):
+        return torch.func.functional_call(model, p, (), given).loss
+
+    found = torch.func.grad(loss)(parameters)
+    for name, grad in grads.items():
+        torch.testing.assert_close(found[name], grad, atol=2e-6, rtol=2e-4)
+    two = {name: torch.stack((p, 1.1 * p)) for name, p in parameters.items()}
+    losses = torch.func.vmap(loss)(two)
+    torch.testing.assert_close(losses[0], own.loss.detach())
+    torch.testing.assert_close(losses[1], loss({name: p[1] for name, p in two.items()}))
+
+
 def test_other_heads_and_other_losses():
     """A head that is replaced later, a linear layer with a forward of its own, a loss function of the user's."""
     class Doubled(torch.nn.Linear):
@@ -504,14 +544,6 @@ def test_data_parallel_replicas_use_their_own_weights():
         torch.testing.assert_close(ours, own, atol=2e-6, rtol=2e-4)
     evaluated = replica(model.eval())(**given)
     assert type(evaluated.logits) is torch.Tensor and type(dict(evaluated.items())["logits"]) is torch.Tensor
-
-
-@pytest.fixture
-def mesh():
-    """One process that is a group."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
 
 
 def whole(tensor):

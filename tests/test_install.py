@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -21,22 +22,38 @@ def _run(*command: str, cwd: Path, **variables: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel without compiled kernels, from a copy of the sources (a build must not touch the tree)."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources: a build must not touch the tree."""
+    source = tmp_path_factory.mktemp("source")
     names = _run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).split("\n")
     for name in filter(None, names):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel without compiled kernels."""
+    folder = tmp_path_factory.mktemp("wheel")
     _run(
         sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder), str(source),
         cwd=folder, W2S_FAST_BUILD="skip",
     )
     (found,) = folder.glob("*.whl")
     return found
+
+
+def test_a_source_distribution_has_every_kernel(source: Path, tmp_path: Path):
+    """Also where nothing could be compiled: no compiler, no torch, no CUDA."""
+    _run(sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path), cwd=source, W2S_FAST_BUILD="skip")
+    (found,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(found) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    files = (file for folder in ("csrc", "kernels") for file in (source / folder).rglob("*") if file.is_file())
+    wanted = {str(file.relative_to(source)) for file in files}
+    assert {".cu", ".h", ".cpp", ".py"} <= {Path(name).suffix for name in wanted} and not wanted - names
 
 
 @pytest.mark.slow(20)

@@ -331,3 +331,20 @@ def test_margins_of_one_layer_under_autocast():
             C = (torch.eye(4)[None, 1:] - torch.eye(4)[:1][None]).expand(20, -1, -1)
             high = bound(model).propagate(x, 0.0, "deployed").specified(C, method)[1].double()
             assert bool((f[:, 1:] - f[:, :1] <= high).all())
+
+
+@pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="PyTorch without NNPACK")
+def test_refuses_convolutions_by_winograds_algorithm():
+    """Whose rounding errors are those of numbers that the output does not depend on."""
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(8, 8, 3, padding=1).eval(), torch.randn(16, 8, 32, 32)
+    x[:, :, 16, 16] = 1e8
+    low, high = bound(model).bounds(x, 0.0, "deployed")
+    with torch.backends.mkldnn.flags(enabled=False), torch.no_grad():
+        own = torch._C._select_conv_backend(x, model.weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, None).name
+        if own != "NnpackSpatial":
+            pytest.skip(f"PyTorch takes {own} here")
+        y = model(x)
+        assert bool(((y < low) | (y > high)).any())
+        with pytest.raises(ValueError, match="convolutions that are sums of products, got NnpackSpatial"):
+            bound(model).bounds(x, 0.0, "deployed")

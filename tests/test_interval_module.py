@@ -194,7 +194,7 @@ def test_refuses_what_it_cannot_follow():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         bound(3)
     model, x, y = made("conv")
-    with pytest.raises(ValueError, match="model must be in eval mode for a certificate"):
+    with pytest.raises(ValueError, match="model must be in eval mode for sound bounds"):
         verify(model.train(), x, y, 0.1)
     with pytest.raises(ValueError, match="eps must be a finite number >= 0, got -1"):
         bound(model.eval()).bounds(x, -1)

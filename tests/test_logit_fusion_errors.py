@@ -44,6 +44,8 @@ FUSION = [
     ({"temperature": -1.0}, ValueError, r"temperature must be a finite number >=? 0, got -1"),
     ({"temperature": math.nan}, ValueError, r"temperature must be a finite number"),
     ({"temperature": torch.ones(2)}, ValueError, r"temperature must be a float or of shape \(3,\), got \(2,\)"),
+    ({"temperature": torch.tensor([1.0, -1.0, 2.0])}, ValueError, r"temperature must be (at least|above) 0, got -1"),
+    ({"temperature": torch.full((3,), math.nan)}, ValueError, r"temperature must be (at least|above) 0, got nan"),
     ({"temperature": True}, TypeError, r"temperature must be"),
     ({"plausible": "top_p"}, ValueError, r'plausible must be None, \("min_p", x\) or \("top_p", x\)'),
     ({"plausible": ("top_q", 0.5)}, ValueError, r"plausible must be None"),
@@ -53,6 +55,8 @@ FUSION = [
 STATIC = [
     *((name, *case) for name in ("fuse_logits", "fused_log_softmax", "fused_stats", "fused_sample") for case in FUSION),
     *((name, {"temperature": 0.0}, ValueError, r"temperature must be a finite number > 0, got 0")
+      for name in ("fuse_logits", "fused_log_softmax", "fused_stats")),
+    *((name, {"temperature": torch.zeros(3)}, ValueError, r"temperature must be above 0, got 0")
       for name in ("fuse_logits", "fused_log_softmax", "fused_stats")),
     *((name, {"out_dtype": torch.int32}, TypeError, r"out_dtype must be float32.*, got torch\.int32")
       for name in ("fuse_logits", "fused_log_softmax")),

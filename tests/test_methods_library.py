@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 import w2s_fast
 from w2s_fast import cli, methods
 from w2s_fast.methods import certified
-from w2s_fast.methods._common import language
+from w2s_fast.methods._common import command, language
 from w2s_fast.methods._common.loop import Recipe
 from w2s_fast.methods.certified import fast, hyperinterval, ibp, tightness, word_substitution
 from w2s_fast.methods.decoding import dynamic_logit_fusion, genarm, train_arm, weak_to_strong_search
@@ -265,6 +265,22 @@ def test_a_dumped_teacher_teaches(gpt2, tokenizer, tmp_path):
     teacher_file.dump(teacher, tokenizer, rows, tmp_path / "few.parquet", top=5)
     losses = teacher_file.distil(gpt2, tmp_path / "few.parquet", recipe=STEP.but(batch=4)).losses
     assert losses[-1] < losses[0]
+
+
+def test_a_teacher_says_nothing_of_a_first_token(tokenizer, tmp_path):
+    pytest.importorskip("pyarrow")
+    teacher, rows = foreign.gpt2(len(tokenizer), 5, dropout=0.0).eval(), [([], [5, 6, 7]), ([5, 6], []), ([5], [6, 7])]
+    given = [{"prompt": prompt, "completion": completion} for prompt, completion in rows]
+    teacher_file.dump(teacher, tokenizer, given, tmp_path / "top.parquet", top=4)
+    data = teacher_file.Dumped(tmp_path / "top.parquet")
+    assert [data[i]["scored"] for i in range(3)] == [2, 0, 2]
+    for order in ((0, 1, 2), (1, 0, 2)):
+        sequences, ids, logp = teacher_file.collate([data[i] for i in order])
+        whole, empty, plain = (order.index(i) for i in range(3))
+        assert torch.equal(sequences.labels[whole], sequences.labels[plain])
+        assert bool((sequences.labels[empty] == -100).all())
+        assert torch.equal(ids[whole], ids[plain]) and torch.equal(logp[whole], logp[plain])
+        assert bool(logp[sequences.labels.roll(-1, 1) >= 0].isfinite().all())
 
 
 # decoding
@@ -524,6 +540,7 @@ def test_the_command_refuses_in_a_sentence(folder, tmp_path, monkeypatch):
     for words, text in (
         (["npo", "--model", "model", "--data", "none.jsonl"], "no such file"),
         (["ibp", "--model", "mine:nothing", "--data", "mine:data"], "mine:nothing"),
+        (["ibp", "--model", "mine:nn", "--data", "mine:data"], "mine:nn: must be a function, is of type module"),
         (["ibp", "--model", "model", "--data", "mine:data"], "package.module:function"),
         (["spin", "--model", "model", "--data", "rows.jsonl", "--rate", "x"], "--rate"),
         (["spin", "--model", "model", "--data", "rows.jsonl", "--optimizer", "x"], "optimizer must be one of"),
@@ -534,6 +551,43 @@ def test_the_command_refuses_in_a_sentence(folder, tmp_path, monkeypatch):
     (tmp_path / "bare.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
     done = run("spin", "--model", "model", "--data", str(tmp_path / "bare.jsonl"), *common)
     assert done.exit_code == 1 and "mappings with prompt, completion" in done.stderr
+
+
+def test_files_that_hold_something_else_are_named(folder, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.chdir(folder)
+    files = {
+        "cut.jsonl": (b'{"prompt": "a", "completion": "b"}\n\n{"prompt": ', "cut.jsonl, line 3: no JSON"),
+        "list.jsonl": (b"[1, 2]", "list.jsonl, line 1: must be an object"),
+        "latin.jsonl": ('{"text": "\xe9"}'.encode("latin-1"), "latin.jsonl: 'utf-8' codec can't decode"),
+        "no.parquet": (b"PAR1 nothing of it PAR1", "no.parquet: "),
+        "half.jsonl": (b'{"prompt": "a"}', "rows must be mappings with prompt, completion, or text, got prompt"),
+    }
+    for name, (content, text) in files.items():
+        (tmp_path / name).write_bytes(content)
+        common = ["--model", "model", "--data", str(tmp_path / name), "--out"]
+        train = ["train", "genarm", *common, str(tmp_path / "out"), "--steps", "1"]
+        for words in (train, ["teacher", "dump", *common, str(tmp_path / "top.parquet")]):
+            if name == "half.jsonl" and words[0] == "train":
+                continue  # methods say what all their rows must have
+            done = CliRunner().invoke(cli.app, [*words, "--device", "cpu"], env={"COLUMNS": "300"})
+            assert done.exit_code == 1 and text in done.stderr and isinstance(done.exception, SystemExit), done.output
+    (tmp_path / "lines.jsonl").write_text('{"text": "a\u2028b\u0085c"}\r\n', encoding="utf-8")  # breaks within a text
+    (row,) = command.rows_of(str(tmp_path / "lines.jsonl"))
+    assert row == {"text": "a\u2028b\u0085c"}
+    with pytest.raises(ValueError, match=r"lines\.jsonl, line 1: no column 'prompt', only text"):
+        row["prompt"]
+
+
+def test_devices_that_are_not_there_are_named(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, text in (("cuda", "device must be one that torch finds here, got 'cuda'"),
+                         ("nothing", "device must be the name of a device, got 'nothing'")):  # fmt: skip
+        common = ["--model", "model", "--data", "rows.jsonl", "--out", str(tmp_path / "x"), "--device", device]
+        for words in (["train", "genarm", "--steps", "1", *common], ["teacher", "dump", *common]):
+            done = CliRunner().invoke(cli.app, words, env={"COLUMNS": "300"})
+            assert done.exit_code == 1 and text in done.stderr and isinstance(done.exception, SystemExit), done.output
 
 
 def test_the_teacher_s_command(folder, tmp_path, monkeypatch):
@@ -562,3 +616,11 @@ def test_every_method_has_a_command_or_says_what_it_is_instead():
     for name in found:
         done = run(name, "--help")
         assert done.exit_code == 0 and "--out" in done.stdout, name
+
+
+def test_every_method_is_called_here():
+    source = Path(__file__).read_text(encoding="utf-8")
+    called = set(re.findall(r"\b(\w+)\.\w+\(", source))
+    files = (Path(w2s_fast.__file__).parent / "methods").glob("[!_]*/[!_]*.py")
+    papers = {file.stem for file in files if file.parent.name != "streams"} - {"teacher"}  # a file format, no paper
+    assert len(papers) >= 24 and papers <= called

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from w2s_fast.nn import KVCompressedAttention, PixArtBlock, PixArtSigma
 from w2s_fast.nn.pixart import position_embedding
@@ -244,3 +246,72 @@ def test_errors():
         small().enable_kv_compression(range(14, 28))
     with pytest.raises(ValueError, match="H W"):
         KVCompressedAttention(8, 2, ratio=2)(torch.zeros(1, 24, 8), (5, 5))
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return shake(PixArtSigma(8, dim=16, depth=2, num_heads=2, caption_features=5, compressed=[1], qk_norm=True))
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return draw(2, 4, 8, 8), torch.tensor([3, 700]), draw(2, 3, 5)
+
+
+def test_hooks_that_make_a_weight_run():
+    """Pruning and the older weight norm compute a weight before each call of its module."""
+    x, grid = torch.randn(2, 24, 16, dtype=torch.float64), (4, 6)
+    for change in ("pruned", "normed"):
+        module = shake(KVCompressedAttention(16, 2, ratio=2, qk_norm=True))
+        for part in (module.sr, module.norm, module.q_norm):
+            if change == "pruned":
+                torch.nn.utils.prune.l1_unstructured(part, "weight", 0.3)
+                part.weight_orig.data.mul_(1.5)
+            elif part is module.sr:
+                torch.nn.utils.weight_norm(part)
+                part.weight_g.data.mul_(1.5)
+        found, wanted = module(x, grid), official_attention(module, x, grid)
+        torch.testing.assert_close(found, wanted)
+        for loss in (found.square().sum(), wanted.square().sum()):
+            module.zero_grad()
+            loss.backward(retain_graph=True)
+            grads = [p.grad.clone() for p in module.parameters()]
+            if loss is not wanted:
+                first = grads
+        torch.testing.assert_close(first, grads)
+
+
+def test_blocks_are_called_where_somebody_waits_for_it():
+    plain, given = small_model(), inputs()
+    wanted = plain(*given)
+    wanted.square().sum().backward()
+    seen = []
+    hooked = small_model()
+    hooked.blocks[0].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    hooked.final_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    wrapped = small_model()
+    for i, block in enumerate(wrapped.blocks):
+        wrapped.blocks[i] = checkpoint_wrapper(block)
+    for model in (hooked, wrapped):
+        found = model(*given)
+        torch.testing.assert_close(found, wanted)
+        found.square().sum().backward()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+    assert seen == [(2, 16, 16)] * 2
+
+
+def test_sharded_block_by_block(mesh):
+    """FSDP2 gathers a unit's parameters when it is called."""
+    from torch.distributed.fsdp import fully_shard
+
+    plain, sharded, given = small_model(), small_model(), inputs()
+    for unit in (*sharded.blocks, sharded.final_layer, sharded):
+        fully_shard(unit, mesh=mesh)
+    wanted, found = plain(*given), sharded(*given)
+    torch.testing.assert_close(found, wanted)
+    wanted.square().sum().backward()
+    found.square().sum().backward()
+    for a, b in zip(sharded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad.full_tensor(), b.grad)

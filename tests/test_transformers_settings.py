@@ -210,6 +210,50 @@ def test_a_value_for_each_row(models, method, name, values):
         torch.testing.assert_close(alone.logprobs[row], together.logprobs[row])
 
 
+def test_settings_of_the_solver_for_each_prompt(models):
+    """They go with their rows where rows are repeated, and where values of top_k keep rows apart."""
+    uniform = torch.rand(6, 4, generator=torch.Generator().manual_seed(1))
+    settings = {"eos_token_id": (), "max_new_tokens": 4, "method": "dynamic", "num_return_sequences": 2}
+    target, top_k = torch.tensor([0.001, 0.02, 0.1]), torch.tensor([0, 5, 9])
+    for solve in ({"target_kl": target}, {"target_kl": target[:, None]}, {"direction": torch.eye(3)[:, :1] + 0.5}):
+        together = generate(*models, **given(), **settings, uniform=uniform, top_k=top_k, dynamic=solve)
+        for row in range(3):
+            rows, one = slice(2 * row, 2 * row + 2), slice(row, row + 1)
+            part = {name: value[one] for name, value in solve.items()}
+            alone = generate(*models, **given(one), **settings, uniform=uniform[rows], top_k=int(top_k[row]),
+                             dynamic=part)  # fmt: skip
+            assert torch.equal(alone.sequences, together.sequences[rows])
+            torch.testing.assert_close(alone.alphas, together.alphas[rows], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("pad", [-1, -100, 64, 10**6])
+def test_a_pad_token_that_no_model_has(models, pad):
+    """It fills rows that have ended and the prompts' padding, and no model reads it."""
+    settings = {"max_new_tokens": NEW, "temperature": 0, "weights": 0.0}
+    wanted = generate(*models, **given(), **settings, eos_token_id=range(40, 50), pad_token_id=0)
+    ids, mask = prompts()
+    odd = generate(*models, input_ids=ids.where(mask != 0, pad), attention_mask=mask, **settings,
+                   eos_token_id=torch.arange(40, 50), pad_token_id=torch.tensor(pad))  # fmt: skip
+    behind = torch.arange(odd.sequences.shape[1] - 7) >= odd.lengths[:, None]
+    assert torch.equal(odd.lengths, wanted.lengths) and bool(behind[:, 1].any())  # one row ends before another
+    assert torch.equal(odd.sequences[:, 7:], wanted.sequences[:, 7:].masked_fill(behind, pad))
+
+
+@pytest.mark.parametrize("name, value, error, message", [
+    ("eos_token_id", 2.0, TypeError, "eos_token_id must be an id or several, got 2.0"),
+    ("pad_token_id", "0", TypeError, "pad_token_id must be an id or several, got '0'"),
+    ("pad_token_id", [0, 1], ValueError, r"pad_token_id must be one id, got \[0, 1\]"),
+    ("top_k", torch.tensor([1.5, 2.0, 3.0]), TypeError, "top_k must be an int or a tensor of ints, got torch.float32"),
+    ("large", "gpt2", TypeError, "large must be a model, a torch.nn.Module, got str"),
+    ("uniform", [[0.5] * 2] * 3, TypeError, "uniform must be a tensor, got list"),
+    ("attention_mask", [[1] * 7] * 3, TypeError, "attention_mask must be a tensor, got list"),
+])  # fmt: skip
+def test_what_is_no_id_count_or_tensor(models, name, value, error, message):
+    with pytest.raises(error, match=message):
+        generate(**{**dict(zip(("large", "experts", "anti"), models, strict=True)), **given(), "max_new_tokens": 2,
+                    name: value})  # fmt: skip
+
+
 def test_values_for_each_row_draw_as_many_numbers(models):
     """Without ``uniform`` the numbers come from the generator for the whole batch, whatever the grouping."""
     draw = lambda top_k: generate(*models, **given(), eos_token_id=(), max_new_tokens=NEW, top_k=top_k,  # noqa: E731

@@ -57,16 +57,20 @@ __version__ = "0.1.0"
 
 #: Packages that are loaded on first use: ``w2s_fast.nn.bound`` needs no import of its own.
 _LAZY = ("data", "integrations", "methods", "metrics", "nn", "optim")
+#: Functions that are loaded on first use, and their modules.
+_CALLS = {"apply": "integrations.one_call"}
 
 
 def __getattr__(name: str) -> _typing.Any:
+    if name in _CALLS:
+        return getattr(_importlib.import_module(f"{__name__}.{_CALLS[name]}"), name)
     if name in _LAZY:
         return _importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_CALLS})
 
 
 __all__ = [

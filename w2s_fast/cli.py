@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-out, err = Console(), Console(stderr=True)
+out, err = Console(emoji=False), Console(stderr=True, emoji=False)  # a name such as pkg:a: is no picture
 
 
 class _Commands(typer.core.TyperGroup):
@@ -188,6 +188,7 @@ def bench(
     ] = None,
     plots: Annotated[bool, typer.Option("--plots", help="Also draw the charts beside the results.")] = False,
     overhead: Annotated[bool, typer.Option(help="Also measure import and call overhead.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Only the cases that the result file lacks.")] = False,
     readme: Annotated[
         bool, typer.Option("--readme", help="Measure nothing; rewrite the tables of README and docs.")
     ] = False,
@@ -213,7 +214,7 @@ def bench(
         except ValueError as error:
             _fail(str(error), code=2)
         return
-    options = command.Options(tuple(op or ()), full, providers, device, threads, rounds, to, overhead)
+    options = command.Options(tuple(op or ()), full, providers, device, threads, rounds, to, overhead, resume)
     if guarantee:
         _guarantee(options, cases, seed)
         return
@@ -241,7 +242,7 @@ def bench(
 
         report = command.measure(chosen, settings, options, step, lambda: progress.advance(task))
     _print_report(report)
-    path = command.save(report, options)
+    path = command.path_for(report.slug, options.out)
     out.print(f"results: {path}", soft_wrap=True, highlight=False)
     if plots:
         _draw(report, path.parent)
@@ -397,11 +398,14 @@ def teacher_dump(
     from .methods.distillation import teacher
 
     files.writable_folder(to.parent)  # before the work
-    rows = command.rows_of(data)
-    made, tokenizer = command.model_of(model, tokenizer=True)
-    with err.status("dumping"):
-        made = made.to(place(device).device)
-        count = teacher.dump(made, tokenizer, rows, to, top=top, batch=batch, max_length=length)
+    try:
+        where, rows = place(device), command.rows_of(data)
+        made, tokenizer = command.model_of(model, tokenizer=True)
+        with err.status("dumping"):
+            made = made.to(where.device)
+            count = teacher.dump(made, tokenizer, rows, to, top=top, batch=batch, max_length=length)
+    except ValueError as error:
+        _fail(f"teacher dump: {error}")
     out.print(f"{count} rows: {to}", soft_wrap=True, highlight=False)
 
 
@@ -410,6 +414,7 @@ def effect(
     name: Annotated[str, typer.Argument(help="An experiment; none lists them.")] = "",
     seeds: Annotated[str, typer.Option(help="Comma-separated, at least five for a verdict; default: its own.")] = "",
     listed: Annotated[bool, typer.Option("--list", help="All experiments with their recorded verdicts.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The long form: ten seeds, longer grids, more steps.")] = False,
     to: Annotated[Path | None, typer.Option("--out", help="A JSON file that gets the result.")] = None,
 ) -> None:
     """Run the experiment that shows a paper's effect, or that it does not show; alone, list them with verdicts."""
@@ -428,7 +433,7 @@ def effect(
         files.writable_folder(to.parent)  # before the work
     try:
         with err.status(name) as status:
-            result = protocol.run(name.replace("-", "_"), numbers, lambda what: status.update(f"{name}: {what}"))
+            result = protocol.run(name.replace("-", "_"), numbers, lambda what: status.update(f"{name}: {what}"), full)
     except KeyError:
         _fail(f"no experiment named {name}; w2s-fast effect --list names them", code=2)
     for line in protocol.lines(result):

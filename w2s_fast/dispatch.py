@@ -77,6 +77,9 @@ def backend(name: str) -> Iterator[None]:
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend would serve ``op(*args, **kwargs)`` and why the others would not; nothing is computed.
 
+    Raises:
+        ValueError: if ``op`` reaches no kernel; and what the op itself says of its arguments.
+
     Example:
         >>> import torch, w2s_fast
         >>> w2s_fast.explain(w2s_fast.fuse_logits, torch.zeros(1, 2), [torch.ones(1, 2)]).op

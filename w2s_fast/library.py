@@ -239,13 +239,9 @@ class Op:
         return kernel
 
     def _refuse_tangents(self, flat: Sequence[Any]) -> None:
-        """The kernels would drop a tangent and the derivative would silently be 0."""
         for t in _tensors(flat):
             if forward_ad.unpack_dual(t).tangent is not None:
-                raise NotImplementedError(
-                    f"w2s_fast.{self.name}: forward-mode automatic differentiation is not supported; use reverse "
-                    "mode (torch.autograd.grad, Tensor.backward)."
-                )
+                transforms.no_forward_mode(self.name)
 
     def has_cpp(self) -> bool:
         """Whether the loaded extension has a C++ kernel for this op on the CPU."""

@@ -76,6 +76,9 @@ def segment_mean(value: Tensor, group: Tensor, groups: int) -> SegmentMean:
         group: integers of the same shape.
         groups: how many there are.
 
+    Raises:
+        ValueError, TypeError: naming `value`, `group`, `groups`.
+
     Example:
         >>> import torch
         >>> from w2s_fast.metrics import segment_mean
@@ -162,6 +165,9 @@ class StreamMetrics:
         windows: w of WF and WP.
         beta: of LCA.
 
+    Raises:
+        ValueError, TypeError: naming `tasks`, `beta`, `windows`.
+
     Example:
         >>> import torch
         >>> from w2s_fast.metrics import StreamMetrics
@@ -189,7 +195,11 @@ class StreamMetrics:
         self._windows = [[_Window(w) for w in self.windows] for _ in range(tasks)]
 
     def begin(self, task: int) -> None:
-        """Training goes over to this task, and the one before has ended."""
+        """Training goes over to this task, and the one before has ended.
+
+        Raises:
+            ValueError, TypeError: naming `task`.
+        """
         checks.integer("metrics.StreamMetrics.begin", "task", task, low=0, high=self.tasks - 1)
         if task in self._begun:
             checks.fail("metrics.StreamMetrics.begin", "task", "one that was not begun yet", task)
@@ -202,6 +212,10 @@ class StreamMetrics:
         """One evaluation: right answers and samples ``[tasks]`` of this rank (`segment_mean`'s total and number).
 
         Tasks with a count of 0, and tasks that were not begun, are left as they are.
+
+        Raises:
+            ValueError, TypeError: naming `correct` or `count`.
+            RuntimeError: before `begin`.
         """
         op = "metrics.StreamMetrics.update"
         for name, value in (("correct", correct), ("count", count)):
@@ -231,7 +245,11 @@ class StreamMetrics:
             first[1] += accuracy
 
     def compute(self) -> dict[str, float]:
-        """The metrics now."""
+        """The metrics now.
+
+        Raises:
+            RuntimeError: before `begin`.
+        """
         if not self._begun:
             checks.fail("metrics.StreamMetrics.compute", "begin", "called before", "no task", error=RuntimeError)
         *ended, now = self._begun
@@ -259,7 +277,11 @@ class StreamMetrics:
         return {"tasks": self.tasks, "windows": list(self.windows), "beta": self.beta, **kept, "queues": windows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there.
+
+        Raises:
+            ValueError: naming `windows`.
+        """
         for name in ("tasks", "beta"):
             if state[name] != getattr(self, name):
                 checks.fail("metrics.StreamMetrics.load_state_dict", name, f"{getattr(self, name)}", state[name])

@@ -35,6 +35,14 @@ def no_second_derivative(name: str) -> NoReturn:
     raise NotImplementedError(f"w2s_fast::{name}: double backward is not supported")
 
 
+def no_forward_mode(name: str) -> NoReturn:
+    """The error of a tangent: the kernels would drop it, and the derivative would silently be 0."""
+    raise NotImplementedError(
+        f"w2s_fast.{name}: forward-mode automatic differentiation is not supported; use reverse mode "
+        "(torch.autograd.grad, Tensor.backward)."
+    )
+
+
 class _Once(torch.autograd.Function):
     """Gradients, whose own gradient is an error: inputs are what they depend on, then they themselves."""
 
@@ -143,7 +151,8 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise AssertionError("the op has refused tangents before")
+        """Tangents of an outer level (`torch.func.hessian`), which the op's arguments do not show."""
+        no_forward_mode(ctx.call.op.name)
 
 
 def call(op: Any, backend: str, args: Sequence[Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import w2s_fast
+import w2s_fast.nn
 
-from ..case import Case, compiled, eager, formulation, peer, yardstick
+from ..case import Case, Provider, compiled, eager, formulation, peer, yardstick
 from ._interval import EPS, eager_layer, specification, to_scale
 
 
@@ -169,6 +171,70 @@ def _forward_case(name: str, batch: int, k: int, n: int, dead: float, target: fl
     )
 
 
+def _verify_case(sizes: tuple[int, ...], dead: float, rounding: Any, target: float) -> Case:
+    """Margins of one sample through a whole model that is only verified, most of whose hidden units are dead."""
+
+    def network(double: bool = False) -> nn.Sequential:
+        draw = torch.Generator().manual_seed(0)
+        layers: list[nn.Module] = []
+        for k, n in pairwise(sizes):
+            linear = nn.utils.skip_init(nn.Linear, k, n)
+            with torch.no_grad():
+                linear.weight.copy_(torch.randn(n, k, generator=draw) * (2 / k) ** 0.5)
+                linear.bias.copy_(torch.where(torch.rand(n, generator=draw) < dead, -1e3, 0.1))
+            layers += [linear, nn.ReLU()]
+        model = nn.Sequential(*layers[:-1]).eval()
+        return model.double() if double else model
+
+    def ours(rounded: Any) -> Callable[..., Any]:
+        bounded = w2s_fast.nn.bound(network()).store_transposed()
+
+        def call(x: Tensor, y: Tensor) -> Tensor:
+            with torch.no_grad():
+                return bounded.margins(x, y, EPS, rounding=rounded)
+
+        return call
+
+    def plain(double: bool = False) -> Callable[..., Any]:
+        model = network(double)
+
+        def call(x: Tensor, y: Tensor) -> Tensor:
+            with torch.no_grad():
+                lower, upper = x - EPS, x + EPS
+                for layer in list(model)[:-1:2]:
+                    lower, upper = eager_layer(lower, upper, layer.weight, layer.bias, "relu")
+                return specification(lower, upper, model[-1].weight, model[-1].bias, y)
+
+        return call
+
+    def later(make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        built = lru_cache(maxsize=1)(make)
+        return lambda *args: built()(*args)
+
+    products = sum(k * n for k, n in pairwise(sizes))
+    read = sum(k * n * (1 if i == 0 else 1 - dead) for i, (k, n) in enumerate(pairwise(sizes)))
+    providers = {"eager": Provider("eager", plain), "fast rounding": Provider("eager", lambda: ours("fast"))}
+    return Case(
+        op="interval_linear",
+        name=f"verify-net-dead{round(100 * dead)}-{rounding}-B1-fp32",
+        dtype="float32",
+        shape={"B": 1, "parameters": products},
+        bytes=4.0 * read,
+        flops=4.0 * read,
+        prediction="each weight of a unit that is not dead read once, where eager reads and writes all of W and |W|",
+        inputs=lambda generator, device: (
+            torch.rand(1, sizes[0], generator=generator, device=device),
+            torch.randint(sizes[-1], (1,), generator=generator, device=device),
+        ),
+        ours=later(lambda: ours(rounding)),
+        reference=later(lambda: plain(True)),
+        providers=providers,
+        # sound margins are wider by what 2,048 terms a layer round
+        compare=lambda actual, exact: float((actual.double() - exact).abs().max() / (0.03 * exact.abs().max())),
+        targets={"eager": target},
+    )
+
+
 def _generator_case(k: int, n: int, gradients: bool, target: float) -> Case:
     """The output layer of a hypernetwork: one row, millions of outputs."""
 
@@ -296,6 +362,7 @@ def cases(device: str) -> list[Case]:
         _mlp_case("mlp-3072-2048x2", b, 512, {"auto_LiRPA": 1.5, "compile": 1.1}, False),
         _forward_case("verify", 1, 2048, 2048, 0.0, 4.0, "fast", True),
         _forward_case("verify-dead80", 1, 2048, 2048, 0.8, 10.0, "fast", False),
+        *(_verify_case((784, 2048, 2048, 2048, 10), 0.8, r, 10.0) for r in ("sound", "deployed")),
         _forward_case("sound", 128, 784, 512, 0.0, 0.95, "sound", False),
         _generator_case(100, 500_000, False, 5.5),
         _generator_case(100, 500_000, True, 4.0),

@@ -3,7 +3,8 @@
 An experiment is ``bench/effects/<family>/<paper>.py``: its docstring tells the mathematics and the regime, ``CLAIMS``
 what must hold, ``measure(seed, chosen)`` returns ``{arm: {metric: value}}`` on test, and ``choices()``, if there is
 one, the settings that `choose` found on dev; ``SEEDS`` where five seeds would resolve too little. `w2s-fast effect
-NAME` runs it, bench/results/effects.json holds the results.
+NAME` runs it, in at most three minutes of one core; with ``--full`` over `FULL_SEEDS` and with the constants of the
+module's ``FULL`` (longer grids, more steps). bench/results/effects.json holds the results.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 FILE = RESULTS / "effects.json"
 DEV_SEEDS = (100, 101, 102)
 SEEDS = (0, 1, 2, 3, 4)
+FULL_SEEDS = tuple(range(10))
 #: 97.5 % quantiles of Student's t for 4, 5, ... degrees of freedom
 QUANTILES = (2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101)
 SHOWN, NOT_SHOWN, REVERSED, NOT_RESOLVABLE = "shown", "not shown", "reversed", "not resolvable"
@@ -147,15 +150,31 @@ def at_the_edge(result: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def experiment(family: str, name: str, full: bool = False) -> Any:
+    """The module of an experiment; its long form is a copy whose constants are those of ``FULL``."""
+    where = f"{__package__}.{family}.{name}"
+    if not full:
+        return import_module(where)
+    spec = find_spec(where)
+    assert spec is not None and spec.loader is not None
+    module: Any = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for constant, value in getattr(module, "FULL", {}).items():
+        setattr(module, constant, value)
+    return module
+
+
 def run(
-    name: str, seeds: Sequence[int] | None = None, tick: Callable[[str], None] = lambda _: None
+    name: str, seeds: Sequence[int] | None = None, tick: Callable[[str], None] = lambda _: None, full: bool = False
 ) -> dict[str, Any]:
     """One experiment, over its own seeds if None; with fewer than five seeds there are means but no verdicts."""
     import torch
 
     family, summary = available()[name]
-    module: Any = import_module(f"{__package__}.{family}.{name}")
-    seeds = getattr(module, "SEEDS", SEEDS) if seeds is None else seeds
+    module = experiment(family, name, full)
+    if seeds is None:
+        own = getattr(module, "SEEDS", SEEDS)
+        seeds = max(own, FULL_SEEDS, key=len) if full else own
     start = time.process_time()
     tick("choosing on dev")
     choices: dict[str, Choice] = module.choices() if hasattr(module, "choices") else {}
@@ -166,7 +185,7 @@ def run(
     claims = judge(module.CLAIMS, measured) if len(seeds) >= 5 else []
     return {
         "family": family, "summary": summary, "seeds": list(seeds), "verdict": overall(claims) if claims else "",
-        "claims": claims, "seconds": round(time.process_time() - start, 1), "torch": torch.__version__,
+        "claims": claims, "seconds": round(time.process_time() - start, 1), "full": full, "torch": torch.__version__,
         "machine": platform.machine(), "chosen": {k: choice.best for k, choice in choices.items()},
         "tried": {k: choice.tried for k, choice in choices.items()},
         "measured": {
@@ -198,7 +217,8 @@ def _short(value: Any) -> Any:
 
 def lines(result: Mapping[str, Any]) -> list[str]:
     """One result: what was measured, arm by arm, then the claims with their verdicts."""
-    found = [f"{result['summary']} ({result['seconds']:g} CPU seconds, seeds {', '.join(map(str, result['seeds']))})"]
+    seeds = ", ".join(map(str, result["seeds"]))
+    found = [f"{result['summary']} ({_cost(result)}, seeds {seeds})"]
     for arm, metrics in result["measured"].items():
         values = ", ".join(f"{name} {sum(v) / len(v):.4g}" for name, v in metrics.items())
         found.append(f"  {arm}: {values}")
@@ -209,12 +229,16 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     return [*found, f"verdict: {result['verdict'] or 'none from fewer than five seeds'}"]
 
 
+def _cost(kept: Mapping[str, Any]) -> str:
+    return f"{kept['seconds']:.0f} CPU seconds{' of the long form' if kept.get('full') else ''}"
+
+
 def listing(path: Path = FILE) -> list[str]:
     """All experiments: family, name, recorded verdict, CPU seconds, one line."""
     found, known = [], load(path)
     for name, (family, summary) in available().items():
         kept = known.get(name)
-        state = f"{kept['verdict']}, {kept['seconds']:.0f} s" if kept else "not run"
+        state = f"{kept['verdict']}, {_cost(kept)}" if kept else "not run"
         found.append(f"{family}/{name}: {state}. {summary}")
     return found
 
@@ -227,11 +251,3 @@ def markdown(results: Mapping[str, Any]) -> str:
             numbers = f"{row['mean']:+.3g} ± {row['resolved']:.2g} | >= {row['by']:g}"
             rows.append(f"| `{name}` | {row['text']} | {numbers} | {row['verdict']} |")
     return "\n".join(rows)
-
-
-def write_docs(page: Path, family: str) -> None:
-    """Put a family's table between the markers of a page."""
-    begin, end = "<!-- effects:begin -->", "<!-- effects:end -->"
-    before, rest = page.read_text(encoding="utf-8").split(begin)
-    own = {name: kept for name, kept in load().items() if kept["family"] == family}
-    write_text(page, f"{before}{begin}\n{markdown(own)}\n{end}{rest.split(end)[1]}")

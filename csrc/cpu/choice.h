@@ -6,20 +6,13 @@
 // torch.use_deterministic_algorithms(True) therefore takes ours.
 #pragma once
 
-#include <cstdint>
 #include <functional>
 #include <mutex>
-#include <stdexcept>
 
 namespace w2s {
 
 bool library_allowed();  // neither W2S_FAST_GEMM=own nor deterministic algorithms
 bool library_forced();   // W2S_FAST_GEMM=library
-
-// What a function of torch's C interface returns; it has said on stderr what was wrong.
-inline void library_call(int32_t error) {
-  if (error != 0) throw std::runtime_error("w2s_fast: a function of torch failed");
-}
 
 struct Choice {
   const char* name;

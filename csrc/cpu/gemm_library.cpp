@@ -81,7 +81,7 @@ namespace {
 
 // [classes, 3]: our rate and the library's in FLOP a second, and whether the library's is taken
 Tensor product_rates(Tensor like) {
-  Tensor out = torch::stable::new_empty(like, {CLASSES, 3}, ScalarType::Double);
+  Tensor out = fresh(like, {CLASSES, 3}, ScalarType::Double);
   double* p = static_cast<double*>(out.data_ptr());
   for (int k = 0; k < CLASSES; ++k, p += 3) {
     p[0] = choice(k).own;

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <array>
+#include <concepts>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -46,73 +47,41 @@ inline void check(bool ok, const Message& message) {
   else throw Refusal(message);
 }
 
-inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-inline Tensor with_rows(const Tensor& t) {
-  const int64_t n = t.dim();
-  return n == 0 || t.size(n - 1) <= 1 || t.stride(n - 1) == 1 ? t : torch::stable::contiguous(t);
+// What a function of torch's C interface returns; it has said on stderr what was wrong.
+inline void library_call(int32_t error) {
+  if (error != 0) throw std::runtime_error("w2s_fast: a function of torch failed");
 }
 
-// What a parameter is in a schema, what the dispatcher gives for it, and how that becomes it.
+// What a parameter is in a schema.
 template <class T>
-struct Parameter;
-template <class T, class G = T>
-struct AsGiven {
-  using Given = G;
-  static T take(G given) { return given; }
-};
+inline constexpr const char* type_of = nullptr;
 template <>
-struct Parameter<double> : AsGiven<double> { static constexpr const char* type = "float"; };
+inline constexpr const char* type_of<double> = "float";
 template <>
-struct Parameter<int64_t> : AsGiven<int64_t> { static constexpr const char* type = "int"; };
+inline constexpr const char* type_of<int64_t> = "int";
 template <>
-struct Parameter<bool> : AsGiven<bool> { static constexpr const char* type = "bool"; };
+inline constexpr const char* type_of<bool> = "bool";
 template <>
-struct Parameter<std::string> : AsGiven<std::string> { static constexpr const char* type = "str"; };
+inline constexpr const char* type_of<std::string> = "str";
 template <>
-struct Parameter<ScalarType> : AsGiven<ScalarType> { static constexpr const char* type = "ScalarType"; };
+inline constexpr const char* type_of<ScalarType> = "ScalarType";
 template <>
-struct Parameter<std::vector<double>> : AsGiven<std::vector<double>> { static constexpr const char* type = "float[]"; };
+inline constexpr const char* type_of<std::vector<double>> = "float[]";
 template <>
-struct Parameter<std::vector<int64_t>> : AsGiven<std::vector<int64_t>> { static constexpr const char* type = "int[]"; };
-template <>
-struct Parameter<Tensor> {
-  using Given = Tensor;
-  static constexpr const char *type = "Tensor", *optional = "Tensor?";
-  static Tensor take(const Tensor& t) { return packed(t); }
-};
-template <>
-struct Parameter<Rowwise> : Parameter<Tensor> {
-  static Rowwise take(const Tensor& t) { return {with_rows(t)}; }
-};
-template <>
-struct Parameter<Strided> : Parameter<Tensor> {
-  static Strided take(const Tensor& t) { return {t}; }
-};
+inline constexpr const char* type_of<std::vector<int64_t>> = "int[]";
+template <std::derived_from<Tensor> T>
+inline constexpr const char* type_of<T> = "Tensor";
+template <std::derived_from<Tensor> T>
+inline constexpr const char* type_of<std::optional<T>> = "Tensor?";
+template <std::derived_from<Tensors> T>
+inline constexpr const char* type_of<T> = "Tensor[]";
+
+// A parameter of what the dispatcher gives for it, and what it wants for a result. In op.cpp, once for all ops: there is much
+// of torch in them.
 template <class T>
-struct Parameter<std::optional<T>> {
-  using Given = std::optional<typename Parameter<T>::Given>;
-  static constexpr const char* type = Parameter<T>::optional;
-  static std::optional<T> take(const Given& t) {
-    if (!t) return std::nullopt;
-    return Parameter<T>::take(*t);
-  }
-};
-template <>
-struct Parameter<Tensors> {
-  using Given = Tensors;
-  static constexpr const char* type = "Tensor[]";
-  static Tensors take(Tensors list) {
-    for (Tensor& t : list) t = packed(t);
-    return list;
-  }
-};
-template <>
-struct Parameter<RowwiseTensors> : Parameter<Tensors> {
-  static RowwiseTensors take(Tensors list) {
-    for (Tensor& t : list) t = with_rows(t);
-    return {std::move(list)};
-  }
-};
+T taken(StableIValue given);
+StableIValue handed(Tensor result);
+StableIValue handed(Tensors results);
 
 // A group: a plain struct that says how many fields it has. Its fields' types, in order:
 template <class T>
@@ -127,11 +96,17 @@ auto fields_of(T& group) {
     auto& [__VA_ARGS__] = group;       \
     return list(__VA_ARGS__);          \
   }
+  W2S_FIELDS(2, a, b)
+  W2S_FIELDS(3, a, b, c)
   W2S_FIELDS(4, a, b, c, d)
+  W2S_FIELDS(5, a, b, c, d, e)
+  W2S_FIELDS(6, a, b, c, d, e, f)
   W2S_FIELDS(7, a, b, c, d, e, f, g)
   W2S_FIELDS(8, a, b, c, d, e, f, g, h)
   W2S_FIELDS(9, a, b, c, d, e, f, g, h, i)
+  W2S_FIELDS(10, a, b, c, d, e, f, g, h, i, j)
   W2S_FIELDS(11, a, b, c, d, e, f, g, h, i, j, k)
+  W2S_FIELDS(12, a, b, c, d, e, f, g, h, i, j, k, l)
   W2S_FIELDS(13, a, b, c, d, e, f, g, h, i, j, k, l, m)
 #undef W2S_FIELDS
 }
@@ -149,8 +124,8 @@ constexpr size_t append(char* to, size_t at, const char* piece) {
 template <class T>
 struct Argument {
   static constexpr size_t count = 1;
-  static T take(const StableIValue*& at) { return Parameter<T>::take(torch::stable::detail::to<typename Parameter<T>::Given>(*at++)); }
-  static constexpr size_t types(char* to, size_t at) { return append(to, append(to, at, Parameter<T>::type), ", "); }
+  static T take(const StableIValue*& at) { return taken<T>(*at++); }
+  static constexpr size_t types(char* to, size_t at) { return append(to, append(to, at, type_of<T>), ", "); }
 };
 template <class... F>
 struct Argument<List<F...>> {
@@ -170,7 +145,7 @@ struct Argument<T> : Argument<FieldsOf<T>> {
 template <class R>
 struct Returned {
   static constexpr size_t count = 1;
-  static void put(StableIValue* stack, R r) { *stack = torch::stable::detail::from(std::move(r)); }
+  static void put(StableIValue* stack, R r) { *stack = handed(std::move(r)); }
   static constexpr size_t types(char* to, size_t at) { return Argument<R>::types(to, at); }
 };
 template <>
@@ -182,7 +157,7 @@ template <class... R>
 struct Returned<std::tuple<R...>> {
   static constexpr size_t count = sizeof...(R);
   static void put(StableIValue* stack, std::tuple<R...> all) {
-    std::apply([&](R&... r) { ((*stack++ = torch::stable::detail::from(std::move(r))), ...); }, all);
+    std::apply([&](R&... r) { ((*stack++ = handed(std::move(r))), ...); }, all);
   }
   static constexpr size_t types(char* to, size_t at) { return Argument<List<R...>>::types(to, at); }
 };

@@ -48,7 +48,7 @@ inline Tensor recycled_empty(const Tensor& like, std::vector<int64_t> shape) {
   int64_t bytes = bytes_of(dtype_of(like));
   for (const int64_t n : shape) bytes *= n;
   void* block = bytes > (int64_t(32) << 20) ? Recycled::store().take(size_t(bytes)) : nullptr;
-  if (!block) return torch::stable::new_empty(like, shape);
+  if (!block) return fresh(like, shape);
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * shape[i];
   return torch::stable::from_blob(block, shape, strides, like.device(), like.scalar_type(),

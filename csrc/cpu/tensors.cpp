@@ -2,6 +2,35 @@
 
 namespace w2s {
 
+Dtype dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
+
+Rows::Rows(const Tensor& t) : data(static_cast<char*>(t.data_ptr())), dtype(dtype_of(t)) {
+  bytes = bytes_of(dtype);
+  stride = t.size(0) > 1 ? t.stride(0) * bytes : 0;
+}
+
+Flat::Flat(const Tensor& t) : data(t.data_ptr()), dtype(dtype_of(t)), count(t.numel()) {}
+
+Slots::Slots(const Tensor& t) : data(static_cast<char*>(t.data_ptr())), dtype(dtype_of(t)) {
+  bytes = bytes_of(dtype);
+  batch = t.stride(0) * bytes;
+  token = t.stride(1) * bytes;
+  slot = t.dim() > 3 ? t.stride(2) * bytes : 0;
+}
+
+Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, std::optional<ScalarType> type) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  int32_t dtype;
+  if (type) dtype = to<int32_t>(from(*type));
+  else library_call(aoti_torch_get_dtype(like.get(), &dtype));
+  std::vector<int64_t> strides(shape.size());
+  int64_t next = 1;
+  for (size_t i = shape.size(); i-- > 0; next *= std::max<int64_t>(shape[i], 1)) strides[i] = next;
+  AtenTensorHandle made;
+  library_call(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 std::vector<double> numbers(const Tensor& t) {
   const int64_t rows = t.size(0), columns = t.dim() > 1 ? t.size(1) : 1;
   const int64_t down = t.stride(0), across = t.dim() > 1 ? t.stride(1) : 0;

@@ -21,7 +21,7 @@ inline Dtype dtype_of(ScalarType type) {
     default: throw Refusal("tensors of real numbers must be float32, bfloat16, float16 or float64");
   }
 }
-inline Dtype dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
+Dtype dtype_of(const Tensor& t);
 
 template <class T>
 constexpr ScalarType scalar_type = std::is_same_v<T, double>     ? ScalarType::Double
@@ -42,9 +42,12 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(t.size(d));
   return shape;
 }
-// Uninitialised and contiguous, of t's shape; of no elements where it is not wanted.
+// Uninitialised and contiguous, of the dtype of `like` if no other is given. torch::stable::new_empty looks its op up by name
+// at every call, which takes longer than a small kernel.
+Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, std::optional<ScalarType> type = std::nullopt);
+// Of t's shape; of no elements where it is not wanted.
 inline Tensor empty_of(const Tensor& t, bool wanted = true) {
-  return torch::stable::new_empty(t, wanted ? shape_of(t) : std::vector<int64_t>{0});
+  return fresh(t, wanted ? shape_of(t) : std::vector<int64_t>{0});
 }
 
 // The integers or booleans of a contiguous tensor.
@@ -64,20 +67,6 @@ inline const int64_t* places(const Tensor& t, int64_t size, const char* argument
   return found;
 }
 
-inline Rows::Rows(const Tensor& t) : data(static_cast<char*>(t.data_ptr())), dtype(dtype_of(t)) {
-  bytes = bytes_of(dtype);
-  stride = t.size(0) > 1 ? t.stride(0) * bytes : 0;
-}
-
-inline Flat::Flat(const Tensor& t) : data(t.data_ptr()), dtype(dtype_of(t)), count(t.numel()) {}
-
-inline Slots::Slots(const Tensor& t) : data(static_cast<char*>(t.data_ptr())), dtype(dtype_of(t)) {
-  bytes = bytes_of(dtype);
-  batch = t.stride(0) * bytes;
-  token = t.stride(1) * bytes;
-  slot = t.dim() > 3 ? t.stride(2) * bytes : 0;
-}
-
 // A tensor's numbers as doubles, row by row (a row vector, weights [B, K]); any strides.
 std::vector<double> numbers(const Tensor& t);
 inline std::vector<double> numbers(const std::optional<Tensor>& t) { return t ? numbers(*t) : std::vector<double>(); }
@@ -89,7 +78,7 @@ struct CallMemory {
   Tensors kept;
   template <class A>
   A* get(int64_t elements) {
-    kept.push_back(torch::stable::new_empty(like, {std::max<int64_t>(elements, 1)}, scalar_type<A>));
+    kept.push_back(fresh(like, {std::max<int64_t>(elements, 1)}, scalar_type<A>));
     return static_cast<A*>(kept.back().data_ptr());
   }
 };

@@ -125,9 +125,10 @@ def _ce_kernel(
 
 
 def launch_linear_ce(
-    model: Any, target: Any, weight: Any, z_loss: float, scaled: bool, need_entropy: bool, need_best: bool, need: Any
-) -> tuple[Any, ...]:
-    """Arguments of `linear_ce` -> its results."""
+    model: Any, target: Any, weight: Any, z_loss: float, scaled: bool, need_entropy: bool, need_best: bool,
+    need_kept: bool, need: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Arguments of `linear_ce` -> its results; a GPU keeps no logits, but makes them again."""
     return packed(
         lambda *rows: _all_rows(*rows, z_loss, scaled, need_entropy, need_best, need),
         ((model, "hiddens weights"), (target, "keep ids probs uniform"), (weight, "")), target.keep,
@@ -170,6 +171,7 @@ def _all_rows(
         "entropy": none if entropy is None else entropy,
         "best": ids.new_empty((0,)) if best is None else best,
         "largest": none if largest is None else largest,
+        "kept": none,
         **work.gradients(),
     }
 

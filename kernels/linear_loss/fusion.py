@@ -35,7 +35,7 @@ def _sweep(model: Any, target: Any, ignore_index: int, lse: Any, a: Any, b: Any)
 
 
 def launch_linear_fusion_logprobs(
-    model: Any, target: Any, ignore_index: int, need_rows: bool, need_logits: bool
+    model: Any, target: Any, ignore_index: int, need_rows: bool, need_logits: bool, need_kept: bool
 ) -> tuple[Any, ...]:
     """Arguments of `linear_fusion_logprobs` -> (logp, lse, mean_rows, mean_logits)."""
     return packed(
@@ -61,7 +61,8 @@ def _all_rows(model: Any, target: Any, ignore_index: int, need_rows: bool, need_
                 if need_logits:
                     mean_logits[part, i] = (mean * h[part].float()).sum(1) + _dot(p, model.biases, i, vocab_size)
     mean_rows = mean_rows if need_rows else lse.new_empty((0,))
-    return {"logp": logp, "lse": lse, "mean_rows": mean_rows, "mean_logits": mean_logits}
+    kept = lse.new_empty((0,))  # a GPU computes them again
+    return {"logp": logp, "lse": lse, "mean_rows": mean_rows, "mean_logits": mean_logits, "kept": kept}
 
 
 def _dot(g: Any, biases: Any, i: int, vocab_size: int) -> Any:

@@ -43,8 +43,8 @@ def _rows_kernel(
     )  # fmt: skip
 
 
-def launch_linear_loss_backward(model: Any, coef: Any, need: Any) -> tuple[Any, ...]:
-    """Arguments of `linear_loss_backward` -> (dhiddens, dheads, dbiases, dweights)."""
+def launch_linear_loss_backward(model: Any, coef: Any, need: Any, kept: Any = None) -> tuple[Any, ...]:
+    """Arguments of `linear_loss_backward` -> (dhiddens, dheads, dbiases, dweights); logits are made again."""
     keep = (coef.coef_lse != 0) | (coef.coef_ids != 0).any(1)
     for rows in (coef.coef_log, coef.coef_all):
         keep = keep if rows is None else keep | (rows != 0)

@@ -24,6 +24,9 @@ def pacing(kind: Pacing, step: int, steps: int, a: float = 0.8, b: float = 0.2) 
 
     With ``t = min(1, step / (a steps))`` and ``f = b + (1 - b) u``: linear ``u = t``, quadratic ``t^2``, root
     ``sqrt(t)``, exponential ``(e^(10 t) - 1) / (e^10 - 1)``, log ``1 + log(t + (1 - t) e^-10) / 10``, step ``[t = 1]``.
+
+    Raises:
+        ValueError, TypeError: naming `kind`, `a`, `b`.
     """
     op = "data.pacing"
     checks.choice(op, "kind", kind, PACINGS)
@@ -57,6 +60,9 @@ class CurriculumSampler(StreamSampler):
         order: ``"easy"`` first, ``"hard"`` first (anti-curriculum), or ``"random"`` (the pacing alone).
         seed, rank, world_size, batch_size, drop_last: see `StreamSampler`.
 
+    Raises:
+        ValueError, TypeError: naming `order`, `steps`.
+
     Example:
         >>> from w2s_fast.data import CurriculumSampler
         >>> list(CurriculumSampler([0.3, 0.1, 0.2]))
@@ -80,7 +86,11 @@ class CurriculumSampler(StreamSampler):
         self.set_scores(scores)
 
     def set_scores(self, scores: Any) -> None:
-        """Another order, from the next iteration on."""
+        """Another order, from the next iteration on.
+
+        Raises:
+            ValueError: naming `scores`.
+        """
         values = torch.as_tensor(scores).detach().double().cpu().numpy()
         if values.ndim != 1 or not len(values) or np.isnan(values).any():
             what = "NaN" if values.ndim == 1 and len(values) else f"shape {values.shape}"

@@ -30,6 +30,9 @@ class HardBatchSampler(StreamBatchSampler):
         reshuffle: other batches every epoch, whose losses are unknown at first.
         seed, rank, world_size: see `StreamBatchSampler`.
 
+    Raises:
+        ValueError, TypeError: naming `n`, `delta`.
+
     Example:
         >>> from w2s_fast.data import HardBatchSampler
         >>> sampler = HardBatchSampler(100, 10, 0.3)
@@ -65,6 +68,9 @@ class HardBatchSampler(StreamBatchSampler):
 
         Under torch.distributed all ranks call this together, each with batches of its own or with its share of the same
         ones; the mean of what was given for a batch counts, on all ranks.
+
+        Raises:
+            ValueError: naming `losses`, `batches`.
         """
         ids = torch.as_tensor(list(batches) if isinstance(batches, range) else batches).long().cpu().numpy()
         values = torch.as_tensor(losses).double().cpu().numpy()

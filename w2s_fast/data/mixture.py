@@ -26,6 +26,9 @@ def flatten_weights(tree: Mapping[str, Any], prefix: str = "") -> dict[str, floa
 
     A node is a weight, or a pair of its weight and the mixture inside it; siblings are normalised to a sum of 1, and a
     leaf has the product along its path: ``{"en/web": 0.6, "en/books": 0.2, "zh": 0.2}``.
+
+    Raises:
+        ValueError, TypeError: naming `weight`, `weights`.
     """
     op, found = "data.flatten_weights", {}
     shares = {name: node[0] if isinstance(node, tuple) else node for name, node in tree.items()}
@@ -130,6 +133,9 @@ class MixtureSampler(StreamSampler):
         Under torch.distributed all ranks call this together: rank 0's weights hold, from the first batch that no rank
         has drawn yet. Batches that DataLoader workers have fetched ahead keep the old weights. ``at``, the same on all
         ranks, chooses a later position instead, and then nothing is sent.
+
+        Raises:
+            ValueError, TypeError: naming `at`.
         """
         found, drawn = self._normal(weights), max(self._position, self._changes[-1][0])
         if at is None:

@@ -27,6 +27,9 @@ class KeyedPermutation:
         n: how many items, from 1 to 2^62.
         key: numbers and words that choose the order, say ``(seed, epoch)``.
 
+    Raises:
+        ValueError, TypeError: naming `n`.
+
     Example:
         >>> import numpy as np
         >>> from w2s_fast.data import KeyedPermutation

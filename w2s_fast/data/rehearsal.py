@@ -43,6 +43,9 @@ class PowerLawRehearsalSampler(StreamSampler):
         kind: the distribution over earlier tasks.
         seed, rank, world_size, batch_size, drop_last: see `StreamSampler`.
 
+    Raises:
+        ValueError, TypeError: naming `alpha`, `rho`, `kind`, `tasks`.
+
     Example:
         >>> from w2s_fast.data import PowerLawRehearsalSampler
         >>> sampler = PowerLawRehearsalSampler([100, 100, 100], rho=0.5)
@@ -69,7 +72,11 @@ class PowerLawRehearsalSampler(StreamSampler):
         self.phase = 0
 
     def set_phase(self, phase: int) -> None:
-        """Task ``phase`` (from 0) is the new one from the next epoch on."""
+        """Task ``phase`` (from 0) is the new one from the next epoch on.
+
+        Raises:
+            ValueError, TypeError: naming `phase`.
+        """
         checks.integer(self._op, "phase", phase, low=0, high=len(self._groups) - 1)
         if phase != self.phase:
             self.phase, self._position, self._resumed = phase, 0, False

@@ -30,6 +30,9 @@ class RepeatedRandomSubsetSampler(StreamSampler):
         labels: class of every item ``[n]``, for stratified parts; the sampler then holds 8 bytes an item.
         seed, rank, world_size, batch_size, drop_last: see `StreamSampler`.
 
+    Raises:
+        ValueError, TypeError: naming `n`, `fraction`, `labels`.
+
     Example:
         >>> from w2s_fast.data import RepeatedRandomSubsetSampler
         >>> sampler, seen = RepeatedRandomSubsetSampler(100, 0.25), []

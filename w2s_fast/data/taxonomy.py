@@ -57,6 +57,9 @@ class TaxonomyDataset(Dataset[dict[str, list[int]]]):
         max_length: longer items lose the beginning of the prefix, then the end of the chunk.
         eos: id that ends every chunk, if any.
 
+    Raises:
+        ValueError, TypeError: naming `tree`, `max_length`.
+
     Example:
         >>> from w2s_fast.data import TaxonomyDataset
         >>> data = TaxonomyDataset({"book": {"one": [0]}}, ["ab"], lambda text: list(text.encode()))

@@ -1,11 +1,11 @@
-"""transformers, trl, diffusers and official checkpoints: each module is loaded, with the library it serves, on use."""
+"""transformers, trl, diffusers, peft, official checkpoints: each module, and its library, is loaded on use."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-__all__ = ["diffusers", "sltrain", "transformers", "trl"]
+__all__ = ["diffusers", "peft", "sltrain", "transformers", "trl"]
 
 
 def __getattr__(name: str) -> Any:

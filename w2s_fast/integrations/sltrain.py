@@ -208,7 +208,11 @@ def load_pretrained(folder: str | Path, layout: str = "csr16") -> Any:
 
 
 def save_pretrained(model: Any, folder: str | Path) -> None:
-    """Write a converted transformers model as the official code does: weights and both configurations."""
+    """Write a converted transformers model as the official code does: weights and both configurations.
+
+    Raises:
+        ValueError: naming `model`.
+    """
     layers = [m for m in model.modules() if isinstance(m, SparseLowRankLinear)]
     if not layers:
         checks.fail("integrations.sltrain.save_pretrained", "model", "with SparseLowRankLinear layers", "none")

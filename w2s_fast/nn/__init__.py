@@ -4,6 +4,7 @@ from .interval import Ball, Choices, IntervalModule, IntervalPass, bound, layer_
 from .kv_compressed_attention import KVCompressedAttention
 from .pixart import PixArtBlock, PixArtSigma
 from .sparse_lowrank import ModelSize, Replaced, SparseLowRankLinear, model_size, replace_linear
+from .sparsity import nm_mask, sparsify, topk_mask
 
 __all__ = [
     "Ball",
@@ -19,6 +20,9 @@ __all__ = [
     "bound",
     "layer_table",
     "model_size",
+    "nm_mask",
     "replace_linear",
+    "sparsify",
+    "topk_mask",
     "verify",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +12,60 @@ from .. import checks
 from ..ops.kv_compressed_attention.kv_compressed_attention import kv_compressed_attention
 
 Affine = tuple[Tensor, Tensor | None]
+Use = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def check_compression(op: str, ratio: int, mode: str) -> None:
-    """Errors of a compression's settings."""
+    """Errors of a compression's settings.
+
+    Raises:
+        ValueError, TypeError: naming `ratio`, `mode`.
+    """
     checks.integer(op, "ratio", ratio, low=1)
     checks.choice(op, "mode", mode, ("conv", "mean", "uniform", "nearest", "stride"))
 
 
-def averaging_compression(ratio: int, like: Tensor) -> tuple[nn.Conv2d, nn.LayerNorm]:
+class Taps(nn.Conv2d):
+    """A convolution that hands on its parameters inside its own call: hooks that make, bring or cast them act there."""
+
+    def forward(self, given: Use | Tensor) -> Tensor:
+        """``given(weight, bias)``, or of a tensor the convolution."""
+        return super().forward(given) if isinstance(given, Tensor) else given(self.weight, self.bias)
+
+
+class Norm(nn.LayerNorm):
+    """Likewise a LayerNorm."""
+
+    def forward(self, given: Use | Tensor) -> Tensor:
+        """``given(weight, bias)``, or of a tensor the norm."""
+        return super().forward(given) if isinstance(given, Tensor) else given(self.weight, self.bias)
+
+
+def within(modules: Sequence[nn.Module | None], use: Callable[..., Any]) -> Tensor:
+    """``use`` of a (weight, bias) for each module, None for None, inside the call of those that hand theirs on."""
+
+    def enter(place: int, found: tuple[Affine | None, ...]) -> Tensor:
+        if place == len(modules):
+            inside: Tensor = use(*found)
+            return inside
+
+        def further(weight: Tensor, bias: Tensor | None) -> Tensor:
+            return enter(place + 1, (*found, (weight, bias)))
+
+        module: Any = modules[place]
+        if module is None:
+            return enter(place + 1, (*found, None))
+        made: Tensor = module(further) if isinstance(module, (Taps, Norm)) else further(module.weight, module.bias)
+        return made
+
+    return enter(0, ())
+
+
+def averaging_compression(ratio: int, like: Tensor) -> tuple[Taps, Norm]:
     """Taps and LayerNorm for the rows of ``like``, of its dtype and device, that average each window at first."""
     dim = like.shape[0]
-    taps = nn.Conv2d(dim, dim, ratio, ratio, groups=dim, device=like.device, dtype=like.dtype)
-    norm = nn.LayerNorm(dim, device=like.device, dtype=like.dtype)
+    taps = Taps(dim, dim, ratio, ratio, groups=dim, device=like.device, dtype=like.dtype)
+    norm = Norm(dim, device=like.device, dtype=like.dtype)
     average_windows(taps, norm)
     return taps, norm
 
@@ -52,6 +94,9 @@ class KVCompressedAttention(nn.Module):
         mode: of the compression, see `w2s_fast.kv_compress`.
         qk_norm: LayerNorm of q and k.
 
+    Raises:
+        ValueError, TypeError: naming `dim`, `num_heads`.
+
     Example:
         >>> import torch
         >>> from w2s_fast.nn import KVCompressedAttention
@@ -70,8 +115,8 @@ class KVCompressedAttention(nn.Module):
         self.num_heads, self.ratio, self.mode = num_heads, 1, mode
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.q_norm = nn.LayerNorm(dim) if qk_norm else None
-        self.k_norm = nn.LayerNorm(dim) if qk_norm else None
+        self.q_norm = Norm(dim) if qk_norm else None
+        self.k_norm = Norm(dim) if qk_norm else None
         self.sr: nn.Conv2d | None = None
         self.norm: nn.LayerNorm | None = None
         self.compress(ratio, mode)
@@ -88,26 +133,36 @@ class KVCompressedAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """x ``(B, N, C)`` of a grid (H, W), N = H W, row by row; the result is like x."""
-        made = kv_compressed_attention(
-            self.qkv(x), grid, self.ratio, self.num_heads, mode=self.mode, **compression_arguments(self.sr, self.norm),
-            q_norm=_affine(self.q_norm), k_norm=_affine(self.k_norm),
-        )  # fmt: skip
-        out: Tensor = self.proj(made)
+        qkv, arguments = self.qkv(x), compression_arguments(self.sr, self.norm)
+
+        def attend(taps: Affine | None, norm: Affine | None, q_norm: Affine | None, k_norm: Affine | None) -> Any:
+            return kv_compressed_attention(
+                qkv, grid, self.ratio, self.num_heads, mode=self.mode, **arguments(taps, norm),
+                q_norm=q_norm, k_norm=k_norm,
+            )  # fmt: skip
+
+        out: Tensor = self.proj(within((self.sr, self.norm, self.q_norm, self.k_norm), attend))
         return out
 
 
-def compression_arguments(taps: nn.Conv2d | None, norm: nn.LayerNorm | None) -> dict[str, Any]:
-    """Arguments of the compression ops from its two modules."""
+def compression_arguments(
+    taps: nn.Conv2d | None, norm: nn.LayerNorm | None
+) -> Callable[[Affine | None, Affine | None], dict[str, Any]]:
+    """Of its two modules' parameters the arguments of the compression ops.
+
+    Raises:
+        ValueError: naming sr and norm.
+    """
     if taps is None or norm is None:
-        return {}
+        return lambda *_: {}
     if not isinstance(taps, nn.Conv2d) or not isinstance(norm, nn.LayerNorm):
         # an adapter has the weight of its base, and what it adds would be left out silently
         found = f"{type(taps).__name__} and {type(norm).__name__}"
         checks.fail("nn.KVCompressedAttention", "sr and norm", "nn.Conv2d and nn.LayerNorm, without an adapter", found)
-    return {
-        "weight": taps.weight, "bias": taps.bias, "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps
-    }  # fmt: skip
+    eps = norm.eps
 
+    def arguments(taps: Affine | None, norm: Affine | None) -> dict[str, Any]:
+        assert taps is not None and norm is not None
+        return dict(zip(("weight", "bias", "norm_weight", "norm_bias"), (*taps, *norm), strict=True), eps=eps)
 
-def _affine(norm: nn.LayerNorm | None) -> Affine | None:
-    return None if norm is None else (norm.weight, norm.bias)
+    return arguments

@@ -32,6 +32,9 @@ def position_embedding(dim: int, grid: tuple[int, int], base: float, interpolati
         grid: (H, W) tokens.
         base: tokens a side of the resolution the model is configured for.
         interpolation: that resolution over the one where it is 1 (512 pixels).
+
+    Raises:
+        ValueError: naming `dim`.
     """
     if dim % 4:
         checks.fail("nn.position_embedding", "dim", "a multiple of 4", dim)
@@ -159,7 +162,7 @@ class CaptionEmbedding(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """``(B, L, features)`` to ``(B, L, dim)``."""
         if self.training and self.dropout:
-            empty = torch.rand(len(y), 1, 1, device=y.device) < self.dropout
+            empty = torch.rand(len(y), 1, 1, dtype=torch.float32, device=y.device) < self.dropout
             y = torch.where(empty, self.y_embedding[: y.shape[1]].to(y.dtype), y)
         made: Tensor = self.y_proj(y)
         return made
@@ -176,6 +179,12 @@ class FinalLayer(nn.Module):
     def modulations(self, t: Tensor) -> list[Pair]:
         """shift and scale from the time embedding ``(B, C)``."""
         return [(row, t) for row in self.scale_shift_table.unbind(0)]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x ``(B, N, C)`` and time embedding ``(B, C)`` to patches."""
+        shift, scale = self.modulations(t)
+        made: Tensor = self.linear(adaln_modulate(x, shift, scale))
+        return made
 
 
 class PatchEmbedding(nn.Module):
@@ -206,6 +215,9 @@ class PixArtSigma(nn.Module):
         compressed: blocks with compression.
         ratio, mode: of their compression.
         interpolation: of the position embedding; default ``latent_size / 64``, 1 for 512 pixels.
+
+    Raises:
+        ValueError, TypeError: naming `mlp_ratio`, `dim`.
 
     Example:
         >>> import torch
@@ -245,7 +257,11 @@ class PixArtSigma(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_position_embedding)
 
     def set_resolution(self, latent_size: int, interpolation: float | None = None) -> None:
-        """Configure for another latent size, a multiple of the patch; no parameter depends on it."""
+        """Configure for another latent size, a multiple of the patch; no parameter depends on it.
+
+        Raises:
+            ValueError, TypeError: naming `latent_size`, `interpolation`.
+        """
         checks.integer("nn.PixArtSigma", "latent_size", latent_size, low=self.patch)
         if latent_size % self.patch:
             checks.fail("nn.PixArtSigma", "latent_size", f"a multiple of the patch {self.patch}", latent_size)
@@ -257,7 +273,11 @@ class PixArtSigma(nn.Module):
     def enable_kv_compression(
         self, layers: Iterable[int] | None = None, ratio: int = 2, mode: str = "conv"
     ) -> list[nn.Parameter]:
-        """Compress keys and values of these blocks (default the deeper half); returns the new parameters."""
+        """Compress keys and values of these blocks (default the deeper half); returns the new parameters.
+
+        Raises:
+            ValueError, TypeError: naming `layers`.
+        """
         chosen = range(len(self.blocks) // 2, len(self.blocks)) if layers is None else layers
         made: list[nn.Parameter] = []
         for index in chosen:
@@ -294,8 +314,7 @@ class PixArtSigma(nn.Module):
         conditioning = self.t_block(t).unflatten(1, (6, dim))
         text = self.y_embedder(y)
         mask = None if mask is None else mask.reshape(len(x), -1) != 0
-        tokens = self._run_blocks(tokens, text, conditioning, t, (height, width), mask)
-        patches = self.final_layer.linear(tokens)
+        patches = self._patches(tokens, text, conditioning, t, (height, width), mask)
         patches = patches.unflatten(1, (height, width)).unflatten(3, (self.patch, self.patch, -1))
         made: Tensor = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return made
@@ -318,18 +337,25 @@ class PixArtSigma(nn.Module):
         if mask is not None and checks.is_tensor(op, "mask", mask).numel() != batch * y.shape[1]:
             checks.fail(op, "mask", f"of shape ({batch}, {y.shape[1]})", tuple(mask.shape))
 
-    def _run_blocks(
+    def _patches(
         self, x: Tensor, text: Tensor, conditioning: Tensor, t: Tensor, grid: tuple[int, int], mask: Tensor | None
     ) -> Tensor:
-        """All blocks and the last modulation: each addition is one pass with the modulation that follows it."""
+        """All blocks and the last layer: each addition is one pass with the modulation that follows it, unless somebody
+        waits for the call of one of them."""
         stages: list[Any] = [*self.blocks]
+        if not all(_is_plain(module) for module in (*stages, self.final_layer)):
+            for block in stages:
+                x = block(x, text, conditioning, grid, mask)
+            patches: Tensor = self.final_layer(x, t)
+            return patches
         shift, scale, *_ = stages[0].modulations(conditioning)
         h = adaln_modulate(x, shift, scale)
         for block, following in zip(stages, [*stages[1:], None], strict=True):
             x, made, gate = block.residual(x, h, text, conditioning, grid, mask)
             after = self.final_layer.modulations(t) if following is None else following.modulations(conditioning)
             x, h = gate_residual_adaln(x, made, gate, after[0], after[1])
-        return h
+        patches = self.final_layer.linear(h)
+        return patches
 
     def _initialise(self) -> None:
         """The official initialisation; the output and the text's contribution start at zero."""
@@ -345,6 +371,13 @@ class PixArtSigma(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.cross_attn.proj.weight)  # type: ignore[union-attr, arg-type]
         nn.init.zeros_(self.final_layer.linear.weight)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's call is its forward and nothing else: no hook, no wrapper (FSDP2, checkpointing, compile)."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    own = type(module) in (PixArtBlock, FinalLayer) and "forward" not in module.__dict__
+    return own and not any(hooks) and module._compiled_call_impl is None
 
 
 def _drop_position_embedding(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -23,6 +23,9 @@ class ClosedFormLR(LRScheduler):
     ``max_lr`` is the peak of the largest group, or None for the groups' ``initial_lr`` (their rate when the first
     scheduler was made). An optimizer that comes from a finished run still has that run's last rate: give ``max_lr``.
     Only ``param_groups`` are touched, so the optimizer may hold sharded parameters (FSDP2).
+
+    Raises:
+        ValueError, TypeError: naming `max_lr`.
     """
 
     def __init__(self, optimizer: Optimizer, max_lr: float | None, last_epoch: int) -> None:
@@ -66,6 +69,9 @@ class RewarmCosineLR(ClosedFormLR):
         max_lr: see `ClosedFormLR`.
         min_ratio: ``min / max_lr``.
         last_epoch: as in torch.
+
+    Raises:
+        ValueError, TypeError: naming `min_ratio`.
 
     Example:
         >>> import torch
@@ -118,6 +124,9 @@ class InfiniteLR(ClosedFormLR):
         max_lr: see `ClosedFormLR`.
         last_epoch: as in torch.
 
+    Raises:
+        ValueError, TypeError: naming `warmup`, `cooldown`, `kind`, `const_ratio`, `min_ratio`, `alpha`.
+
     Example:
         >>> import torch
         >>> from w2s_fast.optim import InfiniteLR
@@ -141,7 +150,12 @@ class InfiniteLR(ClosedFormLR):
         super().__init__(optimizer, max_lr, last_epoch)
 
     def start_annealing(self, steps: int) -> None:
-        """Anneal from the present step on, over ``steps`` steps; at any step, also during warm-up or cool-down."""
+        """Anneal from the present step on, over ``steps`` steps; at any step, also during warm-up or cool-down.
+
+        Raises:
+            ValueError, TypeError: naming `steps`.
+            RuntimeError: if it has begun already.
+        """
         steps = checks.integer(self._op, "steps", steps, low=1)
         if self.annealing is not None:
             checks.fail(self._op, "start_annealing", "called once", "a second call", error=RuntimeError)
@@ -186,6 +200,9 @@ class WSDLR(ClosedFormLR):
         floor: share of ``max_lr``.
         max_lr: see `ClosedFormLR`.
         last_epoch: as in torch.
+
+    Raises:
+        ValueError, TypeError: naming `stable_ratio`, `floor`.
     """
 
     def __init__(
@@ -229,6 +246,10 @@ class ContextPhaseSchedule(ClosedFormLR):
         share, shorter: of `sequence_length`.
         max_lr: see `ClosedFormLR`.
         last_epoch: as in torch.
+
+    Raises:
+        ValueError, TypeError: naming `share`, `phases`, steps of a phase, length of a phase, rope_base of a phase,
+            lr_ratio of a phase.
 
     Example:
         >>> import torch

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,13 @@ def escapes(
             out += int((far > 0).sum() + found.isnan().sum())
             worst = max(worst, float(far.max()))
     return out, worst
+
+
+class Bends(nn.Module):
+    """ReLU6 that is bent at 2/3 above too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.relu6(x * 9.0) / 9.0
 
 
 class Random(nn.Module):
@@ -123,7 +132,7 @@ class Random(nn.Module):
             *([] if self.analysed else smooth),
             lambda: nn.Hardtanh(-0.5, 0.5, inplace=True),
             nn.PReLU,
-            nn.ReLU6,
+            Bends,
         ]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +147,7 @@ class Random(nn.Module):
             elif kind == "inplace":
                 nodes.append(self._inplace(number % 7, a.clone() if number % 2 else a, b))
             elif kind == "two":
-                nodes.append(self._two(number % (5 if self.analysed else 7), a, b))
+                nodes.append(self._two(number % (5 if self.analysed else 8), a, b))
             else:
                 nodes.append(self._view(number % 5, a, b))
         return self.head(sum(nodes[-2:]).flatten(1))  # type: ignore[no-any-return, union-attr]
@@ -183,6 +192,7 @@ class Random(nn.Module):
             lambda: torch.cat((a[:, :1], b[:, 1:]), 1),
             lambda: a * torch.sigmoid(b),
             lambda: torch.where(a > 0, a, b),
+            lambda: a * (b > 0),
         )[number]()
 
     def _view(self, number: int, a: Tensor, b: Tensor) -> Tensor:
@@ -259,7 +269,10 @@ def seeds(count: int) -> itertools.chain[tuple[int, bool]]:
 
 
 def main(arguments: list[str]) -> int:
-    """``python -m w2s_fast.testing.escapes [MODELS] [POINTS]``: the fuzz, a line a kind; 1 if anything escaped."""
+    """``python -m w2s_fast.testing.escapes [MODELS] [POINTS] [OUT.json]``: the fuzz, a line a kind.
+
+    Returns 1 if anything escaped. The file takes what is printed.
+    """
     models, count = (int(v) for v in (arguments + ["60", "1200"][len(arguments) :])[:2])
     total: dict[tuple[str, str, str], list[int]] = {}
     distinct = 0
@@ -269,10 +282,19 @@ def main(arguments: list[str]) -> int:
             row[0] += tried
             row[1] += escaped
         distinct += count * (2 if images else 4) * sum(1 + ("deployed" in r and len(r) > 1) for _, r in FUZZED.values())
+        print(f"model {seed}{' of images' if images else ''}: {distinct:,} points", file=sys.stderr, flush=True)
     for (method, rounding, dtype), (tried, escaped) in sorted(total.items()):
         print(f"{method:10} {rounding:9} {dtype:9} {tried:10,} points {escaped:4} escaped")
-    print(f"{distinct:,} distinct points of {2 * models} models; {sum(v[1] for v in total.values())} escaped")
-    return int(any(v[1] for v in total.values()))
+    out = sum(v[1] for v in total.values())
+    print(f"{distinct:,} distinct points of {2 * models} models; {out} escaped")
+    if len(arguments) > 2:
+        rows = [
+            {"method": m, "rounding": r, "dtype": d, "points": tried, "escaped": escaped}
+            for (m, r, d), (tried, escaped) in sorted(total.items())
+        ]
+        found = {"models": 2 * models, "distinct": distinct, "escaped": out, "torch": torch.__version__, "rows": rows}
+        Path(arguments[2]).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return int(out > 0)
 
 
 if __name__ == "__main__":

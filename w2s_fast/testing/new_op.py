@@ -1,7 +1,7 @@
-"""`python -m w2s_fast.testing.new_op family/op`: the skeleton of an op in every layer that Python writes.
+"""`python -m w2s_fast.testing.new_op family/op`: the skeleton of an op in every layer.
 
-The skeleton is an op that works, ``y = scale x`` with a gradient, so that every test holds before the first line is
-changed but the one that asks for a C++ kernel (until there is one the reference serves CPUs). It never overwrites.
+The skeleton is an op that works, ``y = scale x`` with a gradient, so that after `make build` every test holds before
+the first line is changed. It never overwrites.
 """
 
 from __future__ import annotations
@@ -76,6 +76,72 @@ def {op}(x: Tensor, scale: float) -> Tensor:
     y: Tensor = {constant}(x.reshape(-1).contiguous(), checks.number(op, "scale", scale))
     return y.reshape(x.shape)
 '''
+
+HEADER = """#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+
+namespace w2s {{
+
+template <class A>
+struct {table} {{  // {op}_kernel.cpp
+  void (*run)(const Rows& x, int64_t size, double scale, const Rows& y);
+}};
+
+}}  // namespace w2s
+"""
+
+HOST = """#include "cpu/{family}/{op}.h"
+
+#include "cpu/tensors.h"
+
+namespace w2s {{
+namespace {{
+
+Tensor {op}(Tensor x, double scale) {{
+  Tensor y = fresh(x, {{x.size(0)}});
+  with_kernels<{table}>(is_double(x), [&](const auto& kernels) {{ kernels.run(Rows(x), x.size(0), scale, Rows(y)); }});
+  return y;
+}}
+
+}}  // namespace
+}}  // namespace w2s
+
+W2S_IMPLEMENTATIONS(m) {{ m.add<&w2s::{op}>("{op}"); }}
+"""
+
+VECTORS = """// {op}: y = scale x, one pass over segments of 8,192 elements. Floor: x read once, y written once.
+#include "cpu/{family}/{op}.h"
+
+#include "cpu/target_begin.h"
+
+#include "cpu/tiles_kernel.h"
+
+template <class A>
+W2S_INLINE void {op}_tile(const A* x, int n, A scale, A* y) {{
+  using V = Vec<A>;
+  const V factor = V::set(scale);
+  int i = 0;
+  for (; i + V::W <= n; i += V::W) (factor * V::load(x + i)).store(y + i);
+  for (; i < n; ++i) y[i] = scale * x[i];
+}}
+
+template <class A>
+inline void {op}_as(const Rows& x, int64_t size, double scale, const Rows& y) {{
+  parallel_items(segments(size), segment_grain(size), [&](int64_t item) {{
+    A wide_x[TILE], wide_y[TILE];
+    segment_tiles(size, item, [&](int64_t at, int n) {{
+      const A* from = read_tile(x, 0, at, n, wide_x);
+      write_tile(y, 0, at, n, wide_y, [&](A* to) {{ {op}_tile(from, n, A(scale), to); }});
+    }});
+  }});
+}}
+
+W2S_KERNELS({table}, {op}_as<Real>)
+
+#include "cpu/target_end.h"
+"""
 
 KERNEL = '''"""{op}: y = scale x, one program a block. Floor: x read once, y written once."""
 
@@ -152,9 +218,34 @@ def cases(device: str) -> list[Case]:
     ]  # fmt: skip
 '''
 
+DOMAINS = '''"""{title}."""
+
+from __future__ import annotations
+
+import w2s_fast
+
+from ..domain import Domain
+
+DOMAINS: list[Domain] = []
+'''
+
+DOMAIN = '''
+DOMAINS.append(
+    Domain(
+        "{op}", {{"numbers": (1, 1 << 22)}},
+        inputs=lambda random, sizes: (random(sizes["numbers"]),),
+        ways=lambda sizes: {{"ours": lambda x: w2s_fast.{op}(x, 0.5), "eager": lambda x: x * 0.5}},
+        flops=lambda sizes: sizes["numbers"], elements=lambda sizes: sizes["numbers"], trained=(0,),
+    )
+)  # fmt: skip
+'''
+
 LAYERS = {
     "w2s_fast/reference/{family}/{op}.py": REFERENCE,
     "w2s_fast/ops/{family}/{op}.py": OP,
+    "csrc/cpu/{family}/{op}.h": HEADER,
+    "csrc/cpu/{family}/{op}.cpp": HOST,
+    "csrc/cpu/{family}/{op}_kernel.cpp": VECTORS,
     "kernels/{family}/{op}.py": KERNEL,
     "w2s_fast/testing/samples/{op}.py": SAMPLES,
     "bench/cases/{op}.py": BENCH,
@@ -177,7 +268,9 @@ def _insert(text: str, line: str, among: str) -> str:
 
 def write(root: Path, family: str, op: str) -> list[Path]:
     """Write the skeleton under ``root``, the root of a source tree; the files it made or changed."""
-    names = {"family": family, "op": op, "constant": op.upper()}
+    title = family.replace("_", " ").capitalize()
+    table = op.title().replace("_", "") + "Kernels"
+    names = {"family": family, "op": op, "constant": op.upper(), "title": title, "table": table}
     made = [root / path.format(**names) for path in LAYERS]
     for path in made:
         if path.exists():
@@ -186,11 +279,15 @@ def write(root: Path, family: str, op: str) -> list[Path]:
         start = root / "w2s_fast" / layer / family / "__init__.py"
         if not start.exists():
             start.parent.mkdir()
-            start.write_text(f'"""{family.replace("_", " ").capitalize()}."""\n', encoding="utf-8")
+            start.write_text(f'"""{title}."""\n', encoding="utf-8")
             made.append(start)
     for path, template in zip(made, LAYERS.values(), strict=False):
         path.parent.mkdir(exist_ok=True)
         path.write_text(template.format(**names), encoding="utf-8")
+    domains = root / "bench" / "domains" / f"{family}.py"
+    before = domains.read_text(encoding="utf-8") if domains.exists() else DOMAINS.format(**names)
+    domains.write_text(before + DOMAIN.format(**names), encoding="utf-8")
+    made.append(domains)
     for name, line, among in LINES:
         path = root / name
         text = _insert(path.read_text(encoding="utf-8"), line.format(**names), among)
@@ -209,9 +306,8 @@ def main() -> None:
         parser.error("name must be family/op, as in diffusion/row_scale")
     for path in write(ROOT, family, op):
         print(path.relative_to(ROOT))
-    print(f"left: csrc/cpu/{family}/{op}.cpp, and the mathematics in place of y = scale x; then\n"
-          f"w2s-fast bench --readme  # its row in docs/operations.md\n"
-          f"python -m pytest -q tests/test_contract.py tests/test_samples.py -k {op}")  # fmt: skip
+    print(f"left: the mathematics in place of y = scale x; then\nmake build readme && .venv/bin/python -m pytest -q "
+          f"tests/test_contract.py tests/test_samples.py tests/test_guarantee.py -k {op}")  # fmt: skip
 
 
 if __name__ == "__main__":

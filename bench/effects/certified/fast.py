@@ -22,6 +22,7 @@ EPS, EPOCHS, RAMP, BATCH, WIDTH, RATES = 0.1, 18, 8, 64, 16, (4e-3, 8e-3)
 ARMS = {
     "IBP": (False, ibp_loss, linear), "batch-norm": (True, robust_loss, smoothed), "paper": (True, fast_loss, smoothed),
 }  # fmt: skip
+FULL = {"RATES": (2e-3, 4e-3, 8e-3, 1.6e-2)}
 CLAIMS = [
     Claim("the paper certifies more than batch-norm alone", "verified error", "paper", "batch-norm", 0.0, "lower"),
     Claim("and more than plain IBP", "verified error", "paper", "IBP", 0.0, "lower"),

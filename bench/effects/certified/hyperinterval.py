@@ -23,6 +23,7 @@ from ..protocol import Choice, Claim, choose
 
 TASKS, WIDTH, STEPS = 5, 32, 300
 GRID = {"beta": (0.03, 0.3), "hold": ("all ends", "inside")}
+FULL = {"GRID": {"beta": (0.01, 0.03, 0.1, 0.3, 1.0), "hold": ("all ends", "inside")}}
 CLAIMS = [
     Claim("it forgets less than plain training by 20 points", "lost", "HyperInterval", "plain", 0.2, "lower"),
     Claim("its accuracy in the end is higher", "accuracy", "HyperInterval", "plain"),

@@ -20,6 +20,7 @@ from ..protocol import Choice, Claim, choose
 METHOD = "ibp"
 EPS, EPOCHS, BATCH, RATES = 0.1, 30, 64, (2e-3, 5e-3, 1e-2)
 ARMS = ("plain", "IBP", "CROWN-IBP")
+FULL = {"RATES": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)}
 CLAIMS = [
     Claim("IBP certifies what plain training does not", "verified error", "IBP", "plain", 0.3, "lower"),
     Claim("CROWN-IBP certifies more than IBP", "verified error", "CROWN-IBP", "IBP", 0.0, "lower"),

@@ -25,6 +25,7 @@ from ..data import Split, digits, mlp
 from ..protocol import Claim
 
 EPS, STEPS = 0.06, 600
+FULL = {"STEPS": 2400}
 CLAIMS = [
     Claim("untrained: width 32 is tighter than 128", "32 x 3", "untrained", "untrained, wider", 0.0),
     Claim("untrained: 2 layers are tighter than 4", "32 x 2", "untrained", "untrained, deeper", 0.0),

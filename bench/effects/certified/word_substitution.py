@@ -28,6 +28,7 @@ from ..protocol import Choice, Claim, choose
 
 LENGTH, DIM, DRAWS, TOP, STEPS, WORDS = 32, 128, 2000, 5, 300, 5
 RATES = (2e-3, 5e-3)
+FULL = {"DRAWS": 10_000, "RATES": (1e-3, 2e-3, 5e-3, 1e-2)}
 CLAIMS = [
     Claim("training on the bounds certifies more", "by bounds", "bounds", "plain"),
     Claim("the empirical Bernstein bound certifies more than Hoeffding's", "by smoothing", "smoothed, Bernstein",

@@ -21,6 +21,7 @@ from ..protocol import Choice, Claim, choose
 
 WEIGHTS, LENGTH, WINDOWS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5), 128, 24
 PARTS = {"code": ("code",), "prose": ("prose",), "mixed": ("code", "prose")}
+FULL = {"WINDOWS": 96, "WEIGHTS": (0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)}
 CLAIMS = [
     Claim(f"{part}: fusion closes a part of the gap to the large model", part, "dynamic", "large", 0.0, "lower")
     for part in PARTS

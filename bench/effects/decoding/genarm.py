@@ -9,6 +9,7 @@ largest reward among weights that cost at most 0.5 nats a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -24,20 +25,26 @@ from ..protocol import Choice, Claim, choose
 from .dynamic_logit_fusion import family
 
 OBJECTIVE, PROMPTS, TOKENS, MOST = "letters", 64, 48, 0.5
+WEIGHTS = (0.25, 0.5, 1.0)
+FULL = {"PROMPTS": 256, "WEIGHTS": (0.125, 0.25, 0.5, 0.75, 1.0, 1.5)}
 CLAIMS = [
     Claim("guidance raises the reward by 0.05", "reward", "GenARM", "base", 0.05),
     Claim("more than the best of 8 samples", "reward", "GenARM", "best of 8"),
 ]
 
 
+def preferring(train: Callable[..., Any], seed: int, beta: float) -> Any:
+    """A copy of the small general model that ``train`` has taught 2,400 pairs of spans of general text."""
+    given, draw = family(), torch.Generator().manual_seed(seed)
+    ids, model = tokens.stream(given.tokenizer, "general", "train"), llama.clone(given.small)
+    rows = spans.rows(given.tokenizer, ids, OBJECTIVE, 2400, draw)
+    train(model, None, rows, recipe=loop.Recipe(150, 2e-3, batch=16, warmup=0.1, seed=seed), beta=beta)
+    return model.eval()
+
+
 @lru_cache(maxsize=8)
 def reward_model(seed: int) -> Any:
-    given, draw = family(), torch.Generator().manual_seed(seed)
-    ids = tokens.stream(given.tokenizer, "general", "train")
-    rows = spans.rows(given.tokenizer, ids, OBJECTIVE, 2400, draw)
-    model = llama.clone(given.small)
-    genarm.train(model, None, rows, recipe=loop.Recipe(150, 2e-3, batch=16, warmup=0.1, seed=seed), beta=0.05)
-    return model.eval()
+    return preferring(genarm.train, seed, 0.05)
 
 
 def score(made: list[list[int]], starts: Any) -> dict[str, float]:
@@ -78,7 +85,7 @@ def choices() -> dict[str, Choice]:
         near, base = guided(weight, seed, on), guided(0.0, seed, on)
         return near["reward"] if near["log p_base"] > base["log p_base"] - MOST else -1.0
 
-    return {"GenARM": choose(value, {"weight": (0.25, 0.5, 1.0)})}
+    return {"GenARM": choose(value, {"weight": WEIGHTS})}
 
 
 def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:

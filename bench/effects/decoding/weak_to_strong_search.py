@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from w2s_fast.integrations.transformers import generate
-from w2s_fast.methods._common import loop
 from w2s_fast.methods.decoding import weak_to_strong_search as method
 
-from .. import llama, spans, tokens
+from .. import spans
 from ..protocol import Claim
 from .dynamic_logit_fusion import family
-from .genarm import OBJECTIVE, prompts
+from .genarm import OBJECTIVE, preferring, prompts
 
 PROMPTS, TOKENS, BEAMS, SUCCESSORS, CHUNK = 16, 50, 4, 4, 10
+FULL = {"PROMPTS": 64}
 CLAIMS = [
     Claim("search raises the reward over single samples by 0.05", "reward", "search", "one sample", 0.05),
     Claim("more than the best of 16 by the same log-ratio", "reward", "search", "best of 16"),
@@ -31,12 +31,7 @@ CLAIMS = [
 
 @lru_cache(maxsize=8)
 def tuned(seed: int) -> Any:
-    given, draw = family(), torch.Generator().manual_seed(seed)
-    ids = tokens.stream(given.tokenizer, "general", "train")
-    model = llama.clone(given.small)
-    method.train(model, None, spans.rows(given.tokenizer, ids, OBJECTIVE, 2400, draw), beta=0.1,
-                 recipe=loop.Recipe(150, 2e-3, batch=16, warmup=0.1, seed=seed))  # fmt: skip
-    return model.eval()
+    return preferring(method.train, seed, 0.1)
 
 
 def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -21,6 +21,7 @@ from ..protocol import Choice, Claim, choose
 
 STEPS, BATCH, SCALE, COUNT, RATES = 1000, 512, 0.5, 8192, (1e-3, 3e-3)  # the moons' deviation is about 1
 ARMS = {"iCT": True, "plain consistency": False}
+FULL = {"STEPS": 4000, "RATES": (5e-4, 1e-3, 3e-3, 1e-2)}
 CLAIMS = [
     Claim("one step: iCT is nearer than plain consistency", "one step", "iCT", "plain consistency", 0.0, "lower"),
     Claim("two steps: nearer too", "two steps", "iCT", "plain consistency", 0.0, "lower"),

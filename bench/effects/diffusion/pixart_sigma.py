@@ -26,6 +26,8 @@ from ..protocol import Claim
 
 LOW, HIGH, BATCH, HELD_OUT = 16, 32, 16, 64
 STARTS = ("none", "averaging", "random", "plain mean")
+STEPS = (600, 200, 120)  # small, large, after the switch to compression
+FULL = {"STEPS": (1800, 600, 360)}
 CLAIMS = [
     Claim("interpolated positions cost less than continued ones", "right after", "interpolated", "continued", 0.0,
           "lower"),
@@ -95,20 +97,20 @@ def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:
         torch.manual_seed(seed)
         model = PixArtSigma(LOW, in_channels=3, out_channels=3, dim=64, depth=4, num_heads=4, caption_features=2,
                             caption_tokens=1, interpolation=1.0)  # fmt: skip
-        taught(model, LOW, 600, 0.02, 2 * BATCH, seed)
+        taught(model, LOW, STEPS[0], 0.02, 2 * BATCH, seed)
         found: dict[str, dict[str, float]] = {"16 x 16": {"tuned": evaluate(model, LOW)}}
         model.set_resolution(HIGH, 1.0)
         found["continued"] = {"right after": evaluate(model, HIGH)}
         model.set_resolution(LOW, 1.0)
         pixart_sigma.raise_resolution(model, HIGH)
         found["interpolated"] = {"right after": evaluate(model, HIGH)}
-        taught(model, HIGH, 200, 0.006, BATCH, seed + 1)
+        taught(model, HIGH, STEPS[1], 0.006, BATCH, seed + 1)
         for start in STARTS:
             own = copy.deepcopy(model)
             if start != "none":
                 pixart_sigma.compress(own, start, seed=seed)
             after = evaluate(own, HIGH)
-            taught(own, HIGH, 120, 0.002, BATCH, seed + 2)
+            taught(own, HIGH, STEPS[2], 0.002, BATCH, seed + 2)
             found[start] = {"right after": after, "tuned": evaluate(own, HIGH)}
             found[start]["above control"] = found[start]["tuned"] / found["none"]["tuned"] - 1
     return found

@@ -22,6 +22,7 @@ from ..points import TimeMlp, moons, sliced_wasserstein
 from ..protocol import Claim
 
 STEPS, COUNT, BATCH, WEAK, STRONG = 1000, 8192, 1024, 0.2, 1 / 3
+FULL = {"STEPS": 4000}
 CLAIMS = [
     Claim("nearer to the truth than the strong model", "distance", "W2SD", "strong", 0.0, "lower"),
     Claim("and than the strong model with as many passes", "distance", "W2SD", "strong, 148 steps", 0.0, "lower"),

@@ -25,6 +25,7 @@ from ..protocol import Choice, Claim, choose
 
 WORDS, LENGTH, BATCH, STEPS = 500, 12, 64, 300
 NOISE, RATES, PAD = (0.0, 0.2, 0.4), (3e-3, 1e-2), 0
+FULL = {"STEPS": 1200, "RATES": (1e-3, 3e-3, 1e-2, 3e-2)}
 CLAIMS = [
     Claim("noise 0.4: EISL gains 10 BLEU", "BLEU, noise 0.4", "EISL", "cross-entropy", 10.0),
     Claim("noise 0.2: EISL gains", "BLEU, noise 0.2", "EISL", "cross-entropy"),

@@ -27,6 +27,10 @@ GRIDS = {
     "hard labels": {"rate": (1e-3, 3e-3)}, "FKD": {"rate": (1e-3, 3e-3)},
     "FerKD": {"rate": (1e-3, 3e-3), "discard": (0.3, 0.5)},
 }  # fmt: skip
+FULL = {"STEPS": 2400, "GRIDS": {
+    "hard labels": {"rate": (1e-3, 3e-3, 1e-2)}, "FKD": {"rate": (1e-3, 3e-3, 1e-2)},
+    "FerKD": {"rate": (1e-3, 3e-3, 1e-2), "discard": (0.2, 0.3, 0.5, 0.7)},
+}}  # fmt: skip
 CLAIMS = [
     Claim("stored soft labels beat hard ones", "error", "FKD", "hard labels", 0.0, "lower"),
     Claim("leaving out the crops that mislead helps", "error", "FerKD", "FKD", 0.0, "lower"),

@@ -25,6 +25,7 @@ from ..protocol import Choice, Claim, choose
 
 STEPS, PICTURES, RATES = 800, 100, (1e-3, 3e-3)
 ARMS = ("hard labels", "ensemble", "ensemble, discriminator")
+FULL = {"RATES": (3e-4, 1e-3, 3e-3, 1e-2)}
 CLAIMS = [
     Claim("the ensemble beats hard labels", "error", ARMS[1], ARMS[0], 0.0, "lower"),
     Claim("the discriminator helps", "error", ARMS[2], ARMS[1], 0.0, "lower"),

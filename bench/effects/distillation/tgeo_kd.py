@@ -26,6 +26,10 @@ from ..protocol import Choice, Claim, choose
 
 STEPS, NOISE, WIDTH = 800, 0.4, 6
 GRIDS = {"fixed": {"rate": (1e-3, 3e-3), "alpha": (0.0, 0.25, 0.5, 0.75, 1.0)}, "TGeo-KD": {"rate": (1e-3, 3e-3)}}
+FULL = {"GRIDS": {
+    "fixed": {"rate": (3e-4, 1e-3, 3e-3, 1e-2), "alpha": (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)},
+    "TGeo-KD": {"rate": (3e-4, 1e-3, 3e-3, 1e-2)},
+}}  # fmt: skip
 CLAIMS = [
     Claim("a learned alpha beats the best fixed one", "error", "TGeo-KD", "fixed", 0.0, "lower"),
     Claim("it trusts the teacher more where the label is wrong", "alpha, wrong label", "TGeo-KD", "right labels"),

@@ -26,6 +26,7 @@ VOCABULARY, SIZE, LENGTH, PROMPT, STEPS = 512, llama.Size(64, 2, 2), 48, 16, 80
 ARMS = {"gradient ascent": ("ga", False), "NPO": ("npo", False), "gradient ascent + retain": ("ga", True),
         "NPO + retain": ("npo", True)}  # fmt: skip
 GRID = {"rate": (2e-4, 4e-4), "weight": (0.05, 0.2)}
+FULL = {"GRID": {"rate": (1e-4, 2e-4, 4e-4, 8e-4), "weight": (0.05, 0.2, 1.0)}}
 CLAIMS = [
     Claim("NPO keeps more utility than gradient ascent", "utility at the end", "NPO", "gradient ascent"),
     Claim("so it does with retained pieces", "utility at the end", "NPO + retain", "gradient ascent + retain"),

@@ -31,6 +31,10 @@ GRIDS = {
     PIT: {"rate": (5e-4, 1e-3), "nll": (10.0, 100.0)}, RIGHT: {"rate": (5e-4, 1e-3, 2e-3)},
     STEP_ALONE: {"rate": (5e-4, 1e-3, 2e-3)},
 }  # fmt: skip
+FULL = {"GRIDS": {
+    PIT: {"rate": (2e-4, 5e-4, 1e-3, 2e-3), "nll": (1.0, 10.0, 100.0)}, RIGHT: {"rate": (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)},
+    STEP_ALONE: {"rate": (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)},
+}}  # fmt: skip
 CLAIMS = [
     Claim("pairs at the pit from 64 problems beat own right solutions from 256 by 5 points", "sampled", PIT, RIGHT,
           0.05),
@@ -59,7 +63,7 @@ def base() -> Any:
     size, steps = llama.Size(64, 2, 4), 600
 
     def make() -> Any:
-        model, draw = llama.llama(size, len(arithmetic.CHARACTERS), 0, positions=64), torch.Generator().manual_seed(0)
+        model, draw = llama.llama(size, len(arithmetic.CHARACTERS), 0, positions=128), torch.Generator().manual_seed(0)
 
         def loss(_: int) -> Tensor:
             problems = arithmetic.draw(64, STEPS, draw)

@@ -23,6 +23,7 @@ from ..protocol import Choice, Claim, choose
 
 STEPS, ANSWERS, FORGOTTEN, ROUNDS = 2, 256, 0.45, 3
 GRID = {"rate": (3e-4, 5e-4), "lam": (1.0, 5.0)}
+FULL = {"GRID": {"rate": (1e-4, 3e-4, 5e-4, 1e-3), "lam": (0.2, 1.0, 5.0)}}
 CLAIMS = [
     Claim("three rounds improve the fine-tuned model, sampled", "sampled", "SPIN", "SFT"),
     Claim("by 5 points", "sampled", "SPIN", "SFT", 0.05),

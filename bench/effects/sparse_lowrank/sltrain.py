@@ -27,6 +27,9 @@ from ..protocol import Choice, Claim, choose
 
 VOCABULARY, SIZE, RANK, LENGTH, STEPS = 512, llama.Size(64, 2, 2), 16, 64, 1200
 RATES = {"dense": (2e-3, 4e-3), "low rank": (2e-3, 4e-3), "SLTrain": (4e-3, 1e-2)}
+FULL = {"STEPS": 4800, "RATES": {
+    "dense": (1e-3, 2e-3, 4e-3, 8e-3), "low rank": (1e-3, 2e-3, 4e-3, 8e-3), "SLTrain": (2e-3, 4e-3, 1e-2, 2e-2),
+}}  # fmt: skip
 CLAIMS = [
     Claim("the sparse part helps: SLTrain beats low rank alone", "perplexity", "SLTrain", "low rank", 0.0, "lower"),
     Claim("within 5 % of dense", "ratio to dense", "SLTrain", 1.05, 0.0, "lower"),

@@ -23,6 +23,7 @@ from ..protocol import Choice, Claim, choose
 EPOCHS, BATCH, DELTA = 40, 16, 0.3
 RATES = (0.05, 0.1, 0.2, 0.4)
 ARMS = ("hard batches", "random batches", "hard samples")
+FULL = {"RATES": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)}
 CLAIMS = [
     Claim("rare classes: hard batches beat random ones by 3 points", "rare: all", ARMS[0], ARMS[1], 0.03),
     Claim("rare classes: by 15 points on the rare ones", "rare: 8 and 9", ARMS[0], ARMS[1], 0.15),

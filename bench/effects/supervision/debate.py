@@ -24,6 +24,7 @@ from ..protocol import Claim
 from ..supervised import SEEN, VOCABULARY, Classifier, Linear, Task, accuracy, scores, text_task, weak_model
 
 JUDGES, SHOWN, NOISE = 4, 2, 0.5  # noise: in standard deviations of the evidence
+FULL = {"JUDGES": 8}
 CLAIMS = [
     Claim("judges: one debate beats four random tokens", "judge", "debate", "random tokens"),
     Claim("judges: the ensemble beats one debate", "judge", "debate, ensemble", "debate"),

@@ -28,6 +28,7 @@ from ..protocol import Choice, Claim, choose
 STEPS, SAMPLES, WRONG, QUESTIONS = 2, 10, 0.2, 1500
 TOKENS = arithmetic.STEP * STEPS + 1
 GRID = {"rate": (3e-5, 1e-4), "nll": (0.0, 1.0)}
+FULL = {"GRID": {"rate": (1e-5, 3e-5, 1e-4, 3e-4), "nll": (0.0, 0.3, 1.0, 3.0)}}
 CLAIMS = [
     Claim("stage I recovers more than all weak solutions", "PGR", "stage I", "all weak solutions"),
     Claim("stage I beats the strong model's own answers", "PGR", "stage I", "own answers"),

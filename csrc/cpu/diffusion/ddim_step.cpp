@@ -10,7 +10,7 @@ Tensor ddim_step(Tensor x, std::optional<Tensor> cond, std::optional<Tensor> unc
   std::vector<Tensor> given;
   for (const auto& t : {cond, uncond})
     if (t) given.push_back(*t);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor out = fresh(x, {x.size(0), x.size(1)});
   DdimStep s{x.size(0), x.size(1), Rows(x), Rows(given[0]), Rows(given.back()), Rows(out), given.size() == 2,
              levels ? numbers(*levels) : std::vector<double>{a, b}, guidance};
   const bool f64 = s.x.dtype == Dtype::f64 || s.first.dtype == Dtype::f64 || s.second.dtype == Dtype::f64;

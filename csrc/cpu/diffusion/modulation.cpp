@@ -15,9 +15,9 @@ std::tuple<Tensor, Tensor, Tensor> modulate(Rowwise x, OptionalRows y, OptionalR
                                             Optional shift_row, OptionalRows scale, Optional scale_row, double eps) {
   const int64_t B = x.size(0), N = x.size(1), C = x.size(2);
   const bool norm = shift.has_value();
-  Tensor added = torch::stable::new_empty(x, y ? Shape{B, N, C} : Shape{0});
-  Tensor h = torch::stable::new_empty(x, norm ? Shape{B, N, C} : Shape{0});
-  Tensor stats = torch::stable::new_empty(x, norm ? Shape{B, N, 2} : Shape{0}, wide_type(x));
+  Tensor added = fresh(x, y ? Shape{B, N, C} : Shape{0});
+  Tensor h = fresh(x, norm ? Shape{B, N, C} : Shape{0});
+  Tensor stats = fresh(x, norm ? Shape{B, N, 2} : Shape{0}, wide_type(x));
   const Forward f{B, N, C, Slots(x), Slots(y), y ? Slots(added) : Slots(), norm ? Slots(h) : Slots(),
                   {gate, gate_row}, {shift, shift_row}, {scale, scale_row}, eps, stats.data_ptr()};
   with_kernels<ModulationKernels>(is_double(x), [&](const auto& kernel) { kernel.forward(f, f.x.dtype); });
@@ -29,10 +29,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_backward(OptionalRow
                                                                      Optional scale_row, Tensor stats, bool need_x, bool need_y,
                                                                      bool need_gate, bool need_modulation) {
   const int64_t B = added.size(0), N = added.size(1), C = added.size(2);
-  Tensor dx = torch::stable::new_empty(added, need_x ? Shape{B, N, C} : Shape{0}), dy = torch::stable::new_empty(added, need_y ? Shape{B, N, C} : Shape{0});
+  Tensor dx = fresh(added, need_x ? Shape{B, N, C} : Shape{0}), dy = fresh(added, need_y ? Shape{B, N, C} : Shape{0});
   // a gradient a token for a vector a token, else their sum; dshift is a sum always: a token's is grad_h itself
   const auto sums = [&](bool need, const Optional& vector) {
-    return torch::stable::new_empty(added, need ? Shape{B, vector ? vector->size(1) : 1, C} : Shape{0}, wide_type(added));
+    return fresh(added, need ? Shape{B, vector ? vector->size(1) : 1, C} : Shape{0}, wide_type(added));
   };
   Tensor dgate = sums(need_gate, gate), dshift = sums(need_modulation, {}), dscale = sums(need_modulation, scale);
   const Backward f{B, N, C, Slots(grad_added), Slots(grad_h), Slots(added), Slots(y), need_x ? Slots(dx) : Slots(),

@@ -18,8 +18,8 @@ struct Call : PseudoHuber {
 
 std::tuple<Tensor, Tensor> forward(Call h) {
   const ScalarType type = wide_type(h.f64);
-  Tensor loss = torch::stable::new_empty(h.given[0], {h.B}, type);
-  Tensor inverse = torch::stable::new_empty(h.given[0], {h.vector ? h.B : 0}, type);
+  Tensor loss = fresh(h.given[0], {h.B}, type);
+  Tensor inverse = fresh(h.given[0], {h.vector ? h.B : 0}, type);
   h.loss = Flat(loss), h.inverse = Flat(inverse);
   with_kernels<PseudoHuberKernels>(h.f64, [&](const auto& kernel) { kernel.loss(h); });
   return {loss, inverse};
@@ -33,7 +33,7 @@ Tensor backward(Call h, const Tensor& grad, const Tensor& inverse, int64_t colum
     h.scale[size_t(row)] *= h.vector ? roots[size_t(row)] : 1 / double(h.D);
     if (column >= 0) h.scale[size_t(row)] *= h.levels[size_t(4 * row + column)];
   }
-  Tensor out = torch::stable::new_empty(h.given[column < 0 ? 0 : size_t(column)], {h.B, h.D});
+  Tensor out = fresh(h.given[column < 0 ? 0 : size_t(column)], {h.B, h.D});
   h.out = Rows(out);
   with_kernels<PseudoHuberKernels>(h.f64, [&](const auto& kernel) { kernel.gradient(h); });
   return out;

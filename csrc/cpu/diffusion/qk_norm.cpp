@@ -17,8 +17,8 @@ Problem problem(const Tensor& x, int64_t first, int64_t last, const std::optiona
 std::tuple<Tensor, Tensor> qk_norm(Rowwise x, int64_t first, int64_t last, std::optional<Tensor> weight, std::optional<Tensor> bias,
                                    bool rms, double eps) {
   const Problem p = problem(x, first, last, weight, bias, rms, eps);
-  Tensor y = torch::stable::new_empty(x, {p.B, p.N, p.S, p.C});
-  Tensor stats = torch::stable::new_empty(x, {p.B, p.N, last - first, 2}, wide_type(x));
+  Tensor y = fresh(x, {p.B, p.N, p.S, p.C});
+  Tensor stats = fresh(x, {p.B, p.N, last - first, 2}, wide_type(x));
   with_kernels<NormKernels>(is_double(x), [&](const auto& kernel) { kernel.forward(p, Slots(y), stats.data_ptr()); });
   return {y, stats};
 }
@@ -26,9 +26,9 @@ std::tuple<Tensor, Tensor> qk_norm(Rowwise x, int64_t first, int64_t last, std::
 std::tuple<Tensor, Tensor, Tensor> qk_norm_backward(Rowwise grad, Rowwise x, int64_t first, int64_t last, std::optional<Tensor> weight,
                                                     std::optional<Tensor> bias, bool rms, Tensor stats, bool need_params) {
   const Problem p = problem(x, first, last, weight, bias, rms, 0.0);
-  Tensor dx = torch::stable::new_empty(x, {p.B, p.N, p.S, p.C});
-  Tensor dweight = torch::stable::new_empty(x, need_params && weight ? Shape{weight->size(0), p.C} : Shape{0}, wide_type(x));
-  Tensor dbias = torch::stable::new_empty(x, need_params && bias ? Shape{bias->size(0), p.C} : Shape{0}, wide_type(x));
+  Tensor dx = fresh(x, {p.B, p.N, p.S, p.C});
+  Tensor dweight = fresh(x, need_params && weight ? Shape{weight->size(0), p.C} : Shape{0}, wide_type(x));
+  Tensor dbias = fresh(x, need_params && bias ? Shape{bias->size(0), p.C} : Shape{0}, wide_type(x));
   with_type(is_double(x), [&]<class A>(A) {
     const auto pointer = [](const Tensor& t) { return t.numel() ? static_cast<A*>(t.data_ptr()) : nullptr; };
     kernels<NormKernels, A>().backward(p, Slots(grad), stats.data_ptr(), Slots(dx), pointer(dweight), pointer(dbias));

@@ -63,7 +63,7 @@ void forward(const Planes& p, const Tensor& lower, const Tensor& upper, const Te
 
 std::tuple<Tensor, Tensor> interval_affine(Tensor lower, Tensor upper, Tensor scale, Tensor shift, bool relu, bool sound) {
   const Planes p(lower);
-  Tensor low = torch::stable::new_empty(lower, p.shape), high = torch::stable::new_empty(lower, p.shape);
+  Tensor low = fresh(lower, p.shape), high = fresh(lower, p.shape);
   if (p.dtype == Dtype::f64) forward<double>(p, lower, upper, scale, shift, relu, sound, low, high);
   else forward<float>(p, lower, upper, scale, shift, relu, sound, low, high);
   return {low, high};
@@ -114,8 +114,8 @@ void backward(const Planes& p, const Tensor& gl, const Tensor& gu, const Tensor&
 std::tuple<Tensor, Tensor, Tensor, Tensor> interval_affine_backward(Tensor gl, Tensor gu, Tensor lower, Tensor upper, Tensor scale, Tensor low,
                                                                     Tensor high, bool relu) {
   const Planes p(lower);
-  Tensor dl = torch::stable::new_empty(lower, p.shape), du = torch::stable::new_empty(lower, p.shape);
-  Tensor ds = torch::stable::new_empty(scale, {p.channels}), dt = torch::stable::new_empty(scale, {p.channels});
+  Tensor dl = fresh(lower, p.shape), du = fresh(lower, p.shape);
+  Tensor ds = fresh(scale, {p.channels}), dt = fresh(scale, {p.channels});
   if (p.dtype == Dtype::f64) backward<double>(p, gl, gu, lower, upper, scale, low, high, relu, dl, du, ds, dt);
   else backward<float>(p, gl, gu, lower, upper, scale, low, high, relu, dl, du, ds, dt);
   return {dl, du, ds, dt};
@@ -150,7 +150,7 @@ void statistics(const Planes& p, const Tensor& x, Tensor& mean, Tensor& variance
 std::tuple<Tensor, Tensor> interval_batchnorm_stats(Tensor x) {
   const Planes p(x);
   const ScalarType type = p.dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
-  Tensor mean = torch::stable::new_empty(x, {p.channels}, type), variance = torch::stable::new_empty(x, {p.channels}, type);
+  Tensor mean = fresh(x, {p.channels}, type), variance = fresh(x, {p.channels}, type);
   if (p.dtype == Dtype::f64) statistics<double>(p, x, mean, variance);
   else statistics<float>(p, x, mean, variance);
   return {mean, variance};
@@ -174,7 +174,7 @@ void stats_backward(const Planes& p, const Tensor& grad_mean, const Tensor& grad
 
 Tensor interval_batchnorm_stats_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor mean) {
   const Planes p(x);
-  Tensor dx = torch::stable::new_empty(x, p.shape);
+  Tensor dx = fresh(x, p.shape);
   if (p.dtype == Dtype::f64) stats_backward<double>(p, grad_mean, grad_var, x, mean, dx);
   else stats_backward<float>(p, grad_mean, grad_var, x, mean, dx);
   return dx;

@@ -80,30 +80,56 @@ inline void forward_block(const A* c, const A* r, int64_t ldx, int64_t rows, con
   }
 }
 
-// one panel of outputs of a few rows, w stored [k, n]; only the listed rows of w are read
+// m += c . w and s += r . |w| for G rows of w, which lie anywhere: those of the next group are asked for meanwhile
+// (AHEAD), as hardware follows one row to its end only. m and s are padded to whole vectors.
+template <class A, int G, bool AHEAD>
+inline void alive_group(const A* c, const A* r, const A* w, int64_t ldw, int64_t wide, const int32_t* alive, A* m, A* s) {
+  using V = Vec<A>;
+  V cv[G], rv[G];
+  const A *row[G], *next[G];
+  W2S_UNROLL for (int g = 0; g < G; ++g) {
+    cv[g] = V::set(c[alive[g]]);
+    rv[g] = V::set(r[alive[g]]);
+    row[g] = w + alive[g] * ldw;
+    next[g] = AHEAD ? w + alive[G + g] * ldw : nullptr;
+  }
+  const auto step = [&](int64_t e, const auto& load) __attribute__((always_inline)) {
+    V center = V::load(m + e), radius = V::load(s + e);
+    W2S_UNROLL for (int g = 0; g < G; ++g) {
+      const V v = load(row[g] + e);
+      if constexpr (AHEAD) __builtin_prefetch(next[g] + e);
+      center = V::fma(cv[g], v, center);
+      radius = V::fma(rv[g], v.abs(), radius);
+    }
+    center.store(m + e);
+    radius.store(s + e);
+  };
+  int64_t e = 0;
+  for (; e + V::W <= wide; e += V::W) step(e, [](const A* at) __attribute__((always_inline)) { return V::load(at); });
+  if (e < wide) step(e, [&](const A* at) __attribute__((always_inline)) { return V::load_first(at, int(wide - e)); });
+}
+
+// ALIVE_WIDTH outputs of a few rows, w stored [k, n]; only the listed rows of w are read, each once
 template <class A>
 inline void forward_alive(const A* c, const A* r, int64_t ldx, int64_t rows, const A* w, int64_t ldw, int64_t n, int64_t j, const int32_t* alive,
                           int64_t count, const A* bias, const interval::Call& call, int64_t terms, Dtype dtype, void* x, int64_t stride, void* y) {
-  A m[4 * PANEL<A>], s[4 * PANEL<A>];
-  const int64_t wide = n - j < PANEL<A> ? n - j : PANEL<A>;
-  if (wide == PANEL<A>) {
-    outer_block<A>(c, r, ldx, rows, w + j, ldw, count, alive, m, s, PANEL<A>, false);
-  } else {
+  constexpr int64_t WIDE = interval::ALIVE_WIDTH;
+  constexpr int G = 8;
+  A m[4 * WIDE], s[4 * WIDE];
+  const int64_t wide = n - j < WIDE ? n - j : WIDE;
+  for (int64_t e = 0; e < rows * WIDE; ++e) m[e] = s[e] = 0;
+  int64_t i = 0;
+  for (; i + G <= count; i += G)
+    for (int64_t p = 0; p < rows; ++p) {
+      const auto group = p == 0 && i + 2 * G <= count ? alive_group<A, G, true> : alive_group<A, G, false>;
+      group(c + p * ldx, r + p * ldx, w + j, ldw, wide, alive + i, m + p * WIDE, s + p * WIDE);
+    }
+  for (; i < count; ++i)
     for (int64_t p = 0; p < rows; ++p)
-      for (int64_t e = 0; e < wide; ++e) {
-        A center = 0, radius = 0;
-        for (int64_t i = 0; i < count; ++i) {
-          const A v = w[alive[i] * ldw + j + e];
-          center += c[p * ldx + alive[i]] * v;
-          radius += r[p * ldx + alive[i]] * std::abs(v);
-        }
-        m[p * PANEL<A> + e] = center;
-        s[p * PANEL<A> + e] = radius;
-      }
-  }
+      alive_group<A, 1, false>(c + p * ldx, r + p * ldx, w + j, ldw, wide, alive + i, m + p * WIDE, s + p * WIDE);
   const int64_t bytes = bytes_of(dtype);
   for (int64_t p = 0; p < rows; ++p)
-    finish_row<A>(m + p * PANEL<A>, s + p * PANEL<A>, bias ? bias + j : nullptr, int(wide), {call.bounds_out, call.relu},
+    finish_row<A>(m + p * WIDE, s + p * WIDE, bias ? bias + j : nullptr, int(wide), {call.bounds_out, call.relu},
                   rounding_of<A>(call.sound, terms, call.spread), dtype, static_cast<char*>(x) + p * stride + j * bytes,
                   static_cast<char*>(y) + p * stride + j * bytes);
 }

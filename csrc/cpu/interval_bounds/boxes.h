@@ -89,6 +89,10 @@ struct ConvShape {
   int64_t positions() const { return out_h * out_w; }
 };
 
+// Outputs of one item where dead columns are skipped: a stretch of each row of w that is long enough to be prefetched,
+// and sums that stay in the first cache (measured on a Xeon with AVX-512: 48, a register tile, reads at a third)
+constexpr int64_t ALIVE_WIDTH = 512;
+
 // linear_kernel.cpp; what each does stands with it.
 template <class A>
 struct LinearKernels {

@@ -103,8 +103,8 @@ std::tuple<Tensor, Tensor> interval_conv2d(Tensor a, Tensor b, Tensor weight, st
                                            std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool bounds_in,
                                            bool bounds_out, bool relu, std::string, bool sound, double spread) {
   const ConvShape s(a, weight, stride, padding, dilation, groups);
-  Tensor x = torch::stable::new_empty(a, {s.batch, s.out_channels, s.out_h, s.out_w});
-  Tensor y = torch::stable::new_empty(a, {s.batch, s.out_channels, s.out_h, s.out_w});
+  Tensor x = fresh(a, {s.batch, s.out_channels, s.out_h, s.out_w});
+  Tensor y = fresh(a, {s.batch, s.out_channels, s.out_h, s.out_w});
   const Call call{bounds_in, bounds_out, relu, sound, spread};
   if (s.batch && s.out_channels && s.positions()) {
     if (a.scalar_type() == ScalarType::Double) forward<double>(s, a, b, weight, bias, call, x, y);
@@ -207,7 +207,7 @@ Gradients interval_conv2d_backward(Tensor ga, Tensor gb, Tensor a, Tensor b, Ten
                                    bool relu, std::string, bool need_x, bool need_w, bool need_b) {
   const ConvShape s(a, weight, stride, padding, dilation, groups);
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
-    return torch::stable::new_empty(a, wanted ? shape : std::vector<int64_t>{0});
+    return fresh(a, wanted ? shape : std::vector<int64_t>{0});
   };
   const std::vector<int64_t> image{s.batch, s.channels, s.in_h, s.in_w}, filter{s.out_channels, s.group_in, s.kernel_h, s.kernel_w};
   Tensor da = made(need_x, image), db = made(need_x, image), dw = made(need_w, filter), dbias = made(need_b, {s.out_channels});

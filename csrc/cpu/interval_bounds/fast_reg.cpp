@@ -19,7 +19,7 @@ Tensor interval_moments(Tensor lower, Tensor upper) {
     for (int64_t i = p * PART; i < std::min(n, (p + 1) * PART); i += TILE)
       moments(l + i * bytes, u + i * bytes, dtype, int(std::min(TILE, n - i)), sums.data() + 9 * p);
   });
-  Tensor out = torch::stable::new_empty(lower, {9}, ScalarType::Double);
+  Tensor out = fresh(lower, {9}, ScalarType::Double);
   double* to = static_cast<double*>(out.data_ptr());
   std::fill(to, to + 9, 0.0);
   for (int64_t p = 0; p < parts; ++p)

@@ -59,9 +59,8 @@ void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
           alive.push_back(int32_t(i));
           break;
         }
-    const int64_t panel = kernels<LinearKernels, A>().panel_width();
-    parallel_items(pieces(n, panel), 1, [&](int64_t i) {
-      kernels<LinearKernels, A>().forward_alive(box.c, box.r, box.ld, batch, w, weight.stride(1), n, i * panel, alive.data(), int64_t(alive.size()),
+    parallel_items(pieces(n, ALIVE_WIDTH), 1, [&](int64_t i) {
+      kernels<LinearKernels, A>().forward_alive(box.c, box.r, box.ld, batch, w, weight.stride(1), n, i * ALIVE_WIDTH, alive.data(), int64_t(alive.size()),
                                      shift, call, terms, first.dtype, first.at(0, 0), first.stride, second.at(0, 0));
     });
     return;
@@ -83,7 +82,7 @@ void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
 
 std::tuple<Tensor, Tensor> interval_linear(Rowwise a, Rowwise b, Strided weight, std::optional<Tensor> bias, bool bounds_in, bool bounds_out,
                                            bool relu, std::string, bool sound, double spread) {
-  Tensor x = torch::stable::new_empty(a, {a.size(0), weight.size(0)}), y = torch::stable::new_empty(a, {a.size(0), weight.size(0)});
+  Tensor x = fresh(a, {a.size(0), weight.size(0)}), y = fresh(a, {a.size(0), weight.size(0)});
   const Call call{bounds_in, bounds_out, relu, sound, spread};
   if (a.size(0) && weight.size(0)) {
     if (a.scalar_type() == ScalarType::Double) forward<double>(a, b, weight, bias, call, x, y);
@@ -219,7 +218,7 @@ Gradients interval_linear_backward(Tensor ga, Tensor gb, Rowwise a, Rowwise b, S
                                    bool bounds_out, bool relu, std::string, bool need_x, bool need_w, bool need_b) {
   const int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1);
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
-    return torch::stable::new_empty(a, wanted ? shape : std::vector<int64_t>{0});
+    return fresh(a, wanted ? shape : std::vector<int64_t>{0});
   };
   Tensor da = made(need_x, {batch, k}), db = made(need_x, {batch, k}), dw = made(need_w, {n, k}), dbias = made(need_b, {n});
   if (batch == 0 || n == 0) {

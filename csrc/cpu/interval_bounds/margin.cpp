@@ -32,7 +32,7 @@ void margins(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
 ScalarType accumulate(const Tensor& a) { return a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 Tensor margin_logits(Rowwise a, Rowwise b, Rowwise weight, std::optional<Tensor> bias, Tensor y, bool bounds, bool sound) {
-  Tensor z = torch::stable::new_empty(a, {a.size(0), weight.size(0)}, accumulate(a));
+  Tensor z = fresh(a, {a.size(0), weight.size(0)}, accumulate(a));
   if (accumulate(a) == ScalarType::Double) margins<double>(a, b, weight, bias, y, bounds, sound, z, nullptr, nullptr);
   else margins<float>(a, b, weight, bias, y, bounds, sound, z, nullptr, nullptr);
   return z;
@@ -40,8 +40,8 @@ Tensor margin_logits(Rowwise a, Rowwise b, Rowwise weight, std::optional<Tensor>
 
 std::tuple<Tensor, Tensor, Tensor> margin_cross_entropy(Rowwise a, Rowwise b, Rowwise weight, std::optional<Tensor> bias, Tensor y, bool bounds,
                                                         bool sound) {
-  Tensor z = torch::stable::new_empty(a, {a.size(0), weight.size(0)}, accumulate(a));
-  Tensor loss = torch::stable::new_empty(a, {a.size(0)}, accumulate(a)), worst = torch::stable::new_empty(a, {a.size(0)}, accumulate(a));
+  Tensor z = fresh(a, {a.size(0), weight.size(0)}, accumulate(a));
+  Tensor loss = fresh(a, {a.size(0)}, accumulate(a)), worst = fresh(a, {a.size(0)}, accumulate(a));
   if (accumulate(a) == ScalarType::Double) margins<double>(a, b, weight, bias, y, bounds, sound, z, &loss, &worst);
   else margins<float>(a, b, weight, bias, y, bounds, sound, z, &loss, &worst);
   return {loss, worst, z};
@@ -88,7 +88,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Gradients margin_logits_backward(Tensor grad, Rowwise a, Rowwise b, Rowwise weight, Tensor y, bool bounds, bool need_x, bool need_w, bool need_b) {
   const int64_t batch = a.size(0), classes = weight.size(0), d = weight.size(1);
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
-    return torch::stable::new_empty(a, wanted ? shape : std::vector<int64_t>{0});
+    return fresh(a, wanted ? shape : std::vector<int64_t>{0});
   };
   Tensor da = made(need_x, {batch, d}), db = made(need_x, {batch, d}), dw = made(need_w, {classes, d}), dbias = made(need_b, {classes});
   if (accumulate(a) == ScalarType::Double) backward<double>(grad, a, b, weight, y, bounds, need_x, need_w, need_b, da, db, dw, dbias);

@@ -85,7 +85,7 @@ using Tensor6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensor3 interval_linear_iw(Rowwise xl, Rowwise xm, Rowwise xu, Rowwise wl, Rowwise wm, Rowwise wu, int64_t mode, bool sound) {
   const Tensor x[] = {xl, xm, xu}, w[] = {wl, wm, wu};
-  const auto made = [&] { return torch::stable::new_empty(xl, {xl.size(0), wl.size(0)}); };
+  const auto made = [&] { return fresh(xl, {xl.size(0), wl.size(0)}); };
   Tensor out[] = {made(), made(), made()};
   if (xl.size(0) && wl.size(0)) {
     if (xl.scalar_type() == ScalarType::Double) forward<double>(x, w, mode, sound, out);
@@ -121,7 +121,7 @@ void backward(const Tensor* g, const Tensor* x, const Tensor* w, int64_t mode, T
 Tensor6 interval_linear_iw_backward(Rowwise gl, Rowwise gm, Rowwise gu, Rowwise xl, Rowwise xm, Rowwise xu, Rowwise wl, Rowwise wm, Rowwise wu,
                                     int64_t mode) {
   const Tensor g[] = {gl, gm, gu}, x[] = {xl, xm, xu}, w[] = {wl, wm, wu};
-  const auto made = [&](const Tensor& t) { return torch::stable::new_empty(t, {t.size(0), t.size(1)}); };
+  const auto made = [&](const Tensor& t) { return fresh(t, {t.size(0), t.size(1)}); };
   Tensor dx[] = {made(xl), made(xl), made(xl)}, dw[] = {made(wl), made(wl), made(wl)};
   if (xl.size(0) == 0 || wl.size(0) == 0) {
     for (Tensor& t : dx) torch::stable::zero_(t);

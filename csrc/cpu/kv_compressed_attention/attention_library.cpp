@@ -41,7 +41,7 @@ Tensor owned(AtenTensorHandle handle) { return Tensor(handle); }
 Tensor whole_sum(const Problem& p) {
   const int64_t n = p.B * p.H * p.N;
   const float *top = static_cast<const float*>(p.softmax), *total = top + n;
-  Tensor lse = torch::stable::new_empty(view(p.q, p, p.N), {p.B, p.H, p.N}, ScalarType::Float);
+  Tensor lse = fresh(view(p.q, p, p.N), {p.B, p.H, p.N}, ScalarType::Float);
   float* out = static_cast<float*>(lse.data_ptr());
   for (int64_t i = 0; i < n; ++i) out[i] = top[i] + std::log(total[i]);
   return lse;

@@ -24,9 +24,9 @@ Parameters split(const Problem& p, const Tensor& like, const A* total, bool need
   const int64_t C = p.C, T = p.T, sets = p.sets;
   const ScalarType type = wide_type(p.f64);
   const bool norm = need && p.normalize;
-  Parameters found{torch::stable::new_empty(like, need && p.weight ? std::vector<int64_t>{sets, C, p.ratio, p.ratio} : std::vector<int64_t>{0}, type),
-                   torch::stable::new_empty(like, need && p.bias ? std::vector<int64_t>{p.bias_sets, C} : std::vector<int64_t>{0}, type),
-                   torch::stable::new_empty(like, {norm && p.norm_weight ? C : 0}, type), torch::stable::new_empty(like, {norm && p.norm_bias ? C : 0}, type)};
+  Parameters found{fresh(like, need && p.weight ? std::vector<int64_t>{sets, C, p.ratio, p.ratio} : std::vector<int64_t>{0}, type),
+                   fresh(like, need && p.bias ? std::vector<int64_t>{p.bias_sets, C} : std::vector<int64_t>{0}, type),
+                   fresh(like, {norm && p.norm_weight ? C : 0}, type), fresh(like, {norm && p.norm_bias ? C : 0}, type)};
   if (!need) return found;
   if (p.weight) {
     A* w = static_cast<A*>(found.weight.data_ptr());

@@ -10,7 +10,7 @@ Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
 }
 
 std::tuple<Tensor, Tensor> compressed_attention(Rowwise q, Rowwise k, Rowwise v, double scale) {
-  Tensor softmax = torch::stable::new_empty(q, {2, q.size(0), q.size(2), q.size(1)}, wide_type(q));
+  Tensor softmax = fresh(q, {2, q.size(0), q.size(2), q.size(1)}, wide_type(q));
   if (std::optional<Tensor> made = forward_made(problem(q, k, v, q, softmax, scale), is_double(q))) return {*made, softmax};
   Tensor out = empty_of(q);
   forward(problem(q, k, v, out, softmax, scale), is_double(q));

@@ -7,8 +7,8 @@ namespace {
 
 std::tuple<Tensor, Tensor> kv_compress(Rowwise x, int64_t first, CompressionArguments compression, double eps) {
   const Problem p(x, first, compression);
-  Tensor kv = torch::stable::new_empty(x, {p.B, p.M, p.groups, p.C});
-  Tensor stats = torch::stable::new_empty(x, p.normalize ? std::vector<int64_t>{p.B, p.M, p.groups, 2} : std::vector<int64_t>{0}, wide_type(p.f64));
+  Tensor kv = fresh(x, {p.B, p.M, p.groups, p.C});
+  Tensor stats = fresh(x, p.normalize ? std::vector<int64_t>{p.B, p.M, p.groups, 2} : std::vector<int64_t>{0}, wide_type(p.f64));
   forward(p, Slots(x), eps, Slots(kv), stats.data_ptr());
   return {kv, stats};
 }

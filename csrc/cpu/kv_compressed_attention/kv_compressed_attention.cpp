@@ -28,10 +28,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_compressed_attention(Rowwise qkv, 
   const int64_t N = qkv.size(1);
   const bool small = p.ratio > 1;
   using Shape = std::vector<int64_t>;
-  Tensor out = torch::stable::new_empty(qkv, {p.B, N, p.C});
-  Tensor softmax = torch::stable::new_empty(qkv, {2, p.B, num_heads, N}, wide_type(p.f64));
-  Tensor kv = torch::stable::new_empty(qkv, small ? Shape{p.B, p.M, 2, p.C} : Shape{0});
-  Tensor stats = torch::stable::new_empty(qkv, small && p.normalize ? Shape{p.B, p.M, 2, 2} : Shape{0}, wide_type(p.f64));
+  Tensor out = fresh(qkv, {p.B, N, p.C});
+  Tensor softmax = fresh(qkv, {2, p.B, num_heads, N}, wide_type(p.f64));
+  Tensor kv = fresh(qkv, small ? Shape{p.B, p.M, 2, p.C} : Shape{0});
+  Tensor stats = fresh(qkv, small && p.normalize ? Shape{p.B, p.M, 2, 2} : Shape{0}, wide_type(p.f64));
   if (small) compress::forward(p, Slots(qkv), eps, Slots(kv), stats.data_ptr());
   const attention::Problem a = heads_of(qkv, small ? kv : qkv, small ? 0 : 1, small ? p.M : N, num_heads, scale, out, softmax);
   attention::forward(a, p.f64);
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compressed_attention_backw
   const int64_t N = qkv.size(1), D = p.C / num_heads;
   const bool small = p.ratio > 1;
   Tensor dqkv = recycled_empty(qkv, {p.B, N, 3, p.C});
-  const Tensor dkv = small ? torch::stable::new_empty(qkv, {p.B, p.M, 2, p.C}, wide_type(p.f64)) : dqkv;  // dk', dv' are not rounded
+  const Tensor dkv = small ? fresh(qkv, {p.B, p.M, 2, p.C}, wide_type(p.f64)) : dqkv;  // dk', dv' are not rounded
   const attention::Problem a =
       heads_of(qkv, small ? kv : qkv, small ? 0 : 1, small ? p.M : N, num_heads, scale, out, softmax);
   Heads g = a.out;
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compressed_attention_backw
   attention::backward(a, d, p.f64);
   if (!small) {
     std::vector<Tensor> none;
-    for (int i = 0; i < 4; ++i) none.push_back(torch::stable::new_empty(qkv, {0}, wide_type(p.f64)));
+    for (int i = 0; i < 4; ++i) none.push_back(fresh(qkv, {0}, wide_type(p.f64)));
     return {dqkv, none[0], none[1], none[2], none[3]};
   }
   const compress::Parameters found =

@@ -8,11 +8,11 @@ namespace linear {
 namespace {
 
 using Optional = std::optional<Tensor>;
-using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensor>;
+using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensor>;
 
 struct Wanted {
   double z_loss;
-  bool scaled, entropy, best;
+  bool scaled, entropy, best, kept;
 };
 
 template <class A>
@@ -21,11 +21,13 @@ Loss run(Engine<A>& e, const LinearArguments& linear, Need need, SoftTarget<A> t
   Gradients<A> g(e, linear, need);
   const bool any = need.hiddens || need.heads || need.biases || need.weights;
   const auto groups = any ? stashed(e, need) : blocks(e);
+  Tensor kept = kept_logits(e, wanted.kept);
+  A* keep = wanted.kept ? static_cast<A*>(kept.data_ptr()) : nullptr;
   g.plan(widest<A>(groups));
   Statistics<A> s(e, nullptr);
   s.want(wanted.entropy, wanted.best);
   Agreement<A> at(e, target);
-  first_sweep(e, g, groups, [&](int64_t r0, int64_t rows, A* z, int64_t ld) {
+  first_sweep(e, g, groups, keep, [&](int64_t r0, int64_t rows, A* z, int64_t ld) {
     s.add(r0, rows, z, ld);
     at.add(r0, rows, z, ld);
   });
@@ -58,9 +60,9 @@ Loss run(Engine<A>& e, const LinearArguments& linear, Need need, SoftTarget<A> t
              scattered(e, [&](int64_t m) { return logp[size_t(m)]; }),
              scattered(e, [&](int64_t m) { return s.lse(m); }),
              e.output({0}),
-             torch::stable::new_empty(e.hiddens[0], {wanted.best ? e.T : 0}, ScalarType::Long),
+             fresh(e.hiddens[0], {wanted.best ? e.T : 0}, ScalarType::Long),
              e.output({0}),
-             {}, {}, {}, g.dweights};
+             kept, {}, {}, {}, g.dweights};
   if (wanted.entropy)
     std::get<4>(found) = scattered(e, [&](int64_t m) { return std::log(s.sum[size_t(m)]) - s.spread[size_t(m)] / s.sum[size_t(m)]; });
   if (wanted.best) {
@@ -75,17 +77,17 @@ Loss run(Engine<A>& e, const LinearArguments& linear, Need need, SoftTarget<A> t
     g.q = std::move(target);
     g.sweep(groups);
   }
-  std::get<7>(found) = g.dhiddens;
-  std::get<8>(found) = g.dheads;
-  std::get<9>(found) = g.dbiases;
+  std::get<8>(found) = g.dhiddens;
+  std::get<9>(found) = g.dheads;
+  std::get<10>(found) = g.dbiases;
   return found;
 }
 
 Loss linear_ce(LinearArguments linear, Tensor keep, Tensor ids, Tensor probs, Optional uniform, std::optional<Rowwise> dense, Optional classes,
-               Tensor weight, double z_loss, bool scaled, bool need_entropy, bool need_best, Need need) {
+               Tensor weight, double z_loss, bool scaled, bool need_entropy, bool need_best, bool need_kept, Need need) {
   const bool* counts = integers<bool>(keep);
   const std::vector<int64_t> rows = rows_where(linear.rows(), [&](int64_t t) { return counts[t]; });
-  const Wanted wanted{z_loss, scaled, need_entropy, need_best};
+  const Wanted wanted{z_loss, scaled, need_entropy, need_best, need_kept};
   return with_engine(linear, rows, [&]<class A>(Engine<A>& e) {
     return run(e, linear, need, SoftTarget<A>(e, ids, probs, uniform, dense, Optional(), classes), weight, wanted);
   });

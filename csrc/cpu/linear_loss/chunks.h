@@ -144,5 +144,11 @@ struct Spend {
   }
 };
 
+// once for all losses: instances.cpp
+extern template struct Head<float>;
+extern template struct Head<double>;
+extern template struct Spend<float>;
+extern template struct Spend<double>;
+
 }  // namespace linear
 }  // namespace w2s

@@ -30,7 +30,7 @@ using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 template <class A>
 Tensor make(const Call& call, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(call.logits, shape, scalar_type<A>);
+  return fresh(call.logits, shape, scalar_type<A>);
 }
 
 // The loss from its parts, in their order whatever the threads; an error for a label off [0, 1].
@@ -97,7 +97,7 @@ Three two_classes(const Call& call) {
     if (!call.given) *static_cast<A*>(made.data_ptr()) = line;
   }
   const bool gradient = call.mixture.gradient;
-  Tensor grad = torch::stable::new_empty(call.logits, !gradient ? std::vector<int64_t>{0}
+  Tensor grad = fresh(call.logits, !gradient ? std::vector<int64_t>{0}
                                                       : single  ? std::vector<int64_t>{B}
                                                                 : std::vector<int64_t>{B, 2});
   std::vector<ConfidenceResult> parts(size_t(call.loss ? blocks : 0));
@@ -143,7 +143,7 @@ Three many_classes(const Call& call) {
     prior_shifts<A>(z, w, B, V, shift.data());
   }
   Tensor made = to_tensor<A>(call, shift.data(), call.guesses() && !call.given ? V : 0);
-  Tensor grad = torch::stable::new_empty(call.logits, call.mixture.gradient ? std::vector<int64_t>{B, V} : std::vector<int64_t>{0});
+  Tensor grad = fresh(call.logits, call.mixture.gradient ? std::vector<int64_t>{B, V} : std::vector<int64_t>{0});
   char* to = static_cast<char*>(grad.data_ptr());
   std::vector<ConfidenceResult> parts(size_t(call.loss ? B : 0));
   parallel_items(int64_t(parts.size()), std::max<int64_t>(1, 8192 / V), [&](int64_t r) {

@@ -114,7 +114,7 @@ Outputs run(const Eisl& e, const Tensor& hidden, const Tensor& flat, const Tenso
     b = last;
   }
   spend.finish(e.index);
-  Tensor loss = torch::stable::new_empty(hidden, {}, scalar_type<A>), parts = torch::stable::new_empty(hidden, {count + 1}, scalar_type<A>);
+  Tensor loss = fresh(hidden, {}, scalar_type<A>), parts = fresh(hidden, {count + 1}, scalar_type<A>);
   A* part = static_cast<A*>(parts.data_ptr());
   double total = 0, ce = 0;
   for (int64_t k = 0; k < count; ++k) {

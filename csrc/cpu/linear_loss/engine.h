@@ -97,7 +97,7 @@ struct Engine {
   }
 
   void gather_narrow() {
-    keep.push_back(torch::stable::new_empty(hiddens[0], {std::max<int64_t>(M * width, 1)}, ScalarType::BFloat16));
+    keep.push_back(fresh(hiddens[0], {std::max<int64_t>(M * width, 1)}, ScalarType::BFloat16));
     uint16_t* to = static_cast<uint16_t*>(keep.back().data_ptr());
     const Rows from(hiddens[0]);
     parallel_items(M, 16, [&](int64_t m) { std::memcpy(to + m * width, from.at(index[size_t(m)], 0), size_t(2 * width)); });
@@ -125,10 +125,10 @@ struct Engine {
   }
 
   A* memory(int64_t elements) {
-    keep.push_back(torch::stable::new_empty(hiddens[0], {std::max<int64_t>(elements, 1)}, scalar_type<A>));
+    keep.push_back(fresh(hiddens[0], {std::max<int64_t>(elements, 1)}, scalar_type<A>));
     return static_cast<A*>(keep.back().data_ptr());
   }
-  Tensor output(std::vector<int64_t> shape) const { return torch::stable::new_empty(hiddens[0], shape, scalar_type<A>); }
+  Tensor output(std::vector<int64_t> shape) const { return fresh(hiddens[0], shape, scalar_type<A>); }
   bool narrower(int i) const { return head[size_t(i)].dtype != own_dtype<A>; }
 
   // Rows of a block. A product on the tile unit is done before its operands and sums have come from memory: fewer passes.
@@ -196,6 +196,10 @@ struct Engine {
   }
 };
 
+// once for all losses: instances.cpp
+extern template struct Engine<float>;
+extern template struct Engine<double>;
+
 // f(engine), with the engine of the call's accumulating type
 template <class F>
 inline auto with_engine(const LinearArguments& linear, std::vector<int64_t> rows, const F& f) {
@@ -203,6 +207,13 @@ inline auto with_engine(const LinearArguments& linear, std::vector<int64_t> rows
     Engine<decltype(zero)> engine(linear, std::move(rows));
     return f(engine);
   });
+}
+
+// Memory of all logits [V, Mp], which backward is to find there: all rows count and fill one block without a cap.
+template <class A>
+inline Tensor kept_logits(const Engine<A>& e, bool wanted) {
+  if (wanted && (e.M != e.T || e.M > e.block() || e.cap || e.n != 1)) throw Refusal("logits are kept of one block of rows that all count");
+  return wanted ? e.output({e.V, e.Mp}) : e.output({0});
 }
 
 // Rows that count put back among all rows; the others get 0.

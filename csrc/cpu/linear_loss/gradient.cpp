@@ -15,12 +15,13 @@ struct Coefficients {
 };
 
 template <class A>
-Lists run(Engine<A>& e, const LinearArguments& linear, Need need, const Coefficients& c) {
+Lists run(Engine<A>& e, const LinearArguments& linear, Need need, const Coefficients& c, const Optional& kept) {
   Gradients<A> g(e, linear, need);
   g.lse = SoftTarget<A>::rows(e, c.lse);
   g.b = SoftTarget<A>::rows(e, c.coef_lse);
   if (c.coef_log) g.c = SoftTarget<A>::rows(e, *c.coef_log);
   g.q = SoftTarget<A>(e, c.ids, c.coef_ids, c.coef_all, c.dense, c.coef_dense, c.classes);
+  if (kept && e.M == e.T) g.kept = static_cast<const A*>(kept->data_ptr());
   const auto groups = blocks(e);
   g.plan(widest<A>(groups));
   g.sweep(groups);
@@ -43,8 +44,8 @@ std::vector<int64_t> with_coefficient(const Coefficients& c) {
   });
 }
 
-Lists linear_loss_backward(LinearArguments linear, Coefficients c, Need need) {
-  return with_engine(linear, with_coefficient(c), [&](auto& e) { return run(e, linear, need, c); });
+Lists linear_loss_backward(LinearArguments linear, Coefficients c, Need need, Optional kept) {
+  return with_engine(linear, with_coefficient(c), [&](auto& e) { return run(e, linear, need, c, kept); });
 }
 
 }  // namespace

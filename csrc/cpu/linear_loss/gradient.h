@@ -34,6 +34,7 @@ struct Gradients {
   std::vector<double> dw;             // [Mp, n]: sum_v dz (b_i, or the capped logit)
   std::vector<std::vector<A>> dbias;  // [V]
   A *raw = nullptr, *z = nullptr, *slope = nullptr;  // raw: sum_v dz_tv W_i,v, [M, width]
+  const A* kept = nullptr;            // the logits of all rows [V, Mp], where forward left them
   uint16_t* dz16 = nullptr;           // with dots: a tile of dz in bfloat16
   std::vector<A*> wide, capped;       // a tile of dW in A, where dW is narrower
   std::vector<A> partial, zeros;
@@ -84,9 +85,14 @@ struct Gradients {
     for (const Segment& s : segments) {
       A* out = z + (s.r0 - first);
       const int64_t own_ld = round_up(s.rows, 16);
-      if (s.stash < 0) e.logits(s.r0, s.rows, out, ld, capped.data());
-      const A* in = s.stash < 0 ? out : stash(s);
-      softmax_part(s.r0, in, s.stash < 0 ? ld : own_ld, out, ld, own_ld);
+      if (kept) {
+        softmax_part(s.r0, kept + e.v0 * e.Mp + s.r0, e.Mp, out, ld, own_ld);
+      } else if (s.stash < 0) {
+        e.logits(s.r0, s.rows, out, ld, capped.data());
+        softmax_part(s.r0, out, ld, out, ld, own_ld);
+      } else {
+        softmax_part(s.r0, stash(s), own_ld, out, ld, own_ld);
+      }
       q.add(e, s.r0, s.rows, out, ld);
     }
   }
@@ -270,20 +276,24 @@ inline int64_t widest(const std::vector<std::vector<Segment>>& groups) {
   return rows;
 }
 
-// The first sweep: `look(r0, rows, z, ld)` sees every tile of logits, which stay where the second finds them.
+// The first sweep: `look(r0, rows, z, ld)` sees every tile of logits, which stay where the second finds them, or in `keep`.
 template <class A, class F>
-inline void first_sweep(Engine<A>& e, Gradients<A>& g, const std::vector<std::vector<Segment>>& groups, const F& look) {
+inline void first_sweep(Engine<A>& e, Gradients<A>& g, const std::vector<std::vector<Segment>>& groups, A* keep, const F& look) {
   for (int64_t v = 0; v < e.V && e.M > 0; v += e.tile) {
     e.load(v);
     for (const auto& group : groups)
       for (const Segment& part : group) {
         const int64_t ld = round_up(part.rows, 16);
-        A* z = part.stash < 0 ? g.z : g.stash(part);
+        A* z = keep ? keep + v * e.Mp : part.stash < 0 ? g.z : g.stash(part);
         e.logits(part.r0, part.rows, z, ld, g.capped.data());
         look(part.r0, part.rows, z, ld);
       }
   }
 }
+
+// once for all losses: instances.cpp
+extern template struct Gradients<float>;
+extern template struct Gradients<double>;
 
 }  // namespace linear
 }  // namespace w2s

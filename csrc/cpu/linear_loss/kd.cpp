@@ -121,7 +121,7 @@ struct Results {
     std::fill(c, c + T, A(0));
     if (s) std::fill(s, s + 3 * T, A(0));
   }
-  static Tensor make(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape, scalar_type<A>); }
+  static Tensor make(const Tensor& like, std::vector<int64_t> shape) { return fresh(like, shape, scalar_type<A>); }
 
   void put(int64_t t, const KdResult& r) {
     d[t] = A(r.kd);
@@ -157,7 +157,7 @@ Rows4 kd_rows(const Tensor& logits, const Distillation& given) {
   const int64_t V = given.loss.V, count = int64_t(given.index.size());
   const bool gradient = given.loss.gradient;
   Results<A> out(logits, given);
-  Tensor dlogits = gradient ? torch::stable::new_empty(logits, {given.T, V}) : torch::stable::new_empty(logits, {0});
+  Tensor dlogits = gradient ? fresh(logits, {given.T, V}) : fresh(logits, {0});
   if (gradient && count < given.T) torch::stable::zero_(dlogits);
   const Rows student(logits);
   Rows to = student;

@@ -8,6 +8,8 @@ namespace w2s {
 namespace linear {
 namespace {
 
+using LogProbs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 constexpr double SLACK = 8;
 
 template <class A>
@@ -109,17 +111,19 @@ struct Expectations {
 };
 
 template <class A>
-std::tuple<Tensor, Tensor, Tensor, Tensor> run(Engine<A>& e, const int64_t* target, bool need_rows, bool need_logits) {
+LogProbs run(Engine<A>& e, const int64_t* target, bool need_rows, bool need_logits, bool need_kept) {
   const int64_t block = std::min(e.block(), e.Mp);
   e.plan(block * (e.cap ? e.n + 2 : 1), 0);
   Statistics<A> s(e, target);
-  A* z = e.memory(e.tile * block);
+  Tensor kept = kept_logits(e, need_kept);
+  A* scratch = need_kept ? nullptr : e.memory(e.tile * block);
   std::vector<A*> capped;
   for (int i = 0; e.cap && i < e.n; ++i) capped.push_back(e.memory(e.tile * block));
   std::unique_ptr<Expectations<A>> means;
   if (need_rows || need_logits) means = std::make_unique<Expectations<A>>(e, s, need_logits, block);
   for (int64_t v = 0; v < e.V && e.M > 0; v += e.tile) {
     e.load(v);
+    A* z = need_kept ? static_cast<A*>(kept.data_ptr()) + v * e.Mp : scratch;
     for (int64_t r0 = 0; r0 < e.M; r0 += block) {
       const int64_t rows = std::min(block, e.M - r0), ld = round_up(rows, 16);
       e.logits(r0, rows, z, ld, capped.data());
@@ -131,14 +135,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(Engine<A>& e, const int64_t* targ
   if (means) mean_logits = means->finish();
   return {scattered(e, [&](int64_t m) { return double(s.at_target[size_t(m)]) - s.lse(m); }),
           scattered(e, [&](int64_t m) { return s.lse(m); }), need_rows ? means->all_rows() : e.output({0}),
-          need_logits ? mean_logits : e.output({0})};
+          need_logits ? mean_logits : e.output({0}), kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_fusion_logprobs(
-    LinearArguments linear, Tensor target, int64_t ignore_index, bool need_rows, bool need_logits) {
+LogProbs linear_fusion_logprobs(LinearArguments linear, Tensor target, int64_t ignore_index, bool need_rows, bool need_logits,
+                                bool need_kept) {
   const int64_t* y = integers<int64_t>(target);
   const std::vector<int64_t> rows = rows_where(linear.rows(), [&](int64_t t) { return y[t] != ignore_index; });
-  return with_engine(linear, rows, [&](auto& e) { return run(e, y, need_rows, need_logits); });
+  return with_engine(linear, rows, [&](auto& e) { return run(e, y, need_rows, need_logits, need_kept); });
 }
 
 }  // namespace

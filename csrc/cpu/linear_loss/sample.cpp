@@ -118,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(Engine<A>& e, const Tensor& unifo
   Draw<A> draw(e);
   draw.sweep();
   const std::vector<double> u = numbers(uniform);
-  Tensor token = torch::stable::new_empty(e.hiddens[0], {e.T}, ScalarType::Long);
-  Tensor kept = torch::stable::new_empty(e.hiddens[0], {e.T}, ScalarType::Int);
+  Tensor token = fresh(e.hiddens[0], {e.T}, ScalarType::Long);
+  Tensor kept = fresh(e.hiddens[0], {e.T}, ScalarType::Int);
   Tensor logprob = e.output({e.T}), lse = e.output({e.T});
   parallel_items(e.T, 1, [&](int64_t t) {
     const auto f = draw.row(t, u[size_t(t)], greedy);

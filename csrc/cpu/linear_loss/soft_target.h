@@ -163,5 +163,11 @@ struct Agreement {
   double all_sum(int64_t m) const { return q.r.empty() || q.r[size_t(m)] == 0 ? 0.0 : double(q.r[size_t(m)]) * total[size_t(m)]; }
 };
 
+// once for all losses: instances.cpp
+extern template struct SoftTarget<float>;
+extern template struct SoftTarget<double>;
+extern template struct Agreement<float>;
+extern template struct Agreement<double>;
+
 }  // namespace linear
 }  // namespace w2s

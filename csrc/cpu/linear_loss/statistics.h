@@ -84,5 +84,9 @@ struct Statistics {
   }
 };
 
+// once for all losses: instances.cpp
+extern template struct Statistics<float>;
+extern template struct Statistics<double>;
+
 }  // namespace linear
 }  // namespace w2s

@@ -26,9 +26,9 @@ struct RowResults {
   int64_t B;
   ScalarType wide;
   RowResults(const Tensor& base, const Models& m) : like(base), B(m.B), wide(wide_type(m.f64)) {}
-  Tensor operator()(ScalarType type) const { return torch::stable::new_empty(like, {B}, type); }
-  Tensor operator()(ScalarType type, int64_t columns) const { return torch::stable::new_empty(like, {B, columns}, type); }
-  Tensor nothing() const { return torch::stable::new_empty(like, {0}, wide); }
+  Tensor operator()(ScalarType type) const { return fresh(like, {B}, type); }
+  Tensor operator()(ScalarType type, int64_t columns) const { return fresh(like, {B, columns}, type); }
+  Tensor nothing() const { return fresh(like, {0}, wide); }
 };
 
 struct SampleTensors {

@@ -44,13 +44,13 @@ struct Backward {
     const Operand left = operand(g), right = operand(x);
     Tensor keep_t, keep_h;
     if (need.x || need.A || need.scale) {
-      keep_t = torch::stable::new_empty(x, {N, r}, scalar_type<A>);
+      keep_t = fresh(x, {N, r}, scalar_type<A>);
       gemm(left, operand(b), Target<A>{static_cast<A*>(keep_t.data_ptr()), r, 1}, A(1), false);
     }
     if (need.B || need.scale) {
       if (h) keep_h = *h;
       else {
-        keep_h = torch::stable::new_empty(x, {N, r}, scalar_type<A>);
+        keep_h = fresh(x, {N, r}, scalar_type<A>);
         gemm(right, operand(a).t(), Target<A>{static_cast<A*>(keep_h.data_ptr()), r, 1}, A(1), false);
       }
     }
@@ -67,7 +67,7 @@ struct Backward {
 
   void materialized() {
     const int64_t panel = std::min(TILE, O);
-    Tensor keep = torch::stable::new_empty(x, {std::max<int64_t>(panel * I, 1)}, scalar_type<A>);
+    Tensor keep = fresh(x, {std::max<int64_t>(panel * I, 1)}, scalar_type<A>);
     A* w = static_cast<A*>(keep.data_ptr());
     const Operand left = operand(g), right = operand(x), low = operand(a), high = operand(b);
     std::vector<A> through(size_t(panel * r));
@@ -110,16 +110,16 @@ struct Backward {
   }
 
   Five run(bool materialize, const std::optional<Tensor>& like_scale) {
-    dvalues = torch::stable::new_empty(values, {need.values ? s.nnz : 0});
+    dvalues = fresh(values, {need.values ? s.nnz : 0});
     if (materialize) materialized();
     else factored();
     dx.store(), da.store(), db.store();
     if (like_scale) {
-      dscale = need.scale ? torch::stable::new_empty(*like_scale, sizes_of(*like_scale)) : torch::stable::new_empty(*like_scale, {0});
+      dscale = need.scale ? fresh(*like_scale, sizes_of(*like_scale)) : fresh(*like_scale, {0});
       const A value = A(ds);
       if (need.scale) narrow(&value, 1, dtype_of(dscale), dscale.data_ptr());
     } else {
-      dscale = torch::stable::new_empty(x, {0});
+      dscale = fresh(x, {0});
     }
     return {dx.tensor, da.tensor, db.tensor, dvalues, dscale};
   }

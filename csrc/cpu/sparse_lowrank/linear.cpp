@@ -36,7 +36,7 @@ Tensor materialized(const Pattern& s, const Tensor& x, const Operand& a, const O
                     const std::vector<A>& bias) {
   const int64_t N = x.size(0), panel = std::min(TILE, s.rows);
   Output<A> y(x, {N, s.rows});
-  Tensor keep = torch::stable::new_empty(x, {std::max<int64_t>(panel * s.columns, 1)}, scalar_type<A>);
+  Tensor keep = fresh(x, {std::max<int64_t>(panel * s.columns, 1)}, scalar_type<A>);
   A* w = static_cast<A*>(keep.data_ptr());
   for (int64_t row = 0; row < s.rows && N; row += panel) {
     const int64_t count = std::min(panel, s.rows - row);
@@ -57,22 +57,22 @@ Two linear_as(const Tensor& x, const Tensor& A_, const Tensor& B, const Tensor& 
   const int64_t N = x.size(0), r = A_.size(0);
   const Operand a = operand(A_), b = operand(B);
   const std::vector<A> shift = widened<A>(bias);
-  const Tensor none = torch::stable::new_empty(x, {0}, scalar_type<A>);
+  const Tensor none = fresh(x, {0}, scalar_type<A>);
   if (materialize) return {materialized<A>(s, x, a, b, scale, values, shift), none};
   if (N <= DECODE && N > 0) {
-    Tensor h = need_h ? torch::stable::new_empty(x, {N, r}, scalar_type<A>) : none;
-    Tensor y = torch::stable::new_empty(x, {N, s.rows});
+    Tensor h = need_h ? fresh(x, {N, r}, scalar_type<A>) : none;
+    Tensor y = fresh(x, {N, s.rows});
     const A* sums = decode<A>(s, operand(x), a, b, scale, values, shift, need_h ? static_cast<A*>(h.data_ptr()) : nullptr);
     kernels<ConvertKernels, A>().narrow(sums, N * s.rows, dtype_of(y), y.data_ptr());
     return {y, h};
   }
   const Values<A> v(values, s);
-  Tensor h = torch::stable::new_empty(x, {N, r}, scalar_type<A>);
+  Tensor h = fresh(x, {N, r}, scalar_type<A>);
   A* ph = static_cast<A*>(h.data_ptr());
-  Tensor y = torch::stable::new_empty(x, {N, s.rows});
+  Tensor y = fresh(x, {N, s.rows});
   const bool own = is_own<A>(y);
   const int64_t chunk = own ? std::max<int64_t>(N, 1) : CHUNK;
-  Tensor keep = own ? y : torch::stable::new_empty(x, {std::min(chunk, N), s.rows}, scalar_type<A>);
+  Tensor keep = own ? y : fresh(x, {std::min(chunk, N), s.rows}, scalar_type<A>);
   for (int64_t n = 0; n < N; n += chunk) {
     const int64_t count = std::min(chunk, N - n);
     A* sums = static_cast<A*>(keep.data_ptr());
@@ -92,9 +92,9 @@ Two linear(Rowwise x, Rowwise A, Rowwise B, Tensor values, std::optional<Tensor>
 
 template <class A>
 Tensor materialize_as(const Tensor& A_, const Tensor& B, const Tensor& values, double scale, const Pattern& s, ScalarType type) {
-  Tensor w = torch::stable::new_empty(B, {s.rows, s.columns}, type);
+  Tensor w = fresh(B, {s.rows, s.columns}, type);
   const bool own = is_own<A>(w);
-  Tensor keep = own ? w : torch::stable::new_empty(B, {std::min(TILE, s.rows), s.columns}, scalar_type<A>);
+  Tensor keep = own ? w : fresh(B, {std::min(TILE, s.rows), s.columns}, scalar_type<A>);
   for (int64_t row = 0; row < s.rows; row += TILE) {
     const int64_t count = std::min(TILE, s.rows - row);
     A* sums = static_cast<A*>(keep.data_ptr()) + (own ? row * s.columns : 0);

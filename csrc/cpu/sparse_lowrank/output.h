@@ -31,8 +31,8 @@ template <class A>
 struct Output {
   Tensor tensor, wide;
   A* sums = nullptr;
-  Output(const Tensor& like, std::vector<int64_t> shape) : tensor(torch::stable::new_empty(like, shape)) {
-    wide = is_own<A>(tensor) ? tensor : torch::stable::new_empty(like, shape, scalar_type<A>);
+  Output(const Tensor& like, std::vector<int64_t> shape) : tensor(fresh(like, shape)) {
+    wide = is_own<A>(tensor) ? tensor : fresh(like, shape, scalar_type<A>);
     sums = static_cast<A*>(wide.data_ptr());
   }
   void store() const {

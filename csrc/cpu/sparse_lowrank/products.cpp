@@ -44,7 +44,7 @@ Values<A>::Values(const Tensor& values, const Pattern& s) {
     data = static_cast<const A*>(values.data_ptr());
     return;
   }
-  keep = torch::stable::new_empty(values, {std::max<int64_t>(s.nnz, 1)}, sizeof(A) == 4 ? ScalarType::Float : ScalarType::Double);
+  keep = fresh(values, {std::max<int64_t>(s.nnz, 1)}, sizeof(A) == 4 ? ScalarType::Float : ScalarType::Double);
   A* out = static_cast<A*>(keep.data_ptr());
   const void* from = values.data_ptr();
   parallel_ranges(s.nnz, 1 << 14, [&](int64_t begin, int64_t end) {

@@ -23,7 +23,7 @@ template <class A>
 Tensor sddmm_as(const Tensor& g, const Tensor& x, const Pattern& s) {
   const ScalarType a = g.scalar_type(), b = x.scalar_type();
   const ScalarType type = a == b ? a : sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;  // torch.promote_types
-  Tensor out = torch::stable::new_empty(x, {s.nnz}, type), sums = torch::stable::new_zeros(x, {s.nnz}, scalar_type<A>);
+  Tensor out = fresh(x, {s.nnz}, type), sums = torch::stable::new_zeros(x, {s.nnz}, scalar_type<A>);
   A* dv = static_cast<A*>(sums.data_ptr());
   multiply_back<A>(s, operand(g), operand(x), nullptr, nullptr, 0, false, dv);
   store_values<A>(s, dv, out);

@@ -13,28 +13,20 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 
 from ... import checks
-from ...nn.kv_compressed_attention import average_windows, check_compression, compression_arguments
+from ...nn.kv_compressed_attention import (
+    Affine,
+    Norm,
+    Taps,
+    average_windows,
+    check_compression,
+    compression_arguments,
+    within,
+)
 from ...ops.kv_compressed_attention.kv_compressed_attention import kv_compressed_attention
 
 _OP = "integrations.diffusers.enable_kv_compression"
 #: Whether `from_pretrained` is at work: it builds the model on the meta device, and fills what the checkpoint names.
 _LOADING: ContextVar[bool] = ContextVar("loading", default=False)
-
-Use = Callable[[Tensor, Tensor | None], Tensor]
-
-
-class _Taps(nn.Conv2d):
-    """A convolution's parameters, handed on inside its own call: hooks that offload or cast weights act there."""
-
-    def forward(self, use: Use) -> Tensor:  # type: ignore[override]
-        return use(self.weight, self.bias)
-
-
-class _Norm(nn.LayerNorm):
-    """Likewise of a LayerNorm."""
-
-    def forward(self, use: Use) -> Tensor:  # type: ignore[override]
-        return use(self.weight, self.bias)
 
 
 class KVCompressedAttnProcessor(nn.Module):
@@ -53,8 +45,8 @@ class KVCompressedAttnProcessor(nn.Module):
         self.norm: nn.LayerNorm | None = None
         if ratio > 1 and mode == "conv":
             dim, device, dtype = like.shape[0], like.device, like.dtype
-            self.sr = _Taps(dim, dim, ratio, ratio, groups=dim, device=device, dtype=dtype)
-            self.norm = _Norm(dim, device=device, dtype=dtype)
+            self.sr = Taps(dim, dim, ratio, ratio, groups=dim, device=device, dtype=dtype)
+            self.norm = Norm(dim, device=device, dtype=dtype)
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -72,7 +64,11 @@ class KVCompressedAttnProcessor(nn.Module):
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None, temb: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Self-attention of ``(B, N, C)`` without a mask."""
+        """Self-attention of ``(B, N, C)`` without a mask.
+
+        Raises:
+            ValueError: naming attention_mask and encoder_hidden_states.
+        """
         if encoder_hidden_states is not None or attention_mask is not None:
             checks.fail(_OP, "attention_mask and encoder_hidden_states", "None in compressed self-attention", "tensors")
         if self.grid is None:
@@ -86,30 +82,14 @@ class KVCompressedAttnProcessor(nn.Module):
 
     def _attend(self, qkv: Tensor, attn: Any) -> Tensor:
         assert self.grid is not None
-        grid = self.grid
+        grid, arguments = self.grid, compression_arguments(self.sr, self.norm)
 
-        def attend(**parameters: Any) -> Any:
+        def attend(taps: Affine | None, norm: Affine | None) -> Any:
             return kv_compressed_attention(
-                qkv, grid, self.ratio, attn.heads, mode=self.mode, scale=attn.scale, **parameters
+                qkv, grid, self.ratio, attn.heads, mode=self.mode, scale=attn.scale, **arguments(taps, norm)
             )
 
-        taps, norm = self.sr, self.norm
-        parameters = compression_arguments(taps, norm)
-        if taps is None or norm is None:
-            plain: Tensor = attend()
-            return plain
-
-        def inside(weight: Tensor, bias: Tensor | None) -> Tensor:
-            def innermost(norm_weight: Tensor, norm_bias: Tensor | None) -> Tensor:
-                now = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
-                within: Tensor = attend(**{**parameters, **now})
-                return within
-
-            made: Tensor = norm(innermost)
-            return made
-
-        found: Tensor = taps(inside)
-        return found
+        return within((self.sr, self.norm), attend)
 
 
 class _CompressedAttention(Attention):  # type: ignore[misc]
@@ -233,6 +213,9 @@ class KVCompressedPixArtTransformer2DModel(PixArtTransformer2DModel):  # type: i
 
     ``from_pretrained(folder, kv_compression={"14": [2, "conv"], ...})`` also takes an uncompressed checkpoint: taps
     that it has no values for average each window.
+
+    Raises:
+        ValueError: naming `kv_compression`.
     """
 
     def __init__(self, *args: Any, kv_compression: dict[str, Any] | None = None, **kwargs: Any) -> None:

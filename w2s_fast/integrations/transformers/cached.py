@@ -72,10 +72,13 @@ class CachedModel:
     """
 
     def __init__(self, model: Any, op: str = "CachedModel", argument: str = "model") -> None:
-        self.model = model
+        if not isinstance(model, torch.nn.Module):
+            checks.fail(op, argument, "a model, a torch.nn.Module", type(model).__name__, error=TypeError)
+        self.model: Any = model
         self._op, self.argument = op, argument
         self._owner = _owner(model)
-        self.device: torch.device = model.device if hasattr(model, "device") else next(model.parameters()).device
+        where: Any = getattr(model, "device", None)
+        self.device: torch.device = next(model.parameters()).device if where is None else where
         self._check()
         #: how many ids it has, None if unknown
         self.vocab_size = _vocab_size(self._owner)
@@ -244,10 +247,10 @@ class CachedModel:
         return context
 
     def _readable(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Ids in the model's vocabulary where there is padding: a wider model's pad token may not be in it."""
+        """Ids in the model's vocabulary where there is padding: a wider model's pad token, or -1, is not in it."""
         if self.vocab_size is None:
             return ids
-        return torch.where((mask == 0) & (ids >= self.vocab_size), 0, ids)
+        return torch.where((mask == 0) & ((ids >= self.vocab_size) | (ids < 0)), 0, ids)
 
     def _check(self) -> None:
         """Refuse what no step by step reading serves."""

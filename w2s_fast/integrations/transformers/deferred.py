@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ... import checks
+from ... import checks, transforms
 from ...ops.linear_loss.linear_ce import linear_ce
 
 Number: TypeAlias = float  # `DeferredLogits` has a method of that name
@@ -30,9 +30,11 @@ class Head(NamedTuple):
 class _Product:
     """weight h + bias, as a linear layer was about to make it."""
 
-    def __init__(self, layer: nn.Linear, hidden: Tensor, request: _Request) -> None:
+    def __init__(
+        self, layer: nn.Linear, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: _Request
+    ) -> None:  # fmt: skip
         self.layer, self.hidden, self.request = layer, hidden, request
-        self.weight, self.bias = layer.weight, layer.bias
+        self.weight, self.bias = weight, bias
         self.dtype = _product_dtype(hidden, self.weight)
         self.grad = torch.is_grad_enabled()
         self.sharded = bool(layer._forward_hooks)  # FSDP's, see `_untouched`: the weights are gone after the call
@@ -41,7 +43,8 @@ class _Product:
         self.versions = self._versions()
 
     def _versions(self) -> tuple[int, ...]:
-        tensors = () if torch.compiler.is_compiling() or self.sharded else (self.hidden, self.weight)
+        unknown = self.sharded or torch.compiler.is_compiling() or transforms.active()
+        tensors = () if unknown else (self.hidden, self.weight)
         return tuple(t._version for t in tensors if not t.is_inference())
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
@@ -162,9 +165,11 @@ class DeferredLogits:
     # What is recorded. Each is called as a method, an operator, or through `torch.<name>`.
 
     def float(self) -> Any:
+        """In float32, deferred as these are."""
         return self.to(torch.float32)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
+        """In another floating dtype, deferred; anything else computes the logits."""
         if len(args) == 1 and not kwargs:
             if isinstance(args[0], torch.dtype) and args[0].is_floating_point:
                 return self._then("to", args, dtype=args[0])
@@ -173,18 +178,23 @@ class DeferredLogits:
         return self._own("to", *args, **kwargs)
 
     def contiguous(self) -> DeferredLogits:
+        """These: what is not there yet has any layout."""
         return self
 
     def size(self, dim: int | None = None) -> Any:
+        """As `Tensor.size`, of logits ``[B, T, V]`` that are not computed."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
+        """As `Tensor.dim`."""
         return self.ndim
 
     def view(self, *shape: Any) -> Any:
+        """As `Tensor.view`; deferred where only leading dimensions are joined."""
         return self._shaped("view", shape)
 
     def reshape(self, *shape: Any) -> Any:
+        """As `Tensor.reshape`; deferred as `view` is."""
         return self._shaped("reshape", shape)
 
     def _shaped(self, name: str, shape: tuple[Any, ...]) -> Any:
@@ -213,16 +223,19 @@ class DeferredLogits:
         return self._then("__getitem__", (index,), hidden=self.hidden[parts], rows=rows)
 
     def tanh(self) -> Any:
+        """The cap of a softcap, deferred; a second one computes the logits."""
         if self._capped:
             return self._own("tanh")
         return self._then("tanh", (), capped=True, before=self._before * self._after, after=1.0)
 
     def mul(self, other: Any) -> Any:
+        """Times a number, deferred; times a tensor computes the logits."""
         if not _is_scale(other):
             return self._own("mul", other)
         return self._then("mul", (other,), after=self._after * other)
 
     def div(self, other: Any, **kwargs: Any) -> Any:
+        """Over a number, deferred; over a tensor, or rounded, computes the logits."""
         if not _is_scale(other) or kwargs:
             return self._own("div", other, **kwargs)
         return self._then("div", (other,), after=self._after / other)
@@ -371,7 +384,9 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _is_gone(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and tensor.numel() > 0 and tensor.untyped_storage().size() == 0
+    if torch.compiler.is_compiling() or transforms.active():  # tensors of torch.func have no storage
+        return False
+    return tensor.numel() > 0 and tensor.untyped_storage().size() == 0
 
 
 def linear_layers(head: Any) -> list[nn.Linear]:
@@ -407,13 +422,14 @@ class _Request:
 
     def __call__(self, hidden: Any) -> Any:
         layer = self.layer
+        weight, bias = layer.weight, layer.bias  # once a call: a parametrization may compute them at every look
         if self.wanted is not None:
-            return self.wanted(hidden, layer.weight, layer.bias)
-        if not self._serves(hidden, layer.weight):
-            return nn.functional.linear(_tensor(hidden), layer.weight, layer.bias)
-        made = _Product(layer, hidden, self)
+            return self.wanted(hidden, weight, bias)
+        if not self._serves(hidden, weight):
+            return nn.functional.linear(_tensor(hidden), weight, bias)
+        made = _Product(layer, hidden, weight, bias, self)
         self.products.append(made)
-        return DeferredLogits(made, hidden, layer.weight.shape[0], 1.0, False, 1.0, made.dtype, made.made)
+        return DeferredLogits(made, hidden, weight.shape[0], 1.0, False, 1.0, made.dtype, made.made)
 
     def _serves(self, hidden: Any, weight: Any) -> bool:
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.ndim < 2:

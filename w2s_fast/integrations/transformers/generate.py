@@ -162,7 +162,7 @@ def generate(
         "stopping_criteria": criteria_of(stopping_criteria, stop_strings, tokenizer, large),
         "prefix_allowed_tokens_fn": for_prompts(prefix_allowed_tokens_fn, repeats),
         "max_new_tokens": new_tokens(max_new_tokens, settings),
-        "pad_token_id": pad_token_id if prompt.mask is None else pad,
+        "pad_token_id": None if prompt.mask is None and pad_token_id is None else pad,
     }
     if not models[0].steps:
         refuse_settings({**settings, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn})
@@ -174,7 +174,7 @@ def generate(
         prompt = prompt._replace(mask=inferred_mask(plan, pad))
     check_vocabulary("generate", prompt.ids, prompt.mask, models)
     length = max_new_tokens or plan.new_tokens(prompt.ids, 64)
-    if uniform is not None and tuple(uniform.shape) != (len(prompt.ids), length):
+    if uniform is not None and checks.is_tensor("generate", "uniform", uniform).shape != (len(prompt.ids), length):
         checks.fail("generate", "uniform", f"of shape {(len(prompt.ids), length)}", tuple(uniform.shape))
     kept = {name: settings[name] for name in CACHE_SETTINGS if name in settings}
     logits = [models[0].begin(plan)]
@@ -253,13 +253,13 @@ class _Steps:
 
     def _readable(self, token: Tensor, alive: Tensor) -> Tensor:
         """The tokens as all models can read them: rows that have ended may hold a pad token that some do not have."""
-        narrowest = min((m.vocab_size for m in self.models if m.vocab_size is not None), default=None)
-        if narrowest is None or (self.pad < narrowest and not self.processors):
+        narrowest = min((m.vocab_size for m in self.models if m.vocab_size is not None), default=1 << 62)
+        if 0 <= self.pad < narrowest and not self.processors:
             return token
         if self.processors and bool((alive & (token >= narrowest)).any()):
             checks.fail("generate", "logits_processor", f"one that keeps to the narrowest vocabulary of {narrowest}",
                         f"one that chose token {int(token[alive].max())}")
-        return torch.where(alive, token, token.clamp(max=narrowest - 1))
+        return torch.where(alive, token, token.clamp(0, narrowest - 1))
 
     def _show(self, tokens: Tensor) -> None:
         if self.streamer is not None:

@@ -32,7 +32,7 @@ class FusionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         pad_token_id: instead of a mask: leading tokens of this id are padding.
 
     ``alpha`` holds the last step's weights ``[B, K]`` with dynamic weights. Columns beyond the narrowest model's
-    vocabulary get -inf. Weights ``[b, K]`` hold those of each prompt.
+    vocabulary get -inf. Weights, ``target_kl`` and ``direction`` ``[b, K]`` hold those of each prompt.
 
     Raises:
         ValueError: models that do not fit the method or cannot be stepped; tokens outside a small model's vocabulary,
@@ -74,10 +74,10 @@ class FusionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Fused log-probabilities ``[B, V]`` for prefixes ``[B, S]`` and the large model's scores ``[B, V]``."""
         logits = [x.to(scores.device) for x in self._read(input_ids)]
-        count, weights = len(self.experts), self.fuser.weights
-        fuser = self.fuser
-        if isinstance(weights, Tensor) and weights.ndim == 2 and len(input_ids) % len(weights) == 0:
-            fuser = fuser.for_rows(len(weights), len(input_ids) // len(weights))
+        count, fuser = len(self.experts), self.fuser
+        prompts = fuser.prompts()
+        if prompts and len(input_ids) % prompts == 0:
+            fuser = fuser.for_rows(prompts, len(input_ids) // prompts)
         fused, self.alpha = fuser.log_probs(scores, logits[:count], logits[count:])
         return fused
 

@@ -37,6 +37,15 @@ METHODS = {
 }  # fmt: skip
 
 
+#: Settings that may be tensors with a value for each row, and how many dimensions they have then.
+BY_ROW = {"weights": (2,), "target_kl": (1, 2), "direction": (2,)}
+
+
+def is_by_row(name: str, value: Any, rows: int) -> bool:
+    """Whether a setting holds a value for each of ``rows``."""
+    return isinstance(value, Tensor) and value.ndim in BY_ROW.get(name, ()) and len(value) == rows
+
+
 @dataclass
 class Fuser:
     """A method and its settings; turns the models' logits into arguments of `w2s_fast.fused_sample`.
@@ -118,10 +127,21 @@ class Fuser:
         return _widened(w2s_fast.fused_log_softmax(**arguments), base.shape[1]), alpha
 
     def for_rows(self, rows: int, repeats: int) -> Fuser:
-        """The fuser for every one of ``rows`` repeated: weights ``[rows, K]`` are repeated too."""
-        if repeats == 1 or not isinstance(self.weights, Tensor) or self.weights.ndim != 2 or len(self.weights) != rows:
+        """The fuser for every one of ``rows`` repeated: what holds a value for each of them is repeated too."""
+        if repeats == 1:
             return self
-        return replace(self, weights=self.weights.repeat_interleave(repeats, 0))
+
+        def repeated(name: str, value: Any) -> Any:
+            return value.repeat_interleave(repeats, 0) if is_by_row(name, value, rows) else value
+
+        solve = self.dynamic and {name: repeated(name, value) for name, value in self.dynamic.items()}
+        return replace(self, weights=repeated("weights", self.weights), dynamic=solve)
+
+    def prompts(self) -> int | None:
+        """For how many prompts the settings hold values ``[b, K]``; None where they hold none."""
+        given = {"weights": self.weights, **(self.dynamic or {})}
+        found = (v for name, v in given.items() if name in BY_ROW and isinstance(v, Tensor) and v.ndim == 2)
+        return next(map(len, found), None)
 
     def _solved(
         self, base: Tensor, experts: list[Tensor], anti: list[Tensor]

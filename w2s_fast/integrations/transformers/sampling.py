@@ -12,9 +12,10 @@ import w2s_fast
 
 from ... import checks
 from ...ops.logit_fusion.sample import SampleOutput
+from .recipes import is_by_row
 
-#: arguments of `w2s_fast.fused_sample` with a value a row, and how many dimensions they have then
-BY_ROW = {"base": 2, "experts": 2, "anti": 2, "weights": 2}
+#: arguments of `w2s_fast.fused_sample` that are logits, a row of them for each of the batch
+LOGITS = ("base", "experts", "anti")
 
 
 @dataclass
@@ -36,8 +37,11 @@ class Filters:
                     value = value.item()
                 elif value.shape != (rows,):
                     checks.fail("generate", name, f"a number or of shape {(rows,)}", tuple(value.shape))
+                elif name == "top_k" and value.is_floating_point():
+                    checks.fail("generate", name, "an int or a tensor of ints", value.dtype, error=TypeError)
                 else:
                     value = value.to(device).repeat_interleave(repeats)
+                    value = value.float() if name == "temperature" and not value.is_floating_point() else value
             found[name] = value
         return Filters(**found)
 
@@ -76,11 +80,11 @@ def draw(
     base = arguments["base"]
     if uniform is None:  # drawn for the whole batch, so that the grouping does not decide which row gets which number
         device = base.device if generator is None else generator.device
-        uniform = torch.rand(len(base), generator=generator, device=device).to(base.device)
+        uniform = torch.rand(len(base), generator=generator, dtype=torch.float32, device=device).to(base.device)
     made: list[SampleOutput] = []
     for rows, settings in groups:
         assert rows is not None
-        part = {name: _rows(value, rows, len(base)) if name in BY_ROW else value for name, value in arguments.items()}
+        part = {name: _rows(name, value, rows, len(base)) for name, value in arguments.items()}
         heat = temperature[rows] if isinstance(temperature, Tensor) else temperature
         made.append(w2s_fast.fused_sample(**part, temperature=heat, **settings, uniform=uniform[rows]))
     order = torch.cat([rows for rows, _ in groups if rows is not None]).argsort()
@@ -88,8 +92,12 @@ def draw(
     return SampleOutput(*fields)  # type: ignore[arg-type]
 
 
-def _rows(value: Any, rows: Tensor, count: int) -> Any:
-    """The given rows of logits or weights that have one row for each of the batch."""
-    if isinstance(value, (list, tuple)):
-        return [_rows(v, rows, count) if isinstance(v, Tensor) else v for v in value]
-    return value[rows] if isinstance(value, Tensor) and value.ndim == 2 and len(value) == count else value
+def _rows(name: str, value: Any, rows: Tensor, count: int) -> Any:
+    """The given rows of what has one row for each of the batch: logits, weights, settings of the solver."""
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        return {key: _rows(key, inner, rows, count) for key, inner in value.items()}
+    if isinstance(value, list) and name in LOGITS:
+        return [_rows(name, inner, rows, count) for inner in value]
+    return value[rows] if name in LOGITS or is_by_row(name, value, count) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -55,7 +55,7 @@ def read_prompt(input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Pro
         checks.fail("generate", "input_ids", "ids of shape [B, S] with B, S >= 1",
                     f"{input_ids.dtype} of {tuple(input_ids.shape)}")
     for name, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-        if value is not None and value.shape != input_ids.shape:
+        if value is not None and checks.is_tensor("generate", name, value).shape != input_ids.shape:
             checks.fail("generate", name, f"of shape {tuple(input_ids.shape)}", tuple(value.shape))
     if attention_mask is not None:
         check_left("attention_mask", "0 on the left only", attention_mask, "Set tokenizer.padding_side = 'left'.")
@@ -116,19 +116,35 @@ def take(settings: dict[str, Any], name: str, given: Any) -> Any:
     return found if given is None else given
 
 
-def special_tokens(large: Any, eos: int | Sequence[int] | None, pad: int | None) -> tuple[list[int], int]:
+def special_tokens(large: Any, eos: Any, pad: Any) -> tuple[list[int], int]:
     """The ids that end a row and the one that follows, as given or from the first configuration that names them."""
     configs = [c for c in (getattr(large, "generation_config", None), getattr(large, "config", None)) if c]
     if eos is None:
         eos = next((e for c in configs if (e := getattr(c, "eos_token_id", None)) is not None), None)
-    ends = [] if eos is None else [eos] if isinstance(eos, int) else [int(e) for e in eos]
+    ends = [] if eos is None else _token_ids("eos_token_id", eos)
     if pad is None:
         pad = next((p for c in configs if (p := getattr(c, "pad_token_id", None)) is not None), None)
-    return ends, pad if pad is not None else ends[0] if ends else 0
+    pads = [] if pad is None else _token_ids("pad_token_id", pad)
+    if len(pads) > 1:
+        checks.fail("generate", "pad_token_id", "one id", pads)
+    return ends, (pads or ends or [0])[0]
+
+
+def _token_ids(name: str, value: Any) -> list[int]:
+    """Ids from one or several of them: numbers, tensors and arrays as transformers takes them."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    found = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    if any(isinstance(one, bool) or not isinstance(one, int) for one in found):
+        checks.fail("generate", name, "an id or several", repr(value), error=TypeError)
+    return found
 
 
 def new_tokens(given: int | None, settings: dict[str, Any], default: int = 64) -> int | None:
-    """The length as given or the default; None where ``max_length`` says it."""
+    """The length as given or the default; None where ``max_length`` says it.
+
+    Raises:
+        ValueError, TypeError: naming `max_new_tokens`.
+    """
     if given is None:
         return None if settings.get("max_length") is not None else default
     return checks.integer("generate", "max_new_tokens", given, low=1)
@@ -173,7 +189,11 @@ def _listed(value: Any) -> list[Any]:
 
 
 def criteria_of(stopping_criteria: Any, stop_strings: Any, tokenizer: Any, large: Any) -> Any:
-    """The caller's stopping criteria as transformers' list, with those for stop strings."""
+    """The caller's stopping criteria as transformers' list, with those for stop strings.
+
+    Raises:
+        ValueError: naming `tokenizer`.
+    """
     from transformers import StoppingCriteriaList, StopStringCriteria
 
     found = _listed(stopping_criteria)

@@ -42,6 +42,9 @@ class StreamTrainer(Trainer):  # type: ignore[misc]
             sampler of batches has a process's batch, ``per_device_train_batch_size``.
         schedule: ``schedule(optimizer, steps)``; None for what ``args`` says.
         all others: `Trainer`'s.
+
+    Raises:
+        ValueError, TypeError: naming `stream`.
     """
 
     def __init__(

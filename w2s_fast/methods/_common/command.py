@@ -29,24 +29,52 @@ from .loop import Recipe, Trained
 ROWS, DATA = ("rows", "retain"), ("data", "validation", "labelled")
 
 
+class _Row(dict[str, Any]):
+    """A row of a file, which names a column that a method asks for and that it does not have."""
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self.where}: no column {name!r}, only {', '.join(self) or 'none'}")
+
+
 def rows_of(path: str) -> list[dict[str, Any]]:
     """Rows of a .jsonl or .parquet file.
 
     Raises:
         OSError: no such file, or of another kind.
+        ValueError: a file that does not hold what its name says; later, a column that a row does not have.
     """
     source = Path(path)
     if source.suffix not in (".jsonl", ".parquet"):
         raise OSError(f"{path}: rows must be in a .jsonl or .parquet file")
     if not source.is_file():
         raise OSError(f"{path}: no such file")
-    if source.suffix == ".jsonl":
-        lines = source.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
-    with checks.extra("streams"):
-        from pyarrow import parquet  # type: ignore[import-untyped]
-    found: list[dict[str, Any]] = parquet.read_table(source).to_pylist()
-    return found
+    if source.suffix == ".parquet":
+        with checks.extra("streams"):
+            from pyarrow import parquet  # type: ignore[import-untyped]
+        try:
+            table = parquet.read_table(source)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return [_Row(row, f"{path}, row {i}") for i, row in enumerate(table.to_pylist(), 1)]
+    try:
+        lines = source.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return [_line(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _line(line: str, where: str) -> _Row:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: must be an object with columns by name, got {type(found).__name__}")
+    return _Row(found, where)
 
 
 def called(name: str) -> Any:
@@ -55,9 +83,12 @@ def called(name: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), function)()
-    except (ModuleNotFoundError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
         raise OSError(f"{name}: {error}") from error
+    if not callable(found):
+        raise OSError(f"{name}: must be a function, is of type {type(found).__name__}")
+    return found()
 
 
 def model_of(name: str, tokenizer: bool) -> tuple[Any, Any]:
@@ -125,6 +156,26 @@ def main(name: str, summary: str, train: Callable[..., Any], arguments: list[str
         recipe = Recipe(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Recipe)})
     except (ValueError, TypeError) as error:
         options.error(str(error))
+    settings = {setting: getattr(given, setting) for setting in settings_of(train)}
+    try:
+        where = places.place(given.device)
+        inputs = _inputs(train, given)
+        for one in inputs.values():
+            if isinstance(one, nn.Module):
+                one.to(where.device)
+        trained = train(**inputs, recipe=recipe, **settings, where=where, checkpoint=given.out / "checkpoints",
+                        label=name, progress=sys.stderr.isatty())  # fmt: skip
+        _write(given.out, inputs, trained, {"method": name, **dataclasses.asdict(recipe), **settings}, where)
+    except ValueError as error:
+        print(f"w2s-fast train {name}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        places.leave()
+    return 0
+
+
+def _inputs(train: Callable[..., Any], given: argparse.Namespace) -> dict[str, Any]:
+    """What stands before ``recipe``, by name: models, a tokenizer, data."""
     names, tokenizer = inputs_of(train), None
     inputs: dict[str, Any] = {}
     for one in names:
@@ -138,21 +189,7 @@ def main(name: str, summary: str, train: Callable[..., Any], arguments: list[str
             tokenizer = tokenizer or found
     if "tokenizer" in names:
         inputs["tokenizer"] = tokenizer
-    settings = {setting: getattr(given, setting) for setting in settings_of(train)}
-    where = places.place(given.device)
-    for one in inputs.values():
-        if isinstance(one, nn.Module):
-            one.to(where.device)
-    try:
-        trained = train(**inputs, recipe=recipe, **settings, where=where, checkpoint=given.out / "checkpoints",
-                        label=name, progress=sys.stderr.isatty())  # fmt: skip
-        _write(given.out, inputs, trained, {"method": name, **dataclasses.asdict(recipe), **settings}, where)
-    except ValueError as error:
-        print(f"w2s-fast train {name}: {error}", file=sys.stderr)
-        return 1
-    finally:
-        places.leave()
-    return 0
+    return inputs
 
 
 def _write(out: Path, inputs: dict[str, Any], trained: Trained, facts: dict[str, Any], where: places.Place) -> None:

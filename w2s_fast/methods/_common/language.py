@@ -73,6 +73,8 @@ def examples(
         if "text" in row and completion not in row:
             ids = example(tokenizer, [], row["text"], **how).completion
             found.append(Example(ids[:1], ids[1:]))
+        elif prompt not in row or completion not in row:
+            checks.fail("methods", "rows", f"mappings with {prompt}, {completion}, or text", ", ".join(row) or "none")
         else:
             found.append(example(tokenizer, row[prompt], row[completion], **how))
     return found

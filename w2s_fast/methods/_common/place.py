@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ... import checks
+
 BUCKET = 32 << 20  # bytes of gradients that are sent together
 
 
@@ -30,11 +32,19 @@ def place(device: str | torch.device | None = None) -> Place:
     Args:
         device: "cpu", "cuda", "cuda:1", ...; None or "auto" for CUDA where there is any. Under torchrun the CUDA device
             is the one of LOCAL_RANK.
+
+    Raises:
+        ValueError: a device that is not there.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if device is None or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        checks.fail("methods.place", "device", "the name of a device", repr(device), str(error).split("\n")[0])
+    if found.type == "cuda" and not torch.cuda.is_available():
+        checks.fail("methods.place", "device", "one that torch finds here", repr(device))
     if found.type == "cuda":
         found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", found.index or 0)))
         torch.cuda.set_device(found)

@@ -125,6 +125,9 @@ def train(
         beta, hold: weight and kind of the regulariser.
         kappa: share of the clean cross-entropy after the first half, while which it falls from 1 and the box grows.
         outputs: the target's outputs that are this task's classes.
+
+    Raises:
+        ValueError: naming `data`.
     """
     if float(data[0][0].min()) < 0:
         checks.fail("methods.hyperinterval", "data", "of inputs >= 0", float(data[0][0].min()))

@@ -33,6 +33,9 @@ def local_tightness(
     Args:
         model: a Sequential of Linear layers and ReLUs (others that change no value, such as Flatten, may stand before).
         x, y: inputs and labels.
+
+    Raises:
+        ValueError: naming `model`.
     """
     layers = [m for m in model if isinstance(m, nn.Linear)]
     if not layers or any(not isinstance(m, (nn.Linear, nn.ReLU, nn.Flatten, nn.Identity)) for m in model):

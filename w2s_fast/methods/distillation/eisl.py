@@ -36,7 +36,11 @@ def sequence_loss(
 def loss(
     model: Any, given: Sequences, *, ngrams: Sequence[int] = (2, 3, 4), select: Literal["gumbel", "softmax"] = "softmax"
 ) -> Tensor:
-    """EISL of a causal language model over the tokens that count; those of each row moved to its beginning."""
+    """EISL of a causal language model over the tokens that count; those of each row moved to its beginning.
+
+    Raises:
+        ValueError: naming `model`.
+    """
     counts = torch.nn.functional.pad(given.labels[:, 1:], (0, 1), value=-100) != -100
     order = (~counts).long().argsort(dim=1, stable=True)[:, : int(counts.sum(1).max())]
 

@@ -38,6 +38,9 @@ class Dumper:
     Args:
         model, tokenizer: the teacher.
         top: ids kept of each token, at most 64.
+
+    Raises:
+        ValueError, TypeError: naming `top`.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, top: int = 20, max_length: int = 1024) -> None:
@@ -54,10 +57,11 @@ class Dumper:
         logits = self.model(input_ids=part.ids, attention_mask=part.mask, use_cache=False).logits
         found: dict[str, list[Any]] = {"ids": [], "scored": [], "top_ids": [], "top_logp": []}
         for row, example in zip(logits, given, strict=True):
-            first, length = len(example.prompt), len(example.prompt) + len(example.completion)
-            logp, top = row[first - 1 : length - 1].float().log_softmax(-1).topk(self.top, -1)
+            length = len(example.prompt) + len(example.completion)
+            first = min(max(len(example.prompt), 1), length)  # nothing stands before a first token
+            logp, top = row[max(first - 1, 0) : max(length - 1, 0)].float().log_softmax(-1).topk(self.top, -1)
             found["ids"].append([*example.prompt, *example.completion])
-            found["scored"].append(len(example.completion))
+            found["scored"].append(length - first)
             found["top_ids"].append(top.to(torch.int32).flatten().tolist())
             found["top_logp"].append(logp.flatten().tolist())
         return found
@@ -100,9 +104,9 @@ class Dumped:
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     """Of a DataLoader."""
-    given = [Example(row["ids"][: -row["scored"]], row["ids"][-row["scored"] :]) for row in rows]
+    given = [Example(row["ids"][:at], row["ids"][at:]) for row in rows for at in [len(row["ids"]) - row["scored"]]]
     part = language.collate(given)
-    top = len(rows[0]["top_ids"]) // rows[0]["scored"]
+    top = next((len(row["top_ids"]) // row["scored"] for row in rows if row["scored"]), 1)
     ids = torch.zeros(*part.ids.shape, top, dtype=torch.long)
     logp = torch.full((*part.ids.shape, top), -torch.inf)
     for i, (row, example) in enumerate(zip(rows, given, strict=True)):
@@ -113,7 +117,11 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
 
 
 def loss(model: Any, batch: Batch, *, kind: Any = "ce_soft") -> Tensor:
-    """`w2s_fast.linear_kd` over the tokens that count; what the top k leave is spread over the other tokens."""
+    """`w2s_fast.linear_kd` over the tokens that count; what the top k leave is spread over the other tokens.
+
+    Raises:
+        ValueError: naming `model`.
+    """
 
     def fused(hidden: Tensor, head: Any, target: Tensor) -> Any:
         if head.softcap is not None:

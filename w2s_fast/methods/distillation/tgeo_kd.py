@@ -36,6 +36,7 @@ class Geometry(nn.Module):
             )  # fmt: skip
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor, mean: Tensor) -> Tensor:
+        """alpha ``[T]`` in (0, 1) of probabilities ``[T, C]`` of student, teacher, label and the class's mean."""
         edges = (student - teacher, student - label, teacher - label, mean - student, mean - label)
         state = torch.cat((student, teacher, label, mean, *(edge.square() for edge in edges)), 1)
         made: Tensor = self.layers(state)

@@ -99,6 +99,9 @@ def train(
     Args:
         right: ``right(problem, solution)``; by default whether the last line of the solution has the answer in it.
         split: a solution into its steps, by default lines.
+
+    Raises:
+        ValueError: naming what does not fit.
     """
     needs = ("prompt",) if right else ("prompt", "answer")
     given = language.check_rows("methods.per_step_advantage", rows, *needs)

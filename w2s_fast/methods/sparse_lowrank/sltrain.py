@@ -38,7 +38,11 @@ def convert(
 
 
 def blocks(tokenizer: Any, rows: Sequence[Row], length: int) -> Tensor:
-    """``[N, length]`` token ids: the rows' ``text`` one after the other, end tokens between them."""
+    """``[N, length]`` token ids: the rows' ``text`` one after the other, end tokens between them.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
     flat: list[int] = []
     for row in language.check_rows("methods.sltrain", rows, "text"):
         flat += language.ids_of(tokenizer, row["text"], completion=True)

@@ -31,6 +31,9 @@ def error_rates(steps_right: Tensor, outcome_right: Tensor, mask: Tensor | None 
 
     A step is right if it follows from the one before, whether or not that was right: a slip that is carried on is one
     wrong step.
+
+    Raises:
+        ValueError: naming what does not fit.
     """
     for name, value, dims in (("steps_right", steps_right, 2), ("outcome_right", outcome_right, 1)):
         if value.dtype != torch.bool or value.ndim != dims:

@@ -29,7 +29,11 @@ OP = "methods.streams.quality_continual"
 
 
 def quality_filter(losses: Tensor, keep: float) -> Tensor:
-    """Indices of the ``ceil(keep n)`` documents of the lowest loss, in the order of the corpus."""
+    """Indices of the ``ceil(keep n)`` documents of the lowest loss, in the order of the corpus.
+
+    Raises:
+        ValueError, TypeError: naming `keep`.
+    """
     checks.number(OP, "keep", keep, low=0.0, high=1.0, open_low=True)
     return select_topk(losses, math.ceil(keep * len(losses) * (1 - 1e-12)), largest=False).sort().values
 
@@ -38,6 +42,9 @@ class Ngram:
     """An interpolated n-gram model of sequences of ids: what scores documents cheaply against reference text.
 
     ``p(w | h) = (c(h w) + k p(w | h')) / (c(h) + k)``, ``h'`` the history one shorter, uniform at the end.
+
+    Raises:
+        ValueError, TypeError: naming `vocabulary`, `order`.
     """
 
     def __init__(self, reference: Iterable[Sequence[int]], vocabulary: int, *, order: int = 3, k: float = 5.0) -> None:
@@ -71,7 +78,11 @@ class Recovery(NamedTuple):
 
 
 def recovery(losses: Sequence[float], before: float, tolerance: float = 0.0) -> Recovery:
-    """The stability gap in losses: ``losses`` after every update of the new phase, ``before`` the one at its start."""
+    """The stability gap in losses: ``losses`` after every update of the new phase, ``before`` the one at its start.
+
+    Raises:
+        ValueError: naming `losses`.
+    """
     if not losses:
         checks.fail(OP, "losses", "at least one", "none")
     peak = max(range(len(losses)), key=lambda step: losses[step])

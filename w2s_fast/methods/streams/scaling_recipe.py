@@ -54,7 +54,11 @@ def optimum(rates: Sequence[float], losses: Sequence[float]) -> float:
 
 
 def fit_power_law(points: Sequence[tuple[Sequence[float], float]]) -> PowerLaw:
-    """Log-linear least squares through ``((x_1, ..., x_k), y)``; at least k + 1 points, all numbers positive."""
+    """Log-linear least squares through ``((x_1, ..., x_k), y)``; at least k + 1 points, all numbers positive.
+
+    Raises:
+        ValueError: naming `points`.
+    """
     if not points or any(v <= 0 for x, y in points for v in (*x, y)):
         checks.fail(OP, "points", "positive numbers", "none" if not points else "one that is not")
     rows = torch.tensor([[math.log(v) for v in x] + [1.0] for x, _ in points], dtype=torch.float64)
@@ -70,6 +74,9 @@ def set_rope_base(model: nn.Module, base: float) -> int:
 
     Modules with a buffer ``inv_freq [d/2] = base^(-2 i / d)`` of the default type are changed, and the configuration
     with them, so that the saved model has it.
+
+    Raises:
+        ValueError: naming `model`.
     """
     found = 0
     for module in model.modules():
@@ -96,7 +103,11 @@ def set_rope_base(model: nn.Module, base: float) -> int:
 
 
 def by_variance(rewards: Tensor, **sampler: Any) -> CurriculumSampler:
-    """Prompts in the order of their rewards' variance, the highest first; ``rewards [prompts, samples]``."""
+    """Prompts in the order of their rewards' variance, the highest first; ``rewards [prompts, samples]``.
+
+    Raises:
+        ValueError: naming `rewards`.
+    """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         checks.fail(OP, "rewards", "of shape [prompts, samples] with at least two samples", tuple(rewards.shape))
     return CurriculumSampler(-rewards.double().var(1, correction=0), **sampler)

@@ -30,6 +30,9 @@ def mixture_update(
     """The next mixture ``[k]`` in float64 from the graph ``[k, m]`` and the rounds' losses ``[m]``, the oldest first.
 
     Without losses it is the first mixture, ``softmax(eta A 1)``.
+
+    Raises:
+        ValueError, TypeError: naming `graph`, `losses`, `window`.
     """
     if graph.ndim != 2:
         checks.fail(OP, "graph", "of shape [k, m]", tuple(graph.shape))

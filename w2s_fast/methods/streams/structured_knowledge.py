@@ -44,7 +44,11 @@ def structured_answer(path: Sequence[str], explanation: str, answer: str) -> str
 
 
 def multi_hop(tree: Tree, count: int, *, most: int = 3, seed: int = 0) -> list[list[Place]]:
-    """``count`` groups of one to ``most`` different random places, to write questions about."""
+    """``count`` groups of one to ``most`` different random places, to write questions about.
+
+    Raises:
+        ValueError, TypeError: naming `most`, `tree`.
+    """
     every = list(places(tree))
     if not every:
         checks.fail(OP, "tree", "with at least one chunk", "none")

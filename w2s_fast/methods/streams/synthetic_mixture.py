@@ -34,6 +34,9 @@ def topic_mixture_update(weights: Tensor, before: Tensor, after: Tensor, alpha: 
     ``delta_i = r_i / mean(r) - 1`` with ``r_i = after_i / before_i``, ``w_i <- w_i f_i / sum_j w_j f_j``,
     ``f_i = max(0, 1 + alpha delta_i)``: topics that fell behind the others get more. A factor common to all
     perplexities changes nothing.
+
+    Raises:
+        ValueError: naming `weights`, `perplexities`.
     """
     w, one, two = (t.detach().double() for t in (weights, before, after))
     if not w.shape == one.shape == two.shape or w.ndim != 1:

@@ -95,6 +95,9 @@ def train(
         stages: 1 for the first alone.
         second_rate: of stage II, in units of ``recipe.rate``.
         samples: of the stage-I model, a question.
+
+    Raises:
+        ValueError: naming what does not fit.
     """
     given = language.check_rows("methods.weak_to_strong_reasoning", rows, "prompt")
     asked = [language.ids_of(tokenizer, row["prompt"]) for row in given]

@@ -168,6 +168,7 @@ class Affine:
         self.norm, self.relu, self.target = norm, relu, node.target
 
     def run(self, call: Call, norm: dict[str, Any] | None, **given: Any) -> Box:
+        """The bounds of the layer's result; ``given``: the operation's arguments by name, its input a box."""
         box, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias")
         clean = None
         if box.clean is not None:

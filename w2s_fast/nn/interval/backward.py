@@ -59,9 +59,11 @@ class Way(NamedTuple):
 
     @property
     def sound(self) -> bool:
+        """Whether rounding is outward."""
         return self.call.sound
 
     def box(self, name: str) -> Box:
+        """The box of a value by its name in the trace."""
         found: Box = self.env.values[name]
         return found
 
@@ -106,17 +108,20 @@ def _evaluate(way: Way, size: bool = False, one: str = "", given: Tensor | None 
     return found
 
 
-def linear_back(*_: str, one: bool = False) -> Back:
+def linear_back(argument: str = "", *, one: bool = False) -> Back:
     """Any operation that is affine in its boxes: its adjoint, by automatic differentiation.
 
-    ``one``: affine in one box at a time only; with two the bounds end here.
+    Args:
+        argument: the only one that may have bounds; with others (a weight) the bounds end here.
+        one: affine in one box at a time only; with two the bounds end here.
     """
 
     def run(way: Way, a: Tensor) -> Rows:
         if way.step.affine is not None:
             return affine_back(way, a)
         names = way.step.boxes
-        if one and (len(names) > 1 or _twice(way)):
+        elsewhere = argument and any(isinstance(v, Box) for k, v in way.given.items() if k != argument)
+        if elsewhere or (one and (len(names) > 1 or _twice(way))):
             return ended(way, a)
         rows: dict[str, Tensor] = {}
         zero = _evaluate(way)
@@ -135,7 +140,7 @@ def linear_back(*_: str, one: bool = False) -> Back:
                 size = size + (_evaluate(way, size=True, one=name, given=largest(box)) - blank).abs()
         return Rows(rows, ((a, zero),), size if way.sound else None)
 
-    run.straight = not one  # type: ignore[attr-defined]
+    run.straight = not one and not argument  # type: ignore[attr-defined]
     return run
 
 
@@ -451,7 +456,8 @@ def upper_bounds(env: Env, samples: Samples, output: str, rows: Tensor) -> Tenso
         a = pending.pop(step.name, None)
         if a is None:
             continue
-        found = _through(env, step, a, samples.owners.get(step.name, a) is None)
+        ordered = samples.owners.get(step.name, a) is None and a.shape[1:2] == (samples.count,)
+        found = _through(env, step, a, ordered)
         if found.total is not None:
             upper.constant = upper.constant + found.total
         upper.rounds(a, found.size, step.name)
@@ -487,7 +493,9 @@ def _through(env: Env, step: Step, a: Tensor, ordered: bool) -> Rows:
     way = Way(call, step, {}, env, out)
     if step.rule is None:  # an item of what several results have
         return Rows({step.boxes[0]: a}) if isinstance(env.values[step.boxes[0]], Box) else _part_back(way, a)
-    if step.rule.back is None or not all(isinstance(env.values[n], Box) for n in step.boxes) or env.lowers(step):
+    boxes = [env.values[n] for n in step.boxes]
+    numbers = all(isinstance(b, Box) and b.lower.is_floating_point() for b in boxes)
+    if step.rule.back is None or not numbers or env.lowers(step):
         return ended(way, a)
     found: Rows = step.rule.back(way._replace(given=env.filled(step.bound), ordered=ordered), a)
     return found

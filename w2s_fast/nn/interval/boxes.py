@@ -50,6 +50,7 @@ class Choices(NamedTuple):
 
     @property
     def clean(self) -> Tensor:
+        """The clean ids, ``[...]``."""
         return self.options[..., 0]
 
 
@@ -77,10 +78,12 @@ class Mode(NamedTuple):
 
     @property
     def sound(self) -> bool:
+        """Whether the bounds are rounded outward."""
         return self.rounding != "fast"
 
     @property
     def deployed(self) -> bool:
+        """Whether the bounds hold for what the deployed model computes, with its own rounding."""
         return self.rounding == "deployed"
 
     @property
@@ -101,11 +104,16 @@ class Call(NamedTuple):
 
     @property
     def sound(self) -> bool:
+        """Whether rounding is outward."""
         return self.mode.sound
 
 
 def refuse(what: Any, error: type[Exception] = TypeError) -> Any:
-    """Raise: the model has something that no rule covers."""
+    """Raise: the model has something that no rule covers.
+
+    Raises:
+        TypeError, or ``error``: naming ``what``, with the list of layers that have rules.
+    """
     from .registry import supported
 
     checks.fail(OP, "model", "made of supported layers", what, f"Supported: {supported()}.", error=error)

@@ -6,8 +6,9 @@ compiler keeps a result in more digits than its dtype has. Assumed is what IEEE 
 
 - each +, *, / and square root is rounded to nearest, with unit u = 2^-24 for sums of float32, bfloat16 and float16
   (2^-53 for float64); results in 16 bits are rounded to them, at most twice (a product, then its bias);
-- a sum of products is a sum of those products: no Winograd or FFT convolution, no batch-norm folded into a weight, no
-  TF32 or bfloat16 in place of float32 and no partial sums in 16 bits (refused where PyTorch's settings allow them);
+- a sum of products is a sum of those products: no Winograd or FFT convolution (refused where PyTorch chooses a
+  library that has them), no batch-norm folded into a weight, no TF32 or bfloat16 in place of float32 and no partial
+  sums in 16 bits (refused where PyTorch's settings allow them);
 - numbers are not flushed to 0 by more than 1e-30.
 
 **Why.** By induction over the operations; let x be the deployed input of one, in its box by assumption.
@@ -131,7 +132,11 @@ def terms(name: str, given: dict[str, Any]) -> int:
 
 
 def gamma(count: int, dtype: torch.dtype) -> float:
-    """``n u / (1 - n u)``, rounded up."""
+    """``n u / (1 - n u)``, rounded up.
+
+    Raises:
+        ValueError: naming `rounding`.
+    """
     share = count * unit(torch.float64 if dtype == torch.float64 else torch.float32)
     if share > 0.25:
         checks.fail(OP, "rounding", '"sound" for sums of this length: float sums leave nothing known', "deployed")
@@ -180,7 +185,11 @@ def hidden(name: str, boxes: list[Box], found: tuple[Tensor, Tensor]) -> tuple[T
 
 
 def analysed(steps: Program) -> None:
-    """Refuse, by name, what has no bound of its rounding."""
+    """Refuse, by name, what has no bound of its rounding.
+
+    Raises:
+        ValueError: naming `rounding`.
+    """
     for step in steps.steps:
         where = _refused(step)
         if where:
@@ -208,8 +217,38 @@ def _refused(step: Step) -> str:
     return unknown[0] if unknown else ""
 
 
+#: PyTorch's convolutions that are no sums of products, or may be: NNPACK's and cuDNN's choose among algorithms.
+_TRANSFORMS = ("Winograd3x3Depthwise", "NnpackSpatial", "Cudnn", "CudnnTranspose", "Miopen", "MiopenTranspose",
+               "MiopenDepthwise")  # fmt: skip
+_GEOMETRY = ("stride", "padding", "dilation", "output_padding")
+
+
+def convolution(step: Step, shapes: list[tuple[int, ...]], device: torch.device) -> None:
+    """Refuse one of two operands of these shapes that may be transformed, for its own batch, one of 1 and one of 16."""
+    bound, dtype = step.bound, step.node.dtype
+    axes = len(shapes[1]) - 2
+    options = []
+    for name in _GEOMETRY:
+        value = bound.get(name, 0)
+        own = [0 if isinstance(value, str) else value] if isinstance(value, (int, str)) else list(value)
+        options.append(own * axes if len(own) == 1 else own)
+    transposed = name_of(step.node.target).startswith("conv_transpose")
+    weight = torch.empty(shapes[1], dtype=dtype, device=device)
+    for batch in {shapes[0][0] if len(shapes[0]) == axes + 2 else 1, 1, 16}:
+        x = torch.empty(batch, *shapes[0][-axes - 1 :], dtype=dtype, device=device)
+        given = (*options[:3], transposed, options[3], bound["groups"])
+        found = torch._C._select_conv_backend(x, weight, None, *given, None).name  # type: ignore[call-arg]
+        if found in _TRANSFORMS:
+            hint = "Turn off cuDNN (torch.backends.cudnn.enabled = False), turn on oneDNN on a CPU."
+            checks.fail(OP, "rounding", '"deployed" with convolutions that are sums of products', found, hint)
+
+
 def settings(device: torch.device, dtypes: set[torch.dtype | None]) -> None:
-    """Refuse settings that leave products fewer digits."""
+    """Refuse settings that leave products fewer digits.
+
+    Raises:
+        ValueError: naming `rounding`.
+    """
     backends = torch.backends
     if torch.float32 in dtypes:
         strict = {"ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"), "NVIDIA_TF32_OVERRIDE": ("", "0")}

@@ -16,10 +16,8 @@ from .products import hull
 from .registry import layer
 
 
-@layer("relu", "relu6", shows="ReLU", kind="elementwise", back=relu_back)
+@layer("relu", shows="ReLU", kind="elementwise", back=relu_back)
 def _relu(call: Call, *, self: Box) -> Ends:
-    if call.op._schema.name.endswith("6"):
-        return self.lower.clamp(0, 6), self.upper.clamp(0, 6)
     return F.relu(self.lower), F.relu(self.upper)
 
 
@@ -55,6 +53,7 @@ def _kinks(call: Call, given: dict[str, Any]) -> tuple[float, ...]:
 
 
 @layer(
+    "relu6",
     "hardtanh",
     "leaky_relu",
     "abs",
@@ -119,7 +118,6 @@ def _prelu(
 )
 def _steps(call: Call, *, self: Box, **given: Any) -> Ends:
     name = call.op._schema.name.split("::")[1]
-    options = [given[a.name] for a in call.op._schema.arguments[1:]]
     if name == "threshold":
         edge, value = float(given["threshold"]), float(given["value"])
         low, high = ends(call, self)
@@ -127,7 +125,10 @@ def _steps(call: Call, *, self: Box, **given: Any) -> Ends:
         lower = torch.where(below, torch.where(above, low.clamp_min(edge).clamp_max(value), value), low)
         upper = torch.where(above, torch.where(below, high.clamp_min(value), high), value)
         return finished(call, torch.minimum(lower, torch.where(above & below, edge, torch.inf)), upper)
-    return finished(call, *(call.op(t, *options) for t in ends(call, self)))
+    arguments = call.op._schema.arguments[1:]
+    options = [given[a.name] for a in arguments if not a.kwarg_only]
+    named = {a.name: given[a.name] for a in arguments if a.kwarg_only}
+    return finished(call, *(call.op(t, *options, **named) for t in ends(call, self)))
 
 
 @layer("exp", "expm1", "atan", "erf", "sinh", "asinh", shows="exp, atan, erf", kind="elementwise")
@@ -282,8 +283,13 @@ def _where(call: Call, *, condition: Any, self: Any, other: Any) -> Ends:
 
 @layer("fill", shows="filling", kind="elementwise")
 def _fill(call: Call, *, self: Any, value: Any) -> Ends:
-    found = wide(call, value) if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
-    return tuple(t.to(self.lower.device).expand(call.shape) for t in finished(call, found, found))  # type: ignore[return-value]
+    if isinstance(value, Box):
+        sides = ends(call, value)
+    else:
+        number = wide(call, value) if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+        sides = number, number
+    own = self.lower if isinstance(self, Box) else self
+    return tuple(t.to(own.device).expand(call.shape) for t in finished(call, *sides))  # type: ignore[return-value]
 
 
 @layer("glu", shows="GLU", kind="other")

@@ -96,6 +96,9 @@ def input_box(x: Tensor, eps: Any, sound: bool, clip: Clip = None, norm: float =
     """``[x - eps, x + eps]`` within ``clip``; sound: rounded outward. An empty box is an error.
 
     Where values cannot be looked at, an empty box becomes one that nothing is known of: it certifies nothing.
+
+    Raises:
+        ValueError, TypeError: naming `norm`.
     """
     checks.is_float_tensor(OP, name, x)
     if norm not in NORMS:
@@ -177,7 +180,11 @@ def _with_ball(x: Tensor, eps: Any, sound: bool, norm: float, lower: Tensor, upp
 
 
 def labels(y: Any, batch: int, classes: int) -> Tensor:
-    """Labels ``[B]`` in range, int64."""
+    """Labels ``[B]`` in range, int64.
+
+    Raises:
+        ValueError, TypeError: naming `y`.
+    """
     checks.is_tensor(OP, "y", y)
     if y.dtype not in (torch.int64, torch.int32):
         checks.fail(OP, "y", "int64 or int32", y.dtype, error=TypeError)
@@ -190,7 +197,11 @@ def labels(y: Any, batch: int, classes: int) -> Tensor:
 
 
 def boxes(x: Any, eps: Any, sound: bool, clip: Clip, norm: float, clean: bool) -> list[Any]:
-    """What goes into the model: a `Box`, `Choices`, or a tensor as it is, for every input."""
+    """What goes into the model: a `Box`, `Choices`, or a tensor as it is, for every input.
+
+    Raises:
+        ValueError, TypeError: naming `x`, `eps`.
+    """
     given = list(x) if isinstance(x, (tuple, list)) and not isinstance(x, (Ball, Choices)) else [x]
     found: list[Any] = []
     for i, value in enumerate(given):

@@ -16,7 +16,7 @@ from ... import autocast, checks
 from ...ops.interval_bounds.inputs import COMPUTES, Compute, rows
 from ...ops.interval_bounds.margin import MARGIN_LOGITS
 from ...reference.interval_bounds.boxes import outward
-from . import backward, deployed
+from . import agreement, backward, deployed
 from .boxes import (
     HALVES,
     OP,
@@ -32,10 +32,11 @@ from .boxes import (
     refuse,
     wide,
 )
+from .facts import fingerprint
 from .inputs import Clip, boxes, labels
-from .program import Env, Program, Step, program
+from .program import Env, Program, Step, attribute, program
 from .samples import Samples
-from .trace import alone, fingerprint, trace
+from .trace import alone, trace
 
 Method = Literal["ibp", "crown-ibp", "crown"]
 METHODS = ("ibp", "crown-ibp", "crown")
@@ -108,7 +109,11 @@ class IntervalPass:
 
     @property
     def logits(self) -> Tensor:
-        """The model's output at x itself, of the clean pass beside the bounds."""
+        """The model's output at x itself, of the clean pass beside the bounds.
+
+        Raises:
+            ValueError: naming `clean`.
+        """
         clean = self._output().clean
         if clean is None:
             checks.fail(OP, "clean", "True in propagate for logits", False)
@@ -164,9 +169,9 @@ class IntervalPass:
                 out = self._output()
                 values = torch.maximum(-out.lower, out.upper).to(kind) + shift
                 size = size + (values + lost.least / lost.rough) * (1.01 * lost.rough / share)
-            moved = size + size.gather(1, label[:, None])
-            others = torch.arange(z.shape[1], device=z.device) != label[:, None]
-        return torch.where(others, torch.add(z, moved, alpha=share), 0.0)
+            index = label.unsqueeze(1)
+            moved = size + size.gather(1, index)
+        return torch.add(z, moved, alpha=share).scatter(1, index, 0.0)
 
     @unlowered
     def specified(self, C: Tensor, method: Method = "ibp") -> tuple[Tensor, Tensor]:
@@ -176,6 +181,9 @@ class IntervalPass:
             C: specifications ``[B, S, outputs]`` or ``[1, S, outputs]``; constants. A last Linear is merged with them
                 under ``"ibp"``.
             method: see `IntervalModule.bounds`.
+
+        Raises:
+            ValueError, TypeError: naming `C`, `model`.
         """
         shape = tuple(self._program.shapes.get(self._program.trace.output, ()))
         checks.is_float_tensor(OP, "C", C)
@@ -327,7 +335,7 @@ class IntervalModule(nn.Module):
         compute: what a GPU may multiply float32 numbers in, see `w2s_fast.interval_linear`; merged margins are float32.
 
     In training mode batch-norm takes the statistics of the clean activations, through which gradients flow, and updates
-    its running ones from them, as certified training does. Certificates need eval mode. Values that do not depend on
+    its running ones from them, as certified training does. Sound bounds need eval mode. Values that do not depend on
     an input (a weight computed from others) are computed in float64 with sound rounding.
 
     Raises:
@@ -371,11 +379,14 @@ class IntervalModule(nn.Module):
 
         Args:
             x: inputs of the model (`Ball` and `Choices` too, where bounds are asked).
-            y, eps, rounding, clip, method, norm: see `margins`.
+            y, eps, rounding, clip, method, norm: see `margins`; bounds are sound by default in eval mode.
             ask: ``"output"``, ``"bounds"``, ``"margins"`` or ``"verified"``; default the output without eps, margins
                 with labels, else bounds.
             clean: return (what is asked, the model's output at x), of one pass.
             model: keyword arguments of the model, for its output only.
+
+        Raises:
+            ValueError, TypeError: naming `ask`, the model's keyword arguments, `y`.
         """
         radii = eps is not None or any(type(v).__name__ in ("Ball", "Choices") for v in x)
         ask = checks.choice(OP, "ask", ask or ("output" if not radii else "bounds" if y is None else "margins"), ASKS)
@@ -390,7 +401,7 @@ class IntervalModule(nn.Module):
             checks.fail(OP, "y", "labels where margins are asked", None, error=TypeError)
         if ask == "verified":
             return self.verified(given, y, eps, clip, method, norm=norm, rounding=rounding or "sound")  # type: ignore[arg-type]
-        kind = rounding or ("sound" if ask == "bounds" else "fast")
+        kind = rounding or ("sound" if ask == "bounds" and not self.training else "fast")
         return self._ask(ask, given, y, eps, kind, clip, method, norm, clean)
 
     def propagate(
@@ -481,6 +492,9 @@ class IntervalModule(nn.Module):
             x, y, eps, clip, norm: see `margins`.
             method: ``"ibp"``, or ``"crown-ibp"``, ``"crown"``: of each margin the better of the two bounds.
             rounding: ``"sound"``: of the exact outputs; ``"deployed"``: of any float evaluation's. See `bounds`.
+
+        Raises:
+            ValueError: naming `rounding`.
         """
         if rounding == "fast":
             checks.fail(OP, "rounding", '"sound" or "deployed" for a certificate', '"fast"')
@@ -507,7 +521,11 @@ class IntervalModule(nn.Module):
         self, ask: str, x: Any, y: Any, eps: Any, rounding: Any, clip: Any, method: Any, norm: Any, clean: bool,
         given: dict[int, Tensor],
     ) -> Any:  # fmt: skip
-        """Bounds, margins or what is verified; ``given``: tensors to take for the model's own, by their ids."""
+        """Bounds, margins or what is verified; ``given``: tensors to take for the model's own, by their ids.
+
+        Raises:
+            ValueError: naming `method`.
+        """
         apart = checks.choice(OP, "method", method, METHODS) != "ibp"
         found = self._begin(apart, x, eps, rounding, clip, clean, norm, ask == "verified", given)
         if ask == "bounds":
@@ -528,50 +546,72 @@ class IntervalModule(nn.Module):
         boxed = tuple(i for i, v in enumerate(inputs) if isinstance(v, (Box, Choices)))
         kinds = [_tensor(v) for v in inputs]
         lowered = autocast.dtype_of(kinds[0].device) if mode.deployed else None
-        steps = self.program_for([(t.shape, t.dtype, t.device) for t in kinds], boxed, apart, lowered)
+        steps = self.program_for(kinds, boxed, apart, lowered)
         if mode.deployed:
-            self._analysed(steps, kinds[0].device)
-        if certificate and steps.uses_batch:
-            checks.fail(OP, "model", "in eval mode for a certificate", "batch-norm in training mode")
+            self._analysed(steps, kinds)
+        if (certificate or mode.sound) and steps.uses_batch:  # statistics are those of the clean inputs alone
+            hint = 'rounding="fast" is for training.'
+            checks.fail(OP, "model", "in eval mode for sound bounds", "batch-norm by the statistics of its batch", hint)
         if not (clean or steps.uses_batch):
             inputs = [v._replace(clean=None) if isinstance(v, Box) else v for v in inputs]
         env = Env(self.model, steps, mode, dict(zip(steps.trace.inputs, inputs, strict=True)), given or {})
 
         def samples() -> Samples:
-            key = ("samples", id(steps))
-            if key not in self._programs:
+            if "samples" not in steps.memo:
                 shapes = {steps.trace.inputs[i]: tuple(int(s) for s in kinds[i].shape) for i in boxed}
-                self._programs[key] = alone(lambda: Samples(steps, shapes))
-            found: Samples = self._programs[key]
+                steps.memo["samples"] = alone(lambda: Samples(steps, shapes))
+            found: Samples = steps.memo["samples"]
             return found
 
         return IntervalPass(env, samples)
 
-    def _analysed(self, steps: Program, device: torch.device) -> None:
-        dtypes = self._programs.get(("analysed", id(steps)))
-        if dtypes is None:
+    def _analysed(self, steps: Program, inputs: list[Tensor]) -> None:
+        device = inputs[0].device
+        if "dtypes" not in steps.memo:
             deployed.analysed(steps)
-            dtypes = self._programs["analysed", id(steps)] = {step.node.dtype for step in steps.steps}
-        deployed.settings(device, dtypes)
+            steps.memo["dtypes"] = {step.node.dtype for step in steps.steps}
+        deployed.settings(device, steps.memo["dtypes"])
+        flags = torch._C._get_mkldnn_enabled(), torch._C._get_nnpack_enabled(), torch._C._get_cudnn_enabled()
+        if steps.memo.get("flags") != flags:
+            alone(lambda: self._convolutions(steps, inputs))
+            steps.memo["flags"] = flags
+
+    def _convolutions(self, steps: Program, inputs: list[Tensor]) -> None:
+        for step in steps.steps:
+            if step.boxes and deployed.name_of(step.node.target).startswith("conv"):
+                shapes = [self._shape(steps, inputs, step.bound[k].name) for k in ("input", "weight")]
+                deployed.convolution(step, shapes, inputs[0].device)
+
+    def _shape(self, steps: Program, inputs: list[Tensor], name: str) -> tuple[int, ...]:
+        """Of an input, a state or the result of a step."""
+        given = dict(zip(steps.trace.inputs, inputs, strict=True))
+        if name in steps.trace.states:
+            return tuple(attribute(self.model, steps.trace.states[name]).shape)
+        return steps.shapes[name] if name not in given else tuple(given[name].shape)
 
     def program_for(
-        self, examples: list[Any], boxed: tuple[int, ...], apart: bool, lowered: torch.dtype | None = None
+        self, inputs: list[Tensor], boxed: tuple[int, ...], apart: bool, lowered: torch.dtype | None = None
     ) -> Program:
-        """The steps for inputs of these shapes, dtypes and devices, those numbered ``boxed`` with bounds.
+        """The steps for inputs like these, those numbered ``boxed`` with bounds.
 
         ``lowered``: the dtype of the autocast that they are traced under.
         """
-        examples = [(torch.Size(int(s) for s in shape), dtype, device) for shape, dtype, device in examples]
-        key = (tuple(examples), boxed, lowered, fingerprint(self.model))
-        found = self._programs.get(key)
-        if found is None:
+        examples = [(torch.Size(int(s) for s in t.shape), t.dtype, t.device) for t in inputs]
+        rows, facts = fingerprint(self.model)
+        strides = tuple(tuple(int(s) for s in t.stride()) for t in inputs)  # which code may ask for
+        key = (tuple(examples), strides, boxed, lowered, rows)
+        kept: Any = self._programs.get(key) if facts.whole else None
+        if kept is None:
             traced = trace(self.model, examples, lowered)
             names = {traced.inputs[i] for i in boxed}
             found = program(traced, names), program(traced, names, relu_apart=True)
+            if lowered is None:
+                alone(lambda: agreement.check(self.model, found[0].trace, inputs, facts.asks_inference))
             if len(self._programs) > 64:
                 self._programs.clear()
-            self._programs[key] = found
-        return found[apart]  # type: ignore[no-any-return]
+            kept = self._programs[key] = *found, facts
+        steps: Program = kept[apart]
+        return steps
 
 
 def bound(model: nn.Module, *, compute: Compute = "fp32") -> IntervalModule:

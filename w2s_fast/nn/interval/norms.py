@@ -137,7 +137,8 @@ def _layer_norm(
 ) -> Ends:
     axes = list(range(-len(normalized_shape), 0))
     centred = "rms" not in call.op._schema.name
-    eps = torch.finfo(input.lower.dtype).eps if eps is None else eps
+    if eps is None:  # what PyTorch takes: that of its sums, which are float32 for 16-bit numbers
+        eps = torch.finfo(torch.float64 if input.lower.dtype == torch.float64 else torch.float32).eps
     low, high = _normalised(call, wide(call, input.lower), wide(call, input.upper), axes, eps, centred)
     return _scaled(call, low, high, weight, bias)
 

@@ -130,7 +130,7 @@ def _mul(call: Call, *, self: Any, other: Any) -> Any:
     return _with_clean(call, made, self, other)
 
 
-@layer("div", shows="/", kind="elementwise", back=linear_back(one=True))
+@layer("div", shows="/", kind="elementwise", back=linear_back("self"))
 def _div(call: Call, *, self: Any, other: Any, rounding_mode: Any = None) -> Any:
     if rounding_mode is not None:
         refuse(f"{call.where} with rounding_mode")
@@ -263,7 +263,7 @@ def _einsum(call: Call, *, equation: str, tensors: Any, path: Any = None) -> End
     left = equation.split("->")[0]
     if any(len(set(t.strip())) < len(t.strip().replace("...", "")) for t in left.split(",")):
         refuse(f"{call.where} with a diagonal")
-    terms = max(t.lower.numel() if isinstance(t, Box) else t.numel() for t in tensors)
+    terms = math.prod((t.lower if isinstance(t, Box) else t).numel() for t in tensors)  # at most
     if len(tensors) == 1:
         low, high = ends(call, tensors[0])
         size = _sized(call, torch.maximum(low.abs(), high.abs()))
@@ -314,8 +314,11 @@ def _probabilities(call: Call, low: Tensor, high: Tensor, dim: int) -> Ends:
 
 @layer("softmax", "_softmax", shows="softmax")
 def _softmax(call: Call, *, self: Box, dim: int, **_: Any) -> Ends:
-    lower, upper = _probabilities(call, *ends(call, self), dim)
-    return lower.clamp_min(0), upper.clamp_max(1) if call.sound else upper
+    low, high = ends(call, self)
+    lower, upper = _probabilities(call, low, high, dim)
+    lower, upper = lower.clamp_min(0), upper.clamp_max(1) if call.sound else upper
+    none = (low == -torch.inf).all(dim, keepdim=True)  # every entry may be masked: no number, or 0 in attention
+    return torch.where(none, -torch.inf, lower), torch.where(none, torch.inf, upper)
 
 
 @layer("log_softmax", "_log_softmax", shows="log_softmax")
@@ -366,8 +369,9 @@ def _attention(
             low, high = (torch.where(attn_mask == -torch.inf, -torch.inf, t) for t in (low, high))
         else:
             low, high = low.masked_fill(~allowed, -torch.inf), high.masked_fill(~allowed, -torch.inf)
-    p = _softmax(inner, self=Box(low, high), dim=-1)
-    return product_sum(call, Box(*p), v, positive=True)
+    lower, upper = _probabilities(inner, low, high, -1)
+    p = Box(lower.clamp_min(0), upper.clamp_max(1) if call.sound else upper)
+    return product_sum(call, p, v, positive=True)
 
 
 @layer("embedding", shows="Embedding")

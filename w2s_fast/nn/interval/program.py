@@ -40,11 +40,15 @@ class Step:
 
     @property
     def node(self) -> Node:
+        """The first of the operations that the step does."""
         return self.nodes[0]
 
 
 class Program(NamedTuple):
-    """The model as steps; a last Linear that margins merge with; inputs of ReLUs; whether batch statistics are used."""
+    """The model as steps; a last Linear that margins merge with; inputs of ReLUs; whether batch statistics are used.
+
+    memo: what has been found out about it since, by name.
+    """
 
     steps: list[Step]
     trace: Trace
@@ -53,6 +57,7 @@ class Program(NamedTuple):
     uses_batch: bool
     shapes: dict[str, tuple[int, ...]]
     later: dict[str, Step]  # constants that are computed, by name
+    memo: dict[str, Any]
     last_of_relu: bool = False  # the last Linear's input is not negative
 
 
@@ -161,7 +166,7 @@ def program(traced: Trace, boxed: set[str], *, relu_apart: bool = False) -> Prog
     later = {step.name: step for step in steps if not step.boxes}
     before = next((s for s in steps if last is not None and s.name == last.boxes[0]), None)
     of_relu = before is not None and schema(before.nodes[-1]) in _RELUS
-    return Program(steps, traced, last, before_relu, uses_batch, shapes, later, of_relu)
+    return Program(steps, traced, last, before_relu, uses_batch, shapes, later, {}, of_relu)
 
 
 def _named(traced: Trace, name: str) -> Node | None:
@@ -193,7 +198,11 @@ def _constant(node: Node) -> None:
 
 
 def attribute(model: nn.Module, path: tuple[str, ...]) -> Tensor:
-    """A parameter, buffer or tensor by its path, as the model has it now."""
+    """A parameter, buffer or tensor by its path, as the model has it now.
+
+    Raises:
+        TypeError: naming `model`.
+    """
     module: Any = model
     for name in path[:-1]:
         module = module._modules.get(name) if isinstance(module, nn.Module) else None
@@ -296,6 +305,14 @@ class Env:
             norm = None if step.affine.norm is None else self.filled(dict(step.affine.norm))
             return step.affine.run(call, norm, **given)
         assert step.rule is not None
+        whole = node.dtype is not None and not node.dtype.is_floating_point
+        if whole and step.rule.kind != "index" and deployed.name_of(node.target) not in registry.COMPARISONS:
+            refuse(f"{node.where} of {node.dtype}")
+        first = step.rule.kind == "other" or schema(node) in _NORMS
+        if first and deployed.name_of(node.target) not in registry.SEVERAL:
+            others = [key for key, value in list(given.items())[1:] if isinstance(value, Box)]
+            if others:
+                refuse(f"{node.where} whose {others[0]} depends on the input")
         found = step.rule.ibp(call, **given)
         if isinstance(found, (Box, list)):
             return found
@@ -323,7 +340,12 @@ class Env:
         kwargs = self.filled(dict(node.kwargs), take)
         if self.mode.sound and kwargs.get("dtype") is not None and kwargs["dtype"].is_floating_point:
             kwargs["dtype"] = torch.float64
-        return node.target(*self.filled(node.args, take), **kwargs)
+        try:
+            return node.target(*self.filled(node.args, take), **kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            if not self.mode.sound:
+                raise
+            checks.fail(OP, "rounding", '"fast" for this model', f"{self.mode.rounding} with {node.where}: {error}")
 
     def _update(self) -> None:
         """Buffers that the model's own forward changes, by values that do not depend on the input."""

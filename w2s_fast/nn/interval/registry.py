@@ -36,6 +36,12 @@ LAYERS: dict[str, Layer] = {}
 UNCHANGED = frozenset({
     "to", "_to_copy", "clone", "contiguous", "dropout", "feature_dropout", "alpha_dropout", "detach", "alias",
 })  # fmt: skip
+#: Operations that join entries, any of whose arguments may have bounds.
+SEVERAL = frozenset({
+    "linear", "matmul", "mm", "bmm", "mv", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "embedding",
+})  # fmt: skip
+#: Operations whose results are no numbers.
+COMPARISONS = frozenset({"gt", "ge", "lt", "le"})
 
 
 def layer(*names: str, shows: str, kind: str = "other", back: Back | None = None) -> Callable[[Ibp], Ibp]:

@@ -66,7 +66,10 @@ def _exact(call: Call, given: dict[str, Any], which: str) -> Any:
     def on(side: str) -> Any:
         def end(v: Any) -> Any:
             if isinstance(v, Box):
-                return getattr(v, side)
+                own: Tensor = getattr(v, side)
+                if call.sound and own.dtype != call.dtype and own.is_floating_point():  # a copy into another dtype
+                    return outward(own.double(), call.dtype, side == "lower")
+                return own
             if isinstance(v, (list, tuple)):
                 return [end(t) for t in v]
             if not isinstance(v, Tensor) or not v.is_floating_point():
@@ -237,6 +240,8 @@ def _average(*names: str, shows: str) -> None:
         if not call.dtype.is_floating_point:
             refuse(f"{call.where} to {call.dtype}")
         first = call.op._schema.arguments[0].name
+        if (given.get("divisor_override") or 1) < 0:
+            refuse(f"{call.where} with a negative divisor_override")
         box, options = given.pop(first), {k: v for k, v in given.items() if k != "dtype"}
         count = terms(call.op._schema.name.split("::")[1], {"self": box, **options})
         return _averaged(call, lambda t: call.op(t, *_positional(call, options)), box, box.lower.numel(), count)

@@ -1,14 +1,14 @@
 """What a model computes, as a list of PyTorch's own operations: `torch.export` made functional, nothing held.
 
 The trace sees what runs: hooks, parametrizations, forwards of subclasses, views and in-place operations. It names
-parameters and buffers, which are looked up at call time. `fingerprint` says when a trace no longer holds.
+parameters and buffers, which are looked up at call time. `facts.fingerprint` says when a trace no longer holds.
 """
 
 from __future__ import annotations
 
-import functools
+import random
+import sys
 import threading
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from ... import checks
 from .boxes import OP, refuse
+from .facts import OWN
 
 
 @dataclass(unsafe_hash=True)
@@ -44,6 +45,7 @@ class Node:
 
     @property
     def refs(self) -> list[str]:
+        """Names of the values among the arguments."""
         return [r.name for r in references((self.args, self.kwargs))]
 
 
@@ -68,127 +70,6 @@ def references(value: Any) -> Iterator[Ref]:
     elif isinstance(value, dict):
         for v in value.values():
             yield from references(v)
-
-
-# What nn.Module keeps about itself; parameters, buffers, hooks and children are read apart.
-_OWN = frozenset(nn.Module().__dict__) - {"training"}
-_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
-_SIMPLE = frozenset(_PLAIN)
-
-
-class _Facts:
-    """Values that code may depend on, as something to compare: numbers, containers and attributes of objects, what
-    functions close over and the globals they name. At most 4000 entries: what a model holds besides is not looked at.
-    """
-
-    def __init__(self) -> None:
-        self.left = 4000
-        self.seen: dict[int, int] = {}
-        self.kept: list[Any] = []  # an id is that of no other object as long as this one lives
-
-    def _keep(self, value: Any) -> None:
-        self.seen[id(value)] = len(self.seen)
-        self.kept.append(value)
-
-    def of(self, value: Any, depth: int = 0) -> Any:
-        kind = type(value)
-        if kind in _SIMPLE or isinstance(value, _PLAIN):
-            return value
-        if isinstance(value, Tensor):
-            return id(value), value.dtype, value.shape, value.device
-        if isinstance(value, (type, types.ModuleType, nn.Module)):
-            return id(value)
-        self.left -= 1
-        number = self.seen.get(id(value))
-        if number is not None:
-            return number
-        if self.left < 0 or depth > 8:
-            return kind, id(value)
-        self._keep(value)
-        inner = depth + 1
-        if isinstance(value, (tuple, list, set, frozenset)):
-            return kind, tuple(self.of(v, inner) for v in value)
-        if isinstance(value, dict):
-            return kind, tuple((k if type(k) in _SIMPLE else id(k), self.of(v, inner)) for k, v in value.items())
-        if isinstance(value, types.MethodType):
-            return kind, self.of(value.__func__, inner), self.of(value.__self__, inner)
-        if isinstance(value, types.FunctionType):
-            return self._function(value, inner)
-        if isinstance(value, functools.partial):
-            return kind, self.of(value.func, inner), self.of(value.args, inner), self.of(value.keywords, inner)
-        if isinstance(value, (property, classmethod, staticmethod)):
-            return kind, self.of(getattr(value, "fget", None) or getattr(value, "__func__", None), inner)
-        if kind.__module__ == "numpy":
-            return kind, value.tobytes() if value.nbytes < 1 << 16 else id(value)
-        held = [*getattr(value, "__dict__", {}).items()]
-        held += [(name, getattr(value, name, None)) for name in getattr(kind, "__slots__", ())]
-        return kind, tuple((k, self.of(v, inner)) for k, v in held) if held else id(value)
-
-    def _function(self, value: types.FunctionType, depth: int) -> Any:
-        if (value.__module__ or "").split(".")[0] == "torch":
-            return id(value.__code__)
-        cells = []
-        for cell in value.__closure__ or ():
-            try:
-                cells.append(self.of(cell.cell_contents, depth))
-            except ValueError:  # empty
-                cells.append(None)
-        names = [n for n in value.__code__.co_names if n in value.__globals__]
-        return (
-            id(value.__code__), self.of(value.__defaults__, depth), tuple(cells),
-            tuple((n, self.of(value.__globals__[n], depth)) for n in names),
-        )  # fmt: skip
-
-    def of_class(self, kind: type) -> Any:
-        """A module's class: its methods, and the attributes that instances share."""
-        if id(kind) in self.seen:
-            return None
-        self._keep(kind)
-        rows: list[Any] = []
-        for cls in kind.__mro__:
-            if cls.__module__.split(".")[0] in ("torch", "builtins", "typing", "abc"):
-                rows.append(id(cls.__dict__.get("forward")))
-            else:
-                rows += [(k, self.of(v, 1)) for k, v in cls.__dict__.items() if k[:2] != "__" or k == "__call__"]
-        return tuple(rows)
-
-
-def fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """What a trace depends on besides its inputs: structure, classes, flags, plain attributes, hooks, kinds of states.
-
-    Values of parameters and buffers are not part of it, nor are the layers themselves.
-    """
-    seen: dict[int, int] = {}
-    facts = _Facts()
-    rows: list[Any] = [bool(torch.nn.modules.module._has_any_global_hook())]
-
-    def visit(module: nn.Module, name: str) -> None:
-        number = seen.get(id(module))
-        if number is not None:
-            rows.append((name, number))
-            return
-        seen[id(module)] = len(seen)
-        kind = type(module)
-        rows.append((name, kind, facts.of_class(kind)))
-        state = module.__dict__
-        for key, value in state.items():
-            if key not in _OWN:
-                rows.append((key, value if type(value) in _SIMPLE else facts.of(value)))
-        for hooks in (state["_forward_hooks"], state["_forward_pre_hooks"]):
-            if hooks:
-                rows.append(tuple(facts.of(h) for h in hooks.values()))
-        for store in (state["_parameters"], state["_buffers"]):
-            for key, t in store.items():
-                # which names are one tensor, not which tensor
-                rows.append(
-                    (key, None if t is None else (seen.setdefault(id(t), len(seen)), t.dtype, t.shape, t.device))
-                )
-        for key, child in state["_modules"].items():
-            if child is not None:
-                visit(child, key)
-
-    visit(model, "")
-    return tuple(rows)
 
 
 _LOCK = threading.RLock()
@@ -298,25 +179,48 @@ def _with_averages(found: Trace, numbers: dict[float, tuple[str, ...]]) -> Trace
 
 
 @contextmanager
-def _same_attributes(model: nn.Module) -> Iterator[None]:
+def same_attributes(model: nn.Module) -> Iterator[None]:
     """What torch.export leaves of a module's attributes is copies of its containers, and what the forward assigned."""
-    held = [(m, {k: v for k, v in m.__dict__.items() if k not in _OWN and k != "training"}) for m in model.modules()]
+    held = [(m, {k: v for k, v in m.__dict__.items() if k not in OWN and k != "training"}) for m in model.modules()]
+    contents = [(v, v.copy()) for _, before in held for v in before.values() if type(v) in (list, dict, set)]
     try:
         yield
     finally:
         for module, before in held:
-            for key in [k for k in module.__dict__ if k not in _OWN and k != "training" and k not in before]:
+            for key in [k for k in module.__dict__ if k not in OWN and k != "training" and k not in before]:
                 del module.__dict__[key]
             module.__dict__.update(before)
+        for value, content in contents:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
+
+
+@contextmanager
+def _without_draws() -> Iterator[None]:
+    """Refuse code that takes random numbers of Python or NumPy: a trace holds one draw of them."""
+    numpy = sys.modules.get("numpy")
+
+    def state() -> tuple[Any, ...]:
+        own = () if numpy is None else numpy.random.get_state()
+        return (random.getstate(), *(v.tobytes() if hasattr(v, "tobytes") else v for v in own))
+
+    before = state()
+    yield
+    if state() != before:
+        refuse("random numbers of Python or NumPy")
 
 
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        with warnings.catch_warnings(), _same_attributes(model), _ordinary_states(model), _averaging(model) as numbers:
+        with (
+            warnings.catch_warnings(), same_attributes(model), _ordinary_states(model), _averaging(model) as numbers
+        ):  # fmt: skip
             warnings.simplefilter("ignore")
             torch.backends.mha.set_fastpath_enabled(False)  # its fused operations compute what the plain ones do
-            program = torch.export.export(model, inputs, strict=False)
+            # a compiled layer runs as it is
+            with _without_draws(), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+                program = torch.export.export(model, inputs, strict=False)
             _only_literals(program)
             _without_identities(program)
             _writes_are_known(program)
@@ -360,19 +264,24 @@ def _may_alias(node: fx.Node) -> bool:
 
 
 def _changes(node: fx.Node) -> list[fx.Node]:
-    """Arguments that the operation writes to."""
+    """Arguments that the operation writes to, those in lists too."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
     given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
     written = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [v for v in (given.get(name) for name in written) if isinstance(v, fx.Node)]
+    found = [given.get(name) for name in written]
+    return [n for v in found for n in (v if isinstance(v, (list, tuple)) else (v,)) if isinstance(n, fx.Node)]
 
 
 def _functional(target: Any) -> Any:
-    """``relu`` of ``relu_``; None if there is none."""
+    """``relu`` of ``relu_``; None if none has the same arguments (``pow.Scalar`` has others than ``pow_.Scalar``)."""
     name = target._schema.name.split("::")[1]
     packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
-    return None if packet is None else getattr(packet, target._overloadname, None)
+    found = None if packet is None else getattr(packet, target._overloadname, None)
+    if found is None or len(found._schema.returns) != 1 or str(found._schema.returns[0].type) != "Tensor":
+        return None
+    kinds = [[(a.name, str(a.type)) for a in t._schema.arguments] for t in (target, found)]
+    return found if kinds[0] == kinds[1] else None
 
 
 def _renames(program: Any) -> dict[str, str] | None:
@@ -512,6 +421,9 @@ def _converted(program: Any, versions: dict[str, str] | None) -> Trace:
     last = next(n for n in program.graph.nodes if n.op == "output")
     if versions is not None:  # names of outputs are those of their last versions
         outputs = [n.name if isinstance(n, fx.Node) else None for n in last.args[0]][-len(outputs) :]
+    for n in program.graph.nodes:
+        if n.op == "call_function" and _changes(n):
+            refuse(f"a write to a tensor: {_place(n)}")
     nodes = [_node(n) for n in program.graph.nodes if n.op == "call_function"]
     if len(outputs) != 1 or outputs[0] is None:
         index = [n for n in nodes if n.name in outputs and n.dtype is not None and not n.dtype.is_floating_point]

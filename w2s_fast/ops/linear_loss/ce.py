@@ -12,13 +12,13 @@ from ...library import Kernel, define
 from ...reference.linear_loss import ce as reference
 from ...reference.linear_loss.arguments import Coefficients, Linear, Need, Target
 from .gradient import LINEAR_LOSS_BACKWARD, by_name, fake_gradients, wanted
-from .inputs import need_of
+from .inputs import keeps_logits, kept_shape, need_of
 from .stored import STORED, stored_gradients
 
 
 def _fake(
     model: Linear, target: Target, weight: Tensor, z_loss: float, scaled: bool, need_entropy: bool, need_best: bool,
-    need: Need,
+    need_kept: bool, need: Need,
 ) -> tuple[Any, ...]:  # fmt: skip
     first, rows, acc = model.hiddens[0], model.rows, model.accumulate
     sizes = [(), (rows,), (rows,), (rows,), (rows if need_entropy else 0,)]
@@ -26,6 +26,7 @@ def _fake(
         *(first.new_empty(size, dtype=acc) for size in sizes),
         first.new_empty((rows if need_best else 0,), dtype=torch.int64),
         first.new_empty((rows if need_best else 0,), dtype=acc),
+        first.new_empty(kept_shape(model) if need_kept else (0,), dtype=acc),
         *fake_gradients(model, need),
     )
 
@@ -35,8 +36,8 @@ def _backward(call: Call, grads: reference.CrossEntropy) -> dict[str, Any]:
     others = (grads.row, grads.logp, grads.lse, entropy)
     if all(g is None for g in others) and all(n & ~m == 0 for n, m in zip(need, made, strict=True)):
         return stored_gradients(call, grads.loss, need)
-    coef = _coefficients(call, grads.loss, *others)
-    return by_name(LINEAR_LOSS_BACKWARD.on(call.backend)(call.model, coef, need), need, call.model.weights)
+    coef, kept = _coefficients(call, grads.loss, *others), call.out.kept if call.need_kept else None
+    return by_name(LINEAR_LOSS_BACKWARD.on(call.backend)(call.model, coef, need, kept), need, call.model.weights)
 
 
 def _coefficients(
@@ -81,7 +82,7 @@ LINEAR_CE = define(
     reference.linear_ce,
     fake=_fake,
     backward=_backward,
-    saves=f"{STORED} keep ids probs uniform dense classes weight logp lse entropy",
+    saves=f"{STORED} keep ids probs uniform dense classes weight logp lse entropy kept",
     carriers="loss row logp lse entropy",
     triton=Kernel(rowwise="hiddens heads dense"),
 )
@@ -99,5 +100,6 @@ def cross_entropy(
 ) -> reference.CrossEntropy:
     """The loss and its rows; with ``gradients`` those of the loss are made in that pass."""
     need = need_of(given) if gradients else Need(0, 0, 0, False)
-    found: reference.CrossEntropy = LINEAR_CE(given, q, weight, z_loss, scaled, entropy, best, need)
+    kept = not gradients and keeps_logits(given, q.keep)
+    found: reference.CrossEntropy = LINEAR_CE(given, q, weight, z_loss, scaled, entropy, best, kept, need)
     return found

@@ -59,7 +59,7 @@ def linear_fusion_cross_entropy(
     given, batch = linear(op, hiddens, lm_heads, weights, biases, temperature, softcap, vocab_size)
     target = targets(op, target, batch, given, ignore_index)
     keep = target != ignore_index
-    count = keep.sum().clamp_min(1) if reduction == "mean" else torch.ones((), device=keep.device)
+    count = keep.sum().clamp_min(1) if reduction == "mean" else torch.ones((), dtype=torch.int64, device=keep.device)
     trainable = bool(needs(given.heads) or needs(given.biases))
     if trainable and reduction != "none" and not return_lse:
         q = Target(keep, target.unsqueeze(1), target.new_ones((target.shape[0], 1), dtype=given.accumulate))

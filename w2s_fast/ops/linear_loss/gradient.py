@@ -25,7 +25,7 @@ def fake_gradients(model: Linear, need: Need) -> Gradients:
 
 LINEAR_LOSS_BACKWARD = define(
     reference.linear_loss_backward,
-    fake=lambda model, _, need: fake_gradients(model, need),
+    fake=lambda model, _, need, kept: fake_gradients(model, need),
     triton=Kernel("gradient", rowwise="hiddens heads dense"),
 )
 

@@ -27,6 +27,26 @@ def need_of(given: Linear) -> Need:
     return Need(needs(given.hiddens), needs(given.heads), needs(given.biases), weights)
 
 
+#: The most tokens whose logits a forward pass keeps: a block of the C++ kernels.
+_KEPT_ROWS = 512
+
+
+def keeps_logits(given: Linear, keep: Tensor) -> bool:
+    """Whether forward leaves the logits for backward, which then saves a product.
+
+    On a CPU, for one head in float32 without a cap, if they are no larger than the head and every row counts.
+    """
+    rows, width = given.hiddens[0].shape
+    plain = len(given.hiddens) == 1 and not given.softcap and given.weights is None
+    fits = 0 < rows <= min(width, _KEPT_ROWS) and given.hiddens[0].dtype == torch.float32
+    return plain and fits and any(need_of(given)) and checks.readable(keep) and bool(keep.all())
+
+
+def kept_shape(given: Linear) -> tuple[int, int]:
+    """Of the logits that forward leaves."""
+    return given.vocab_size, (given.rows + 15) // 16 * 16
+
+
 class Names(NamedTuple):
     """What an op's arguments are called in its errors; {} is the model."""
 

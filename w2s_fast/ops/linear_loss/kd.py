@@ -29,22 +29,34 @@ from .teachers import (
 )
 from .teachers import teachers as checked
 
-#: What `_coefficients` and a second forward need.
+#: What `of_coefficients` and a second forward need.
 SAVED = "teachers target keep coef_kd coef_ce kd ce"
 
 
-def upstream(call: Call, grads: Any) -> tuple[Distillation, dict[str, Any], bool]:
-    """The arguments with the coefficients that all upstream gradients make together; gradients of the coefficients;
-    whether forward's gradients are of those, up to that of the loss."""
-    given, grad = call.given, grads.loss
+def of_coefficients(call: Call, grad: Tensor | None) -> dict[str, Any]:
+    """Gradients of the coefficients, from that of the loss."""
+    needs = call.needs.given
+    if grad is None or not (needs.coef_kd or needs.coef_ce):
+        return {}
+    return {
+        "coef_kd": grad * call.out.kd if needs.coef_kd else None,
+        "coef_ce": grad * call.out.ce if needs.coef_ce else None,
+    }
+
+
+def of_loss_alone(grads: Any) -> bool:
+    """Whether forward's gradients are the ones wanted, up to that of the loss."""
+    return grads.kd is None and grads.ce is None
+
+
+def upstream(call: Call, grads: Any) -> Distillation:
+    """The arguments with the coefficients that all upstream gradients make together."""
+    grad = grads.loss
+    given: Distillation = call.given
     a, b = _merged(grad, grads.kd, given.coef_kd), _merged(grad, grads.ce, given.coef_ce)
     a = torch.zeros_like(given.coef_kd) if a is None else a.contiguous()
     b = b if b is None or given.target is None else b.contiguous()
-    rows: dict[str, Any] = {}
-    if grad is not None:
-        rows["coef_kd"] = grad * call.out.kd if call.needs.given.coef_kd else None
-        rows["coef_ce"] = grad * call.out.ce if call.needs.given.coef_ce else None
-    return given._replace(coef_kd=a, coef_ce=b), rows, grads.kd is None and grads.ce is None
+    return given._replace(coef_kd=a, coef_ce=b)
 
 
 def _merged(grad: Tensor | None, rows: Tensor | None, coef: Tensor | None) -> Tensor | None:
@@ -53,12 +65,12 @@ def _merged(grad: Tensor | None, rows: Tensor | None, coef: Tensor | None) -> Te
 
 
 def _backward(call: Call, grads: reference.Distilled) -> dict[str, Any]:
-    given, rows, made = upstream(call, grads)
+    rows = of_coefficients(call, grads.loss)
     if call.needs.logits:
-        if made and call.need_gradient:
+        if call.need_gradient and of_loss_alone(grads):
             rows["logits"] = scaled(grads.loss, [call.out.dlogits])[0]
         else:
-            rows["logits"] = KD_LOSS.on(call.backend)(call.logits, given, True, False).dlogits
+            rows["logits"] = KD_LOSS.on(call.backend)(call.logits, upstream(call, grads), True, False).dlogits
     return rows
 
 

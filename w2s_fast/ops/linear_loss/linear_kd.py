@@ -14,7 +14,7 @@ from ...reference.linear_loss import distillation as reference
 from ...reference.linear_loss.arguments import Distillation
 from ...transforms import wants_grad
 from ..layout import separate_rows
-from .kd import SAVED, upstream
+from .kd import SAVED, of_coefficients, of_loss_alone, upstream
 from .stored import scaled
 from .teachers import (
     Kind,
@@ -31,15 +31,15 @@ from .teachers import teachers as checked
 
 
 def _backward(call: Call, grads: reference.LinearDistilled) -> dict[str, Any]:
-    given, rows, made = upstream(call, grads)
+    rows = of_coefficients(call, grads.loss)
     names = [name for name in ("hidden", "head", "bias") if getattr(call.needs, name)]
     if names:
-        made = made and all(getattr(call, f"need_{name}") for name in names)
-        if made:
+        if of_loss_alone(grads) and all(getattr(call, f"need_{name}") for name in names):
             found = scaled(grads.loss, [getattr(call.out, f"d{name}") for name in names])
         else:
             need = {f"need_{name}": name in names for name in ("hidden", "head", "bias")}
-            again = LINEAR_KD.on(call.backend)(call.hidden, call.head, call.bias, given, **need, need_statistics=False)
+            given, linear = upstream(call, grads), (call.hidden, call.head, call.bias)
+            again = LINEAR_KD.on(call.backend)(*linear, given, **need, need_statistics=False)
             found = [getattr(again, f"d{name}") for name in names]
         rows.update(zip(names, found, strict=True))
     return rows

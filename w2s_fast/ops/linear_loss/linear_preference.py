@@ -113,7 +113,8 @@ def _pairs(given: _Settings, pair_index: Any, count: int, like: Tensor) -> Tenso
 
 def _row(name: str, value: Any, count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """A number a sequence, without gradient."""
-    checks.is_tensor(OP, name, value)
+    if checks.is_tensor(OP, name, value).is_complex():
+        checks.fail(OP, name, "real numbers", value.dtype, error=TypeError)
     if value.shape != (count,):
         checks.fail(OP, name, f"of shape {(count,)}, one number a sequence", tuple(value.shape))
     checks.same_device(OP, [("h", like), (name, value)])

@@ -95,7 +95,9 @@ def linear_logp(
             tokens that are not ignored (0 if there are none).
         grad: how a gradient will be made. ``"recompute"`` computes the logits again in backward. ``"saved_u"`` keeps
             W[y] - E_p[W] in forward, T x D numbers, after which no pass over the vocabulary is needed; it is for
-            frozen heads. ``"auto"`` takes the second if the head is frozen. ``"none"``: no gradient.
+            frozen heads. ``"auto"`` takes the second if the head is frozen; if not, a CPU keeps the logits of at most
+            D tokens (512 at most) in float32, no more than the head itself, and computes others again. ``"none"``: no
+            gradient.
         return_entropy: also the entropy of p_t at every token; not with ``"saved_u"``.
 
     Returns:
@@ -152,7 +154,7 @@ def _tokens(
         found = cross_entropy(given, q, ones, 0.0, True, False, False)
         logp, other = found.logp, found.entropy
     elif grad == "recompute":
-        again = LINEAR_FUSION_LOGPROBS(given, target, ignore_index, False, False)
+        again = LINEAR_FUSION_LOGPROBS(given, target, ignore_index, False, False, False)
         logp, other = again.logp, again.lse
     else:
         logp, other = logprobs(given, target, ignore_index)

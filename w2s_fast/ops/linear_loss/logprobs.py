@@ -13,12 +13,12 @@ from ...library import Kernel, define
 from ...reference.linear_loss import fusion as reference
 from ...reference.linear_loss.arguments import Coefficients, Linear, Need
 from .gradient import LINEAR_LOSS_BACKWARD, by_name, wanted
-from .inputs import Weights, linear, need_of, targets
+from .inputs import Weights, keeps_logits, kept_shape, linear, need_of, targets
 
 
 def _fake(
-    model: Linear, target: Tensor, ignore_index: int, need_rows: bool, need_logits: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    model: Linear, target: Tensor, ignore_index: int, need_rows: bool, need_logits: bool, need_kept: bool
+) -> tuple[Tensor, ...]:
     first, rows, acc = model.hiddens[0], model.rows, model.accumulate
     width = sum(h.shape[1] for h in model.hiddens)
     return (
@@ -26,6 +26,7 @@ def _fake(
         first.new_empty((rows,), dtype=acc),
         first.new_empty((rows, width) if need_rows else (0,), dtype=acc),
         first.new_empty((rows, len(model.hiddens)) if need_logits else (0,), dtype=acc),
+        first.new_empty(kept_shape(model) if need_kept else (0,), dtype=acc),
     )
 
 
@@ -37,8 +38,9 @@ def _backward(call: Call, grads: reference.LogProbs) -> dict[str, Any]:
     if trained or not call.need_rows or (need.need_weights and not call.need_logits):
         keep = target != call.ignore_index
         picked, spread = (torch.where(keep, g, 0.0) for g in (grad_logp, grad_lse - grad_logp))
+        kept = call.out.kept if call.need_kept else None
         coef = Coefficients(lse, target.unsqueeze(1), picked.unsqueeze(1), spread)
-        return by_name(LINEAR_LOSS_BACKWARD.on(call.backend)(given, coef, need), need, given.weights)
+        return by_name(LINEAR_LOSS_BACKWARD.on(call.backend)(given, coef, need, kept), need, given.weights)
     return _from_expectations(call, grad_logp, grad_lse, need)
 
 
@@ -80,7 +82,7 @@ LINEAR_FUSION_LOGPROBS = define(
     reference.linear_fusion_logprobs,
     fake=_fake,
     backward=_backward,
-    saves="hiddens heads biases weights target lse mean_rows mean_logits",
+    saves="hiddens heads biases weights target lse mean_rows mean_logits kept",
     carriers="logp lse",
     triton=Kernel(rowwise="hiddens heads"),
 )
@@ -90,7 +92,8 @@ def logprobs(given: Linear, target: Tensor, ignore_index: int) -> tuple[Tensor, 
     """logp and lse of checked rows; keeps what a backward with frozen heads needs, and only if there will be one."""
     need = need_of(given)
     rows = not (need.need_heads or need.need_biases) and bool(need.need_hiddens or need.need_weights)
-    found = LINEAR_FUSION_LOGPROBS(given, target, ignore_index, rows, rows and need.need_weights)
+    kept = not rows and keeps_logits(given, target != ignore_index)
+    found = LINEAR_FUSION_LOGPROBS(given, target, ignore_index, rows, rows and need.need_weights, kept)
     return found.logp, found.lse
 
 

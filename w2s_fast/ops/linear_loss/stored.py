@@ -13,6 +13,8 @@ from ...gradients import Call
 from ...reference.linear_loss.arguments import Gradients, Need
 from .gradient import by_name
 
+_is_several = torch._C._functorch.is_legacy_batchedtensor
+
 #: What `stored_gradients` needs; the arguments only say what the gradients depend on.
 STORED = "hiddens heads biases weights dhiddens dheads dbiases dweights"
 
@@ -31,8 +33,9 @@ def scaled(grad: Tensor | None, found: Sequence[Tensor]) -> list[Tensor]:
     """Saved gradients times the upstream gradient of the loss, which is usually 1: then as they are."""
     if grad is None:
         return [torch.zeros_like(g) for g in found]
-    # a tracer's tensor is a subclass
-    if type(grad) is Tensor and checks.readable(grad) and float(grad.detach()) == 1.0:
+    # a tracer's tensor is a subclass; several gradients at once (is_grads_batched) are no number
+    plain = type(grad) is Tensor and checks.readable(grad) and not _is_several(grad)
+    if plain and float(grad.detach()) == 1.0:
         again = torch._C._autograd._get_current_graph_task_keep_graph()  # then they must outlive what the caller does
         return [g.clone() if again else g for g in found]
     # a number keeps its own dtype: a loss scale need not fit into float16

@@ -213,6 +213,10 @@ def coefficients(
         alpha = _per_row(op, "alpha", alpha, batch, student, dtype)
     else:
         alpha = 1.0 if alpha is None else checks.number(op, "alpha", alpha)
+    factor = scale if isinstance(alpha, Tensor) else abs(alpha) * scale
+    if factor > torch.finfo(dtype).max:
+        hint = "tau_scale=False leaves tau^2 out."
+        checks.fail(op, "tau", f"such that alpha tau^2 is a {str(dtype)[6:]}", f"{factor:g} for it", hint)
     if weights is None and keep is None:
         each = 1.0 / max(count, 1) if reduction in ("batchmean", "mean") else 1.0
         if hard == "none" and not isinstance(alpha, Tensor):

@@ -149,7 +149,8 @@ def weights_of(op: str, weights: Any, count: int, given: Logits) -> tuple[Tensor
 
 
 def temperature_of(op: str, temperature: Any, given: Logits, zero_allowed: bool = False) -> tuple[Tensor | None, float]:
-    """Temperature as a [B] tensor or as a float. A tensor's values are not read (that would wait for the GPU)."""
+    """Temperature as a [B] tensor or as a float. A tensor's values are looked at on a CPU only (a GPU would have to be
+    waited for); elsewhere a negative one becomes NaN, which a row's results are then."""
     if isinstance(temperature, Tensor):
         checks.is_float_tensor(op, "temperature", temperature)
         checks.same_device(op, [("base", given.base), ("temperature", temperature)])
@@ -158,6 +159,12 @@ def temperature_of(op: str, temperature: Any, given: Logits, zero_allowed: bool 
         except RuntimeError:
             checks.fail(op, "temperature", f"a float or of shape {tuple(given.batch)}", tuple(temperature.shape))
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if checks.readable(rows):
+            fine = rows >= 0 if zero_allowed else rows > 0
+            if not bool(fine.all()):
+                checks.fail(op, "temperature", "at least 0" if zero_allowed else "above 0", rows[~fine][0].item())
+        else:
+            rows = rows.masked_fill(rows < 0, torch.nan)
         return torch.where(rows > 0, rows.clamp(checks.COLDEST, checks.HOTTEST), rows), 1.0
     return None, checks.temperature(op, temperature, zero_allowed)
 

@@ -191,8 +191,8 @@ def uniform_of(
     device = like[1].device
     if uniform is None:
         if not isinstance(temperature, Tensor) and temperature == 0:
-            return torch.zeros(batch.numel(), device=device)  # the argmax draws nothing
-        return torch.rand(batch.numel(), generator=generator, device=device)
+            return torch.zeros(batch.numel(), dtype=torch.float32, device=device)  # the argmax draws nothing
+        return torch.rand(batch.numel(), generator=generator, dtype=torch.float32, device=device)
     checks.is_float_tensor(op, "uniform", uniform)
     if uniform.shape != batch:
         checks.fail(op, "uniform", f"of shape {tuple(batch)}", tuple(uniform.shape))

@@ -442,7 +442,7 @@ def _random_balanced(rows: int, columns: int, density: float, generator: torch.G
     for first in range(0, columns, block):
         width = min(block, columns - first)
         count = per_block if first + block < columns else reference.last_per_block(columns, block, per_block)
-        keys = torch.rand(rows, width, generator=generator)
+        keys = torch.rand(rows, width, generator=generator, dtype=torch.float32)
         parts.append(keys.topk(count, dim=1, sorted=False).indices.sort(1).values.reshape(-1).to(torch.uint8))
     if not sum(part.numel() for part in parts):
         checks.fail("random_support", "density", "large enough for one value in a block of columns", density)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..numerics import log_sum_exp
 from .arguments import Coefficients, Gradients, Linear, Need, Target
-from .fusion import Fused, fused, probabilities
+from .fusion import Fused, fused, laid_up, probabilities
 
 
 def scattered(
@@ -40,8 +40,8 @@ def agreement(q: Tensor, z: Tensor) -> Tensor:
 
 
 class CrossEntropy(NamedTuple):
-    """loss, a scalar; row, logp, lse, entropy, best and largest ``[T]``, the last three ``[0]`` unless needed; and the
-    gradients of the loss."""
+    """loss, a scalar; row, logp, lse, entropy, best, largest ``[T]``, the last three ``[0]`` unless needed; kept, see
+    `linear_ce`; and the gradients of the loss."""
 
     loss: Tensor
     row: Tensor
@@ -50,6 +50,7 @@ class CrossEntropy(NamedTuple):
     entropy: Tensor
     best: Tensor
     largest: Tensor
+    kept: Tensor
     dhiddens: list[Tensor]
     dheads: list[Tensor]
     dbiases: list[Tensor]
@@ -58,7 +59,7 @@ class CrossEntropy(NamedTuple):
 
 def linear_ce(
     model: Linear, target: Target, weight: Tensor, z_loss: float, scaled: bool, need_entropy: bool, need_best: bool,
-    need: Need,
+    need_kept: bool, need: Need,
 ) -> CrossEntropy:  # fmt: skip
     """loss = sum_t weight_t row_t over the rows with ``keep``, and its gradients as in `linear_loss_backward`.
 
@@ -66,7 +67,8 @@ def linear_ce(
     classes_v (uniform_t + dense_tv + sum_k probs_tk [v = ids_tk])``, classes 1 where there are none. s is 1, or, where
     ``scaled``, e^logp, a constant to the gradient. Returns (loss, row, logp, lse, entropy, best, largest, gradients):
     logp is the mean of log p over the target without classes and its uniform part; entropy of p; best, the first token
-    of the largest logit, and largest, its probability; all ``[T]``, 0 in other rows, ``[0]`` unless needed.
+    of the largest logit, and largest, its probability; all ``[T]``, 0 in other rows, ``[0]`` unless needed. kept, if
+    needed: the logits as `laid_up`, for the backward of the results; every row counts then.
     """
     z = fused(model).z
     lse = log_sum_exp(z)
@@ -100,15 +102,17 @@ def linear_ce(
         torch.where(keep, entropy, 0.0) if need_entropy else none,
         torch.where(keep, z.argmax(1), 0) if need_best else ids.new_empty(0),
         torch.where(keep, (z.amax(1) - lse).exp(), 0.0) if need_best else none,
+        laid_up(z) if need_kept else none,
         *grads,
     )
 
 
-def linear_loss_backward(model: Linear, coef: Coefficients, need: Need) -> Gradients:
+def linear_loss_backward(model: Linear, coef: Coefficients, need: Need, kept: Tensor | None = None) -> Gradients:
     """Gradients of a loss whose derivative in the logits is that of `Coefficients`.
 
     Bit i of ``need_hiddens``, ``need_heads``, ``need_biases`` asks for model i's gradient, in the dtype and shape of
     its tensor (zero past ``vocab_size``); those not asked for have shape ``[0]``. dweights is ``[T, n]`` or ``[0]``.
+    kept: the logits as forward left them (`laid_up`), or None: they are computed again.
     """
     if not any(need):
         none = [[t.new_empty(0) for t in tensors] for tensors in (model.hiddens, model.heads, model.biases)]

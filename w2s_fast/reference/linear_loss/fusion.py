@@ -55,21 +55,28 @@ def fused(model: Linear) -> Fused:
 
 
 class LogProbs(NamedTuple):
-    """logp and lse ``[T]``, mean_rows ``[T, sum D_i]`` and mean_logits ``[T, n]``, ``[0]`` unless needed."""
+    """logp and lse ``[T]``, mean_rows ``[T, sum D_i]``, mean_logits ``[T, n]`` and kept, ``[0]`` unless needed."""
 
     logp: Tensor
     lse: Tensor
     mean_rows: Tensor
     mean_logits: Tensor
+    kept: Tensor
+
+
+def laid_up(z: Tensor) -> Tensor:
+    """Logits ``[T, V]`` as a forward pass keeps them for its backward: ``[V, T]``, T rounded up to a multiple of 16."""
+    return torch.nn.functional.pad(z.t(), (0, -z.shape[0] % 16)).contiguous()
 
 
 def linear_fusion_logprobs(
-    model: Linear, target: Tensor, ignore_index: int, need_rows: bool, need_logits: bool
+    model: Linear, target: Tensor, ignore_index: int, need_rows: bool, need_logits: bool, need_kept: bool
 ) -> LogProbs:
     """logp_t = z_t,y - lse_t and lse_t ``[T]``, and, if needed, expectations under p = softmax(z).
 
     mean_rows ``[T, sum D_i]`` = sum_v p_tv cap'_i,tv W_i,v (the models side by side), mean_logits ``[T, n]`` =
-    sum_v p_tv cap(.)_i,tv; each ``[0]`` unless needed. Rows with target = ignore_index are 0 everywhere.
+    sum_v p_tv cap(.)_i,tv; each ``[0]`` unless needed. Rows with target = ignore_index are 0 everywhere. kept: the
+    logits as `laid_up`, for backward; every row counts then.
     """
     found = fused(model)
     keep = target != ignore_index
@@ -82,7 +89,8 @@ def linear_fusion_logprobs(
             rows = torch.cat([_product(p, found, i, head[: model.vocab_size]) for i, head in enumerate(model.heads)], 1)
         if need_logits:
             logits = torch.stack([(p * part).sum(1) for part in found.parts], 1)
-    return LogProbs(torch.where(keep, logp, 0.0), torch.where(keep, lse, 0.0), rows, logits)
+    kept = laid_up(found.z) if need_kept else found.z.new_empty(0)
+    return LogProbs(torch.where(keep, logp, 0.0), torch.where(keep, lse, 0.0), rows, logits, kept)
 
 
 def probabilities(z: Tensor, lse: Tensor) -> Tensor:

@@ -303,7 +303,7 @@ def linear_preference(model: Linear, tokens: Tokens, compared: Compared, terms: 
     counts, ref, mean, pairs, labels, kl, share = compared
 
     def sequence_sums(ids: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        logp, lse, _, _ = linear_fusion_logprobs(model, ids, ignore_index, False, False)
+        logp, lse, *_ = linear_fusion_logprobs(model, ids, ignore_index, False, False, False)
         keep = ids != ignore_index
         w = keep.to(logp.dtype) if own is None else torch.where(keep, own.to(logp.dtype), 0.0)
         own_logp = torch.where(w == 0, 0.0, w * logp)

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..ops.linear_loss.linear_preference import Kind, linear_preference
-from ..ops.linear_loss.logp import linear_logp
-from ..reference.linear_loss.preference import AVERAGED, PAIRED, SMOOTHED
+from ... import checks
+from ...ops.linear_loss.linear_preference import Kind, linear_preference
+from ...ops.linear_loss.logp import linear_logp
+from ...reference.linear_loss.preference import AVERAGED, PAIRED, SMOOTHED
 
 with checks.extra("trl"):
     import trl
     from trl.trainer.utils import use_adapter
 
-    from .transformers.deferred import DeferredLogits, Head, deferred
-    from .transformers.fused_loss import check_head, look, observed, shifted, unwrap
+    from ..transformers.deferred import DeferredLogits, Head, deferred
+    from ..transformers.fused_loss import check_head, look, observed, shifted, unwrap
 
 
 _NOT_THEIRS = ("dpo", "spin", "cdpo", "simpo", "orpo")

@@ -1,0 +1,154 @@
+"""Forward and backward of one adapted layer: PEFT's LoRA and DoRA with our forward against PEFT's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..case import Case, Unavailable, peer, yardstick
+
+RANK, ALPHA = 16, 32
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class _Layer:
+    """One PEFT layer an input, made at the first call with it: (output, gradients of x, A, B and the magnitude)."""
+
+    def __init__(self, dora: bool, fused: bool) -> None:
+        self.dora, self.fused, self.made = dora, fused, {}  # type: ignore[var-annotated]
+
+    def _make(self, weight: Tensor, A: Tensor, B: Tensor, m: Tensor) -> nn.Module:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise Unavailable("peft is not installed") from error
+        from w2s_fast.integrations.peft import use_fused_adapters
+
+        config = LoraConfig(target_modules=["0"], r=RANK, lora_alpha=ALPHA, use_dora=self.dora)
+        base = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype))
+        model = get_peft_model(base.to(weight.device), config)
+        given = {"lora_A.default.weight": A, "lora_B.default.weight": B, "base_layer.weight": weight}
+        given |= {"lora_magnitude_vector.default.weight": m} if self.dora else {}
+        layer = model.base_model.model[0]
+        for name, value in given.items():
+            layer.get_parameter(name).data = value.clone()
+        if self.fused:
+            use_fused_adapters(model)
+        found: nn.Module = layer
+        return found
+
+    def __call__(self, x: Tensor, grad: Tensor, weight: Tensor, A: Tensor, B: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+        if id(x) not in self.made:
+            self.made[id(x)] = (x, self._make(weight, A, B, m))
+        layer = self.made[id(x)][1]
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = layer(x)
+            wanted = [p for p in layer.parameters() if p.requires_grad]
+            return (y.detach(), *torch.autograd.grad(y, [x, *wanted], grad))
+
+
+def _case(dora: bool, rows: int, inside: int, outside: int, dtype: torch.dtype, hot: bool = False) -> Case:
+    def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        weight = draw(outside, inside) / inside**0.5
+        A, B = draw(RANK, inside) / inside**0.5, 0.1 * draw(outside, RANK)
+        return (draw(rows, inside).to(dtype), draw(rows, outside).to(dtype), weight.to(dtype), A, B,
+                weight.norm(dim=1) * 1.1)  # fmt: skip
+
+    def close(actual: Any, expected: Any) -> float:
+        allowed = 1e-4 if dtype is torch.float32 else 3e-2
+        return max(float((a.double() - e).norm() / e.norm()) / allowed for a, e in zip(actual, expected, strict=True))
+
+    name = "dora" if dora else "lora"
+    other: Callable[..., Any] = _Layer(False, False)
+    providers = {"peft": peer(lambda: _Layer(dora, False))}
+    targets = {"peft": 1.2}
+    if dora:
+        providers["peft-lora"] = yardstick(lambda: other, exact=lambda: _Layer(False, False))
+        targets = {"peft": 2.0, "peft-lora": 1 / 1.15}
+    size = torch.empty((), dtype=dtype).element_size()
+    return Case(
+        op="integrations.peft", name=f"{name}-N{rows}-{outside}x{inside}-{SHORT[dtype]}", dtype=str(dtype)[6:],
+        shape={"N": rows, "out": outside, "in": inside, "r": RANK}, mode="fwdbwd",
+        bytes=size * (2 * rows * inside + 2 * rows * outside + outside * inside),
+        flops=4.0 * rows * inside * outside + 10.0 * rows * RANK * (inside + outside), hot=hot,
+        floor_rate=str(dtype)[6:],
+        prediction="LoRA: three passes over the output less of some eight, 1.1x. DoRA: no identity through the "
+        "factors, no dense norm and its gradient: 2x, and 1.15 times LoRA's time where the products dominate",
+        inputs=inputs, ours=_Layer(dora, True), reference=_Layer(dora, False), providers=providers, targets=targets,
+        compare=close,
+    )  # fmt: skip
+
+
+class _Whole:
+    """One BAT or RandLoRA layer an input, its adapter drawn at the first call: (output, gradients of x and adapter)."""
+
+    def __init__(self, kind: str, fused: bool) -> None:
+        self.kind, self.fused, self.made = kind, fused, {}  # type: ignore[var-annotated]
+
+    def _make(self, weight: Tensor) -> nn.Module:
+        try:
+            from peft import MissConfig, RandLoraConfig, get_peft_model
+        except ImportError as error:
+            raise Unavailable("peft is not installed") from error
+        from w2s_fast.integrations.peft import use_fused_adapters
+
+        bat = MissConfig(target_modules=["0"], r=64, init_weights="bat")
+        config = bat if self.kind == "bat" else RandLoraConfig(target_modules=["0"], r=32)
+        model = get_peft_model(nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False)), config)
+        draw = torch.Generator().manual_seed(0)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data += 0.01 * torch.randn(p.shape, generator=draw)
+        model.to(weight.device, weight.dtype)
+        model.base_model.model[0].base_layer.weight.data = weight.clone()
+        if self.fused:
+            use_fused_adapters(model)
+        found: nn.Module = model.base_model.model[0]
+        return found
+
+    def __call__(self, x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        if id(x) not in self.made:
+            self.made[id(x)] = (x, self._make(weight))
+        layer = self.made[id(x)][1]
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = layer(x)
+            wanted = [p for p in layer.parameters() if p.requires_grad]
+            return (y.detach(), *torch.autograd.grad(y, [x, *wanted], grad))
+
+
+def _whole_case(kind: str, rows: int, side: int, target: float) -> Case:
+    def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
+        drawn = (torch.randn(n, side, generator=generator) for n in (rows, rows, side))
+        x, grad, weight = (t.to(device) for t in drawn)
+        return x, grad, weight / side**0.5
+
+    def close(actual: Any, expected: Any) -> float:
+        return max(float((a.double() - e).norm() / e.norm()) / 1e-4 for a, e in zip(actual, expected, strict=True))
+
+    return Case(
+        op="integrations.peft", name=f"{kind}-N{rows}-{side}x{side}-fp32", dtype="float32",
+        shape={"N": rows, "out": side, "in": side}, mode="fwdbwd", bytes=4 * (4 * rows * side + 2 * side * side),
+        flops=6.0 * rows * side * side + (4.0 * side**3 if kind == "randlora" else 4.0 * side * side * 64),
+        prediction="BAT: two passes over the weight instead of six, 1.5x where rows are few. RandLoRA: 3 + 2 d / N "
+        "products of the layer's size instead of 7: 1.75x at N = 2 d, level at d / 2",
+        inputs=inputs, ours=_Whole(kind, True), reference=_Whole(kind, False),
+        providers={"peft": peer(lambda: _Whole(kind, False))}, targets={"peft": target}, compare=close,
+    )  # fmt: skip
+
+
+def cases(device: str) -> list[Case]:
+    """The same cases on every device."""
+    f, b = torch.float32, torch.bfloat16
+    small = [_case(dora, rows, 1024, 1024, dtype, hot=rows == 512) for dora in (False, True) for dtype in (f, b)
+             for rows in (16, 512, 2048)]  # fmt: skip
+    whole = [_whole_case("bat", 512, 1024, 1.5), _whole_case("bat", 2048, 1024, 1.5),
+             _whole_case("randlora", 2048, 1024, 2.0)]  # fmt: skip
+    return [*small, *(_case(dora, 512, 2048, 2048, f) for dora in (False, True)), *whole]

@@ -1,0 +1,76 @@
+"""Logits that forward leaves for backward on a CPU: when, and that gradients are those of logits made again."""
+
+import pytest
+import torch
+
+import w2s_fast
+from w2s_fast.ops.linear_loss.inputs import keeps_logits, single
+from w2s_fast.ops.linear_loss.logprobs import LINEAR_FUSION_LOGPROBS
+from w2s_fast.reference.linear_loss import fusion as reference
+
+KINDS = {"trainable": (True, True), "frozen head": (True, False), "head alone": (False, True)}
+
+
+def inputs(rows=7, width=16, vocabulary=37, dtype=torch.float32):
+    torch.manual_seed(0)
+    tensors = [torch.randn(rows, width), torch.randn(vocabulary, width), torch.randn(vocabulary)]
+    return [t.to(dtype) for t in tensors], torch.randint(vocabulary, (rows,))
+
+
+def grads(score, tensors, wanted, upstream):
+    leaves = [t.clone().requires_grad_(flag) for t, flag in zip(tensors, wanted, strict=True)]
+    found = score(*leaves)
+    return torch.autograd.grad((found * upstream).sum(), [t for t in leaves if t.requires_grad])
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(kind, zeros):
+    """Against float64; rows without an upstream gradient make backward compute the logits again."""
+    tensors, target = inputs()
+    upstream = torch.randn(7).masked_fill(torch.arange(7) < 3, 0.0) if zeros else torch.randn(7)
+    wanted = (*KINDS[kind], KINDS[kind][1])
+
+    def score(h, w, b):
+        found = w2s_fast.linear_ce(h, w, target, bias=b, temperature=0.7, reduction="none", outputs=("logp", "entropy"))
+        return found[1]["logp"] + 0.5 * found[1]["entropy"] + w2s_fast.linear_logp(h, w, target, bias=b)
+
+    def plain(h, w, b):
+        z = h @ w.t() + b
+        logp, own = (z / 0.7).log_softmax(-1), z.log_softmax(-1)
+        at = torch.arange(7), target
+        return logp[at] - 0.5 * (logp.exp() * logp).sum(-1) + own[at]
+
+    exact = grads(plain, [t.double() for t in tensors], wanted, upstream.double())
+    for a, b in zip(grads(score, tensors, wanted, upstream), exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_kept():
+    (h, w, b), target = inputs()
+    given, _ = single("test", h, w, b, 0.7, None)
+    found = LINEAR_FUSION_LOGPROBS(given, target, -100, False, False, True).kept
+    assert found.shape == (37, 16)
+    torch.testing.assert_close(found[:, :7], reference.laid_up(reference.fused(given).z)[:, :7])
+
+
+def test_when():
+    """Not without a gradient, nor if that would be more memory than the head, of other dtypes, or with a cap."""
+
+    def kept(rows=7, width=16, dtype=torch.float32, softcap=None, ignored=False, grad=True):
+        (h, w, _), target = inputs(rows, width, dtype=dtype)
+        given, _ = single("test", h.requires_grad_(grad), w, None, 1.0, softcap)
+        return keeps_logits(given, target >= ignored * 100)
+
+    assert kept() and kept(rows=16) and kept(rows=512, width=600)
+    assert not (kept(rows=17) or kept(rows=513, width=600) or kept(grad=False) or kept(rows=0) or kept(ignored=True))
+    assert not (kept(dtype=torch.bfloat16) or kept(dtype=torch.float64) or kept(softcap=3.0))
+
+
+@pytest.mark.parametrize(("grad", "kept"), [("auto", True), ("recompute", False)])
+def test_asked_to_recompute(grad, kept):
+    (h, w, _), target = inputs(width=20)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        w2s_fast.linear_logp(h.requires_grad_(), w.requires_grad_(), target, grad=grad)
+    assert ((37, 16) in saved) == kept

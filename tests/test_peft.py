@@ -1,0 +1,359 @@
+"""PEFT's layers with our forward against PEFT's own: outputs, gradients, state dicts, merging, several adapters."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("peft")
+from peft import LoraConfig, MissConfig, PeftModel, RandLoraConfig, VeraConfig, get_peft_model
+
+from w2s_fast.integrations.peft import FusedLoraLinear, FusedRandLoraLinear, use_fused_adapters
+
+VARIANTS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "dora": {"use_dora": True},
+    "dora-pissa": {"use_dora": True, "init_lora_weights": "pissa"},
+    "dora-rslora": {"use_dora": True, "use_rslora": True},
+    "lora-dropout": {"lora_dropout": 0.3},
+    "dora-dropout": {"use_dora": True, "lora_dropout": 0.3},
+}
+every = pytest.mark.parametrize("variant", VARIANTS)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(9, 13), nn.Linear(13, 9, bias=False), nn.Linear(9, 4)
+
+    def forward(self, x):
+        return self.head(x + self.down(self.up(x).tanh()))
+
+
+def config(variant="lora", **more):
+    return LoraConfig(target_modules=["up", "down"], r=3, lora_alpha=5, **{**VARIANTS[variant], **more})
+
+
+def disturb(model) -> None:
+    """Factors that are not at their start, where B is 0 and every magnitude the norm."""
+    draw = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora" in name:
+            p.data += 0.3 * torch.randn(p.shape, generator=draw).to(p.dtype)
+
+
+def adapted(variant="lora", dtype=torch.float64, seed=0, **more):
+    torch.manual_seed(seed)
+    start = torch.float32 if dtype is torch.float64 else dtype  # PiSSA refuses float64
+    model = get_peft_model(Net().to(start), config(variant), **more)
+    if dtype is torch.float64:
+        model.double()
+    disturb(model)
+    return model
+
+
+def outcome(model, x, seed=0, autocast=None):
+    """Output and gradients of everything that wants one."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        y = model(x)
+    (y.double() * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
+    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(found, expected, rtol=1e-10, atol=1e-12):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def data(*shape, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+
+
+@every
+@pytest.mark.parametrize("training", (True, False))
+def test_outputs_and_gradients_are_pefts(variant, training):
+    model = adapted(variant).train(training)
+    single = () if "dora" in variant else (data(9),)  # PEFT's DoRA makes [1, O] of a vector, ours [O]
+    for x in (data(5, 9), data(2, 3, 9), data(0, 9), *single):
+        expected = outcome(model, x)
+        with use_fused_adapters(model) as handle:
+            same(outcome(model, x), expected)
+            assert set(handle.status().values()) == {"fused"} and len(handle.layers) == 2
+            assert "lora_B" in "".join(expected)
+        assert not any(isinstance(m, FusedLoraLinear) for m in model.modules())
+        same(outcome(model, x), expected, 0, 0)
+
+
+@pytest.mark.parametrize("variant", ("lora", "dora", "dora-dropout"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("wide", (True, False), ids=("float32 adapters", "adapters as the base"))
+def test_dtypes(variant, dtype, wide):
+    """Not further from float64 than twice PEFT's own result in the same dtypes, and of the same dtypes."""
+    model = adapted(variant, dtype, autocast_adapter_dtype=wide)
+    exact = copy.deepcopy(model).double()
+    x = data(6, 9, dtype=dtype)
+    right, theirs = outcome(exact, x.double()), outcome(model, x)
+    use_fused_adapters(model)
+    ours = outcome(model, x)
+    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in theirs.items()}
+    for name, value in right.items():
+        error, allowed = (float((t[name].double() - value).norm() / value.norm()) for t in (ours, theirs))
+        assert error <= 2 * allowed + 2 * torch.finfo(dtype).eps, (name, error, allowed)
+
+
+@pytest.mark.parametrize("variant", ("lora", "dora"))
+def test_autocast(variant):
+    model = adapted(variant, torch.float32)
+    exact, x = copy.deepcopy(model).double(), data(6, 9, dtype=torch.float32)
+    right, theirs = outcome(exact, x.double()), outcome(model, x, autocast=torch.bfloat16)
+    use_fused_adapters(model)
+    ours = outcome(model, x, autocast=torch.bfloat16)
+    assert ours["y"].dtype == theirs["y"].dtype
+    for name, value in right.items():
+        error, allowed = (float((t[name].double() - value).norm() / value.norm()) for t in (ours, theirs))
+        assert error <= 2 * allowed + 1e-3, (name, error, allowed)
+
+
+@every
+def test_merging_and_state_dicts_are_pefts(variant, tmp_path):
+    model, plain = adapted(variant).eval(), adapted(variant).eval()
+    handle = use_fused_adapters(model)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    x = data(4, 9)
+    expected = outcome(plain, x)
+    for _ in range(2):
+        for m in (model, plain):
+            m.merge_adapter()
+        torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+        assert set(handle.status().values()) == {"base layer alone"}
+        for m in (model, plain):
+            m.unmerge_adapter()
+        same(outcome(model, x), expected, 1e-8, 1e-10)
+    with model.disable_adapter(), plain.disable_adapter():
+        torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), str(tmp_path)).eval()
+    if "pissa" not in variant and "olora" not in variant:  # those store the factors of an edited base weight
+        loaded.double()
+        torch.testing.assert_close(loaded(x), model(x))
+        use_fused_adapters(loaded)
+        torch.testing.assert_close(loaded(x), model(x))
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(x), model(x), rtol=0, atol=0)
+    kept = io.BytesIO()
+    torch.save(model, kept)
+    kept.seek(0)
+    torch.testing.assert_close(torch.load(kept, weights_only=False)(x), model(x), rtol=0, atol=0)
+    torch.testing.assert_close(model.merge_and_unload()(x), plain.merge_and_unload()(x), rtol=1e-10, atol=1e-12)
+
+
+def test_several_adapters_in_any_choice():
+    model = adapted("lora")
+    model.add_adapter("second", config("dora"))
+    handle = use_fused_adapters(model)
+    model.add_adapter("third", config("rslora"))
+    model.double()
+    disturb(model)
+    x = data(4, 9)
+    for chosen in ("default", "second", "third", ["default", "second"], ["second", "third", "default"], ["second"] * 2):
+        model.base_model.set_adapter(chosen)
+        found = outcome(model, x)
+        assert set(handle.status().values()) == {"fused"}
+        handle.remove()
+        expected = outcome(model, x)
+        handle = use_fused_adapters(model)
+        same(found, expected)
+    model.delete_adapter("second")
+    model.set_adapter("third")
+    model(x)
+
+
+def test_weights_that_change_give_new_norms():
+    model, plain = adapted("dora"), adapted("dora")
+    use_fused_adapters(model)
+    x = data(4, 9)
+    changes = {
+        "the base": lambda m: m.base_layer.weight.mul_(3.0),
+        "B": lambda m: m.lora_B["default"].weight.mul_(2.0),
+        "A, out of sight": lambda m: m.lora_A["default"].weight.data.add_(1.0),
+        "the scale": lambda m: m.scale_layer(0.5),
+        "nothing": lambda m: None,
+        "the magnitude": lambda m: m.lora_magnitude_vector["default"].weight.mul_(2.0),
+        "merging": lambda m: (m.merge(), m.unmerge()),
+    }
+    for change in changes.values():
+        with torch.no_grad():
+            for one in (model, plain):
+                for m in (one.base_model.model.up, one.base_model.model.down):
+                    change(m)
+        same(outcome(model, x), outcome(plain, x), 1e-8, 1e-9)
+
+
+@pytest.mark.parametrize("variant", ("lora", "dora-dropout"))
+def test_checkpointing(variant):
+    model = adapted(variant)
+    use_fused_adapters(model)
+    expected = outcome(model, data(4, 9))
+    inner = model.base_model.model.up
+    own = inner.forward
+    inner.forward = lambda x: checkpoint(own, x, use_reentrant=False)
+    same(outcome(model, data(4, 9)), expected)
+
+
+def test_compile_makes_one_graph():
+    model = adapted("dora", torch.float32)
+    x = data(4, 9, dtype=torch.float32)
+    use_fused_adapters(model)
+    expected = model(x)
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="aot_eager")(x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_not_served_is_pefts_with_a_reason():
+    x = data(4, 9)
+    model = adapted("lora")
+    plain = copy.deepcopy(model)
+    handle = use_fused_adapters(model)
+    seen = []
+    model.base_model.model.up.lora_A["default"].register_forward_hook(lambda *a: seen.append(1))
+    torch.testing.assert_close(model(x), plain(x))
+    name = "base_model.model.up"
+    assert seen and handle.status() == {name: "PEFT: hooks on its parts", "base_model.model.down": "fused"}
+
+    model.add_adapter("other", config("lora"))
+    model.eval()
+    model(x, adapter_names=["default", "other", "default", "__base__"])
+    assert "adapter_names" in handle.status()["base_model.model.down"]
+
+    torch.manual_seed(0)
+    biased = get_peft_model(nn.Sequential(nn.Linear(9, 9)), LoraConfig(target_modules=["0"], lora_bias=True, r=2))
+    handle = use_fused_adapters(biased)
+    biased(x.float())
+    assert handle.status() == {"base_model.model.0": "PEFT: adapter 'default' has a bias"}
+
+    mixed = nn.Sequential(nn.Embedding(5, 9), nn.Linear(9, 9))
+    handle = use_fused_adapters(get_peft_model(mixed, LoraConfig(target_modules=["0", "1"], r=2)))
+    assert handle.layers == ["base_model.model.1"] and "Embedding" in handle.left["base_model.model.0"]
+
+
+def test_quantised_bases_stay_pefts():
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32))
+    model = get_peft_model(model.to("cpu"), LoraConfig(target_modules=["0"], r=2))
+    x = torch.randn(2, 64)
+    expected = model(x)
+    handle = use_fused_adapters(model)
+    assert handle.layers == [] and "Linear4bit" in handle.left["base_model.model.0"]
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+class Even(nn.Module):
+    """Sides that BAT's blocks divide; a wide, a tall and a square weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.flat = nn.Linear(8, 12), nn.Linear(12, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.flat(self.down(self.up(x).tanh()))
+
+
+WHOLE = {
+    "bat": lambda: MissConfig(target_modules=["up", "down", "flat"], r=4, init_weights="bat"),
+    "randlora": lambda: RandLoraConfig(target_modules=["up", "down", "flat"], r=3, randlora_alpha=6),
+}
+
+
+def whole(kind):
+    torch.manual_seed(0)
+    model = get_peft_model(Even(), WHOLE[kind]()).double()
+    draw = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn(p.shape, generator=draw).double()
+    return model
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_bat_and_randlora_are_pefts(kind, tmp_path):
+    model, plain = whole(kind), whole(kind)
+    handle = use_fused_adapters(model)
+    assert len(handle.layers) == 3 and model.state_dict().keys() == plain.state_dict().keys()
+    for x in (data(20, 8), data(2, 9, 8), data(1, 8), data(0, 8)):
+        same(outcome(model, x), outcome(plain, x))
+        few = kind == "randlora" and x.numel() < 9
+        assert all(status.startswith("PEFT: few rows" if few else "fused") for status in handle.status().values())
+    x = data(20, 8)
+    for m in (model, plain):
+        m.merge_adapter()
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+    for m in (model, plain):
+        m.unmerge_adapter()
+    with model.disable_adapter(), plain.disable_adapter():
+        torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+    for m in (model, plain):
+        m.add_adapter("second", WHOLE[kind]())
+        m.double()
+        for i, p in enumerate(p for n, p in m.named_parameters() if "second" in n):
+            p.data += 0.1 * data(*p.shape) * (i + 1)
+        m.base_model.set_adapter(["default", "second"])
+    same(outcome(model, x), outcome(plain, x))
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(x), model(x), rtol=0, atol=0)
+    handle.remove()
+    assert {type(m) for m in model.modules()} == {type(m) for m in plain.modules()}
+    model.save_pretrained(tmp_path)
+
+
+def test_randlora_with_dropout_or_narrow_weights_is_pefts():
+    torch.manual_seed(0)
+    settings = RandLoraConfig(target_modules=["up"], r=3, randlora_dropout=0.5)
+    model = get_peft_model(Even(), settings)
+    plain = copy.deepcopy(model)
+    handle = use_fused_adapters(model)
+    x = data(20, 8, dtype=torch.float32)
+    torch.manual_seed(1)
+    found = model(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, plain(x), rtol=0, atol=0)
+    assert handle.status() == {"base_model.model.up": "PEFT: dropout in front of the factors"}
+    model.eval()(x)
+    assert handle.status() == {"base_model.model.up": "fused"}
+    assert isinstance(model.base_model.model.up, FusedRandLoraLinear)
+    model.bfloat16()(x.bfloat16())
+    assert handle.status() == {"base_model.model.up": "PEFT: 16-bit or mixed dtypes"}
+
+
+def test_miss_and_vera_stay_pefts():
+    torch.manual_seed(0)
+    x = data(20, 8, dtype=torch.float32)
+    miss = get_peft_model(Even(), MissConfig(target_modules=["up"], r=4))
+    handle = use_fused_adapters(miss)
+    miss(x)
+    assert handle.status() == {"base_model.model.up": "PEFT: MiSS without BAT"}
+    vera = get_peft_model(nn.Sequential(nn.Linear(8, 8)), VeraConfig(target_modules=["0"], r=4))
+    assert use_fused_adapters(vera).left == {"base_model.model.0": "a vera.layer.Linear"}
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(TypeError, match="use_fused_adapters: model must be a module"):
+        use_fused_adapters("model")
+    with pytest.raises(ValueError, match="model must be one with layers that PEFT has adapted"):
+        use_fused_adapters(nn.Linear(2, 2))

@@ -1,0 +1,125 @@
+"""Masks of exact sizes, against sorting; pruned models on the sparse kernels."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from w2s_fast.nn import SparseLowRankLinear, nm_mask, sparsify, topk_mask
+from w2s_fast.nn.sparsity import SAMPLE
+
+BIG = 5 * SAMPLE + 7
+
+
+def scores(kind, n):
+    draw = torch.Generator().manual_seed(0)
+    s = torch.randn(n, generator=draw)
+    return {
+        "normal": s,
+        "half": s.bfloat16(),
+        "few values": (s * 2).round(),
+        "one value": torch.ones(n),
+        "sorted": s.abs().sort().values,
+        "periodic": torch.arange(n).remainder(n // SAMPLE or 1).float(),  # every sampled entry is 0
+        "infinite": torch.where(s > 1, float("inf"), s),
+        "double": s.double(),
+    }[kind]
+
+
+KINDS = ("normal", "half", "few values", "one value", "sorted", "periodic", "infinite", "double")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", (1, 1000, BIG))
+def test_topk_mask_is_the_sorted_one(kind, n):
+    s = scores(kind, n)
+    order = s.abs().double().sort(descending=True, stable=True).indices
+    for k in {0, 1, n // 10, n // 2, n - 1, n}:
+        expected = torch.zeros(n, dtype=torch.bool)
+        expected[order[:k]] = True
+        assert torch.equal(topk_mask(s, k), expected), k
+
+
+def test_topk_mask_of_shapes_and_rows():
+    s = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(topk_mask(s, density=0.25), topk_mask(s, 12)) and topk_mask(s, 12).shape == s.shape
+    assert torch.equal(topk_mask(s.t(), 12), topk_mask(s, 12).t())
+    rows = topk_mask(s, 3, scope="row")
+    assert (rows.sum(1) == 3).all()
+    for row, mask in zip(s.abs(), rows, strict=True):
+        assert row[mask].min() >= row[~mask].max()
+    assert topk_mask(torch.zeros(0), 0).shape == (0,)
+
+
+@pytest.mark.parametrize(("n", "m"), ((2, 4), (4, 8), (1, 2), (1, 4), (3, 3), (20, 32)))
+def test_nm_mask_is_the_sorted_one(n, m):
+    draw = torch.Generator().manual_seed(0)
+    for w in (torch.randn(7, 3 * m, generator=draw), torch.randn(7, 3 * m, generator=draw).round(), torch.ones(2, m)):
+        order = w.abs().view(-1, m).sort(descending=True, stable=True).indices
+        expected = torch.zeros(order.shape, dtype=torch.bool).scatter(1, order[:, :n], True).view(w.shape)
+        assert torch.equal(nm_mask(w, n, m), expected)
+        assert torch.equal(nm_mask(torch.zeros_like(w), n, m, metric=w.bfloat16().float()), nm_mask(w.bfloat16(), n, m))
+    assert nm_mask(torch.zeros(0, m), n, m).shape == (0, m)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    (
+        (lambda: topk_mask(torch.ones(3)), "k or density must be given, one of them, got neither"),
+        (lambda: topk_mask(torch.ones(3), 1, density=0.5), "one of them, got both"),
+        (lambda: topk_mask(torch.ones(3), 4), r"k must be in \[0, 3\]"),
+        (lambda: topk_mask(torch.tensor([1.0, float("nan")]), 1), "scores must be without NaN"),
+        (lambda: topk_mask(torch.ones(3), 1, scope="layer"), "scope must be one of"),
+        (lambda: nm_mask(torch.ones(2, 6)), "weight must be of a last dimension that 4 divides"),
+        (lambda: nm_mask(torch.ones(2, 8), 5, 4), r"n must be in \[1, 4\]"),
+        (lambda: nm_mask(torch.ones(2, 8), metric=torch.ones(8)), "metric must be of the weight's shape"),
+        (lambda: nm_mask(torch.full((1, 4), float("nan"))), "weight must be without NaN"),
+        (lambda: sparsify(nn.Sequential(nn.Linear(8, 8))), "model must be one with a linear layer of 60% zeros"),
+    ),
+)
+def test_errors_name_the_argument(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def pruned():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.Linear(40, 24), "mlp": nn.Linear(24, 40, bias=False), "head": nn.Linear(40, 5)})
+    for name in ("attn", "mlp"):
+        model[name].weight.data *= topk_mask(model[name].weight, density=0.25)
+    model["tied"] = model["attn"]
+    return model
+
+
+def test_sparsify_computes_and_trains_what_was_there():
+    model, dense = pruned(), pruned()
+    made = sparsify(model)
+    assert made.layers == ["attn", "mlp", "tied"] and model["tied"] is model["attn"]
+    assert made.after.parameters < made.before.parameters and type(model["head"]) is nn.Linear
+    assert isinstance(model["mlp"], SparseLowRankLinear) and model["mlp"].values.numel() == 240
+    assert model["mlp"].density == 0.25
+    for rows in (1, 3, 70):
+        x = torch.randn(rows, 40)
+        ours, theirs = (m["head"](m["mlp"](m["attn"](x))) for m in (model, dense))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    kept = dense["mlp"].weight != 0
+    torch.testing.assert_close(model["mlp"].values.grad, dense["mlp"].weight.grad[kept], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model["attn"].bias.grad, dense["attn"].bias.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model["mlp"].to_linear().weight, dense["mlp"].weight)
+
+
+def test_sparsify_takes_what_it_is_asked_to():
+    model = pruned()
+    assert sparsify(copy.deepcopy(model), target="mlp").layers == ["mlp"]
+    assert sparsify(copy.deepcopy(model), layout="csr32").layers == ["attn", "mlp", "tied"]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="80% zeros"):
+        sparsify(model, sparsity=0.8)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    half = sparsify(model.bfloat16())
+    assert half.layers and model["mlp"](torch.ones(2, 24).bfloat16()).dtype == torch.bfloat16

@@ -1,0 +1,118 @@
+"""PEFT's layers with less work: the same parameters, state dicts and results.
+
+`use_fused_adapters` changes the class of the layers in place; everything but ``forward`` stays PEFT's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ... import checks
+from .lora import FusedLoraLinear, forget, unfit
+from .merged import FusedMissLinear, FusedRandLoraLinear
+
+with checks.extra("peft"):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+__all__ = ["FusedAdapters", "FusedLoraLinear", "FusedMissLinear", "FusedRandLoraLinear", "use_fused_adapters"]
+
+OP = "integrations.peft.use_fused_adapters"
+#: PEFT's class by ours, and the reverse.
+PEFTS: dict[Any, Any] = {kind: kind.__bases__[0] for kind in (FusedLoraLinear, FusedMissLinear, FusedRandLoraLinear)}
+OURS = {theirs: ours for ours, theirs in PEFTS.items()}
+
+
+def _unfit(layer: Any) -> str:
+    """Why a layer keeps PEFT's class, or ""."""
+    if type(layer) not in PEFTS and type(layer) not in OURS:
+        return f"a {type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
+    return unfit(layer)
+
+
+class FusedAdapters:
+    """What `use_fused_adapters` returns: ``layers``, ``left`` and `remove`, also as a context manager."""
+
+    def __init__(self, model: nn.Module, layers: list[str], left: dict[str, str]) -> None:
+        self._model = model
+        #: Paths of the layers that have the fused forward.
+        self.layers = layers
+        #: Why each other adapted layer keeps PEFT's.
+        self.left = left
+
+    def status(self) -> dict[str, str]:
+        """Of each layer's last call: ``"fused"``, ``"PEFT: <why>"``, ``"base layer alone"`` or ``"not run"``."""
+        modules = dict(self._model.named_modules())
+        return {name: modules[name].__dict__.get("_w2s_fast_status", "not run") for name in self.layers}
+
+    def remove(self) -> None:
+        """Give the layers PEFT's class back; a second time is no error."""
+        for module in self._model.modules():
+            if type(module) in PEFTS:
+                module.__class__ = PEFTS[type(module)]
+                forget(module, "_w2s_fast_status")
+
+    def __enter__(self) -> FusedAdapters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def use_fused_adapters(model: nn.Module) -> FusedAdapters:
+    r"""Give the LoRA, DoRA, BAT and RandLoRA layers of a PEFT model a forward with less work, in place.
+
+    LoRA, rsLoRA and what differs in the start alone (PiSSA, OLoRA, EVA, ...): ``scale h B^T`` is added where the
+    product is made, forward and backward; PEFT multiplies and adds in passes of their own. DoRA: the norm of
+    ``W + scale B A`` comes from the factors,
+
+    .. code-block:: text
+
+        |W_o + s (B A)_o|^2 = |W_o|^2 + 2 s <(W A^T)_o, B_o> + s^2 <(B A A^T)_o, B_o>
+
+    at ``2 O I r`` operations; PEFT pushes an identity through A and B, adds the result to the weight and
+    differentiates it. Parameters, names, state dicts, ``merge``, ``unmerge``, ``set_adapter``, ``disable_adapter`` and
+    several active adapters are PEFT's. Results differ by rounding: of 16-bit norms ours are float32's.
+
+    BAT (MiSS with ``init_weights="bat"``): ``W + W_pq Bone_p + Bone_p`` by one batched product on the weight as it
+    lies, where PEFT copies and permutes it. RandLoRA: its factors are together as large as the weight, so where
+    ``N (D + d) > D d`` (N rows, D and d the weight's sides) they are multiplied into it first: one product in the
+    place of three, forward and backward. MiSS itself and VeRA stay PEFT's.
+
+    Not served, with the reason in ``left`` or `FusedAdapters.status`: quantised bases, embeddings, convolutions,
+    Conv1D, other variants (aLoRA, Arrow, ...), ``lora_bias``, ``adapter_names`` of mixed batches, parts with hooks
+    (FSDP units of single factors). They run PEFT's own forward.
+
+    |W|^2 is kept by layer until the weight's version changes, PEFT merges, or an adapter is added, and on a CPU the
+    norm as long as the factors are the same; after an edit of a frozen base weight through ``.data`` call this again.
+
+    Args:
+        model: a PEFT model, or any module that contains PEFT's layers. Layers that come later need another call.
+
+    Returns:
+        A `FusedAdapters`.
+
+    Raises:
+        TypeError: if ``model`` is no module. ValueError: if it has no adapted layer.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from w2s_fast.integrations.peft import use_fused_adapters
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(target_modules=["0"], r=2))
+        >>> handle = use_fused_adapters(model)
+        >>> model(torch.ones(1, 8)).shape, handle.status()
+        (torch.Size([1, 8]), {'base_model.model.0': 'fused'})
+    """
+    if not isinstance(model, nn.Module):
+        checks.fail(OP, "model", "a module", type(model).__name__, error=TypeError)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not found:
+        checks.fail(OP, "model", "one with layers that PEFT has adapted", type(model).__name__)
+    left = {name: why for name, module in found.items() if (why := _unfit(module))}
+    for name, module in found.items():
+        if name not in left and type(module) not in PEFTS:
+            module.__class__ = OURS[type(module)]
+        forget(module)
+    return FusedAdapters(model, [name for name in found if name not in left], left)

@@ -1,0 +1,203 @@
+"""PEFT's LoRA and DoRA layers with fewer passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import checks
+
+with checks.extra("peft"):
+    from peft.tuners.lora.layer import Linear as PeftLinear
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BLOCK = 256  # rows of a 16-bit weight that are float32 at a time, so that they stay in a cache
+
+
+class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
+    """PEFT's ``lora.Linear`` with the forward of this module; where that cannot serve a call, with PEFT's."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's."""
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        plain = self.disable_adapters or self.merged
+        reason = "" if plain else _why_not(self, args, given)
+        note(self, plain, reason)
+        if plain or reason:
+            own: Tensor = super().forward(x, *args, **kwargs)
+            return own
+        return _forward(self, x)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's."""
+        forget(self)  # PEFT edits weight.data, which no version counter sees
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """As PEFT's."""
+        super().unmerge()
+        forget(self)
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; PiSSA and its relatives edit the base weight here."""
+        super().update_layer(*args, **kwargs)
+        forget(self)
+
+
+def forget(layer: nn.Module, *more: str) -> None:
+    """Drop what is kept of the weights."""
+    for name in ("_w2s_fast_squares", "_w2s_fast_norms", *more):
+        layer.__dict__.pop(name, None)
+
+
+def note(layer: nn.Module, plain: bool, reason: str) -> None:
+    """What `FusedAdapters.status` says of a layer's call."""
+    layer.__dict__["_w2s_fast_status"] = "base layer alone" if plain else (f"PEFT: {reason}" if reason else "fused")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something wants to see the module called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def unfit(layer: Any) -> str:
+    """Why a layer keeps PEFT's forward for good, by its base, or ""."""
+    base = layer.base_layer
+    if type(base) is not nn.Linear:
+        return f"its base is a {type(base).__name__}"
+    if type(base.weight) is not nn.Parameter or base.weight.dtype not in DTYPES:
+        return f"its base weight is a {type(base.weight).__name__} of {base.weight.dtype}"
+    return ""
+
+
+def beside(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The reason that arguments beside the input are, or ""."""
+    if not args and not kwargs:
+        return ""
+    return "arguments beside the input: " + ", ".join([*map(str, range(len(args))), *kwargs])
+
+
+def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why this call is PEFT's, or ""."""
+    reason = unfit(layer) or beside(args, kwargs)
+    if reason:
+        return reason
+    modules = [layer.base_layer]
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        variant = layer.lora_variant.get(name)
+        if variant is not None and type(variant) is not DoraLinearVariant:
+            return f"adapter {name!r} is a {type(variant).__name__}"
+        if type(layer.lora_A[name]) is not nn.Linear or type(layer.lora_B[name]) is not nn.Linear:
+            return f"the factors of adapter {name!r} are no plain linear layers"
+        if layer.lora_B[name].bias is not None:
+            return f"adapter {name!r} has a bias"
+        modules += [layer.lora_A[name], layer.lora_B[name]]
+        modules += [layer.lora_magnitude_vector[name]] if variant is not None else []
+    return "hooks on its parts" if any(map(hooked, modules)) else ""
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    """``base(x)``, then every active adapter on top of it, in their order."""
+    base = layer.base_layer
+    shape, rows = x.shape, x.reshape(-1, x.shape[-1])
+    result = F.linear(rows, base.weight, base.bias)
+    dtype = result.dtype
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        A, B, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        rows = layer._cast_input_dtype(rows, A.dtype)
+        dropout = layer.lora_dropout[name]
+        dropped = rows if isinstance(dropout, nn.Identity) else dropout(rows)
+        if name in layer.lora_variant:
+            result, B = _magnitudes(layer, name, rows, dropped, result)
+        result = _add_product(result, F.linear(dropped, A), B, scale)
+    return result.to(dtype).view(*shape[:-1], result.shape[-1])
+
+
+def _add_product(result: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``result + scale hidden B^T``, the product added where it is made; ``result`` is ours alone."""
+    if torch.is_autocast_enabled(result.device.type):
+        return torch.addmm(result, hidden, B.t(), alpha=scale)
+    return result.to(torch.promote_types(result.dtype, hidden.dtype)).addmm_(hidden, B.t(), alpha=scale)
+
+
+def _magnitudes(layer: Any, name: str, rows: Tensor, dropped: Tensor, result: Tensor) -> tuple[Tensor, Tensor]:
+    """DoRA's ``m / |W + scale B A|`` on what the base gives, and on the rows of B.
+
+    With the ratio q: ``q (W x + scale B A x) + bias = q result + (1 - q) bias + scale h (q B)^T``. Behind a dropout the
+    base is applied to the dropped input as well (PEFT does): ``result + (q - 1) W x' + scale h' (q B)^T``.
+    """
+    base, B = layer.base_layer, layer.lora_B[name].weight
+    norm = _known_norm(layer, name).to(rows.dtype)
+    ratio = layer.lora_magnitude_vector[name].weight / norm
+    if dropped is rows or not layer.training:
+        if base.bias is None:
+            result = result * ratio
+        else:
+            result = torch.addcmul((1 - ratio) * base.bias, result, ratio)
+    else:
+        result = torch.addcmul(result, F.linear(dropped, base.weight.to(dropped.dtype)), ratio - 1)
+    return result, ratio.unsqueeze(1) * B
+
+
+@torch.no_grad()
+def _known_norm(layer: Any, name: str) -> Tensor:
+    """`_norm`, on a CPU the last one where the factors have not changed: decoding, accumulation, checkpointing.
+
+    The factors are compared with copies, which sees every edit and reads next to nothing; a GPU would have to be waited
+    for.
+    """
+    A, B, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    if torch.compiler.is_compiling() or type(A) is not nn.Parameter or A.device.type != "cpu":
+        return _norm(layer, A, B, scale)
+    squares = _squares(layer, layer.base_layer.weight)
+    known = layer.__dict__.setdefault("_w2s_fast_norms", {})
+    found = known.get(name)
+    if found is not None and found[0] is squares and found[1] == scale and _equal(A, found[2]) and _equal(B, found[3]):
+        kept: Tensor = found[4]
+        return kept
+    norm = _norm(layer, A, B, scale)
+    known[name] = (squares, scale, A.detach().clone(), B.detach().clone(), norm)
+    return norm
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+@torch.no_grad()
+def _norm(layer: Any, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``|W + scale B A|`` of every row without the product: ``|W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>`` by rows.
+
+    DoRA takes it for a constant, and so does PEFT. |W|^2 is kept as long as the weight stays as it is.
+    """
+    weight = layer.base_layer.weight
+    dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
+    A, B = A.to(dtype), B.to(dtype)
+    with torch.autocast(A.device.type, enabled=False):
+        blocks = weight.split(BLOCK) if weight.dtype != dtype else (weight,)
+        cross = torch.cat([block.to(dtype) @ A.t() for block in blocks])
+        square = (2 * scale) * (cross * B).sum(1) + (scale * scale) * ((B @ (A @ A.t())) * B).sum(1)
+        return (_squares(layer, weight) + square).clamp_min_(0).sqrt_().to(dtype)
+
+
+def _squares(layer: Any, weight: Tensor) -> Tensor:
+    """``|W|^2`` of every row, in float64 against cancellation."""
+    if torch.compiler.is_compiling():
+        return weight.double().square().sum(1)
+    key = (weight.data_ptr(), weight._version, weight.dtype)
+    found = layer.__dict__.get("_w2s_fast_squares")
+    if found is None or found[0] != key:
+        found = (key, torch.cat([block.double().square().sum(1) for block in weight.detach().split(BLOCK)]))
+        layer.__dict__["_w2s_fast_squares"] = found
+    kept: Tensor = found[1]
+    return kept

@@ -1,0 +1,1 @@
+"""Fine-tuning and pre-training with few numbers: projected moments, adapters, pruned weights."""

@@ -1,0 +1,260 @@
+"""GaLore (arXiv 2403.03507) and Fira (arXiv 2410.01623): Adam in a subspace of every matrix's gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..data._hash import key_of
+from ._adam import AdamFamily, direction, update_
+
+SIDES = ("std", "reverse_std", "left", "right")
+PROJECTIONS = ("svd", "random")
+OVERSAMPLING, POWER_ITERATIONS = 8, 2
+
+
+def projector(grad: Tensor, rank: int, *, right: bool, projection: str = "svd", seed: int = 0) -> Tensor:
+    """Orthonormal columns ``[n, r]`` (right) or ``[m, r]`` (left) that span the largest singular vectors of ``grad``.
+
+    "svd" is the full decomposition in float32 (float64 of a float64 gradient). "random" is the randomised range finder
+    of Halko, Martinsson and Tropp (2011), with 2 power iterations and 8 columns more than asked for: six products
+    and small factorisations. Its numbers come from ``seed`` alone, so that all ranks of DDP get the same subspace.
+    """
+    grad = grad if grad.dtype == torch.float64 else grad.float()
+    rank = min(rank, *grad.shape)
+    if projection == "svd":  # of grad, never of its transpose: the signs of the vectors are then the official code's
+        u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+        kept: Tensor = vh[:rank].t() if right else u[:, :rank]
+        return kept.contiguous()
+    a = grad.t() if right else grad
+    draw = torch.Generator().manual_seed(seed)
+    width = min(rank + OVERSAMPLING, *a.shape)
+    basis = a @ torch.randn(a.shape[1], width, generator=draw, dtype=a.dtype).to(a.device)
+    for _ in range(POWER_ITERATIONS):
+        basis = a @ (a.t() @ torch.linalg.qr(basis)[0])
+    basis = torch.linalg.qr(basis)[0]
+    part = a.t() @ basis
+    vectors = torch.linalg.eigh(part.t() @ part)[1]  # in ascending order
+    kept = basis @ vectors[:, -rank:].flip(1).contiguous()
+    return kept
+
+
+def projected_groups(
+    model: nn.Module, rank: int, target: str | Sequence[str] = ("attn", "mlp", "attention"), **settings: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups of a model for `GaLore` and `Fira`: the linear layers of ``target`` projected, the rest not.
+
+    Args:
+        model: any module.
+        rank: of the projected matrices.
+        target: a linear layer with one of these in its path is projected; the papers': attention and MLP.
+        settings: of the projected group, such as ``scale`` or ``update_proj_gap``.
+
+    Raises:
+        ValueError: if no layer fits.
+    """
+    parts = (target,) if isinstance(target, str) else tuple(target)
+    matrices = {
+        id(layer.weight): layer.weight
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad and any(part in name for part in parts)
+    }
+    if not matrices:
+        checks.fail("optim.projected_groups", "target", "a part of some trainable linear layer's path", repr(target))
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in matrices]
+    projected = {"params": list(matrices.values()), "rank": rank, **settings}
+    return [projected, {"params": rest}] if rest else [projected]
+
+
+class GaLore(AdamFamily):
+    r"""AdamW whose moments live in a subspace of each matrix's gradient (GaLore, arXiv 2403.03507).
+
+    For a weight p ``[m, n]`` with gradient G, n <= m (else from the left, transposed), P ``[n, r]`` orthonormal:
+
+    .. code-block:: text
+
+        R = G P                                        P anew every update_proj_gap steps; the moments are kept
+        M = b1 M + (1 - b1) R,  V = b2 V + (1 - b2) R^2,  psi = M / (sqrt(V) + eps)
+        p = (p - eta scale psi P^T) (1 - lr weight_decay),   eta = lr sqrt(1 - b2^t) / (1 - b1^t)
+
+    That is two products and no other pass over the matrix. State: P and the moments, ``r n + 2 m r`` numbers
+    instead of ``2 m n``, in float32 (float64 of float64 parameters). Groups without a rank, and parameters that are no
+    matrix, take AdamW with eps before the bias correction, as the official code does.
+
+    Args:
+        params: parameters or groups; `projected_groups` makes them of a model. The keys of galore_torch's groups
+            (``rank``, ``update_proj_gap``, ``scale``, ``proj_type``) mean the same here.
+        lr, betas, eps, weight_decay: as AdamW's; the decay comes after the step.
+        rank: of the projection; None: no projection. Cut to the matrix's smaller side.
+        update_proj_gap: steps between new projections.
+        scale: of the update.
+        proj_type: the side: ``"std"`` projects the shorter one, ``"reverse_std"`` the longer one; ``"right"``,
+            ``"left"``.
+        projection: ``"svd"`` (the paper's) or ``"random"``; see `projector`.
+        seed: of the random projection.
+
+    Raises:
+        ValueError, TypeError: naming the argument. RuntimeError: for a sparse gradient, and for a projected parameter
+            that is sharded (the subspace is that of the whole matrix).
+
+    Example:
+        >>> import torch
+        >>> from w2s_fast.optim import GaLore, projected_groups
+        >>> model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(64, 32), "head": torch.nn.Linear(32, 4)})
+        >>> optimizer = GaLore(projected_groups(model, rank=4), lr=1e-2)
+        >>> model["head"](model["mlp"](torch.ones(1, 64))).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model["mlp"].weight]["exp_avg"].shape
+        torch.Size([4, 64])
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
+        weight_decay: float = 0.0, *, rank: int | None = None, update_proj_gap: int = 200, scale: float = 0.25,
+        proj_type: str = "std", projection: str = "svd", seed: int = 0, **more: Any,
+    ) -> None:  # fmt: skip
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank,
+            "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, "projection": projection,
+            "seed": seed, **more,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        if group["rank"] is None:
+            return
+        checks.integer(self._op, "rank", group["rank"], low=1)
+        checks.integer(self._op, "update_proj_gap", group["update_proj_gap"], low=1)
+        checks.number(self._op, "scale", group["scale"], low=0.0)
+        checks.choice(self._op, "proj_type", group["proj_type"], SIDES)
+        checks.choice(self._op, "projection", group["projection"], PROJECTIONS)
+
+    def _update(self, group: dict[str, Any], step: int, parameters: list[Tensor]) -> None:
+        projected = [] if group["rank"] is None else [p for p in parameters if p.ndim == 2]
+        chosen = {id(p) for p in projected}
+        rest = [p for p in parameters if id(p) not in chosen]
+        lr, (b1, b2) = float(group["lr"]), group["betas"]
+        root, keep = math.sqrt(1 - b2**step), 1 - lr * group["weight_decay"]
+        if rest:
+            # torch adds eps after the correction and decays before the step: the same step, written for its kernel
+            exp_avg, exp_avg_sq = self._moments(rest)
+            update_(rest, [p.grad for p in rest], exp_avg, exp_avg_sq, step, (b1, b2), group["eps"] / root,  # type: ignore[misc]
+                    lr * keep, group["weight_decay"] / keep if keep else 0.0)  # fmt: skip
+        for p in projected:
+            assert p.grad is not None
+            grad, basis, right = self._subspace(group, step, p)
+            low = grad @ basis if right else basis.t() @ grad
+            state = self.state[p]
+            if "exp_avg" not in state:
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)
+            psi = direction([low], [state["exp_avg"]], [state["exp_avg_sq"]], step, (b1, b2), group["eps"] / root)[0]
+            self._apply(group, p, grad, low, psi, basis, right, lr, root / (1 - b1**step), keep)
+
+    def _subspace(self, group: dict[str, Any], step: int, p: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """The gradient in the state's dtype, P, and whether it stands on the right."""
+        if hasattr(p, "to_local"):
+            checks.fail(self._op, "a projected parameter", "whole", "one that is sharded", error=RuntimeError)
+        assert p.grad is not None
+        grad = p.grad if p.dtype == torch.float64 else p.grad.float()
+        longer = p.shape[0] >= p.shape[1]
+        right = {"std": longer, "reverse_std": not longer, "right": True, "left": False}[group["proj_type"]]
+        state = self.state[p]
+        if (step - 1) % group["update_proj_gap"] == 0 or "projector" not in state:
+            place = next(i for i, q in enumerate(group["params"]) if q is p)
+            seed = key_of(group["seed"], "projection", place, step) & (2**63 - 1)
+            state["projector"] = projector(grad, group["rank"], right=right, projection=group["projection"], seed=seed)
+        return grad, state["projector"], right
+
+    def _apply(
+        self, group: dict[str, Any], p: Tensor, grad: Tensor, low: Tensor, psi: Tensor, basis: Tensor, right: bool,
+        lr: float, correction: float, keep: float,
+    ) -> None:  # fmt: skip
+        """p from the corrected direction ``psi`` of the projected gradient ``low``."""
+        add_product_(p, psi, basis, right, -lr * keep * group["scale"], keep)
+
+
+def add_product_(p: Tensor, low: Tensor, basis: Tensor, right: bool, factor: float, keep: float = 1.0) -> None:
+    """``p = keep p + factor back(low)``, ``back`` from the subspace to the matrix."""
+    left, other = (low, basis.t()) if right else (basis, low)
+    if p.dtype == low.dtype:
+        p.addmm_(left, other, beta=keep, alpha=factor)
+    else:
+        p.copy_(torch.addmm(p.to(low.dtype), left, other, beta=keep, alpha=factor))
+
+
+class Fira(GaLore):
+    r"""GaLore, and what lies outside the subspace by SGD with norm-based scaling (Fira, arXiv 2410.01623).
+
+    With R, psi, P, eta as in `GaLore` (right side; the left transposes):
+
+    .. code-block:: text
+
+        phi_i = |psi_i| / (|R_i| + 1e-8)               a row of R ("column" of the long axis), or of all of R ("matrix")
+        S = (G - scale R P^T) * phi
+        l = max(|S| / (|S_previous| + 1e-8), limit) / limit;   S = S / l    from the second step on
+        p = (p - eta (scale psi P^T + S)) (1 - lr weight_decay)
+
+    Computed without S: ``scale (psi - R phi/l) P^T + G phi/l`` has one product instead of two, and
+    ``|S|^2 = sum_i phi_i^2 max(0, |G_i|^2 - (2 scale - scale^2) |R_i|^2)`` since P is orthonormal. So a step is two
+    products and three passes over the matrix; the official code makes three products and about 21.
+
+    Args:
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, projection, seed: see `GaLore`;
+            ``scale`` is the official code's ``alpha``.
+        scaling: ``"column"`` (the paper's) or ``"matrix"``.
+        limit: gamma of the limiter on the growth of |S|; None: no limiter.
+
+    Raises:
+        As `GaLore`.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
+        weight_decay: float = 0.0, *, rank: int | None = None, update_proj_gap: int = 200, scale: float = 0.25,
+        proj_type: str = "std", projection: str = "svd", seed: int = 0, scaling: str = "column",
+        limit: float | None = 1.01,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap, scale=scale,
+            proj_type=proj_type, projection=projection, seed=seed, scaling=scaling, limit=limit,
+        )  # fmt: skip
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        super()._check(group)
+        if "alpha" in group:
+            checks.fail(self._op, "alpha of a group", "named scale", repr("alpha"))
+        checks.choice(self._op, "scaling", group["scaling"], ("column", "matrix"))
+        if group["limit"] is not None:
+            checks.number(self._op, "limit", group["limit"], low=1.0)
+
+    def _apply(
+        self, group: dict[str, Any], p: Tensor, grad: Tensor, low: Tensor, psi: Tensor, basis: Tensor, right: bool,
+        lr: float, correction: float, keep: float,
+    ) -> None:  # fmt: skip
+        # psi is M / (sqrt V + eps) times `correction`; the factor belongs to the rate, not to the ratio of norms
+        axes: Any = None if group["scaling"] == "matrix" else (1 if right else 0)
+        norm = torch.linalg.vector_norm
+        low_norm = norm(low, dim=axes, keepdim=True)
+        phi = norm(psi, dim=axes, keepdim=True) / (low_norm + 1e-8)  # times `correction`, as psi
+        phi = self._limited(group, p, phi / correction, norm(grad, dim=axes, keepdim=True), low_norm) * correction
+        add_product_(p, psi.addcmul_(low, phi, value=-1.0), basis, right, -lr * keep * group["scale"], keep)
+        if p.dtype == grad.dtype:
+            p.addcmul_(grad, phi, value=-lr * keep)
+        else:
+            p.sub_(grad * phi, alpha=lr * keep)
+
+    def _limited(self, group: dict[str, Any], p: Tensor, phi: Tensor, whole: Tensor, low: Tensor) -> Tensor:
+        """``phi / l``, and the state's norm of S."""
+        scale, gamma, state = group["scale"], group["limit"], self.state[p]
+        inside = (whole.square() - (2 * scale - scale * scale) * low.square()).clamp_min_(0.0)
+        size = (phi.square() * inside).sum().sqrt()
+        if gamma is not None and "norm" in state:
+            growth = (size / (state["norm"] + 1e-8)).clamp_min(gamma) / gamma
+            phi, size = phi / growth, size / growth
+        state["norm"] = size
+        return phi
