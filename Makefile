@@ -4,6 +4,7 @@
 #   make build    the extension again after an edit of csrc/: compiles what changed
 #   make test-full   every case of the sweeps that make test samples
 #   make sanitize    the C++ kernels under AddressSanitizer and UBSan
+#   make docs    the site with the API reference, in build/site; a warning is an error
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -16,7 +17,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist workste
 
 OPS := w2s_fast/_build.json
 
-.PHONY: env install build bench bench-full test test-full sanitize lint aot demo cuda-check readme clean
+.PHONY: env install build bench bench-full test test-full sanitize lint docs aot demo cuda-check readme clean
 install: env build
 
 # the environment: made again where what is installed into it changes
@@ -62,6 +63,10 @@ lint: $(STAMP)
 
 demo: $(OPS)
 	$(BIN)/w2s-fast demo
+
+# needs no network
+docs: $(OPS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -f .ci/docs/mkdocs.yml
 
 readme: $(OPS)
 	$(BIN)/w2s-fast bench --readme

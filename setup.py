@@ -3,8 +3,10 @@
     python setup.py build_ext --inplace     what `make build` runs: compiles what changed, objects are in build/cpp
 
 W2S_FAST_BUILD=auto (default) compiles what this machine can and never fails for want of a compiler;
-require makes a missing piece an error; skip compiles nothing. W2S_FAST_TARGETS=all (default) has every instruction set
-that is chosen from at run time; native only this machine's. TORCH_CUDA_ARCH_LIST chooses the CUDA targets.
+require makes a missing piece an error; skip compiles nothing; abi3 is require without w2s_fast._C, which one Python
+alone loads, for a wheel that serves Python 3.10 and later (.ci/wheels.sh). W2S_FAST_TARGETS=all (default) has every
+instruction set that is chosen from at run time; native only this machine's. TORCH_CUDA_ARCH_LIST chooses the CUDA
+targets.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ from setuptools.command.sdist import sdist
 HERE = os.path.dirname(os.path.abspath(__file__))
 os.chdir(HERE)  # sources are named relative to this file, whatever directory the build starts in
 MODE = os.environ.get("W2S_FAST_BUILD", "auto")
-if MODE not in ("auto", "require", "skip"):
-    sys.exit(f"setup.py: W2S_FAST_BUILD must be auto, require or skip, got {MODE!r}")
+if MODE not in ("auto", "require", "skip", "abi3"):
+    sys.exit(f"setup.py: W2S_FAST_BUILD must be auto, require, skip or abi3, got {MODE!r}")
+REQUIRED = MODE in ("require", "abi3")
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11: one binary serves this torch and later ones
 DEFAULT_CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
@@ -55,8 +58,8 @@ def say(message: str) -> None:
 
 
 def skip(reason: str) -> None:
-    if MODE == "require":
-        sys.exit(f"w2s_fast setup: W2S_FAST_BUILD=require, but {reason}")
+    if REQUIRED:
+        sys.exit(f"w2s_fast setup: W2S_FAST_BUILD={MODE}, but {reason}")
     say(f"{reason}; installing without compiled kernels (plain PyTorch and Triton remain)")
 
 
@@ -273,13 +276,14 @@ def extensions() -> tuple[list[Extension], type | None]:
         kernels = Extension("w2s_fast._ops", sources("cpu", "cpp"), py_limited_api=True)
     known = facts(torch, cuda, targets)
     modules = [kernels]
-    try:
-        import pybind11
+    if MODE != "abi3":
+        try:
+            import pybind11
 
-        module = Extension("w2s_fast._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()])
-        modules.append(module)
-    except ImportError:
-        skip("pybind11 is not importable in the build environment, so w2s_fast._C is left out")
+            module = Extension("w2s_fast._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()])
+            modules.append(module)
+        except ImportError:
+            skip("pybind11 is not importable in the build environment, so w2s_fast._C is left out")
     base: type = BuildExtension if cuda else build_ext
     folder = Path(HERE, "build", "cpp")
 
@@ -293,7 +297,7 @@ def extensions() -> tuple[list[Extension], type | None]:
             try:
                 super().run()
             except Exception as error:
-                if MODE == "require":
+                if REQUIRED:
                     raise
                 say(f"the build failed, installing without compiled kernels: {error}")
                 return
@@ -367,4 +371,5 @@ if __name__ == "__main__":
         package_data={"w2s_fast": ["py.typed", "_build.json"], "w2s_fast.bench": ["results/*.json"]},
         ext_modules=ext_modules,
         cmdclass={"build_ext": command or build_ext, "sdist": Sources},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if MODE == "abi3" else {},
     )

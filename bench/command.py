@@ -161,11 +161,12 @@ def save(report: Report, options: Options) -> Path:
 
 
 def write_readme() -> str:
-    """Rewrite README's tables and charts from the committed results; says what happened."""
+    """Rewrite the generated parts of README and docs, and the charts that are kept; says what happened."""
     if not SOURCE:
         raise ValueError("--readme rewrites README.md of a source tree; this is an installed package")
     for report in readme.reports():
-        from .plots import draw
+        if (RESULTS / f"{report.slug}-ratios.png").exists():
+            from .plots import draw
 
-        draw(report, RESULTS)
-    return f"README.md {'rewritten' if readme.write() else 'unchanged'}, from {len(readme.reports())} result files"
+            draw(report, RESULTS)
+    return f"rewritten: {', '.join(readme.write()) or 'nothing'}, from {len(readme.reports())} result files"

@@ -1,31 +1,48 @@
-"""Writes README.md's tables between its markers, from the committed results: ``python -m w2s_fast.bench.readme``."""
+"""Writes the generated parts of README.md and docs/, each between its markers: ``python -m w2s_fast.bench.readme``.
+
+README has eight hot cases, docs/benchmarks.md the hot cases and every case with a ratio below 1 (`text`); the tables of
+ops, methods and verdicts are `catalogue`'s.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..files import write_text
-from . import guarantee, tables
+from . import catalogue, guarantee, tables
+from .case import KINDS
 from .harness import Row
 from .report import RESULTS, Report
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+#: README's rows: an op of each family that has a hot path, whoever is faster.
+HOT = (
+    ("fused_sample", "top_p-V151936-B8-K1-fp32"),
+    ("dynamic_fusion_weights", "V151936-B8-K1-bf16-J16"),
+    ("fuse_logits", "V151936-B8-K1-fp32"),
+    ("linear_ce", "V32000-T1024-D512-float32"),
+    ("linear_preference", "dpo-V32000-pairs4-S128-D512-fp32-half-prompt-trainable"),
+    ("sparse_lowrank_linear", "350M-2736x1024-r256-N2048-csr16-fp32-train"),
+    ("interval_linear", "mlp-784-512x4-B128-fp32-step"),
+    ("compressed_attention", "N4096-M1024-D72-bf16"),
+)
 
 
 def reports(folder: Path = RESULTS) -> list[Report]:
     """The committed results, in the order of their file names."""
-    others = ("effects", "guarantee-")
+    others = ("effects", "guarantee-", "bounds-fuzz")
     return [Report.load(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith(others)]
 
 
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def _cases(report: Report) -> dict[tuple[str, str], list[Row]]:
+    return {(rows[0].op, rows[0].case): rows for rows in tables.grouped(report.rows)}
 
 
 def shown(report: Report) -> dict[tuple[str, str], list[Row]]:
-    """The cases of README's table: the hot ones, and every one in which somebody is faster than ours."""
-    cases = {(rows[0].op, rows[0].case): rows for rows in tables.grouped(report.rows)}
+    """The cases of the long table: the hot ones, and every one in which somebody is faster than ours."""
+    cases = _cases(report)
     if not any(row.hot for row in report.rows):
         return cases
     return {key: rows for key, rows in cases.items() if rows[0].hot or tables.below_one(rows)}
@@ -33,31 +50,49 @@ def shown(report: Report) -> dict[tuple[str, str], list[Row]]:
 
 def table(found: list[Report]) -> str:
     """All devices side by side, a case a line: a case that is shown for one device is shown for each that ran it."""
-    every = [{(rows[0].op, rows[0].case): rows for rows in tables.grouped(report.rows)} for report in found]
+    every = [_cases(report) for report in found]
     keys = sorted({key for report in found for key in shown(report)})
-    header = ["op", "case", *(report.device for report in found)]
-    lines = [_line(header), _line(["---"] * len(header))]
-    for key in keys:
-        lines.append(_line([*key, *("<br>".join(tables.cell(rows[key])) if key in rows else "" for rows in every)]))
-    return "\n".join(lines)
+    rows = [[*key, *("<br>".join(tables.cell(cases[key])) if key in cases else "" for cases in every)] for key in keys]
+    return tables.markdown(["op", "case", *(report.device for report in found)], rows)
+
+
+def _short(rows: list[Row]) -> str:
+    """Our time, then two ratios: against eager (else the plain formulation), and against whoever else is fastest."""
+    if rows[0].ms is None:
+        return rows[0].status
+    others = sorted((row for row in rows[1:] if tables.rival(row)), key=lambda row: KINDS.index(row.kind))
+    plain = [row for row in others if row.kind in ("eager", "formulation")][:1]
+    fastest = sorted((row for row in others if row not in plain), key=lambda row: row.ratio or 0)[:1]
+    ratios = (f"{row.provider} {row.ratio:.3g}×" for row in (*plain, *fastest))
+    marked = (f"**{text}**" if tables.below_one([row]) else text
+              for row, text in zip((*plain, *fastest), ratios, strict=True))  # fmt: skip
+    return "<br>".join([tables.milliseconds(rows[0].ms), *marked])
+
+
+def short_table(folder: Path = RESULTS) -> str:
+    """README's eight rows, a device a column."""
+    found = reports(folder)
+    every = [_cases(report) for report in found]
+    rows = [[f"`{key[0]}` {key[1]}", *(_short(cases[key]) if key in cases else "" for cases in every)] for key in HOT]
+    devices = [f"{report.device}, {report.runs[-1]['threads']} threads" for report in found]
+    return tables.markdown(["case", *devices], rows)
 
 
 def section(report: Report, folder: Path = RESULTS) -> str:
     """One device: what it is, how often others are faster, overheads, what could not run."""
     rows = report.rows
     below, ratios = tables.below_one(rows), [row for row in rows if row.ratio is not None]
-    lines = [f"### {report.device}", "", tables.machine(report), ""]
+    lines = [f"## {report.device}", "", tables.machine(report), ""]
     lines.append(f"Others are faster in {len(below)} of {len(ratios)} ratios, all of which are in the table.")
     if report.overhead:
-        lines += ["", _line(["overhead", ""]), _line(["---", "---"])]
-        lines += [_line(list(pair)) for pair in tables.overhead(report)]
+        lines += ["", tables.markdown(["overhead", ""], [list(pair) for pair in tables.overhead(report)])]
     missing = tables.unavailable(rows)
     if missing:
         lines += ["", "Not run here: " + "; ".join(missing) + "."]
     lines += ["", f"All rows: `bench/results/{report.slug}.json`."]
     for kind in ("ratios", "floor"):
         if (folder / f"{report.slug}-{kind}.png").exists():
-            lines += ["", f"![{kind} on {report.device}](bench/results/{report.slug}-{kind}.png)"]
+            lines += ["", f"![{kind} on {report.device}](../bench/results/{report.slug}-{kind}.png)"]
     return "\n".join(lines)
 
 
@@ -68,43 +103,51 @@ def random_calls(folder: Path = RESULTS) -> str:
         report = Report.load(path)
         share, *rest = guarantee.summary(report)
         ops = ", ".join(line.strip() for line in rest if line.startswith("  "))
-        found += [f"### Random everyday calls on {report.device}", guarantee.conditions(report), f"{share}. {ops}.",
+        found += [f"## Random everyday calls on {report.device}", guarantee.conditions(report), f"{share}. {ops}.",
                   f"Every loss: `w2s-fast bench --guarantee --out bench/results/{path.name}`."]  # fmt: skip
     return "\n\n".join(found)
 
 
 def text(folder: Path = RESULTS) -> str:
-    """All that stands between the markers."""
-    intro = (
-        "Ratios are *their time / our time*: the median over interleaved rounds, quartiles in parentheses, in bold "
-        "where the other is faster. The table has the hot cases and every case with a ratio below 1. Before it is "
-        "timed, every provider's output is checked against a computation in float64, in bfloat16 cases too. "
-        "*formulation* is the paper's own formulation, written by us. *Of the floor* is the least possible time on "
-        "this machine (bytes moved once at the measured copy bandwidth, or the arithmetic at the faster of the "
-        "measured torch.mm rate and, in float32, FMA peak, in the row's own run) over our time."
-    )
+    """The generated part of docs/benchmarks.md."""
     found = reports(folder)
-    parts = [intro, table(found), *(section(report, folder) for report in found), random_calls(folder)]
+    parts = [table(found), *(section(report, folder) for report in found), random_calls(folder)]
     return "\n\n".join(part for part in parts if part)
 
 
-def updated(readme: str, body: str) -> str:
-    """``readme`` with ``body`` between the markers."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md must have the markers {BEGIN} and {END} once each")
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{body}\n{END}{rest.split(END)[1]}"
+#: Page, the name in its markers, what writes the part.
+PARTS: tuple[tuple[str, str, Callable[[], str]], ...] = (
+    ("README.md", "bench", short_table),
+    ("docs/benchmarks.md", "bench", text),
+    ("docs/operations.md", "operations", catalogue.operations),
+    ("docs/methods.md", "methods", catalogue.methods),
+    ("docs/effects.md", "effects", catalogue.verdicts),
+    ("docs/streams.md", "effects", lambda: catalogue.verdicts("streams")),
+)
 
 
-def write(readme: Path = README, folder: Path = RESULTS) -> bool:
-    """Regenerate README; True if it changed."""
-    if not readme.is_file():
+def updated(page: str, name: str, body: str) -> str:
+    """``page`` with ``body`` between the markers of ``name``."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"the page must have the markers {begin} and {end} once each")
+    head, rest = page.split(begin)
+    return f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}"
+
+
+def write(root: Path = ROOT) -> list[str]:
+    """Regenerate the pages of a source tree; the names of those that changed."""
+    if not (root / "README.md").is_file():
         raise ValueError("--readme rewrites README.md of a source tree; this is an installed package")
-    before = readme.read_text(encoding="utf-8")
-    after = updated(before, text(folder))
-    write_text(readme, after)
-    return before != after
+    changed = []
+    for page, name, body in PARTS:
+        before = (root / page).read_text(encoding="utf-8")
+        after = updated(before, name, body())
+        if after != before:
+            write_text(root / page, after)
+            changed.append(page)
+    return changed
 
 
 if __name__ == "__main__":
-    print(f"{README.name}: {'rewritten' if write() else 'unchanged'}")
+    print(f"rewritten: {', '.join(write()) or 'nothing'}")

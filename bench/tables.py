@@ -1,4 +1,4 @@
-"""Results as text: cells shared by the terminal table and by README."""
+"""Results as text: cells shared by the terminal table, README and docs."""
 
 from __future__ import annotations
 
@@ -76,9 +76,20 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
     return found
 
 
+def rival(row: Row) -> bool:
+    """A provider that does the same work and was timed. A yardstick, which does less, has a target below 1."""
+    return row.ratio is not None and not (row.target or 1) < 1
+
+
 def below_one(rows: Iterable[Row]) -> list[Row]:
-    """The rows of providers that are faster than ours. A yardstick has a target below 1 and is none of them."""
-    return [row for row in rows if row.ratio is not None and row.ratio < 1 and not (row.target or 1) < 1]
+    """The rows of rivals that are faster than ours."""
+    return [row for row in rows if rival(row) and (row.ratio or 1) < 1]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
 
 
 def cell(rows: Sequence[Row]) -> list[str]:

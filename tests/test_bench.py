@@ -206,19 +206,23 @@ def test_readme_section_shows_wrong_and_missing(rows, tmp_path: Path):
     body = readme.text(tmp_path)
     assert body.count("| double | N64 |") == 1 and "| op | case |" in body
     assert "wrong: wrong" in body and "missing: unavailable" in body and "Not run here: missing" in body
-    page = f"# title\n{readme.BEGIN}\nyesterday\n{readme.END}\nrest\n"
-    once = readme.updated(page, body)
-    assert "yesterday" not in once and once.endswith("rest\n") and readme.updated(once, body) == once
+    page = "# title\n<!-- bench:begin -->\nyesterday\n<!-- bench:end -->\nrest\n"
+    once = readme.updated(page, "bench", body)
+    assert "yesterday" not in once and once.endswith("rest\n") and readme.updated(once, "bench", body) == once
     with pytest.raises(ValueError, match="markers"):
-        readme.updated("# title", body)
+        readme.updated("# title", "bench", body)
 
 
-def test_readme_is_what_the_committed_results_say():
-    if not readme.README.exists():
-        pytest.skip("README.md is not part of an installed package")
-    text = readme.README.read_text(encoding="utf-8")
-    if readme.reports():
-        assert text == readme.updated(text, readme.text()), "run `w2s-fast bench --readme`"
+def test_readme_s_short_table_hides_no_loss(rows, tmp_path: Path, monkeypatch):
+    """Our time, the plain form and whoever else is fastest; bold where the other is faster."""
+    first = _report(rows.values())
+    monkeypatch.setattr(readme, "HOT", (("double", "N64"),))
+    timed = [row for row in first.rows if row.ratio is not None]
+    lost = replace(timed[0], provider="quick", kind="peer", ratio=0.25, target=None)
+    first.rows += [lost, replace(lost, provider="quicker yardstick", ratio=0.1, target=0.2)]
+    first.save(tmp_path / "a.json")
+    table = readme.short_table(tmp_path)
+    assert "**quick 0.25×**" in table and "yardstick" not in table and f"{first.device}, " in table
 
 
 def test_readme_shows_devices_side_by_side_and_every_loss(rows, tmp_path: Path):

@@ -265,8 +265,9 @@ def test_hints_name_commands_that_exist():
     extras = set(re.findall(r"^(\w+) = ", section, re.M))
     paths = [*(ROOT / "w2s_fast").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
     assert not _bad_hints([text for path in paths for text in _texts(path)], extras)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```\n(.*?)^```|(`[^`\n]+`)", readme, re.M | re.S)
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"^```\n(.*?)^```|(`[^`\n]+`)", text, re.M | re.S)
     assert not _bad_hints(["".join(b) for b in blocks], extras)
     assert _bad_hints(['pip install "w2s_fast[none]"', "w2s-fast nothing", "w2s-fast train no_such"], extras) != []
     bare = [t for p in paths for t in _texts(p) if re.search(r"pip install (?!--|-e|\"w2s_fast\[|\"w2s_fast\\)\w", t)]

@@ -158,21 +158,13 @@ def test_no_argument_goes_by_position(layer):
 
 
 @pytest.mark.skipif(w2s_fast.extension.ERROR is not None, reason="the extension is not built")
-def test_readme_lists_every_op_with_its_backends():
-    """The table is written by hand, what it says of backends comes from the registry."""
-    from w2s_fast.testing.registry import backends_of
+def test_the_table_of_operations_has_every_op_with_its_backends():
+    from w2s_fast.bench import catalogue
 
-    text = (ROOT.parent / "README.md").read_text(encoding="utf-8")
-    table = text.split("## Operations", 1)[1].split("\n\n", 2)[1]
-    listed = {}
-    for row in table.splitlines()[2:]:
-        names, *_, backends = (cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip("| ")))
-        listed.update(dict.fromkeys(re.findall(r"`(\w+)`", names), backends))
-    for name in _public_ops():
-        assert name in listed, f"README's table of operations has no {name}"
-        known = backends_of(getattr(w2s_fast, name))
-        if listed[name].startswith("C++") and "over" not in listed[name]:
-            assert listed[name] == ", ".join(known), f"README says {listed[name]} of {name}, the registry {known}"
+    listed = dict(re.findall(r"^\| `(\w+)` \| .* \| ([^|]+) \|$", catalogue.operations(), re.M))
+    assert set(listed) >= set(_public_ops())
+    assert listed["fuse_logits"] == "C++, Triton" and listed["fused_sample"] == "C++, Triton, CUDA C++"
+    assert listed["karras_sigmas"] == "PyTorch"
 
 
 def test_kernels_import_only_triton():

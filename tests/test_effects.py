@@ -13,7 +13,7 @@ from w2s_fast.bench.effects import protocol
 from w2s_fast.bench.effects.protocol import Claim, choose, verdict
 
 import w2s_fast
-from w2s_fast import cli, methods
+from w2s_fast import cli
 
 ROOT = Path(w2s_fast.__file__).parent.parent
 UP = [0.50, 0.60, 0.55, 0.70, 0.65]
@@ -163,21 +163,6 @@ def test_the_command(monkeypatch, tmp_path):
     unknown = runner.invoke(cli.app, ["effect", "nothing"])
     assert unknown.exit_code == 2 and "no experiment named nothing" in unknown.stderr
     assert runner.invoke(cli.app, ["effect", "scaling_recipe", "--seeds", "x"]).exit_code == 2
-
-
-def test_the_docs_quote_the_recorded_verdicts():
-    page = (ROOT / "docs" / "streams.md").read_text(encoding="utf-8")
-    own = {name: kept for name, kept in protocol.load().items() if kept["family"] == "streams"}
-    assert own and protocol.markdown(own) in page
-
-
-def test_the_blocks_of_the_docs_run():
-    page = (ROOT / "docs" / "streams.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, "docs/streams.md", "exec"), {})
-    assert set(re.findall(r"w2s-fast train (\w+)", page)) <= set(methods.available())
 
 
 def test_the_cost_of_sampling_is_measured(monkeypatch):

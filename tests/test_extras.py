@@ -203,7 +203,9 @@ def test_an_extra_suffices(extra: str, tmp_path: Path):
         assert result is None or result[0] == "Reached", (name, result)
 
 
-def test_readme_names_extras_that_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r'(?:w2s_fast|"\.)\[(\w+)\]"', text))
-    assert named and named <= set(EXTRAS) and named - {"dev", "test", "bench"} <= set(USES)
+def test_readme_and_docs_name_extras_that_exist():
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        named = set(re.findall(r'(?:w2s_fast|"\.)\[(\w+)\]"', page.read_text(encoding="utf-8")))
+        assert named <= set(EXTRAS), page
+        if page.name == "README.md":
+            assert named and named - {"dev", "test", "bench"} <= set(USES)

@@ -189,7 +189,9 @@ def bench(
     plots: Annotated[bool, typer.Option("--plots", help="Also draw the charts beside the results.")] = False,
     overhead: Annotated[bool, typer.Option(help="Also measure import and call overhead.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Only the cases that the result file lacks.")] = False,
-    readme: Annotated[bool, typer.Option("--readme", help="Measure nothing; rewrite README's tables.")] = False,
+    readme: Annotated[
+        bool, typer.Option("--readme", help="Measure nothing; rewrite the tables of README and docs.")
+    ] = False,
     guarantee: Annotated[
         bool, typer.Option("--guarantee", help="Random everyday calls against eager and torch.compile: who is faster?")
     ] = False,

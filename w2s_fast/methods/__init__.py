@@ -5,7 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from ._common.loop import Recipe, train
+    from ._common.place import place
+
+__all__ = ["Method", "Recipe", "available", "place", "train"]
 
 
 class Method(NamedTuple):

@@ -255,7 +255,6 @@ LINES = (
     ("w2s_fast/__init__.py", "from .ops.{family}.{op} import {op}\n", r"^from \.ops\..*\n"),
     ("w2s_fast/__init__.py", '    "{op}",\n', r'^    "[a-z]\w*",\n'),
     ("w2s_fast/autocast.py", '    "{op}": "as given",\n', r'^    "\w+": "as given",\n'),
-    ("README.md", "| `{op}` | y = scale x | C++, Triton |\n", r"^\| `w2s_fast\.data`.*\n"),
 )
 
 
@@ -307,7 +306,7 @@ def main() -> None:
         parser.error("name must be family/op, as in diffusion/row_scale")
     for path in write(ROOT, family, op):
         print(path.relative_to(ROOT))
-    print(f"left: the mathematics in place of y = scale x; then\nmake build && .venv/bin/python -m pytest -q "
+    print(f"left: the mathematics in place of y = scale x; then\nmake build readme && .venv/bin/python -m pytest -q "
           f"tests/test_contract.py tests/test_samples.py tests/test_guarantee.py -k {op}")  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def ops_of(function: Callable[..., Any], seen: set[Any] | None = None) -> dict[s
 
 
 def backends_of(function: Callable[..., Any]) -> list[str]:
-    """As README names them, best known first; empty for plain PyTorch."""
+    """As docs/operations.md names them, best known first; empty for plain PyTorch."""
     ops = list(ops_of(function).values())
     found = ["C++"] if ops and all(op.has_cpp() for op in ops) else []
     found += ["Triton"] if ops and all(op.triton is not None for op in ops) else []

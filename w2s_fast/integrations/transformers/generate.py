@@ -120,8 +120,8 @@ def generate(
             row's result does not depend on the rest of the batch beyond the models' own rounding.
         generator: source of the uniforms otherwise.
         on_step: called with the number of tokens made, after each.
-        generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, streamer, tokenizer,
-            stop_strings, settings: as in ``model.generate`` of transformers (``repetition_penalty``,
+        generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, streamer: see ``settings``.
+        tokenizer, stop_strings, settings: as in ``model.generate`` of transformers (``repetition_penalty``,
             ``no_repeat_ngram_size``, ``min_new_tokens``, ``bad_words_ids``, ``cache_implementation``, ...), of which
             ``large`` makes its processors and criteria. They also come from its own generation config, except for
             temperature, top_k, top_p and min_p. Processors get the fused logits, so that at weight 0 they do what they

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .grape import select as grape_select
+
+if TYPE_CHECKING:
+    from ._trainers import NPOTrainer, SPINTrainer
 
 __all__ = ["NPOTrainer", "SPINTrainer", "grape_select"]
 

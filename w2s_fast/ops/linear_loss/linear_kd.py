@@ -101,8 +101,8 @@ def linear_kd(
         lm_head: ``[V, D]`` of the same dtype.
         teachers: as for `kd_loss`, and ``("linear", h, W)`` or ``("linear", h, W, bias)`` with ``[..., D_m]``,
             ``[V, D_m]`` and ``[V]``, whose logits are not held whole either.
-        kind, alpha, tau, beta_jsd, beta_sce, power_student, power_teacher, target, hard, weights, ignore_index,
-            teacher_weights, tau_scale, outputs, vocab: see `kd_loss`.
+        kind, alpha, tau, beta_jsd, beta_sce, power_student, power_teacher: see `kd_loss`.
+        target, hard, weights, ignore_index, teacher_weights, tau_scale, outputs, vocab: see `kd_loss`.
         reduction: see `kd_loss`; ``"none"`` is refused, as entries are as large as the logits (``outputs=("kd",)``
             has a number a row).
         bias: ``[V]`` or None.

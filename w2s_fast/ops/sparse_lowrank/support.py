@@ -17,15 +17,12 @@ LAYOUTS = ("csr16", "csr32", "balanced", "flat64")
 class SparseSupport(nn.Module):
     """The positions of a sparse matrix's nonzeros, which never change (SLTrain, arXiv 2406.02214, section 3).
 
-    ============  ==========================================================  ============  =======================
-    layout        index                                                       bytes a value values are stored
-    ============  ==========================================================  ============  =======================
-    ``csr16``     row_ptr int32 [O + 1], cols uint16 [K]; I <= 65536          2             row by row
-    ``csr32``     row_ptr int32 [O + 1], cols int32 [K]                       4             row by row
-    ``balanced``  cols uint8 [K]: ``per_block`` values of every row in every  1             [block][row][value]
-                  block of ``block`` columns
-    ``flat64``    int64 [K], sorted positions row * I + column                8             row by row
-    ============  ==========================================================  ============  =======================
+        layout    index                                                         bytes a value  values are stored
+        csr16     row_ptr int32 [O + 1], cols uint16 [K]; I <= 65536            2              row by row
+        csr32     row_ptr int32 [O + 1], cols int32 [K]                         4              row by row
+        balanced  cols uint8 [K]: per_block values of every row in every block  1              [block][row][value]
+                  of block columns
+        flat64    int64 [K], sorted positions row * I + column                  8              row by row
 
     ``flat64`` is what official SLTrain checkpoints hold; it is for import and export, the ops refuse it. A module only
     so that its index tensors are buffers: they move with ``.to(device)`` and stand in ``state_dict()``, the columns of
