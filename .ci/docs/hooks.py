@@ -22,6 +22,7 @@ from w2s_fast.bench import catalogue
 
 import w2s_fast
 
+LINK = r"\]\((?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)"
 #: Files of the root and their pages.
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
            "SECURITY.md": "security.md"}  # fmt: skip
@@ -112,7 +113,8 @@ def relinked(text: str, source: str) -> str:
         to = OUTSIDE.get(path, path).removeprefix("docs/")
         return f"]({posixpath.relpath(to, at or '.')}{anchor})"
 
-    return re.sub(r"\]\((?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)", link, text)
+    parts = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)  # code is no link
+    return "".join(part if part.startswith("```") else re.sub(LINK, link, part) for part in parts)
 
 
 def on_config(config: Any) -> Any:

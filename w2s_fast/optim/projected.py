@@ -210,7 +210,7 @@ class Fira(GaLore):
         limit: gamma of the limiter on the growth of |S|; None: no limiter.
 
     Raises:
-        As `GaLore`.
+        ValueError, TypeError: as `GaLore`.
     """
 
     def __init__(
