@@ -293,7 +293,7 @@ def _two_passes(
         y, w = tokens.ids[:, k : k + 1], tokens.own[:, k]
         target = Group(keep=keep, ids=y, probs=w.unsqueeze(1), uniform=None, dense=None, classes=None)
         nothing = Group(need_hiddens=0, need_heads=0, need_biases=0, need_weights=False)
-        _, _, logp, lse, *_ = launch_linear_ce(model, target, w, 0.0, False, False, False, nothing)
+        _, _, logp, lse, *_ = launch_linear_ce(model, target, w, 0.0, False, False, False, False, nothing)
         sums.append(w.new_zeros(given.counts.shape).index_put((segments,), logp * w, accumulate=True))
     losses, score, nll = given.losses(sums[0], sums[-1], slice(None))
     coef = tokens.slopes(segments, scale, score, nll)
