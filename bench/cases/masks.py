@@ -49,12 +49,22 @@ def _draw(*shape: int) -> Any:
     return inputs
 
 
+def _distinct(n: int) -> Any:
+    """Magnitudes 1 to n in random order with random signs: without ties there is one right mask."""
+
+    def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
+        signs = torch.randint(2, (n,), generator=generator) * 2 - 1
+        return (((torch.randperm(n, generator=generator) + 1) * signs).float().to(device),)
+
+    return inputs
+
+
 def _mask_cases() -> list[Case]:
     n, side = 10_000_000, 1024
     top = Case(
         op="nn.topk_mask", name="10M-10%-fp32", dtype="float32", shape={"n": n}, bytes=5 * n, flops=n, hot=True,
         prediction="three passes of compares; a sort makes twenty and more, topk of a tenth little fewer: 12x",
-        inputs=_draw(n), ours=lambda s: topk_mask(s, density=DENSITY), reference=_sort,
+        inputs=_distinct(n), ours=lambda s: topk_mask(s, density=DENSITY), reference=_sort,
         providers={"topk": eager(_topk), "sort": formulation(_sort)}, targets={"topk": 12.0},
     )  # fmt: skip
     two = Case(
