@@ -38,6 +38,8 @@ def exact_weights(tol: float, alpha_max: float = 2.0) -> Callable[[Any, Tilt], f
 
     def compare(alpha: Any, expected: Tilt) -> float:
         alpha = alpha.double()
+        if alpha.shape != expected.target.shape:
+            raise ValueError(f"alpha must have shape {tuple(expected.target.shape)}, got {tuple(alpha.shape)}")
         miss = expected.kl(alpha) - expected.target
         saturated = (alpha >= alpha_max * (1 - 1e-6)) & (miss < 0)
         allowed = tol * expected.target.clamp_min(1.0)

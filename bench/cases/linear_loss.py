@@ -149,14 +149,14 @@ def _sample_case(rows: int, vocab: int, sizes: tuple[int, ...]) -> Case:
 def _dynamic_case(rows: int, vocab: int, sizes: tuple[int, ...]) -> Case:
     def plain(target: Tensor, *tensors: Tensor) -> Tensor:
         large, small, tuned = (h @ w.t() for h, w in zip(tensors[:3], tensors[3:], strict=True))
-        return w2s_fast.dynamic_fusion_weights(large, [tuned], small).alpha
+        return w2s_fast.dynamic_fusion_weights(large, [tuned], small).alpha[:, 0]
 
     def exact(target: Tensor, *tensors: Tensor) -> Tilt:
         large, small, tuned = (h @ w.t() for h, w in zip(tensors[:3], tensors[3:], strict=True))
         return tilt(large, tuned, small)
 
     def fused(target: Tensor, *tensors: Tensor) -> Tensor:
-        return w2s_fast.linear_dynamic_weights(tensors[:3], tensors[3:]).alpha
+        return w2s_fast.linear_dynamic_weights(tensors[:3], tensors[3:]).alpha[:, 0]
 
     return Case(
         op="linear_dynamic_weights",
