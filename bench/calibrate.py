@@ -14,11 +14,6 @@ from typing import Any
 
 import torch
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 from ..calibration import Point, key, size
 from ..library import Op
 from .domain import Call, Domain
@@ -26,10 +21,8 @@ from .domain import Call, Domain
 #: calls of each domain and dtype, spread over sizes up to what a few rows of a vocabulary take
 DRAWS = 6
 MOST_FLOPS, MOST_ELEMENTS = 1e8, 4e6
-#: interleaved rounds of each call that count; plain PyTorch is believed by the better of them but for the luckiest
+#: interleaved rounds of each call; plain PyTorch is believed by the better of its rounds but for the luckiest
 ROUNDS, SECONDS = 5, 1e-3
-#: rounds that are tried: one in which another process took the processor measured the load, and does not count
-MOST_ROUNDS, BELIEVED = 20, 3
 
 Recorded = tuple[Op, tuple[Any, ...]]
 
@@ -76,27 +69,16 @@ def _time(function: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _interruptions() -> int:
-    """How often another process took the processor from this one's threads; 0 where the system does not say."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
-
-
-def _ratio(ways: tuple[Callable[[], Any], Callable[[], Any]]) -> float | None:
-    """Time of plain PyTorch over ours, the upper quartile of interleaved rounds; None if the machine was too busy."""
+def _ratio(ways: tuple[Callable[[], Any], Callable[[], Any]]) -> float:
+    """Time of plain PyTorch over ours, the upper quartile of interleaved rounds."""
     counts = []
     for way in ways:
         way()
         counts.append(max(1, min(int(SECONDS / ROUNDS / max(_time(way, 1), 1e-7)), 200)))
-    rounds: list[float] = []
-    for _ in range(MOST_ROUNDS):
-        before = _interruptions()
+    rounds = []
+    for _ in range(ROUNDS):
         ours, plain = (_time(way, count) for way, count in zip(ways, counts, strict=True))
-        if _interruptions() == before:
-            rounds.append(plain / ours)
-        if len(rounds) == ROUNDS:
-            break
-    if len(rounds) < BELIEVED:
-        return None
+        rounds.append(plain / ours)
     return statistics.quantiles(rounds, n=4, method="inclusive")[2]
 
 
@@ -113,8 +95,6 @@ def measure(family: str) -> dict[str, list[Point]]:
             for (name, signature), (op, flat) in once.items():
                 with torch.inference_mode(False), torch.no_grad():
                     ratio = _ratio((lambda o=op, f=flat: o.kernel(f), lambda o=op, f=flat: o.plain(f)))  # type: ignore[misc]
-                if ratio is None:
-                    continue
                 rows, elements = size(flat)
                 point = Point(signature, rows.bit_length(), elements.bit_length(), round(ratio, 3))
                 found.setdefault(name, []).append(point)

@@ -15,7 +15,6 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #define W2S_UNIX 1
@@ -114,19 +113,6 @@ double seconds(const Choice::Work& work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// how often another process took the processor from this one's threads: a round in which it grew measured the load
-int64_t interruptions() {
-#if W2S_UNIX
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return int64_t(usage.ru_nivcsw);
-#else
-  return 0;
-#endif
-}
-
-constexpr int ROUNDS = 12, MOST_ROUNDS = 60, BELIEVED = 4;  // rounds that count, that are tried, that are worth keeping
-
 }  // namespace
 
 bool library_allowed() { return mode() != Mode::own && !deterministic(); }
@@ -136,20 +122,16 @@ void Choice::settle(const std::function<void(const Race&)>& set_up) {
   std::call_once(once, [&] {
     const std::string path = folder() + name;
     if (read(path, own, library)) return;
-    int quiet = 0;
     set_up([&](double units, const Work& ours, const Work& theirs) {
-      double first = 1e9, second = 1e9;  // in turns, the best of the rounds that nobody interrupted
-      for (int round = 0; round < MOST_ROUNDS && quiet < ROUNDS; ++round) {
-        const int64_t before = interruptions();
-        const double ours_took = seconds(ours), theirs_took = seconds(theirs);
-        quiet += interruptions() == before;
-        first = std::min(first, ours_took);
-        second = std::min(second, theirs_took);
+      double first = 1e9, second = 1e9;  // in turns; the best of some rounds is what nothing disturbed
+      for (int round = 0; round < 12; ++round) {
+        first = std::min(first, seconds(ours));
+        second = std::min(second, seconds(theirs));
       }
       own = units / first;
       library = units / second;
     });
-    if (quiet >= BELIEVED) write(path, own, library);  // else this process alone goes by it
+    write(path, own, library);
   });
 }
 
