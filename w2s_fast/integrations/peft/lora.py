@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +25,7 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
         given = {name: value for name, value in kwargs.items() if value is not None}
-        plain = self.disable_adapters or self.merged
-        reason = "" if plain else _why_not(self, args, given)
-        note(self, plain, reason)
-        if plain or reason:
+        if keeps_own(self, lambda: _why_not(self, args, given)):
             own: Tensor = super().forward(x, *args, **kwargs)
             return own
         return _forward(self, x)
@@ -54,9 +52,12 @@ def forget(layer: nn.Module, *more: str) -> None:
         layer.__dict__.pop(name, None)
 
 
-def note(layer: nn.Module, plain: bool, reason: str) -> None:
-    """What `FusedAdapters.status` says of a layer's call."""
+def keeps_own(layer: Any, why_not: Callable[[], str]) -> bool:
+    """Whether a call is PEFT's: of the base layer alone, or for a reason; `FusedAdapters.status` says which."""
+    plain = layer.disable_adapters or layer.merged
+    reason = "" if plain else why_not()
     layer.__dict__["_w2s_fast_status"] = "base layer alone" if plain else (f"PEFT: {reason}" if reason else "fused")
+    return bool(plain or reason)
 
 
 def hooked(module: nn.Module) -> bool:

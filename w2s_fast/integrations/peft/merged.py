@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import checks
-from .lora import beside, hooked, note, unfit
+from .lora import beside, hooked, keeps_own, unfit
 
 with checks.extra("peft"):
     from peft.tuners.miss.layer import MissLinear as PeftMissLinear
@@ -28,10 +28,7 @@ class FusedMissLinear(PeftMissLinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
-        plain = self.disable_adapters or self.merged
-        reason = "" if plain else self._reason(args, kwargs)
-        note(self, plain, reason)
-        if plain or reason:
+        if keeps_own(self, lambda: self._reason(args, kwargs)):
             own: Tensor = super().forward(x, *args, **kwargs)
             return own
         weight = self.base_layer.weight
@@ -68,10 +65,7 @@ class FusedRandLoraLinear(PeftRandLoraLinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
-        plain = self.disable_adapters or self.merged
-        reason = "" if plain else self._reason(x, args, kwargs)
-        note(self, plain, reason)
-        if plain or reason:
+        if keeps_own(self, lambda: self._reason(x, args, kwargs)):
             own: Tensor = super().forward(x, *args, **kwargs)
             return own
         weight = self.base_layer.weight
