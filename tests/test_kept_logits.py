@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import w2s_fast
+from w2s_fast.ops.linear_loss.gradient import LINEAR_LOSS_BACKWARD
 from w2s_fast.ops.linear_loss.inputs import keeps_logits, single
 from w2s_fast.ops.linear_loss.logprobs import LINEAR_FUSION_LOGPROBS
 from w2s_fast.reference.linear_loss import fusion as reference
+from w2s_fast.reference.linear_loss.arguments import Coefficients, Need
 
 KINDS = {"trainable": (True, True), "frozen head": (True, False), "head alone": (False, True)}
 
@@ -74,3 +76,34 @@ def test_asked_to_recompute(grad, kept):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         w2s_fast.linear_logp(h.requires_grad_(), w.requires_grad_(), target, grad=grad)
     assert ((37, 16) in saved) == kept
+
+
+def _backward(layout):
+    """Of coefficients by the op itself, with the logits in a layout; and with logits made again."""
+    (h, w, _), target = inputs()
+    given, _ = single("test", h, w, None, 1.0, None)
+    kept = layout(LINEAR_FUSION_LOGPROBS(given, target, -100, False, False, True).kept)
+    coef = Coefficients((h @ w.t()).logsumexp(-1), target.unsqueeze(1), torch.ones(7, 1), -torch.ones(7))
+    found = [LINEAR_LOSS_BACKWARD(given, coef, Need(1, 1, 0, False), k) for k in (kept, None)]
+    return [(one.dhiddens[0], one.dheads[0]) for one in found]
+
+
+LAYOUTS = {
+    "slice": lambda t: torch.stack([t, t * torch.nan], -1).flatten(1)[:, ::2],
+    "transposed": lambda t: t.t().contiguous().t(),
+    "offset": lambda t: torch.cat([t * torch.nan, t])[len(t) :],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout):
+    kept, again = _backward(LAYOUTS[layout])
+    torch.testing.assert_close(kept, again, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(w2s_fast.extension.ERROR is not None, reason="plain PyTorch makes the logits again")
+@pytest.mark.parametrize("wrong", [lambda t: t[:3], lambda t: t[:, :7], lambda t: t.bfloat16(), lambda t: t.flatten()])
+def test_other_logits_are_refused(wrong):
+    """A hook on saved tensors may hand back anything."""
+    with pytest.raises(RuntimeError, match=r"linear_loss_backward: kept must be \[37, 16\]"):
+        _backward(wrong)

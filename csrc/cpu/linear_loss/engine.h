@@ -209,11 +209,27 @@ inline auto with_engine(const LinearArguments& linear, std::vector<int64_t> rows
   });
 }
 
-// Memory of all logits [V, Mp], which backward is to find there: all rows count and fill one block without a cap.
+// Whether all rows count and fill one block without a cap: what logits [V, Mp] are kept of from forward to backward.
+template <class A>
+inline bool keeps_logits(const Engine<A>& e) {
+  return e.M == e.T && e.M <= e.block() && !e.cap && e.n == 1;
+}
+
+// Their memory, empty unless wanted.
 template <class A>
 inline Tensor kept_logits(const Engine<A>& e, bool wanted) {
-  if (wanted && (e.M != e.T || e.M > e.block() || e.cap || e.n != 1)) throw Refusal("logits are kept of one block of rows that all count");
+  if (wanted && !keeps_logits(e)) throw Refusal("logits are kept of one block of rows that all count");
   return wanted ? e.output({e.V, e.Mp}) : e.output({0});
+}
+
+// Those that forward left, or null: none, or not of the rows that count now.
+template <class A>
+inline const A* found_logits(const Engine<A>& e, const std::optional<Tensor>& kept) {
+  if (!kept || !keeps_logits(e)) return nullptr;
+  check(kept->scalar_type() == scalar_type<A> && kept->dim() == 2 && kept->size(0) == e.V && kept->size(1) == e.Mp, [&] {
+    return "kept must be [" + std::to_string(e.V) + ", " + std::to_string(e.Mp) + "], of the dtype that sums are in";
+  });
+  return static_cast<const A*>(kept->data_ptr());
 }
 
 // Rows that count put back among all rows; the others get 0.

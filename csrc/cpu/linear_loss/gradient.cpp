@@ -21,7 +21,7 @@ Lists run(Engine<A>& e, const LinearArguments& linear, Need need, const Coeffici
   g.b = SoftTarget<A>::rows(e, c.coef_lse);
   if (c.coef_log) g.c = SoftTarget<A>::rows(e, *c.coef_log);
   g.q = SoftTarget<A>(e, c.ids, c.coef_ids, c.coef_all, c.dense, c.coef_dense, c.classes);
-  if (kept && e.M == e.T) g.kept = static_cast<const A*>(kept->data_ptr());
+  g.kept = found_logits(e, kept);
   const auto groups = blocks(e);
   g.plan(widest<A>(groups));
   g.sweep(groups);
