@@ -1,6 +1,22 @@
 #include "cpu/tensors.h"
 
 namespace w2s {
+namespace {
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Bool: return "bool";
+    default: return "of another dtype";
+  }
+}
+
+}  // namespace
 
 Dtype dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
 
@@ -29,6 +45,19 @@ Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
   AtenTensorHandle made;
   library_call(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
+}
+
+void expect(const Tensor& t, const char* argument, torch::headeronly::IntHeaderOnlyArrayRef shape, std::optional<ScalarType> type) {
+  bool same = t.dim() == int64_t(shape.size()) && (!type || t.scalar_type() == *type);
+  for (size_t d = 0; same && d < shape.size(); ++d) same = t.size(int64_t(d)) == shape[d];
+  if (same) return;
+  const auto text = [](const auto& sizes) {
+    std::string all;
+    for (const int64_t n : sizes) all += (all.empty() ? "" : ", ") + std::to_string(n);
+    return "[" + all + "]";
+  };
+  throw Refusal(argument + (" must be " + text(shape)) + (type ? std::string(" ") + name_of(*type) : "") + ", got " + text(shape_of(t)) +
+                " " + name_of(t.scalar_type()) + ".");
 }
 
 std::vector<double> numbers(const Tensor& t) {

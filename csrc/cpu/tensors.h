@@ -50,6 +50,18 @@ inline Tensor empty_of(const Tensor& t, bool wanted = true) {
   return fresh(t, wanted ? shape_of(t) : std::vector<int64_t>{0});
 }
 
+// What one op leaves for another, which reads it by that shape: a hook on saved tensors may hand back something else. A dtype
+// is named where its bytes are read as such.
+void expect(const Tensor& t, const char* argument, torch::headeronly::IntHeaderOnlyArrayRef shape, std::optional<ScalarType> type = std::nullopt);
+inline void expect(const std::optional<Tensor>& t, const char* argument, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                   std::optional<ScalarType> type = std::nullopt) {
+  if (t) expect(*t, argument, shape, type);
+}
+// Two tensors of one shape and dtype.
+inline void expect_like(const Tensor& t, const char* argument, const Tensor& other) {
+  expect(t, argument, shape_of(other), other.scalar_type());
+}
+
 // The integers or booleans of a contiguous tensor.
 template <class T>
 const T* integers(const Tensor& t) {
