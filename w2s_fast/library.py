@@ -14,6 +14,8 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -147,8 +149,9 @@ class Op:
         self._forced: Any = None
         #: where plain PyTorch serves calls on a CPU faster than the C++ kernel; None: nowhere
         self.regions: calibration.Regions | calibration.Unknown | None = calibration.UNKNOWN
-        self._group: Callable[..., tuple[Any, ...]] | None = None
         self._make = None if signature.made is None else signature.made._make
+        #: one value a result as the reference returns them: by name, or the value of the only one
+        self.named: Callable[[Sequence[Any]], Any] = self._make or itemgetter(0)
         self.gradient: Gradient
         for kernel, layer in ((triton, "kernels"), (cuda, "ops")):
             if kernel is not None:
@@ -164,15 +167,10 @@ class Op:
         """Of the flat arguments."""
         return [argument.name for argument in self.signature.arguments]
 
-    def group(self, *flat: Any) -> tuple[Any, ...]:
-        """Flat arguments as the reference takes them."""
-        if self._group is None:
-            self._group = self.signature.group()
-        return self._group(*flat)
-
-    def named(self, results: Sequence[Any]) -> Any:
-        """One value a result as the reference returns them: by name, or the value of the only one."""
-        return results[0] if self._make is None else self._make(results)
+    @cached_property
+    def group(self) -> Callable[..., tuple[Any, ...]]:
+        """Flat arguments as the reference takes them; made at first use, so that importing the package is quick."""
+        return self.signature.group()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         found = self.run(dispatch.STATE, self.flatten(*args, **kwargs))
@@ -199,6 +197,9 @@ class Op:
             return transforms.call(self, backend, flat)
         # past the dispatcher's autograd kernel, which would cost a small call as much as the op
         if not (_is_grad_enabled() and _any_requires_grad(*flat)):
+            if backend == "auto" and self.regions is None:  # what `_serve` does, a small call's time less
+                with _below_autograd():
+                    return self._auto(*flat)
             return self._serve(backend, flat)
         _set_grad_enabled(False)
         try:
