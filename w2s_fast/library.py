@@ -333,6 +333,7 @@ def define(
     *,
     fake: Callable[..., Any],
     backward: Callable[[Call, Any], dict[str, Any]] | None = None,
+    gradient: Callable[..., Any] | None = None,
     saves: Names = "",
     carriers: Names | None = None,
     materialize: bool = False,
@@ -348,6 +349,9 @@ def define(
         backward: ``(call, grads) -> {argument: gradient}``. Arguments left out get no gradient; ``grads`` has the form
             of the results, with None for those that none came of. It is not called without any. None makes a gradient
             through the op an error (double backward).
+        gradient: in place of ``backward`` and ``saves``, the gradient's own reference: it takes ``grad``, that of the
+            only result, then arguments of the op (or ``out``) by name; its results are ``d<argument>``, each like its
+            argument. It becomes an op too, with kernels under its name.
         saves: tensors that backward needs, arguments and results. All else that is no tensor is there anyway.
         carriers: results that carry a gradient; None: all of floating dtype. "" for an op such as sampling.
         materialize: whether backward gets zeros for a gradient that did not come.
@@ -355,10 +359,31 @@ def define(
             differentiated too. Otherwise that is an error.
         triton, cuda: the GPU's kernels.
     """
+    if gradient is not None:
+        backward, saves = _gradient_op(gradient)
     op = Op(reference, fake, triton, cuda)
     op.gradient = Gradient(op, backward, saves, carriers, materialize, twice)
     register(op)
     return op
+
+
+def _gradient_op(reference: Callable[..., Any]) -> tuple[Callable[[Call, Any], dict[str, Any]], str]:
+    """The backward that calls the op of a gradient, and what it saves."""
+    signature = Signature(reference)
+    names, made = signature.parameters[1:], [result.name.removeprefix("d") for result in signature.results]
+    fits = signature.parameters[0] == "grad" and set(made) <= set(names)
+    assert fits, f"{reference.__name__} must take grad and arguments of the op, and return d<argument> of some of them"
+
+    def fake(grad: Tensor, *arguments: Any) -> Any:
+        given = dict(zip(names, arguments, strict=True))
+        return tuple(given[name].new_empty(given[name].shape) for name in made)
+
+    op = define(reference, fake=fake, triton=Kernel())
+
+    def backward(call: Call, grad: Tensor) -> dict[str, Any]:
+        return dict(zip(made, op.on(call.backend)(grad, *(getattr(call, name) for name in names)), strict=True))
+
+    return backward, " ".join(argument.name for argument in signature.arguments[1:] if argument.is_tensor)
 
 
 def register(op: Op) -> None:

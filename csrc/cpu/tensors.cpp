@@ -1,5 +1,7 @@
 #include "cpu/tensors.h"
 
+#include "cpu/convert.h"
+
 namespace w2s {
 namespace {
 
@@ -77,6 +79,13 @@ std::vector<double> numbers(const Tensor& t) {
       found[size_t(i * columns + j)] = x;
     }
   return found;
+}
+
+Tensor narrowed(const std::vector<double>& sums, const Tensor& like) {
+  Tensor made = empty_of(like);
+  check(made.numel() == int64_t(sums.size()), "there must be as many sums as elements");
+  kernels<ConvertKernels, double>().narrow(sums.data(), made.numel(), dtype_of(like), made.data_ptr());
+  return made;
 }
 
 }  // namespace w2s

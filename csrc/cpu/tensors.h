@@ -84,6 +84,9 @@ std::vector<double> numbers(const Tensor& t);
 inline std::vector<double> numbers(const std::optional<Tensor>& t) { return t ? numbers(*t) : std::vector<double>(); }
 inline std::vector<double> numbers(const std::optional<Strided>& t) { return t ? numbers(*t) : std::vector<double>(); }
 
+// Sums as a tensor like another one, rounded to its dtype.
+Tensor narrowed(const std::vector<double>& sums, const Tensor& like);
+
 // Memory of one call, made like the tensor `like`, freed with this.
 struct CallMemory {
   Tensor like;
