@@ -176,6 +176,12 @@ struct WeightKernels {
   int64_t (*vector_width)();
   void (*gradient)(int64_t mode, const A* g, int64_t batch, int64_t n, const A* const* x, const A* const* w, int64_t ld,
                    A* const* dx, A* const* dw);
+  void (*split)(int64_t mode, const A* l, const A* u, int64_t n, A* const* to);
+  void (*ends)(A* a, A* b, int64_t n);
+  void (*choose)(const A* by, const A* negative, int64_t n, A* out);
+  void (*sum_and_difference)(const A* l, const A* u, int64_t n, A* sum, A* difference);
+  void (*from_centre)(const A* centre, const A* turned, int64_t n, A* a, A* b);
+  bool (*finite)(const A* x, int64_t n);
 };
 
 // fast_reg_kernel.cpp; sums are in double whatever A is
