@@ -124,11 +124,14 @@ struct LinearKernels {
 // affine_kernel.cpp
 template <class A>
 struct AffineKernels {
-  void (*forward)(const void* lower, const void* upper, Dtype dtype, const A* s, const A* t, int n, bool relu, bool sound,
-                  void* low, void* high);
+  void (*forward)(const void* lower, const void* upper, Dtype dtype, const A* s, const A* t, bool across, int n, bool relu,
+                  bool sound, bool far, void* low, void* high);
   void (*gradient)(const void* gl, const void* gu, const void* lower, const void* upper, const void* low, const void* high,
                    Dtype dtype, const A* s, int n, bool relu, void* dl, void* du, A* ds, A* dt);
   void (*stats_gradient)(const void* in, Dtype dtype, const A* g, const A* h, const A* mean, int n, void* out);
+  double (*sum_run)(const A* x, int n);
+  void (*moments)(const void* in, Dtype dtype, int n, double shift, double* sum, double* squares);
+  void (*moments_across)(const void* in, Dtype dtype, int n, const double* shift, double* sum, double* squares);
 };
 
 // conv_kernel.cpp
