@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("vllm")
 from transformers import LlamaConfig, LlamaForCausalLM
 
-BLOCK, BLOCKS, CHUNK, LENGTH = 16, 20, 32, 96
+BLOCK, BLOCKS, CHUNK, LENGTH = 32, 20, 32, 96
 
 
 def tiny_llama(vocabulary: int, width: int, seed: int) -> LlamaForCausalLM:

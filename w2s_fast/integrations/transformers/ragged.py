@@ -141,7 +141,7 @@ def _cache_of(reader: CachedModel) -> tuple[str, Any]:
 
 def _joins(reader: CachedModel) -> bool:
     """Whether batches of this model can be cut and joined: nothing but keys and values in the cache, and masks."""
-    layers = getattr(_cache_of(reader)[1], "layers", None)
+    layers = getattr(_cache_of(reader)[1], "layers", None) or ()
     plain = bool(layers) and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
     return plain and reader._masks and reader.name not in NOT_BATCHED | NOT_PADDED
 

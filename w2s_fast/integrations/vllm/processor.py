@@ -51,9 +51,9 @@ class FusionLogitsProcessor(LogitsProcessor, RunnerV2LogitsProcessor):  # type: 
 
     def __init__(self, vllm_config: Any, *where: Any) -> None:
         """With ``device, is_pin_memory`` as the first runner has it, or with the requests' states as the second."""
-        self._states = where[0] if len(where) == 1 else None
-        self._requests: dict[int, Request] = {}
-        self._tokens: dict[int, tuple[list[int], list[int]]] = {}
+        self._states: Any = where[0] if len(where) == 1 else None
+        #: by place in the batch or by slot, with prompt and output where the runner has them as lists
+        self._requests: dict[int, tuple[Request, list[int], list[int]]] = {}
         self._names = itertools.count()
         self._prefill: set[int] = set()
         config = vllm_config.model_config
@@ -84,52 +84,46 @@ class FusionLogitsProcessor(LogitsProcessor, RunnerV2LogitsProcessor):  # type: 
         if batch_update is None:
             return
         for index in batch_update.removed:
-            self._drop(index)
+            self._requests.pop(index, None)
         for index, params, prompt, output in batch_update.added:
-            self._drop(index)
+            self._requests.pop(index, None)
             # vLLM hands on the one list of a request's output while it lives, also after a pause
             made = self.fusion.request(_Same(output), params.extra_args)
             if made is not None:
-                self._requests[index], self._tokens[index] = made, (prompt, output)
+                self._requests[index] = made, prompt, output
         for one, other, direction in batch_update.moved:
-            for held in (self._requests, self._tokens):
-                first, second = held.pop(one, None), held.pop(other, None)
-                if first is not None:
-                    held[other] = first
-                if second is not None and direction == MoveDirectionality.SWAP:
-                    held[one] = second
-
-    def _drop(self, index: int) -> None:
-        self._requests.pop(index, None)
-        self._tokens.pop(index, None)
+            first, second = self._requests.pop(one, None), self._requests.pop(other, None)
+            if first is not None:
+                self._requests[other] = first
+            if second is not None and direction == MoveDirectionality.SWAP:
+                self._requests[one] = second
 
     def _texts_v1(self) -> list[tuple[int, Request, Text]]:
         found = []
-        for row in sorted(self._requests):
-            prompt, output = self._tokens[row]
-            text = Text(self._requests[row].key, len(prompt) + len(output), (output or prompt)[-1],
+        for row, (request, prompt, output) in sorted(self._requests.items()):
+            text = Text(request.key, len(prompt) + len(output), (output or prompt)[-1],
                         partial(_concatenated, prompt, output))  # fmt: skip
-            found.append((row, self._requests[row], text))
+            found.append((row, request, text))
         return found
 
     # the second runner: rows are mapped to slots, which keep a request's tokens
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """A request enters a slot; whether it is fused."""
-        self._drop(req_idx)
+        self._requests.pop(req_idx, None)
         made = self.fusion.request((req_idx, next(self._names)), sampling_params.extra_args)
         if made is not None:
-            self._requests[req_idx] = made
+            self._requests[req_idx] = made, [], []
         return made is not None
 
     def _texts_v2(self, context: Any) -> list[tuple[int, Request, Text]]:
         found = []
         lengths, last = (context.pos + 1).tolist(), context.input_ids.tolist()
         for row, slot in enumerate(context.expanded_idx_mapping.tolist()):
-            request = self._requests.get(slot)
             # of a prompt that is read in pieces the last piece counts
-            if request is None or lengths[row] < self._states.prefill_len.np[slot]:
+            if slot not in self._requests or lengths[row] < self._states.prefill_len.np[slot]:
                 continue
+            request = self._requests[slot][0]
             ids = self._states.all_token_ids.gpu[slot, : lengths[row]].tolist
             found.append((row, request, Text(request.key, lengths[row], last[row], ids)))
         return found
