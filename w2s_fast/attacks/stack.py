@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,15 +47,16 @@ class Stacked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of every model on its part of x."""
+        found: Tensor = self.call(outputs, x)
+        return found
+
+    def call(self, function: Callable[[Any, Tensor], Any], x: Tensor) -> Any:
+        """``function(model, part)`` of every model, its results stacked: features, say, instead of outputs."""
         if x.shape[:1] != (self.count,):
             checks.fail(OP, "x", f"of shape ({self.count}, N, ...), a part a model", tuple(x.shape))
-        state = {**dict(self.base.named_parameters()), **dict(self.base.named_buffers())}
-
-        def one(state: dict[str, Tensor], part: Tensor) -> Any:
-            return outputs(lambda given: functional_call(self.base, state, (given,)), part)
-
-        found: Tensor = torch.vmap(one, randomness="different")(state, x)
-        return found
+        through = _Through(self.base, function)
+        state = {**dict(through.named_parameters()), **dict(through.named_buffers())}
+        return torch.vmap(lambda s, part: functional_call(through, s, (part,)), randomness="different")(state, x)
 
     def models(self) -> list[nn.Module]:
         """The models again, as copies."""
@@ -71,6 +72,17 @@ class Stacked(nn.Module):
                         owner._buffers[leaf] = buffer[i].clone()
             found.append(own)
         return found
+
+
+class _Through(nn.Module):
+    """A function of a module and its input as a module, so that `functional_call` reaches what the module holds."""
+
+    def __init__(self, base: nn.Module, function: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.base, self.function = base, function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self.base, x)
 
 
 class Ensemble(nn.Module):
