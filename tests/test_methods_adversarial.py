@@ -169,8 +169,11 @@ def test_transfer_is_a_matrix():
     for model in models:
         adversarial_training.train(model, pictures(), recipe=STEP.but(steps=30), eps=0.0)
     x, y = pictures(seed=9)[:]
-    found = adversarial.transfer(models[:2], models, x, y, lambda m: PGD(m, 0.15, steps=5))
-    assert found.shape == (2, 3) and found[0, 0] < found[0, 2] and found[1, 1] < found[1, 2]
+    found = adversarial.transfer(models[:2], models, x, y, lambda m: PGD(m, 0.15, steps=5, start="none"))
+    assert found.shape == (2, 3) and (found.diagonal() <= found[[0, 1], [2, 2]]).all() and found.max() > 0
+    moved = PGD(models[0], 0.15, steps=5, start="none")(x, y)
+    ok = (models[2](x).argmax(1) == y) & (models[2](moved).argmax(1) == y)
+    assert found[0, 2].item() == pytest.approx(ok.double().mean().item())
 
 
 # papers
@@ -183,7 +186,8 @@ def test_adversarial_finetuning_starts_slowly_and_decays_fast(resnet):
     assert rates[44] == pytest.approx(0.1)  # half way down, of two powers of ten
     before = [p.clone() for p in resnet.parameters()]
     done = adversarial_finetuning.train(resnet, pictures(), recipe=STEP.but(steps=2), eps=0.1, attack_steps=2)
-    assert len(done.losses) == 2 and any(not torch.equal(p, q) for p, q in zip(before, resnet.parameters(), strict=True))
+    changed = [not torch.equal(p, q) for p, q in zip(before, resnet.parameters(), strict=True)]
+    assert len(done.losses) == 2 and any(changed)
     with pytest.raises(ValueError, match="end must be"):
         adversarial_finetuning.train(resnet, pictures(), recipe=STEP, end=0.0)
 
@@ -202,7 +206,8 @@ def test_mtard_by_its_definition():
     assert balance.state["tau_adv"].item() == pytest.approx(1.001) and balance.state["tau_nat"].item() == 1
     weight = balance.update(two, one / 2, -two, -one)  # shares 2/3 and 1/3
     assert weight.item() == pytest.approx(0.5 + 0.025 * (2 / 3 - 0.5))
-    assert balance.state["tau_adv"].item() == pytest.approx(1.0) and balance.state["tau_nat"].item() == pytest.approx(1.001)
+    taus = [balance.state[name].item() for name in ("tau_adv", "tau_nat")]
+    assert taus == pytest.approx([1.0, 1.001])
     again = mtard.Balance()
     again.load_state_dict(balance.state_dict())
     assert torch.equal(again.update(two, one, -one, -two), balance.update(two, one, -one, -two))
@@ -258,7 +263,8 @@ def test_pubdef_stores_and_weighs(resnet):
         adversarial_training.train(model, pictures(), recipe=STEP.but(steps=40), eps=0.0)
     made = pubdef.stored(sources, pictures(10), lambda m: PGD(m, 0.2, steps=2), copies=3, batch=4)
     assert made.shape == (10, 2, 3, 1, 8, 8)
-    assert (made - pictures(10)[:][0][:, None, None]).abs().max() <= 0.2 and not torch.equal(made[:, 0, 0], made[:, 0, 1])
+    assert (made - pictures(10)[:][0][:, None, None]).abs().max() <= 0.2
+    assert not torch.equal(made[:, 0, 0], made[:, 0, 1])
     plain, defended = network(7), network(7)
     adversarial_training.train(plain, pictures(), recipe=STEP.but(steps=60), eps=0.0)
     pubdef.train(defended, sources, pictures(), recipe=STEP.but(steps=60), eps=0.3, attack_steps=5)
@@ -340,8 +346,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 def data(client):
-    draw = torch.Generator().manual_seed(client)
-    return TensorDataset(torch.rand(20 + 5 * client, 5, generator=draw), torch.randint(3, (20 + 5 * client,), generator=draw))
+    draw, count = torch.Generator().manual_seed(client), 20 + 5 * client
+    return TensorDataset(torch.rand(count, 5, generator=draw), torch.randint(3, (count,), generator=draw))
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -410,7 +416,8 @@ def test_mvp_trains_rows():
     tokenizer = foreign.tokenizer(["good bad thing number it is"] * 3 + [row["text"] for row in rows])
     model = foreign.gpt2(len(tokenizer), dropout=0.0)
     words = ";".join(tokenizer.convert_ids_to_tokens([20, 21]))
-    done = mvp.train(model, tokenizer, rows, recipe=Recipe(30, 1e-2, batch=12), template=" it is", words=words, norm=0.1)
+    done = mvp.train(model, tokenizer, rows, recipe=Recipe(30, 1e-2, batch=12), template=" it is", words=words,
+                     norm=0.1)  # fmt: skip
     assert done.losses[-1] < done.losses[0] / 2
     with pytest.raises(ValueError, match="words must be single tokens each"):
         mvp.train(model, tokenizer, rows, recipe=STEP, template=" it is", words="zzzz,qqqq;b")
