@@ -41,12 +41,14 @@ def separation(h: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def srat_loss(
-    model: Any, x: Tensor, x_adv: Tensor, y: Any, *, weights: Tensor, separate: float, temperature: float
+    model: Any, x: Tensor, x_adv: Tensor, y: Any, *, weights: Tensor, separate: float | Tensor, temperature: float
 ) -> Tensor:
     """A value a sample; weights ``[..., classes]``."""
     z, h = with_penultimate(model, x_adv)
     found = weights.to(z).gather(-1, labels(y)) * cross_entropy(z, labels(y))
-    return found + separate * separation(h, labels(y), temperature) if separate else found
+    return (
+        found + separate * separation(h, labels(y), temperature) if isinstance(separate, Tensor) or separate else found
+    )
 
 
 def train(

@@ -76,7 +76,8 @@ def action_probabilities(model: Any, prompts: Sequence[Sequence[int]], actions: 
         at = hidden[torch.arange(len(last), device=last.device), last]
         bias = None if head.bias is None else head.bias[chosen]
         z = torch.nn.functional.linear(at, head.weight[chosen], bias).float() / head.temperature
-        return (z if head.softcap is None else head.softcap * (z / head.softcap).tanh()).softmax(-1)
+        capped: Tensor = z if head.softcap is None else head.softcap * (z / head.softcap).tanh()
+        return capped.softmax(-1)
 
     training = model.training
     model.eval()
