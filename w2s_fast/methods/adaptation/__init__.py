@@ -1,0 +1,1 @@
+"""Methods that fit a trained model to data of another distribution."""

@@ -1,0 +1,1 @@
+"""Methods for classes and tasks that arrive one after the other, without stored data."""
