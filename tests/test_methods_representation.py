@@ -104,7 +104,7 @@ def test_the_mean_teacher_follows():
     for own, old in zip(teacher.model.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(own, old + 0.25)
     assert torch.equal(teacher.model[1].running_mean, student[1].running_mean)
-    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], got 2"):
         MeanTeacher(student, 2)
 
 
@@ -189,7 +189,7 @@ def test_robust_mean_teacher_adapts_a_resnet():
     dark = 0.25 * x + 0.7 + 0.05 * torch.randn(x.shape)  # bright, of little contrast
     before, untouched = right(model(dark).logits, y), copy.deepcopy(model)
     mean = robust_mean_teacher.RobustMeanTeacher(
-        model, prototypes=robust_mean_teacher.prototypes_of(model, data), rate=3e-3, decay=0.9, width=16
+        model, prototypes=robust_mean_teacher.prototypes_of(model, data), rate=3e-3, momentum=0.9, width=16
     )
     mean.warm_up(DataLoader(data, 32))
     source = next(iter(DataLoader(data, 32)))
@@ -339,6 +339,8 @@ def test_prd_keeps_the_first_task():
         rows = torch.isin(y, torch.tensor(task.classes))
         assert right(model(x[rows], number), y[rows] - min(task.classes)) > 0.9
     assert model(x).shape == (80, 4)
+    with pytest.raises(ValueError, match="recipe must be of the optimizer 'sgd' or 'adamw', got muon"):
+        model.fit(tasks[0], recipe.but(optimizer="muon"))
     with pytest.raises(ValueError, match=r"labels 0, 1, ... without a gap, got \[1\]"):
         model.fit(Subset(tasks[0], [i for i in range(len(tasks[0])) if tasks[0].y[i] == 1]), recipe)
 
@@ -532,7 +534,7 @@ def test_shrinkmatch_learns_from_few_labels():
     data = corners(96, seed=1)
     model = foreign.resnet(4)
     few = Subset(data, list(range(8)))
-    losses = shrinkmatch.train(model, data, few, recipe=Recipe(40, 1e-2, batch=32), decay=0.9, th=0.8).losses
+    losses = shrinkmatch.train(model, data, few, recipe=Recipe(40, 1e-2, batch=32), momentum=0.9, th=0.8).losses
     x, y = corners(64, seed=2).tensors
     assert len(losses) == 40 and right(model.eval()(x).logits, y) > 0.9
     align = shrinkmatch.Alignment(2)

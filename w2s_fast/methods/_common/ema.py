@@ -12,17 +12,18 @@ from ... import checks
 
 
 class MeanTeacher:
-    """A copy whose parameters follow ``p <- decay p + (1 - decay) q``; buffers (batch statistics) are the student's.
+    """A copy whose parameters follow ``p <- momentum p + (1 - momentum) q``; buffers (batch statistics) are the
+    student's.
 
     Args:
-        decay: in [0, 1].
+        momentum: in [0, 1].
 
     Raises:
-        ValueError, TypeError: naming `decay`.
+        ValueError, TypeError: naming `momentum`.
     """
 
-    def __init__(self, student: nn.Module, decay: float = 0.999) -> None:
-        self.decay = checks.number("methods.MeanTeacher", "decay", decay, low=0.0, high=1.0)
+    def __init__(self, student: nn.Module, momentum: float = 0.999) -> None:
+        self.momentum = checks.number("methods.MeanTeacher", "momentum", momentum, low=0.0, high=1.0)
         self.model = copy.deepcopy(student).requires_grad_(False)
         self.seen = 0
 
@@ -30,7 +31,7 @@ class MeanTeacher:
     def update(self, student: nn.Module) -> None:
         """After a step of the student."""
         for own, new in zip(self.model.parameters(), student.parameters(), strict=True):
-            own.lerp_(new.to(own.device), 1 - self.decay)
+            own.lerp_(new.to(own.device), 1 - self.momentum)
         for kept, there in zip(self.model.buffers(), student.buffers(), strict=True):
             kept.copy_(there)
 

@@ -61,18 +61,18 @@ class RobustMeanTeacher:
         rate: of Adam.
         alpha: of `sce`.
         contrast, replay: weights of the contrastive loss and of the source samples.
-        decay: of the mean teacher.
+        momentum: of the mean teacher.
         tau: temperature of the contrastive loss.
         width: of the projector's two layers.
         view: makes the changed view.
 
     Raises:
-        ValueError, TypeError: naming `alpha`, `decay` or `prototypes`.
+        ValueError, TypeError: naming `alpha`, `momentum` or `prototypes`.
     """
 
     def __init__(
         self, model: nn.Module, *, prototypes: Tensor | None = None, rate: float = 1e-3, alpha: float = 0.5,
-        contrast: float = 1.0, replay: float = 1.0, decay: float = 0.999, tau: float = 0.1, width: int = 128,
+        contrast: float = 1.0, replay: float = 1.0, momentum: float = 0.999, tau: float = 0.1, width: int = 128,
         view: View = default_view, seed: int = 0,
     ) -> None:  # fmt: skip
         dim = last_linear(model).in_features
@@ -85,7 +85,7 @@ class RobustMeanTeacher:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.projector = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, width)).to(device)
-        self.teacher = MeanTeacher(model, decay)
+        self.teacher = MeanTeacher(model, momentum)
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.Adam([*model.parameters(), *self.projector.parameters()], rate)
 
@@ -134,17 +134,17 @@ class RobustMeanTeacher:
 
 def train(
     model: nn.Module, data: Any, labelled: Any = None, *, recipe: Recipe, alpha: float = 0.5, contrast: float = 1.0,
-    replay: float = 1.0, decay: float = 0.999, tau: float = 0.1, view: Callable[..., Tensor] = default_view, **run: Any,
+    replay: float = 1.0, momentum: float = 0.999, tau: float = 0.1, view: Callable[..., Tensor] = default_view, **run: Any,
 ) -> Trained:  # fmt: skip
     """Adapt ``model`` to the inputs of ``data``, a map-style dataset; labels of it are not looked at.
 
     Args:
         labelled: source samples ``(x, y)``; without them neither prototypes nor replay.
-        alpha, contrast, replay, decay, tau, view: see `RobustMeanTeacher`.
+        alpha, contrast, replay, momentum, tau, view: see `RobustMeanTeacher`.
     """
     where = run.get("where")
     known = prototypes_of(model, labelled) if labelled is not None else None
-    mean = RobustMeanTeacher(model, prototypes=known, alpha=alpha, contrast=contrast, replay=replay, decay=decay,
+    mean = RobustMeanTeacher(model, prototypes=known, alpha=alpha, contrast=contrast, replay=replay, momentum=momentum,
                              tau=tau, view=view, seed=recipe.seed)  # fmt: skip
     source = Beside(labelled, recipe.batch, seed=recipe.seed, where=where) if labelled is not None else None
 

@@ -97,30 +97,32 @@ class Prd(nn.Module):
         return normalize(self.body(inputs)) @ normalize(heads).T
 
     def fit(self, data: Any, recipe: Recipe, *, prototype_rate: float | None = None, **run: Any) -> Trained:
-        """Learn the next task from ``(x, label)``, labels from 0; prototypes by SGD without momentum.
+        """Learn the next task from ``(x, label)``, labels from 0.
 
         Args:
             data: a map-style dataset, such as a task of `class_tasks`.
-            prototype_rate: default the recipe's.
+            recipe: of the optimizers "sgd" and "adamw".
+            prototype_rate: of the prototypes, which have neither momentum nor decay under SGD; default the recipe's.
 
         Raises:
-            ValueError: naming `data`.
+            ValueError: naming `data` or `recipe`.
         """
+        if recipe.optimizer not in ("sgd", "adamw"):
+            checks.fail("methods.Prd.fit", "recipe", "of the optimizer 'sgd' or 'adamw'", recipe.optimizer)
         y = labels(data)
         if int(y.min()) != 0 or len(y.unique()) != int(y.max()) + 1:
             checks.fail("methods.Prd.fit", "data", "of labels 0, 1, ... without a gap", y.unique().tolist())
         self.begin(int(y.max()) + 1)
         own = {id(head) for head in self.heads}
-        after = recipe.rate if prototype_rate is None else prototype_rate
 
         def make(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-            network = [p for p in parameters if id(p) not in own]
-            groups = [{"params": network, "momentum": 0.9, "weight_decay": recipe.decay},
-                      {"params": list(self.heads), "lr": after}]  # fmt: skip
-            return torch.optim.SGD(groups, lr=rate)
+            network: dict[str, Any] = {"params": [p for p in parameters if id(p) not in own]}
+            heads = {"params": list(self.heads), "lr": rate if prototype_rate is None else prototype_rate}
+            if recipe.optimizer == "adamw":
+                return torch.optim.AdamW([network, {**heads, "weight_decay": 0.0}], lr=rate, weight_decay=recipe.decay)
+            return torch.optim.SGD([{**network, "momentum": 0.9, "weight_decay": recipe.decay}, heads], lr=rate)
 
-        chosen = recipe.but(optimizer=make) if recipe.optimizer == "sgd" else recipe
         loader = shuffled(data, recipe.batch, seed=recipe.seed + len(self.heads), where=run.get("where"))
         also = {"views": self.generator, **run.pop("also", {})}
-        return run_loop(self, lambda one, batch: self.loss(inputs_of(batch), labels_of(batch)), loader, chosen,
-                        also=also, **run)  # fmt: skip
+        return run_loop(self, lambda one, batch: self.loss(inputs_of(batch), labels_of(batch)), loader,
+                        recipe.but(optimizer=make), also=also, **run)  # fmt: skip

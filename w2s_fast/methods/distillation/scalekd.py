@@ -76,8 +76,8 @@ class Projector(nn.Module):
         scale = self.sharpness * q.shape[-1] ** -0.5
         made = scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
         made = self.out(made) + self.queries
-        made = made + self.feed(made)
-        return made
+        found: Tensor = made + self.feed(made)
+        return found
 
 
 @contextmanager

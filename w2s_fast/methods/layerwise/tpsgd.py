@@ -98,7 +98,7 @@ class TpSgd:
         Args:
             one_by_one: every layer is trained to the end before the next one begins.
         """
-        device, found = self.model[-1].weight.device, list[float]()
+        device, found = next(self.model.parameters()).device, list[float]()
         for only in (*self.targets, len(self.model) - 1) if one_by_one else (None,):
             for _ in range(epochs):
                 for batch in batches:

@@ -120,7 +120,7 @@ def strong_view(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def train(
     model: nn.Module, data: Any, labelled: Any, *, recipe: Recipe, th: float = 0.95, shrink: bool = True,
-    ratio: int = 4, entries: int = 32, decay: float = 0.999, weak: Callable[..., Tensor] = default_view,
+    ratio: int = 4, entries: int = 32, momentum: float = 0.999, weak: Callable[..., Tensor] = default_view,
     strong: Callable[..., Tensor] = strong_view, **run: Any,
 ) -> Trained:  # fmt: skip
     """Train a classifier on few labels and many inputs; at the end it has its mean teacher's parameters.
@@ -133,14 +133,14 @@ def train(
         shrink: False is FixMatch.
         ratio: inputs without a label for one with; the recipe's batch is of the former.
         entries: of distribution alignment; 0 for none.
-        decay: of the mean teacher.
+        momentum: of the mean teacher.
         weak, strong: views.
     """
     head, where = last_linear(model), run.get("where")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         second = nn.Linear(head.in_features, head.out_features).to(head.weight)
-    draw, mean, share = torch.Generator().manual_seed(recipe.seed), MeanTeacher(model, decay), Share()
+    draw, mean, share = torch.Generator().manual_seed(recipe.seed), MeanTeacher(model, momentum), Share()
     align = Alignment(entries) if entries else None
     few = Beside(labelled, max(1, recipe.batch // ratio), seed=recipe.seed, where=where)
 
