@@ -191,10 +191,12 @@ def test_robust_mean_teacher_adapts_a_resnet():
     mean = robust_mean_teacher.RobustMeanTeacher(
         model, prototypes=robust_mean_teacher.prototypes_of(model, data), rate=3e-3, momentum=0.9, width=16
     )
+    start = mean.teacher.model.get_parameter("classifier.1.weight").clone()
     mean.warm_up(DataLoader(data, 32))
     source = next(iter(DataLoader(data, 32)))
     answers = [mean.step(dark[rows], source) for _ in range(6) for rows in torch.arange(96).split(32)]
     assert right(torch.cat(answers[-3:]), y) > max(before, 0.3) + 0.2
+    assert not torch.equal(mean.teacher.model.get_parameter("classifier.1.weight"), start)
     losses = robust_mean_teacher.train(untouched, TensorDataset(dark), recipe=Recipe(6, 1e-3, batch=32)).losses
     assert len(losses) == 6 and all(math.isfinite(value) for value in losses)
     with pytest.raises(ValueError, match=r"prototypes must be \[C, 16\], got \[2, 3\]"):
@@ -297,6 +299,10 @@ def test_meta_dmoe_learns_to_adapt():
         g = grads[name]
         torch.testing.assert_close(after[name], p if g is None else p - 0.5 * g)
     assert grads["model.4.weight"] is None and grads["model.0.weight"] is not None
+    for both.first_order in (False, True):  # through the step, the loss of the query reaches the targets
+        both.zero_grad()
+        both.loss(*draw(0)).backward()
+        assert all((p.grad is None) == both.first_order for p in both.aggregator.parameters())
     with pytest.raises(ValueError, match=r"at least two, of features 8 wide, got \[8\]"):
         meta_dmoe.MetaDmoe(mlp(0), experts[:1], rate=1.0)
 
@@ -339,6 +345,14 @@ def test_prd_keeps_the_first_task():
         rows = torch.isin(y, torch.tensor(task.classes))
         assert right(model(x[rows], number), y[rows] - min(task.classes)) > 0.9
     assert model(x).shape == (80, 4)
+    with torch.no_grad():  # what distillation adds, once the encoder has moved
+        for p in model.body.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    losses = []
+    for model.gamma in (0.0, 4.0):
+        model.generator.manual_seed(1)
+        losses.append(model.loss(x, y // 2).item())
+    assert losses[1] > losses[0] + 0.01
     with pytest.raises(ValueError, match="recipe must be of the optimizer 'sgd' or 'adamw', got muon"):
         model.fit(tasks[0], recipe.but(optimizer="muon"))
     with pytest.raises(ValueError, match=r"labels 0, 1, ... without a gap, got \[1\]"):

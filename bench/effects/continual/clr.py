@@ -1,8 +1,8 @@
 """CLR (arXiv 2307.11386): a network that was trained on digits, frozen, learns transformed digits.
 
-Base: three convolutions (16, 16, 32) with batch-norm. New tasks: inverted digits, digits turned by 90 degrees, their
-horizontal gradient, a fixed permutation of the pixels. Arms, each with a head a task: CLR's kernels and norms, norms
-alone, the head alone, and all of the network (whose accuracy on the base task afterwards is "old task"). Rates are
+Base: three convolutions (16, 16, 32) with batch-norm. New tasks: inverted digits, their horizontal
+gradient, a fixed permutation of the pixels. Arms, each with a head a task: CLR's kernels and norms, norms
+alone, the head alone, and all of the network ("forgotten": what the base task loses). Rates are
 chosen on dev by the permuted digits. "moved": the largest change of the base task's outputs after all of CLR's tasks.
 """
 
@@ -25,13 +25,13 @@ from w2s_fast.methods.continual.clr import Clr
 from ..data import Split, digits
 from ..protocol import Choice, Claim, choose
 
-BATCH, BASE, STEPS = 64, 250, 250
+BATCH, BASE, STEPS = 64, 250, 150
 ORDER = torch.randperm(64, generator=torch.Generator().manual_seed(7))
 TASKS: dict[str, Callable[[Tensor], Tensor]] = {
-    "inverted": lambda x: 1 - x, "turned": lambda x: x.rot90(1, (2, 3)),
+    "inverted": lambda x: 1 - x,
     "gradient": lambda x: (x - x.roll(1, 3)).abs(), "permuted": lambda x: x.flatten(1)[:, ORDER].view_as(x),
 }  # fmt: skip
-ARMS = {"CLR": (3e-3, 1e-2, 3e-2), "norms": (3e-3, 1e-2, 3e-2), "head": (1e-2, 3e-2, 1e-1), "all": (1e-3, 3e-3, 1e-2)}
+ARMS = {"CLR": (1e-2, 3e-2, 1e-1), "norms": (1e-2, 3e-2, 1e-1), "head": (3e-2, 1e-1, 0.3), "all": (3e-3, 1e-2, 3e-2)}
 CLAIMS = [
     Claim("12 points better than a new head on the frozen network", "accuracy", "CLR", "head", 0.12),
     Claim("5 points better than new norms", "accuracy", "CLR", "norms", 0.05),

@@ -134,7 +134,8 @@ class RobustMeanTeacher:
 
 def train(
     model: nn.Module, data: Any, labelled: Any = None, *, recipe: Recipe, alpha: float = 0.5, contrast: float = 1.0,
-    replay: float = 1.0, momentum: float = 0.999, tau: float = 0.1, view: Callable[..., Tensor] = default_view, **run: Any,
+    replay: float = 1.0, momentum: float = 0.999, tau: float = 0.1, view: Callable[..., Tensor] = default_view,
+    **run: Any,
 ) -> Trained:  # fmt: skip
     """Adapt ``model`` to the inputs of ``data``, a map-style dataset; labels of it are not looked at.
 
