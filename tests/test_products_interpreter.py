@@ -21,7 +21,9 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "ce, softcap": lambda h, w: w2s_fast.linear_ce(h, w, Y, bias=B, softcap=5.0),
     "logp": lambda h, w: w2s_fast.linear_logp(h, w, Y)[0].sum(),
     "kd": lambda h, w: w2s_fast.linear_kd(h, w, [("linear", h.detach() / 2, w.detach())], target=Y)[0],
-    "eisl": lambda h, w: w2s_fast.linear_eisl(h.reshape(3, 7, 24), w, Y.reshape(3, 7), bias=B, ce_coef=0.5, select="logsumexp")[0],
+    "eisl": lambda h, w: w2s_fast.linear_eisl(
+        h.reshape(3, 7, 24), w, Y.reshape(3, 7), bias=B, ce_coef=0.5, select="logsumexp"
+    )[0],
 }
 
 

@@ -122,21 +122,22 @@ def materializes(
 
 
 def _gpu_rows(rows: int, columns: int, rank: int, nnz: int, half: bool) -> int:
-    """The rows from which forming W costs a GPU less, by a model in microseconds of an H200; nothing was measured.
+    """The rows from which forming W costs a GPU less, by a model of cycles of an H200; nothing was measured.
 
-    A program of the sparse product owns 128 outputs of up to 128 rows and builds a tile of S for every 64 columns: 1,300
-    cycles, and 3,200 more at a density of 5 % (instructions counted in compiled code, docs/gpu.md). That takes as long
-    for 9 rows as for 128. W costs its product at 60 % of the tensor cores' rate and a write and a read of it, and then
-    each row as in a dense layer. Without tensor cores (float32) the products decide, and W is for 1000 rows.
+    A program of the sparse product owns 128 outputs of up to 128 rows and builds a tile of S for every 64 columns:
+    1,300 cycles, and 3,200 more at a density of 5 % (instructions counted in compiled code, docs/gpu.md). That takes as
+    long for 9 rows as for 128. W costs its product at 60 % of the tensor cores' rate, a write and a read of it, and
+    then each row as in a dense layer. Without tensor cores (float32) the products decide, and W is for 1000 rows.
     """
     if not half:
         return 1000
     size = max(rows * columns, 1)
-    wave = math.ceil(columns / 64) * (1300 + 3200 * nnz / size / 0.05) / 1755
-    formed = 2 * rank * size / (0.6 * 790e6) + 4 * size / 4.3e6
+    rate, bandwidth, processors = 450e3, 2450, 132  # FLOPs and bytes a cycle
+    wave = math.ceil(columns / 64) * (1300 + 3200 * nnz / size / 0.05)
+    formed = 2 * rank * size / (0.6 * rate) + 4 * size / bandwidth
     if formed < wave:
         return FEW + 1
-    gain = wave * math.ceil(rows / 128) / (128 * 132) - 2 * size / 790e6
+    gain = wave * math.ceil(rows / 128) / (128 * processors) - 2 * size / rate
     return min(1000, max(129, math.ceil(formed / gain))) if gain > 0 else 1000
 
 
