@@ -16,7 +16,7 @@ import pytest
 import w2s_fast
 
 #: The packages that users import. Names that begin with an underscore, and modules of such names, are ours.
-PACKAGES = ("nn", "optim", "data", "metrics", "integrations", "methods")
+PACKAGES = ("attacks", "nn", "optim", "data", "metrics", "integrations", "methods")
 
 
 def _modules() -> Iterator[ModuleType]:

@@ -11,6 +11,7 @@ if _util.find_spec("w2s_fast.kernels") is None and _os.path.exists(_os.path.join
     __path__.append(_root)
 
 from .dispatch import Explanation, backend, explain, set_backend
+from .ops.contrastive.contrastive_loss import contrastive_loss
 from .ops.diffusion.adaln_modulate import adaln_modulate
 from .ops.diffusion.ddim_step import ddim_step
 from .ops.diffusion.gate_residual import gate_residual
@@ -56,7 +57,7 @@ from .ops.sparse_lowrank.support import SparseSupport, random_support
 __version__ = "0.1.0"
 
 #: Packages that are loaded on first use: ``w2s_fast.nn.bound`` needs no import of its own.
-_LAZY = ("data", "integrations", "methods", "metrics", "nn", "optim")
+_LAZY = ("attacks", "data", "integrations", "methods", "metrics", "nn", "optim")
 #: Functions that are loaded on first use, and their modules.
 _CALLS = {"apply": "integrations.one_call"}
 
@@ -89,6 +90,7 @@ __all__ = [
     "compressed_attention",
     "confidence_ramp",
     "confidence_threshold",
+    "contrastive_loss",
     "ddim_step",
     "dynamic_fusion_weights",
     "explain",
