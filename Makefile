@@ -30,6 +30,7 @@ $(STAMP): pyproject.toml
 	# peers that tests and benchmarks compare with where there are any; what they say they require is years old or large
 	-$(BIN)/pip install --quiet --no-deps --no-build-isolation auto_LiRPA==0.3 appdirs sortedcontainers
 	-$(BIN)/pip install --quiet --no-deps cut-cross-entropy==25.1.1
+	-$(BIN)/pip install --quiet --no-deps torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap
 	-$(BIN)/pip install --quiet --no-deps --target $(VENV)/ctrain ctrain==0.6.1
 	# the oldest Triton that is supported, and a checker of compiled kernels (it runs here whatever it declares), beside ours
 	-$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton-3.6 triton==3.6.0

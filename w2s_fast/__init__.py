@@ -59,7 +59,7 @@ from .ops.sparse_lowrank.support import SparseSupport, random_support
 __version__ = "0.1.0"
 
 #: Packages that are loaded on first use: ``w2s_fast.nn.bound`` needs no import of its own.
-_LAZY = ("data", "integrations", "methods", "metrics", "nn", "optim")
+_LAZY = ("attacks", "data", "integrations", "methods", "metrics", "nn", "optim")
 #: Functions that are loaded on first use, and their modules.
 _CALLS = {"apply": "integrations.one_call"}
 

@@ -135,6 +135,8 @@ def ddim_step(
     checks.choice(op, "prediction", prediction, ("epsilon", "v", "sample"))
     eps_cond, eps_uncond = _predictions(op, x, eps_cond, eps_uncond, guidance, packed)
     level_from, level_to = _level(op, "abar_from", abar_from, x, prediction), _level(op, "abar_to", abar_to, x)
+    if out is not None:
+        checks.is_tensor(op, "out", out)
     if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
         checks.fail(op, "out", f"like x, {tuple(x.shape)} {x.dtype}", f"{tuple(out.shape)} {out.dtype}")
 

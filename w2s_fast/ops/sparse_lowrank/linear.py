@@ -300,7 +300,7 @@ def sparse_lowrank_materialize(
     """
     op = "sparse_lowrank_materialize"
     given, factor, number = _factors(op, A, B, values, support, scale)
-    dtype = checks.float_dtype(op, "out_dtype", out_dtype or B.dtype)
+    dtype = checks.float_dtype(op, "out_dtype", B.dtype if out_dtype is None else out_dtype)
     w: Tensor = SPARSE_LOWRANK_MATERIALIZE(
         unit_stride(A), unit_stride(B), values.contiguous(), factor, number, given, dtype
     )
