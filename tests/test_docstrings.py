@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -24,8 +25,9 @@ def _modules() -> Iterator[ModuleType]:
         package = importlib.import_module(f"w2s_fast.{name}")
         yield package
         for found in pkgutil.walk_packages(getattr(package, "__path__", ()), f"{package.__name__}."):
-            if "._" not in found.name:
-                yield importlib.import_module(found.name)
+            if "._" in found.name or (found.name.endswith(".vllm") and importlib.util.find_spec("vllm") is None):
+                continue  # vLLM has an environment of its own, .ci/vllm_check.sh
+            yield importlib.import_module(found.name)
 
 
 def _public(module: ModuleType) -> Iterator[tuple[str, Any]]:

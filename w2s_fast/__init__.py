@@ -11,6 +11,7 @@ if _util.find_spec("w2s_fast.kernels") is None and _os.path.exists(_os.path.join
     __path__.append(_root)
 
 from .dispatch import Explanation, backend, explain, set_backend
+from .ops.contrastive.contrastive_loss import contrastive_loss
 from .ops.diffusion.adaln_modulate import adaln_modulate
 from .ops.diffusion.ddim_step import ddim_step
 from .ops.diffusion.gate_residual import gate_residual
@@ -89,6 +90,7 @@ __all__ = [
     "compressed_attention",
     "confidence_ramp",
     "confidence_threshold",
+    "contrastive_loss",
     "ddim_step",
     "dynamic_fusion_weights",
     "explain",

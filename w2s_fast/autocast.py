@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...] | str] = {
     "sparse_lowrank_linear": ("x", "A", "B", "values", "bias"),
     "spmm": ("x", "values"),
     "sddmm": ("g", "x"),
+    "contrastive_loss": ("x", "y"),
     "compressed_attention": ("q", "k", "v"),
     "kv_compressed_attention": ("qkv",),
     "kv_compress": ("qkv",),

@@ -32,8 +32,8 @@ Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
 }
 
 std::vector<double> numbers(const Tensor& t) {
-  const int64_t rows = t.size(0), columns = t.dim() > 1 ? t.size(1) : 1;
-  const int64_t down = t.stride(0), across = t.dim() > 1 ? t.stride(1) : 0;
+  const int64_t rows = t.dim() ? t.size(0) : 1, columns = t.dim() > 1 ? t.size(1) : 1;
+  const int64_t down = t.dim() ? t.stride(0) : 0, across = t.dim() > 1 ? t.stride(1) : 0;
   std::vector<double> found(size_t(rows * columns));
   const Dtype dtype = dtype_of(t);
   const void* data = t.data_ptr();

@@ -67,7 +67,7 @@ inline const int64_t* places(const Tensor& t, int64_t size, const char* argument
   return found;
 }
 
-// A tensor's numbers as doubles, row by row (a row vector, weights [B, K]); any strides.
+// A tensor's numbers as doubles, row by row (one number, a row vector, weights [B, K]); any strides.
 std::vector<double> numbers(const Tensor& t);
 inline std::vector<double> numbers(const std::optional<Tensor>& t) { return t ? numbers(*t) : std::vector<double>(); }
 inline std::vector<double> numbers(const std::optional<Strided>& t) { return t ? numbers(*t) : std::vector<double>(); }

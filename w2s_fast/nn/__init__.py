@@ -1,5 +1,6 @@
 """Drop-in torch.nn modules over the ops."""
 
+from .contrastive import ClipLoss, SigLipLoss, gather_columns
 from .interval import Ball, Choices, IntervalModule, IntervalPass, bound, layer_table, verify
 from .kv_compressed_attention import KVCompressedAttention
 from .pixart import PixArtBlock, PixArtSigma
@@ -9,6 +10,7 @@ from .sparsity import nm_mask, sparsify, topk_mask
 __all__ = [
     "Ball",
     "Choices",
+    "ClipLoss",
     "IntervalModule",
     "IntervalPass",
     "KVCompressedAttention",
@@ -16,8 +18,10 @@ __all__ = [
     "PixArtBlock",
     "PixArtSigma",
     "Replaced",
+    "SigLipLoss",
     "SparseLowRankLinear",
     "bound",
+    "gather_columns",
     "layer_table",
     "model_size",
     "nm_mask",

@@ -26,7 +26,7 @@ from w2s_fast.methods.certified import word_substitution as method
 from .. import text
 from ..protocol import Choice, Claim, choose
 
-LENGTH, DIM, DRAWS, TOP, STEPS, WORDS = 32, 128, 2000, 5, 300, 5
+LENGTH, DIM, DRAWS, TOP, STEPS, WORDS, ALIKE = 32, 128, 2000, 5, 300, 5, 0.8
 RATES = (2e-3, 5e-3)
 FULL = {"DRAWS": 10_000, "RATES": (1e-3, 2e-3, 5e-3, 1e-2)}
 CLAIMS = [
@@ -45,8 +45,8 @@ class Words(NamedTuple):
     sizes: Tensor
 
 
-def nearest(known: list[str]) -> Tensor:
-    """Of each word itself and the four that share most pairs of letters with it."""
+def substitutes(known: list[str]) -> tuple[Tensor, Tensor]:
+    """Of each word itself and up to four of which `ALIKE` of the pairs of letters are the same; sizes of the sets."""
     grams = sorted({w[i : i + 2] for w in known for i in range(len(w) - 1)})
     place = {g: i for i, g in enumerate(grams)}
     bags = torch.zeros(len(known), len(grams))
@@ -57,10 +57,10 @@ def nearest(known: list[str]) -> Tensor:
     shared = bags @ bags.t()
     alike = shared / (size[:, None] + size[None] - shared)
     alike.fill_diagonal_(2.0)
-    alike[:, 0] = -1.0
-    found = alike.topk(WORDS, 1).indices
-    found[0] = 0
-    return found
+    near, found = alike.topk(WORDS, 1)
+    there = near >= ALIKE
+    own = torch.arange(len(known))[:, None]
+    return torch.where(there, found, own), there.sum(1)
 
 
 @lru_cache(maxsize=1)
@@ -74,7 +74,7 @@ def corpus() -> Words:
         except (SyntaxError, RecursionError):
             continue
         share = text.percentile(name)
-        part = "train" if share < text.VALIDATION else "dev" if share % 2 else "test"
+        part = "train" if share < text.VALIDATION else "test" if share % 2 else "dev"
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 first, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
@@ -92,18 +92,18 @@ def corpus() -> Words:
 
     parts = {part: (rows([q for q, _, p in pairs if p == part]), rows([d for _, d, p in pairs if p == part]))
              for part in ("train", "dev", "test")}  # fmt: skip
-    sets = nearest(known)
-    return Words(parts, sets, torch.full((len(known),), WORDS))
+    return Words(parts, *substitutes(known))
 
 
 def ranker(seed: int) -> method.Ranker:
-    """A word is its letters' pairs at first, rare words count more; the layers start as q . m."""
+    """A word is the mean of its set at first, rare words count more; the layers start as q . m."""
     words, draw = corpus(), torch.Generator().manual_seed(seed)
     count = len(words.sets)
     used = torch.bincount(words.parts["train"][1].flatten(), minlength=count) + 1.0
     own = torch.randn(count, DIM, generator=draw)
-    mixed = own + own[words.sets].mean(1)
-    table = nn.Embedding(count, DIM, _weight=mixed * (used.sum() / used).log()[:, None] / 4)
+    there = (torch.arange(WORDS) < words.sizes[:, None]).float()
+    mean = (own[words.sets] * there[..., None]).sum(1) / words.sizes[:, None]
+    table = nn.Embedding(count, DIM, _weight=mean * (used.sum() / used).log()[:, None] / 4)
     layers = [nn.Linear(DIM, 2 * DIM), nn.Linear(DIM, 2 * DIM)]
     with torch.no_grad():
         for layer in layers:

@@ -60,6 +60,7 @@ def prompts(seed: int, on: str) -> Any:
     return llama.windows(part, PROMPTS, 16, torch.Generator().manual_seed(seed))
 
 
+@lru_cache(maxsize=16)
 def guided(weight: float, seed: int, on: str) -> dict[str, float]:
     starts, given = prompts(seed, on), family()
     how = {"max_new_tokens": TOKENS, "eos_token_id": (), "generator": torch.Generator().manual_seed(seed)}
