@@ -3,7 +3,7 @@
 The stream of tasks is 0, 1, 2, 0, 1, 3, 2, of 200 batches of 16 each; experts MLP 64-128-10, selector MLP 64-128,
 against one MLP 64-512-10. Accuracy of the worst task in the end; "delay": the largest number of batches until a switch
 is noticed (200 for one that is not); "false": switches elsewhere. Rates are chosen
-on dev by the worst task: the high one that learns most hides switches in its noise.
+on dev by the worst task.
 """
 
 from __future__ import annotations
