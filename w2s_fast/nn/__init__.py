@@ -4,6 +4,7 @@ from .contrastive import ClipLoss, SigLipLoss, gather_columns
 from .interval import Ball, Choices, IntervalModule, IntervalPass, bound, layer_table, verify
 from .kv_compressed_attention import KVCompressedAttention
 from .pixart import PixArtBlock, PixArtSigma
+from .prototypes import ProtoHead
 from .sparse_lowrank import ModelSize, Replaced, SparseLowRankLinear, model_size, replace_linear
 from .sparsity import nm_mask, sparsify, topk_mask
 
@@ -17,6 +18,7 @@ __all__ = [
     "ModelSize",
     "PixArtBlock",
     "PixArtSigma",
+    "ProtoHead",
     "Replaced",
     "SigLipLoss",
     "SparseLowRankLinear",

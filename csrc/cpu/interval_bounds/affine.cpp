@@ -114,6 +114,9 @@ void backward(const Planes& p, const Tensor& gl, const Tensor& gu, const Tensor&
 std::tuple<Tensor, Tensor, Tensor, Tensor> interval_affine_backward(Tensor gl, Tensor gu, Tensor lower, Tensor upper, Tensor scale, Tensor low,
                                                                     Tensor high, bool relu) {
   const Planes p(lower);
+  expect(scale, "scale", {p.channels});
+  expect_like(gl, "grad_low", lower), expect_like(gu, "grad_high", lower), expect_like(upper, "upper", lower);
+  expect_like(low, "low", lower), expect_like(high, "high", lower);
   Tensor dl = fresh(lower, p.shape), du = fresh(lower, p.shape);
   Tensor ds = fresh(scale, {p.channels}), dt = fresh(scale, {p.channels});
   if (p.dtype == Dtype::f64) backward<double>(p, gl, gu, lower, upper, scale, low, high, relu, dl, du, ds, dt);
@@ -201,6 +204,7 @@ void stats_backward(const Planes& p, const Tensor& grad_mean, const Tensor& grad
 
 Tensor interval_batchnorm_stats_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor mean) {
   const Planes p(x);
+  expect(grad_mean, "grad_mean", {p.channels}), expect(grad_var, "grad_variance", {p.channels}), expect(mean, "mean", {p.channels});
   Tensor dx = fresh(x, p.shape);
   if (p.dtype == Dtype::f64) stats_backward<double>(p, grad_mean, grad_var, x, mean, dx);
   else stats_backward<float>(p, grad_mean, grad_var, x, mean, dx);

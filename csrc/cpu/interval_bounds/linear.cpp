@@ -264,6 +264,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Gradients interval_linear_backward(Tensor ga, Tensor gb, Rowwise a, Rowwise b, Strided weight, Tensor oa, Tensor ob, bool bounds_in,
                                    bool bounds_out, bool relu, std::string, bool need_x, bool need_w, bool need_b) {
   const int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1);
+  expect(a, "first", {batch, k}), expect_like(b, "second", a), expect(weight, "weight", {n, k}, a.scalar_type());
+  for (const auto& [t, name] : {std::pair(ga, "grad_first"), {gb, "grad_second"}, {oa, "out_first"}, {ob, "out_second"}})
+    expect(t, name, {batch, n}, a.scalar_type());
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
     return fresh(a, wanted ? shape : std::vector<int64_t>{0});
   };

@@ -272,6 +272,10 @@ void backward(const Tensor* g, const Tensor* x, const Tensor* w, int64_t mode, T
 Tensor6 interval_linear_iw_backward(Rowwise gl, Rowwise gm, Rowwise gu, Rowwise xl, Rowwise xm, Rowwise xu, Rowwise wl, Rowwise wm, Rowwise wu,
                                     int64_t mode) {
   const Tensor g[] = {gl, gm, gu}, x[] = {xl, xm, xu}, w[] = {wl, wm, wu};
+  for (const auto& [t, name] : {std::pair(gl, "grad_lower"), {gm, "grad_middle"}, {gu, "grad_upper"}})
+    expect(t, name, {xl.size(0), wl.size(0)}, xl.scalar_type());
+  expect(wl, "w_lower", {wl.size(0), xl.size(1)});
+  expect_like(xm, "x_middle", xl), expect_like(xu, "x_upper", xl), expect_like(wm, "w_middle", wl), expect_like(wu, "w_upper", wl);
   const auto made = [&](const Tensor& t) { return fresh(t, {t.size(0), t.size(1)}); };
   Tensor dx[] = {made(xl), made(xl), made(xl)}, dw[] = {made(wl), made(wl), made(wl)};
   if (xl.size(0) == 0 || wl.size(0) == 0) {
