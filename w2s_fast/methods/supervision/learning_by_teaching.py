@@ -54,6 +54,9 @@ def teach(
         rationales: texts or token ids.
         by: "accuracy": greedy answers that begin with the right one; "likelihood": ``exp`` of the mean log-probability
             of the right one's tokens, which needs no generation.
+
+    Raises:
+        ValueError: naming `by`.
     """
     checks.choice(OP, "by", by, ("accuracy", "likelihood"))
     made = []
