@@ -24,8 +24,8 @@ from ..protocol import Choice, Claim, choose
 STEPS, LARGEST, SLIP, BATCH, EPOCHS, ANSWERS = 3, 9, 3, 32, 2, 2
 #: way of writing and share of wrong answers
 WRITERS = {"left to right": 0.15, "term before value": 0.10, "last term first": 0.02}
-ARMS, SIZES, RATES = ("GRAPE", "strongest writer", "random"), (512, 1024), (3e-3, 1e-2, 3e-2)
-FULL = {"RATES": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
+ARMS, SIZES, RATES = ("GRAPE", "strongest writer", "random"), (512,), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FULL = {"SIZES": (512, 1024), "RATES": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
 CLAIMS = [
     Claim(f"GRAPE beats {other} at {size} instructions", f"sampled, {size}", "GRAPE", other)
     for size in SIZES for other in ARMS[1:]

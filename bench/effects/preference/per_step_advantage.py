@@ -26,14 +26,14 @@ from ..protocol import Choice, Claim, choose
 
 STEPS, SHORTCUTS, SAMPLES, UPDATES = 4, 0.5, 4, 32
 QUESTION, SOLUTION, EQUALS = 3 * STEPS + 3, arithmetic.STEP * STEPS + 1, 5  # tokens; the place of = in a step
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 PIT, RIGHT, STEP_ALONE = "DPO on the pit, 64", "SFT on own right solutions, 256", "SFT on the pit's right step, 64"
 GRIDS = {
-    PIT: {"rate": (5e-4, 1e-3), "nll": (10.0, 100.0)}, RIGHT: {"rate": (5e-4, 1e-3, 2e-3)},
-    STEP_ALONE: {"rate": (5e-4, 1e-3, 2e-3)},
+    PIT: {"rate": RATES, "nll": (10.0, 100.0)}, RIGHT: {"rate": RATES}, STEP_ALONE: {"rate": RATES},
 }  # fmt: skip
 FULL = {"GRIDS": {
-    PIT: {"rate": (2e-4, 5e-4, 1e-3, 2e-3), "nll": (1.0, 10.0, 100.0)}, RIGHT: {"rate": (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)},
-    STEP_ALONE: {"rate": (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)},
+    PIT: {"rate": (2e-4, 5e-4, 1e-3, 2e-3, 4e-3), "nll": (1.0, 10.0, 100.0, 1000.0)},
+    RIGHT: {"rate": (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)}, STEP_ALONE: {"rate": (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)},
 }}  # fmt: skip
 CLAIMS = [
     Claim("pairs at the pit from 64 problems beat own right solutions from 256 by 5 points", "sampled", PIT, RIGHT,

@@ -20,8 +20,8 @@ from ..protocol import Choice, Claim, choose
 from ..supervised import TASKS, Classifier, accuracy, scores, weak_model
 
 ARMS = {"cross-entropy": Loss("xent"), "product": Loss("product"), "confidence": Loss("logconf")}
-RATES = (0.5, 1.0, 2.0)  # times the task's
-FULL = {"RATES": (0.25, 0.5, 1.0, 2.0, 4.0)}
+RATES = (0.25, 0.5, 1.0, 2.0)  # times the task's
+FULL = {"RATES": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)}
 CLAIMS = [
     Claim(f"{task}: the student is better than its supervisor", f"PGR, {task}", "cross-entropy", 0.0)
     for task in TASKS

@@ -4,8 +4,8 @@ Questions are chains of two sums. Both language models are pre-trained, once for
 of the steps state a random result, so that they can reason but seldom do; where the paper prompts the strong model with
 examples, here it answers as pre-training left it. The weak model is smaller and learns from true solutions. Accuracy of
 greedy answers to 1,000 unseen questions, as the gap recovered. Beside all weak solutions stands what an earlier run
-lacked: the strong model's own greedy answers; and stage II has the chosen tokens' cross-entropy beside DPO. Its rate
-and weight are chosen on dev.
+lacked: the strong model's own greedy answers; and stage II has the chosen tokens' cross-entropy beside DPO. The rate
+of each training is chosen on dev, of stage II that weight too; the ceiling, a reference, takes stage I's.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from w2s_fast.methods.supervision.weak_to_strong import recovered
 from .. import arithmetic, llama, sequences
 from ..protocol import Choice, Claim, choose
 
-STEPS, SAMPLES, WRONG, QUESTIONS = 2, 10, 0.2, 1500
+STEPS, SAMPLES, WRONG, QUESTIONS, UPDATES, PAIRED = 2, 10, 0.2, 1500, 80, 500
 TOKENS = arithmetic.STEP * STEPS + 1
-GRID = {"rate": (3e-5, 1e-4), "nll": (0.0, 1.0)}
-FULL = {"GRID": {"rate": (1e-5, 3e-5, 1e-4, 3e-4), "nll": (0.0, 0.3, 1.0, 3.0)}}
+SUPERVISED = ("stage I", "all weak solutions")
+RATES, GRID = (5e-4, 1e-3, 2e-3), {"rate": (1e-5, 3e-5), "nll": (0.0, 1.0)}
+FULL = {"RATES": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), "UPDATES": 150, "PAIRED": 1500,
+        "GRID": {"rate": (1e-5, 3e-5, 1e-4, 3e-4), "nll": (0.0, 0.3, 1.0, 3.0)}}  # fmt: skip
 CLAIMS = [
     Claim("stage I recovers more than all weak solutions", "PGR", "stage I", "all weak solutions"),
     Claim("stage I beats the strong model's own answers", "PGR", "stage I", "own answers"),
@@ -77,13 +79,13 @@ def answer(solution: list[int]) -> int | None:
     return 10 * (tens - 1) + ones - 1 if 1 <= tens <= 10 and 1 <= ones <= 10 else None
 
 
-def recipe(seed: int, steps: int = 150, rate: float = 2e-3) -> Recipe:
+def recipe(seed: int, steps: int, rate: float) -> Recipe:
     return Recipe(steps, rate, batch=64, warmup=0.1, floor=0.1, clip=None, seed=seed)
 
 
 @lru_cache(maxsize=8)
 def prepared(seed: int) -> dict[str, Any]:
-    """Weak and own greedy solutions of the questions, the stage-I model and its samples."""
+    """The weak model, greedy solutions of the questions by it and by the strong one, and what each arm learns."""
     draw = torch.Generator().manual_seed(seed)
     first, second = (arithmetic.draw(QUESTIONS, STEPS, draw) for _ in range(2))
     weak, strong = pretrained(48, 500), pretrained(64, 450)
@@ -96,43 +98,61 @@ def prepared(seed: int) -> dict[str, Any]:
     by_weak, own = (arithmetic.sample(m, asked, TOKENS, 0.0).tolist() for m in (weak, strong))
     prompts = asked.tolist()
     kept = method.agreeing(by_weak, own, answer)
-    agreed = [language.Example(prompts[i], part[i]) for part in (by_weak, own) for i in kept]
-    stage = sequences.fine_tuned(strong, agreed, recipe(seed))
-    many = asked.repeat_interleave(SAMPLES, 0)
+    return {
+        "weak": weak, "strong": strong, "asked": asked, "by weak": by_weak,
+        "stage I": [language.Example(prompts[i], part[i]) for part in (by_weak, own) for i in kept],
+        "all weak solutions": [language.Example(p, s) for p, s in zip(prompts, by_weak, strict=True)],
+        "ceiling": sequences.examples(second),
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def fine_tuned(arm: str, seed: int, rate: float) -> Any:
+    """The strong model after supervised training."""
+    return sequences.fine_tuned(prepared(seed)["strong"], prepared(seed)[arm], recipe(seed, UPDATES, rate))
+
+
+@lru_cache(maxsize=8)
+def pairs(seed: int, first: float) -> list[Any]:
+    """Stage II's pairs from samples of the stage-I model, with its log-probabilities."""
+    given, stage = prepared(seed), fine_tuned("stage I", seed, first)
+    prompts, many = given["asked"].tolist(), given["asked"][:PAIRED].repeat_interleave(SAMPLES, 0)
     samples = arithmetic.sample(stage, many, TOKENS, 1.0, torch.Generator().manual_seed(seed)).view(-1, SAMPLES, TOKENS)
-    pairs = method.contrastive(by_weak, samples.tolist(), answer, seed=seed)
     both = [(language.Example(prompts[c.question], c.chosen), language.Example(prompts[c.question], c.rejected))
-            for c in pairs]  # fmt: skip
-    every = [language.Example(p, s) for p, s in zip(prompts, by_weak, strict=True)]
-    return {"weak": weak, "strong": strong, "stage": stage, "pairs": language.referenced(stage, both) if both else [],
-            "every": every, "second": second}  # fmt: skip
+            for c in method.contrastive(given["by weak"][:PAIRED], samples.tolist(), answer, seed=seed)]  # fmt: skip
+    return language.referenced(stage, both) if both else []
+
+
+def second_stage(seed: int, first: float, rate: float, nll: float) -> Any:
+    model = llama.clone(fine_tuned("stage I", seed, first))
+    if known := pairs(seed, first):
+        loader = shuffled(known, 32, seed=seed, collate=language.collate_pairs)
+        train(model, lambda m, b: method.preference_loss(m, b, kind="dpo", beta=0.1, nll=nll), loader,
+              recipe(seed, UPDATES, rate))  # fmt: skip
+    return model.eval()
 
 
 def score(model: Any, seed: int, on: str) -> float:
     return sequences.accuracy(model, sequences.unseen(on, seed, 1000, STEPS), 0.0, seed)
 
 
-def second_stage(seed: int, rate: float, nll: float) -> Any:
-    given = prepared(seed)
-    model = llama.clone(given["stage"])
-    if given["pairs"]:
-        loader = shuffled(given["pairs"], 32, seed=seed, collate=language.collate_pairs)
-        train(model, lambda m, b: method.preference_loss(m, b, kind="dpo", beta=0.1, nll=nll), loader,
-              recipe(seed, 80, rate))  # fmt: skip
-    return model.eval()
-
-
 def choices() -> dict[str, Choice]:
-    return {"stage II": choose(lambda rate, nll, seed, on: score(second_stage(seed, rate, nll), seed, on), GRID)}
+    def supervised(arm: str) -> Choice:
+        return choose(lambda rate, seed, on: score(fine_tuned(arm, seed, rate), seed, on), {"rate": RATES})
+
+    found = {arm: supervised(arm) for arm in SUPERVISED}
+    first = found["stage I"].best["rate"]
+    return {**found, "stage II": choose(
+        lambda rate, nll, seed, on: score(second_stage(seed, first, rate, nll), seed, on), GRID)}  # fmt: skip
 
 
 def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:
     given = prepared(seed)
     models = {
-        "weak model": given["weak"], "own answers": given["strong"], "stage I": given["stage"],
-        "ceiling": sequences.fine_tuned(given["strong"], sequences.examples(given["second"]), recipe(seed)),
-        "all weak solutions": sequences.fine_tuned(given["strong"], given["every"], recipe(seed)),
-        "stage II": second_stage(seed, **chosen["stage II"]),
+        "weak model": given["weak"], "own answers": given["strong"],
+        **{arm: fine_tuned(arm, seed, **chosen[arm]) for arm in SUPERVISED},
+        "ceiling": fine_tuned("ceiling", seed, **chosen["stage I"]),
+        "stage II": second_stage(seed, chosen["stage I"]["rate"], **chosen["stage II"]),
     }  # fmt: skip
     values = {name: score(model, seed, "test") for name, model in models.items()}
     low, top = values["weak model"], values["ceiling"]
