@@ -17,7 +17,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist workste
 
 OPS := w2s_fast/_build.json
 
-.PHONY: env install build bench bench-full test test-full sanitize lint docs aot demo cuda-check readme clean
+.PHONY: env install build bench bench-full test test-full sanitize lint docs aot demo cuda-check gpu-pack readme clean
 install: env build
 
 # the environment: made again where what is installed into it changes
@@ -30,6 +30,7 @@ $(STAMP): pyproject.toml
 	# peers that tests and benchmarks compare with where there are any; what they say they require is years old or large
 	-$(BIN)/pip install --quiet --no-deps --no-build-isolation auto_LiRPA==0.3 appdirs sortedcontainers
 	-$(BIN)/pip install --quiet --no-deps cut-cross-entropy==25.1.1
+	-$(BIN)/pip install --quiet --no-deps torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap
 	-$(BIN)/pip install --quiet --no-deps --target $(VENV)/ctrain ctrain==0.6.1
 	# the oldest Triton that is supported, and a checker of compiled kernels (it runs here whatever it declares), beside ours
 	-$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
@@ -70,6 +71,11 @@ docs: $(OPS)
 
 readme: $(OPS)
 	$(BIN)/w2s-fast bench --readme
+
+# what a GPU would compile in its first minutes, in build/gpu-pack (half an hour of two cores; needs nvcc for the extension)
+gpu-pack: $(STAMP)
+	bash .ci/cuda_check.sh .venv-cuda
+	$(BIN)/python -m w2s_fast.bench.gpu.pack build/gpu-pack --cuda .venv-cuda
 
 cuda-check:
 	bash .ci/cuda_check.sh .venv-cuda

@@ -21,6 +21,10 @@ mkdir -p "$dist"
 
 echo "== source distribution"
 W2S_FAST_BUILD=skip "$work/build/bin/python" -m build --quiet --no-isolation --sdist --outdir "$dist" .
+# all sources are in it, those too that this machine does not compile
+for kind in .cu .cpp .h; do
+  [ "$(tar tzf "$dist"/*.tar.gz | grep -c "/csrc/.*\\$kind\$")" -eq "$(git ls-files csrc | grep -c "\\$kind\$")" ]
+done
 echo "== pure wheel"
 W2S_FAST_BUILD=skip "$work/build/bin/python" -m build --quiet --no-isolation --wheel --outdir "$dist" .
 echo "== abi3 wheel"
@@ -38,4 +42,10 @@ for file in "$dist"/*; do
   (cd "$work" && PATH="$work/try/bin" W2S_FAST_BUILD=auto "$work/try/bin/pip" install --quiet "$file")
   (cd "$work" && PATH="$work/try/bin" "$work/try/bin/python" "$source/.ci/try_wheel.py" "$source/docs/operations.md")
 done
+
+echo "== the layout of Hugging Face's kernels, from the abi3 wheel"
+"$work/build/bin/python" .ci/kernels_layout.py "$dist"/*abi3*.whl "$work/kernels"
+"$work/try/bin/pip" uninstall --quiet --yes w2s_fast
+"$work/try/bin/pip" install --quiet kernels kernel-abi-check
+(cd "$work" && PATH="$work/try/bin" "$work/try/bin/python" "$source/.ci/kernels_layout.py" --check "$work/kernels")
 echo "wheels: all of $dist passed"

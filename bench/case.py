@@ -195,7 +195,7 @@ def _float_error(a: Tensor, e: Tensor, rtol: float, atol: float) -> float:
 
 
 def load(device: str, *, ops: Iterable[str] = (), full: bool = False) -> list[Case]:
-    """The cases of every family for one device: the hot set, or all of them.
+    """The cases of every family for one device, and those that domains state: the hot set, or all of them.
 
     Args:
         ops: keep the cases whose op is one of these, or whose id contains one of these; empty keeps all.
@@ -208,6 +208,10 @@ def load(device: str, *, ops: Iterable[str] = (), full: bool = False) -> list[Ca
         if module.name.startswith("_"):
             continue
         found += importlib.import_module(f"{folder.__name__}.{module.name}").cases(device)
+    folder = importlib.import_module(".domains", __package__)
+    for module in sorted(pkgutil.iter_modules(folder.__path__), key=lambda entry: entry.name):
+        for domain in importlib.import_module(f"{folder.__name__}.{module.name}").DOMAINS:
+            found += domain.benchmarks()
     ids = [case.id for case in found]
     twice = {name for name in ids if ids.count(name) > 1}
     if twice:

@@ -11,7 +11,7 @@ import math
 import pkgutil
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -78,6 +78,10 @@ class Domain:
         compare: replaces that.
         compilable: False where torch.compile of the plain form is no alternative.
         forward_only: ways that have no gradients in common with ours.
+        cases: sizes of benchmark cases by name, for an op that has no file in cases/: ours and the plain form, forward,
+            and with the gradients of ``trained``.
+        bytes: their floor, every input read and every output written once, of a forward pass in float32.
+        prediction: what is expected of them, and why, written before the first measurement.
     """
 
     op: str
@@ -93,6 +97,20 @@ class Domain:
     compare: Callable[[Any, Any], float] | None = None
     compilable: bool = True
     forward_only: tuple[str, ...] = ()
+    cases: Mapping[str, Sizes] = field(default_factory=dict)
+    bytes: Callable[[Sizes], float] = lambda sizes: 0.0
+    prediction: str = ""
+
+    def benchmarks(self) -> Iterator[Case]:
+        """The benchmark cases of ``cases``, in float32, outside the hot set."""
+        for name, sizes in self.cases.items():
+            for gradient in (False, True) if self.trained else (False,):
+                call = Call(self, 0, sizes, torch.float32, gradient, padded=False)
+                yield replace(
+                    call.case(), name=f"{name}-fp32{'-fwdbwd' if gradient else ''}", targets={},
+                    bytes=0.0 if gradient else self.bytes(sizes), flops=0.0 if gradient else self.flops(sizes),
+                    prediction=self.prediction,
+                )  # fmt: skip
 
     def draw(self, rng: random.Random, number: int = 0) -> Call:
         """A random call; sizes that would take too long or too much memory are drawn again."""

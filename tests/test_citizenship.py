@@ -311,7 +311,7 @@ def test_hessian_and_several_upstream_gradients(sample: Sample):
 
 def cast_operands(sample: Sample, arguments: tuple[tuple, dict], dtype: torch.dtype) -> tuple[tuple, dict]:
     """The arguments with the operands of the autocast rule cast to ``dtype``, as a user would by hand."""
-    names = autocast.RULES[sample.op]
+    names = autocast.rule(sample.op)
     function = getattr(w2s_fast, sample.op)
 
     def cast(name: str, value):
@@ -330,8 +330,8 @@ def floats(value) -> list[torch.Tensor]:
     return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
-def test_every_op_has_an_autocast_rule():
-    assert set(autocast.RULES) == {sample.op for sample in SAMPLES}
+def test_autocast_rules_are_of_ops():
+    assert set(autocast.RULES) < {sample.op for sample in SAMPLES}
 
 
 @pytest.mark.parametrize("sample", some(SAMPLES, 12))
@@ -339,7 +339,7 @@ def test_every_op_has_an_autocast_rule():
 def test_autocast(sample: Sample, backend: str):
     """What a cast by hand gives, or what the op gives outside; backward inside and outside the region."""
     arguments = sample.inputs(torch.float32)
-    rule = autocast.RULES[sample.op]
+    rule = autocast.rule(sample.op)
     by_hand = cast_operands(sample, arguments, torch.bfloat16) if isinstance(rule, tuple) else arguments
 
     def run(given, inside: bool, backward_inside: bool = False) -> tuple[list, list]:
@@ -365,7 +365,7 @@ def test_autocast(sample: Sample, backend: str):
         assert not sample.grad or [g.dtype for g in got] == [t.dtype for t in floats(arguments)]
 
 
-@pytest.mark.parametrize("op", sorted(autocast.RULES))
+@pytest.mark.parametrize("op", sorted({sample.op for sample in SAMPLES}))
 def test_autocast_takes_several_dtypes(op: str):
     """The first tensor comes from a layer before, in bfloat16; the parameters are float32."""
     sample = next(s for s in SAMPLES if s.op == op)
@@ -375,7 +375,7 @@ def test_autocast_takes_several_dtypes(op: str):
         return  # bounds of one box come from one place
     with torch.autocast("cpu", torch.bfloat16):
         found = use(flat[0].bfloat16(), *flat[1:])
-        rule = autocast.RULES[op]
+        rule = autocast.rule(op)
         if isinstance(rule, tuple):
             same(found, use(*flat), "output")
         elif rule == "widest" and len(flat) > 1 and op != "adaln_modulate":  # that comes in the dtype of x

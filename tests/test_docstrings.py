@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -11,11 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import w2s_fast
+from w2s_fast.testing.samples import Sample, all_samples
 
 #: The packages that users import. Names that begin with an underscore, and modules of such names, are ours.
-PACKAGES = ("nn", "optim", "data", "metrics", "integrations", "methods")
+PACKAGES = ("attacks", "nn", "optim", "data", "metrics", "integrations", "methods")
 
 
 def _modules() -> Iterator[ModuleType]:
@@ -24,8 +28,9 @@ def _modules() -> Iterator[ModuleType]:
         package = importlib.import_module(f"w2s_fast.{name}")
         yield package
         for found in pkgutil.walk_packages(getattr(package, "__path__", ()), f"{package.__name__}."):
-            if "._" not in found.name:
-                yield importlib.import_module(found.name)
+            if "._" in found.name or (found.name.endswith(".vllm") and importlib.util.find_spec("vllm") is None):
+                continue  # vLLM has an environment of its own, .ci/vllm_check.sh
+            yield importlib.import_module(found.name)
 
 
 def _public(module: ModuleType) -> Iterator[tuple[str, Any]]:
@@ -71,3 +76,44 @@ def test_everything_that_refuses_says_so():
         if checked and not re.search("Raises:|ValueError|TypeError", f"{value.__doc__} {function.__doc__}"):
             silent.append(name)
     assert not silent, f"docstrings that name no error: {sorted(set(silent))}"
+
+
+WRONG = (
+    "nothing", object(), -1, float("nan"), 10**9, True, [], {}, torch.ones(3, dtype=torch.int64), torch.tensor(1.0),
+    torch.ones(1, 1, 1, 1, 1, 1), torch.ones(2, 3, dtype=torch.complex64),
+)  # fmt: skip
+
+
+def _calls(sample: Sample) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The sample's call with one argument wrong, in every way; a flag may be anything that has a truth value."""
+    args, kwargs = sample.inputs(torch.float32)
+    parameters = inspect.signature(getattr(w2s_fast, sample.op)).parameters
+    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD or "bool" in str(parameter.annotation):
+            continue
+        if (sample.op, name) == ("reflect", "t"):  # goes to the caller's networks as it is
+            continue
+        value, others = given.get(name), []
+        if isinstance(value, Tensor) and value.ndim:
+            others = [value[..., :-1], value[None], value.double() if value.is_floating_point() else value.float()]
+        for wrong in (*WRONG, *others):
+            yield f"{name}={wrong if isinstance(wrong, (int, float, str)) else type(wrong)}", {**given, name: wrong}
+
+
+FIRST = {sample.op: sample for sample in reversed(all_samples()) if torch.float32 in sample.dtypes}
+
+
+@pytest.mark.parametrize("op", sorted(FIRST))
+def test_errors_are_those_that_the_docstring_names(op: str):
+    """A wrong argument is taken or refused in the op's own words, by an exception that stands under Raises."""
+    doc = inspect.getdoc(getattr(w2s_fast, op)) or ""
+    stated = doc[doc.index("Raises:") : doc.index("Example:")]
+    faults = []
+    for what, given in _calls(FIRST[op]):
+        try:
+            getattr(w2s_fast, op)(**given)
+        except Exception as error:
+            if type(error).__name__ not in stated or not str(error).startswith("w2s_fast."):
+                faults.append(f"{what}: {type(error).__name__}: {str(error)[:100]}")
+    assert not faults, "\n".join(faults)

@@ -79,8 +79,9 @@ def test_imports_run_one_way():
 
 @pytest.mark.skipif(not MODULES, reason="not a source tree")
 def test_no_circle_of_imports():
+    """Nor one that a function closes: what must be imported late to be imported at all stands in the wrong file."""
     graph: dict[str, set[str]] = {}
     for module, other, inside in _edges():
-        if not inside and other in MODULES and other != module:
+        if other in MODULES and other != module and not (inside and (module, other) in ASKED):
             graph.setdefault(module, set()).add(other)
     TopologicalSorter(graph).prepare()  # a CycleError names the circle

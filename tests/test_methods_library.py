@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 import json
+import pkgutil
 import re
 from pathlib import Path
 
@@ -525,7 +526,9 @@ def test_the_command_trains_a_language_model(name, folder, tmp_path, monkeypatch
 @pytest.mark.parametrize(("name", "more"), sampled([
     ("weak_to_strong", ["--weak", "mine:model"]), ("meal_v2", ["--teacher", "mine:model"]),
     ("tgeo_kd", ["--teacher", "mine:model", "--validation", "mine:data"]), ("ibp", ["--eps", "0.01"]),
-], 2, seed=1))  # fmt: skip
+    ("robust_mean_teacher", ["--labelled", "mine:data"]), ("shrinkmatch", ["--labelled", "mine:data"]),
+    ("robustify", ["--teacher", "mine:model", "--part", "1"]), ("few_shot_increments", ["--turns", "true"]),
+], 3, seed=1))  # fmt: skip
 def test_the_command_trains_any_module(name, more, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     done = run(name, "--model", "mine:model", "--data", "mine:data", "--out", str(tmp_path), "--device", "cpu",
@@ -602,7 +605,7 @@ def test_the_teacher_s_command(folder, tmp_path, monkeypatch):
 
 def test_the_page_of_the_methods_is_right():
     page = (Path(w2s_fast.__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
-    families = "preference|supervision|distillation|decoding|certified|sparse_lowrank|diffusion"
+    families = "|".join(sorted(member.name for member in pkgutil.iter_modules(w2s_fast.methods.__path__)))
     for name in re.findall(rf"`((?:{families})\.\w+)`", page):
         family, member = name.split(".")
         found = importlib.import_module(f"w2s_fast.methods.{family}")

@@ -28,6 +28,9 @@ case = call.case()
 inputs = case.inputs(torch.Generator().manual_seed(1), torch.device("cpu"))
 for way in call.ways().values():
     assert case.error(way(*inputs), harness.answer(case.reference, inputs)) <= 1.0
+from w2s_fast.bench.case import load
+names = [case.name for case in load("cpu", ops=["row_scale"], full=True)]
+assert names == ["4M-fp32", "4M-fp32-fwdbwd"]
 op = w2s_fast.library.OPS["row_scale"]
 assert op.schema == "(Tensor x, float scale) -> Tensor" and op.triton.why_not((torch.ones(1), 1.0)) is None
 print("fine")
@@ -47,7 +50,7 @@ def tree(tmp_path):
 
 def test_the_skeleton_works(tree: Path):
     made = write(tree, "diffusion", "row_scale")
-    assert len(made) == len(LAYERS) + 3
+    assert len(made) == len(LAYERS) + 2
     with pytest.raises(FileExistsError):
         write(tree, "diffusion", "row_scale")
     env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONWARNINGS": "ignore"}

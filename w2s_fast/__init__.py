@@ -11,6 +11,7 @@ if _util.find_spec("w2s_fast.kernels") is None and _os.path.exists(_os.path.join
     __path__.append(_root)
 
 from .dispatch import Explanation, backend, explain, set_backend
+from .ops.contrastive.contrastive_loss import contrastive_loss
 from .ops.diffusion.adaln_modulate import adaln_modulate
 from .ops.diffusion.ddim_step import ddim_step
 from .ops.diffusion.gate_residual import gate_residual
@@ -49,6 +50,8 @@ from .ops.logit_fusion.fuse import fuse_logits
 from .ops.logit_fusion.log_softmax import fused_log_softmax
 from .ops.logit_fusion.sample import SampleOutput, fused_sample
 from .ops.logit_fusion.stats import FusedStats, fused_stats
+from .ops.prototypes.class_stats import ClassStats, class_stats
+from .ops.prototypes.prototype_distance import Nearest, prototype_distance
 from .ops.sparse_lowrank.linear import sparse_lowrank_linear, sparse_lowrank_materialize
 from .ops.sparse_lowrank.products import sddmm, spmm
 from .ops.sparse_lowrank.support import SparseSupport, random_support
@@ -56,7 +59,7 @@ from .ops.sparse_lowrank.support import SparseSupport, random_support
 __version__ = "0.1.0"
 
 #: Packages that are loaded on first use: ``w2s_fast.nn.bound`` needs no import of its own.
-_LAZY = ("data", "integrations", "methods", "metrics", "nn", "optim")
+_LAZY = ("attacks", "data", "integrations", "methods", "metrics", "nn", "optim")
 #: Functions that are loaded on first use, and their modules.
 _CALLS = {"apply": "integrations.one_call"}
 
@@ -75,20 +78,24 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "ArmLoss",
+    "ClassStats",
     "DynamicWeights",
     "Explanation",
     "FastReg",
     "FoldedKV",
     "FusedStats",
     "MarginLoss",
+    "Nearest",
     "SampleOutput",
     "SparseSupport",
     "adaln_modulate",
     "arm_loss",
     "backend",
+    "class_stats",
     "compressed_attention",
     "confidence_ramp",
     "confidence_threshold",
+    "contrastive_loss",
     "ddim_step",
     "dynamic_fusion_weights",
     "explain",
@@ -126,6 +133,7 @@ __all__ = [
     "margin_cross_entropy",
     "margin_logits",
     "noise_pair",
+    "prototype_distance",
     "pseudo_huber_loss",
     "qk_norm",
     "random_support",

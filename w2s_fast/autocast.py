@@ -5,7 +5,7 @@
   (targets, weights of rows, norms) stays.
 - ``widest``: nothing is lowered, neither an addition nor a bound; tensors that must have one dtype, but come in several
   as they do under autocast, are taken in the widest.
-- ``as given``: sums are float32 whatever comes, and tensors may differ in dtype.
+- ``as given``, every op that is not named here: sums are float32 whatever comes, and tensors may differ in dtype.
 
 Losses and log-probabilities come in float32 (float64) in any case.
 """
@@ -22,7 +22,7 @@ _ONE_HEAD = ("h", "W", "bias")
 _STUDENT = ("hidden", "lm_head", "bias")
 _HEADS = ("hiddens", "lm_heads", "biases")
 
-#: The operands that an op under ``linear`` casts, or the other rule's name, by public op.
+#: The operands that an op under ``linear`` casts, or ``"widest"``, by public op.
 RULES: dict[str, tuple[str, ...] | str] = {
     "linear_ce": _ONE_HEAD,
     "linear_logp": _ONE_HEAD,
@@ -37,6 +37,8 @@ RULES: dict[str, tuple[str, ...] | str] = {
     "sparse_lowrank_linear": ("x", "A", "B", "values", "bias"),
     "spmm": ("x", "values"),
     "sddmm": ("g", "x"),
+    "contrastive_loss": ("x", "y"),
+    "prototype_distance": ("x", "prototypes"),
     "compressed_attention": ("q", "k", "v"),
     "kv_compressed_attention": ("qkv",),
     "kv_compress": ("qkv",),
@@ -52,25 +54,12 @@ RULES: dict[str, tuple[str, ...] | str] = {
     "margin_logits": "widest",
     "margin_cross_entropy": "widest",
     "tightness_rows": "widest",
-    "arm_loss": "as given",
-    "confidence_threshold": "as given",
-    "ddim_step": "as given",
-    "dynamic_fusion_weights": "as given",
-    "fold_kv_projection": "as given",
-    "fuse_logits": "as given",
-    "fused_log_softmax": "as given",
-    "fused_sample": "as given",
-    "fused_stats": "as given",
-    "ict_loss": "as given",
-    "kd_loss": "as given",
-    "noise_pair": "as given",
-    "pseudo_huber_loss": "as given",
-    "qk_norm": "as given",
-    "reflect": "as given",
-    "sparse_lowrank_materialize": "as given",
-    "w2s_confidence_loss": "as given",
-    "w2sd_sample": "as given",
 }
+
+
+def rule(op: str) -> tuple[str, ...] | str:
+    """Of a public op: the operands that are cast, ``"widest"`` or ``"as given"``."""
+    return RULES.get(op, "as given")
 
 
 def dtype_of(device: torch.device) -> torch.dtype | None:

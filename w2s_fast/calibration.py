@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import extension, files
+from . import extension, files, probes
 from .files import write_text
 
 if TYPE_CHECKING:
@@ -118,10 +118,13 @@ class Unknown:
         if not on_cpu(flat):
             return False
         op.regions = regions(op)
+        _FOUND.append(op)
         return op.regions is not None and op.regions.plain(flat)
 
 
 UNKNOWN = Unknown()
+#: The ops whose regions were looked up.
+_FOUND: list[Op] = []
 
 
 def on_cpu(flat: Sequence[Any]) -> bool:
@@ -160,11 +163,9 @@ class Table(NamedTuple):
 
 def machine() -> dict[str, Any]:
     """Everything that a calibration depends on."""
-    from .info import cpu_name
-
     facts = extension.build_facts()
     return {
-        "cpu": cpu_name(),
+        "cpu": probes.cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -249,7 +250,8 @@ def calibrate(families: Iterable[str] | None = None, step: Callable[[str], None]
             for family in measure.families() if families is None else families:
                 step(family)
                 _LOG.info("w2s_fast: calibrating %s for this machine, once", family)
-                known.points.update(measure.measure(family))
+                with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # instead of the caller's
+                    known.points.update(measure.measure(family))
                 known.families.add(family)
         finally:
             _RUNNING = False
@@ -263,7 +265,5 @@ def calibrate(families: Iterable[str] | None = None, step: Callable[[str], None]
 
 def forget() -> None:
     """Every op looks its regions up again at its next call."""
-    from .library import OPS
-
-    for op in OPS.values():
-        op.regions = UNKNOWN
+    while _FOUND:
+        _FOUND.pop().regions = UNKNOWN

@@ -43,7 +43,7 @@ def is_tensor(op: str, argument: str, value: Any, requirement: str = "a tensor")
 
 def float_dtype(op: str, argument: str, value: Any) -> torch.dtype:
     """``value``, which must be a supported floating-point dtype."""
-    if value not in FLOATS:
+    if not isinstance(value, torch.dtype) or value not in FLOATS:
         fail(op, argument, "float32, bfloat16, float16 or float64", value, error=TypeError)
     dtype: torch.dtype = value
     return dtype
@@ -51,6 +51,8 @@ def float_dtype(op: str, argument: str, value: Any) -> torch.dtype:
 
 def is_float_tensor(op: str, argument: str, value: Any) -> Tensor:
     """``value``, which must be a floating-point tensor of a supported dtype."""
+    if isinstance(value, Tensor) and value.dtype in FLOATS:
+        return value
     tensor = is_tensor(op, argument, value)
     float_dtype(op, argument, tensor.dtype)
     return tensor
@@ -67,6 +69,8 @@ def number(
     requirement: str = "",
 ) -> float:
     """``value`` as a float within ``[low, high]`` (``(low, high]`` if ``open_low``), finite."""
+    if type(value) is float and low < value < high:  # nearly every call
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(op, argument, requirement or "a number", f"{type(value).__name__} {value!r}", error=TypeError)
     # NaN and infinities fail value - value == 0; math.isfinite would break the graph of a symbolic float
@@ -82,6 +86,8 @@ COLDEST, HOTTEST = 2.0**-100, 2.0**100
 
 def temperature(op: str, value: Any, zero_allowed: bool = False) -> float:
     """``value`` as a positive temperature within `COLDEST` and `HOTTEST`, or 0 where that is allowed."""
+    if type(value) is float and COLDEST <= value <= HOTTEST:
+        return value
     requirement = "a finite number >= 0" if zero_allowed else "a finite number > 0"
     found = number(op, "temperature", value, low=0.0, open_low=not zero_allowed, requirement=requirement)
     return found if found == 0 else min(max(found, COLDEST), HOTTEST)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .library import Op
 
 _autocast_off = torch._C._DisableAutocast
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class Call:
@@ -66,7 +67,7 @@ class Kept(NamedTuple):
     """What a call leaves for its gradient besides the tensors that autograd keeps.
 
     flat: the arguments, with `NOT_KEPT` for tensors; lengths: of the lists among the kept results; carriers: the
-    results that carry a gradient.
+    results that carry a gradient; facts: shape and dtype of each kept tensor, where a hook may hand back another one.
     """
 
     backend: str
@@ -74,6 +75,7 @@ class Kept(NamedTuple):
     flat: list[Any]
     lengths: list[int]
     carriers: list[Place]
+    facts: list[tuple[Any, Any] | None] | None
 
 
 class Gradient:
@@ -93,6 +95,7 @@ class Gradient:
         self._result_lists = {k for k, r in enumerate(results) if r.is_list}
         self._plans: dict[str, Plan] = {}
         self._carriers: dict[str, list[Place]] = {}
+        self._fixed = self._places(carriers) if isinstance(carriers, str) else None
 
     def keep(self, backend: str, flat: Sequence[Any], results: Sequence[Any]) -> tuple[list[Any], Kept]:
         """The tensors that the gradient needs, and the rest of what it needs."""
@@ -110,8 +113,9 @@ class Gradient:
                 rest[i] = NOT_KEPT
         for i in self.lists:
             rest[i] = [NOT_KEPT] * len(rest[i])
-        carriers = self._carried(backend, flat, results)
-        return tensors, Kept(backend, plan, rest, [len(results[k]) for k in plan.result_lists], carriers)
+        carriers = self._fixed if self._fixed is not None else self._carried(backend, flat, results)
+        facts = [None if t is None else (t.shape, t.dtype) for t in tensors] if _hooks(False) else None
+        return tensors, Kept(backend, plan, rest, [len(results[k]) for k in plan.result_lists], carriers, facts)
 
     def _plan(self, names: str) -> Plan:
         """An argument comes before a result of its name."""
@@ -137,10 +141,13 @@ class Gradient:
                 elif value.is_floating_point():
                     found.append((k, -1))
             return found
-        said = self.carriers if isinstance(self.carriers, str) else self.carriers(self._call(backend, flat, results))
-        if said not in self._carriers:
-            self._carriers[said] = [(self._results.index(name), -1) for name in said.split()]
-        return self._carriers[said]
+        assert callable(self.carriers)
+        return self._places(self.carriers(self._call(backend, flat, results)))
+
+    def _places(self, names: str) -> list[Place]:
+        if names not in self._carriers:
+            self._carriers[names] = [(self._results.index(name), -1) for name in names.split()]
+        return self._carriers[names]
 
     def _call(self, backend: str, flat: Sequence[Any], results: Sequence[Any]) -> Call:
         call = Call(self.op.signature.parameters, self.op.group(*flat))
@@ -157,11 +164,21 @@ class Gradient:
             needs: a flag for every argument, a list of them for a list.
             grads: of the results.
             origins: what the gradients depend on, where it is not among ``saved``.
+
+        Raises:
+            RuntimeError: where a hook on saved tensors hands back another shape or dtype than it was given, which a
+                kernel would read past its end.
         """
         if self.backward is None:
             transforms.no_second_derivative(self.op.name)
-        if not self.materialize and all(grads[k] is None for k, _ in kept.carriers):
-            return {}
+        if not self.materialize:
+            for k, _ in kept.carriers:
+                if grads[k] is not None:
+                    break
+            else:
+                return {}
+        if kept.facts is not None:
+            self._check(kept.facts, kept, saved)
         call = self._restored(kept, saved)
         call.needs = Call(self.op.signature.parameters, self.op.group(*needs))
         given, second = self.op.named(grads), torch.is_grad_enabled()  # create_graph
@@ -172,6 +189,24 @@ class Gradient:
                 found = self.backward(call, given)
         marked = transforms.once(self.op.name, list(found.values()), (*saved, *origins, *grads))
         return dict(zip(found, marked, strict=True))
+
+    def _check(self, facts: Sequence[tuple[Any, Any] | None], kept: Kept, saved: Sequence[Any]) -> None:
+        pairs = enumerate(zip(saved, facts, strict=False))
+        wrong = [i for i, (t, fact) in pairs if fact is not None and (t.shape, t.dtype) != fact]
+        if not wrong:
+            return
+        plan, names = kept.plan, [self.names[i] for i in kept.plan.arguments]
+        for i in plan.lists:
+            names += [f"{self.names[i]}[{j}]" for j in range(len(kept.flat[i]))]
+        names += [self._results[k] for k in plan.results]
+        for k, length in zip(plan.result_lists, kept.lengths, strict=True):
+            names += [f"{self._results[k]}[{j}]" for j in range(length)]
+        name, t, fact = names[wrong[0]], saved[wrong[0]], facts[wrong[0]]
+        assert fact is not None
+        raise RuntimeError(
+            f"w2s_fast.{self.op.name}: {name} as kept for backward must be {fact[1]} {list(fact[0])}, got {t.dtype} "
+            f"{list(t.shape)}. A hook on saved tensors must hand back what it was given."
+        )
 
     def _restored(self, kept: Kept, saved: Sequence[Any]) -> Call:
         plan, flat, results, at = kept.plan, list(kept.flat), [None] * len(self._results), len(kept.plan.arguments)

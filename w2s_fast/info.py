@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -51,15 +50,6 @@ def versions() -> list[tuple[str, str]]:
     return ours + [(name, _version(name)) for name in PACKAGES] + [("torch's CUDA", str(torch.version.cuda))]
 
 
-def cpu_name() -> str:
-    """What the CPU calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 #: The classes of shapes for which csrc/cpu/gemm_library.cpp chooses between our float32 product and the library's.
 PRODUCTS = ("few rows", "few rows, transposed", "shallow", "deep")
 
@@ -81,7 +71,7 @@ def products() -> list[tuple[str, str]]:
 
 def machine() -> list[tuple[str, str]]:
     """CPU and its vector features, threads, GPUs and their compute capabilities."""
-    found = [("CPU", cpu_name()), ("CPU capability (torch)", torch.backends.cpu.get_cpu_capability())]
+    found = [("CPU", probes.cpu_name()), ("CPU capability (torch)", torch.backends.cpu.get_cpu_capability())]
     if probes.available():
         have = [name for name, there in probes.cpu_features().items() if there]
         found.append(("CPU features", " ".join(have) or "none"))

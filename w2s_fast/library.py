@@ -14,6 +14,8 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -147,8 +149,9 @@ class Op:
         self._forced: Any = None
         #: where plain PyTorch serves calls on a CPU faster than the C++ kernel; None: nowhere
         self.regions: calibration.Regions | calibration.Unknown | None = calibration.UNKNOWN
-        self._group: Callable[..., tuple[Any, ...]] | None = None
         self._make = None if signature.made is None else signature.made._make
+        #: one value a result as the reference returns them: by name, or the value of the only one
+        self.named: Callable[[Sequence[Any]], Any] = self._make or itemgetter(0)
         self.gradient: Gradient
         for kernel, layer in ((triton, "kernels"), (cuda, "ops")):
             if kernel is not None:
@@ -164,15 +167,10 @@ class Op:
         """Of the flat arguments."""
         return [argument.name for argument in self.signature.arguments]
 
-    def group(self, *flat: Any) -> tuple[Any, ...]:
-        """Flat arguments as the reference takes them."""
-        if self._group is None:
-            self._group = self.signature.group()
-        return self._group(*flat)
-
-    def named(self, results: Sequence[Any]) -> Any:
-        """One value a result as the reference returns them: by name, or the value of the only one."""
-        return results[0] if self._make is None else self._make(results)
+    @cached_property
+    def group(self) -> Callable[..., tuple[Any, ...]]:
+        """Flat arguments as the reference takes them; made at first use, so that importing the package is quick."""
+        return self.signature.group()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         found = self.run(dispatch.STATE, self.flatten(*args, **kwargs))
@@ -199,6 +197,9 @@ class Op:
             return transforms.call(self, backend, flat)
         # past the dispatcher's autograd kernel, which would cost a small call as much as the op
         if not (_is_grad_enabled() and _any_requires_grad(*flat)):
+            if backend == "auto" and self.regions is None:  # what `_serve` does, a small call's time less
+                with _below_autograd():
+                    return self._auto(*flat)
             return self._serve(backend, flat)
         _set_grad_enabled(False)
         try:
@@ -332,6 +333,7 @@ def define(
     *,
     fake: Callable[..., Any],
     backward: Callable[[Call, Any], dict[str, Any]] | None = None,
+    gradient: Callable[..., Any] | None = None,
     saves: Names = "",
     carriers: Names | None = None,
     materialize: bool = False,
@@ -347,6 +349,9 @@ def define(
         backward: ``(call, grads) -> {argument: gradient}``. Arguments left out get no gradient; ``grads`` has the form
             of the results, with None for those that none came of. It is not called without any. None makes a gradient
             through the op an error (double backward).
+        gradient: in place of ``backward`` and ``saves``, the gradient's own reference: it takes ``grad``, that of the
+            only result, then arguments of the op (or ``out``) by name; its results are ``d<argument>``, each like its
+            argument. It becomes an op too, with kernels under its name.
         saves: tensors that backward needs, arguments and results. All else that is no tensor is there anyway.
         carriers: results that carry a gradient; None: all of floating dtype. "" for an op such as sampling.
         materialize: whether backward gets zeros for a gradient that did not come.
@@ -354,10 +359,31 @@ def define(
             differentiated too. Otherwise that is an error.
         triton, cuda: the GPU's kernels.
     """
+    if gradient is not None:
+        backward, saves = _gradient_op(gradient)
     op = Op(reference, fake, triton, cuda)
     op.gradient = Gradient(op, backward, saves, carriers, materialize, twice)
     register(op)
     return op
+
+
+def _gradient_op(reference: Callable[..., Any]) -> tuple[Callable[[Call, Any], dict[str, Any]], str]:
+    """The backward that calls the op of a gradient, and what it saves."""
+    signature = Signature(reference)
+    names, made = signature.parameters[1:], [result.name.removeprefix("d") for result in signature.results]
+    fits = signature.parameters[0] == "grad" and set(made) <= set(names)
+    assert fits, f"{reference.__name__} must take grad and arguments of the op, and return d<argument> of some of them"
+
+    def fake(grad: Tensor, *arguments: Any) -> Any:
+        given = dict(zip(names, arguments, strict=True))
+        return tuple(given[name].new_empty(given[name].shape) for name in made)
+
+    op = define(reference, fake=fake, triton=Kernel())
+
+    def backward(call: Call, grad: Tensor) -> dict[str, Any]:
+        return dict(zip(made, op.on(call.backend)(grad, *(getattr(call, name) for name in names)), strict=True))
+
+    return backward, " ".join(argument.name for argument in signature.arguments[1:] if argument.is_tensor)
 
 
 def register(op: Op) -> None:

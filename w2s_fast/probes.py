@@ -1,8 +1,10 @@
-"""What this machine and this build are: CPU features, build facts, bandwidth and FMA ceilings (from `w2s_fast._C`)."""
+"""What this machine and this build are: the CPU's name; features, build facts, ceilings (from `w2s_fast._C`)."""
 
 from __future__ import annotations
 
 import importlib
+import platform
+from pathlib import Path
 from typing import Any
 
 _COMMAND = "W2S_FAST_BUILD=require pip install --no-build-isolation -e ."
@@ -15,8 +17,17 @@ def _module() -> Any:
         raise RuntimeError(f"w2s_fast.probes: w2s_fast._C is not built ({error}). Build it: `{_COMMAND}`.") from error
 
 
+def cpu_name() -> str:
+    """What the CPU calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def available() -> bool:
-    """Whether the compiled module is there; every other function here raises RuntimeError without it."""
+    """Whether the compiled module is there; the functions below raise RuntimeError without it."""
     try:
         _module()
     except RuntimeError:

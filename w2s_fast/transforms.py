@@ -22,8 +22,9 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether any of them will get a gradient, also one that `vmap` hides."""
     if not torch.is_grad_enabled():
         return False
-    if any(t is not None and t.requires_grad for t in tensors):
-        return True
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
     if torch.compiler.is_compiling() or not active():
         return False
     wrapped = [t for t in tensors if t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t)]

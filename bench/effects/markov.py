@@ -10,9 +10,7 @@ from torch import Tensor, nn
 CONTEXT = 2
 
 
-def language(
-    tokens: int, seed: int, sharpness: float = 2.0, like: Tensor | None = None, shared: float = 0.0
-) -> Tensor:
+def language(tokens: int, seed: int, sharpness: float = 2.0, like: Tensor | None = None, shared: float = 0.0) -> Tensor:
     """Probabilities of the next token ``[tokens, tokens, tokens]`` given two; a share as in ``like``."""
     draw = torch.Generator().manual_seed(seed)
     table = (sharpness * torch.randn(tokens, tokens, tokens, generator=draw)).softmax(-1)

@@ -29,7 +29,9 @@ def tokenizer(vocab_size: int = 2048, fresh: bool = False) -> Any:
         made.train_from_iterator(
             (t for domain in ("general", "code", "prose") for t in docs[domain, "train"]),
             trainers.BpeTrainer(
-                vocab_size=vocab_size, special_tokens=[END], show_progress=False,
+                vocab_size=vocab_size,
+                special_tokens=[END],
+                show_progress=False,
                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             ),
         )

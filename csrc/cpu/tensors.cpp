@@ -1,6 +1,24 @@
 #include "cpu/tensors.h"
 
+#include "cpu/convert.h"
+
 namespace w2s {
+namespace {
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Bool: return "bool";
+    default: return "of another dtype";
+  }
+}
+
+}  // namespace
 
 Dtype dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
 
@@ -31,9 +49,22 @@ Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
   return Tensor(made);
 }
 
+void expect(const Tensor& t, const char* argument, torch::headeronly::IntHeaderOnlyArrayRef shape, std::optional<ScalarType> type) {
+  bool same = t.dim() == int64_t(shape.size()) && (!type || t.scalar_type() == *type);
+  for (size_t d = 0; same && d < shape.size(); ++d) same = t.size(int64_t(d)) == shape[d];
+  if (same) return;
+  const auto text = [](const auto& sizes) {
+    std::string all;
+    for (const int64_t n : sizes) all += (all.empty() ? "" : ", ") + std::to_string(n);
+    return "[" + all + "]";
+  };
+  throw Refusal(argument + (" must be " + text(shape)) + (type ? std::string(" ") + name_of(*type) : "") + ", got " + text(shape_of(t)) +
+                " " + name_of(t.scalar_type()) + ".");
+}
+
 std::vector<double> numbers(const Tensor& t) {
-  const int64_t rows = t.size(0), columns = t.dim() > 1 ? t.size(1) : 1;
-  const int64_t down = t.stride(0), across = t.dim() > 1 ? t.stride(1) : 0;
+  const int64_t rows = t.dim() ? t.size(0) : 1, columns = t.dim() > 1 ? t.size(1) : 1;
+  const int64_t down = t.dim() ? t.stride(0) : 0, across = t.dim() > 1 ? t.stride(1) : 0;
   std::vector<double> found(size_t(rows * columns));
   const Dtype dtype = dtype_of(t);
   const void* data = t.data_ptr();
@@ -48,6 +79,13 @@ std::vector<double> numbers(const Tensor& t) {
       found[size_t(i * columns + j)] = x;
     }
   return found;
+}
+
+Tensor narrowed(const std::vector<double>& sums, const Tensor& like) {
+  Tensor made = empty_of(like);
+  check(made.numel() == int64_t(sums.size()), "there must be as many sums as elements");
+  kernels<ConvertKernels, double>().narrow(sums.data(), made.numel(), dtype_of(like), made.data_ptr());
+  return made;
 }
 
 }  // namespace w2s

@@ -50,6 +50,18 @@ inline Tensor empty_of(const Tensor& t, bool wanted = true) {
   return fresh(t, wanted ? shape_of(t) : std::vector<int64_t>{0});
 }
 
+// What one op leaves for another, which reads it by that shape: a hook on saved tensors may hand back something else. A dtype
+// is named where its bytes are read as such.
+void expect(const Tensor& t, const char* argument, torch::headeronly::IntHeaderOnlyArrayRef shape, std::optional<ScalarType> type = std::nullopt);
+inline void expect(const std::optional<Tensor>& t, const char* argument, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                   std::optional<ScalarType> type = std::nullopt) {
+  if (t) expect(*t, argument, shape, type);
+}
+// Two tensors of one shape and dtype.
+inline void expect_like(const Tensor& t, const char* argument, const Tensor& other) {
+  expect(t, argument, shape_of(other), other.scalar_type());
+}
+
 // The integers or booleans of a contiguous tensor.
 template <class T>
 const T* integers(const Tensor& t) {
@@ -67,10 +79,13 @@ inline const int64_t* places(const Tensor& t, int64_t size, const char* argument
   return found;
 }
 
-// A tensor's numbers as doubles, row by row (a row vector, weights [B, K]); any strides.
+// A tensor's numbers as doubles, row by row (one number, a row vector, weights [B, K]); any strides.
 std::vector<double> numbers(const Tensor& t);
 inline std::vector<double> numbers(const std::optional<Tensor>& t) { return t ? numbers(*t) : std::vector<double>(); }
 inline std::vector<double> numbers(const std::optional<Strided>& t) { return t ? numbers(*t) : std::vector<double>(); }
+
+// Sums as a tensor like another one, rounded to its dtype.
+Tensor narrowed(const std::vector<double>& sums, const Tensor& like);
 
 // Memory of one call, made like the tensor `like`, freed with this.
 struct CallMemory {

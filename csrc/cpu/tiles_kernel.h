@@ -15,6 +15,15 @@ W2S_INLINE void segment_tiles(int64_t D, int64_t segment, const F& work) {
   for (int64_t c = begin; c < end; c += TILE) work(c, int(std::min<int64_t>(TILE, end - c)));
 }
 
+// work(row, c, n) for the tiles of all rows [R, D], a segment an item
+template <class F>
+inline void each_tile(int64_t R, int64_t D, const F& work) {
+  const int64_t S = segments(D);
+  parallel_items(R * S, segment_grain(D), [&](int64_t item) {
+    segment_tiles(D, item % S, [&](int64_t c, int n) { work(item / S, c, n); });
+  });
+}
+
 // runs write(dst, n) for a tile of the output: in place, or into `buffer` and rounded from there
 template <class A, class F>
 W2S_INLINE void write_tile(const Rows& out, int64_t row, int64_t c, int n, A* buffer, const F& write) {

@@ -66,7 +66,8 @@ def load_sum(fusion, row, cols, mask):
     base_weight = number(fusion[9])
     s = base * base_weight
     for k in tl.static_range(len(fusion[2])):
-        s += load_weight(fusion, k, row) * load_shift(fusion, k, row, cols, mask)
+        # kernels that form z again rely on its bits: no compiler may fuse this into one here and not there
+        s = tl.fma(load_weight(fusion, k, row), load_shift(fusion, k, row, cols, mask), s)
     # nested, because the interpreter cannot combine a block of booleans with a scalar one
     s = tl.where(base == -INF, tl.where(base_weight != 0.0, -INF, s), s)
     if fusion[10] is not None:

@@ -1,23 +1,29 @@
 """Drop-in torch.nn modules over the ops."""
 
+from .contrastive import ClipLoss, SigLipLoss, gather_columns
 from .interval import Ball, Choices, IntervalModule, IntervalPass, bound, layer_table, verify
 from .kv_compressed_attention import KVCompressedAttention
 from .pixart import PixArtBlock, PixArtSigma
+from .prototypes import ProtoHead
 from .sparse_lowrank import ModelSize, Replaced, SparseLowRankLinear, model_size, replace_linear
 from .sparsity import nm_mask, sparsify, topk_mask
 
 __all__ = [
     "Ball",
     "Choices",
+    "ClipLoss",
     "IntervalModule",
     "IntervalPass",
     "KVCompressedAttention",
     "ModelSize",
     "PixArtBlock",
     "PixArtSigma",
+    "ProtoHead",
     "Replaced",
+    "SigLipLoss",
     "SparseLowRankLinear",
     "bound",
+    "gather_columns",
     "layer_table",
     "model_size",
     "nm_mask",

@@ -129,12 +129,10 @@ W2S_INLINE void {op}_tile(const A* x, int n, A scale, A* y) {{
 
 template <class A>
 inline void {op}_as(const Rows& x, int64_t size, double scale, const Rows& y) {{
-  parallel_items(segments(size), segment_grain(size), [&](int64_t item) {{
+  each_tile(1, size, [&](int64_t row, int64_t at, int n) {{
     A wide_x[TILE], wide_y[TILE];
-    segment_tiles(size, item, [&](int64_t at, int n) {{
-      const A* from = read_tile(x, 0, at, n, wide_x);
-      write_tile(y, 0, at, n, wide_y, [&](A* to) {{ {op}_tile(from, n, A(scale), to); }});
-    }});
+    const A* from = read_tile(x, row, at, n, wide_x);
+    write_tile(y, row, at, n, wide_y, [&](A* to) {{ {op}_tile(from, n, A(scale), to); }});
   }});
 }}
 
@@ -191,33 +189,6 @@ SAMPLES = [
 ]
 '''
 
-BENCH = '''"""`{op}` against the formula as written."""
-
-from __future__ import annotations
-
-import torch
-
-import w2s_fast
-
-from ..case import Case, compiled, eager
-
-
-def cases(device: str) -> list[Case]:
-    """One size."""
-    numbers = 1 << 22
-    return [
-        Case(
-            op="{op}", name="4M-fp32", dtype="float32", shape={{"numbers": numbers}}, bytes=8 * numbers,
-            flops=numbers, prediction="bound by memory, as the formula is",
-            inputs=lambda g, device: (torch.randn(numbers, generator=g).to(device),),
-            ours=lambda x: w2s_fast.{op}(x, 0.5),
-            reference=lambda x: x.double() * 0.5,
-            providers={{"eager": eager(lambda x: x * 0.5), "compile": compiled(lambda x: x * 0.5)}},
-            hot=False,
-        )
-    ]  # fmt: skip
-'''
-
 DOMAINS = '''"""{title}."""
 
 from __future__ import annotations
@@ -236,6 +207,8 @@ DOMAINS.append(
         inputs=lambda random, sizes: (random(sizes["numbers"]),),
         ways=lambda sizes: {{"ours": lambda x: w2s_fast.{op}(x, 0.5), "eager": lambda x: x * 0.5}},
         flops=lambda sizes: sizes["numbers"], elements=lambda sizes: sizes["numbers"], trained=(0,),
+        cases={{"4M": {{"numbers": 1 << 22}}}}, bytes=lambda sizes: 8 * sizes["numbers"],
+        prediction="bound by memory, as the formula is",
     )
 )  # fmt: skip
 '''
@@ -248,13 +221,11 @@ LAYERS = {
     "csrc/cpu/{family}/{op}_kernel.cpp": VECTORS,
     "kernels/{family}/{op}.py": KERNEL,
     "w2s_fast/testing/samples/{op}.py": SAMPLES,
-    "bench/cases/{op}.py": BENCH,
 }
 #: What each file gets a line in: the file, the line, and the pattern of the lines among which it is sorted.
 LINES = (
     ("w2s_fast/__init__.py", "from .ops.{family}.{op} import {op}\n", r"^from \.ops\..*\n"),
     ("w2s_fast/__init__.py", '    "{op}",\n', r'^    "[a-z]\w*",\n'),
-    ("w2s_fast/autocast.py", '    "{op}": "as given",\n', r'^    "\w+": "as given",\n'),
 )
 
 

@@ -25,17 +25,13 @@ W2S_INLINE void step_tile(const A* x, const A* c, const A* u, int n, A a, A b, A
 
 template <class A>
 inline void step_as(const DdimStep& s) {
-  const int64_t S = segments(s.D);
-  parallel_items(s.B * S, segment_grain(s.D), [&s, S](int64_t item) {
-    const int64_t row = item / S;
+  each_tile(s.B, s.D, [&s](int64_t row, int64_t at, int n) {
     const double* level = s.levels.data() + (s.levels.size() > 2 ? 2 * row : 0);
     A bx[TILE], bc[TILE], bu[TILE], by[TILE];
-    segment_tiles(s.D, item % S, [&](int64_t at, int n) {
-      const A* x = read_tile(s.x, row, at, n, bx);
-      const A* c = read_tile(s.first, row, at, n, bc);
-      const A* u = s.both ? read_tile(s.second, row, at, n, bu) : nullptr;
-      write_tile(s.out, row, at, n, by, [&](A* y) { step_tile(x, c, u, n, A(level[0]), A(level[1]), A(s.guidance), y); });
-    });
+    const A* x = read_tile(s.x, row, at, n, bx);
+    const A* c = read_tile(s.first, row, at, n, bc);
+    const A* u = s.both ? read_tile(s.second, row, at, n, bu) : nullptr;
+    write_tile(s.out, row, at, n, by, [&](A* y) { step_tile(x, c, u, n, A(level[0]), A(level[1]), A(s.guidance), y); });
   });
 }
 

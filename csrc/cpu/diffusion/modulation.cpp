@@ -24,11 +24,23 @@ std::tuple<Tensor, Tensor, Tensor> modulate(Rowwise x, OptionalRows y, OptionalR
   return {added, h, stats};
 }
 
+// A vector of C a sample, a token or for all, and a row that is added to it.
+void fits(const OptionalRows& vector, const Optional& row, const char* name, int64_t B, int64_t N, int64_t C) {
+  if (vector) expect(*vector, name, {vector->size(0) == 1 ? 1 : B, vector->dim() > 1 && vector->size(1) == 1 ? 1 : N, C});
+  expect(row, name, {C});
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_backward(OptionalRows grad_added, OptionalRows grad_h, Rowwise added, OptionalRows y,
                                                                      OptionalRows gate, Optional gate_row, OptionalRows scale,
                                                                      Optional scale_row, Tensor stats, bool need_x, bool need_y,
                                                                      bool need_gate, bool need_modulation) {
   const int64_t B = added.size(0), N = added.size(1), C = added.size(2);
+  if (grad_added) expect_like(*grad_added, "grad_added", added);
+  if (grad_h) expect_like(*grad_h, "grad_h", added);
+  if (y) expect_like(*y, "y", added);
+  fits(gate, gate_row, "gate", B, N, C);
+  fits(scale, scale_row, "scale", B, N, C);
+  if (scale) expect(stats, "stats", {B, N, 2}, wide_type(added));
   Tensor dx = fresh(added, need_x ? Shape{B, N, C} : Shape{0}), dy = fresh(added, need_y ? Shape{B, N, C} : Shape{0});
   // a gradient a token for a vector a token, else their sum; dshift is a sum always: a token's is grad_h itself
   const auto sums = [&](bool need, const Optional& vector) {

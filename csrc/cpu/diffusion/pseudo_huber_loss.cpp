@@ -12,7 +12,11 @@ struct Call : PseudoHuber {
   Call(const Tensors& tensors, std::vector<double> k, double c, bool vector)
       : PseudoHuber{{}, std::move(k), tensors[0].size(0), tensors[0].size(1), c, vector, {}, {}, {}, {}}, given(tensors),
         f64(std::any_of(tensors.begin(), tensors.end(), is_double)) {
-    for (const Tensor& t : given) this->tensors.emplace_back(t);
+    const std::vector<const char*> names = given.size() == 2 ? std::vector{"pred", "target"} : std::vector{"student", "teacher", "x_student", "x_teacher"};
+    for (size_t i = 0; i < given.size(); ++i) {
+      expect(given[i], names[i], {B, D});
+      this->tensors.emplace_back(given[i]);
+    }
   }
 };
 
@@ -27,6 +31,8 @@ std::tuple<Tensor, Tensor> forward(Call h) {
 
 // `column` of the levels multiplies the gradient in r; -1: nothing does
 Tensor backward(Call h, const Tensor& grad, const Tensor& inverse, int64_t column) {
+  expect(grad, "grad", {h.B});
+  expect(inverse, "inverse", {h.vector ? h.B : 0});
   h.scale = numbers(grad);
   const std::vector<double> roots = numbers(inverse);
   for (int64_t row = 0; row < h.B; ++row) {
@@ -54,6 +60,7 @@ std::tuple<Tensor, Tensor> ict_loss(Tensor student, Tensor teacher, Tensor x_stu
 
 Tensor ict_backward(Tensor grad, Tensor student, Tensor teacher, Tensor x_student, Tensor x_teacher, Tensor levels,
                     Tensor inverse, double c, int64_t column) {
+  expect(levels, "levels", {student.size(0), 4});
   Call h({student, teacher, x_student, x_teacher}, numbers(levels), c, inverse.size(0) > 0);
   return backward(std::move(h), grad, inverse, column);
 }

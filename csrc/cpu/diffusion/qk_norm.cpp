@@ -26,6 +26,10 @@ std::tuple<Tensor, Tensor> qk_norm(Rowwise x, int64_t first, int64_t last, std::
 std::tuple<Tensor, Tensor, Tensor> qk_norm_backward(Rowwise grad, Rowwise x, int64_t first, int64_t last, std::optional<Tensor> weight,
                                                     std::optional<Tensor> bias, bool rms, Tensor stats, bool need_params) {
   const Problem p = problem(x, first, last, weight, bias, rms, 0.0);
+  expect_like(grad, "grad", x);
+  const auto sets = [&](int64_t given) { return given == 1 ? 1 : last - first; };
+  expect(weight, "weight", {sets(p.sets), p.C}), expect(bias, "bias", {sets(p.bias_sets), p.C});
+  expect(stats, "stats", {p.B, p.N, last - first, 2}, wide_type(x));
   Tensor dx = fresh(x, {p.B, p.N, p.S, p.C});
   Tensor dweight = fresh(x, need_params && weight ? Shape{weight->size(0), p.C} : Shape{0}, wide_type(x));
   Tensor dbias = fresh(x, need_params && bias ? Shape{bias->size(0), p.C} : Shape{0}, wide_type(x));

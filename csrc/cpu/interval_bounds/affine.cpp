@@ -1,6 +1,8 @@
 // interval_affine, interval_batchnorm_stats and their gradients. Tensors are [B, C, size]: an item is a plane of one
 // channel, or a row of all channels where size is 1, so that either way entries lie next to each other. 16 bytes an entry
 // forward, 24 backward. Sums are float64, a sample's in order.
+#include <cmath>
+
 #include "cpu/interval_bounds/host.h"
 
 namespace w2s::interval {
@@ -52,11 +54,11 @@ template <class A>
 void forward(const Planes& p, const Tensor& lower, const Tensor& upper, const Tensor& scale, const Tensor& shift, bool relu, bool sound,
              Tensor& low, Tensor& high) {
   const std::vector<A> s = vector_of<A>(scale), t = vector_of<A>(shift);
+  const bool far = p.batch * p.channels * p.size * p.bytes >= int64_t(8) << 20;  // each output stays in no cache for its reader
   parallel_items(p.batch, grain_of(p.channels * p.size), [&](int64_t n) {
-    A one[TILE], two[TILE];
     p.runs(n, [&](int64_t entry, int count, int64_t c) {
-      kernels<AffineKernels, A>().forward(at(lower, entry, p.bytes), at(upper, entry, p.bytes), p.dtype, spread(p, s, c, count, one),
-                              spread(p, t, c, count, two), count, relu, sound, at(low, entry, p.bytes), at(high, entry, p.bytes));
+      kernels<AffineKernels, A>().forward(at(lower, entry, p.bytes), at(upper, entry, p.bytes), p.dtype, s.data() + c, t.data() + c, p.rows(),
+                              count, relu, sound, far, at(low, entry, p.bytes), at(high, entry, p.bytes));
     });
   });
 }
@@ -76,9 +78,7 @@ void add_run(const Planes& p, const A* values, int count, int64_t channel, doubl
     for (int i = 0; i < count; ++i) sums[channel + i] += double(values[i]);
     return;
   }
-  double part[8] = {};  // independent chains
-  for (int i = 0; i < count; ++i) part[i & 7] += double(values[i]);
-  for (double x : part) sums[channel] += x;
+  sums[channel] += kernels<AffineKernels, A>().sum_run(values, count);
 }
 
 template <class A>
@@ -114,6 +114,9 @@ void backward(const Planes& p, const Tensor& gl, const Tensor& gu, const Tensor&
 std::tuple<Tensor, Tensor, Tensor, Tensor> interval_affine_backward(Tensor gl, Tensor gu, Tensor lower, Tensor upper, Tensor scale, Tensor low,
                                                                     Tensor high, bool relu) {
   const Planes p(lower);
+  expect(scale, "scale", {p.channels});
+  expect_like(gl, "grad_low", lower), expect_like(gu, "grad_high", lower), expect_like(upper, "upper", lower);
+  expect_like(low, "low", lower), expect_like(high, "high", lower);
   Tensor dl = fresh(lower, p.shape), du = fresh(lower, p.shape);
   Tensor ds = fresh(scale, {p.channels}), dt = fresh(scale, {p.channels});
   if (p.dtype == Dtype::f64) backward<double>(p, gl, gu, lower, upper, scale, low, high, relu, dl, du, ds, dt);
@@ -121,29 +124,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interval_affine_backward(Tensor gl, T
   return {dl, du, ds, dt};
 }
 
-// Two passes, so that a large mean cancels nothing: sums of x, then of (x - mean)^2
+// What is subtracted before sums are taken, so that a large mean cancels nothing: in float64 any entry of a channel of at
+// most 32 bits will do, and one pass; a channel of float64 needs its mean, and two.
+template <class A>
+std::vector<double> shifts_of(const Planes& p, const Tensor& x) {
+  std::vector<double> found(size_t(p.channels), 0.0);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    A first[64];
+    kernels<ConvertKernels, A>().widen(at(x, c * p.size, p.bytes), p.dtype, 1, first);
+    found[size_t(c)] = std::isfinite(first[0]) ? double(first[0]) : 0.0;
+  }
+  return found;
+}
+
+struct Moments {  // sums over a channel of x - shift and of its square
+  std::vector<double> sum, squares;
+};
+
+template <class A>
+Moments moments(const Planes& p, const Tensor& x, const std::vector<double>& shift) {
+  std::vector<double> sums(size_t(p.batch * p.channels), 0.0), squares(sums);
+  parallel_items(p.batch, grain_of(p.channels * p.size), [&](int64_t n) {
+    double *a = sums.data() + n * p.channels, *b = squares.data() + n * p.channels;
+    p.runs(n, [&](int64_t entry, int count, int64_t c) {
+      const void* from = at(x, entry, p.bytes);
+      if (p.rows()) kernels<AffineKernels, A>().moments_across(from, p.dtype, count, shift.data() + c, a + c, b + c);
+      else kernels<AffineKernels, A>().moments(from, p.dtype, count, shift[size_t(c)], a + c, b + c);
+    });
+  });
+  Moments total{std::vector<double>(size_t(p.channels), 0.0), std::vector<double>(size_t(p.channels), 0.0)};
+  for (int64_t i = 0; i < p.batch * p.channels; ++i) {
+    total.sum[size_t(i % p.channels)] += sums[size_t(i)];
+    total.squares[size_t(i % p.channels)] += squares[size_t(i)];
+  }
+  return total;
+}
+
 template <class A>
 void statistics(const Planes& p, const Tensor& x, Tensor& mean, Tensor& variance) {
-  std::vector<double> sums(static_cast<size_t>(p.batch * p.channels), 0.0), center(static_cast<size_t>(p.channels), 0.0);
   const double factor = 1.0 / double(p.batch * p.size);
-  for (const bool second : {false, true}) {
-    std::fill(sums.begin(), sums.end(), 0.0);
-    parallel_items(p.batch, grain_of(p.channels * p.size), [&](int64_t n) {
-      double values[TILE];
-      p.runs(n, [&](int64_t entry, int count, int64_t c) {
-        kernels<ConvertKernels, double>().widen(at(x, entry, p.bytes), p.dtype, count, values);
-        for (int i = 0; second && i < count; ++i) {
-          const double d = values[i] - center[size_t(p.rows() ? c + i : c)];
-          values[i] = d * d;
-        }
-        add_run(p, values, count, c, sums.data() + n * p.channels);
-      });
-    });
-    for (int64_t c = 0; !second && c < p.channels; ++c) {
-      for (int64_t n = 0; n < p.batch; ++n) center[size_t(c)] += sums[size_t(n * p.channels + c)];
-      center[size_t(c)] *= factor;
-    }
-    write_sums<A>(p, sums, factor, second ? variance : mean);
+  std::vector<double> shift = shifts_of<A>(p, x);
+  Moments found = moments<A>(p, x, shift);
+  if constexpr (sizeof(A) == 8) {
+    for (size_t c = 0; c < shift.size(); ++c) shift[c] += found.sum[c] * factor;
+    found = moments<A>(p, x, shift);
+  }
+  A *m = static_cast<A*>(mean.data_ptr()), *v = static_cast<A*>(variance.data_ptr());
+  for (size_t c = 0; c < shift.size(); ++c) {
+    const double off = found.sum[c] * factor, spread = found.squares[c] * factor - off * off;
+    m[c] = A(shift[c] + off);
+    v[c] = A(spread < 0 ? 0 : spread);
   }
 }
 
@@ -174,6 +204,7 @@ void stats_backward(const Planes& p, const Tensor& grad_mean, const Tensor& grad
 
 Tensor interval_batchnorm_stats_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor mean) {
   const Planes p(x);
+  expect(grad_mean, "grad_mean", {p.channels}), expect(grad_var, "grad_variance", {p.channels}), expect(mean, "mean", {p.channels});
   Tensor dx = fresh(x, p.shape);
   if (p.dtype == Dtype::f64) stats_backward<double>(p, grad_mean, grad_var, x, mean, dx);
   else stats_backward<float>(p, grad_mean, grad_var, x, mean, dx);

@@ -124,11 +124,14 @@ struct LinearKernels {
 // affine_kernel.cpp
 template <class A>
 struct AffineKernels {
-  void (*forward)(const void* lower, const void* upper, Dtype dtype, const A* s, const A* t, int n, bool relu, bool sound,
-                  void* low, void* high);
+  void (*forward)(const void* lower, const void* upper, Dtype dtype, const A* s, const A* t, bool across, int n, bool relu,
+                  bool sound, bool far, void* low, void* high);
   void (*gradient)(const void* gl, const void* gu, const void* lower, const void* upper, const void* low, const void* high,
                    Dtype dtype, const A* s, int n, bool relu, void* dl, void* du, A* ds, A* dt);
   void (*stats_gradient)(const void* in, Dtype dtype, const A* g, const A* h, const A* mean, int n, void* out);
+  double (*sum_run)(const A* x, int n);
+  void (*moments)(const void* in, Dtype dtype, int n, double shift, double* sum, double* squares);
+  void (*moments_across)(const void* in, Dtype dtype, int n, const double* shift, double* sum, double* squares);
 };
 
 // conv_kernel.cpp
@@ -176,6 +179,12 @@ struct WeightKernels {
   int64_t (*vector_width)();
   void (*gradient)(int64_t mode, const A* g, int64_t batch, int64_t n, const A* const* x, const A* const* w, int64_t ld,
                    A* const* dx, A* const* dw);
+  void (*split)(int64_t mode, const A* l, const A* u, int64_t n, A* const* to);
+  void (*ends)(A* a, A* b, int64_t n);
+  void (*choose)(const A* by, const A* negative, int64_t n, A* out);
+  void (*sum_and_difference)(const A* l, const A* u, int64_t n, A* sum, A* difference);
+  void (*from_centre)(const A* centre, const A* turned, int64_t n, A* a, A* b);
+  bool (*finite)(const A* x, int64_t n);
 };
 
 // fast_reg_kernel.cpp; sums are in double whatever A is

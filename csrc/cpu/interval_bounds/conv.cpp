@@ -13,6 +13,7 @@ ConvShape::ConvShape(const Tensor& a, const Tensor& w, const std::vector<int64_t
     : batch(a.size(0)), channels(a.size(1)), in_h(a.size(2)), in_w(a.size(3)), out_channels(w.size(0)), kernel_h(w.size(2)),
       kernel_w(w.size(3)), padding_y(padding[0]), padding_x(padding[1]), dilation_y(dilation[0]), dilation_x(dilation[1]), groups(g),
       group_in(channels / g), group_out(out_channels / g) {
+  check(in_h + 2 * padding_y > 0 && in_w + 2 * padding_x > 0, "an input must have rows and columns");
   stride_y = std::min(stride[0], in_h + 2 * padding_y);  // a longer one leaves one position too, and planes would grow with it
   stride_x = std::min(stride[1], in_w + 2 * padding_x);
   out_h = (in_h + 2 * padding_y - dilation_y * (kernel_h - 1) - 1) / stride_y + 1;
@@ -206,6 +207,9 @@ Gradients interval_conv2d_backward(Tensor ga, Tensor gb, Tensor a, Tensor b, Ten
                                    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool bounds_in, bool bounds_out,
                                    bool relu, std::string, bool need_x, bool need_w, bool need_b) {
   const ConvShape s(a, weight, stride, padding, dilation, groups);
+  expect_like(b, "second", a), expect(weight, "weight", {s.out_channels, s.group_in, s.kernel_h, s.kernel_w}, a.scalar_type());
+  for (const auto& [t, name] : {std::pair(ga, "grad_first"), {gb, "grad_second"}, {oa, "out_first"}, {ob, "out_second"}})
+    expect(t, name, {s.batch, s.out_channels, s.out_h, s.out_w}, a.scalar_type());
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
     return fresh(a, wanted ? shape : std::vector<int64_t>{0});
   };

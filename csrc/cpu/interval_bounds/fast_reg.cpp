@@ -28,6 +28,7 @@ Tensor interval_moments(Tensor lower, Tensor upper) {
 }
 
 std::tuple<Tensor, Tensor> interval_moments_backward(Tensor grad, Tensor lower, Tensor upper) {
+  expect(grad, "grad", {9}, ScalarType::Double), expect_like(upper, "upper", lower);
   Tensor dl = empty_of(lower), du = empty_of(upper);
   const int64_t n = lower.numel();
   const Dtype dtype = dtype_of(lower.scalar_type());

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/convert.h"
+#include "cpu/gemm.h"
 #include "cpu/interval_bounds/boxes.h"
 #include "cpu/tensors.h"
 
@@ -16,6 +17,25 @@ struct RowMatrix {  // rows of unit stride
 
 inline bool transposed(const Tensor& w) { return w.size(1) > 1 && w.stride(1) != 1 && w.size(0) > 1 && w.stride(0) == 1; }
 
+// out[n][k] from a matrix that is stored by columns: 16 columns of 64 rows at a time, so that both sides are whole lines
+template <class A>
+void turn(const Tensor& t, A* out) {
+  constexpr int64_t DOWN = 64, ACROSS = 16;
+  const int64_t n = t.size(0), k = t.size(1), bytes = bytes_of(dtype_of(t.scalar_type())), step = t.stride(1) * bytes;
+  const Dtype dtype = dtype_of(t.scalar_type());
+  const char* data = static_cast<const char*>(t.data_ptr());
+  parallel_items(pieces(n, DOWN), grain_of(DOWN * k), [&](int64_t block) {
+    const int64_t i = block * DOWN, rows = std::min(DOWN, n - i);
+    A columns[ACROSS][DOWN];
+    for (int64_t j = 0; j < k; j += ACROSS) {
+      const int64_t wide = std::min(ACROSS, k - j);
+      for (int64_t q = 0; q < wide; ++q) kernels<ConvertKernels, A>().widen(data + i * bytes + (j + q) * step, dtype, rows, columns[q]);
+      for (int64_t p = 0; p < rows; ++p)
+        for (int64_t q = 0; q < wide; ++q) out[(i + p) * k + j + q] = columns[q][p];
+    }
+  });
+}
+
 template <class A>
 RowMatrix<A> widened(const Tensor& t, CallMemory& memory) {
   const Rows rows(t);
@@ -23,7 +43,9 @@ RowMatrix<A> widened(const Tensor& t, CallMemory& memory) {
   if (rows.dtype == own_dtype<A> && (k <= 1 || t.stride(1) == 1))
     return {static_cast<const A*>(t.data_ptr()), n, k, n > 1 ? t.stride(0) : k};
   A* out = memory.get<A>(n * k);
-  if (k > 1 && t.stride(1) != 1) {  // any strides, element by element
+  if (transposed(t)) {
+    turn<A>(t, out);
+  } else if (k > 1 && t.stride(1) != 1) {  // any strides, element by element
     const std::vector<double> all = numbers(t);
     std::copy(all.begin(), all.end(), out);
   } else {
@@ -57,6 +79,16 @@ Box<A> centered(const Tensor& a, const Tensor& b, bool bounds, bool sound, int64
   });
   return box;
 }
+
+// The same for products alone, which read no padding: the tensors themselves where they are what is asked for.
+inline Box<float> plain_box(const Tensor& a, const Tensor& b, bool bounds, CallMemory& memory) {
+  const int64_t batch = a.size(0), k = a.size(1);
+  if (bounds || a.scalar_type() != ScalarType::Float || batch < 2 || a.stride(0) != b.stride(0) || a.stride(0) < k)
+    return centered<float>(a, b, bounds, false, 0, memory);
+  return {static_cast<float*>(a.data_ptr()), static_cast<float*>(b.data_ptr()), batch, k, a.stride(0)};
+}
+
+inline Operand operand(const float* data, int64_t rows, int64_t columns, int64_t down) { return {data, Dtype::f32, rows, columns, down, 1}; }
 
 template <class A>
 void narrow_rows(const A* from, Tensor& to) {

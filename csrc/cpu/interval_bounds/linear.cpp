@@ -16,25 +16,55 @@ namespace {
 constexpr int64_t FEW = 4;        // rows of a batch that streams
 constexpr int64_t PARTS = 16;     // partial sums of a streaming gradient: fixed, so that results do not depend on threads
 
-// Rows of W whose absolute values exist at a time: a megabyte.
-inline int64_t block_rows(int64_t k) { return std::max<int64_t>(64, (int64_t(1) << 18) / std::max<int64_t>(k, 1)); }
+// Rows of a stored matrix whose absolute values exist at a time: a megabyte.
+inline int64_t block_rows(int64_t columns) { return std::max<int64_t>(64, (int64_t(1) << 18) / std::max<int64_t>(columns, 1)); }
 
-// w.rows rows of |w| one after another
-void absolute_block(const RowMatrix<float>& w, float* out) {
-  parallel_items(w.rows, 16, [&](int64_t i) { kernels<LinearKernels, float>().absolute(w.data + i * w.stride, w.columns, out + i * w.columns); });
+// W [n, k] as it lies in memory: its rows one after another, or its columns (a transposed view).
+struct Stored {
+  RowMatrix<float> lines;
+  bool turned;
+  int64_t n() const { return turned ? lines.columns : lines.rows; }
+  int64_t k() const { return turned ? lines.rows : lines.columns; }
+  Operand all() const { return of(lines.data, lines.rows, lines.stride); }
+  // lines from `first` on, as rows (or columns) of W
+  Operand of(const float* data, int64_t rows, int64_t stride) const {
+    const Operand w = operand(data, rows, lines.columns, stride);
+    return turned ? w.t() : w;
+  }
+};
+
+Stored stored(const Tensor& w, CallMemory& memory) {
+  if (transposed(w) && w.scalar_type() == ScalarType::Float)
+    return {{static_cast<const float*>(w.data_ptr()), w.size(1), w.size(0), w.stride(1)}, true};
+  return {widened<float>(w, memory), false};
 }
 
-Operand operand(const float* data, int64_t rows, int64_t columns, int64_t down) { return {data, Dtype::f32, rows, columns, down, 1}; }
-
-void forward_by_products(const Box<float>& box, const RowMatrix<float>& w, const float* bias, const Call& call, CallMemory& memory, Tensor& x, Tensor& y) {
-  const int64_t batch = box.batch, n = w.rows, k = w.columns, ld = round_up(n, 16) + 16, block = std::min(n, block_rows(k));
-  float *m = memory.get<float>(batch * ld), *s = memory.get<float>(batch * ld), *size = memory.get<float>(block * k);
-  gemm(operand(box.c, batch, k, box.ld), operand(w.data, n, k, w.stride).t(), Target<float>{m, ld, 1}, 1.0f, false);
-  for (int64_t j = 0; j < n; j += block) {
-    const int64_t rows = std::min(block, n - j);
-    absolute_block({w.data + j * w.stride, rows, k, w.stride}, size);
-    gemm(operand(box.r, batch, k, box.ld), operand(size, rows, k, k).t(), Target<float>{s + j, ld, 1}, 1.0f, false);
+// with(first, |lines [first, first + rows) of w| as a part of W) for all of them
+template <class F>
+void absolute_blocks(const Stored& w, CallMemory& memory, const F& with) {
+  const RowMatrix<float>& m = w.lines;
+  const int64_t block = std::min(m.rows, block_rows(m.columns));
+  float* size = memory.get<float>(block * m.columns);
+  for (int64_t first = 0; first < m.rows; first += block) {
+    const int64_t rows = std::min(block, m.rows - first);
+    parallel_items(rows, 16, [&](int64_t i) {
+      kernels<LinearKernels, float>().absolute(m.data + (first + i) * m.stride, m.columns, size + i * m.columns);
+    });
+    with(first, w.of(size, rows, m.columns));
   }
+}
+
+void forward_by_products(const Box<float>& box, const Stored& w, const float* bias, const Call& call, CallMemory& memory, Tensor& x, Tensor& y) {
+  const bool direct = !call.bounds_out && !call.relu && !bias && x.scalar_type() == ScalarType::Float;
+  const int64_t batch = box.batch, n = w.n(), k = w.k(), ld = direct ? n : round_up(n, 16) + 16;
+  float* m = direct ? static_cast<float*>(x.data_ptr()) : memory.get<float>(batch * ld);
+  float* s = direct ? static_cast<float*>(y.data_ptr()) : memory.get<float>(batch * ld);
+  gemm(operand(box.c, batch, k, box.ld), w.all().t(), Target<float>{m, ld, 1}, 1.0f, false);
+  absolute_blocks(w, memory, [&](int64_t first, const Operand& size) {
+    if (w.turned) gemm(operand(box.r + first, batch, size.columns, box.ld), size.t(), Target<float>{s, ld, 1}, 1.0f, first > 0);
+    else gemm(operand(box.r, batch, k, box.ld), size.t(), Target<float>{s + first, ld, 1}, 1.0f, false);
+  });
+  if (direct) return;
   const Rows first(x), second(y);
   parallel_items(batch, 4, [&](int64_t p) {
     kernels<LinearKernels, float>().finish(m + p * ld, s + p * ld, bias, n, call, first.dtype, first.at(p, 0), second.at(p, 0));
@@ -45,10 +75,13 @@ template <class A>
 void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::optional<Tensor>& bias, const Call& call, Tensor& x, Tensor& y) {
   const int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1);
   CallMemory memory{a, {}};
+  const A* shift = widened_bias<A>(bias, n, memory);
+  if constexpr (sizeof(A) == 4)
+    if (!call.sound && batch > FEW && library_takes(batch, n, k, !transposed(weight)))
+      return forward_by_products(plain_box(a, b, call.bounds_in, memory), stored(weight, memory), shift, call, memory, x, y);
   const bool skip = transposed(weight) && batch <= FEW && dtype_of(weight.scalar_type()) == own_dtype<A>;
   const int64_t terms = skip ? k + 8 : kernels<LinearKernels, A>().chain(k);
   const Box<A> box = centered<A>(a, b, call.bounds_in, call.sound, terms, memory, call.spread);
-  const A* shift = widened_bias<A>(bias, n, memory);
   const Rows first(x), second(y);
   if (skip) {
     const A* w = static_cast<const A*>(weight.data_ptr());
@@ -66,8 +99,6 @@ void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
     return;
   }
   const RowMatrix<A> w = widened<A>(weight, memory);
-  if constexpr (sizeof(A) == 4)
-    if (!call.sound && batch > FEW && library_takes(batch, n, k, true)) return forward_by_products(box, w, shift, call, memory, x, y);
   // a chunk of W stays in L2 while every tile of rows passes over it
   const int64_t fit = std::clamp<int64_t>(393216 / int64_t(sizeof(A)) / std::max<int64_t>(1, cut_of(k, batch, sizeof(A))), 12, 252);
   const int64_t chunks = std::max<int64_t>(1, round_up(pieces(n, fit), n >= 48 ? 4 : 1));
@@ -114,6 +145,12 @@ struct Backward {
                                      gr + p * ldg + j, need_b ? sum : nullptr);
       if (need_b) kernels<ConvertKernels, A>().narrow(sum, wide, out.dtype, static_cast<char*>(dbias.data_ptr()) + j * out.bytes);
     });
+  }
+
+  // the gradients are those of centre and radius as they lie in memory
+  bool given(const Tensor& ga, const Tensor& gb) const {
+    return !call.bounds_out && !call.relu && !need_b && ga.scalar_type() == ScalarType::Float && ga.stride(1) == 1 && gb.stride(1) == 1 &&
+           ga.stride(0) == gb.stride(0) && ga.stride(0) >= n;
   }
 
   void few(const RowMatrix<A>& w) {
@@ -170,44 +207,54 @@ struct Backward {
     if (!direct) narrow_rows<A>(out, dw);
   }
 
-  void by_products(const RowMatrix<float>& w) {
-    const int64_t block = std::min(n, block_rows(k));
-    float* size = memory.get<float>(block * k);
+  void by_products() {
     if (need_x) {
-      float *m = memory.get<float>(batch * k), *s = memory.get<float>(batch * k);
-      gemm(operand(gm, batch, n, ldg), operand(w.data, n, k, w.stride), Target<float>{m, k, 1}, 1.0f, false);
-      for (int64_t j = 0; j < n; j += block) {
-        const int64_t rows = std::min(block, n - j);
-        absolute_block({w.data + j * w.stride, rows, k, w.stride}, size);
-        gemm(operand(gr + j, batch, rows, ldg), operand(size, rows, k, k), Target<float>{s, k, 1}, 1.0f, j > 0);
-      }
-      const Rows first(da), second(db);
-      parallel_items(batch, 4, [&](int64_t p) {
-        kernels<LinearKernels, float>().input_gradients(m + p * k, s + p * k, k, call.bounds_in, first.dtype, first.at(p, 0), second.at(p, 0));
+      const Stored w = stored(weight, memory);
+      const bool direct = !call.bounds_in && da.scalar_type() == ScalarType::Float;
+      float* m = direct ? static_cast<float*>(da.data_ptr()) : memory.get<float>(batch * k);
+      float* s = direct ? static_cast<float*>(db.data_ptr()) : memory.get<float>(batch * k);
+      gemm(operand(gm, batch, n, ldg), w.all(), Target<float>{m, k, 1}, 1.0f, false);
+      absolute_blocks(w, memory, [&](int64_t first, const Operand& size) {
+        if (w.turned) gemm(operand(gr, batch, n, ldg), size, Target<float>{s + first, k, 1}, 1.0f, false);
+        else gemm(operand(gr + first, batch, size.rows, ldg), size, Target<float>{s, k, 1}, 1.0f, first > 0);
       });
+      const Rows first(da), second(db);
+      if (!direct)
+        parallel_items(batch, 4, [&](int64_t p) {
+          kernels<LinearKernels, float>().input_gradients(m + p * k, s + p * k, k, call.bounds_in, first.dtype, first.at(p, 0), second.at(p, 0));
+        });
     }
     if (!need_w) return;
-    const Box<float> box = centered<float>(a, b, call.bounds_in, false, 0, memory);
+    const RowMatrix<float> w = widened<float>(weight, memory);
+    const int64_t block = std::min(n, block_rows(k));
+    float* turned = memory.get<float>(block * k);
+    const Box<float> box = plain_box(a, b, call.bounds_in, memory);
     const bool direct = dtype_of(weight.scalar_type()) == Dtype::f32;
     float* out = direct ? static_cast<float*>(dw.data_ptr()) : memory.get<float>(n * k);
     for (int64_t j = 0; j < n; j += block) {
       const int64_t rows = std::min(block, n - j);
       gemm(operand(gm + j, batch, rows, ldg).t(), operand(box.c, batch, k, box.ld), Target<float>{out + j * k, k, 1}, 1.0f, false);
-      gemm(operand(gr + j, batch, rows, ldg).t(), operand(box.r, batch, k, box.ld), Target<float>{size, k, 1}, 1.0f, false);
+      gemm(operand(gr + j, batch, rows, ldg).t(), operand(box.r, batch, k, box.ld), Target<float>{turned, k, 1}, 1.0f, false);
       parallel_items(rows, 16, [&](int64_t i) {
-        kernels<LinearKernels, float>().add_signed(w.data + (j + i) * w.stride, size + i * k, k, out + (j + i) * k);
+        kernels<LinearKernels, float>().add_signed(w.data + (j + i) * w.stride, turned + i * k, k, out + (j + i) * k);
       });
     }
     if (!direct) narrow_rows<float>(out, dw);
   }
 
   void run(const Tensor& ga, const Tensor& gb, const Tensor& oa, const Tensor& ob) {
-    gradients(ga, gb, oa, ob);
+    bool products = false;
+    if constexpr (sizeof(A) == 4) products = batch > FEW && library_takes(batch, k, n, transposed(weight));
+    if (products && given(ga, gb)) {
+      gm = static_cast<A*>(ga.data_ptr()), gr = static_cast<A*>(gb.data_ptr()), ldg = ga.stride(0);
+    } else {
+      gradients(ga, gb, oa, ob);
+    }
     if (!need_x && !need_w) return;
+    if constexpr (sizeof(A) == 4)
+      if (products) return by_products();
     const RowMatrix<A> w = widened<A>(weight, memory);
     if (batch <= FEW) return few(w);
-    if constexpr (sizeof(A) == 4)
-      if (library_takes(batch, k, n, false)) return by_products(w);
     many(w);
   }
 };
@@ -217,6 +264,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Gradients interval_linear_backward(Tensor ga, Tensor gb, Rowwise a, Rowwise b, Strided weight, Tensor oa, Tensor ob, bool bounds_in,
                                    bool bounds_out, bool relu, std::string, bool need_x, bool need_w, bool need_b) {
   const int64_t batch = a.size(0), n = weight.size(0), k = weight.size(1);
+  expect(a, "first", {batch, k}), expect_like(b, "second", a), expect(weight, "weight", {n, k}, a.scalar_type());
+  for (const auto& [t, name] : {std::pair(ga, "grad_first"), {gb, "grad_second"}, {oa, "out_first"}, {ob, "out_second"}})
+    expect(t, name, {batch, n}, a.scalar_type());
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
     return fresh(a, wanted ? shape : std::vector<int64_t>{0});
   };

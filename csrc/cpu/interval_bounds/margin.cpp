@@ -87,6 +87,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Gradients margin_logits_backward(Tensor grad, Rowwise a, Rowwise b, Rowwise weight, Tensor y, bool bounds, bool need_x, bool need_w, bool need_b) {
   const int64_t batch = a.size(0), classes = weight.size(0), d = weight.size(1);
+  expect(grad, "grad", {batch, classes}, accumulate(a)), expect(a, "first", {batch, d}), expect_like(b, "second", a);
+  expect(y, "y", {batch}), expect(weight, "weight", {classes, d}, a.scalar_type());
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
     return fresh(a, wanted ? shape : std::vector<int64_t>{0});
   };

@@ -208,10 +208,65 @@ inline void weight_gradient(int64_t mode, const A* g, int64_t batch, int64_t n, 
   else gradient_columns<A, 2>(g, batch, n, x, w, ld, dx, dw);
 }
 
+// What products need besides. Plain loops over a row, which the compiler makes vectors of.
+
+// nonneg: positive and negative part of l, then of u; midrad: centre, |centre|, radius, |centre| + radius
+template <class A>
+inline void split_row(int64_t mode, const A* l, const A* u, int64_t n, A* const* to) {
+  A *a = to[0], *b = to[1], *c = to[2], *d = to[3];
+  if (mode == 0) {
+    for (int64_t i = 0; i < n; ++i) {
+      a[i] = l[i] >= 0 ? l[i] : A(0), b[i] = l[i] >= 0 ? A(0) : l[i];
+      c[i] = u[i] >= 0 ? u[i] : A(0), d[i] = u[i] >= 0 ? A(0) : u[i];
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const A centre = (l[i] + u[i]) * A(0.5), radius = (u[i] - l[i]) * A(0.5);
+      a[i] = centre, b[i] = std::abs(centre), c[i] = radius, d[i] = std::abs(centre) + radius;
+    }
+  }
+}
+
+// centre and radius to lower and upper, in place
+template <class A>
+inline void ends_of(A* a, A* b, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const A centre = a[i], radius = b[i];
+    a[i] = centre - radius, b[i] = centre + radius;
+  }
+}
+
+template <class A>
+inline void choose_row(const A* by, const A* negative, int64_t n, A* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = by[i] >= 0 ? out[i] : negative[i];
+}
+
+template <class A>
+inline void sum_and_difference(const A* l, const A* u, int64_t n, A* sum, A* difference) {
+  for (int64_t i = 0; i < n; ++i) sum[i] = l[i] + u[i], difference[i] = u[i] - l[i];
+}
+
+// a: the centre's gradient, less what |centre| has of it (turned), b: the radius's; to those of the ends
+template <class A>
+inline void from_centre(const A* centre, const A* turned, int64_t n, A* a, A* b) {
+  for (int64_t i = 0; i < n; ++i) {
+    const A sign = centre[i] > 0 ? A(1) : centre[i] < 0 ? A(-1) : A(0), c = a[i] + sign * turned[i], r = b[i];
+    a[i] = (c - r) * A(0.5), b[i] = (c + r) * A(0.5);
+  }
+}
+
+template <class A>
+inline bool finite_row(const A* x, int64_t n) {
+  bool known = true;
+  for (int64_t i = 0; i < n; ++i) known &= x[i] - x[i] == A(0);
+  return known;
+}
+
 template <class A>
 inline int64_t vector_width() { return Vec<A>::W; }
 
 W2S_KERNELS(WeightKernels, weight_terms<Real>, spread_row<Real>, weight_forward<Real>, finish_bounds<Real>,
-            vector_width<Real>, weight_gradient<Real>)
+            vector_width<Real>, weight_gradient<Real>, split_row<Real>, ends_of<Real>, choose_row<Real>, sum_and_difference<Real>,
+            from_centre<Real>, finite_row<Real>)
 
 #include "cpu/target_end.h"

@@ -15,8 +15,13 @@ namespace w2s {
 namespace attention {
 namespace {
 
-enum Class { forward_f32, forward_bf16, backward_f32, backward_bf16, CLASSES };
-constexpr const char* NAMES[CLASSES] = {"attention-float32", "attention-bfloat16", "attention-gradient-float32", "attention-gradient-bfloat16"};
+// Forward or gradient, dtype, and whether a head has LARGE scores: the library cuts queries by their number, and its rate on
+// a head of 512 x 128 is a third of that on 1024 x 256 (bfloat16 gradient on a Xeon with AMX).
+enum Class { forward_f32, forward_bf16, backward_f32, backward_bf16, SIZES, CLASSES = 2 * SIZES };
+constexpr const char* NAMES[CLASSES] = {"attention-float32", "attention-bfloat16", "attention-gradient-float32", "attention-gradient-bfloat16",
+                                        "attention-large-float32", "attention-large-bfloat16", "attention-large-gradient-float32",
+                                        "attention-large-gradient-bfloat16"};
+constexpr int64_t LARGE = 1 << 17;
 constexpr double SMALL = 1 << 19;  // multiply-adds below which ours is taken: the library's call and copies cost more
 
 void forward_own(const Problem& p, bool f64) {
@@ -80,12 +85,14 @@ void backward_by_library(const Problem& p, const Gradients& g) {
   if (g.need_kv) put(g.dk, dk, p.M), put(g.dv, dv, p.M);
 }
 
-// Both ways on a problem of about a millisecond.
+// Both ways on a problem of one to some milliseconds.
 Choice& choice(int c) {
-  static Choice choices[CLASSES] = {Choice(NAMES[0]), Choice(NAMES[1]), Choice(NAMES[2]), Choice(NAMES[3])};
+  static Choice choices[CLASSES] = {Choice(NAMES[0]), Choice(NAMES[1]), Choice(NAMES[2]), Choice(NAMES[3]),
+                                    Choice(NAMES[4]), Choice(NAMES[5]), Choice(NAMES[6]), Choice(NAMES[7])};
   choices[c].settle([&](auto&& race) {
-    const bool narrow = c == forward_bf16 || c == backward_bf16;
-    const int64_t B = 1, H = 4, N = 512, M = 128, D = 64, bytes = narrow ? 2 : 4;
+    const int kind = c % SIZES, twice = c >= SIZES ? 2 : 1;
+    const bool narrow = kind == forward_bf16 || kind == backward_bf16;
+    const int64_t B = 1, H = 4, N = 512 * twice, M = 128 * twice, D = 64, bytes = narrow ? 2 : 4;
     std::vector<char> memory[8];
     const auto heads = [&](int i, int64_t tokens) {
       memory[i].assign(size_t(B * tokens * H * D * bytes), 0);
@@ -98,7 +105,7 @@ Choice& choice(int c) {
     const Problem p{B, N, M, H, D, 0.125, heads(0, N), heads(1, M), heads(2, M), heads(3, N), softmax.data()};
     const Gradients g{heads(4, N), heads(5, N), heads(6, M), heads(7, M), true, true};
     const double work = 4.0 * double(B * H * N) * double(M * D);
-    if (c == forward_f32 || c == forward_bf16) race(work, [&] { forward_own(p, false); }, [&] { forward_by_library(p); });
+    if (kind == forward_f32 || kind == forward_bf16) race(work, [&] { forward_own(p, false); }, [&] { forward_by_library(p); });
     else race(work, [&] { backward_own(p, g, false); }, [&] { backward_by_library(p, g); });
   });
   return choices[c];
@@ -110,6 +117,7 @@ bool takes(const Problem& p, int c, std::initializer_list<const Heads*> all) {
   for (const Heads* x : all)
     if (x->dtype != p.q.dtype) return false;
   if (p.q.dtype == Dtype::bf16) ++c;
+  if (p.N * p.M >= LARGE) c += SIZES;
   return library_forced() || choice(c).library_is_faster();
 }
 

@@ -10,6 +10,9 @@ Problem::Problem(const Tensor& x, int64_t first, const CompressionArguments& c)
   if (c.weight) sets = c.weight->size(0);
   if (c.bias) bias_sets = c.bias->size(0);
   const bool sums = c.mode == "conv" || c.mode == "mean";
+  const auto each = [&](int64_t given) { return given == 1 ? 1 : groups; };
+  expect(c.weight, "weight", {each(sets), C, ratio, ratio}), expect(c.bias, "bias", {each(bias_sets), C});
+  expect(c.norm_weight, "norm_weight", {C}), expect(c.norm_bias, "norm_bias", {C});
   across = width / ratio;
   M = stride ? (height * width + ratio - 1) / ratio : (height / ratio) * across;
   T = sums ? ratio * ratio : 1;

@@ -19,6 +19,9 @@ std::tuple<Tensor, Tensor> compressed_attention(Rowwise q, Rowwise k, Rowwise v,
 
 std::tuple<Tensor, Tensor, Tensor> compressed_attention_backward(Rowwise grad, Rowwise q, Rowwise k, Rowwise v, Tensor out,
                                                                  Tensor softmax, double scale, bool need_q, bool need_kv) {
+  expect(k, "k", {q.size(0), k.size(1), q.size(2), q.size(3)}, q.scalar_type()), expect_like(v, "v", k);
+  expect_like(grad, "grad", q), expect_like(out, "out", q);
+  expect(softmax, "softmax", {2, q.size(0), q.size(2), q.size(1)}, wide_type(q));
   Tensor dq = empty_of(q, need_q), dk = empty_of(k, need_kv), dv = empty_of(v, need_kv);
   Gradients g{Heads(grad), {}, {}, {}, need_q, need_kv};
   if (need_q) g.dq = Heads(dq);

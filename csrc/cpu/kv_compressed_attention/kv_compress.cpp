@@ -18,6 +18,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compress_backward(Rowwise 
                                                                         bool need_params) {
   const Problem p(x, first, compression);
   const int64_t N = x.size(1), S = x.size(2);
+  expect(x, "x", {p.B, p.height * p.width, S, p.C}), expect(grad, "grad", {p.B, p.M, p.groups, p.C});
+  if (p.normalize) expect(stats, "stats", {p.B, p.M, p.groups, 2}, wide_type(p.f64));
   Tensor dx = recycled_empty(x, need_x ? std::vector<int64_t>{p.B, N, S, p.C} : std::vector<int64_t>{0});
   const Slots out = need_x ? Slots(dx) : Slots();
   const Parameters found = backward(p, x, Slots(grad), Slots(x), stats.data_ptr(), out, need_x, need_params);

@@ -44,6 +44,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compressed_attention_backw
   const compress::Problem p(qkv, 1, compression);
   const int64_t N = qkv.size(1), D = p.C / num_heads;
   const bool small = p.ratio > 1;
+  expect(qkv, "qkv", {p.B, p.height * p.width, 3, p.C}), expect(grad, "grad", {p.B, N, p.C}, qkv.scalar_type()), expect_like(out, "out", grad);
+  expect(softmax, "softmax", {2, p.B, num_heads, N}, wide_type(p.f64));
+  if (small) expect(kv, "kv", {p.B, p.M, 2, p.C}, qkv.scalar_type());
+  if (small && p.normalize) expect(stats, "stats", {p.B, p.M, 2, 2}, wide_type(p.f64));
   Tensor dqkv = recycled_empty(qkv, {p.B, N, 3, p.C});
   const Tensor dkv = small ? fresh(qkv, {p.B, p.M, 2, p.C}, wide_type(p.f64)) : dqkv;  // dk', dv' are not rounded
   const attention::Problem a =

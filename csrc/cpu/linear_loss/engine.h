@@ -40,6 +40,7 @@ struct LinearArguments {
   static constexpr int arguments = 8;
 
   int64_t rows() const { return hiddens[0].size(0); }
+  void fit() const;  // a refusal unless the tensors have the shapes that an engine reads them by; in instances.cpp
   bool f64() const {
     return std::any_of(hiddens.begin(), hiddens.end(), is_double) || std::any_of(heads.begin(), heads.end(), is_double);
   }
@@ -74,6 +75,7 @@ struct Engine {
   Engine(const LinearArguments& linear, std::vector<int64_t> rows_that_count)
       : n(int(linear.hiddens.size())), T(linear.rows()), V(linear.vocab_size), temperature(linear.temperature), cap(A(linear.softcap)),
         index(std::move(rows_that_count)), hiddens(linear.hiddens) {
+    linear.fit();
     M = int64_t(index.size());
     Mp = round_up(M, 16);
     for (int i = 0; i < n; ++i) {

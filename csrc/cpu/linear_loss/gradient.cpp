@@ -29,13 +29,17 @@ Lists run(Engine<A>& e, const LinearArguments& linear, Need need, const Coeffici
 }
 
 // rows with a coefficient; the others' gradient is 0
-std::vector<int64_t> with_coefficient(const Coefficients& c) {
-  const int64_t rows = c.coef_lse.size(0), K = c.ids.size(1);
+std::vector<int64_t> with_coefficient(const Coefficients& c, int64_t T, int64_t V, ScalarType sums) {
+  check(c.ids.dim() == 2, "ids must have two dimensions");
+  const int64_t K = c.ids.size(1);
+  expect(c.lse, "lse", {T}, sums), expect(c.ids, "ids", {T, K}), expect(c.coef_ids, "coef_ids", {T, K});
+  expect(c.coef_lse, "coef_lse", {T}), expect(c.coef_log, "coef_log", {T}), expect(c.coef_all, "coef_all", {T});
+  expect(c.dense, "dense", {T, V}), expect(c.coef_dense, "coef_dense", {T}), expect(c.classes, "classes", {V});
   const std::vector<double> a = numbers(c.coef_ids);
   std::vector<std::vector<double>> others{numbers(c.coef_lse)};
   for (const Optional& t : {c.coef_log, c.coef_all, c.dense ? c.coef_dense : Optional()})
     if (t) others.push_back(numbers(*t));
-  return rows_where(rows, [&](int64_t t) {
+  return rows_where(T, [&](int64_t t) {
     for (const auto& x : others)
       if (x[size_t(t)] != 0) return true;
     for (int64_t k = 0; k < K; ++k)
@@ -45,7 +49,7 @@ std::vector<int64_t> with_coefficient(const Coefficients& c) {
 }
 
 Lists linear_loss_backward(LinearArguments linear, Coefficients c, Need need, Optional kept) {
-  return with_engine(linear, with_coefficient(c), [&](auto& e) { return run(e, linear, need, c, kept); });
+  return with_engine(linear, with_coefficient(c, linear.rows(), linear.vocab_size, wide_type(linear.f64())), [&](auto& e) { return run(e, linear, need, c, kept); });
 }
 
 }  // namespace

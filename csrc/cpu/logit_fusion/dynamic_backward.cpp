@@ -10,6 +10,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> dynamic_fusion_weights_backward(
     int64_t direction_kind, std::optional<Tensor>, bool average, bool has_target, int64_t vocab_size) {
   const Dynamic d(Models(base, experts, anti, vocab_size), int(multi), int(direction_kind), average);
   const RowResults rows(base, d);
+  expect(grad_alpha, "grad_alpha", {d.B, d.K}), expect(alpha, "alpha", {d.B, d.K}), expect(saturated, "saturated", {d.B, d.K});
   const bool* flags = integers<bool>(saturated);
   const Tensor dtarget = rows(rows.wide, d.K), dbase = zeros_like(base);
   DynamicGradient g{d, numbers(grad_alpha), numbers(alpha), std::vector<char>(flags, flags + d.B * d.K), has_target,

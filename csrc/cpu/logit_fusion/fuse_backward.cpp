@@ -8,6 +8,9 @@ std::tuple<Tensor, Tensor, Tensor> fuse_backward(FusionArguments fusion, std::op
                                                  std::optional<Tensor> index_coef, bool subtract_row_sum, bool need_params) {
   const Fusion f(fusion);
   const RowResults rows(fusion.base, f);
+  if (grad) expect(*grad, "grad", {f.B, f.V});
+  expect(lse, "lse", {f.B}), expect(row_a, "row_a", {f.B}), expect(row_b, "row_b", {f.B});
+  if (index) expect(*index, "index", {f.B, index->size(1)}), expect(index_coef, "index_coef", {f.B, index->size(1)});
   Upstream up;
   if (grad) up.grad = Rows(*grad);
   up.has_grad = grad.has_value();
@@ -19,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> fuse_backward(FusionArguments fusion, std::op
   if (index && index_coef) {
     up.indices = index->size(1);
     up.coef = numbers(*index_coef);
-    const int64_t* at = integers<int64_t>(*index);
+    const int64_t* at = places(*index, f.V, "index");
     up.index.assign(at, at + f.B * up.indices);
   }
   Tensor dz = rows(fusion.base.scalar_type(), f.V);

@@ -135,6 +135,10 @@ Five backward(Rowwise grad, Rowwise x, Rowwise A, Rowwise B, Tensor values, std:
               bool need_scale) {
   const Pattern s(support);
   const double factor = scale_of(scale, scale_value);
+  const int64_t N = x.size(0), r = A.size(0);
+  expect(x, "x", {N, s.columns}), expect(A, "A", {r, s.columns}), expect(B, "B", {s.rows, r}), expect(values, "values", {s.nnz});
+  expect(grad, "grad", {N, s.rows});
+  expect(h, "h", {N, r}, any_double({&x, &A, &B, &values}) ? ScalarType::Double : ScalarType::Float);
   const Need need{need_x, need_A, need_B, need_values, need_scale && scale.has_value()};
   if (any_double({&x, &A, &B, &values}))
     return Backward<double>(s, grad, x, A, B, values, factor, h, need).run(materialize, scale);

@@ -50,6 +50,7 @@ inline std::vector<A> widened(const std::optional<Tensor>& t) {  // a vector
 
 inline double scale_of(const std::optional<Tensor>& scale, double value) {
   if (!scale) return value;
+  check(scale->numel() == 1, "scale must have one element");
   return number_at<double>(scale->data_ptr(), dtype_of(scale->scalar_type()), 0);
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from ...data import StreamBatchSampler
 from ...data._hash import Ints
@@ -44,3 +44,19 @@ def shuffled(
     where = where or ALONE
     batches = ShuffledBatches(len(data), batch_size, seed=seed, rank=where.rank, world_size=where.world)
     return DataLoader(data, batch_sampler=batches, collate_fn=collate)
+
+
+class Beside:
+    """Batches of a second dataset by the number of the step: a resumed training has no state of them to keep."""
+
+    def __init__(self, data: Any, batch_size: int, *, seed: int = 0, where: Place | None = None) -> None:
+        where = where or ALONE
+        self.data = data
+        self.sampler = ShuffledBatches(len(data), batch_size, seed=seed, rank=where.rank, world_size=where.world)
+
+    def at(self, step: int) -> Any:
+        """This process's part of the batch of a step, collated."""
+        epoch, number = divmod(step, len(self.sampler))
+        self.sampler.set_epoch(epoch)
+        rows = self.sampler._batches(number, number + 1)[0]
+        return default_collate([self.data[int(i)] for i in rows[self.sampler.rank :: self.sampler.world_size]])

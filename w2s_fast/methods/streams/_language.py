@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ... import checks, files
-from ...data import StreamBatchSampler, StreamSampler
+from ._told import Schedule, Stream, some, tell
 
-#: ``stream(rank, world_size)`` makes the sampler over the parts, one after the other; a process's batch is ``--batch``.
-Stream = Callable[[int, int], StreamSampler | StreamBatchSampler]
-#: ``schedule(optimizer, steps)`` makes a scheduler.
-Schedule = Callable[[Any, int], Any]
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -108,11 +103,6 @@ def training_arguments(given: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def some(part: Any, count: int = 256) -> Any:
-    """At most ``count`` blocks, spread evenly over a part."""
-    return part.select(range(0, len(part), max(1, math.ceil(len(part) / count))))
-
-
 def losses(made: Any, parts: Mapping[str, Any]) -> dict[str, float]:
     """Mean loss a token of each part, on `some` of its blocks."""
     return {
@@ -146,14 +136,3 @@ def train(
     if made.is_world_process_zero():
         tell(tokenizer, given, result.global_step, before, after)
     return 0
-
-
-def tell(
-    tokenizer: Any, given: argparse.Namespace, steps: int, before: dict[str, float] | None, after: dict[str, float]
-) -> None:
-    """Tokenizer and numbers beside the model; the losses on stdout."""
-    tokenizer.save_pretrained(str(given.out))
-    files.write_json(given.out / "numbers.json", {"steps": steps, "loss before": before, "loss after": after})
-    for name, loss in after.items():
-        start = "" if before is None else f"{before[name]:.4f} -> "
-        print(f"{name}: loss {start}{loss:.4f}")

@@ -28,7 +28,7 @@ from ...data import StreamBatchSampler
 from .._common import loop
 from .._common import place as places
 from ._fit import moved
-from ._language import Schedule, Stream, some, tell
+from ._told import Schedule, Stream, some, tell
 
 KEPT = 2  # checkpoints
 

@@ -15,7 +15,8 @@ from ...ops.interval_bounds.linear import linear_rows
 from ...reference.interval_bounds.boxes import outward
 from .backward import linear_back
 from .boxes import HALVES, Box, Call, Ends, finished, linear_map, point, rounded_twice, wide
-from .norms import norm_clean, norm_ends, scale_of, statistics_of
+from .norms import norm_clean, norm_ends, statistics_of
+from .numbers import each, scale_of, sides_of
 from .products import product_sum
 from .registry import layer
 
@@ -61,28 +62,13 @@ def apply_linear(call: Call, box: Box, weight: Tensor, bias: Tensor | None, act:
     return found if same else _narrowed(call, found, bias, act)
 
 
-def sides_of(padding: Any, kernel: Any, dilation: Any) -> list[tuple[int, int]]:
-    """Zeros before and after each axis."""
-    if padding == "valid":
-        return [(0, 0) for _ in kernel]
-    if padding == "same":
-        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return [(t // 2, t - t // 2) for t in totals]
-    return [(p, p) for p in _each(padding, len(kernel))]
-
-
-def _each(value: Any, count: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * count if len(values) == 1 else values
-
-
 def apply_conv(
     call: Call, box: Box, weight: Tensor, bias: Tensor | None, act: Any = None, *, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
 ) -> Ends:  # fmt: skip
     """A box through a convolution of one, two or three axes."""
     axes = weight.ndim - 2
-    stride, dilation = _each(stride, axes), _each(dilation, axes)
+    stride, dilation = each(stride, axes), each(dilation, axes)
     sides = sides_of(padding, weight.shape[2:], dilation)
     lower, upper = box.lower, box.upper
     if single := lower.ndim == axes + 1:

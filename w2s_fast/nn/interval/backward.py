@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import deployed, passes
 from .boxes import Box, Call, Lost, ends, largest, wide
+from .numbers import each, scale_of, sides_of
 from .registry import UNCHANGED
 from .samples import Samples
 from .trace import Ref, references
@@ -163,8 +164,6 @@ def _channels(v: Tensor, ndim: int) -> Tensor:
 
 def affine_back(way: Way, a: Tensor) -> Rows:
     """Linear or Conv2d, then a batch-norm or nothing."""
-    from .affine import _each, sides_of
-
     step, call = way.step, way.call
     assert step.affine is not None
     name, box = way.only
@@ -184,8 +183,6 @@ def affine_back(way: Way, a: Tensor) -> Rows:
     del lead
     if step.affine.norm is not None:
         assert way.out.statistics is not None
-        from .norms import scale_of
-
         norm = {k: wide(call, v) for k, v in way.env.filled(dict(step.affine.norm)).items()}
         mean, variance = (wide(call, v) for v in way.out.statistics)
         s, t = (_channels(v.to(a.dtype), a.ndim - 1) for v in scale_of(norm, mean, variance))
@@ -203,7 +200,7 @@ def affine_back(way: Way, a: Tensor) -> Rows:
             return Rows({name: rows}, total=total)
         return Rows({name: a @ weight}, constants, terms)
     kernel = weight.shape[2:]
-    stride, dilation = _each(step.bound["stride"], 2), _each(step.bound["dilation"], 2)
+    stride, dilation = each(step.bound["stride"], 2), each(step.bound["dilation"], 2)
     sides = sides_of(step.bound["padding"], kernel, dilation)
     size = box.lower.shape[-2:]
     flat = a.flatten(0, 1) if box.lower.ndim == 4 else a
@@ -220,8 +217,6 @@ def affine_back(way: Way, a: Tensor) -> Rows:
 
 def norm_back(way: Way, a: Tensor) -> Rows:
     """Batch-norm by itself."""
-    from .norms import scale_of
-
     name, box = way.only
     assert way.out.statistics is not None
     norm = {k: wide(way.call, v) for k, v in way.given.items()}

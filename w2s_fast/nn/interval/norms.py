@@ -13,6 +13,7 @@ from ...ops.interval_bounds.affine import interval_affine, interval_batchnorm_st
 from . import deployed
 from .backward import norm_back
 from .boxes import OP, Box, Call, Ends, Statistics, finished, wide
+from .numbers import scale_of
 from .registry import layer
 
 
@@ -42,15 +43,6 @@ def norm_clean(norm: dict[str, Any], clean: Tensor | None) -> Tensor | None:
     if isinstance(momentum, Tensor):  # batches so far: running statistics are averages over all of them
         momentum = 1 / float(momentum)
     return F.batch_norm(clean, *own[:4], _trains(norm), momentum, norm["eps"])  # type: ignore[call-arg]
-
-
-def scale_of(norm: dict[str, Any], mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """s and t of ``s x + t``."""
-    scale = torch.rsqrt(variance + norm["eps"])
-    if norm["weight"] is not None:
-        scale = scale * norm["weight"]
-    shift = -mean * scale
-    return scale, shift if norm["bias"] is None else shift + norm["bias"]
 
 
 def norm_ends(call: Call, box: Box, **norm: Any) -> Box:

@@ -107,7 +107,8 @@ def ict_loss(
     tensors = (student_out, teacher_out.detach(), x_student, x_teacher.detach())
     acc = accumulate_dtype(*tensors)
     sigmas = torch.stack((sigma_s, sigma_t), 1).detach().to(acc)
-    skip, out = skip_and_out(sigmas, sigma_min, sigma_data)
+    sigma_min = checks.number(op, "sigma_min", sigma_min, low=0.0)
+    skip, out = skip_and_out(sigmas, sigma_min, checks.number(op, "sigma_data", sigma_data, low=0.0, open_low=True))
     levels = torch.cat((out, skip), 1)
     levels[:, 1::2].neg_()  # the teacher's
     c = default_scale(op, "student_out", c, student_out)

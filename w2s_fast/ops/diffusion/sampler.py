@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -58,7 +58,13 @@ def reflect(
         >>> w2s_fast.reflect(torch.ones(1, 2), still, still, 0, abar_from=0.25, abar_to=1.0, strong_guidance=1.0)
         tensor([[1., 1.]])
     """
-    checks.is_float_tensor("reflect", "x", x)
+    op = "reflect"
+    checks.is_float_tensor(op, "x", x)
+    _networks(op, strong, weak)
+    checks.number(op, "strong_guidance", strong_guidance)
+    checks.number(op, "weak_guidance", weak_guidance)
+    if inversion is not None and not (isinstance(inversion, (list, tuple)) and len(inversion) == 2):
+        checks.fail(op, "inversion", "a pair of levels or None", type(inversion).__name__, error=TypeError)
     down, up = (abar_from, abar_to), inversion or (abar_to, abar_from)
     y = _ask(strong, x, t, strong_guidance, down, x.dtype, prediction)
     return _ask(weak, y, t, weak_guidance, up, x.dtype, prediction)
@@ -128,6 +134,7 @@ def w2sd_sample(
     """
     op = "w2sd_sample"
     checks.is_float_tensor(op, "x_T", x_T)
+    _networks(op, strong, weak)
     for name, value in (
         ("guidance", guidance), ("strong_guidance", strong_guidance), ("weak_guidance", weak_guidance)
     ):  # fmt: skip
@@ -152,16 +159,31 @@ def w2sd_sample(
     return x.to(x_T.dtype)
 
 
+def _networks(op: str, strong: Any, weak: Any) -> None:
+    for name, network in (("strong", strong), ("weak", weak)):
+        if not callable(network):
+            checks.fail(op, name, "a function (x, t, branch)", type(network).__name__, error=TypeError)
+
+
+def _listed(op: str, name: str, given: Any) -> list[Any]:
+    """The entries of a sequence or of a one-dimensional tensor."""
+    if isinstance(given, Tensor):
+        if given.ndim != 1:
+            checks.fail(op, name, "one-dimensional", tuple(given.shape))
+        return list(given.tolist())
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        checks.fail(op, name, "a sequence of numbers or a tensor", type(given).__name__, error=TypeError)
+    # a number of torch's or numpy's as Python's own
+    return [t.item() if hasattr(t, "item") and not getattr(t, "shape", ()) else t for t in given]
+
+
 def _table(op: str, abar: Sequence[float] | Tensor) -> list[float]:
-    table = [float(a) for a in (abar.tolist() if isinstance(abar, Tensor) else abar)]
-    for a in table:
-        checks.number(op, "abar", a, low=0.0, high=1.0)
-    return table
+    return [checks.number(op, "abar", a, low=0.0, high=1.0) for a in _listed(op, "abar", abar)]
 
 
 def _labels(op: str, timesteps: Sequence[int] | Tensor, size: int) -> list[int]:
-    given = [t.item() if isinstance(t, Tensor) else t for t in timesteps]
-    labels = [int(t) for t in given]
+    given = _listed(op, "timesteps", timesteps)
+    labels = [int(checks.number(op, "timesteps", t)) for t in given]
     for label, t in zip(labels, given, strict=True):
         if label != t:
             checks.fail(op, "timesteps", "integers", t)

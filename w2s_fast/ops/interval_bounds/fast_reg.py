@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import checks
-from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import fast_reg as reference
 from .inputs import alike, box
@@ -22,22 +21,10 @@ class FastReg(NamedTuple):
     relu: Tensor
 
 
-def _backward(call: Call, grad: Tensor) -> dict[str, Any]:
-    made = INTERVAL_MOMENTS_BACKWARD.on(call.backend)(grad.contiguous(), call.lower, call.upper)
-    return {"lower": made.dlower, "upper": made.dupper}
-
-
 INTERVAL_MOMENTS = define(
     reference.interval_moments,
     fake=lambda lower, upper: lower.new_empty((9,), dtype=torch.float64),
-    backward=_backward,
-    saves="lower upper",
-    triton=Kernel(),
-)
-
-INTERVAL_MOMENTS_BACKWARD = define(
-    reference.interval_moments_backward,
-    fake=lambda grad, lower, upper: (lower.new_empty(lower.shape), upper.new_empty(upper.shape)),
+    gradient=reference.interval_moments_backward,
     triton=Kernel(),
 )
 
@@ -105,6 +92,8 @@ def fast_reg(bounds: Sequence[tuple[Tensor, Tensor]], input_box: tuple[Tensor, T
         ends = alike(op, (names[0], pair[0]), (names[1], pair[1]))
         sums.append(INTERVAL_MOMENTS(*(t.reshape(-1).contiguous() for t in ends)))
     radius = 0.5 * sums[-1][0] / input_box[0].numel()
-    counts = torch.tensor([pair[0].numel() for pair in bounds], dtype=torch.float64, device=radius.device)
+    # filled there: numbers copied to a GPU would have to be waited for
+    sizes = [torch.full((), pair[0].numel(), dtype=torch.float64, device=radius.device) for pair in bounds]
+    counts = torch.stack(sizes)
     tight, relu = _layers(torch.stack(sums[:-1]), counts, radius, tol)
     return FastReg(tight.mean(), relu.mean())

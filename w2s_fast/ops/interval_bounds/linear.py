@@ -13,9 +13,6 @@ from ...reference.interval_bounds import linear as reference
 from ...reference.interval_bounds.arguments import Box
 from .inputs import COMPUTES, FORMS, ROUNDINGS, Compute, Form, Rounding, alike, box, layer, outward_center, rows
 
-#: Rows of a batch up to which a weight stored [K, N] is read in place; csrc/cpu/interval_bounds/linear.cpp
-FEW = 4
-
 
 def _fake(a: Tensor, b: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     shape = (a.shape[0], weight.shape[0])
@@ -150,7 +147,7 @@ def linear_rows(
     """`interval_linear` of arguments that are known to be right."""
     a_rows, b_rows = rows(a), rows(b)
     bias = None if bias is None else bias.contiguous()
-    weight = _weight(weight, a_rows.shape[0])
+    weight = _weight(weight)
     x, y = INTERVAL_LINEAR(a_rows, b_rows, weight, bias, bounds_in, bounds_out, relu, compute, sound, spread)
     if a.ndim == 2:
         return x, y
@@ -158,10 +155,10 @@ def linear_rows(
     return x.reshape(shape), y.reshape(shape)
 
 
-def _weight(weight: Tensor, batch: int) -> Tensor:
-    """Rows of unit stride; a transposed view stays as it is for the few rows that can skip its dead columns."""
+def _weight(weight: Tensor) -> Tensor:
+    """Rows of unit stride; on a CPU a transposed view stays as it is: few rows skip its dead columns, many multiply it."""
     n, k = weight.shape
     if (weight.stride(1) == 1 or k <= 1) and (n <= 1 or weight.stride(0) >= k):
         return weight
-    skips = batch <= FEW and weight.device.type == "cpu" and weight.stride(0) == 1 and weight.stride(1) >= n
-    return weight if skips else weight.contiguous()
+    turned = weight.device.type == "cpu" and weight.stride(0) == 1 and weight.stride(1) >= n
+    return weight if turned else weight.contiguous()

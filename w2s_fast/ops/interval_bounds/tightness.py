@@ -47,6 +47,8 @@ def tightness_rows(
         checks.fail(op, "rows", "of shape [B, M, N] or [M, N]", tuple(rows.shape))
     if not isinstance(weights, (list, tuple)) or not weights:
         checks.fail(op, "weights", "a nonempty list of tensors", type(weights).__name__, error=TypeError)
+    if patterns is not None and not isinstance(patterns, (list, tuple)):
+        checks.fail(op, "patterns", "a list of tensors or None", type(patterns).__name__, error=TypeError)
     masks = [None] * len(weights) if patterns is None else list(patterns)
     if len(masks) != len(weights):
         checks.fail(op, "patterns", f"one a weight ({len(weights)})", f"{len(masks)}")
@@ -66,6 +68,10 @@ def tightness_rows(
         optimal, layerwise = interval_linear(optimal, layerwise, weight.t(), form="cr")
     if isinstance(radius, Tensor):
         checks.same_device(op, [("rows", rows), ("radius", radius)])
+        fits = (layerwise.shape[-1:], (*rows.shape[:-2], layerwise.shape[-1])) if radius.ndim else ((),)
+        if tuple(radius.shape) not in fits:
+            shapes = " or ".join(str(list(shape)) for shape in fits)
+            checks.fail(op, "radius", f"a number or of shape {shapes}", tuple(radius.shape))
     ends = []
     for part in (optimal.abs(), layerwise):
         if isinstance(radius, Tensor):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import autocast
+from ... import autocast, checks
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.kv_compressed_attention import kv_compress as reference
@@ -117,7 +117,8 @@ def kv_compress(
     (qkv,) = autocast.linear(qkv)
     x = packed(op, qkv)
     given = compression(op, x, grid, ratio, mode, weight, bias, norm_weight, norm_bias, normalize)
+    eps = checks.number(op, "eps", eps, low=0.0)
     shape = (x.shape[3],) if num_heads is None else (heads(op, num_heads, x.shape[3]), -1)
-    kv = x[:, :, 1:] if given.ratio == 1 else KV_COMPRESS(x, 1, given, float(eps)).kv
+    kv = x[:, :, 1:] if given.ratio == 1 else KV_COMPRESS(x, 1, given, eps).kv
     k, v = copy_out(op, out, kv, (qkv, *given.parameters.values())).unbind(2)
     return (k, v) if num_heads is None else (k.unflatten(2, shape), v.unflatten(2, shape))

@@ -154,8 +154,9 @@ def kv_compressed_attention(
     num_heads = heads(op, num_heads, x.shape[3])
     if x.shape[3] > MAX_HEAD * num_heads:
         checks.fail(op, "num_heads", f"at least C / {MAX_HEAD} (C = {x.shape[3]})", num_heads)
+    eps = checks.number(op, "eps", eps, low=0.0)
     factor = scale_of(op, scale, x.shape[3] // num_heads)
     x = _normalized(op, x, q_norm, k_norm)
-    made = KV_COMPRESSED_ATTENTION(x, given, float(eps), num_heads, factor)
+    made = KV_COMPRESSED_ATTENTION(x, given, eps, num_heads, factor)
     found = copy_out(op, out, made.out, (qkv, *given.parameters.values()))
     return (found, log_sum(made.softmax)) if return_lse else found

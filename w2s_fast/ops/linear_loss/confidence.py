@@ -14,7 +14,7 @@ from ...reference.linear_loss import confidence as reference
 from ...reference.linear_loss.confidence import BALANCES
 from ...reference.numerics import accumulate_dtype
 from ..layout import separate_rows
-from .stored import scaled
+from ..stored import scaled
 
 Balance = Literal["weak_prior", "median", "none"]
 KINDS = ("logconf", "product", "xent")

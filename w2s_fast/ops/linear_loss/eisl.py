@@ -14,7 +14,7 @@ from ...library import Kernel, define
 from ...reference.linear_loss import eisl as reference
 from ...transforms import wants_grad
 from ..layout import separate_rows
-from .stored import scaled
+from ..stored import scaled
 from .teachers import check_head
 
 

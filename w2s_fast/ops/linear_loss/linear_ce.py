@@ -203,7 +203,7 @@ def linear_ce(
         tensor(1.6094)
     """
     checks.choice(OP, "reduction", reduction, ("none", "sum", "mean"))
-    if isinstance(outputs, str) or any(name not in OUTPUTS for name in outputs):
+    if not isinstance(outputs, (list, tuple, set, frozenset)) or any(name not in OUTPUTS for name in outputs):
         checks.fail(OP, "outputs", f"a sequence of {', '.join(map(repr, OUTPUTS))}", repr(outputs))
     eps = checks.number(OP, "label_smoothing", label_smoothing, low=0.0, high=1.0)
     if eps == 1:

@@ -14,8 +14,8 @@ from ...reference.linear_loss import distillation as reference
 from ...reference.linear_loss.arguments import Distillation
 from ...transforms import wants_grad
 from ..layout import separate_rows
+from ..stored import scaled
 from .kd import SAVED, of_coefficients, of_loss_alone, upstream
-from .stored import scaled
 from .teachers import (
     Kind,
     Reduction,

@@ -17,13 +17,17 @@ Kind = Literal["fkl", "rkl", "jsd", "sce", "ce_soft", "product", "cosine"]
 Reduction = Literal["batchmean", "sum", "mean", "none"]
 Teacher = tuple[Any, ...]
 
+#: What a teacher may be, without and with a head of its own.
+_PLAIN, _LINEAR_TOO = ("logits", "probs", "topk"), ("logits", "probs", "topk", "linear")
 OUTPUTS = ("kd", "ce", "entropy_s", "entropy_t", "agree")
 
 
 def accumulate_dtype(student: Tensor, teachers: Sequence[Tensor]) -> torch.dtype:
     """float64 if the student or any teacher is, otherwise float32."""
-    double = student.dtype == torch.float64 or any(t.dtype == torch.float64 for t in teachers)
-    return torch.float64 if double else torch.float32
+    for t in (student, *teachers):
+        if t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def flat_rows(t: Tensor, batch: torch.Size, width: int) -> Tensor:
@@ -48,8 +52,9 @@ def _rows(op: str, name: str, t: Any, batch: torch.Size, integer: bool = False) 
 
 def _one(op: str, i: int, teacher: Any, batch: torch.Size, linear: bool) -> tuple[int, list[Tensor], int | None]:
     """Form, tensors and vocabulary (None: any) of teacher i."""
-    name, forms = f"teachers[{i}]", [form for form in FORMS if form in ("logits", "probs", "topk") or linear]
-    usable = isinstance(teacher, (tuple, list)) and len(teacher) >= 2 and teacher[0] in forms[:4]
+    name = f"teachers[{i}]"
+    known = _LINEAR_TOO if linear else _PLAIN
+    usable = isinstance(teacher, (tuple, list)) and len(teacher) >= 2 and teacher[0] in known
     if not usable:
         got = repr(teacher[0]) if isinstance(teacher, (tuple, list)) and teacher else type(teacher).__name__
         wanted = '("logits", z), ("probs", q), ("topk", ids, logp)' + (' or ("linear", h, W[, bias])' if linear else "")
@@ -133,10 +138,12 @@ def teachers(
         checks.fail(op, "teachers", "a nonempty list of tuples", type(given).__name__, error=TypeError)
     found = [_one(op, i, teacher, batch, linear) for i, teacher in enumerate(given)]
     width = _vocabulary(op, vocab, found, intersect)
-    tensors = [t for _, ts, _ in found for t in ts]
-    checks.same_device(op, [("the student", student), *((f"a tensor of teachers[{i}]", t)
-                                                       for i, (_, ts, _) in enumerate(found) for t in ts)])
+    tensors: list[Tensor] = []
     for i, (form, ts, _) in enumerate(found):
+        tensors += ts
+        for t in ts:
+            if t.device != student.device:
+                checks.same_device(op, [("the student", student), (f"a tensor of teachers[{i}]", t)])
         if form == TOPK:
             checks.index_range(op, f"teachers[{i}][1]", ts[0], width)
             if ts[0].shape[1] > width:

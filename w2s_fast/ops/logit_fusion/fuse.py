@@ -127,8 +127,7 @@ def fuse_logits(
     given, batch = fusion(
         "fuse_logits", base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab
     )
-    fused, lse = FUSE_LOGITS(
-        given, checks.float_dtype("fuse_logits", "out_dtype", out_dtype or base.dtype), return_lse
-    )
+    dtype = checks.float_dtype("fuse_logits", "out_dtype", base.dtype if out_dtype is None else out_dtype)
+    fused, lse = FUSE_LOGITS(given, dtype, bool(return_lse))
     fused = unflatten(fused, batch)
     return (fused, unflatten(lse, batch)) if return_lse else fused

@@ -72,7 +72,9 @@ def _plain(base: Any, experts: Any, anti: Any) -> Logits | None:
     shape, device = base.shape, base.device
     if len(shape) != 2 or shape[1] < 1:
         return None
-    for t in (base, *experts, *small):
+    if base.dtype not in checks.FLOATS or base.stride(1) != 1:
+        return None
+    for t in (*experts, *small):
         if type(t) is not Tensor or t.dtype not in checks.FLOATS or t.shape != shape or t.device != device:
             return None
         if t.stride(1) != 1:

@@ -75,6 +75,8 @@ def fused_log_softmax(
     given, batch = fusion(
         op, base, experts, anti, weights, base_weight, temperature, plausible, vocab_size, strict_vocab
     )
-    out_dtype = checks.float_dtype(op, "out_dtype", out_dtype or accumulate_dtype(given))
+    if out_dtype is None:
+        out_dtype = accumulate_dtype(given)
+    checks.float_dtype(op, "out_dtype", out_dtype)
     logp: Tensor = FUSED_LOG_SOFTMAX(given, out_dtype).logp
     return unflatten(logp, batch)

@@ -30,6 +30,11 @@ def _logp(
     return lambda m: (_tokens(m, shape, vocab, width, scale), dict(kwargs))
 
 
+def _kept(m: Make) -> tuple[tuple[Tensor, Tensor, Tensor]]:
+    """Few tokens that all count: in float32 their logits stay for backward, where they are no larger than the head."""
+    return ((m.logits(5, 16, scale=1.0), m.logits(67, 16, scale=0.5), m.integers(67, 5)),)
+
+
 def _logp_packed(m: Make) -> Inputs:
     """Permuted states, a sliced head, weights with a zero, sequences of 0, 1 and more tokens in no order."""
     h, w, target = m.logits(24, 9, scale=1.0).t(), m.logits(131, 40, scale=0.4)[:, 8:32], m.integers(131, 9)
@@ -181,6 +186,7 @@ SAMPLES: list[Sample] = [
     Sample("linear_ce", "empty", _ce((0,), 17, 4, outputs=ALL)),
     Sample("linear_ce", "one-column", _ce((3,), 1, 4, outputs=("correct", "logp"))),
     Sample("linear_logp", "plain", _logp((7,), 257, 24)),
+    Sample("linear_logp", "kept", lambda m: (*_kept(m), {"normalize": "none"})),
     Sample("linear_logp", "rows", _logp((3, 5), 257, 24, normalize="sum")),
     Sample("linear_logp", "packed", _logp_packed),
     Sample("linear_logp", "entropy", _logp((2, 5), 131, 16, normalize="sum", return_entropy=True)),

@@ -1,0 +1,1 @@
+"""Networks trained a layer or a unit at a time, without a backward pass through the whole."""
