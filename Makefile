@@ -17,7 +17,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist workste
 
 OPS := w2s_fast/_build.json
 
-.PHONY: env install build bench bench-full test test-full sanitize lint docs aot demo cuda-check readme clean
+.PHONY: env install build bench bench-full test test-full sanitize lint docs aot demo cuda-check gpu-pack readme clean
 install: env build
 
 # the environment: made again where what is installed into it changes
@@ -71,6 +71,11 @@ docs: $(OPS)
 
 readme: $(OPS)
 	$(BIN)/w2s-fast bench --readme
+
+# what a GPU would compile in its first minutes, in build/gpu-pack (half an hour of two cores; needs nvcc for the extension)
+gpu-pack: $(STAMP)
+	bash .ci/cuda_check.sh .venv-cuda
+	$(BIN)/python -m w2s_fast.bench.gpu.pack build/gpu-pack --cuda .venv-cuda
 
 cuda-check:
 	bash .ci/cuda_check.sh .venv-cuda

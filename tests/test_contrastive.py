@@ -236,3 +236,29 @@ def test_two_processes_equal_one(tmp_path):
         port = s.getsockname()[1]
     mp.spawn(_work, args=(port, str(tmp_path)), nprocs=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+def test_multiple_negatives_ranking(columns: int):
+    from w2s_fast.integrations.sentence_transformers import MultipleNegativesRankingLoss
+
+    draw = torch.Generator().manual_seed(columns)
+    table = nn.Embedding(40, 8).double()
+    tokens = [torch.randint(40, (6, 5), generator=draw) for _ in range(columns)]
+    loss = MultipleNegativesRankingLoss(lambda features: {"sentence_embedding": table(features["input_ids"]).mean(1)})
+    found = loss([{"input_ids": t} for t in tokens], torch.zeros(6))
+    anchors, *others = (table(t).mean(1) for t in tokens)
+    scores = 20 * F.cosine_similarity(anchors.unsqueeze(1), torch.cat(others), dim=2)
+    close(found, F.cross_entropy(scores, torch.arange(6)), [table.weight])
+
+
+def test_multiple_negatives_ranking_is_sentence_transformers_own():
+    losses = pytest.importorskip("sentence_transformers.losses")
+    from w2s_fast.integrations.sentence_transformers import MultipleNegativesRankingLoss
+
+    embeddings = [t.detach() for t in (*features(5, 5), *features(5, 6)[:1])]
+    found, expected = (
+        made(nn.Identity()).compute_loss_from_embeddings(embeddings, torch.zeros(5))
+        for made in (MultipleNegativesRankingLoss, losses.MultipleNegativesRankingLoss)
+    )
+    torch.testing.assert_close(found, expected)

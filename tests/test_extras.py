@@ -185,6 +185,7 @@ def test_commands_without_optional_packages(tmp_path: Path):
 USES = {
     "transformers": [m for m in library_modules() if ".integrations.transformers" in m],
     "peft": [m for m in library_modules() if ".integrations.peft" in m],
+    "sklearn": ["w2s_fast.integrations.sklearn"],
     "trl": ["w2s_fast.integrations.trl", "w2s_fast.methods.preference._trainers"],
     "diffusers": ["w2s_fast.integrations.diffusers.kv_compression"],
     "plot": ["w2s_fast.bench.plots", "matplotlib.figure"],

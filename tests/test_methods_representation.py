@@ -164,6 +164,11 @@ def test_parameters_of_tasks_do_not_touch_each_other():
             p.sub_(0.1 * p.grad)
     wrapped.eval()
     assert torch.equal(wrapped(x, first), before) and not torch.equal(wrapped(x, second), before)
+    shared = TaskParameters(small(), lambda name: name.startswith("6."))
+    shared.add()
+    still = shared.eval()(x, 0)
+    shared.train()(x, shared.add())  # batch-norm is not the task's
+    assert torch.equal(shared.eval()(x, 0), still)
     mixed = wrapped(x, torch.tensor([0, 1, 0, 1, 1, 1, 0, 0]))
     torch.testing.assert_close(mixed[1], wrapped(x, second)[1])
     torch.testing.assert_close(mixed[2], before[2])

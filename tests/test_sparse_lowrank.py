@@ -370,7 +370,11 @@ def test_auto_takes_the_cheaper_mode():
     assert materializes("auto", "cpu", 16384, 512, 512, 512, 0)  # the factors cost more than W
     assert not materializes("auto", "cpu", 1, 512, 512, 512, 0)
     assert materializes("auto", "cuda", 2048, 4096, 4096, 1024, 838860)
-    assert not materializes("auto", "cuda", 64, 4096, 4096, 1024, 838860)
+    assert materializes("auto", "cuda", 64, 4096, 4096, 1024, 838860)  # as long for the sparse kernel as 128 rows
+    assert not materializes("auto", "cuda", 8, 4096, 4096, 1024, 838860)
+    assert not materializes("auto", "cuda", 64, 4096, 4096, 1024, 838860, half=False)
+    assert not materializes("auto", "cuda", 128, 11008, 4096, 1024, 2254438)  # W costs more than one wave
+    assert materializes("auto", "cuda", 512, 11008, 4096, 1024, 2254438)
     assert materializes("materialize", "cpu", 1, 8, 8, 1, 1) and not materializes("factored", "cpu", 9**9, 1, 1, 9, 1)
 
 

@@ -83,3 +83,35 @@ def test_the_lint_sees_a_read_that_the_sweep_may_overtake():
     assert "no barrier between" in ptx.race(_KERNEL.replace("BARRIER", ""), [{0, 1}])
     assert ptx.race(_KERNEL.replace("BARRIER", "\tbar.sync 0;"), [{0, 1}]) == ""
     assert ptx.race(_KERNEL.replace("BARRIER", ""), []) == ""  # two tensors
+
+
+def test_kernels_that_form_the_same_logits_round_alike():
+    """Sampling forms z in several kernels and relies on its bits: no product is left to be fused with its sum."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from w2s_fast.testing import aot
+
+    target, seen = GPUTarget("cuda", 90, 32), []
+    for job in aot.jobs(["logit_fusion.sample"]):
+        name = job.recorded.kernel.fn.__name__
+        if job.case.startswith("fp32") and name in ("_tile_stats_kernel", "_kept_kernel"):
+            source, options = aot._bind(job.recorded, target)
+            text = triton.compile(source, target=target, options=options).asm["ttir"]
+            assert "math.fma" in text and ptx.contractions(text) == [], name
+            seen.append(name)
+    assert len(seen) == 2
+    assert ptx.contractions("%1 = arith.mulf %a, %b : f32\n%2 = arith.addf %s, %1 : f32") == ["%2 = arith.addf %s, %1"]
+
+
+def test_a_probability_arrives_in_float64():
+    """A number is float32 to a compiled kernel unless it says otherwise; a tie of top-p is decided in float64."""
+    from triton.backends.compiler import GPUTarget
+
+    from w2s_fast.testing import aot
+
+    names = ("_cut_kernel", "_list_kernel")
+    found = [j for j in aot.jobs(["logit_fusion.sample"]) if j.recorded.kernel.fn.__name__ in names]
+    assert len(found) >= 2
+    for job in found:
+        assert aot._bind(job.recorded, GPUTarget("cuda", 90, 32))[0].signature["top_p"] == "fp64"

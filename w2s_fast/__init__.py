@@ -50,6 +50,8 @@ from .ops.logit_fusion.fuse import fuse_logits
 from .ops.logit_fusion.log_softmax import fused_log_softmax
 from .ops.logit_fusion.sample import SampleOutput, fused_sample
 from .ops.logit_fusion.stats import FusedStats, fused_stats
+from .ops.prototypes.class_stats import ClassStats, class_stats
+from .ops.prototypes.prototype_distance import Nearest, prototype_distance
 from .ops.sparse_lowrank.linear import sparse_lowrank_linear, sparse_lowrank_materialize
 from .ops.sparse_lowrank.products import sddmm, spmm
 from .ops.sparse_lowrank.support import SparseSupport, random_support
@@ -76,17 +78,20 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "ArmLoss",
+    "ClassStats",
     "DynamicWeights",
     "Explanation",
     "FastReg",
     "FoldedKV",
     "FusedStats",
     "MarginLoss",
+    "Nearest",
     "SampleOutput",
     "SparseSupport",
     "adaln_modulate",
     "arm_loss",
     "backend",
+    "class_stats",
     "compressed_attention",
     "confidence_ramp",
     "confidence_threshold",
@@ -128,6 +133,7 @@ __all__ = [
     "margin_cross_entropy",
     "margin_logits",
     "noise_pair",
+    "prototype_distance",
     "pseudo_huber_loss",
     "qk_norm",
     "random_support",

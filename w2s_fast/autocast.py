@@ -38,6 +38,7 @@ RULES: dict[str, tuple[str, ...] | str] = {
     "spmm": ("x", "values"),
     "sddmm": ("g", "x"),
     "contrastive_loss": ("x", "y"),
+    "prototype_distance": ("x", "prototypes"),
     "compressed_attention": ("q", "k", "v"),
     "kv_compressed_attention": ("qkv",),
     "kv_compress": ("qkv",),

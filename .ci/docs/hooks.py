@@ -120,7 +120,7 @@ def relinked(text: str, source: str) -> str:
 def on_config(config: Any) -> Any:
     """The navigation, from what there is."""
     first = ("operations", "methods", "effects", "integrations", "bounds", "streams")
-    last = ("benchmarks", "experiments", "command_line", "environment", "building")
+    last = ("benchmarks", "experiments", "command_line", "environment", "building", "gpu")
     others = sorted(path.stem for path in (ROOT / "docs").glob("*.md") if path.stem not in first + last)
     config["nav"] = [
         {"Home": "index.md"}, *(f"{name}.md" for name in (*first, *others)), {"Examples": list(examples())},

@@ -230,7 +230,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _cost(kept: Mapping[str, Any]) -> str:
-    return f"{kept['seconds']:.0f} CPU seconds{' of the long form' if kept.get('full') else ''}"
+    count = f"{kept['seconds']:.0f} CPU seconds" if kept["seconds"] >= 1 else "under 1 CPU second"
+    return f"{count}{' of the long form' if kept.get('full') else ''}"
 
 
 def listing(path: Path = FILE) -> list[str]:

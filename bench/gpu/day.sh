@@ -19,7 +19,9 @@ python=${PYTHON:-python3}
 root=$(pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 if [ -n "${W2S_FAST_PACK:-}" ]; then
+  W2S_FAST_PACK=$(cd "$W2S_FAST_PACK" && pwd)
   export TRITON_CACHE_DIR="$W2S_FAST_PACK/triton"
+  "$python" -m bench.gpu.pack "$W2S_FAST_PACK" --settle
   for library in "$W2S_FAST_PACK"/w2s_fast/*.so; do [ -e "$library" ] && cp "$library" w2s_fast/; done
 fi
 dry=0

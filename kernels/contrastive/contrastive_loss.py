@@ -17,7 +17,7 @@ from ..common import AotCase, Meta, cdiv, dtype, launch, refuse_double
 
 #: Bytes of dz that exist at a time.
 SCRATCH = 1 << 30
-BLOCK_M, BLOCK_N = 64, 128
+BLOCK_M = 64
 
 
 @triton.jit
@@ -136,10 +136,11 @@ def _gradient_kernel(
 
 
 def config(x: Any) -> dict[str, Any]:
-    """Tile sizes; half the depth for float32. The interpreter's dot takes float32 only."""
+    """Tile sizes; for float32, whose product is made in registers, half. The interpreter's dot takes float32 only."""
     wide = "float32" in str(x.dtype)
     on_cpu = getattr(x, "device", None) is not None and x.device.type == "cpu"
-    return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": 32 if wide else 64, "DOT_F32": on_cpu, "num_warps": 8}
+    sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": 64 if wide else 128, "BLOCK_K": 32 if wide else 64}
+    return {**sizes, "DOT_F32": on_cpu, "num_warps": 8}
 
 
 def supports_contrastive_loss(x: Any, y: Any, *_: Any) -> str | None:
@@ -155,7 +156,8 @@ class _Scores:
     ) -> None:
         self.x, self.y, self.scale, self.kind = x, y, scale, kind
         self.rows, self.columns = x.shape[0], y.shape[0]
-        self.tiles, self.single, self.options = cdiv(self.columns, BLOCK_N), dtype(x, "float32"), config(x)
+        self.single, self.options = dtype(x, "float32"), config(x)
+        self.tiles = cdiv(self.columns, self.options["BLOCK_N"])
         self.head = (x, x.stride(0), y, y.stride(0), self.rows, self.columns, x.shape[1])
         self.tail = (scale, bias, labels, column_labels, first)
 

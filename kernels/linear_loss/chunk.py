@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..common import INF, cdiv, dtype, launch, refuse_double
+from .product import accumulate, logits_of, serves
 from .tile import BLOCK_V, fused_tile, prepare
 
 #: Bytes of logits that exist at a time, unless that is less than ROWS rows.
@@ -121,7 +122,9 @@ class Chunks:
         self.rows, self.like = model.hiddens[0].shape[0], model.hiddens[0]
         self.single = dtype(self.like, "float32")
         capped = bool(model.softcap)
-        self.models, self.options = prepare(model._replace(weight_values=[1.0], temperature=1.0) if capped else model)
+        plain = model._replace(weight_values=[1.0], temperature=1.0) if capped else model
+        self.plain, self.by_library = plain, serves(plain)
+        self.models, self.options = prepare(plain)
         self.cap = (model.weight_values[0] / model.temperature, model.softcap, True) if capped else (1.0, 1.0, False)
         self.dhiddens = self._zeros(model.hiddens, need.need_hiddens)
         self.dheads = self._zeros(model.heads, need.need_heads)
@@ -141,12 +144,21 @@ class Chunks:
         kind = self.model.heads[0].dtype
         for first, size in chunks(self.rows, self.vocab_size) if parts is None else parts:
             z = self.like.new_empty((size, self.vocab_size), dtype=self.single)
-            blocks = cdiv(size, self.options["BLOCK_T"])
-            launch(
-                logits_kernel, blocks * cdiv(self.vocab_size, BLOCK_V), self.like, self.models, self.rows, first, size,
-                self.vocab_size, blocks, z, **self.options,
-            )  # fmt: skip
+            self._logits(first, size, z)
             yield first, size, z, z if kind == self.single or not self.any else z.new_empty(z.shape, dtype=kind)
+
+    def _logits(self, first: int, size: int, z: Any) -> None:
+        if self.by_library:
+            model, vocab = self.plain, self.vocab_size
+            bias = model.biases[0][:vocab] if model.biases else None
+            scale = model.weight_values[0] / model.temperature
+            logits_of(model.hiddens[0][first : first + size], model.heads[0][:vocab], bias, scale, z)
+            return
+        blocks = cdiv(size, self.options["BLOCK_T"])
+        launch(
+            logits_kernel, blocks * cdiv(self.vocab_size, BLOCK_V), self.like, self.models, self.rows, first, size,
+            self.vocab_size, blocks, z, **self.options,
+        )  # fmt: skip
 
     def spend(self, first: int, size: int, dz: Any) -> None:
         """Adds a chunk's dz to the gradients."""
@@ -164,7 +176,8 @@ class Chunks:
                     bias = dz.float().matmul(biases[i][:vocab_size].float()) if biases else 0.0
                     self.dweights[part, i] = ((raw * h[part].float()).sum(1) + bias) / temperature
             if need.need_heads >> i & 1:
-                self.dheads[i][:vocab_size] += g.t().matmul((h[part].float() * scale).to(head.dtype))
+                own, by = (h[part], scale) if weights is None else (h[part].float() * scale, 1.0)
+                accumulate(self.dheads[i][:vocab_size], g.t(), own.to(head.dtype), by)
             if need.need_biases >> i & 1:
                 self.dbiases[i][:vocab_size] += (dz.float() * scale).sum(0)
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..common import AotCase, Meta, cdiv, dtype, launch, next_power
+from .product import accumulate
 from .rows import SCRATCH, block_of, logits, row_statistics, warps_of
 
 NONE = tl.constexpr(-float("inf"))
@@ -147,16 +148,26 @@ def _spread_kernel(
 
 
 @triton.jit
-def _dz_kernel(z, vocab, i_max, i_log_sum, i_sum, i_a, target, t, u, o_dz, BLOCK: tl.constexpr):
+def _dz_kernel(
+    z, vocab, i_max, i_log_sum, i_sum, i_a, target, t, u, o_dz, BLOCK: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """dz = r p of a row, and at the sentence's tokens r p + their A, which replaces it; dz may be the logits' place."""
     row = tl.program_id(0).to(tl.int64)
     top, log_sum, r = tl.load(i_max + row), tl.load(i_log_sum + row), tl.load(i_sum + row)
+    tokens, j = target + row // t * u, tl.arange(0, TOKENS)
+    y = tl.load(tokens + j, mask=j < u, other=0)
+    z_y = tl.load(z + row * vocab + y, mask=j < u, other=NONE)
+    own = r * tl.exp((z_y - top) - log_sum)
+    for k in range(u):  # a token that stands twice gets both, and the same sum in both places
+        own += tl.where(y == tl.load(tokens + k), tl.load(i_a + row * u + k), 0.0)
+    tl.debug_barrier()  # the sweep may overwrite the logits, once every thread has read its tokens'
     for start in range(0, vocab, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         x = tl.load(z + row * vocab + cols, mask=cols < vocab, other=NONE)
         g = r * tl.exp((x - top) - log_sum)
-        for j in range(u):
-            g += tl.where(cols == tl.load(target + row // t * u + j), tl.load(i_a + row * u + j), 0.0)
         tl.store(o_dz + row * vocab + cols, g.to(o_dz.dtype.element_ty), mask=cols < vocab)
+    tl.debug_barrier()
+    tl.store(o_dz + row * vocab + y, own.to(o_dz.dtype.element_ty), mask=j < u)
 
 
 def ngram_gradients(
@@ -193,7 +204,7 @@ def ngram_gradients(
     if out is not None:
         launch(
             _dz_kernel, rows, z, z, vocab, top, log_sum, sums, a, target, t, u, out,
-            BLOCK=block_of(vocab), num_warps=warps_of(vocab),
+            BLOCK=block_of(vocab), TOKENS=width, num_warps=warps_of(vocab),
         )
     return losses, diagonal
 
@@ -239,7 +250,7 @@ def launch_linear_eisl(
         if need_hidden:
             dhidden[part] = dz.matmul(head).reshape(dhidden[part].shape)
         if need_head:
-            dhead += dz.t().matmul(flat[rows])
+            accumulate(dhead, dz.t(), flat[rows])
         if need_bias:
             dbias += dz.float().sum(0)
     loss = parts[-1] * ce_coef

@@ -17,6 +17,7 @@ import triton.language as tl
 from ..common import AotCase, Group, Meta, dtype, launch
 from .kd_row import LINEAR, LINEAR_BIAS, LOGITS, NONE, REMAINDER_FLOOR, TOPK, _row_kernel
 from .packing import of_rows, used_rows
+from .product import accumulate
 from .rows import block_of, chunk_rows, logits, row_statistics, warps_of
 
 #: Tensors of a teacher of each form.
@@ -149,7 +150,7 @@ def launch_linear_kd(
         if need_hidden:
             dhidden[part] = dz.matmul(head)
         if need_head:
-            dhead += dz.t().matmul(hidden[part])
+            accumulate(dhead, dz.t(), hidden[part])
         if need_bias:
             dbias += dz.float().sum(0)
     like, loss = hidden if bias is None else bias, _total(given, out[0], out[1])

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..common import AotCase, Meta, cdiv, dtype, launch, next_power
 from .chunk import logits_kernel
+from .product import logits_of, serves
 from .tile import BLOCK_V, model_of, prepare
 
 #: Bytes of tiles that exist at a time.
@@ -21,8 +22,12 @@ SCRATCH = 1 << 30
 
 def logits(hidden: Any, head: Any, bias: Any, first: int, out: Any) -> None:
     """W h + b of rows [first, first + len(out)) into ``out``, float32 and contiguous."""
-    models, options = prepare(model_of([hidden], [head], biases=[] if bias is None else [bias]))
+    model = model_of([hidden], [head], biases=[] if bias is None else [bias])
     chunk, vocab = out.shape
+    if serves(model):
+        logits_of(hidden[first : first + chunk], head, bias, 1.0, out)
+        return
+    models, options = prepare(model)
     blocks = cdiv(chunk, options["BLOCK_T"])
     launch(
         logits_kernel, blocks * cdiv(vocab, BLOCK_V), hidden, models, first + chunk, first, chunk, vocab, blocks, out,

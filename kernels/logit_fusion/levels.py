@@ -122,8 +122,9 @@ def _list_kernel(
 
 
 def listed(
-    fusion: tuple[Any, ...], vocab_size: int, partial: Any, tiles: int, kind: Any, top_k: int, top_p: float, by_count: bool
-) -> tuple[Any, Any, Any]:
+    fusion: tuple[Any, ...], vocab_size: int, partial: Any, tiles: int, kind: Any, top_k: int, top_p: float,
+    by_count: bool,
+) -> tuple[Any, Any, Any]:  # fmt: skip
     """Levels [B, 2, tiles, LEVELS] float32 and the rows' lists: values [B, LIST] float32, columns of dtype ``kind``."""
     rows, like = partial.shape[0], partial
     levels = like.new_empty((rows, 2, tiles, LEVELS.value))

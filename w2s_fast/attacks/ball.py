@@ -121,7 +121,7 @@ BALLS: dict[str, type[Box] | type[Sphere]] = {"linf": Box, "l2": Sphere}
 
 
 def check_clip(x: Tensor, clip: Clip) -> None:
-    """x must be within the clip range, where that can be looked at without waiting for a GPU."""
+    """ValueError where x is not within the clip range, as far as that can be looked at without waiting for a GPU."""
     if clip is None or not checks.readable(x) or not x.numel():
         return
     low, high = (torch.as_tensor(end, device=x.device, dtype=x.dtype) for end in clip)

@@ -38,7 +38,11 @@ def kl(z: Tensor, p: Tensor) -> Tensor:
 
 
 def distance(z: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of features, of every element; lowered (``targeted``) it matches features."""
+    """Squared distance of features, of every element; lowered (``targeted``) it matches features.
+
+    Raises:
+        ValueError: naming `y`.
+    """
     if z.shape != target.shape:
         checks.fail("attacks", "y", f"features of the outputs' shape {tuple(z.shape)}", tuple(target.shape))
     return (z - target).square()

@@ -27,6 +27,9 @@ class PGD(Attack):
         alpha: length of a step, a number or, for "linf", a tensor as eps; default ``2.5 eps / steps``.
         momentum: mu; 0 for none.
         start: "uniform" in the ball, "gauss" (standard deviation 0.001), or "none": at x.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
     """
 
     def __init__(

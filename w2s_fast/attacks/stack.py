@@ -51,7 +51,11 @@ class Stacked(nn.Module):
         return found
 
     def call(self, function: Callable[[Any, Tensor], Any], x: Tensor) -> Any:
-        """``function(model, part)`` of every model, its results stacked: features, say, instead of outputs."""
+        """``function(model, part)`` of every model, its results stacked: features, say, instead of outputs.
+
+        Raises:
+            ValueError: naming `x`.
+        """
         if x.shape[:1] != (self.count,):
             checks.fail(OP, "x", f"of shape ({self.count}, N, ...), a part a model", tuple(x.shape))
         through = _Through(self.base, function)

@@ -1,11 +1,11 @@
-"""transformers, trl, vllm, diffusers, peft, official checkpoints: each module, and its library, is loaded on use."""
+"""transformers, trl, vllm, diffusers, peft, sentence-transformers, scikit-learn, official checkpoints, each on use."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-__all__ = ["diffusers", "peft", "sltrain", "transformers", "trl", "vllm"]
+__all__ = ["diffusers", "peft", "sentence_transformers", "sklearn", "sltrain", "transformers", "trl", "vllm"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from .hypernet import MIP, mip, mip_encode
 from .interval import Ball, Choices, IntervalModule, IntervalPass, bound, layer_table, verify
 from .kv_compressed_attention import KVCompressedAttention
 from .pixart import PixArtBlock, PixArtSigma
+from .prototypes import ProtoHead
 from .s4d import S4D
 from .sparse_lowrank import ModelSize, Replaced, SparseLowRankLinear, model_size, replace_linear
 from .sparsity import nm_mask, sparsify, topk_mask
@@ -21,6 +22,7 @@ __all__ = [
     "ModelSize",
     "PixArtBlock",
     "PixArtSigma",
+    "ProtoHead",
     "Replaced",
     "SigLipLoss",
     "SparseLowRankLinear",

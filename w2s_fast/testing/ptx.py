@@ -117,3 +117,13 @@ def race(text: str, aliases: Iterable[set[int]]) -> str:
                 if store in reached and not same_sweep(block_of[load], block_of[store]):
                     return f"line {load + 1} of the PTX reads what line {store + 1} overwrites, no barrier between"
     return ""
+
+
+_TTIR = re.compile(r"(%[\w#]+) = arith\.(mulf|addf|subf) (%[\w#]+), (%[\w#]+)")
+
+
+def contractions(text: str) -> list[str]:
+    """Sums in TTIR that add to a product: a compiler may fuse them in one kernel and not in another."""
+    found = list(_TTIR.finditer(text))
+    products = {m[1] for m in found if m[2] == "mulf"}
+    return [m[0] for m in found if m[2] != "mulf" and products & {m[3], m[4]}]

@@ -79,9 +79,9 @@ def main() -> None:
     for job in aot.jobs(given.module):
         row, found = cost(job, given.arch)
         print(
-            f"{row.module},{row.case},{row.kernel}: {row.warps} warps, {row.registers} registers, {row.spills} spilled, "
-            f"{row.shared} B shared, {found.resident} programs an SM, {found.instructions} instructions, "
-            f"loops {found.loops}",
+            f"{row.module},{row.case},{row.kernel}: {row.warps} warps, {row.registers} registers, "
+            f"{row.spills} spilled, {row.shared} B shared, {found.resident} programs an SM, "
+            f"{found.instructions} instructions, loops {found.loops}",
             flush=True,
         )
 

@@ -20,7 +20,7 @@ from ..protocol import Choice, Claim, choose
 
 EPISODES, QUERIES, CLASSES = 200, 15, 5
 SHOTS = (1, 5)
-LAMBDAS = (0.3, 0.7, 1.0, 1.5, 2.0, 3.0)
+LAMBDAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 CLAIMS = [
     Claim("1 shot: SLK-Means beats the nearest mean by 5 points", "1-shot", "SLK-Means", "nearest", 0.05),
     Claim("5 shots: it beats the nearest mean by half a point", "5-shot", "SLK-Means", "nearest", 0.005),

@@ -25,7 +25,7 @@ from ..data import Split, accuracy, digits, mlp
 from ..protocol import Choice, Claim, choose
 
 LABELS, STEPS, BATCH, PART = 100, 200, 48, "2,4"
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2)
 ARMS = ("teachers, part", "teachers, all", "labels, part", "labels, all")
 CLAIMS = [
     Claim("teachers, part: 2 points more robust than the large model", "robust", "teachers, part", "large", 0.02),

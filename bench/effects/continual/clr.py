@@ -31,7 +31,7 @@ TASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "inverted": lambda x: 1 - x,
     "gradient": lambda x: (x - x.roll(1, 3)).abs(), "permuted": lambda x: x.flatten(1)[:, ORDER].view_as(x),
 }  # fmt: skip
-ARMS = {"CLR": (1e-2, 3e-2, 1e-1), "norms": (1e-2, 3e-2, 1e-1), "head": (3e-2, 1e-1, 0.3), "all": (3e-3, 1e-2, 3e-2)}
+ARMS = {"CLR": (3e-3, 1e-2, 3e-2), "norms": (3e-3, 1e-2, 3e-2), "head": (1e-2, 3e-2, 1e-1), "all": (1e-3, 3e-3, 1e-2)}
 CLAIMS = [
     Claim("12 points better than a new head on the frozen network", "accuracy", "CLR", "head", 0.12),
     Claim("5 points better than new norms", "accuracy", "CLR", "norms", 0.05),
@@ -108,8 +108,10 @@ def run(arm: str, rate: float, tasks: Any, seed: int, on: str) -> dict[str, floa
 
 def choices() -> dict[str, Choice]:
     return {
-        arm: choose(lambda rate, seed, on, arm=arm: run(arm, rate, ("permuted",), seed, on)["accuracy"], {"rate":
-        rates}) for arm, rates in ARMS.items()
+        arm: choose(
+            lambda rate, seed, on, arm=arm: run(arm, rate, ("permuted",), seed, on)["accuracy"], {"rate": rates}
+        )
+        for arm, rates in ARMS.items()
     }
 
 

@@ -3,7 +3,7 @@
 A small model is tuned by DPO for a property of the text (the share of letters); its log-ratio to the untuned one
 chooses among a large model's chunks: 4 beams, 4 successors, chunks of 10 of 50 tokens. The baselines spend as many
 tokens of the large model: the best of 16 whole samples by the same log-ratio, and by the true reward (which search does
-not know). Mean property over 10 prompts; nothing is chosen.
+not know). Mean property over 6 prompts; nothing is chosen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..protocol import Claim
 from .dynamic_logit_fusion import family
 from .genarm import OBJECTIVE, preferring, prompts
 
-PROMPTS, TOKENS, BEAMS, SUCCESSORS, CHUNK = 10, 50, 4, 4, 10
+PROMPTS, TOKENS, BEAMS, SUCCESSORS, CHUNK = 6, 50, 4, 4, 10
 FULL = {"PROMPTS": 64}
 CLAIMS = [
     Claim("search raises the reward over single samples by 0.05", "reward", "search", "one sample", 0.05),

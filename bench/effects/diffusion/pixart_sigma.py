@@ -3,7 +3,7 @@
 Patches of two photographs, the right quarter of them held out: 16 x 16 without compression, then 32 x 32 with positions
 interpolated, then the deeper half of the blocks compressed 2 x 2 to one and fine-tuned, started as an average with a
 LayerNorm (the paper's), at random, or as the plain mean; the control is fine-tuned as long without compression.
-Held-out noise-prediction loss right after each switch and after 60 steps. Nothing is chosen.
+Held-out noise-prediction loss right after each switch and after 40 steps. Nothing is chosen.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..protocol import Claim
 
 LOW, HIGH, BATCH, HELD_OUT = 16, 32, 8, 64
 STARTS = ("none", "averaging", "random", "plain mean")
-STEPS = (300, 100, 60)  # small, large, after the switch to compression
+STEPS = (200, 60, 40)  # small, large, after the switch to compression
 FULL = {"STEPS": (1800, 600, 360), "BATCH": 16}
 CLAIMS = [
     Claim("interpolated positions cost less than continued ones", "right after", "interpolated", "continued", 0.0,

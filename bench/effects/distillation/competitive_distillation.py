@@ -27,7 +27,7 @@ from ..robust import group
 
 FIRST, ADD, ROUNDS, STEPS, RATES, SEEDS = 250, 100, 4, 100, (1e-3, 3e-3, 1e-2), tuple(range(10))
 ARMS: Any = ("random", "gap", "sampled")
-FULL = {"RATES": (1e-3, 2e-3, 3e-3, 6e-3, 1e-2)}
+FULL = {"RATES": (1e-3, 3e-3, 1e-2, 2e-2, 3e-2)}
 CLAIMS = [
     Claim("the largest gaps beat random choice", "right", "gap", "random"),
     Claim("gaps as probabilities beat random choice", "right", "sampled", "random"),

@@ -25,7 +25,7 @@ from ..data import Split, accuracy, digits
 from ..protocol import Choice, Claim, choose
 
 LABELS, STEPS, BATCH, TAUGHT = 100, 300, 48, 400
-RATES, WEIGHTS = (1e-2, 3e-2, 1e-1), (0.001, 0.003, 0.01)
+RATES, WEIGHTS = (3e-3, 1e-2, 3e-2), (0.003, 0.01, 0.03)
 CLAIMS = [
     Claim("the teacher's logits beat labels alone", "accuracy", "logits", "labels"),
     Claim("its maps add to the logits", "accuracy", "maps", "logits"),

@@ -18,7 +18,7 @@ from ..data import accuracy, digits
 from ..protocol import Choice, Claim, choose
 
 WIDTH, BATCH, EPOCHS = 256, 32, 30
-RATES = (0.005, 0.02, 0.05, 0.2, 0.5)
+RATES = (0.005, 0.02, 0.05, 0.2)
 DEPTHS = (1, 2, 3)
 ARMS = ("l2", "l1", "backprop", "random")
 CLAIMS = [
@@ -59,6 +59,4 @@ def choices() -> dict[str, Choice]:
 
 
 def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return {
-        arm: {f"depth {d}": run(arm, d, chosen[arm]["rate"], seed, "test") for d in DEPTHS} for arm in ARMS
-    }
+    return {arm: {f"depth {d}": run(arm, d, chosen[arm]["rate"], seed, "test") for d in DEPTHS} for arm in ARMS}

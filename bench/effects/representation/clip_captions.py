@@ -24,7 +24,7 @@ from ..data import Split, digits
 from ..protocol import Choice, Claim, choose
 
 SCENES, ASKED, PROBED, STEPS, BATCH, NULL = 3000, 1500, 600, 300, 96, 14
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2)
 ARMS = ("full", "alt", "one")
 CLAIMS = [
     Claim("full captions: the place of a digit in 65 %", "place", "full", 0.65),

@@ -20,7 +20,7 @@ from ..data import digits, mlp
 from ..protocol import Choice, Claim, choose
 
 BAGS, ASKED, TILES, STEPS, BATCH, COMPONENTS = 200, 300, 16, 600, 32, 24
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2)
 ARMS = {"attention": 32, "mean": 0}
 CLAIMS = [
     Claim("attention explains 5 points more of the variance than the mean", "R2", "attention", "mean", 0.05),

@@ -122,6 +122,7 @@ def fitted(width: int, out: int, first: int, rate: float, seeds: tuple[int, ...]
 
 
 @lru_cache(maxsize=32)
+@torch.enable_grad()
 def networks(rate: float, seeds: tuple[int, ...]) -> dict[str, list[nn.Module]]:
     return {"agent": fitted(64, 6, 0, rate, seeds), "second": fitted(64, 6, 500, rate, seeds),
             "wide agent": fitted(128, 6, 0, rate, seeds), "world": fitted(64, 8, 50, rate, seeds)}  # fmt: skip

@@ -73,6 +73,7 @@ def fitted(kind: str, steps: int, seeds: tuple[int, ...]) -> list[nn.Module]:
 
 
 @lru_cache(maxsize=16)
+@torch.enable_grad()
 def networks(seeds: tuple[int, ...]) -> dict[str, list[nn.Module]]:
     found = {"teacher": fitted("teacher", 350, seeds)}
     for name, steps in STUDENTS.items():

@@ -25,7 +25,7 @@ from ..data import digits
 from ..protocol import Choice, Claim, choose
 
 LABELS, NOTES, FEW, NOISE, MISSING, STEPS, RATES = 5, 60, 4, 0.8, 0.2, 80, (3e-3, 1e-2, 3e-2)
-FULL = {"RATES": (1e-3, 3e-3, 1e-2, 3e-2)}
+FULL = {"RATES": (1e-3, 3e-3, 1e-2, 3e-2, 0.1)}
 CLAIMS = [
     Claim("the tagger beats a classifier of single sentences by 5 points", "right", "tagger", "sentences", 5.0),
     Claim("it beats the headings that it learned from", "right", "tagger", "headings"),

@@ -277,6 +277,9 @@ Result contrastive_loss(Rowwise x, std::optional<Rowwise> y, Tensor scale, std::
   std::optional<Tensor> other;
   if (y) other = *y;
   const bool supervised = kind == "supcon";
+  check(scale.numel() == 1 && (!bias || bias->numel() == 1), "scale and bias must be tensors of one number");
+  check(!y || y->size(1) == x.size(1), "y must have as many columns as x");
+  check(kind != "clip" || (y && y->size(0) == x.size(0) && first == 0), "y must have as many rows as x with kind 'clip'");
   check(first >= 0 && first + x.size(0) <= (y ? *y : x).size(0), "y must have at least first + M rows");
   check(!supervised || (labels && labels->numel() == x.size(0)), "labels must be of shape [M] with kind 'supcon'");
   check(!supervised || !y || (column_labels && column_labels->numel() == y->size(0)), "column_labels must be of shape [N] with kind 'supcon'");

@@ -47,8 +47,7 @@ def shuffled(
 
 
 class Beside:
-    """Batches of a second dataset by the number of the step, so that a resumed training has no state of them to
-    keep."""
+    """Batches of a second dataset by the number of the step: a resumed training has no state of them to keep."""
 
     def __init__(self, data: Any, batch_size: int, *, seed: int = 0, where: Place | None = None) -> None:
         where = where or ALONE

@@ -64,8 +64,7 @@ class Body(nn.Module):
 
 @torch.no_grad()
 def collected(body: nn.Module, data: Any, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """What ``body`` makes of a map-style dataset in its order, ``[N, D]``, and the labels; in evaluation mode, on the
-    CPU."""
+    """What ``body`` makes of a map-style dataset, ``[N, D]``, and the labels; in evaluation mode, on the CPU."""
     mode, device = body.training, next((p.device for p in body.parameters()), torch.device("cpu"))
     body.eval()
     rows, y = [], []

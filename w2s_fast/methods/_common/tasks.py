@@ -67,7 +67,11 @@ class TaskParameters(nn.Module):
 
     Args:
         body: any module, whose parameters stop requiring gradients.
-        own: whether the parameter or buffer of this name is a task's.
+        own: whether the parameter or buffer of this name is a task's. Batch-norm whose statistics are not keeps them
+            in training too.
+
+    Raises:
+        ValueError: naming `own`, if nothing is.
     """
 
     def __init__(self, body: nn.Module, own: Callable[[str], bool]) -> None:
@@ -92,14 +96,21 @@ class TaskParameters(nn.Module):
         self.learn(len(self.parts) - 1)
         return len(self.parts) - 1
 
+    def train(self, mode: bool = True) -> TaskParameters:
+        """As of any module, but for batch-norm whose statistics the tasks share."""
+        super().train(mode)
+        for name, module in self.body.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.running_mean" not in self.names:
+                module.eval()
+        return self
+
     def learn(self, task: int) -> None:
         """Let the parameters of this task alone require gradients."""
         for i, part in enumerate(self.parts):
             part.requires_grad_(i == task)
 
     def forward(self, inputs: Any, task: int | Tensor) -> Any:
-        """The body's output under the parameters of a task; of tasks ``[N]``, one a row, the rows' outputs ``[N,
-        ...]``.
+        """The body's output under the parameters of a task; of tasks ``[N]``, every row's under its own.
 
         With one task a row the inputs must be a tensor, and all tasks' outputs of one shape.
         """

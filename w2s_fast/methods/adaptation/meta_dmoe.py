@@ -98,8 +98,7 @@ class MetaDmoe(nn.Module):
         return {n: p if g is None else p - self.rate * g for (n, p), g in zip(before.items(), grads, strict=True)}
 
     def loss(self, support: Any, query: Any, y: Tensor, owner: int) -> Tensor:
-        """Cross-entropy on labelled samples of a domain after the step on others; ``owner``: the expert of the
-        domain."""
+        """Cross-entropy on labelled samples of a domain after the step on others; ``owner``: the domain's expert."""
         after = self.stepped(support, owner, graph=not self.first_order)
         found: Output = functional_call(self.student, after, (query,))
         return cross_entropy(found.logits, y)

@@ -59,7 +59,7 @@ def others(samples: Tensor, members: int) -> Tensor:
 
 def train(
     model: Sequence[nn.Module] | nn.ModuleList, data: Any, *, recipe: Recipe, layers: Sequence[str] = (),
-    eps: float = 0.07, attack_steps: int = 10, every: int = 0, clip: Clip = PIXELS, **run: Any,
+    eps: float = 0.07, attack_steps: int = 10, redraw: int = 0, clip: Clip = PIXELS, **run: Any,
 ) -> Trained:  # fmt: skip
     """Train two or more naturally trained members together, in place.
 
@@ -69,7 +69,7 @@ def train(
         layers: names of submodules whose outputs are matched, one drawn at a time; those before a ReLU are the
             paper's. Default: every Linear and convolution but the last.
         eps, attack_steps: of the distillation.
-        every: updates between draws of a layer; 0: an epoch of a sized ``data``, else every update.
+        redraw: updates between draws of a layer; 0: an epoch of a sized ``data``, else every update.
 
     Raises:
         ValueError: naming `model`.
@@ -79,7 +79,7 @@ def train(
         checks.fail("methods.dverge", "model", "two or more members", len(members))
     names = [list(layers) or _before_last(member) for member in members]
     batches = batches_of(data, recipe, run)
-    turn = every or (len(batches) if hasattr(batches, "__len__") else 1)
+    turn = redraw or (len(batches) if hasattr(batches, "__len__") else 1)
 
     def loss(members: Any, batch: Any, step: int) -> Tensor:
         half = len(batch[0]) // 2

@@ -133,8 +133,7 @@ class ConTraCon(TaskParameters):
         self, x: Tensor, *, view: View | Callable[..., Tensor] = noisy, copies: int = 6, views: int = 10,
         generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
-        """The task ``[N]`` of each input: that of the least entropy. Views must keep what is seen: noise on small
-        ones."""
+        """The task ``[N]`` of each input: that of the least entropy. Views must keep what is seen."""
         draw = generator or self.generator
         shown = [view(x, draw) for _ in range(views)]
         entropies = []

@@ -42,6 +42,9 @@ def relation_distill(
 class Prd(nn.Module):
     """An encoder with a projector and the prototypes of every task.
 
+    Batch-norm's running statistics follow the last task, with which earlier ones are then asked: that forgets, whatever
+    the loss keeps. Take an encoder without it, or ask in training mode.
+
     Args:
         model: any classifier whose last Linear is its head; its features are trained, the head is not used.
         hidden, out: widths of the projector.

@@ -139,8 +139,7 @@ class Tame(nn.Module):
             named[name].mul_(mask)
 
     def fit_selector(self, selector: nn.Module, recipe: Recipe, **run: Any) -> Trained:
-        """Train a classifier of inputs into experts ``[N, experts]`` on the kept samples; answers use it from then
-        on."""
+        """Train a classifier of inputs into experts ``[N, experts]`` on the kept samples, for all later answers."""
         x, expert = torch.stack([row for row, _ in self.kept]), torch.tensor([e for _, e in self.kept])
         self.selector = selector
         data = shuffled(TensorDataset(x.cpu(), expert), recipe.batch, seed=recipe.seed)
@@ -148,8 +147,7 @@ class Tame(nn.Module):
                         **run)  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[N, C]`` of the expert that the selector names for each row; of the active one without a
-        selector."""
+        """Logits ``[N, C]`` of the expert that the selector names for each row; without one, of the active expert."""
         if self.selector is None:
             return logits(self.experts[self.active], x)
         expert = logits(self.selector, x).argmax(1)

@@ -43,8 +43,7 @@ def cosine_mimic(s: Tensor, t: Tensor, *, remove_mean: bool = False) -> Tensor:
 
 
 def as_places(x: Any) -> Tensor:
-    """A map ``[N, C, H, W]``, tokens ``[N, places, C]``, or a tuple or output that begins with one: ``[N, places,
-    C]``."""
+    """``[N, places, C]`` of a map ``[N, C, H, W]`` or of tokens, or of a tuple or output that begins with one."""
     found = x if isinstance(x, Tensor) else x[0]
     return found.flatten(2).mT if found.ndim == 4 else found
 

@@ -34,8 +34,7 @@ class Shrunk(NamedTuple):
 
 
 def shrink_loss(p: Tensor, logits: Tensor, th: float, *, reweight: bool = True) -> Shrunk:
-    """The loss of uncertain rows; 0 where ``max p >= th``, where no set is certain enough, or with fewer than 3
-    classes.
+    """The loss of uncertain rows; 0 where ``max p >= th``, where no set is certain enough, or for under 3 classes.
 
     In ranks from 0, rank 0 stays and ranks 1 to c - 1 go, for the smallest c >= 2 with ``sum_{k >= c} p_k <=
     p_0 (1 - th) / th``; the last c tried is C - 1, so at least one other class is left.

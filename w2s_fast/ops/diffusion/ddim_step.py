@@ -231,7 +231,8 @@ def _combine(given: Given, numbers: tuple[Any, Any]) -> Tensor:
     if not any(isinstance(n, Tensor) for n in numbers):
         made: Tensor = DDIM_STEP(*rows, None, *numbers, float(guidance))
         return made.reshape(x.shape)
-    first, second = torch.broadcast_tensors(*(torch.as_tensor(n, device=x.device) for n in numbers))
+    on = [n.to(x.device) if isinstance(n, Tensor) else torch.full((), n, device=x.device) for n in numbers]
+    first, second = torch.broadcast_tensors(*on)
     acc = accumulate_dtype(*(t for t in rows if t is not None))
     levels = torch.stack((first.flatten(), second.flatten()), 1).to(acc)
     made = DDIM_STEP(*rows, levels, 0.0, 0.0, float(guidance))

@@ -92,6 +92,8 @@ def fast_reg(bounds: Sequence[tuple[Tensor, Tensor]], input_box: tuple[Tensor, T
         ends = alike(op, (names[0], pair[0]), (names[1], pair[1]))
         sums.append(INTERVAL_MOMENTS(*(t.reshape(-1).contiguous() for t in ends)))
     radius = 0.5 * sums[-1][0] / input_box[0].numel()
-    counts = torch.tensor([pair[0].numel() for pair in bounds], dtype=torch.float64, device=radius.device)
+    # filled there: numbers copied to a GPU would have to be waited for
+    sizes = [torch.full((), pair[0].numel(), dtype=torch.float64, device=radius.device) for pair in bounds]
+    counts = torch.stack(sizes)
     tight, relu = _layers(torch.stack(sums[:-1]), counts, radius, tol)
     return FastReg(tight.mean(), relu.mean())

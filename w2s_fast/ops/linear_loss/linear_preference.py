@@ -130,9 +130,10 @@ def _baseline(kinds: tuple[str, ...], kl: Any, given: Linear) -> Tensor | None:
         return None
     if isinstance(kl, Tensor) and kl.numel() != 1:
         checks.fail(OP, "kl", "a number", f"a tensor of shape {tuple(kl.shape)}")
-    dtype = given.accumulate
-    baseline = kl.detach() if isinstance(kl, Tensor) else torch.tensor(checks.number(OP, "kl", kl), dtype=dtype)
-    return baseline.to(given.hiddens[0].device, dtype).reshape(1)
+    dtype, device = given.accumulate, given.hiddens[0].device
+    if isinstance(kl, Tensor):
+        return kl.detach().to(device, dtype).reshape(1)
+    return torch.full((1,), checks.number(OP, "kl", kl), dtype=dtype, device=device)  # a copy would wait for a GPU
 
 
 def _labels(kinds: tuple[str, ...], labels: Any, label_weights: Any, count: int, given: Linear) -> Tensor | None:

@@ -21,6 +21,8 @@ from .support import SparseSupport, _check_values
 MODES = ("auto", "factored", "materialize")
 DECODE = 8  # tokens up to which csrc/cpu/sparse_lowrank/decode.cpp serves
 Mode = Literal["auto", "factored", "materialize"]
+#: Rows up to which a weight is read once for all of them.
+FEW = 8
 
 
 def _fake(
@@ -95,27 +97,48 @@ def _factors(op: str, A: Any, B: Any, values: Any, support: Any, scale: Any) -> 
     return support.arguments(op), None, checks.number(op, "scale", scale)
 
 
-def materializes(mode: str, device: str, n: int | torch.SymInt, rows: int, columns: int, rank: int, nnz: int) -> bool:
+def materializes(
+    mode: str, device: str, n: int | torch.SymInt, rows: int, columns: int, rank: int, nnz: int, half: bool = True
+) -> bool:
     """Whether W is formed: what ``mode`` says, and for ``"auto"`` what costs less.
 
     In units of one dense product 2 n O I, forward: materialize 1 + r / n, factored r (I + O) / (O I) + density / e,
-    with e the rate of the sparse kernels over that of the dense product: 0.3 on a CPU. A GPU's sparse kernels reach a
-    percent of its tensor cores, so that rows decide: materialize from 1000 on. For a number of rows that a graph leaves
-    open (torch.export with a dynamic batch) it is what many rows want.
+    with e the rate of the sparse kernels over that of the dense product: 0.3 on a CPU. On a GPU see `_gpu_rows`. For a
+    number of rows that a graph leaves open (torch.export with a dynamic batch) it is what many rows want.
     """
     if mode != "auto":
         return mode == "materialize"
     if device != "cpu":
-        least = 1000 if rank else None
+        least = _gpu_rows(rows, columns, rank, nnz, half) if rank else None
     else:
         size = max(rows * columns, 1)
         gain = rank * (rows + columns) / size + nnz / size / 0.3 - 1
-        least = max(9, math.floor(rank / gain) + 1) if gain > 0 else None
+        least = max(FEW + 1, math.floor(rank / gain) + 1) if gain > 0 else None
     if least is None:
         return False
     if torch.compiler.is_compiling():
         return not _surely(n < least)
     return bool(n >= least)
+
+
+def _gpu_rows(rows: int, columns: int, rank: int, nnz: int, half: bool) -> int:
+    """The rows from which forming W costs a GPU less, by a model of cycles of an H200; nothing was measured.
+
+    A program of the sparse product owns 128 outputs of up to 128 rows and builds a tile of S for every 64 columns:
+    1,300 cycles, and 3,200 more at a density of 5 % (instructions counted in compiled code, docs/gpu.md). That takes as
+    long for 9 rows as for 128. W costs its product at 60 % of the tensor cores' rate, a write and a read of it, and
+    then each row as in a dense layer. Without tensor cores (float32) the products decide, and W is for 1000 rows.
+    """
+    if not half:
+        return 1000
+    size = max(rows * columns, 1)
+    rate, bandwidth, processors = 450e3, 2450, 132  # FLOPs and bytes a cycle
+    wave = math.ceil(columns / 64) * (1300 + 3200 * nnz / size / 0.05)
+    formed = 2 * rank * size / (0.6 * rate) + 4 * size / bandwidth
+    if formed < wave:
+        return FEW + 1
+    gain = wave * math.ceil(rows / 128) / (128 * processors) - 2 * size / rate
+    return min(1000, max(129, math.ceil(formed / gain))) if gain > 0 else 1000
 
 
 def _surely(condition: Any) -> bool:
@@ -180,7 +203,10 @@ def sparse_lowrank_linear(
     x, A, B, values, bias = autocast.linear(x, A, B, values, bias)
     kind = x.device.type
     flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), given.columns)
-    dense = materializes(mode, kind, flat.shape[0], given.rows, given.columns, A.shape[0], values.shape[0])
+    dense = materializes(
+        mode, kind, flat.shape[0], given.rows, given.columns, A.shape[0], values.shape[0],
+        x.element_size() == 2,
+    )  # fmt: skip
     if kind == "cpu" and not torch.is_grad_enabled():
         few = flat.shape[0] <= DECODE
         if _surely(few) if torch.compiler.is_compiling() else few:

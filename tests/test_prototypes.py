@@ -1,0 +1,200 @@
+"""prototype_distance: torch's cdist and cross-entropy, gradients in float64, ties, masked classes, many tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import w2s_fast
+from w2s_fast import extension, prototype_distance
+from w2s_fast.nn import ProtoHead
+
+BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
+needs_cpp = pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def points(rows: int, classes: int, width: int, dtype: torch.dtype = torch.float64) -> Pair:
+    draw = torch.Generator().manual_seed(rows + classes)
+    made = [torch.randn(n, width, generator=draw, dtype=torch.float64).to(dtype) for n in (rows, classes)]
+    return made[0].requires_grad_(), made[1].requires_grad_()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_cdist(backend: str):
+    x, p = points(29, 17, 6)
+    labels = torch.arange(29) % 17
+    with w2s_fast.backend(backend):
+        found = prototype_distance(x, p, labels, k=4, temperature=0.7, return_lse=True)
+    squares = torch.cdist(x, p, compute_mode="donot_use_mm_for_euclid_dist").square()
+    nearest = squares.topk(4, 1, largest=False)
+    assert torch.equal(found.indices, nearest.indices)
+    scores = -squares / 0.7
+    expected = (nearest.values, torch.logsumexp(scores, 1), F.cross_entropy(scores, labels, reduction="none"))
+    for ours, theirs in zip((found.distance, found.lse, found.loss), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        weight = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).reshape(ours.shape)
+        grads = [torch.autograd.grad((t * weight).sum(), (x, p), retain_graph=True) for t in (ours, theirs)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cosine(backend: str):
+    x, p = points(13, 7, 5)
+    labels = torch.arange(13) % 7
+    with w2s_fast.backend(backend):
+        found = prototype_distance(x, p, labels, metric="cosine", temperature=0.2, k=2, return_lse=True)
+    cosines = F.cosine_similarity(x.unsqueeze(1), p, dim=2)
+    largest = cosines.topk(2, 1)
+    torch.testing.assert_close(found.distance, 1 - largest.values)
+    torch.testing.assert_close(found.lse, torch.logsumexp(cosines / 0.2, 1))
+    torch.testing.assert_close(found.loss, F.cross_entropy(cosines / 0.2, labels, reduction="none"))
+    assert torch.equal(found.indices, largest.indices)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
+def test_gradients_in_float64(metric: str):
+    x, p = points(7, 4, 5)
+    labels, valid = torch.arange(7) % 3, torch.tensor([True, True, True, False])
+
+    def call(x: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = prototype_distance(x, p, labels, valid=valid, metric=metric, temperature=0.5, k=2, return_lse=True)
+        return found.distance, found.lse, found.loss
+
+    assert torch.autograd.gradcheck(call, (x, p))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_missing_class_cannot_win(backend: str):
+    """Stored as a zero row it is at distance 1 from any unit vector, and wins over classes that are further."""
+    x = torch.tensor([[1.0, 0.0]])
+    p = torch.tensor([[0.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    with w2s_fast.backend(backend):
+        assert prototype_distance(x, p).indices.item() == 0
+        found = prototype_distance(x, p, torch.tensor([0]), valid=torch.tensor([False, True, True]), k=3)
+    assert found.indices.tolist() == [[1, 2, -1]]
+    assert found.distance.tolist() == [[2.0, 4.0, torch.inf]] and found.loss.item() == torch.inf
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_go_to_the_lowest_index(backend: str):
+    p = torch.ones(2100, 3)
+    p[:5] = 9.0
+    with w2s_fast.backend(backend):
+        assert prototype_distance(torch.ones(2, 3), p, k=3).indices.tolist() == [[5, 6, 7]] * 2
+        assert prototype_distance(torch.ones(2, 3), p).indices.tolist() == [[5]] * 2
+
+
+@needs_cpp
+@pytest.mark.parametrize("rows, classes, width, k", [(1100, 101, 40, 1), (530, 5003, 24, 8)])
+def test_many_tiles(rows: int, classes: int, width: int, k: int):
+    x, p = points(rows, classes, width, torch.float32)
+    labels = torch.arange(rows) % classes
+    with w2s_fast.backend("cpp"):
+        found = prototype_distance(x.detach(), p.detach(), labels, k=k, temperature=3.0)
+    squares = torch.cdist(x.double(), p.double()).square().detach()
+    values, indices = squares.topk(min(k + 1, classes), 1, largest=False)
+    torch.testing.assert_close(found.distance.double(), values[:, :k], rtol=1e-4, atol=1e-4)
+    clear = values.diff(dim=1).min(1).values > 1e-5 * values.amax()
+    assert clear.float().mean() > 0.9 and torch.equal(found.indices[clear], indices[clear, :k])
+    torch.testing.assert_close(
+        found.loss.double(), F.cross_entropy(-squares / 3.0, labels, reduction="none"), rtol=1e-4, atol=1e-4
+    )
+
+
+@needs_cpp
+def test_memory_does_not_grow_with_the_classes():
+    from w2s_fast.bench.memory import peak_bytes
+
+    x, p = points(64, 20_000, 4, torch.float32)
+
+    def call(x: torch.Tensor, p: torch.Tensor) -> None:
+        with w2s_fast.backend("cpp"):
+            prototype_distance(x, p)
+
+    peak = peak_bytes(call, (x.detach(), p.detach()), torch.device("cpu"))
+    assert peak is None or peak < 2 << 20  # [N, K] alone is 5 MB
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"prototypes": torch.zeros(3, 4)}, "prototypes must be of shape"),
+        ({"prototypes": torch.zeros(0, 5)}, "prototypes must be of shape"),
+        ({"prototypes": torch.zeros(3, 5, dtype=torch.float64)}, "prototypes must be of the dtype of x"),
+        ({"labels": torch.zeros(2)}, "labels must be int64"),
+        ({"labels": torch.tensor([0, 3])}, r"labels must be in \[0, 3\)"),
+        ({"valid": torch.ones(2, dtype=torch.bool)}, "valid must be of shape"),
+        ({"metric": "l1"}, "metric must be one of"),
+        ({"temperature": 0.0}, "temperature must be a finite number > 0"),
+        ({"k": 4}, r"k must be in \[1, 3\]"),
+    ],
+)
+def test_errors_name_the_argument(change: dict, error: str):
+    given = {"x": torch.zeros(2, 5), "prototypes": torch.zeros(3, 5), **change}
+    with pytest.raises((ValueError, TypeError), match=error):
+        prototype_distance(**given)
+
+
+def test_statistics_do_not_depend_on_the_order_of_batches():
+    draw = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(300, 9, generator=draw), torch.randint(6, (300,), generator=draw)
+    whole = w2s_fast.class_stats(x, labels, 8, normalize=True)
+    unit = F.normalize(x.double(), dim=1)
+    for c in range(8):
+        rows = unit[labels == c]
+        assert whole.counts[c] == len(rows) and bool(whole.valid()[c]) == bool(len(rows))
+        expected = rows.mean(0) if len(rows) else torch.zeros(9, dtype=torch.float64)
+        torch.testing.assert_close(whole.means()[c], expected, rtol=1e-6, atol=1e-7)
+    order = torch.randperm(300, generator=draw)
+    parts = w2s_fast.ClassStats(torch.zeros(8, 9, dtype=torch.float64), torch.zeros(8, dtype=torch.int64))
+    for batch in order.split(37):
+        parts = w2s_fast.class_stats(x[batch], labels[batch], 8, normalize=True, onto=parts)
+    assert torch.equal(parts.counts, whole.counts)
+    torch.testing.assert_close(parts.means(), whole.means(), rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
+def test_head(metric: str):
+    draw = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(60, 7, generator=draw), torch.randint(4, (60,), generator=draw)
+    head = ProtoHead(7, 6, metric=metric, temperature=2.0)
+    for batch in torch.arange(60).split(25):
+        head.update(x[batch], labels[batch])
+    logits = head(x)
+    assert bool((logits[:, 4:] == -torch.inf).all())
+    found = head.nearest(x, labels, k=2)
+    assert torch.equal(found.indices, logits.topk(2, 1).indices) and int(found.indices.max()) < 4
+    torch.testing.assert_close(found.loss, F.cross_entropy(logits, labels, reduction="none"), rtol=1e-4, atol=1e-5)
+    again = ProtoHead(7, 6, metric=metric)
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again.prototypes, head.prototypes)
+
+
+def test_all_reduced_statistics(mesh):
+    stats = w2s_fast.class_stats(torch.ones(3, 2), torch.tensor([0, 1, 1]), 3)
+    found = stats.all_reduce()
+    assert torch.equal(found.sums, stats.sums) and torch.equal(found.counts, stats.counts)
+    assert found.sums.data_ptr() != stats.sums.data_ptr()
+
+
+def test_estimator_keeps_scikit_learns_contract():
+    pytest.importorskip("sklearn", minversion="1.6")
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import NearestCentroid
+    from sklearn.utils.estimator_checks import check_estimator
+
+    from w2s_fast.integrations.sklearn import NearestPrototype
+
+    check_estimator(NearestPrototype())
+    x, y = load_digits(return_X_y=True)
+    made = NearestPrototype()
+    for batch in range(0, 1200, 300):
+        made.partial_fit(x[batch : batch + 300], y[batch : batch + 300], classes=range(12))
+    known = NearestCentroid().fit(x[:1200], y[:1200])
+    assert (made.predict(x[1200:]) == known.predict(x[1200:])).all()
+    assert (made.predict_proba(x[1200:])[:, 10:] == 0).all() and made.score(x[1200:], y[1200:]) > 0.85
