@@ -33,11 +33,17 @@ def mip_encode(gamma: Tensor) -> Tensor:
 
 
 class MIP(nn.Module):
-    """A hypernetwork behind its encoding; its last Linear layer's bias is the free part of the weights. See `mip`."""
+    """A hypernetwork behind its encoding; its last Linear layer's bias is the free part of the weights. See `mip`.
 
-    def __init__(self, hypernet: nn.Module, sizes: Sequence[torch.Size]) -> None:
+    Args:
+        hypernet: from ``[..., 2 D]`` to ``[..., P]``.
+        sizes: shapes of the main network's parameters.
+        width: D.
+    """
+
+    def __init__(self, hypernet: nn.Module, sizes: Sequence[torch.Size], width: int) -> None:
         super().__init__()
-        self.hypernet, self.sizes = hypernet, list(sizes)
+        self.hypernet, self.sizes, self.width = hypernet, list(sizes), width
 
     def forward(self, gamma: Tensor) -> Tensor:
         """All weights ``[..., P]`` for ``gamma`` ``[..., D]``."""
@@ -105,4 +111,4 @@ def mip(hypernet: nn.Module, main: nn.Module | None = None) -> MIP:
             rows.normal_(0, math.sqrt(2 / max(1, size.numel())))
         if main is not None:
             last.bias.copy_(torch.cat([p.flatten() for p in main.parameters()]))
-    return MIP(hypernet, sizes)
+    return MIP(hypernet, sizes, first.in_features)

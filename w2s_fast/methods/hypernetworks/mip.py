@@ -45,13 +45,11 @@ def train(
         loss: of the output, the batch and gamma; default the cross-entropy with y.
         each: draw gamma for every sample, not for the batch.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    width = layers[0].in_features // 2
-    main.to(layers[0].weight.device)
+    main.to(next(model.parameters()).device)
 
     def step(model: Any, batch: Any) -> Tensor:
         x = inputs_of(batch)
-        gamma = torch.rand((len(x), width) if each else (width,)).to(x.device)
+        gamma = torch.rand((len(x), model.width) if each else (model.width,)).to(x.device)
         out = model.call(main, gamma, x)
         return cross_entropy(out, labels_of(batch)) if loss is None else loss(out, batch, gamma)
 

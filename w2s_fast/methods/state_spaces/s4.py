@@ -1,5 +1,4 @@
-"""S4 (arXiv 2111.00396) in its diagonal form S4D (2206.11893): a model of sequences that trains in parallel and
-decodes step by step.
+"""S4 in its diagonal form (arXiv 2111.00396, 2206.11893): trained on all positions at once, decoded step by step.
 
 Residual blocks of norm, `w2s_fast.nn.S4D` and dropout between two linear maps. The state spaces' own parameters (Delta
 and A) learn at 1e-3 at most and without decay, whatever the others do. Training is one convolution a layer; `step`
