@@ -134,6 +134,7 @@ def test_dropout_takes_whole_features():
     assert 0.2 < gone.float().mean() < 0.8
 
 
+@pytest.mark.slow(15)
 def test_one_graph_and_export_with_any_length():
     made = layer(2, 4, torch.float32)
     u, state = torch.randn(2, 2, 70), made.default_state(2)

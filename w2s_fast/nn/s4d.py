@@ -97,7 +97,8 @@ class S4DKernel(nn.Module):
             n = torch.arange(count, device=z.re.device, dtype=torch.float64) * step
             return exp(Complex(z.re[..., None] * n, z.im[..., None] * n)).to(dtype)
 
-        return Tables(powers((length + BLOCK - 1) // BLOCK, BLOCK), powers(BLOCK, 1))
+        count = (length + BLOCK - 1) // BLOCK + 1  # never 1, for which a traced graph would serve no other length
+        return Tables(powers(count, BLOCK), powers(BLOCK, 1))
 
     def forward(self, L: int) -> Tensor:
         """``K`` ``[H, L]`` in the dtype of the parameters."""

@@ -99,7 +99,7 @@ class Mowst(nn.Module):
         """
         a = self.weak(data.x)
         c = self.confidence(a)
-        p = a.softmax(1)
+        p: Tensor = a.softmax(1)
         use = 1 - c if draw is None else (draw >= c).to(c)
         if not bool(use.any()):
             return p
