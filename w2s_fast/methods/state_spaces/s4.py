@@ -105,16 +105,15 @@ def adamw(decay: float = 0.01) -> Callable[[Iterable[nn.Parameter], float], torc
     return make
 
 
-def train(model: nn.Module, data: Any, *, recipe: Recipe, decay: float = 0.01, **run: Any) -> Trained:
+def train(model: nn.Module, data: Any, *, recipe: Recipe, **run: Any) -> Trained:
     """Train a model with S4D layers by the cross-entropy of its outputs ``[B, C]`` or ``[B, L, C]``.
 
     Args:
         data: map-style, ``(x [L, inputs], y)``, y one label or one a position.
-        recipe: its optimizer is AdamW with the state spaces' own rates, unless it is a function.
-        decay: of all but the state spaces' parameters.
+        recipe: its optimizer is AdamW with the state spaces' own rates, and no decay of them, unless it is a function.
     """
     if not callable(recipe.optimizer):
-        recipe = recipe.but(optimizer=adamw(decay))
+        recipe = recipe.but(optimizer=adamw(recipe.decay))
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return cross_entropy(model(inputs_of(batch)).flatten(0, -2), labels_of(batch).flatten())
