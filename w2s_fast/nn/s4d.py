@@ -167,6 +167,9 @@ class S4D(nn.Module):
         """``(y, state)``: y like ``u``; the state ``[B, H, M, 2]`` after it, if one before it was given.
 
         Sums in float32 (float64 if the parameters are).
+
+        Raises:
+            ValueError: naming `u` or `state`.
         """
         u = u if self.transposed else u.mT
         if u.ndim != 3 or u.shape[1] != self.d_model or not u.is_floating_point():
