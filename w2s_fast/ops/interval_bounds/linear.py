@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ... import checks
+from ... import checks, dispatch
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import linear as reference
@@ -160,5 +160,6 @@ def _weight(weight: Tensor) -> Tensor:
     n, k = weight.shape
     if (weight.stride(1) == 1 or k <= 1) and (n <= 1 or weight.stride(0) >= k):
         return weight
-    turned = weight.device.type == "cpu" and weight.stride(0) == 1 and weight.stride(1) >= n
+    here = weight.device.type == "cpu" and dispatch.STATE != "triton"
+    turned = here and weight.stride(0) == 1 and weight.stride(1) >= n
     return weight if turned else weight.contiguous()

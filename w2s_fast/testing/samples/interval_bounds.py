@@ -298,10 +298,7 @@ LINEAR: dict[str, Callable[[Make], Inputs]] = {
 }
 
 SAMPLES: list[Sample] = [
-    *(
-        Sample("interval_linear", name, make, refused_by=("triton",) if name == "transposed" else ())
-        for name, make in LINEAR.items()
-    ),
+    *(Sample("interval_linear", name, make) for name, make in LINEAR.items()),
     *(
         Sample(
             "interval_linear",
@@ -309,7 +306,6 @@ SAMPLES: list[Sample] = [
             _soundly(LINEAR[name]),
             grad=False,
             verify=_holds_linear,
-            refused_by=("triton",) if name == "transposed" else (),
         )
         for name in ("plain", "relu", "wide", "one-row", "center-radius", "layouts", "transposed")
     ),
