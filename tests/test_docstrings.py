@@ -79,7 +79,7 @@ def test_everything_that_refuses_says_so():
 
 
 WRONG = (
-    "nothing", object(), -1, float("nan"), 10**9, True, [], {}, torch.ones(3, dtype=torch.int64), torch.tensor(1.0),
+    "nothing", object(), -1, float("nan"), 300, True, [], {}, torch.ones(3, dtype=torch.int64), torch.tensor(1.0),
     torch.ones(1, 1, 1, 1, 1, 1), torch.ones(2, 3, dtype=torch.complex64),
 )  # fmt: skip
 

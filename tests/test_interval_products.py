@@ -54,7 +54,9 @@ def test_interval_linear(k: int, n: int, turned: bool, form: str) -> None:
 @pytest.mark.parametrize("stride", ["slice", "expanded"])
 def test_interval_linear_takes_any_strides_of_centre_and_radius(stride: str) -> None:
     def rows(seed: int) -> torch.Tensor:
-        return random(BATCH, 64, seed=seed)[:, 3:51] if stride == "slice" else random(1, 48, seed=seed).expand(BATCH, 48)
+        if stride == "slice":
+            return random(BATCH, 64, seed=seed)[:, 3:51]
+        return random(1, 48, seed=seed).expand(BATCH, 48)
 
     c, r, w = rows(1), rows(2).abs() if stride == "expanded" else rows(2), random(33, 48, seed=3)
     with w2s_fast.backend("cpp"):

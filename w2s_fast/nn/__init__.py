@@ -1,14 +1,18 @@
 """Drop-in torch.nn modules over the ops."""
 
 from .contrastive import ClipLoss, SigLipLoss, gather_columns
+from .hypernet import MIP, mip, mip_encode
 from .interval import Ball, Choices, IntervalModule, IntervalPass, bound, layer_table, verify
 from .kv_compressed_attention import KVCompressedAttention
 from .pixart import PixArtBlock, PixArtSigma
 from .prototypes import ProtoHead
+from .s4d import S4D
 from .sparse_lowrank import ModelSize, Replaced, SparseLowRankLinear, model_size, replace_linear
 from .sparsity import nm_mask, sparsify, topk_mask
 
 __all__ = [
+    "MIP",
+    "S4D",
     "Ball",
     "Choices",
     "ClipLoss",
@@ -25,6 +29,8 @@ __all__ = [
     "bound",
     "gather_columns",
     "layer_table",
+    "mip",
+    "mip_encode",
     "model_size",
     "nm_mask",
     "replace_linear",

@@ -21,8 +21,8 @@ from w2s_fast.methods.adaptation.meta_dmoe import MetaDmoe
 from ..data import mlp
 from ..protocol import Choice, Claim, choose
 
-SOURCES, EXPERTS, TARGETS, SUPPORT, QUERY, META = 24, 6, 20, 24, 64, 500
-RATES = (0.5, 2.0)
+SOURCES, EXPERTS, TARGETS, SUPPORT, QUERY, META = 24, 6, 20, 24, 64, 800
+RATES = (0.1, 0.5, 2.0)
 CLAIMS = [
     Claim("the step adds 12 points to the meta-trained student", "accuracy", "after", "before", 0.12),
     Claim("it beats plain training by 12 points", "accuracy", "after", "plain", 0.12),

@@ -21,7 +21,7 @@ from w2s_fast.methods.adversarial.boundary_tilting import measure as tilt
 from ..data import digits
 from ..protocol import Claim
 
-CANCER, PAIRS, SEEDS = (1e-2, 0.1, 1.0, 10.0, 1e3), (1.0, 100.0), tuple(range(15))
+CANCER, PAIRS = (1e-2, 0.1, 1.0, 10.0, 1e3), (1.0, 100.0)
 CLAIMS = [
     Claim("breast_cancer: C = 1000 tilts by 12 degrees more than C = 1", "angle", "cancer 1000", "cancer 1", 12.0),
     Claim("its strength is larger by 0.5", "strength", "cancer 1000", "cancer 1", 0.5),

@@ -21,8 +21,8 @@ from w2s_fast.methods.continual.few_shot_increments import Increments, train
 from ..data import digits
 from ..protocol import Choice, Claim, choose
 
-BASE, SESSIONS, SHOTS, STEPS, BATCH = 6, ((6, 7), (8, 9)), 5, 120, 48
-RATES = (3e-3, 1e-2)
+BASE, SESSIONS, SHOTS, STEPS, BATCH = 6, ((6, 7), (8, 9)), 5, 200, 64
+RATES = (2e-3, 5e-3, 1e-2)
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {"contrast": 0.0}, "SupCon": {}, "SupCon, frame": {"frame": 10},
 }  # fmt: skip

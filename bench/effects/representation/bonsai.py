@@ -23,7 +23,7 @@ from ..data import digits, mlp
 from ..protocol import Choice, Claim, choose
 
 COPIES, WEIGHT, L2, FIRST, BUILD, STEPS = 1, 1e4, 1.1e-3, 50, 300, 300
-RATES = (5e-4, 2e-3)
+RATES = (5e-4, 2e-3, 8e-3)
 ARMS: dict[str, dict[str, Any]] = {
     "vREx, random": {}, "vREx, plain": {}, "vREx, rich": {}, "vREx, rich head": {"frozen": True},
     "plain, rich head": {"frozen": True, "penalty": "erm"},

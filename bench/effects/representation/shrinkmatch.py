@@ -21,8 +21,8 @@ from w2s_fast.methods.representation.shrinkmatch import train
 from ..data import Split, accuracy, digits
 from ..protocol import Choice, Claim, choose
 
-LABELS, STEPS, BATCH = 2, 400, 80
-RATES = (3e-3, 1e-2)
+LABELS, STEPS, BATCH = 2, 500, 80
+RATES = (1e-3, 3e-3, 1e-2)
 ARMS: dict[str, dict[str, Any]] = {"ShrinkMatch": {}, "FixMatch": {"shrink": False}, "labels": {"th": 1.0}}
 CLAIMS = [
     Claim("FixMatch beats the labels alone by 6 points", "accuracy", "FixMatch", "labels", 0.06),

@@ -3,7 +3,7 @@
 A teacher samples rationales with answers to a problem. Each serves as the example from which students answer similar
 exam problems with known answers; its score is their accuracy, or their likelihood of the answers. M1: the answer of the
 rationale with the largest score (MAX), or the answers' vote weighted by the scores (SUM). M2: preference pairs of
-rationales with high and low scores, for DPO.
+rationales with high and low scores (`pairs`), for any DPO trainer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ import torch
 
 from ... import checks
 from .._common import language
-from .._common.batches import shuffled
 from .._common.language import Example, Row
-from .._common.loop import Recipe, Trained
-from .._common.loop import train as run_loop
 
 OP = "methods.learning_by_teaching"
 How = Literal["sum", "max", "count"]
@@ -82,44 +79,3 @@ def pairs(scores: Sequence[float], margin: float = 0.2) -> list[tuple[int, int]]
     """Numbers (high, low) of rationales to prefer: the best with each that is worse by at least ``margin``."""
     best = max(range(len(scores)), key=lambda i: scores[i])
     return [(best, i) for i, score in enumerate(scores) if scores[best] - score >= margin and i != best]
-
-
-def train(
-    model: Any, tokenizer: Any, rows: list[Row], student: Any, *, recipe: Recipe, samples: int = 8,
-    by: Literal["accuracy", "likelihood"] = "likelihood", margin: float = 0.05, beta: float = 0.1, nll: float = 1.0,
-    max_new_tokens: int = 256, temperature: float = 1.0, **run: Any,
-) -> Trained:  # fmt: skip
-    """M2: the teacher samples, the student is examined, DPO on the pairs (with the chosen tokens' cross-entropy).
-
-    Args:
-        rows: with ``prompt`` and ``exams``, a list of rows with ``prompt`` and ``completion``.
-        student: one model, or several in a ModuleList.
-        samples: rationales of each row.
-        margin: of the scores of a pair.
-        nll: weight of the cross-entropy.
-
-    Raises:
-        ValueError: naming `rows`; no pair reaches the margin.
-    """
-    found = language.check_rows(OP, rows, "prompt", "exams")
-    students = list(student) if isinstance(student, (list, tuple, torch.nn.ModuleList)) else [student]
-    asked = [language.ids_of(tokenizer, row["prompt"]) for row in found]
-    draw = torch.Generator().manual_seed(recipe.seed)
-    made = language.sample(model, [ids for ids in asked for _ in range(samples)], temperature=temperature,
-                           max_new_tokens=max_new_tokens, generator=draw)  # fmt: skip
-    examples = []
-    for i, row in enumerate(found):
-        own = [ids for ids in made[i * samples : (i + 1) * samples] if ids]
-        scores = teach(students, tokenizer, [asked[i] + ids for ids in own], row["exams"], by=by) if own else []
-        examples += [(Example(asked[i], own[a]), Example(asked[i], own[b])) for a, b in pairs(scores, margin)] \
-            if scores else []  # fmt: skip
-    if not examples:
-        checks.fail(OP, "margin", "so small that some pair of rationales reaches it", margin)
-    loader = shuffled(language.referenced(model, examples), max(1, recipe.batch // 2), seed=recipe.seed,
-                      where=run.get("where"), collate=language.collate_pairs)  # fmt: skip
-
-    def loss(model: Any, batch: language.Pairs) -> torch.Tensor:
-        return language.preference_loss(model, batch.sequences, kind="dpo", beta=beta, ref_logp=batch.ref,
-                                        nll_coef=nll)  # fmt: skip
-
-    return run_loop(model, loss, loader, recipe, **run)

@@ -134,7 +134,6 @@ def w2sd_sample(
     """
     op = "w2sd_sample"
     checks.is_float_tensor(op, "x_T", x_T)
-    _networks(op, strong, weak)
     for name, value in (
         ("guidance", guidance), ("strong_guidance", strong_guidance), ("weak_guidance", weak_guidance)
     ):  # fmt: skip
@@ -150,6 +149,7 @@ def w2sd_sample(
         checks.fail(op, "abar", "above 0 wherever a step starts with prediction='epsilon'", 0.0)
     if prediction == "sample" and 1.0 in starts:
         checks.fail(op, "abar", "below 1 wherever a step starts with prediction='sample'", 1.0)
+    _networks(op, strong, weak)
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
     for index, step in enumerate(steps):
         if index < count:

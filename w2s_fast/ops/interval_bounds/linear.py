@@ -156,7 +156,7 @@ def linear_rows(
 
 
 def _weight(weight: Tensor) -> Tensor:
-    """Rows of unit stride; on a CPU a transposed view stays as it is: few rows skip its dead columns, many multiply it."""
+    """Rows of unit stride; on a CPU a transposed view stays: few rows skip its dead columns, many multiply it."""
     n, k = weight.shape
     if (weight.stride(1) == 1 or k <= 1) and (n <= 1 or weight.stride(0) >= k):
         return weight

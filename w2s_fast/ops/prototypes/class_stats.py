@@ -53,7 +53,7 @@ def class_stats(
     Args:
         x: ``[N, D]``, float32, bfloat16, float16 or float64; sums of a batch are float32 (float64).
         labels: int64 ``[N]`` in ``[0, num_classes)``.
-        num_classes: K.
+        num_classes: K, 1 to 2^24.
         normalize: whether rows are brought to unit norm first.
         onto: statistics of the same K and D to add to; they are left as they are.
 
@@ -72,7 +72,7 @@ def class_stats(
     checks.is_float_tensor(NAME, "x", x)
     if x.ndim != 2:
         checks.fail(NAME, "x", "of shape (N, D)", tuple(x.shape))
-    checks.integer(NAME, "num_classes", num_classes, low=1)
+    checks.integer(NAME, "num_classes", num_classes, low=1, high=1 << 24)
     checks.is_tensor(NAME, "labels", labels)
     if labels.dtype != torch.int64:
         checks.fail(NAME, "labels", "int64", labels.dtype, error=TypeError)
@@ -80,7 +80,11 @@ def class_stats(
         checks.fail(NAME, "labels", f"of shape ({x.shape[0]},)", tuple(labels.shape))
     checks.same_device(NAME, [("x", x), ("labels", labels)])
     checks.index_range(NAME, "labels", labels, num_classes)
+    if onto is not None and not isinstance(onto, ClassStats):
+        checks.fail(NAME, "onto", "what `class_stats` returned, or None", type(onto).__name__, error=TypeError)
     if onto is not None:
+        if not isinstance(onto, ClassStats):
+            checks.fail(NAME, "onto", "ClassStats or None", type(onto).__name__, error=TypeError)
         if onto.sums.shape != (num_classes, x.shape[1]):
             checks.fail(NAME, "onto", f"of sums ({num_classes}, {x.shape[1]})", tuple(onto.sums.shape))
         checks.same_device(NAME, [("x", x), ("onto", onto.sums)])

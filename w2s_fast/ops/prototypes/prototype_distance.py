@@ -57,13 +57,13 @@ def _backward(call: Call, grads: reference.Scores) -> dict[str, Any]:
     ids, coefs = index, torch.zeros_like(index, dtype=lse.dtype) if grads.top is None else grads.top.to(lse.dtype)
     if call.labels is not None and grads.at_label is not None:
         ids, coefs = torch.cat((ids, call.labels.unsqueeze(1)), 1), torch.cat((coefs, grads.at_label.unsqueeze(1)), 1)
-    coef_lse = torch.zeros_like(lse) if grads.lse is None else grads.lse
+    coef_lse = grads.lse if call.need_lse and grads.lse is not None else torch.zeros_like(lse)
     model = Linear([x], [call.prototypes], [call.offset], None, [1.0], call.temperature, 0.0, len(call.prototypes))
     need = Need(int(call.needs.x), int(call.needs.prototypes), int(call.needs.offset), False)
     given = Coefficients(lse, ids, torch.where(ids < 0, 0.0, coefs), coef_lse.contiguous())
     found = LINEAR_LOSS_BACKWARD.on(call.backend)(model, given, need, None)
     dx = found.dhiddens[0]
-    if call.needs.x and grads.square is not None:
+    if call.needs.x and call.need_square and grads.square is not None:
         dx = dx + (2 * grads.square.unsqueeze(1) * x.to(lse.dtype)).to(x.dtype)
     return {"x": dx, "prototypes": found.dheads[0], "offset": found.dbiases[0]}
 

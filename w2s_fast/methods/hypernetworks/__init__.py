@@ -1,0 +1,1 @@
+"""Methods in which one network makes the weights of another."""

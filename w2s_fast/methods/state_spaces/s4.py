@@ -1,0 +1,122 @@
+"""S4 in its diagonal form (arXiv 2111.00396, 2206.11893): trained on all positions at once, decoded step by step.
+
+Residual blocks of norm, `w2s_fast.nn.S4D` and dropout between two linear maps. The state spaces' own parameters (Delta
+and A) learn at 1e-3 at most and without decay, whatever the others do. Training is one convolution a layer; `step`
+carries a state of fixed size from position to position, so that each costs the same however long the sequence is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ... import checks
+from ...nn import S4D
+from .._common.batches import shuffled
+from .._common.classify import inputs_of, labels_of
+from .._common.loop import Recipe, Trained
+from .._common.loop import train as run_loop
+
+Pool = Literal["mean", "last", "none"]
+STATE_RATE = 1e-3
+
+
+class Block(nn.Module):
+    """``x + dropout(S4D(norm(x)))``, or the norm behind the sum."""
+
+    def __init__(self, width: int, d_state: int, dropout: float, prenorm: bool, lr: float) -> None:
+        super().__init__()
+        self.prenorm, self.norm = prenorm, nn.LayerNorm(width)
+        self.layer = S4D(width, d_state, dropout, transposed=False, lr=lr)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """``[B, L, H]`` to the same, and the state after it where one is given."""
+        y, state = self.layer(self.norm(x) if self.prenorm else x, state)
+        x = x + self.dropout(y)
+        return (x if self.prenorm else self.norm(x)), state
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, H]`` of one position."""
+        y, state = self.layer.step(self.norm(x) if self.prenorm else x, state)
+        x = x + self.dropout(y)
+        return (x if self.prenorm else self.norm(x)), state
+
+
+class SequenceModel(nn.Module):
+    """From ``[B, L, inputs]`` to ``[B, outputs]``, or to ``[B, L, outputs]`` with ``pool="none"``.
+
+    Args:
+        inputs, outputs: numbers of features.
+        width, layers, d_state: H, of S4D layers, and the states N of each feature.
+        pool: over positions before the last map.
+        lr: of Delta and A.
+
+    Raises:
+        ValueError: naming `pool`.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, width: int = 64, layers: int = 2, d_state: int = 64, dropout: float = 0.0,
+        prenorm: bool = True, pool: Pool = "mean", lr: float = STATE_RATE,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        checks.choice("methods.s4", "pool", pool, get_args(Pool))
+        self.pool, self.encoder, self.decoder = pool, nn.Linear(inputs, width), nn.Linear(width, outputs)
+        self.blocks = nn.ModuleList(Block(width, d_state, dropout, prenorm, lr) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All positions at once."""
+        x = self.encoder(x)
+        for block in self.blocks:
+            x, _ = block(x)
+        if self.pool != "none":
+            x = x.mean(1) if self.pool == "mean" else x[:, -1]
+        return cast(Tensor, self.decoder(x))
+
+    def default_state(self, batch: int) -> list[Tensor]:
+        """Of all layers, before a sequence."""
+        return [cast(Block, block).layer.default_state(batch) for block in self.blocks]
+
+    def step(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """One position ``[B, inputs]``: outputs ``[B, outputs]`` without pooling, and the states after it."""
+        x, after = self.encoder(x), []
+        for block, own in zip(self.blocks, state, strict=True):
+            x, new = cast(Block, block).step(x, own)
+            after.append(new)
+        return cast(Tensor, self.decoder(x)), after
+
+
+def adamw(decay: float = 0.01) -> Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]:
+    """A maker for `Recipe`: parameters with an ``_optim`` of their own have its rate, if lower, and its decay."""
+
+    def make(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for p in parameters:
+            own = getattr(p, "_optim", {})
+            key = min(rate, own.get("lr", rate)), own.get("weight_decay", decay)
+            groups.setdefault(key, []).append(p)
+        return torch.optim.AdamW([{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()])
+
+    return make
+
+
+def train(model: nn.Module, data: Any, *, recipe: Recipe, **run: Any) -> Trained:
+    """Train a model with S4D layers by the cross-entropy of its outputs ``[B, C]`` or ``[B, L, C]``.
+
+    Args:
+        data: map-style, ``(x [L, inputs], y)``, y one label or one a position.
+        recipe: its optimizer is AdamW with the state spaces' own rates, and no decay of them, unless it is a function.
+    """
+    if not callable(recipe.optimizer):
+        recipe = recipe.but(optimizer=adamw(recipe.decay))
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model(inputs_of(batch)).flatten(0, -2), labels_of(batch).flatten())
+
+    loader = shuffled(data, recipe.batch, seed=recipe.seed, where=run.get("where"))
+    return run_loop(model, loss, loader, recipe, **run)
