@@ -95,7 +95,11 @@ class Supermasks(nn.Module):
         return {name: self.body.get_parameter(name) for name in self.names}
 
     def add(self) -> int:
-        """Begin a task with random scores (Kaiming-uniform, a = sqrt 5), the only thing trained; its number."""
+        """Begin a task with random scores (Kaiming-uniform, a = sqrt 5), the only thing trained; its number.
+
+        Raises:
+            ValueError: naming `task`, if the one before has no masks yet.
+        """
         task = len(self.own)
         if len(self.masks) < task:
             checks.fail(OP, "task", "settled (`settle`) before the next begins", task - 1)
@@ -130,7 +134,11 @@ class Supermasks(nn.Module):
         return left
 
     def forward(self, inputs: Any, task: int) -> Any:
-        """The body's output in the subnetwork of a task; of the newest one, before it is settled, by its scores."""
+        """The body's output in the subnetwork of a task; of the newest one, before it is settled, by its scores.
+
+        Raises:
+            ValueError: naming `task`.
+        """
         scale = self.density**-0.5
         if task == len(self.masks) and len(self.scores):
             pairs = zip(self.weights.items(), self.scores, strict=True)
