@@ -18,8 +18,7 @@ from ... import checks
 from .._common.language import Row
 from .._common.loop import Recipe, Trained
 from ..sparse_lowrank.sltrain import blocks, train_blocks
-
-TARGET = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "c_proj", "c_fc")
+from ._peft import TARGET, adapt, merge
 
 
 @torch.no_grad()
@@ -73,19 +72,12 @@ def train(
     Raises:
         ValueError: naming `target`.
     """
-    with checks.extra("peft"):
-        from peft import LoraConfig, get_peft_model
-
-    names = [name for name, _ in model.named_modules() if name.split(".")[-1] in target]
-    if not names:
-        checks.fail("methods.allora", "target", "the last part of some layer's path", repr(tuple(target)))
-    torch.manual_seed(recipe.seed)
-    adapted = get_peft_model(model, LoraConfig(target_modules=names, r=rank, lora_alpha=rank, lora_dropout=0.0))
+    adapted = adapt("methods.allora", model, "LoraConfig", target, recipe.seed, r=rank, lora_alpha=rank,
+                    lora_dropout=0.0)  # fmt: skip
     handles = rescale(adapted, eta)
     run = {**run, "key": [rank, eta, list(target), run.get("key")]}
     found = train_blocks(adapted, blocks(tokenizer, rows, length), recipe, **run)
     for handle in handles:
         handle.remove()
-    adapted.merge_and_unload()
-    model.requires_grad_(True)
+    merge(adapted, model)
     return found

@@ -42,17 +42,17 @@ class MaskLoRA(nn.Module):
         return torch.addcmul(weight, self.B @ self.A, self.mask.to(weight.dtype), value=self.scale)
 
 
-def linears(model: nn.Module, target: Sequence[str] = TARGET) -> list[nn.Linear]:
-    """The linear layers with a part of ``target`` in their path.
+def linears(model: nn.Module, target: Sequence[str] = TARGET, op: str = "methods.perp") -> dict[str, nn.Linear]:
+    """The linear layers with a part of ``target`` in their path, by their names.
 
     Raises:
         ValueError: naming `target`.
     """
-    found = {id(layer): layer for name, layer in model.named_modules()
+    found = {name: layer for name, layer in model.named_modules()
              if isinstance(layer, nn.Linear) and any(part in name for part in target)}  # fmt: skip
     if not found:
-        checks.fail("methods.perp", "target", "a part of some linear layer's path", repr(tuple(target)))
-    return list(found.values())
+        checks.fail(op, "target", "a part of some linear layer's path", repr(tuple(target)))
+    return found
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def prune(model: nn.Module, sparsity: float, target: Sequence[str] = TARGET, pat
         ValueError, TypeError: naming `sparsity`.
     """
     checks.number("methods.perp", "sparsity", sparsity, low=0.0, high=1.0)
-    for layer in linears(model, target):
+    for layer in linears(model, target).values():
         weight = layer.weight
         if pattern:
             n, m = (int(part) for part in pattern.split(":"))
@@ -91,7 +91,7 @@ def prepare(
         for module in model.modules():
             if "norm" in type(module).__name__.lower():
                 module.requires_grad_(True)
-    for layer in linears(model, target):
+    for layer in linears(model, target).values():
         if "biases" in parts:
             if layer.bias is None:
                 layer.bias = nn.Parameter(torch.zeros_like(layer.weight[:, 0]))
