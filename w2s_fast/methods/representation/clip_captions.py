@@ -25,8 +25,9 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float, where: Place =
     """Symmetric InfoNCE of rows of unit norm ``[N, d]``, row i of one belonging to row i of the other; a scalar.
 
     Args:
-        scale: exp(t). where: of several processes; the others' rows are gathered, and the mean of all gradients is
-        that of one process.
+        scale: exp(t).
+        where: of several processes; the others' rows are gathered, and the mean of all gradients is that of one
+            process.
 
     Raises:
         ValueError: naming `text`.
