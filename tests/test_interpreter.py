@@ -56,9 +56,9 @@ interpreted = pytest.mark.interp  # tests/conftest.py collects these in the chil
 
 
 def _accuracy_cases() -> list[tuple[Sample, torch.dtype]]:
-    """A third of the samples in float32, some of each op, and one or two of each op in bfloat16 (in full: all)."""
+    """A quarter of the samples in float32, some of each op, and one or two of each op in bfloat16 (in full: all)."""
     cases = {d: [(s, d) for s in _samples() if d in s.dtypes] for d in (torch.float32, torch.bfloat16)}
-    counts = {torch.float32: 160, torch.bfloat16: 60}
+    counts = {torch.float32: 110, torch.bfloat16: 50}
     return [case for d, found in cases.items() for case in covering(found, lambda case: [case[0].op], counts[d])]
 
 

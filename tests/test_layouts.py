@@ -50,6 +50,7 @@ def test_arguments(sample: Sample, dtype: torch.dtype):
     assert layouts.check_arguments(sample, dtype, OTHER_SUMS, MOST) == []
 
 
+@pytest.mark.usefixtures("own_products")
 @needs_cpp
 @pytest.mark.parametrize("sample, dtype", cases(1), ids=named)
 def test_calls(sample: Sample, dtype: torch.dtype):

@@ -65,7 +65,8 @@ def cost(job: aot.Job, arch: int) -> tuple[aot.Row, Cost]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        dump = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", str(path)], capture_output=True, text=True, check=True)
+        command = [knobs.nvidia.nvdisasm.path, "-c", str(path)]
+        dump = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     row = aot.compile_one(job, arch)
     return row, Cost(*loops(dump.stdout), resident(row))
 
