@@ -130,10 +130,22 @@ def choice(op: str, argument: str, value: Any, options: Sequence[str]) -> str:
     return str(value)
 
 
+def ends(index: Tensor) -> tuple[int, int]:
+    """Smallest and largest of a tensor of integers that is not empty, in one pass."""
+    low, high = index.aminmax()
+    return int(low), int(high)
+
+
+def inside(index: Tensor, size: int) -> bool:
+    """Whether all of a tensor of integers that is not empty lie in ``[0, size)``."""
+    low, high = ends(index)
+    return low >= 0 and high < size
+
+
 def index_range(op: str, argument: str, index: Tensor, size: int) -> None:
     """Every index must lie in ``[0, size)``; looked at on a CPU only, because a GPU would have to be waited for."""
     if not readable(index) or not index.numel():
         return
-    low, high = int(index.min()), int(index.max())
+    low, high = ends(index)
     if low < 0 or high >= size:
         fail(op, argument, f"in [0, {size})", low if low < 0 else high)

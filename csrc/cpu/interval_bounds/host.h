@@ -21,8 +21,8 @@ inline bool transposed(const Tensor& w) { return w.size(1) > 1 && w.stride(1) !=
 template <class A>
 void turn(const Tensor& t, A* out) {
   constexpr int64_t DOWN = 64, ACROSS = 16;
-  const int64_t n = t.size(0), k = t.size(1), bytes = bytes_of(dtype_of(t.scalar_type())), step = t.stride(1) * bytes;
   const Dtype dtype = dtype_of(t.scalar_type());
+  const int64_t n = t.size(0), k = t.size(1), bytes = bytes_of(dtype), step = t.stride(1) * bytes;
   const char* data = static_cast<const char*>(t.data_ptr());
   parallel_items(pieces(n, DOWN), grain_of(DOWN * k), [&](int64_t block) {
     const int64_t i = block * DOWN, rows = std::min(DOWN, n - i);
@@ -88,7 +88,13 @@ inline Box<float> plain_box(const Tensor& a, const Tensor& b, bool bounds, CallM
   return {static_cast<float*>(a.data_ptr()), static_cast<float*>(b.data_ptr()), batch, k, a.stride(0)};
 }
 
-inline Operand operand(const float* data, int64_t rows, int64_t columns, int64_t down) { return {data, Dtype::f32, rows, columns, down, 1}; }
+template <class A>
+Operand operand(const A* data, int64_t rows, int64_t columns, int64_t down) {
+  return {data, own_dtype<A>, rows, columns, down, 1};
+}
+
+// Rows of a stored matrix that a product takes made over (their absolute values, their signs' halves) at a time: a megabyte.
+inline int64_t block_rows(int64_t columns) { return std::max<int64_t>(64, (int64_t(1) << 18) / std::max<int64_t>(columns, 1)); }
 
 template <class A>
 void narrow_rows(const A* from, Tensor& to) {

@@ -16,9 +16,6 @@ namespace {
 constexpr int64_t FEW = 4;        // rows of a batch that streams
 constexpr int64_t PARTS = 16;     // partial sums of a streaming gradient: fixed, so that results do not depend on threads
 
-// Rows of a stored matrix whose absolute values exist at a time: a megabyte.
-inline int64_t block_rows(int64_t columns) { return std::max<int64_t>(64, (int64_t(1) << 18) / std::max<int64_t>(columns, 1)); }
-
 // W [n, k] as it lies in memory: its rows one after another, or its columns (a transposed view).
 struct Stored {
   RowMatrix<float> lines;

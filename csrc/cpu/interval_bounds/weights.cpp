@@ -56,11 +56,10 @@ Three<A> loaded(const Tensor* tensors, CallMemory& memory, const Spread<A>& spre
 
 template <class A>
 struct Products {  // of a batch with the rows of the weights, a block of them at a time
-  static constexpr Dtype dtype = own_dtype<A>;
   CallMemory memory;
   RowMatrix<A> x[3], w[3];
   int64_t mode, batch, n, k;
-  int64_t block = std::min(n, std::max<int64_t>(64, (int64_t(1) << 18) / std::max<int64_t>(k, 1)));
+  int64_t block = std::min(n, block_rows(k));
   A* part[4];  // of a block's weights: positive and negative of lower and upper; centre, |centre|, radius and |centre| + radius
   A* input[4] = {};  // midrad: the same of the batch, |centre| + radius last
 
@@ -72,11 +71,10 @@ struct Products {  // of a batch with the rows of the weights, a block of them a
     for (A*& p : input) p = memory.get<A>(batch * k);
     split(x, 0, batch, input);
   }
-  static Operand of(const A* data, int64_t rows, int64_t columns, int64_t down) { return {data, dtype, rows, columns, down, 1}; }
-  Operand batch_of(int i) const { return of(x[i].data, batch, k, x[i].stride); }
-  Operand midrad_of(int i) const { return of(input[i], batch, k, k); }
-  Operand part_of(int i, int64_t rows) const { return of(part[i], rows, k, k); }
-  Operand middle(int64_t first, int64_t rows) const { return of(w[1].data + first * w[1].stride, rows, k, w[1].stride); }
+  Operand batch_of(int i) const { return operand(x[i].data, batch, k, x[i].stride); }
+  Operand midrad_of(int i) const { return operand(input[i], batch, k, k); }
+  Operand part_of(int i, int64_t rows) const { return operand(part[i], rows, k, k); }
+  Operand middle(int64_t first, int64_t rows) const { return operand(w[1].data + first * w[1].stride, rows, k, w[1].stride); }
 
   void split(const RowMatrix<A>* ends, int64_t first, int64_t rows, A* const* to) const {
     parallel_items(rows, grain_of(k), [&](int64_t i) {
@@ -94,7 +92,7 @@ struct Products {  // of a batch with the rows of the weights, a block of them a
       with(first, rows);
     }
   }
-  A* result(Tensor& t) { return dtype_of(t.scalar_type()) == dtype ? static_cast<A*>(t.data_ptr()) : memory.get<A>(t.size(0) * t.size(1)); }
+  A* result(Tensor& t) { return dtype_of(t.scalar_type()) == own_dtype<A> ? static_cast<A*>(t.data_ptr()) : memory.get<A>(t.size(0) * t.size(1)); }
   void finish(const A* from, Tensor& t) {
     if (from != t.data_ptr()) narrow_rows<A>(from, t);
   }
@@ -135,7 +133,7 @@ struct Products {  // of a batch with the rows of the weights, a block of them a
     }
     A *turned = memory.get<A>(block * k), *signed_x = mode == midrad ? memory.get<A>(batch * k) : nullptr;
     blocks([&](int64_t first, int64_t rows) {
-      const auto grad = [&](int i) { return of(g[i] + first, batch, rows, ld[i]); };
+      const auto grad = [&](int i) { return operand(g[i] + first, batch, rows, ld[i]); };
       const bool add = first > 0;
       const auto x_target = [&](A* p) { return Target<A>{p, k, 1}; };
       const auto w_target = [&](int i) { return Target<A>{to_w[i] + first * k, k, 1}; };
@@ -174,7 +172,7 @@ struct Products {  // of a batch with the rows of the weights, a block of them a
   }
 };
 
-// An end that is not finite times the 0 of the other half would be NaN.
+// nonneg: an end of the batch that is not finite times the 0 of the weight's other half would be NaN.
 template <class A>
 bool finite(const RowMatrix<A>& m) {
   std::atomic<bool> all{true};
@@ -185,7 +183,7 @@ bool finite(const RowMatrix<A>& m) {
 }
 
 template <class A>
-bool by_products(const Products<A>& p) { return finite(p.x[0]) && finite(p.x[2]) && finite(p.w[0]) && finite(p.w[2]); }
+bool by_products(const Products<A>& p) { return p.mode == midrad || (finite(p.x[0]) && finite(p.x[2])); }
 inline bool worth_products(int64_t batch, int64_t mode, bool sound) { return batch >= MANY && mode != general && !sound; }
 
 template <class A>

@@ -156,12 +156,6 @@ def _weights(op: str, weights: Any, count: int, batch: torch.Size, like: Tensor)
     return [checks.number(op, f"weights[{i}]", w) for i, w in enumerate(weights)], None
 
 
-def _within(target: Tensor, size: int) -> bool:
-    """Whether all are token ids: one pass, where what ``ignore_index`` allows takes six."""
-    low, high = target.aminmax()
-    return int(low) >= 0 and int(high) < size
-
-
 def targets(
     op: str,
     target: Any,
@@ -180,7 +174,7 @@ def targets(
     if target.shape != batch:
         checks.fail(op, name, f"of shape {tuple(batch)}", tuple(target.shape))
     checks.same_device(op, [("hiddens[0]", given.hiddens[0]), (name, target)])
-    if checks.readable(target) and target.numel() and not _within(target, given.vocab_size):
+    if checks.readable(target) and target.numel() and not checks.inside(target, given.vocab_size):
         bad = ((target < 0) | (target >= given.vocab_size)) & (target != ignore_index)
         if bool(bad.any()):
             checks.fail(

@@ -341,7 +341,7 @@ def _check_index(s: SparseSupport) -> None:
     limit = rows * columns if s.layout == "flat64" else columns
     row, column = s.positions()
     index = s.cols if s.layout == "flat64" else column
-    low, high = int(index.min()), int(index.max())
+    low, high = checks.ends(index)
     if low < 0 or high >= limit:
         checks.fail(op, "cols", f"in [0, {limit})", low if low < 0 else high)
     if s.layout == "balanced" and bool((s.cols.long() >= s.block).any()):
