@@ -1,8 +1,8 @@
 """S4 and its diagonal form (arXiv 2111.00396, 2206.11893): trained on all positions at once, decoded step by step.
 
 Residual blocks of norm, `w2s_fast.nn.S4D` or `w2s_fast.nn.S4` and dropout between two linear maps. The state spaces'
-own parameters (Delta, A, and B and P of S4) learn at 1e-3 at most and without decay, whatever the others do. Training is
-one convolution a layer; `step` carries a state of fixed size from position to position, so that each costs the same
+own parameters (Delta, A, and B and P of S4) learn at 1e-3 at most and without decay, whatever the others do. Training
+is one convolution a layer; `step` carries a state of fixed size from position to position, so that each costs the same
 however long the sequence is.
 """
 
