@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from w2s_fast.methods._common.loop import Recipe
 from w2s_fast.methods._common.loop import train as run_loop
 from w2s_fast.methods.growth import coalesce, decoalesce, smaller
 from w2s_fast.methods.growth.multi_level import fit
 
-from ..llama import Size, llama
+from ..llama import Size
 from ..protocol import Choice, Claim, choose
-from ..supervised import VOCABULARY, streams
+from ..supervised import VOCABULARY
 from ..transformer import blocks, loss, losses
+from ._text import ids, model, recipe
 
 SIZE, BATCH, LENGTH = Size(64, 4, 2), 6, 64
 UNITS, BEFORE, INNER = 120, 12, 150
@@ -46,39 +46,28 @@ def matmuls(size: Size) -> int:
 SMALL = matmuls(Size(SIZE.width // 2, SIZE.layers // 2, 1)) / matmuls(SIZE)
 
 
-def ids(on: str) -> torch.Tensor:
-    """The documentation's tokens; dev and test are halves of other documents."""
-    held = streams()["general valid"]
-    return {"train": streams()["general train"], "dev": held[: len(held) // 2], "test": held[len(held) // 2 :]}[on]
-
-
-def recipe(rate: float, steps: int, seed: int) -> Recipe:
-    warmup = min(1.0, BEFORE / max(1, steps))
-    return Recipe(steps, rate, warmup=warmup, schedule="linear", floor=0.02, decay=0.1, seed=seed)
-
-
 @lru_cache(maxsize=64)
 def run(arm: str, rate: float, seed: int, on: str) -> float:
-    model = llama(SIZE, VOCABULARY, seed, positions=LENGTH)
+    net, steps = model(SIZE, seed, LENGTH), UNITS - round(INNER * SMALL)
     data = [(part,) for part in blocks(ids("train"), UNITS * BATCH, 50 + seed).split(BATCH)]
     if arm == "scratch":
-        run_loop(model, loss, data, recipe(rate, UNITS, seed))
+        run_loop(net, loss, data, recipe(UNITS, rate, seed, BEFORE))
     elif arm == "restarted":
-        run_loop(model, loss, data, recipe(rate, BEFORE, seed).but(warmup=1.0, schedule="constant"))
-        run_loop(model, loss, data, recipe(rate, UNITS - BEFORE, seed))
+        run_loop(net, loss, data, recipe(BEFORE, rate, seed, BEFORE).but(warmup=1.0, schedule="constant"))
+        run_loop(net, loss, data, recipe(UNITS - BEFORE, rate, seed, BEFORE))
     else:
-        steps = UNITS - round(INNER * SMALL)
-        fit(model, loss, data, recipe(rate, steps, seed), inner=INNER, inner_rate=INNER_RATE, first=BEFORE / steps)
-    return losses(model, blocks(ids(on), 512, 7)).mean().item()
+        fit(net, loss, data, recipe(steps, rate, seed, BEFORE), inner=INNER, inner_rate=INNER_RATE,
+            first=BEFORE / steps)  # fmt: skip
+    return losses(net, blocks(ids(on), 512, 7)).mean().item()
 
 
 @torch.no_grad()
 def exactness(seed: int) -> dict[str, float]:
     """The largest difference of logits by widening, and of weights by widening and coalescing."""
-    model = llama(SIZE, VOCABULARY, seed, positions=LENGTH).eval()
-    half = smaller(model.config, depth=1)
-    small = coalesce(model, half).eval()
-    wide = decoalesce(small, model.config).eval()
+    net = model(SIZE, seed, LENGTH).eval()
+    half = smaller(net.config, depth=1)
+    small = coalesce(net, half).eval()
+    wide = decoalesce(small, net.config).eval()
     rows = blocks(ids("dev"), 8, 7)
     back = coalesce(wide, half)
     identity = max((p - q).abs().max().item() for p, q in zip(small.parameters(), back.parameters(), strict=True))
