@@ -212,6 +212,10 @@ def test_official_parameters():
     for name in ("inv_dt", "A_real", "A_imag", "B", "P"):
         assert kernel.get_parameter(name)._optim == {"weight_decay": 0.0, "lr": 1e-3}
     assert not hasattr(kernel.C, "_optim") and (kernel.A_imag > 0).all()
+    with torch.no_grad():
+        kernel.A_imag[1] += 1  # the second of two copies, which is that of features 1, 3 and 5
+    poles = kernel.continuous()[1]
+    assert torch.equal(poles.im, -kernel.A_imag.double()[[0, 1, 0, 1, 0, 1]])
     two = S4(6, 8, bidirectional=True)
     assert two.layer.kernel.C.shape == (2, 6, 4, 2) and two.layer.D.shape == (1, 6)
 

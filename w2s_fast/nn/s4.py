@@ -83,7 +83,7 @@ class S4Kernel(nn.Module):
         d_model: H.
         N: states, two for each stored one: M = N / 2.
         channels: kernels of each feature.
-        n_ssm: S copies of A, B and P, which divide H; default H.
+        n_ssm: S copies of A, B and P, which divide H; feature h has copy ``h mod S``. Default H.
         l_max: length for which C is made; None for none.
         dt_min, dt_max: of Delta, log-uniform at first.
         lr: learning rate of all but C for the optimizer, told by ``_optim``, as the official layer does; None for none.
@@ -127,7 +127,7 @@ class S4Kernel(nn.Module):
         repeats = len(self.inv_dt) // len(self.A_real)
 
         def wide(value: Tensor) -> Tensor:
-            return value.double().repeat_interleave(repeats, 0) if repeats > 1 else value.double()
+            return torch.cat([value.double()] * repeats)
 
         poles = Complex(wide(-self.A_real.double().exp()), wide(-self.A_imag))
         b, p = (Complex(*wide(value[0]).unbind(-1)) for value in (self.B, self.P))
