@@ -116,14 +116,19 @@ class SequenceModel(nn.Module):
         return cast(Tensor, self.decoder(x)), after
 
 
-def adamw(decay: float = 0.01) -> Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]:
-    """A maker for `Recipe`: parameters with an ``_optim`` of their own have its rate, if lower, and its decay."""
+def adamw(model: nn.Module, decay: float = 0.01) -> Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]:
+    """A maker for `Recipe`: parameters with an ``_optim`` of their own have its rate, if lower, and its decay.
+
+    It is read now and kept by name: parameters that FSDP2 shards later do not have it.
+    """
+    own = {name: getattr(p, "_optim", {}) for name, p in model.named_parameters()}
 
     def make(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        settings = {id(p): own.get(name, {}) for name, p in model.named_parameters()}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for p in parameters:
-            own = getattr(p, "_optim", {})
-            key = min(rate, own.get("lr", rate)), own.get("weight_decay", decay)
+            mine = settings.get(id(p), {})
+            key = min(rate, mine.get("lr", rate)), mine.get("weight_decay", decay)
             groups.setdefault(key, []).append(p)
         return torch.optim.AdamW([{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()])
 
@@ -138,7 +143,7 @@ def train(model: nn.Module, data: Any, *, recipe: Recipe, **run: Any) -> Trained
         recipe: its optimizer is AdamW with the state spaces' own rates, and no decay of them, unless it is a function.
     """
     if not callable(recipe.optimizer):
-        recipe = recipe.but(optimizer=adamw(recipe.decay))
+        recipe = recipe.but(optimizer=adamw(model, recipe.decay))
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return cross_entropy(model(inputs_of(batch)).flatten(0, -2), labels_of(batch).flatten())
