@@ -25,6 +25,7 @@ from ..protocol import Choice, Claim, choose
 CLASSES, WIDTH, COMPONENTS, EXAMPLES, BATCH, STEPS = 2, 64, 4, 16, 16, 200
 LATE, NEW = 6, 7_000_000  # examples at the end; a seed of tasks that no training has
 RATES = (4e-3, 8e-3)
+FULL = {"RATES": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "STEPS": 500}
 ARMS = {"16 tasks": 16, "new tasks": 0}
 CLAIMS = [
     Claim("trained on new tasks: 70 % of new tasks' late answers", "new", "new tasks", 0.7),

@@ -30,6 +30,7 @@ SIZE, EXPERTS, TOP, WIDTH, LENGTH = Size(64, 2, 2), 8, 2, 64, 64
 KINDS: tuple[text.Domain, ...] = ("general", "code", "prose")
 STEPS, ROWS = 100, 48
 RATES = (5e-3, 1e-2, 2e-2)
+FULL = {"RATES": (5e-3, 1e-2, 2e-2, 4e-2), "STEPS": 300}
 COEFS = {"0.1": 0.1, "1": 1.0}
 CLAIMS = [
     Claim("weight 0.1: 1.5 times the specialisation of the micro form", "ratio", "global, 0.1", 1.5),

@@ -23,6 +23,7 @@ from ..protocol import Choice, Claim, choose
 
 WIDTH, LAYERS, STATES, LENGTH, BATCH, STEPS = 32, 2, 32, 64, 32, 150
 RATES = (3e-3, 1e-2)
+FULL = {"RATES": (3e-3, 1e-2, 3e-2, 1e-1), "STEPS": 400}
 ARMS = ("s4d", "s4", "lstm", "transformer")
 CLAIMS = [
     Claim("S4D: 20 points above the LSTM", "accuracy", "s4d", "lstm", 0.2),
