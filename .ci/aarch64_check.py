@@ -1,8 +1,8 @@
 """The samples on kernels that were compiled for aarch64 and run under qemu; see aarch64_check.sh.
 
-csrc/cpu is linked with torch_stand_in.cpp, which has what it calls of torch, into a server. Here each C++ implementation
-is replaced by one that sends its arguments there, so that the samples, forward and backward, and the accuracy policy are
-those of every other backend.
+csrc/cpu is linked with torch_stand_in.cpp, which has what it calls of torch, into a server. Here each implementation in
+C++ is replaced by one that sends its arguments there, so that the samples, forward and backward, and the policy of
+accuracy are those of every other backend.
 
 A call, little endian: text op, text of one letter a result (t tensor, T list), u32 arguments, and of each a letter and
     t, o tensor (o: of a Tensor?): i32 dtype, u32 n, i64 sizes[n], i64 strides[n], the elements that strides reach
