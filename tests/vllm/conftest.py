@@ -1,7 +1,8 @@
 """One engine of vLLM for all tests, tiny random models on disk; nothing here runs where vLLM is missing.
 
 W2S_FAST_VLLM_RUNNER=2 takes vLLM's second model runner. Its kernels are Triton's, which has no backend for a CPU on a
-package index: they run in Triton's interpreter, and vLLM is told that there is such a backend.
+package index: they run in Triton's interpreter, and vLLM is told that there is such a backend. Its kernel for top-k and
+top-p is none for the interpreter; vLLM's PyTorch form takes its place.
 """
 
 import os
@@ -24,6 +25,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 pytest.importorskip("vllm")
+if RUNNER == 2:
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 BLOCK, BLOCKS, CHUNK, LENGTH = 32, 20, 32, 96
