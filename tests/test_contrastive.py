@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
 import w2s_fast
 from w2s_fast import contrastive_loss, extension
 from w2s_fast.nn import ClipLoss, SigLipLoss, gather_columns
+from w2s_fast.testing.processes import assert_as_one, in_two
 
 BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
 
@@ -200,42 +196,24 @@ def _losses(towers: nn.Module, images: torch.Tensor, texts: torch.Tensor, rank: 
     return [ClipLoss(rank, world)(x, y, scale, bias), SigLipLoss(rank, world)(x, y, scale, bias), supervised]
 
 
-def _work(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        draw = torch.Generator().manual_seed(1)
-        images, texts = (torch.randn(10, n, generator=draw, dtype=torch.float64) for n in (9, 7))
-        mine = slice(5 * rank, 5 * rank + 5)
-        alone = _losses(_Towers(), images, texts, 0, 1)
-        for which, whole in enumerate(alone):
-            wanted = _Towers()
-            _losses(wanted, images, texts, 0, 1)[which].backward()
-            model = _Towers()
-            loss = _losses(model, images[mine], texts[mine], rank, 2)[which]
-            loss.backward()
-            mean = loss.detach().clone()
-            dist.all_reduce(mean)
-            torch.testing.assert_close(mean / 2, whole.detach(), rtol=1e-9, atol=1e-9)
-            for (name, p), q in zip(model.named_parameters(), wanted.parameters(), strict=True):
-                if q.grad is None:
-                    assert p.grad is None, name
-                    continue
-                dist.all_reduce(p.grad)  # DDP averages
-                torch.testing.assert_close(p.grad / 2, q.grad, rtol=1e-9, atol=1e-9, msg=f"loss {which}: {name}")
-        open(f"{folder}/{rank}", "w").close()
-    finally:
-        dist.destroy_process_group()
+def _work(rank: int) -> None:
+    draw = torch.Generator().manual_seed(1)
+    images, texts = (torch.randn(10, n, generator=draw, dtype=torch.float64) for n in (9, 7))
+    mine = slice(5 * rank, 5 * rank + 5)
+    alone = _losses(_Towers(), images, texts, 0, 1)
+    for which, whole in enumerate(alone):
+        wanted = _Towers()
+        _losses(wanted, images, texts, 0, 1)[which].backward()
+        model = _Towers()
+        loss = _losses(model, images[mine], texts[mine], rank, 2)[which]
+        loss.backward()
+        near = (1e-9, 1e-9)
+        assert_as_one(loss, model, whole, wanted, loss_within=near, within=near, what=f"loss {which}")
 
 
 @pytest.mark.slow(15)
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_work, args=(port, str(tmp_path)), nprocs=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    in_two(_work, tmp_path)
 
 
 @pytest.mark.parametrize("columns", [2, 3])

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 
 from w2s_fast.methods._common.loop import Recipe
 from w2s_fast.methods.routing import global_balance
 from w2s_fast.methods.routing.global_balance import GlobalBalance, Route, lbl, route, use_global_balance
+from w2s_fast.testing.processes import assert_as_one, in_two
 
 SIZE = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "intermediate_size": 16, "num_experts_per_tok": 2}  # fmt: skip
@@ -158,42 +154,29 @@ def _whole(model):
     return ids, mask
 
 
-def _work(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    one = mixtral().double().train()
-    one.set_experts_implementation("eager")  # the grouped product has no float64
-    ids, mask = _whole(one)
-    alone = use_global_balance(one)
-    one(input_ids=ids, attention_mask=mask)
-    alone.loss.backward()
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        model = mixtral().double().train()
-        model.set_experts_implementation("eager")
-        balance = use_global_balance(model)
-        mine = slice(0, 1) if rank == 0 else slice(1, 3)  # 3 and 16 real tokens
-        model(input_ids=ids[mine], attention_mask=mask[mine])
-        balance.loss.backward()
-        mean = balance.loss.detach().clone()
-        dist.all_reduce(mean)
-        torch.testing.assert_close(mean / 2, alone.loss.detach(), rtol=1e-6, atol=0)
-        for (name, p), q in zip(model.named_parameters(), one.parameters(), strict=True):
-            if q.grad is None:
-                assert p.grad is None, name
-                continue
-            dist.all_reduce(p.grad)  # DDP averages
-            torch.testing.assert_close(p.grad / 2, q.grad, rtol=1e-5, atol=1e-9, msg=name)
-        assert max(p.grad.abs().max() for p in one.parameters() if p.grad is not None) > 1e-4
-        open(f"{folder}/{rank}", "w").close()
-    finally:
-        dist.destroy_process_group()
+def _balanced():
+    model = mixtral().double().train()
+    model.set_experts_implementation("eager")  # the grouped product has no float64
+    return model, use_global_balance(model), _whole(model)
+
+
+def _alone():
+    model, balance, (ids, mask) = _balanced()
+    model(input_ids=ids, attention_mask=mask)
+    balance.loss.backward()
+    return model, balance.loss
+
+
+def _work(rank: int, alone) -> None:
+    one, whole = alone
+    model, balance, (ids, mask) = _balanced()
+    mine = slice(0, 1) if rank == 0 else slice(1, 3)  # 3 and 16 real tokens
+    model(input_ids=ids[mine], attention_mask=mask[mine])
+    balance.loss.backward()
+    assert_as_one(balance.loss, model, whole, one, loss_within=(1e-6, 0), within=(1e-5, 1e-9))
+    assert max(p.grad.abs().max() for p in one.parameters() if p.grad is not None) > 1e-4
 
 
 @pytest.mark.slow(15)
 def test_two_processes_equal_one_the_gradient_s_scale_included(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_work, args=(port, str(tmp_path)), nprocs=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    in_two(_work, tmp_path, _alone)

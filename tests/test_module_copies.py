@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import w2s_fast
 from w2s_fast.nn import KVCompressedAttention, PixArtSigma, SparseLowRankLinear
+from w2s_fast.testing.processes import in_two
 
 LAYOUTS = ("csr16", "csr32", "balanced")
 
@@ -131,28 +129,21 @@ def test_export_with_a_dynamic_batch(layout: str, rows: int):
         torch.testing.assert_close(exported(x), made(x), rtol=1e-5, atol=1e-5)
 
 
-def _work(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        for layout in LAYOUTS:
-            made = layer(layout, seed=rank)  # every rank its own numbers, as with data loading
-            DistributedDataParallel(made)
-            assert_right(made)
-            everyone = [None, None]
-            dist.all_gather_object(everyone, made.support.flat_indices())
-            assert torch.equal(everyone[0], everyone[1])
-            if layout == "balanced":
-                continue
-            again = layer(layout, seed=rank)
-            for t in again.state_dict().values():
-                dist.broadcast(t, 0)
-            assert_right(again)
-        _sharded(rank)
-        open(f"{folder}/{rank}", "w").close()
-    finally:
-        dist.destroy_process_group()
+def _work(rank: int) -> None:
+    for layout in LAYOUTS:
+        made = layer(layout, seed=rank)  # every rank its own numbers, as with data loading
+        DistributedDataParallel(made)
+        assert_right(made)
+        everyone = [None, None]
+        dist.all_gather_object(everyone, made.support.flat_indices())
+        assert torch.equal(everyone[0], everyone[1])
+        if layout == "balanced":
+            continue
+        again = layer(layout, seed=rank)
+        for t in again.state_dict().values():
+            dist.broadcast(t, 0)
+        assert_right(again)
+    _sharded(rank)
 
 
 def _sharded(rank: int) -> None:
@@ -172,8 +163,4 @@ def _sharded(rank: int) -> None:
 
 @pytest.mark.slow(20)
 def test_two_processes(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_work, args=(port, str(tmp_path)), nprocs=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    in_two(_work, tmp_path)

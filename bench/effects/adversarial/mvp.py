@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2s_fast.attacks import PGD, frozen
+from w2s_fast.attacks import frozen
 from w2s_fast.methods._common.loop import Recipe, train
 from w2s_fast.methods.adversarial.mvp import MVP
+from w2s_fast.methods.adversarial.mvp import loss as loss_of
 
 from .. import llama
 from ..protocol import Choice, Claim, choose
@@ -48,6 +49,10 @@ class Head(nn.Module):
             self.head.weight.copy_(0.02 * torch.randn(self.head.weight.shape,
                                                       generator=torch.Generator().manual_seed(seed)))  # fmt: skip
 
+    def embed(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.model.get_input_embeddings()(ids)
+        return found
+
     def forward(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         states = self.model.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
         found: Tensor = self.head(states[torch.arange(len(mask)), mask.sum(1) - 1])
@@ -63,20 +68,8 @@ def label_words() -> tuple[list[int], list[list[int]]]:
     return [int(share.amin(0).argmax())], [excess.topk(4).indices.tolist(), (-excess).topk(4).indices.tolist()]
 
 
-def embedded(arm: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    table: Any = arm.model
-    return table.get_input_embeddings()(ids), torch.ones_like(ids)
-
-
-def loss_of(arm: nn.Module, ids: Tensor, y: Tensor, attacked: bool) -> Tensor:
-    e, mask = embedded(arm, ids)
-    value = F.cross_entropy(arm(e, mask), y)
-    if attacked:
-        attack = PGD(lambda z: arm(z, mask), NORM, norm="l2", steps=1, alpha=NORM, start="none", clip=None)
-        with frozen(arm):
-            moved = attack(e.detach(), y)
-        value = value + F.cross_entropy(arm(e + (moved - e.detach()), mask), y)
-    return value
+def embedded(arm: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    return arm.embed(ids), torch.ones_like(ids)
 
 
 def substituted(arm: nn.Module, ids: Tensor, y: Tensor, near: Tensor) -> Tensor:
@@ -125,7 +118,7 @@ def run(arm: str, rate: float, seed: int, on: str) -> dict[str, float]:
 
     def loss(made: Any, _: int) -> Tensor:
         rows = torch.randint(LABELLED, (BATCH,), generator=draw)
-        return loss_of(made, x[rows], y[rows], attacked)
+        return loss_of(made, x[rows], torch.ones_like(x[rows]), y[rows], norm=NORM if attacked else 0.0)
 
     train(made, loss, range(50), Recipe(STEPS, rate, warmup=0.1, schedule="linear", decay=0.01, seed=seed))
     with frozen(made):

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ... import checks
+from .._common.loop import Recipe, Trained
+from ..sparse_lowrank.sltrain import train_blocks
 
 TARGET = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "c_proj", "c_fc")
 
@@ -41,6 +43,15 @@ def adapt(op: str, model: Any, config: str, target: Sequence[str], seed: int, **
     made: Any = peft.get_peft_model(model, getattr(peft, config)(target_modules=names, **settings))
     use_fused_adapters(made)
     return made
+
+
+def train_adapted(
+    adapted: Any, model: nn.Module, ids: Tensor, recipe: Recipe, settings: Sequence[Any], run: dict[str, Any]
+) -> Trained:
+    """Next-token training of ``adapted``, the adapters then merged into ``model``; checkpoints know the settings."""
+    found = train_blocks(adapted, ids, recipe, **{**run, "key": [*settings, run.get("key")]})
+    merge(adapted, model)
+    return found
 
 
 def merge(adapted: Any, model: nn.Module) -> None:

@@ -15,8 +15,8 @@ from torch import nn
 from ... import checks
 from .._common.language import Row
 from .._common.loop import Recipe, Trained
-from ..sparse_lowrank.sltrain import blocks, train_blocks
-from ._peft import TARGET, adapt, layers, merge
+from ..sparse_lowrank.sltrain import blocks
+from ._peft import TARGET, adapt, layers, train_adapted
 
 KINDS = ("miss", "bat", "mini")
 OP = "methods.bone"
@@ -66,7 +66,4 @@ def train(
     """
     ids = blocks(tokenizer, rows, length)
     adapted = prepare(model, kind, rank, mini, target, recipe.seed)
-    run = {**run, "key": [kind, rank, mini, list(target), run.get("key")]}
-    found = train_blocks(adapted, ids, recipe, **run)
-    merge(adapted, model)
-    return found
+    return train_adapted(adapted, model, ids, recipe, [kind, rank, mini, list(target)], run)

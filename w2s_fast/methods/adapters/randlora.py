@@ -13,8 +13,8 @@ from typing import Any
 from ... import checks
 from .._common.language import Row
 from .._common.loop import Recipe, Trained
-from ..sparse_lowrank.sltrain import blocks, train_blocks
-from ._peft import TARGET, adapt, merge
+from ..sparse_lowrank.sltrain import blocks
+from ._peft import TARGET, adapt, train_adapted
 
 BASES = ("dense", "sparse", "very sparse")
 OP = "methods.randlora"
@@ -55,7 +55,4 @@ def train(
     """
     ids = blocks(tokenizer, rows, length)
     adapted = prepare(model, rank, scale, bases, target, recipe.seed)
-    run = {**run, "key": [rank, scale, bases, list(target), run.get("key")]}
-    found = train_blocks(adapted, ids, recipe, **run)
-    merge(adapted, model)
-    return found
+    return train_adapted(adapted, model, ids, recipe, [rank, scale, bases, list(target)], run)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from ... import checks
+from ...ops.contrastive.contrastive_loss import contrastive_loss
 from .._common.batches import shuffled
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
@@ -34,9 +35,7 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float, where: Place =
     """
     if text.shape != image.shape:
         checks.fail("methods.clip_loss", "text", f"of the shape of image, {list(image.shape)}", list(text.shape))
-    s = scale * gathered(image, where) @ gathered(text, where).T
-    own = torch.arange(len(s), device=s.device)
-    return (cross_entropy(s, own) + cross_entropy(s.T, own)) / 2
+    return contrastive_loss(gathered(image, where), gathered(text, where), scale)
 
 
 class Clip(nn.Module):
