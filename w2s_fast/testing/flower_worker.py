@@ -34,8 +34,9 @@ def data(client: int) -> TensorDataset:
 
 def network() -> nn.Module:
     """The same at every call."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
