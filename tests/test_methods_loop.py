@@ -20,6 +20,7 @@ import w2s_fast
 from w2s_fast.methods._common.batches import ShuffledBatches, shuffled
 from w2s_fast.methods._common.loop import Recipe, train
 from w2s_fast.testing.selection import sampled
+from w2s_fast.testing.stops import Stop, Ticks
 
 ROOT = Path(w2s_fast.__file__).parent.parent
 
@@ -58,10 +59,6 @@ def loaders() -> dict[str, object]:
     }
 
 
-class Stop(Exception):
-    pass
-
-
 RECIPES = {
     "adamw": Recipe(17, 1e-2, warmup=0.2, decay=0.1, every=4),
     "sgd, accumulation": Recipe(9, 1e-1, optimizer="sgd", schedule="linear", accumulate=3, every=2),
@@ -79,24 +76,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, kind, tmp_path):
         pytest.importorskip("bitsandbytes")
     recipe = RECIPES[name]
 
-    def run(folder, stop=-1):
+    def run(folder, stop=0):
         torch.manual_seed(5)
         random.seed(5)
         np.random.seed(5)
-        told, model, draw = [], network(), torch.Generator().manual_seed(9)
+        tick, model, draw = Ticks(stop), network(), torch.Generator().manual_seed(9)
 
         def noisy(model, batch):
             return loss(model, batch) * (1 + torch.rand((), generator=draw))
 
-        def tick(value):
-            told.append(value)
-            if len(told) == stop:
-                raise Stop
-
         batches = loaders()[kind]
         found = train(model, noisy, batches, recipe, checkpoint=tmp_path / folder, also={"draw": draw}, tick=tick)
-        assert found.losses == told
-        return told, model.state_dict()
+        assert found.losses == tick.told
+        return tick.told, model.state_dict()
 
     expected = run("whole")
     at = random.Random(repr((name, kind))).randrange(recipe.every + 1, recipe.steps)

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from ... import checks
 from .._common.classify import labels as labels_of
+from .._common.features import outputs
 from .._common.loop import Recipe, Trained
-from ._robust import PIXELS, Clip, cross_entropy, labels, pgd_maker, train_by, with_penultimate
+from ._robust import PIXELS, Clip, cross_entropy, labels, pgd_maker, train_by
 
 
 def class_weights(counts: Tensor, beta: float = 0.99) -> Tensor:
@@ -44,7 +45,7 @@ def srat_loss(
     model: Any, x: Tensor, x_adv: Tensor, y: Any, *, weights: Tensor, separate: float | Tensor, temperature: float
 ) -> Tensor:
     """A value a sample; weights ``[..., classes]``."""
-    z, h = with_penultimate(model, x_adv)
+    h, z = outputs(model, x_adv)
     found = weights.to(z).gather(-1, labels(y)) * cross_entropy(z, labels(y))
     return (
         found + separate * separation(h, labels(y), temperature) if isinstance(separate, Tensor) or separate else found
