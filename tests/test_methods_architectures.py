@@ -14,12 +14,14 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from w2s_fast.methods._common.loop import Recipe
+from w2s_fast.methods._common.place import ALONE, Place
 from w2s_fast.methods.graphs import mowst
 from w2s_fast.methods.hypernetworks import mip
 from w2s_fast.methods.meta import gpicl
 from w2s_fast.methods.state_spaces import s4
 from w2s_fast.nn import mip as parametrized
 from w2s_fast.nn import mip_encode
+from w2s_fast.testing.processes import in_two
 
 
 def hyper(outputs: int, inputs: int = 1) -> nn.Sequential:
@@ -241,25 +243,48 @@ def test_a_learner_remembers_its_tasks():
 # state spaces
 
 
-def test_s4_remembers_the_first_position_and_decodes_step_by_step():
+@pytest.mark.parametrize("layer", ["s4d", "s4"])
+def test_s4_remembers_the_first_position_and_decodes_step_by_step(layer):
     torch.manual_seed(0)
     x = torch.randn(64, 100, 2)
     y = (x[:, 0, 0] > 0).long()
     x[:, 0] *= 4
-    model = s4.SequenceModel(2, 2, width=16, layers=1, d_state=16, pool="last")
+    model = s4.SequenceModel(2, 2, width=16, layers=1, d_state=16, pool="last", layer=layer, length=100)
     losses = s4.train(model, TensorDataset(x, y), recipe=Recipe(60, 1e-2, batch=64, schedule="constant")).losses
     assert losses[-1] < 0.2 and (model.eval()(x).argmax(1) == y).float().mean() > 0.95
     state = model.default_state(64)
     for i in range(100):
         out, state = model.step(x[:, i], state)
     torch.testing.assert_close(out, model(x), rtol=1e-3, atol=1e-3)
-    optimizer = s4.adamw(0.1)(model.parameters(), 1e-2)
+    optimizer = s4.adamw(model, 0.1)(model.parameters(), 1e-2)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
-    kernel = model.blocks[0].layer.kernel
-    assert rates[id(kernel.A_imag)] == (1e-3, 0.0) and rates[id(kernel.C)] == (1e-2, 0.1)
+    kernel = model.blocks[0].layer.kernel if layer == "s4d" else model.blocks[0].layer.layer.kernel
+    own = [p for name, p in kernel.named_parameters() if name != "C"]
+    assert all(rates[id(p)] == (1e-3, 0.0) for p in own) and rates[id(kernel.C)] == (1e-2, 0.1)
     each = s4.SequenceModel(2, 3, width=8, d_state=4, pool="none", prenorm=False)
     assert each(x).shape == (64, 100, 3)
     labels = torch.randint(3, (64, 100))
     assert s4.train(each, TensorDataset(x, labels), recipe=Recipe(2, 1e-3)).losses
     with pytest.raises(ValueError, match="pool must be one of 'mean', 'last', 'none', got 'max'"):
         s4.SequenceModel(2, 2, pool="max")
+    with pytest.raises(ValueError, match="layer must be one of 's4d', 's4', got 's5'"):
+        s4.SequenceModel(2, 2, layer="s5")
+
+
+def _sharded(where=ALONE) -> list[float]:
+    torch.manual_seed(0)
+    x = torch.randn(32, 20, 2)
+    data = TensorDataset(x, (x[:, 0, 0] > 0).long())
+    model = s4.SequenceModel(2, 2, width=8, d_state=8, pool="last", layer="s4", length=20)
+    recipe = Recipe(8, 3e-2, batch=8, parallel="fsdp", clip=None)
+    return s4.train(model, data, recipe=recipe, where=where).losses
+
+
+def _half(rank: int, alone: list[float]) -> None:
+    found = _sharded(Place(rank, 2, torch.device("cpu")))
+    assert found == pytest.approx(alone, rel=1e-3), (found, alone)
+
+
+@pytest.mark.slow(15)
+def test_s4_sharded_over_two_processes_trains_as_one(tmp_path):
+    in_two(_half, tmp_path, _sharded)

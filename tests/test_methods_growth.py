@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from w2s_fast.methods._common.loop import Recipe
+from w2s_fast.methods._common.place import ALONE, Place
 from w2s_fast.methods.growth import _sizes as sizes
 from w2s_fast.methods.growth import assembling, delayed_shrinking, multi_level, tleg
+from w2s_fast.testing.processes import in_two
 from w2s_fast.testing.selection import sampled
 from w2s_fast.testing.stops import Stop, Ticks
 
@@ -150,6 +152,27 @@ def test_multi_level_trains_and_goes_on_after_a_stop(tmp_path):
     with pytest.raises(ValueError, match="levels must be >= 2, got 1"):
         multi_level.train(start, None, ROWS, recipe=recipe, levels=1, length=16)
     assert multi_level.train(start, None, ROWS, recipe=Recipe(4, 1e-3), inner=2, levels=3, length=16).losses
+
+
+def _grown(where=ALONE):
+    torch.manual_seed(0)
+    model = gpt2()
+    recipe = Recipe(8, 0.05, batch=8, optimizer="sgd")  # Adam makes a step of a gradient that is rounding alone
+    losses = multi_level.train(model, None, ROWS, recipe=recipe, inner=6, first=0.25, length=16, where=where).losses
+    return model, losses
+
+
+def _apart(rank: int, alone) -> None:
+    whole, wanted = alone
+    model, losses = _grown(Place(rank, 2, torch.device("cpu")))
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow(15)
+def test_two_processes_grow_as_one(tmp_path):
+    in_two(_apart, tmp_path, _grown)
 
 
 def test_learngene_is_a_line_and_expands():

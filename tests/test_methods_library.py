@@ -501,7 +501,7 @@ def run(*words: str):
 COMMANDS = {
     "npo": ["--retain", "rows.jsonl"], "spin": ["--rounds", "1", "--max-new-tokens", "4"], "grape": [],
     "eisl": [], "genarm": ["--beta", "0.2"], "weak_to_strong_search": [],
-    "debate": ["--debater", "model", "--max-new-tokens", "4"],
+    "debate": ["--debater", "model", "--max-new-tokens", "4"], "multi_level": ["--inner", "2", "--length", "8"],
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from w2s_fast.methods._common.loop import Recipe
-from w2s_fast.methods.routing import global_balance
+from w2s_fast.methods.routing import global_balance, moe_route, z_loss
 from w2s_fast.methods.routing.global_balance import GlobalBalance, Route, lbl, route, use_global_balance
 from w2s_fast.testing.processes import assert_as_one, in_two
 
@@ -49,6 +49,85 @@ def test_it_is_its_definition():
         route(logits, indices, mask[:3])
     with pytest.raises(ValueError, match=r"indices must be \[9, k\]"):
         route(logits, indices[:4])
+
+
+def test_routing_is_its_definition():
+    logits, indices = drawn(9)
+    mask = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1]).bool()
+    p = logits.softmax(1)
+    for kind in ("softmax", "topk"):
+        found = moe_route(logits, 2, score=kind, mask=mask)
+        want = p.gather(1, indices) if kind == "softmax" else logits.topk(2).values.softmax(1)
+        torch.testing.assert_close(found.weights, want * mask[:, None])
+        assert torch.equal(found.indices, indices)
+        known = route(logits, indices, mask)
+        torch.testing.assert_close(found.load.psum, known.psum)
+        assert torch.equal(found.load.counts, known.counts) and found.load.tokens == 7
+        torch.testing.assert_close(lbl(found.load), lbl(known))
+    even = moe_route(logits, 2, renormalize=True)
+    torch.testing.assert_close(even.weights, logits.topk(2).values.softmax(1))  # the same weights either way
+    torch.testing.assert_close(z_loss(found, 0.1), 0.1 * logits.logsumexp(1)[mask].square().mean())
+    whole = moe_route(logits, 6, score="topk")
+    assert whole.load.counts.tolist() == [9] * 6
+    torch.testing.assert_close(whole.weights.sum(1), torch.ones(9, dtype=torch.float64))
+
+
+def test_a_bias_is_for_the_choice_alone():
+    logits, _ = drawn(50)
+    s, bias = logits.sigmoid(), torch.tensor([0.0, 0, 0, 0.7, -0.7, 0], dtype=torch.float64, requires_grad=True)
+    plain, found = (moe_route(logits.requires_grad_(), 2, score="sigmoid", bias=b) for b in (None, bias))
+    assert torch.equal(found.indices, (s + bias).topk(2).indices) and torch.equal(plain.indices, s.topk(2).indices)
+    torch.testing.assert_close(found.weights, s.gather(1, found.indices))
+    assert found.load.counts[3] > plain.load.counts[3] and found.load.counts[4] < plain.load.counts[4]
+    torch.testing.assert_close(found.load.psum, (s / s.sum(1, keepdim=True)).sum(0))
+    found.weights.sum().backward()
+    assert bias.grad is None and logits.grad.any()
+    ours = moe_route(logits, 2, score="sigmoid", bias=bias, renormalize=True).weights
+    torch.testing.assert_close(ours, found.weights / found.weights.sum(1, keepdim=True))
+
+
+def test_routing_of_ties_of_large_and_of_no_numbers():
+    same = moe_route(torch.full((5, 8), 3.0), 3)
+    assert same.indices.tolist() == [[0, 1, 2]] * 5
+    torch.testing.assert_close(same.weights, torch.full((5, 3), 1 / 8))
+    large = torch.tensor([[60.0, -60, 0, 60]], dtype=torch.bfloat16)
+    for kind in ("softmax", "topk", "sigmoid"):
+        found = moe_route(large, 2, score=kind)
+        assert found.weights.dtype == torch.float32 and found.weights.isfinite().all() and found.lse.isfinite().all()
+        assert found.indices.tolist() == [[0, 3]]
+    torch.testing.assert_close(moe_route(large, 2).weights, torch.full((1, 2), 0.5))
+    bad = moe_route(torch.full((2, 4), torch.nan), 2)
+    assert ((bad.indices >= 0) & (bad.indices < 4)).all() and bad.weights.isnan().all()
+    none = moe_route(torch.zeros(0, 4), 2, mask=torch.zeros(0, dtype=torch.bool))
+    assert none.weights.shape == (0, 2) and z_loss(none) == 0 and none.load.counts.tolist() == [0] * 4
+    gone = moe_route(torch.full((2, 4), torch.inf), 2, mask=torch.zeros(2, dtype=torch.bool))
+    assert not gone.lse.any() and not gone.weights.any()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "topk", "sigmoid"])
+def test_gradients_of_routing(kind):
+    logits, _ = drawn(7)
+    mask = torch.tensor([1, 1, 0, 1, 1, 1, 1]).bool()
+
+    def run(z):
+        found = moe_route(z, 2, score=kind, renormalize=kind != "topk", mask=mask)
+        return found.weights, found.load.psum, z_loss(found, 1.0)
+
+    assert torch.autograd.gradcheck(run, logits.requires_grad_())
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits), run(logits))
+
+
+def test_bad_routing_is_named():
+    for given, text in (
+        ({"k": 7}, r"k must be in \[1, 6\], got 7"), ({"score": "max"}, "score must be one of"),
+        ({"bias": torch.zeros(6)}, r"bias must be \[6\] beside score 'sigmoid', got \[6\] beside 'softmax'"),
+        ({"bias": torch.zeros(5), "score": "sigmoid"}, r"bias must be \[6\] beside"),
+        ({"mask": torch.ones(3)}, r"mask must be \[9\], got \[3\]"),
+        ({"logits": torch.zeros(6)}, r"logits must be \[T, E\]"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            moe_route(**{"logits": drawn(9)[0], "k": 2, **given})
 
 
 def test_counts_accumulate_until_the_optimizer_steps_and_once_a_key():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from w2s_fast.nn import S4D
-from w2s_fast.nn.s4d import Complex, S4DKernel, expanded, expm1_over
+from w2s_fast.nn.s4d import S4DKernel
+from w2s_fast.nn.state_space import Complex, expanded, expm1_over, tables
 
 
 def layer(h: int = 3, n: int = 8, dtype: torch.dtype = torch.float64, **more) -> S4D:
@@ -166,4 +167,4 @@ def test_bad_inputs_are_named():
         made.step(torch.zeros(2, 3, 1), made.default_state(2))
     assert made(torch.zeros(0, 3, 5))[0].shape == (0, 3, 5)
     k = Complex(torch.ones(1, 1), torch.zeros(1, 1))
-    assert expanded(k, made.kernel.tables(Complex(-k.re, k.im), 3, torch.float32), 3).shape == (1, 3)
+    assert expanded(k, tables(Complex(-k.re, k.im), 3, torch.float32), 3).shape == (1, 3)

@@ -6,12 +6,14 @@ from .interval import Ball, Choices, IntervalModule, IntervalPass, bound, layer_
 from .kv_compressed_attention import KVCompressedAttention
 from .pixart import PixArtBlock, PixArtSigma
 from .prototypes import ProtoHead
+from .s4 import S4
 from .s4d import S4D
 from .sparse_lowrank import ModelSize, Replaced, SparseLowRankLinear, model_size, replace_linear
 from .sparsity import nm_mask, sparsify, topk_mask
 
 __all__ = [
     "MIP",
+    "S4",
     "S4D",
     "Ball",
     "Choices",

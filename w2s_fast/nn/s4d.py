@@ -10,53 +10,12 @@ The two tables are made in float64 (a phase of many turns has no digits in float
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-
-BLOCK = 64
-
-
-class Complex(NamedTuple):
-    """Real and imaginary part."""
-
-    re: Tensor
-    im: Tensor
-
-    def times(self, other: Complex) -> Complex:
-        """The product."""
-        return Complex(self.re * other.re - self.im * other.im, self.re * other.im + self.im * other.re)
-
-    def to(self, dtype: torch.dtype) -> Complex:
-        """In another dtype."""
-        return Complex(self.re.to(dtype), self.im.to(dtype))
-
-
-def exp(z: Complex) -> Complex:
-    """``e^z``."""
-    size = z.re.exp()
-    return Complex(size * z.im.cos(), size * z.im.sin())
-
-
-def expm1_over(z: Complex, dt: Tensor) -> Complex:
-    """``dt (e^z - 1) / z``, which is dt at 0; without the cancellation of ``e^z - 1`` at small z."""
-    grown = z.re.exp()
-    top = Complex(torch.expm1(z.re) * z.im.cos() - 2 * (z.im / 2).sin().square(), grown * z.im.sin())
-    size = z.re.square() + z.im.square()
-    safe = torch.where(size > 0, size, 1.0)
-    found = top.times(Complex(z.re / safe, -z.im / safe))
-    return Complex(torch.where(size > 0, found.re, 1.0) * dt, torch.where(size > 0, found.im, 0.0) * dt)
-
-
-class Tables(NamedTuple):
-    """``e^{64 z q}`` ``[H, M, Q]`` and ``e^{z r}`` ``[H, M, 64]``."""
-
-    coarse: Complex
-    fine: Complex
+from .state_space import Complex, exp, expanded, expm1_over, gathered, tables, vandermonde_log
 
 
 class S4DKernel(nn.Module):
@@ -90,39 +49,11 @@ class S4DKernel(nn.Module):
         z = Complex(-self.log_A_real.double().exp() * dt, self.A_imag.double() * dt)
         return z, expm1_over(z, dt), Complex(*self.C.double().unbind(-1))
 
-    def tables(self, z: Complex, length: int, dtype: torch.dtype) -> Tables:
-        """For positions below ``length``."""
-
-        def powers(count: int, step: int) -> Complex:
-            n = torch.arange(count, device=z.re.device, dtype=torch.float64) * step
-            return exp(Complex(z.re[..., None] * n, z.im[..., None] * n)).to(dtype)
-
-        count = (length + BLOCK - 1) // BLOCK + 1  # never 1, for which a traced graph would serve no other length
-        return Tables(powers(count, BLOCK), powers(BLOCK, 1))
-
     def forward(self, L: int) -> Tensor:
         """``K`` ``[H, L]`` in the dtype of the parameters."""
         z, b, c = self.discrete()
         dtype = torch.promote_types(self.C.dtype, torch.float32)
-        return expanded(c.times(b).to(dtype), self.tables(z, L, dtype), L)
-
-
-def expanded(c: Complex, tables: Tables, length: int) -> Tensor:
-    """``2 Re sum_n c_n e^{z_n l}`` ``[..., H, length]`` of ``c`` ``[..., H, M]``."""
-    left = Complex(c.re[..., None], c.im[..., None]).times(tables.coarse)
-    rows = torch.cat((left.re, -left.im), -2).mT  # [..., H, Q, 2 M]
-    found = 2 * rows @ torch.cat((tables.fine.re, tables.fine.im), -2)
-    return found.flatten(-2)[..., :length]
-
-
-def gathered(u: Tensor, tables: Tables) -> Complex:
-    """``sum_l u_l e^{z l}`` ``[..., H, M]`` of ``u`` ``[..., H, L]``."""
-    count = tables.coarse.re.shape[-1]
-    blocks = F.pad(u, (0, count * BLOCK - u.shape[-1])).reshape(*u.shape[:-1], count, BLOCK)
-    inner = blocks @ torch.cat((tables.fine.re, tables.fine.im), -2).mT  # [..., H, Q, 2 M]
-    re, im = inner.mT.chunk(2, -2)
-    product = Complex(re, im).times(tables.coarse)
-    return Complex(product.re.sum(-1), product.im.sum(-1))
+        return vandermonde_log(c.times(b).to(dtype), z, L)
 
 
 class S4D(nn.Module):
@@ -187,16 +118,16 @@ class S4D(nn.Module):
         dtype, length = torch.promote_types(self.D.dtype, torch.float32), u.shape[-1]
         u = u.to(dtype)
         z, b, c = self.kernel.discrete()
-        tables = self.kernel.tables(z, length, dtype)
-        k = expanded(c.times(b).to(dtype), tables, length)
+        made = tables(z, length, dtype)
+        k = expanded(c.times(b).to(dtype), made, length)
         spectrum = torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(k, n=2 * length)
         y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + u * self.D.to(dtype)[:, None]
         if state is None:
             return y, None
         before = self._state(state, u)
-        y = y + expanded(c.times(exp(z)).to(dtype).times(before), tables, length)
+        y = y + expanded(c.times(exp(z)).to(dtype).times(before), made, length)
         kept = exp(Complex(z.re * length, z.im * length)).to(dtype).times(before)
-        new = b.to(dtype).times(gathered(u.flip(-1), tables))
+        new = b.to(dtype).times(gathered(u.flip(-1), made))
         return y, torch.stack((kept.re + new.re, kept.im + new.im), -1)
 
     def _state(self, state: Tensor, u: Tensor) -> Complex:

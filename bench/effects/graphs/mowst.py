@@ -24,7 +24,7 @@ from w2s_fast.methods.graphs.mowst import Graph, Mowst, train
 from ..protocol import Choice, Claim, choose
 
 STEPS, NEIGHBOURS = 100, 6
-RATES = (3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 CLAIMS = [
     Claim("15 points above the better expert: Mowst, hard rule", "accuracy", "mowst, hard", "better expert", 0.15),
     Claim("15 points above the better expert: Mowst*", "accuracy", "star", "better expert", 0.15),
@@ -90,6 +90,7 @@ def recipe(rate: float, seed: int) -> Recipe:
     return Recipe(STEPS, rate, schedule="constant", clip=None, decay=1e-3, seed=seed)
 
 
+@lru_cache(maxsize=32)  # two arms choose their rates from the same trainings
 @torch.no_grad()
 def experts(rate: float, seed: int, on: str) -> dict[str, float]:
     """Each expert alone and their mean."""
@@ -122,8 +123,8 @@ def mowst(form: str, rate: float, seed: int, on: str) -> dict[str, float]:
 def choices() -> dict[str, Choice]:
     alone = {name: choose(lambda rate, seed, on, name=name: experts(rate, seed, on)[name], {"rate": RATES})
              for name in ("better expert", "mean of both")}  # fmt: skip
-    found = {form: choose(lambda rate, seed, on, form=form: mowst(form, rate, seed, on)["hard"], {"rate": RATES})
-             for form in ("mowst", "star")}  # fmt: skip
+    found = {form: choose(lambda rate, seed, on, form=form, by=by: mowst(form, rate, seed, on)[by], {"rate": RATES})
+             for form, by in (("mowst", "hard"), ("star", "accuracy"))}  # fmt: skip
     return {**alone, **found}
 
 

@@ -21,36 +21,9 @@ from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
 from ..growth.multi_level import next_tokens
 from ..sparse_lowrank.sltrain import blocks
+from ._route import Route, route
 
 OP = "methods.global_balance"
-
-
-class Route(NamedTuple):
-    """Of one router and micro-batch: sums of probabilities ``[E]`` over its real tokens, their choices ``[E]`` and
-    number ``[]``, both int64."""
-
-    psum: Tensor
-    counts: Tensor
-    tokens: Tensor
-
-
-def route(logits: Tensor, indices: Tensor, mask: Tensor | None = None) -> Route:
-    """From router logits ``[T, E]`` and the chosen experts ``[T, k]``; ``mask`` ``[T]`` is True at real tokens.
-
-    Raises:
-        ValueError: naming `indices` or `mask` of another shape.
-    """
-    if logits.ndim != 2 or indices.ndim != 2 or len(indices) != len(logits):
-        checks.fail(OP, "indices", f"[{len(logits)}, k] beside logits [{len(logits)}, E]", list(indices.shape))
-    if mask is None:
-        mask = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    elif mask.shape != logits.shape[:1]:
-        checks.fail(OP, "mask", f"[{len(logits)}]", list(mask.shape))
-    with torch.no_grad():
-        counts = indices.new_zeros(logits.shape[1], dtype=torch.int64)
-        counts.index_add_(0, indices.flatten(), mask.long()[:, None].expand_as(indices).flatten())
-    p = torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return Route((p * mask[:, None]).sum(0), counts, mask.sum())
 
 
 class Share(NamedTuple):

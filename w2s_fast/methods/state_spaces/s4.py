@@ -1,37 +1,46 @@
-"""S4 in its diagonal form (arXiv 2111.00396, 2206.11893): trained on all positions at once, decoded step by step.
+"""S4 and its diagonal form (arXiv 2111.00396, 2206.11893): trained on all positions at once, decoded step by step.
 
-Residual blocks of norm, `w2s_fast.nn.S4D` and dropout between two linear maps. The state spaces' own parameters (Delta
-and A) learn at 1e-3 at most and without decay, whatever the others do. Training is one convolution a layer; `step`
-carries a state of fixed size from position to position, so that each costs the same however long the sequence is.
+Residual blocks of norm, `w2s_fast.nn.S4D` or `w2s_fast.nn.S4` and dropout between two linear maps. The state spaces'
+own parameters (Delta, A, and B and P of S4) learn at 1e-3 at most and without decay, whatever the others do. Training
+is one convolution a layer; `step` carries a state of fixed size from position to position, so that each costs the same
+however long the sequence is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ... import checks
-from ...nn import S4D
+from ...nn import S4, S4D
+from ...nn.s4 import Steps
 from .._common.batches import shuffled
 from .._common.classify import inputs_of, labels_of
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
 
 Pool = Literal["mean", "last", "none"]
+Layer = Literal["s4d", "s4"]
 STATE_RATE = 1e-3
 
 
-class Block(nn.Module):
-    """``x + dropout(S4D(norm(x)))``, or the norm behind the sum."""
+class State(NamedTuple):
+    """Of a layer: the states ``[B, H, M, 2]``, and what a step of S4 needs of its parameters."""
 
-    def __init__(self, width: int, d_state: int, dropout: float, prenorm: bool, lr: float) -> None:
+    x: Tensor
+    steps: Steps | None
+
+
+class Block(nn.Module):
+    """``x + dropout(layer(norm(x)))``, or the norm behind the sum."""
+
+    def __init__(self, layer: S4 | S4D, dropout: float, prenorm: bool) -> None:
         super().__init__()
-        self.prenorm, self.norm = prenorm, nn.LayerNorm(width)
-        self.layer = S4D(width, d_state, dropout, transposed=False, lr=lr)
+        self.prenorm, self.norm, self.layer = prenorm, nn.LayerNorm(layer.d_model), layer
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -40,11 +49,17 @@ class Block(nn.Module):
         x = x + self.dropout(y)
         return (x if self.prenorm else self.norm(x)), state
 
-    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def default_state(self, batch: int) -> State:
+        """Before a sequence, for the parameters as they are."""
+        return State(self.layer.default_state(batch), self.layer.steps() if isinstance(self.layer, S4) else None)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """``[B, H]`` of one position."""
-        y, state = self.layer.step(self.norm(x) if self.prenorm else x, state)
+        given = self.norm(x) if self.prenorm else x
+        more = () if isinstance(self.layer, S4D) else (state.steps,)
+        y, after = self.layer.step(given, state.x, *more)
         x = x + self.dropout(y)
-        return (x if self.prenorm else self.norm(x)), state
+        return (x if self.prenorm else self.norm(x)), state._replace(x=after)
 
 
 class SequenceModel(nn.Module):
@@ -52,22 +67,32 @@ class SequenceModel(nn.Module):
 
     Args:
         inputs, outputs: numbers of features.
-        width, layers, d_state: H, of S4D layers, and the states N of each feature.
+        width, layers, d_state: H, of state space layers, and the states N of each feature.
         pool: over positions before the last map.
-        lr: of Delta and A.
+        lr: of Delta and A (B and P).
+        layer: "s4d" for `w2s_fast.nn.S4D`, "s4" for `w2s_fast.nn.S4`.
+        length: the usual one; "s4" makes its output maps for it.
 
     Raises:
-        ValueError: naming `pool`.
+        ValueError: naming `pool` or `layer`.
     """
 
     def __init__(
         self, inputs: int, outputs: int, *, width: int = 64, layers: int = 2, d_state: int = 64, dropout: float = 0.0,
-        prenorm: bool = True, pool: Pool = "mean", lr: float = STATE_RATE,
+        prenorm: bool = True, pool: Pool = "mean", lr: float = STATE_RATE, layer: Layer = "s4d",
+        length: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         checks.choice("methods.s4", "pool", pool, get_args(Pool))
+        checks.choice("methods.s4", "layer", layer, get_args(Layer))
         self.pool, self.encoder, self.decoder = pool, nn.Linear(inputs, width), nn.Linear(width, outputs)
-        self.blocks = nn.ModuleList(Block(width, d_state, dropout, prenorm, lr) for _ in range(layers))
+
+        def made() -> S4 | S4D:
+            if layer == "s4d":
+                return S4D(width, d_state, dropout, transposed=False, lr=lr)
+            return S4(width, d_state, dropout=dropout, transposed=False, lr=lr, l_max=length)
+
+        self.blocks = nn.ModuleList(Block(made(), dropout, prenorm) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """All positions at once."""
@@ -78,11 +103,11 @@ class SequenceModel(nn.Module):
             x = x.mean(1) if self.pool == "mean" else x[:, -1]
         return cast(Tensor, self.decoder(x))
 
-    def default_state(self, batch: int) -> list[Tensor]:
-        """Of all layers, before a sequence."""
-        return [cast(Block, block).layer.default_state(batch) for block in self.blocks]
+    def default_state(self, batch: int) -> list[State]:
+        """Of all layers, before a sequence, for the parameters as they are."""
+        return [cast(Block, block).default_state(batch) for block in self.blocks]
 
-    def step(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def step(self, x: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         """One position ``[B, inputs]``: outputs ``[B, outputs]`` without pooling, and the states after it."""
         x, after = self.encoder(x), []
         for block, own in zip(self.blocks, state, strict=True):
@@ -91,14 +116,19 @@ class SequenceModel(nn.Module):
         return cast(Tensor, self.decoder(x)), after
 
 
-def adamw(decay: float = 0.01) -> Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]:
-    """A maker for `Recipe`: parameters with an ``_optim`` of their own have its rate, if lower, and its decay."""
+def adamw(model: nn.Module, decay: float = 0.01) -> Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]:
+    """A maker for `Recipe`: parameters with an ``_optim`` of their own have its rate, if lower, and its decay.
+
+    It is read now and kept by name: parameters that FSDP2 shards later do not have it.
+    """
+    own = {name: getattr(p, "_optim", {}) for name, p in model.named_parameters()}
 
     def make(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        settings = {id(p): own.get(name, {}) for name, p in model.named_parameters()}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for p in parameters:
-            own = getattr(p, "_optim", {})
-            key = min(rate, own.get("lr", rate)), own.get("weight_decay", decay)
+            mine = settings.get(id(p), {})
+            key = min(rate, mine.get("lr", rate)), mine.get("weight_decay", decay)
             groups.setdefault(key, []).append(p)
         return torch.optim.AdamW([{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()])
 
@@ -106,14 +136,14 @@ def adamw(decay: float = 0.01) -> Callable[[Iterable[nn.Parameter], float], torc
 
 
 def train(model: nn.Module, data: Any, *, recipe: Recipe, **run: Any) -> Trained:
-    """Train a model with S4D layers by the cross-entropy of its outputs ``[B, C]`` or ``[B, L, C]``.
+    """Train a model with S4 or S4D layers by the cross-entropy of its outputs ``[B, C]`` or ``[B, L, C]``.
 
     Args:
         data: map-style, ``(x [L, inputs], y)``, y one label or one a position.
         recipe: its optimizer is AdamW with the state spaces' own rates, and no decay of them, unless it is a function.
     """
     if not callable(recipe.optimizer):
-        recipe = recipe.but(optimizer=adamw(recipe.decay))
+        recipe = recipe.but(optimizer=adamw(model, recipe.decay))
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return cross_entropy(model(inputs_of(batch)).flatten(0, -2), labels_of(batch).flatten())
