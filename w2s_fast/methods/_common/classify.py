@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .batches import sized
 from .loop import moved
 
 
@@ -47,6 +48,7 @@ class WithTargets(Dataset[Any]):
 @torch.no_grad()
 def predicted(model: nn.Module, data: Any, batch: int = 256) -> Tensor:
     """Logits ``[N, C]`` of a map-style dataset in its order, in evaluation mode, on the CPU."""
+    sized(data)
     mode, device = model.training, next((p.device for p in model.parameters()), torch.device("cpu"))
     model.eval()
     parts = [logits(model, moved(inputs_of(part), device)).float().cpu() for part in DataLoader(data, batch)]
@@ -56,7 +58,7 @@ def predicted(model: nn.Module, data: Any, batch: int = 256) -> Tensor:
 
 def labels(data: Any) -> Tensor:
     """``[N]`` of a map-style dataset."""
-    return torch.tensor([int(labels_of(data[i])) for i in range(len(data))])
+    return torch.tensor([int(labels_of(data[i])) for i in range(sized(data))])
 
 
 def as_list(models: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:

@@ -13,11 +13,13 @@ import importlib
 import inspect
 import json
 import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,11 +32,17 @@ ROWS, DATA = ("rows", "retain"), ("data", "validation", "labelled")
 
 
 class _Row(dict[str, Any]):
-    """A row of a file, which names a column that a method asks for and that it does not have."""
+    """A row of a file, which names a column that a method asks for and that it does not have, or has nothing in."""
 
     def __init__(self, values: dict[str, Any], where: str) -> None:
         super().__init__(values)
         self.where = where
+
+    def __getitem__(self, name: str) -> Any:
+        found = super().__getitem__(name)
+        if found is None:
+            raise ValueError(f"{self.where}: nothing in the column {name!r}")
+        return found
 
     def __missing__(self, name: str) -> Any:
         raise ValueError(f"{self.where}: no column {name!r}, only {', '.join(self) or 'none'}")
@@ -159,19 +167,31 @@ def main(name: str, summary: str, train: Callable[..., Any], arguments: list[str
     settings = {setting: getattr(given, setting) for setting in settings_of(train)}
     try:
         where = places.place(given.device)
+        _seed(recipe.seed + where.rank)
         inputs = _inputs(train, given)
+        if not isinstance(inputs["model"], nn.Module):
+            checks.fail(f"methods.{name}", "model", "a torch module", type(inputs["model"]).__name__)
         for one in inputs.values():
             if isinstance(one, nn.Module):
                 one.to(where.device)
         trained = train(**inputs, recipe=recipe, **settings, where=where, checkpoint=given.out / "checkpoints",
                         label=name, progress=sys.stderr.isatty())  # fmt: skip
         _write(given.out, inputs, trained, {"method": name, **dataclasses.asdict(recipe), **settings}, where)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
+        if isinstance(error, TypeError) and not str(error).startswith("w2s_fast."):
+            raise  # not an argument that a method has refused
         print(f"w2s-fast train {name}: {error}", file=sys.stderr)
         return 1
     finally:
         places.leave()
     return 0
+
+
+def _seed(seed: int) -> None:
+    """Of what draws without a generator of its own: dropout, new layers, the user's functions."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _inputs(train: Callable[..., Any], given: argparse.Namespace) -> dict[str, Any]:

@@ -74,7 +74,12 @@ def train(
         ValueError: naming `pick`, `worst`.
     """
     checks.choice(OP, "pick", pick, ("all", "mix"))
-    made = stored(as_list(list(sources)), data, lambda m: PGD(m, eps, steps=attack_steps, clip=clip), copies=copies)
+    draw = torch.Generator().manual_seed(recipe.seed)  # a run that goes on must have the same examples
+
+    def attack(source: Any) -> Attack:
+        return PGD(source, eps, steps=attack_steps, clip=clip, generator=draw)
+
+    made = stored(as_list(list(sources)), data, attack, copies=copies)
     key, (_, kinds) = key_of(recipe.seed, "pubdef"), made.shape[:2]
 
     def loss(model: nn.Module, batch: Any, step: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grid_sample
 from torch.utils.data import TensorDataset
 
+from ... import checks
 from ...ops.linear_loss.kd import kd_loss
 from .._common.batches import shuffled
 from .._common.classify import as_list, labels, logits
@@ -139,4 +140,7 @@ def train(
     with torch.no_grad():
         classes = logits(teacher, pictures[:1].to(next(teacher.parameters()).device)).shape[1]
     kept = calibrated(stored, labels(data), classes, discard=discard, uncertain=uncertain, smooth=smooth)
+    if not len(kept.picture):
+        most = stored.logp.max().exp().item()
+        checks.fail("methods.ferkd", "discard", f"at most {most:.4g}, the teacher's largest probability", discard)
     return train_stored(model, pictures, kept, recipe=recipe, mix=mix, **run)
