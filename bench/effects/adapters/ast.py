@@ -1,8 +1,8 @@
 """AST (arXiv 2407.20584): 2:4 retraining with a mask that moves and settles, and the dense model as teacher.
 
-A pre-trained Llama of width 48 (`bench.effects.adapted`) is pruned to 2:4 and learns docstrings for 120 more steps:
+A pre-trained Llama of width 48 (`bench.effects.adapted`) is pruned to 2:4 and learns docstrings for 80 more steps:
 with the first mask; with it and distillation (2/3 of the loss); with both and a mask that is renewed every 10 steps,
-the decay of pruned weights growing over 30 steps. Rates, and AST's decay, are chosen on dev.
+the decay of pruned weights growing to 0.03 over 20 steps. The rate is chosen on dev for each.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .. import adapted
 from ..adapted import LENGTH, Arm, Plan
 from ..protocol import Choice, Claim
 
-STEPS, RAMP, RATES, PUSHES = 120, 30, (1e-3, 3e-3, 1e-2), (1e-2, 3e-2)
+STEPS, RAMP, PUSH, RATES = 80, 20, 3e-2, (3e-4, 1e-3, 3e-3)
 CLAIMS = [
     Claim("AST beats the fixed mask", "loss", "AST", "fixed mask", 0.0, "lower"),
-    Claim("AST closes 40 % of its gap to the dense model", "closed", "AST", 0.4),
+    Claim("AST is at most 0.1 nats behind the dense model", "loss", "AST", "dense", -0.1, "lower"),
     Claim("the moving mask helps: AST beats a fixed mask, distilled", "loss", "AST", "fixed mask, distilled", 0.0,
           "lower"),
 ]  # fmt: skip
 
 
 def retrained(share: float, renew_every: int) -> Arm:
-    def arm(model: Any, recipe: Recipe, push: float = 0.0) -> Trained:
-        return ast.train(model, None, adapted.rows("general"), recipe=recipe, share=share, push=push, ramp=RAMP,
-                         renew_every=renew_every, length=LENGTH)  # fmt: skip
+    def arm(model: Any, recipe: Recipe) -> Trained:
+        return ast.train(model, None, adapted.rows("general"), recipe=recipe, share=share, ramp=RAMP,
+                         push=PUSH if renew_every else 0.0, renew_every=renew_every, length=LENGTH)  # fmt: skip
 
     return arm
 
@@ -38,9 +38,7 @@ ARMS: dict[str, Arm] = {"fixed mask": retrained(0.0, 0), "fixed mask, distilled"
 
 
 def plan() -> Plan:
-    grids: dict[str, dict[str, Any]] = {arm: {"rate": RATES} for arm in ARMS}
-    grids["AST"]["push"] = PUSHES
-    return Plan(ARMS, grids, adapted.base, "general", STEPS)
+    return Plan(ARMS, {arm: {"rate": RATES} for arm in ARMS}, adapted.base, "general", STEPS)
 
 
 def choices() -> dict[str, Choice]:
@@ -49,9 +47,7 @@ def choices() -> dict[str, Choice]:
 
 def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:
     found = adapted.measure(plan(), seed, chosen, start="dense")
-    naive, dense = found["fixed mask"]["loss"], found["dense"]["loss"]
     pruned = adapted.base(seed)
     ast.mask(pruned)
     found["one shot"] = adapted.columns(pruned, "general")
-    found["AST"]["closed"] = (naive - found["AST"]["loss"]) / (naive - dense)
     return found

@@ -1,6 +1,6 @@
 """Bone (arXiv 2409.15371): adapters of square blocks, MiSS and BAT, against LoRA of as many numbers.
 
-A Llama of width 48 that knows docstrings (`bench.effects.adapted`) learns code for 100 steps: MiSS and BAT of rank 16
+A Llama of width 48 that knows docstrings (`bench.effects.adapted`) learns code for 80 steps: MiSS and BAT of rank 16
 (16,896 numbers), LoRA of rank 9 (17,280), or the adapted matrices themselves. The rate is chosen on dev for each.
 *Forgotten* is what it costs on docstrings.
 """
@@ -16,7 +16,7 @@ from .. import adapted
 from ..adapted import LENGTH, Arm, Plan
 from ..protocol import Choice, Claim
 
-RANK, LORA_RANK, STEPS, RATES = 16, 9, 100, (1e-3, 3e-3, 1e-2, 3e-2)
+RANK, LORA_RANK, STEPS, RATES = 16, 9, 80, (1e-3, 3e-3, 1e-2)
 CLAIMS = [
     Claim("MiSS beats LoRA", "loss", "MiSS", "LoRA", 0.0, "lower"),
     Claim("BAT beats LoRA", "loss", "BAT", "LoRA", 0.0, "lower"),

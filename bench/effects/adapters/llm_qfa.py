@@ -1,7 +1,7 @@
 """LLM-QFA (arXiv 2405.20202): a mean width that goes up and down, against widths drawn uniformly, for one model of all.
 
 A Llama of width 48 that knows docstrings (`bench.effects.adapted`) is quantised to 2, 3 and 4 bits in groups of 16;
-adapters of rank 3, one for each projection and width, learn code for 120 steps. Balanced: two waves of the mean width.
+adapters of rank 3, one for each projection and width, learn code for 90 steps. Balanced: two waves of the mean width.
 Nats a token at 2, 3 and 4 bits in all layers, and the mean of four mixtures. The rate is chosen on dev, by the mean
 over the three widths.
 """
@@ -19,7 +19,7 @@ from .. import adapted
 from ..adapted import LENGTH
 from ..protocol import Choice, Claim, choose
 
-GROUP, RANK, STEPS, PERIOD, MIXTURES, RATES = 16, 3, 120, 60, 4, (3e-3, 1e-2, 3e-2)
+GROUP, RANK, STEPS, PERIOD, MIXTURES, RATES = 16, 3, 90, 45, 4, (3e-3, 1e-2, 3e-2)
 CLAIMS = [
     Claim("at 2 bits in all layers the balanced schedule is better", "2 bits", "balanced", "uniform", 0.0, "lower"),
     Claim("at 4 bits in all layers the balanced schedule is better", "4 bits", "balanced", "uniform", 0.0, "lower"),

@@ -23,7 +23,7 @@ from w2s_fast.methods.adapters import s3t
 from ..data import digits
 from ..protocol import Choice, Claim, choose
 
-PUBLIC, SHARDS, SLICES, WIDTH, RANK, STEPS, DELETED, RUNS, RATES = 80, 3, 4, 48, 4, 40, 10, 8, (1e-2, 3e-2, 1e-1)
+PUBLIC, SHARDS, SLICES, WIDTH, RANK, STEPS, DELETED, RUNS, RATES = 80, 3, 4, 48, 4, 40, 10, 8, (1e-2, 3e-2)
 CLAIMS = [
     Claim("with four orders the shards live 1.4 times as long as with one", "longer", "four orders", 1.4),
     Claim("life is at least 92 % of the theory's", "life over theory", "four orders", 0.92),

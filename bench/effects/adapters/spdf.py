@@ -1,7 +1,7 @@
 """SPDF (arXiv 2303.10464): pre-trained with 75 % of the weights at 0, fine-tuned with all of them.
 
-A Llama of width 48 (`bench.effects.adapted`) learns docstrings from random weights for 240 steps, dense or under a
-random mask, then code for 100: all weights, or those of the mask. Both rates are chosen on dev: that of pre-training by
+A Llama of width 48 (`bench.effects.adapted`) learns docstrings from random weights for 160 steps, dense or under a
+random mask, then code for 60: all weights, or those of the mask. Both rates are chosen on dev: that of pre-training by
 the docstrings, that of fine-tuning by the code. *Closed* is the share
 of the gap to dense pre-training on docstrings that is gone on code.
 """
@@ -19,7 +19,7 @@ from .. import adapted, llama
 from ..adapted import LENGTH
 from ..protocol import Choice, Claim, choose
 
-SPARSITY, STEPS, TUNING, RATES = 0.75, 240, 100, (3e-3, 1e-2, 3e-2)
+SPARSITY, STEPS, TUNING, RATES = 0.75, 160, 60, (3e-3, 1e-2, 3e-2)
 ARMS = {"dense": 0.0, "sparse, dense tuning": SPARSITY, "sparse, sparse tuning": SPARSITY}
 CLAIMS = [
     Claim("dense fine-tuning beats sparse", "code", "sparse, dense tuning", "sparse, sparse tuning", 0.0, "lower"),
