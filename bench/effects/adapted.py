@@ -134,11 +134,13 @@ def halves(model: nn.Module, rate: float, rest: float = REST) -> list[dict[str, 
 
 def lora(model: Any, recipe: Recipe, rank: int, scale: float = 2.0, domain: str = "code") -> Trained:
     """The baseline: PEFT's LoRA on all projections, merged in the end."""
-    from w2s_fast.methods.adapters._peft import adapt, train_adapted
+    from w2s_fast.methods.adapters._peft import adapt, merge
 
     adapted = adapt("effects", model, "LoraConfig", PROJECTIONS, recipe.seed, r=rank, lora_alpha=scale * rank,
                     lora_dropout=0.0)  # fmt: skip
-    return train_adapted(adapted, model, blocks(domain), recipe, [], {})
+    done = train_blocks(adapted, blocks(domain), recipe)
+    merge(adapted, model)
+    return done
 
 
 def all_projections(model: Any, recipe: Recipe, domain: str = "code") -> Trained:
