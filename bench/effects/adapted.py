@@ -52,6 +52,8 @@ class Plan(NamedTuple):
     #: Of the runs on dev; 0: as many.
     dev_steps: int = 0
     batch: int = 4
+    #: Blocks of a measurement.
+    shown: int = SHOWN
 
 
 @lru_cache(maxsize=1)
@@ -111,10 +113,10 @@ def base(seed: int) -> Any:
 
 
 @torch.no_grad()
-def loss(model: Any, domain: str, on: str) -> float:
-    """Nats a token on blocks spread over a held-out part."""
+def loss(model: Any, domain: str, on: str, shown: int = SHOWN) -> float:
+    """Nats a token on ``shown`` blocks spread over a held-out part."""
     held = streams()[domain, on]
-    part = held[torch.linspace(0, len(held) - 1, SHOWN).long()]
+    part = held[torch.linspace(0, len(held) - 1, shown).long()]
     z = model.eval()(input_ids=part, use_cache=False).logits[:, :-1]
     return F.cross_entropy(z.flatten(0, 1), part[:, 1:].flatten()).item()
 
@@ -165,25 +167,26 @@ def choices(plan: Plan) -> dict[str, Choice]:
     """Of every arm that has a grid: the setting of the smallest loss on dev."""
 
     def run(arm: str, seed: int, on: str, rate: float, **setting: Any) -> float:
-        found = loss(trained(plan, arm, seed, plan.dev_steps or plan.steps, rate, **setting)[0], plan.domain, on)
+        model = trained(plan, arm, seed, plan.dev_steps or plan.steps, rate, **setting)[0]
+        found = loss(model, plan.domain, on, plan.shown)
         return found if math.isfinite(found) else 99.0  # diverged
 
     return {arm: choose(lambda seed, on, arm=arm, **setting: run(arm, seed, on, **setting), grid, better="lower")
             for arm, grid in plan.grids.items()}  # fmt: skip
 
 
-def columns(model: Any, domain: str) -> dict[str, float]:
+def columns(model: Any, domain: str, shown: int = SHOWN) -> dict[str, float]:
     """Nats a token on test and their exponential, and perplexity on dev."""
-    found = loss(model, domain, "test")
-    return {"loss": found, "perplexity": math.exp(found), "dev perplexity": math.exp(loss(model, domain, "dev"))}
+    found, dev = (loss(model, domain, on, shown) for on in ("test", "dev"))
+    return {"loss": found, "perplexity": math.exp(found), "dev perplexity": math.exp(dev)}
 
 
 def measure(plan: Plan, seed: int, chosen: Mapping[str, Any], start: str = "") -> dict[str, dict[str, float]]:
     """All columns of all arms on test; under the name ``start`` those of the model that they start from."""
-    found = {start: columns(plan.start(seed), plan.domain)} if start else {}
+    found = {start: columns(plan.start(seed), plan.domain, plan.shown)} if start else {}
     for arm in plan.arms:
         model, done, seconds = trained(plan, arm, seed, plan.steps, **chosen[arm])
-        found[arm] = columns(model, plan.domain) | costs(done, seconds)
+        found[arm] = columns(model, plan.domain, plan.shown) | costs(done, seconds)
         if plan.domain != "general":
             found[arm]["forgotten"] = loss(model, "general", "test") - known(seed)
     return found

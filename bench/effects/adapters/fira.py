@@ -63,7 +63,8 @@ ARMS: dict[str, Arm] = {
 
 
 def plan() -> Plan:
-    return Plan(ARMS, {arm: {"rate": RATES} for arm in ARMS}, adapted.untrained, "general", STEPS, STEPS // 2)
+    return Plan(ARMS, {arm: {"rate": RATES} for arm in ARMS}, adapted.untrained, "general", STEPS, STEPS // 2,
+                shown=160)  # fmt: skip
 
 
 def choices() -> dict[str, Choice]:
