@@ -1,10 +1,10 @@
 """Bonsai (arXiv 2203.15516): coloured digits whose colour tells more than the digit, but not everywhere.
 
-A digit in one of two channels, four copies with noise of their own. Label: digit < 5, flipped with probability 0.25; colour: the label, flipped with 0.1
-and 0.2 in the two training environments, with 0.9 at test time. MLP 128-96-96-1, full batches. Arms: vREx from random
-weights, from plain training, from the rich features (all of the network, or its head alone), and plain training of the
-head on them. The penalty's weight is 1e4 as in the text; each arm's rate is chosen on dev, which is coloured as at
-test time, as the paper chooses. The digit alone gives 0.75.
+A digit in one of two channels, four copies with noise of their own. Label: digit < 5, flipped with probability 0.25;
+colour: the label, flipped with 0.1 and 0.2 in the two training environments, with 0.9 at test time. MLP 128-96-96-1,
+full batches. Arms: vREx from random weights, from plain training, from the rich features (all of the network, or its
+head alone), and plain training of the head on them. The penalty's weight is 1e4 as in the text; each arm's rate is
+chosen on dev, which is coloured as at test time, as the paper chooses. The digit alone gives 0.75.
 """
 
 from __future__ import annotations
