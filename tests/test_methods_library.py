@@ -9,6 +9,7 @@ import json
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -282,6 +283,48 @@ def test_a_teacher_says_nothing_of_a_first_token(tokenizer, tmp_path):
         assert bool((sequences.labels[empty] == -100).all())
         assert torch.equal(ids[whole], ids[plain]) and torch.equal(logp[whole], logp[plain])
         assert bool(logp[sequences.labels.roll(-1, 1) >= 0].isfinite().all())
+
+
+def test_a_corpus_is_dumped_by_workers_of_ray_data(gpt2, tokenizer, tmp_path, monkeypatch):
+    """The same map stage on two workers; its files are a file of `dump`."""
+    pytest.importorskip("pyarrow")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")  # on a machine that is busy
+    ray = pytest.importorskip("ray")
+    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in ROWS]
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=2**28)
+    try:
+        found = ray.data.from_items(rows, override_num_blocks=4).map_batches(
+            teacher_file.Dumper, fn_constructor_args=(gpt2, tokenizer), fn_constructor_kwargs={"top": 4},
+            batch_size=3, compute=ray.data.ActorPoolStrategy(size=2),
+        )  # fmt: skip
+        found.write_parquet(str(tmp_path / "parts"))
+    finally:
+        ray.shutdown()
+    teacher_file.dump(gpt2, tokenizer, rows, tmp_path / "whole.parquet", top=4, batch=3)
+    parts, whole = (teacher_file.Dumped(tmp_path / name) for name in ("parts", "whole.parquet"))
+    one, two = ({tuple(data[i]["ids"]): data[i] for i in range(len(data))} for data in (parts, whole))
+    assert one.keys() == two.keys() and len(one) == len(rows)
+    for ids, row in one.items():
+        assert row["scored"] == two[ids]["scored"] and row["top_ids"] == two[ids]["top_ids"]
+        assert row["top_logp"] == pytest.approx(two[ids]["top_logp"], abs=1e-5)
+    losses = teacher_file.distil(foreign.gpt2(len(tokenizer), 3), tmp_path / "parts", recipe=STEP.but(batch=4)).losses
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["lists", "arrays"])
+def test_the_map_stage_takes_columns_of_lists_and_of_arrays(kind, gpt2):
+    import numpy as np
+
+    ids = [[3, 4, 5], [7, 8]]
+    texts: Any = [np.array(part) for part in ids] if kind == "arrays" else ids
+    ragged = np.empty(2, dtype=object)
+    ragged[:] = texts
+    dumper = teacher_file.Dumper(gpt2, None, top=3)
+    columns = {"prompt": ragged if kind == "arrays" else texts, "completion": np.array([[5, 6], [6, 7]])}
+    found = dumper(columns if kind == "arrays" else {"prompt": texts, "completion": [[5, 6], [6, 7]]})
+    assert found["ids"] == [[3, 4, 5, 5, 6], [7, 8, 6, 7]] and found["scored"] == [2, 2]
+    assert [len(row) for row in found["top_ids"]] == [6, 6] and all(type(row) is list for row in found["top_ids"])
 
 
 # decoding

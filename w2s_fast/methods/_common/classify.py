@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ... import checks
 from .batches import sized
 from .loop import moved
 
@@ -65,5 +66,7 @@ def as_list(models: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     """One or several models."""
     found: list[Any] = list(models) if isinstance(models, (list, tuple, nn.ModuleList)) else [models]
     for model in found:
+        if not isinstance(model, nn.Module):
+            checks.fail("methods", "teacher", "a torch module, or several", type(model).__name__, error=TypeError)
         model.eval().requires_grad_(False)
     return found

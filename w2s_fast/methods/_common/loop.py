@@ -73,8 +73,12 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate"):
-            checks.integer(OP, name, getattr(self, name), low=0 if name == "steps" else 1)
+        for name in ("steps", "batch", "accumulate", "every"):
+            checks.integer(OP, name, getattr(self, name), low=0 if name in ("steps", "every") else 1)
+        for name, high in {"rate": math.inf, "decay": math.inf, "warmup": 1.0, "floor": 1.0}.items():
+            checks.number(OP, name, getattr(self, name), low=0.0, high=high)
+        if self.clip is not None:  # a negative norm would turn the gradient round
+            checks.number(OP, "clip", self.clip, low=0.0, open_low=True)
         if not callable(self.optimizer):
             checks.choice(OP, "optimizer", self.optimizer, optim.NAMES)
         if not callable(self.schedule):

@@ -128,6 +128,9 @@ def train(
             if len(i) != 1]  # fmt: skip
     if long:
         checks.fail(OP, "words", "single tokens each, as 'bad,poor;good,great'", long)
+    bad = [row["label"] for row in found if row["label"] not in range(len(groups))]
+    if bad:
+        checks.fail(OP, "label", f"a number below {len(groups)}, the classes of words", repr(bad[0]))
     prompt = ids_of(tokenizer, template, completion=True)
     mvp = MVP(model, [prompt], [[i[0] for i in own] for own in ids], tokenizer.mask_token_id, reduce=reduce)
     items = [(ids_of(tokenizer, row["text"])[: max_length - len(prompt)], int(row["label"])) for row in found]

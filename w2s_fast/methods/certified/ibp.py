@@ -97,6 +97,7 @@ def train_by(
     if hasattr(data, "__getitem__") and not isinstance(data, (list, tuple)):
         batches = shuffled(data, recipe.batch, seed=recipe.seed, where=run.get("where"))
     module = bound(model)
+    checks.number("methods.certified", "eps", eps, low=0.0)
     begin, end = first * recipe.steps, last * recipe.steps
 
     def value(_: nn.Module, batch: Any, step: int) -> Tensor:

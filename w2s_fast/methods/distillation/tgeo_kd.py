@@ -21,6 +21,7 @@ from .._common.batches import shuffled
 from .._common.classify import WithTargets, as_list, inputs_of, labels, labels_of, logits, predicted
 from .._common.loop import Recipe, Trained, moved
 from .._common.loop import train as run_loop
+from .._common.place import ALONE, average_gradients
 
 
 class Geometry(nn.Module):
@@ -121,6 +122,7 @@ def train(
             held = moved((inputs_of(clean), labels_of(clean)), device)
             # alpha's gradient is divided by eta / B: the outer optimizer has no scale of its own
             ratio.backward(alpha_gradient(model, part, ratio.detach(), held, eta, tau) * (len(ratio) / eta))
+            average_gradients(net.parameters(), where or ALONE)
             outer.step()
         teachers = [("logits", part.told)]
         return kd_loss(made, teachers, alpha=ratio.detach(), tau=tau, target=part.y, hard="ce")[0]

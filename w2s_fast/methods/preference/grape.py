@@ -24,7 +24,7 @@ def likelihoods(
     max_length: int = 1024,
 ) -> list[Tensor]:  # fmt: skip
     """Log-probability of each of a row's ``completions`` given its ``prompt``, a token or in all; prompts count not."""
-    bare = next((i for i, row in enumerate(rows) if isinstance(row["completions"], str) or not row["completions"]), None)
+    bare = next((i for i, row in enumerate(rows) if not isinstance(row["completions"], (list, tuple)) or not row["completions"]), None)
     if bare is not None:
         checks.fail("methods.grape", "completions", "a list of at least one", repr(rows[bare]["completions"]))
     flat = [(i, text) for i, row in enumerate(rows) for text in row["completions"]]

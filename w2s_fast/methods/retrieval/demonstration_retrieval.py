@@ -97,6 +97,9 @@ def train(
     """
     found = language.check_rows(OP, rows, "prompt", "completion")
     given = [language.example(tokenizer, row["prompt"], row["completion"], max_length=max_length) for row in found]
+    empty = next((i for i, one in enumerate(given) if not one.prompt), None)
+    if empty is not None:
+        checks.fail(OP, "prompt", "of at least one token in every row", f"none in row {empty}")
     retriever = Retriever(encoder.eval().requires_grad_(False), width)
     queries = retriever.states([one.prompt for one in given])
     bank = retriever.states([one.prompt + one.completion for one in given])
