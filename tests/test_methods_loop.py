@@ -173,7 +173,9 @@ def test_losses_may_ask_for_the_step_and_frozen_parameters_stay():
     [
         ({"steps": -1}, "steps must be"), ({"steps": 1, "optimizer": "x"}, "optimizer must be one of"),
         ({"steps": 1, "schedule": "x"}, "schedule must be one of"), ({"steps": 1, "parallel": "x"}, "parallel must be"),
-        ({"steps": 1, "autocast": "int8"}, "autocast must be"),
+        ({"steps": 1, "autocast": "int8"}, "autocast must be"), ({"steps": 1, "clip": -1.0}, "clip must be"),
+        ({"steps": 1, "rate": float("nan")}, "rate must be"), ({"steps": 1, "warmup": 3.0}, "warmup must be"),
+        ({"steps": 1, "floor": -0.1}, "floor must be"), ({"steps": 1, "every": -1}, "every must be"),
         ({"steps": 1, "optimizer": "adam8bit-per-layer"}, "accumulation or clipping"),
     ],
 )  # fmt: skip

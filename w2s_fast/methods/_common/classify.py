@@ -37,6 +37,7 @@ class WithTargets(Dataset[Any]):
     """Items of a map-style dataset, each with its row of some tensors: ``(item, row, ...)``."""
 
     def __init__(self, data: Any, *targets: Tensor) -> None:
+        sized(data)
         self.data, self.targets = data, targets
 
     def __len__(self) -> int:

@@ -132,9 +132,11 @@ def train(
         tick: gets the loss of every update.
 
     Raises:
-        ValueError: no batches; a checkpoint of other settings.
+        ValueError, TypeError: no batches; a checkpoint of other settings.
     """
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        checks.fail(OP, "batches", "something to iterate over", type(batches).__name__, error=TypeError)
     where = where or ALONE._replace(device=torch.device(device) if device is not None else home)
     if home != where.device:
         model.to(where.device)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import checks
 from ...nn import IntervalModule, bound
 from .._common.batches import shuffled
 from .._common.loop import Recipe, Trained, moved

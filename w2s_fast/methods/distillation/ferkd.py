@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from ... import checks
 from ...ops.linear_loss.kd import kd_loss
-from .._common.batches import shuffled
+from .._common.batches import shuffled, sized
 from .._common.classify import as_list, labels, logits
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
@@ -135,6 +135,7 @@ def train(
         discard, uncertain: thresholds of the teacher's largest probability. The paper's are for ImageNet.
     """
     (teacher,) = as_list(teacher)
+    sized(data)
     pictures, draw = torch.stack([data[i][0] for i in range(len(data))]), torch.Generator().manual_seed(recipe.seed)
     stored = store(teacher, pictures, crops, draw, top=top, least=least)
     with torch.no_grad():
