@@ -21,6 +21,7 @@ import w2s_fast
 from w2s_fast.methods import available
 from w2s_fast.methods._common.batches import ShuffledBatches, shuffled
 from w2s_fast.methods._common.loop import Recipe, train
+from w2s_fast.methods._common.place import Place
 from w2s_fast.testing import methods as cases
 from w2s_fast.testing.selection import covering, sampled
 
@@ -296,10 +297,11 @@ place.leave()
 """
 
 #: Whose processes draw noise, or take batch statistics, each for its own part of a batch.
-OWN_DRAWS = {"npo", "ferkd", "scalekd", "fast", "word_substitution", "robustify", "shrinkmatch", "mip", "ict", "w2sd",
+OWN_DRAWS = {"npo", "ferkd", "tgeo_kd", "scalekd", "fast", "word_substitution", "robustify", "shrinkmatch", "mip", "ict", "w2sd",
              "pixart_sigma"}  # fmt: skip
-#: Whose modules FSDP2 does not take: bounds of sharded layers, functions of parts of the model.
-UNSHARDED = {"ibp", "fast"}
+#: Which refuse FSDP2: they read whole parameters, of bounds, masks or projections.
+UNSHARDED = {"ibp", "fast", "hyperinterval", "word_substitution", "tgeo_kd", "mvp", "demonstration_retrieval", "fira",
+             "ast", "perp", "sst", "randlora", "spdf", "exssnet"}  # fmt: skip
 TRAINS = {name: method.family for name, method in available().items() if method.family != "streams"}
 
 
@@ -320,3 +322,11 @@ def test_a_method_of_every_family_in_two_processes(parallel, tmp_path):
             assert len(found[name]) == len(alone) and all(map(math.isfinite, found[name])), name
         else:
             assert found[name] == pytest.approx(alone, rel=2e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("name", sorted(UNSHARDED))
+def test_what_cannot_be_sharded_says_so(name):
+    pytest.importorskip("transformers")
+    two = Place(0, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="parallel must be 'replicate', this method reads the whole parameters"):
+        cases.run(name, cases.STEP.but(parallel="fsdp"), where=two)

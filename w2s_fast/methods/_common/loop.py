@@ -377,6 +377,12 @@ def _set_epoch(batches: Any, epoch: int) -> None:
             part.set_epoch(epoch)
 
 
+def unsharded(op: str, recipe: Recipe, where: Place | None) -> None:
+    """Refuse FSDP2, for a method that reads the whole parameters outside the model's forward pass."""
+    if where is not None and where.world > 1 and recipe.parallel == "fsdp":
+        checks.fail(op, "parallel", "'replicate', this method reads the whole parameters", repr(recipe.parallel))
+
+
 def shard(model: nn.Module) -> None:
     """FSDP2: every module of the longest ModuleList (a transformer's layers), then the rest."""
     from torch.distributed.fsdp import fully_shard

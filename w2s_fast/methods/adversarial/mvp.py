@@ -18,7 +18,7 @@ from ... import checks
 from ...attacks import PGD, frozen
 from .._common.batches import shuffled
 from .._common.language import check_rows, ids_of
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from .._common.loop import train as run_loop
 
 OP = "methods.mvp"
@@ -121,6 +121,7 @@ def train(
     Raises:
         ValueError: naming `rows`, `words`, `templates`.
     """
+    unsharded("methods.mvp", recipe, run.get("where"))
     found = check_rows(OP, rows, "text", "label")
     groups = [group.split(",") for group in words.split(";")]
     ids = [[ids_of(tokenizer, word, completion=True) for word in group] for group in groups]

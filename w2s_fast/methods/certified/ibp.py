@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ... import checks
 from ...nn import IntervalModule, bound
 from .._common.batches import shuffled
-from .._common.loop import Recipe, Trained, moved
+from .._common.loop import Recipe, Trained, moved, unsharded
 from .._common.loop import train as run_loop
 
 Clip = tuple[float, float] | None
@@ -98,6 +98,7 @@ def train_by(
     if hasattr(data, "__getitem__") and not isinstance(data, (list, tuple)):
         batches = shuffled(data, recipe.batch, seed=recipe.seed, where=run.get("where"))
     module = bound(model)
+    unsharded("methods.certified", recipe, run.get("where"))
     checks.number("methods.certified", "eps", eps, low=0.0)
     begin, end = first * recipe.steps, last * recipe.steps
 

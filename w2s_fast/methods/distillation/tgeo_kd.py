@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot
 from ...ops.linear_loss.kd import kd_loss
 from .._common.batches import shuffled
 from .._common.classify import WithTargets, as_list, inputs_of, labels, labels_of, logits, predicted
-from .._common.loop import Recipe, Trained, moved
+from .._common.loop import Recipe, Trained, moved, unsharded
 from .._common.loop import train as run_loop
 from .._common.place import ALONE, average_gradients
 
@@ -104,6 +104,7 @@ def train(
         alternate: updates of the student to one of alpha.
         geometry: by default a new one; after training it says which samples' teacher was trusted (`trust`).
     """
+    unsharded("methods.tgeo_kd", recipe, run.get("where"))
     told, y = predicted(as_list(teacher)[0], data), labels(data)
     where, classes = run.get("where"), told.shape[1]
     net, means = geometry or Geometry(classes, recipe.seed), class_means(told, y)

@@ -17,7 +17,7 @@ from ... import checks
 from .._common import language
 from .._common.batches import shuffled
 from .._common.language import Example, Row
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from .._common.loop import train as run_loop
 from .world_knowledge import described
 
@@ -95,6 +95,7 @@ def train(
     Raises:
         ValueError: naming `rows`, `k`.
     """
+    unsharded("methods.demonstration_retrieval", recipe, run.get("where"))
     found = language.check_rows(OP, rows, "prompt", "completion")
     given = [language.example(tokenizer, row["prompt"], row["completion"], max_length=max_length) for row in found]
     empty = next((i for i, one in enumerate(given) if not one.prompt), None)
