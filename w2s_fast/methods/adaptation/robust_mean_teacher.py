@@ -23,7 +23,7 @@ from .._common.classify import inputs_of, labels_of, logits
 from .._common.contrastive import supcon
 from .._common.ema import MeanTeacher
 from .._common.features import Body, collected, last_linear, outputs
-from .._common.loop import Recipe, Trained, moved
+from .._common.loop import Recipe, Trained, moved, unsharded
 from .._common.loop import train as run_loop
 from .._common.place import ALONE, Place, gathered, generator
 from .._common.views import View, default_view
@@ -145,6 +145,7 @@ def train(
         labelled: source samples ``(x, y)``; without them neither prototypes nor replay.
         alpha, contrast, replay, momentum, tau, view: see `RobustMeanTeacher`.
     """
+    unsharded("methods.robust_mean_teacher", recipe, run.get("where"))
     where = run.get("where")
     known = prototypes_of(model, labelled) if labelled is not None else None
     mean = RobustMeanTeacher(model, prototypes=known, alpha=alpha, contrast=contrast, replay=replay, momentum=momentum,

@@ -100,7 +100,7 @@ def train(
         adv, entropy_adv = distillation(outputs(model, x_adv), told[0], taus[0])
         nat, entropy_nat = distillation(outputs(model, x), told[1], taus[1])
         seen = averaged(torch.stack((adv, nat, entropy_adv, entropy_nat)), where)
-        weight = balance.update(*seen, done=step / recipe.steps)
+        weight = balance.update(seen[0], seen[1], seen[2], seen[3], step / recipe.steps)
         return scale * (weight * adv + (1 - weight) * nat).sum()
 
     also = {"balance": balance, **run.pop("also", {})}

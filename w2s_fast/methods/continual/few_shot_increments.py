@@ -22,7 +22,7 @@ from .._common.batches import shuffled
 from .._common.classify import inputs_of, labels_of
 from .._common.contrastive import supcon
 from .._common.features import Body, last_linear, outputs
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from .._common.loop import train as run_loop
 from .._common.place import ALONE, gathered, generator
 from .._common.views import default_view, two
@@ -99,6 +99,7 @@ def train(
         turns: turned pictures as further classes.
         view: two views of every sample are trained on.
     """
+    unsharded("methods.few_shot_increments", recipe, run.get("where"))
     head = last_linear(model)
     base, where = classes or head.out_features, run.get("where") or ALONE
     draw = generator(recipe.seed, where)

@@ -21,7 +21,7 @@ from .._common.batches import Beside, shuffled
 from .._common.classify import inputs_of, labels_of
 from .._common.ema import MeanTeacher
 from .._common.features import last_linear, outputs
-from .._common.loop import Recipe, Trained, moved
+from .._common.loop import Recipe, Trained, moved, unsharded
 from .._common.loop import train as run_loop
 from .._common.place import generator
 from .._common.views import default_view, moved_about, noisy
@@ -136,6 +136,7 @@ def train(
         momentum: of the mean teacher.
         weak, strong: views.
     """
+    unsharded("methods.shrinkmatch", recipe, run.get("where"))
     head, where = last_linear(model), run.get("where")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
