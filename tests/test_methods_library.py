@@ -297,6 +297,7 @@ def test_a_teacher_says_nothing_of_a_first_token(tokenizer, tmp_path):
         assert bool(logp[sequences.labels.roll(-1, 1) >= 0].isfinite().all())
 
 
+@pytest.mark.slow(40)
 def test_a_corpus_is_dumped_by_workers_of_ray_data(gpt2, tokenizer, tmp_path, monkeypatch):
     """The same map stage on two workers; its files are a file of `dump`."""
     pytest.importorskip("pyarrow")

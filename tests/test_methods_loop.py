@@ -297,8 +297,8 @@ place.leave()
 """
 
 #: Whose processes draw noise, or take batch statistics, each for its own part of a batch.
-OWN_DRAWS = {"npo", "ferkd", "tgeo_kd", "scalekd", "fast", "word_substitution", "robustify", "shrinkmatch", "mip", "ict", "w2sd",
-             "pixart_sigma"}  # fmt: skip
+OWN_DRAWS = {"npo", "ferkd", "tgeo_kd", "scalekd", "fast", "word_substitution", "robustify", "shrinkmatch", "gpicl",
+             "mip", "ict", "w2sd", "pixart_sigma"}  # fmt: skip
 #: Which refuse FSDP2: they read whole parameters, of bounds, masks or projections.
 UNSHARDED = {"ibp", "fast", "hyperinterval", "word_substitution", "tgeo_kd", "mvp", "demonstration_retrieval", "fira",
              "ast", "perp", "sst", "randlora", "spdf", "exssnet", "robust_mean_teacher", "shrinkmatch", "clip_captions",
