@@ -93,7 +93,11 @@ def train_by(
     model: nn.Module, data: Any, loss: Any, recipe: Recipe, eps: float, first: float, last: float, *,
     ramp: Any = linear, **run: Any,
 ) -> Trained:  # fmt: skip
-    """Minimise ``loss(bound(model), x, y, stage)`` while the radius rises."""
+    """Minimise ``loss(bound(model), x, y, stage)`` while the radius rises.
+
+    Raises:
+        ValueError: naming `eps` or `parallel`.
+    """
     batches = data
     if hasattr(data, "__getitem__") and not isinstance(data, (list, tuple)):
         batches = shuffled(data, recipe.batch, seed=recipe.seed, where=run.get("where"))

@@ -133,6 +133,9 @@ def train(
         crops, least: random crops of a picture, and the smallest half size of one.
         top: probabilities kept of each.
         discard, uncertain: thresholds of the teacher's largest probability. The paper's are for ImageNet.
+
+    Raises:
+        ValueError: naming `data` or `discard`.
     """
     (teacher,) = as_list(teacher)
     sized(data)

@@ -23,7 +23,11 @@ def likelihoods(
     model: Any, tokenizer: Any, rows: list[Row], *, normalize: Literal["mean", "sum"] = "mean", batch: int = 16,
     max_length: int = 1024,
 ) -> list[Tensor]:  # fmt: skip
-    """Log-probability of each of a row's ``completions`` given its ``prompt``, a token or in all; prompts count not."""
+    """Log-probability of each of a row's ``completions`` given its ``prompt``, a token or in all; prompts count not.
+
+    Raises:
+        ValueError: naming `completions`.
+    """
     for row in rows:
         if not isinstance(row["completions"], (list, tuple)) or not row["completions"]:
             checks.fail("methods.grape", "completions", "a list of at least one", repr(row["completions"]))

@@ -76,6 +76,9 @@ def train(
     """Train a judge on debates of ``debater``; rows have ``question``, two ``answers`` and ``label``, 0 or 1.
 
     A judge of an ensemble is one of another ``recipe.seed``: its debates differ too.
+
+    Raises:
+        ValueError: naming `rows`, `answers` or `label`.
     """
     given = language.check_rows("methods.debate", rows, "question", "answers", "label")
     for row in given:

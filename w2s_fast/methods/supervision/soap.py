@@ -135,6 +135,9 @@ def noted(encoder: Any, tokenizer: Any, rows: Sequence[language.Row], headings: 
     Args:
         rows: with ``sentences`` and ``labels``, or, with ``headings``, sentences alone; those before the first
             heading are left out.
+
+    Raises:
+        ValueError: naming `rows`, `sentences` or `labels`.
     """
     found = []
     for row in language.check_rows(OP, rows, "sentences", *(["labels"] if headings is None else [])):
