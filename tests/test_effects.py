@@ -165,6 +165,38 @@ def test_the_command(monkeypatch, tmp_path):
     assert runner.invoke(cli.app, ["effect", "scaling_recipe", "--seeds", "x"]).exit_code == 2
 
 
+def test_the_list_is_the_table_of_the_docs(monkeypatch):
+    """`w2s-fast effect --list` and docs/: the same methods, the same verdicts, every claim of every experiment."""
+    from rich.console import Console
+
+    monkeypatch.setattr(cli, "out", Console(width=300))
+    *lines, last = CliRunner().invoke(cli.app, ["effect", "--list"]).stdout.splitlines()
+    listed, papers = {}, set()
+    for line in lines:
+        where, rest = line.split(": ", 1)
+        listed[where] = re.match(r"no experiment|not run|[^.]+?(?=, (?:under 1|\d+) CPU second)", rest)[0]
+        papers |= set(re.findall(r"\d{4}\.\d{5}", rest))
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    table, family, stated = {}, "", set()
+    for line in page[page.index("<!-- methods:begin -->") :].splitlines():
+        if line.startswith("### "):
+            family = line[4:].lower().replace(" ", "_")
+        elif row := re.match(r"\| `(\w+)` \| (.*?) \| .* \| ([^|]+) \|$", line):
+            stated |= set(re.findall(r"abs/([\d.]+)", row[2]))
+            for part in row[3].split("; "):
+                own = re.match(r"(?:`(\w+)`: )?(.+)", part)
+                table[f"{family}/{own[1] or row[1]}"] = own[2]
+    assert listed == table and len(listed) == len(lines) and papers <= stated
+    methods = protocol.methods()
+    assert last.startswith(f"{len(methods)} methods: ")
+    counts = [int(count) for count in re.findall(r"(\d+) (?:with|not|no) ", last)]
+    assert len(counts) == 3 and sum(counts) == len(methods) >= 87
+    assert {name for m in methods for name in m.experiments} == set(protocol.available())
+    claims = (ROOT / "docs" / "effects.md").read_text(encoding="utf-8")
+    for name, kept in protocol.load().items():
+        assert len(re.findall(rf"^\| `{name}` \|", claims, re.M)) == len(kept["claims"]), name
+
+
 def test_the_cost_of_sampling_is_measured(monkeypatch):
     sampling_cost = importlib.import_module("w2s_fast.bench.sampling_cost")
     assert sampling_cost.measure("MixtureSampler", 10**9).grown < 2**26  # an order of 10^9 items is 8 GB

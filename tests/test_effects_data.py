@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from w2s_fast.bench import demo, demo_speed
 from w2s_fast.bench import demo_family as dlf
-from w2s_fast.bench.effects import arithmetic, llama, points, spans, text, tokens
+from w2s_fast.bench.effects import adapted, arithmetic, llama, points, spans, text, tokens
 
 from w2s_fast.methods._common import cache
 
@@ -195,3 +195,21 @@ def test_moons_have_their_shares():
     assert first[:, 1].mean() > 0.3 and second[:, 1].mean() < -0.3
     both = points.moons(4000, generator)
     assert both.mean(0).abs().max() < 0.1 and 0.6 < both.std() < 1.0
+
+
+def test_arms_are_chosen_trained_and_measured(monkeypatch):
+    ids = torch.randint(adapted.VOCABULARY, (32, adapted.LENGTH), generator=torch.Generator().manual_seed(0))
+    parts = [(domain, part) for domain in adapted.DOMAINS for part in ("train", "dev", "test")]
+    monkeypatch.setattr(adapted, "streams", lambda: dict.fromkeys(parts, ids))
+    monkeypatch.setattr(adapted, "_base", adapted.untrained)
+    arms = {"LoRA": lambda model, recipe: adapted.lora(model, recipe, 2), "matrices": adapted.all_projections}
+    plan = adapted.Plan(arms, {arm: {"rate": (1e-9, 1e-2)} for arm in arms}, adapted.base, "code", 3)
+    chosen = {arm: choice.best for arm, choice in adapted.choices(plan).items()}
+    assert chosen == {arm: {"rate": 1e-2} for arm in arms}
+    found = adapted.measure(plan, 0, chosen, start="before")
+    sides = [sum(layer.weight.shape) for name, layer in adapted.untrained(0).named_modules() if name.endswith("_proj")]
+    assert found["LoRA"]["trainable bytes"] == 4 * 2 * sum(sides)
+    for arm in arms:  # two moments; a count of steps a tensor
+        assert 0 <= found[arm]["optimizer bytes"] - 2 * found[arm]["trainable bytes"] < 4 * 100
+        assert found[arm]["loss"] < found["before"]["loss"] == pytest.approx(math.log(found["before"]["perplexity"]))
+        assert found[arm]["forgotten"] == pytest.approx(found[arm]["loss"] - found["before"]["loss"])  # the same text

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from w2s_fast.methods import Recipe
 from w2s_fast.methods.adapters import allora, ast, fira, perp, s3t, sst
 from w2s_fast.optim import ASTAdamW, Fira, GaLore
+from w2s_fast.testing.stops import Stop, Ticks
 
 LENGTH = 12
 ROWS = [{"text": [(3 * i + j * (i % 3 + 1)) % 40 for j in range(24)]} for i in range(16)]
@@ -63,18 +64,8 @@ def test_a_stopped_run_goes_on(name, model, tmp_path):
     recipe = STEP.but(steps=8, every=4)
     whole = METHODS[name](model, recipe).losses
 
-    class Stop(Exception):
-        pass
-
-    count = []
-
-    def tick(value):
-        count.append(value)
-        if len(count) == 6:
-            raise Stop
-
     with pytest.raises(Stop):
-        METHODS[name](other, recipe, checkpoint=tmp_path, tick=tick)
+        METHODS[name](other, recipe, checkpoint=tmp_path, tick=Ticks(6))
     again = METHODS[name](third, recipe, checkpoint=tmp_path).losses
     assert again == whole
     for ours, theirs in zip(third.parameters(), model.parameters(), strict=True):

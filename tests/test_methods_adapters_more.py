@@ -14,6 +14,7 @@ from w2s_fast.methods import Recipe
 from w2s_fast.methods.adapters import bone, exssnet, llm_qfa, randlora, safety_drift, spdf
 from w2s_fast.methods.adapters.perp import linears
 from w2s_fast.testing import foreign
+from w2s_fast.testing.stops import Stop, Ticks
 
 LENGTH, TARGET = 12, ("q_proj", "v_proj", "up_proj", "down_proj")
 ROWS = [{"text": [(3 * i + j * (i % 3 + 1)) % 40 for j in range(24)]} for i in range(16)]
@@ -53,18 +54,8 @@ def test_it_trains_and_a_stopped_run_goes_on(name, model, tmp_path):
         assert {n: p.shape for n, p in model.named_parameters()} == shapes
         assert all(p.requires_grad for p in model.parameters())
 
-    class Stop(Exception):
-        pass
-
-    count = []
-
-    def tick(value):
-        count.append(value)
-        if len(count) == 6:
-            raise Stop
-
     with pytest.raises(Stop):
-        METHODS[name](models[1], recipe, checkpoint=tmp_path, tick=tick)
+        METHODS[name](models[1], recipe, checkpoint=tmp_path, tick=Ticks(6))
     assert METHODS[name](models[2], recipe, checkpoint=tmp_path).losses == whole
     for ours, theirs in zip(models[2].parameters(), models[0].parameters(), strict=True):
         assert torch.equal(ours, theirs)

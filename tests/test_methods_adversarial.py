@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import TensorDataset
 
 import w2s_fast
 from w2s_fast.attacks import PGD, Stacked
 from w2s_fast.methods import adversarial
+from w2s_fast.methods._common.features import outputs
 from w2s_fast.methods._common.loop import Recipe
 from w2s_fast.methods.adversarial import (
     _robust,
@@ -26,7 +24,6 @@ from w2s_fast.methods.adversarial import (
     doubly_robust,
     dverge,
     evaluation,
-    federated_adversarial,
     high_stakes,
     mtard,
     mvp,
@@ -290,9 +287,11 @@ def test_srat_weights_and_separates(resnet):
         wanted = -sum(unit[i] @ unit[p] / 0.5 - lse for p in partners) / max(1, len(partners))
         torch.testing.assert_close(found[i], torch.as_tensor(wanted, dtype=torch.float32))
     stack = Stacked([network(0), network(1)])
-    z, features = _robust.with_penultimate(stack, pictures(4)[:][0].expand(2, -1, -1, -1, -1))
-    torch.testing.assert_close(z, stack(pictures(4)[:][0].expand(2, -1, -1, -1, -1)))
-    assert features.shape == (2, 4, 24)
+    x = pictures(4)[:][0]
+    found = outputs(stack, x.expand(2, -1, -1, -1, -1))
+    for i in range(2):
+        torch.testing.assert_close(found.logits[i], network(i)(x))
+        torch.testing.assert_close(found.features[i], network(i)[:-1](x))
     done = srat.train(resnet, pictures(), recipe=STEP.but(steps=2), eps=0.1, attack_steps=2)
     assert all(map(math.isfinite, done.losses))
 
@@ -310,78 +309,6 @@ def test_doubly_robust_weights_are_the_gradient(resnet):
     assert all(map(math.isfinite, done.losses))
     with pytest.raises(ValueError, match="r must be"):
         doubly_robust.weights(losses, 0.0)
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.2)
-
-
-def test_federated_adversarial_rounds(resnet):
-    data = pictures(90)
-    clients, found = [Subset(data, range(i, 90, 3)) for i in range(3)], []
-    for eps in (0.2, 0.2, 0.0):
-        model, seen = network(), []
-        federated_adversarial.simulate(model, clients, sgd, rounds=12, steps=4, batch_size=16, eps=eps, attack_steps=3,
-                                       after_round=lambda turn, m, seen=seen: seen.append(turn))  # fmt: skip
-        found.append(model)
-        assert seen == list(range(12))
-    assert all(torch.equal(p, q) or eps == 0 for p, q in zip(found[0].parameters(), found[1].parameters(), strict=True))
-    federated_adversarial.simulate(resnet, clients[:2], sgd, rounds=1, per_round=1, steps=1, batch_size=8, eps=0.1)
-    state = {"w": torch.tensor([1.0]), "n": torch.tensor(1)}
-    mean = {"w": torch.tensor([3.0]), "n": torch.tensor(2)}
-    assert federated_adversarial.server_update(state, mean, 0.5)["w"].item() == 2
-    # a client's batches go on where the round before ended
-    one, two = network(), network()
-    for turn in range(2):
-        federated_adversarial.client_update(one, data, sgd(one.parameters()), steps=3, batch_size=20, eps=0, turn=turn)
-    federated_adversarial.client_update(two, data, sgd(two.parameters()), steps=6, batch_size=20, eps=0)
-    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
-
-
-def test_flower_runs_the_same_rounds(tmp_path):
-    """Flower's own simulation, 2 rounds of 3 clients; the result is that of the rounds in this process."""
-    pytest.importorskip("flwr.simulation")
-    (tmp_path / "adversarial_parts.py").write_text('''
-import torch
-from torch import nn
-from torch.utils.data import TensorDataset
-def data(client):
-    draw, count = torch.Generator().manual_seed(client), 20 + 5 * client
-    return TensorDataset(torch.rand(count, 5, generator=draw), torch.randint(3, (count,), generator=draw))
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1)
-''')
-    (tmp_path / "run.py").write_text('''
-import torch, sys
-from flwr.app import ArrayRecord, Context
-from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
-from w2s_fast.methods.adversarial import federated_adversarial as fal
-sys.path.insert(0, sys.argv[1])
-from adversarial_parts import data, network, sgd
-app, server = fal.flower_client(network, data, sgd, steps=2, batch_size=8, eps=0.0, seed=3), ServerApp()
-@server.main()
-def main(grid: Grid, context: Context) -> None:
-    strategy = fal.flower_strategy(0.5, fraction_train=1.0, fraction_evaluate=0.0, min_available_nodes=3,
-                                   min_train_nodes=3, weighted_by_key="num-examples")
-    result = strategy.start(grid=grid, initial_arrays=ArrayRecord(network().state_dict()), num_rounds=2)
-    torch.save(result.arrays.to_torch_state_dict(), sys.argv[1] + "/flower.pt")
-run_simulation(server_app=server, client_app=app, num_supernodes=3,
-               backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}})
-model = network()
-fal.simulate(model, [data(i) for i in range(3)], sgd, rounds=2, rate=0.5, steps=2, batch_size=8, eps=0.0, seed=3)
-torch.save(model.state_dict(), sys.argv[1] + "/own.pt")
-''')
-    folders = os.pathsep.join([str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "run.py", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": folders})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    flower, own = (torch.load(tmp_path / name) for name in ("flower.pt", "own.pt"))
-    for name in own:
-        torch.testing.assert_close(flower[name], own[name])
 
 
 def test_mvp_computes_the_label_words_columns_alone():

@@ -17,6 +17,7 @@ from w2s_fast.methods.growth import _sizes as sizes
 from w2s_fast.methods.growth import assembling, delayed_shrinking, multi_level, tleg
 from w2s_fast.testing.processes import in_two
 from w2s_fast.testing.selection import sampled
+from w2s_fast.testing.stops import Stop, Ticks
 
 TEXT = {"vocab_size": 50, "num_hidden_layers": 4, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 WIDE = {**TEXT, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
@@ -135,21 +136,14 @@ def test_multi_level_trains_and_goes_on_after_a_stop(tmp_path):
     start, recipe = gpt2(), Recipe(8, 5e-3, batch=8)
 
     def run(folder, stop=0):
-        model, seen = copy.deepcopy(start), 0
-
-        def tick(_):
-            nonlocal seen
-            seen += 1
-            if seen == stop:
-                raise KeyboardInterrupt
-
-        found = multi_level.train(model, None, ROWS, recipe=recipe, inner=12, first=0.25, length=16, tick=tick,
+        model = copy.deepcopy(start)
+        found = multi_level.train(model, None, ROWS, recipe=recipe, inner=12, first=0.25, length=16, tick=Ticks(stop),
                                   checkpoint=folder, levels=2)  # fmt: skip
         return found.losses, model
 
     whole, model = run(tmp_path / "a")
     assert len(whole) == 8 and whole[-1] < whole[0] - 0.1
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stop):
         run(tmp_path / "b", stop=9)  # within the small model's steps
     again, other = run(tmp_path / "b")
     assert again == whole

@@ -112,6 +112,29 @@ def test_learning_by_teaching_on_a_gpt2(tokenizer):
         assert len(found) == 2 and all(0 <= score <= 1 for score in found)
 
 
+def test_learning_by_teaching_trains_the_teacher(gpt2, tokenizer):
+    """DPO raises what the students learn from most above the rest, and moves the teacher alone."""
+    student = foreign.gpt2(len(tokenizer), seed=1, dropout=0.0)
+    before = [p.clone() for p in student.parameters()]
+    how = {"samples": 4, "by": "likelihood", "margin": 1e-6, "max_new_tokens": 6}
+    made = learning_by_teaching.preferences(gpt2, tokenizer, ROWS[:4], [student], **how)
+    assert made and all(best.prompt == worse.prompt for best, worse in made)
+    for best, worse in made:
+        row = next(r for r in ROWS if language.ids_of(tokenizer, r["prompt"]) == best.prompt)
+        read = [[t for t in one.prompt + one.completion if t != tokenizer.eos_token_id] for one in (best, worse)]
+        high, low = learning_by_teaching.teach([student], tokenizer, read, row["exams"], by="likelihood")
+        assert high > low
+    gaps = [language.scores(gpt2, [pair[i] for pair in made]) for i in (0, 1)]
+    done = learning_by_teaching.train(gpt2, tokenizer, ROWS[:4], student, recipe=STEP.but(steps=20), nll=0.0, **how)
+    after = [language.scores(gpt2, [pair[i] for pair in made]) for i in (0, 1)]
+    assert len(done.losses) == 20 and (after[0] - after[1]).mean() > (gaps[0] - gaps[1]).mean() + 0.1
+    assert all(torch.equal(p, q) for p, q in zip(before, student.parameters(), strict=True))
+    with pytest.raises(ValueError, match="margin must be one by which some rationale teaches more"):
+        learning_by_teaching.train(gpt2, tokenizer, ROWS[:4], student, recipe=STEP, **{**how, "margin": 2.0})
+    with pytest.raises(ValueError, match="rows must be mappings with prompt, exams"):
+        learning_by_teaching.train(gpt2, tokenizer, [{"prompt": "a"}], student, recipe=STEP)
+
+
 def test_a_crf_is_the_sum_over_all_paths():
     crf, e, lengths = soap.CRF(3), torch.randn(2, 4, 3), torch.tensor([4, 2])
     nn.init.normal_(crf.between), nn.init.normal_(crf.start), nn.init.normal_(crf.end)

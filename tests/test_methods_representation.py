@@ -25,6 +25,7 @@ from w2s_fast.methods.distillation import scalekd
 from w2s_fast.methods.layerwise import boosted_layers, tpsgd
 from w2s_fast.methods.representation import bonsai, clip_captions, shrinkmatch, weakstil
 from w2s_fast.testing import foreign
+from w2s_fast.testing.stops import Stop, Ticks
 
 DRAW = torch.Generator()
 
@@ -213,17 +214,11 @@ def test_a_stopped_adaptation_goes_on_as_if_it_had_not(tmp_path):
     recipe = Recipe(6, 1e-3, batch=16, every=3)
 
     def run(model, folder, stop):
-        def tick(_):
-            nonlocal seen
-            seen += 1
-            if seen == stop:
-                raise KeyboardInterrupt
-
-        seen = 0
-        return robust_mean_teacher.train(model, data, data, recipe=recipe, checkpoint=folder, tick=tick).losses
+        done = robust_mean_teacher.train(model, data, data, recipe=recipe, checkpoint=folder, tick=Ticks(stop))
+        return done.losses
 
     whole = run(copy.deepcopy(start), tmp_path / "a", 0)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stop):
         run(copy.deepcopy(start), tmp_path / "b", 5)
     assert run(copy.deepcopy(start), tmp_path / "b", 0) == whole
 

@@ -19,13 +19,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 import w2s_fast
 from w2s_fast.data import HardBatchSampler, MixtureSampler, ReplayMixtureBatchSampler
 from w2s_fast.methods.streams import (
     continual_pretraining,
-    federated_curriculum,
     guiding_through_complexity,
     hard_batches,
     power_law_rehearsal,
@@ -290,79 +289,6 @@ def test_error_rates_of_solutions():
     assert chosen.tolist() == [1, 3]
     mask = torch.tensor([[True, False], [True, True], [True, True], [True, True]])
     assert guiding_through_complexity.prefer(right_steps, torch.tensor([0, 0, 1, 1]), mask).tolist() == [0, 3]
-
-
-# federated
-
-
-def test_federated_averaging_weighs_by_size():
-    one, two = {"w": torch.tensor([1.0]), "n": torch.tensor(3)}, {"w": torch.tensor([5.0]), "n": torch.tensor(3)}
-    found = federated_curriculum.average([one, two], [1, 3])
-    assert found["w"].item() == 4 and found["n"].item() == 3 and found["n"].dtype == torch.int64
-
-
-@pytest.mark.parametrize("order", (None, "easy", "hard", "random"))
-def test_federated_rounds_learn_and_repeat(order):
-    data = blobs(120)
-    clients = [Subset(data, range(i, 120, 4)) for i in range(4)]
-    found = []
-    for _ in range(2):
-        model = network()
-        federated_curriculum.simulate(model, clients, lambda p: torch.optim.SGD(p, lr=0.1), rounds=5, per_round=2,
-                                      epochs=3, batch_size=8, order=order, seed=1)  # fmt: skip
-        found.append(torch.cat([p.flatten() for p in model.parameters()]))
-    assert torch.equal(*found) and right(model, data) > 0.7
-
-
-def test_flower_runs_the_same_rounds(tmp_path):
-    """Flower's own simulation, 2 rounds of 3 clients; the result is that of the rounds in this process."""
-    pytest.importorskip("flwr.simulation")
-    script = '''
-import torch, sys
-from torch import nn
-from torch.utils.data import Subset
-from flwr.app import ArrayRecord, ConfigRecord, Context
-from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
-from w2s_fast.methods.streams import federated_curriculum as fc
-sys.path.insert(0, sys.argv[1])
-from flower_parts import data, network, sgd
-app = fc.flower_client(network, data, sgd, epochs=2, batch_size=8, seed=3)
-server = ServerApp()
-@server.main()
-def main(grid: Grid, context: Context) -> None:
-    strategy = fc.flower_strategy("easy", fraction_train=1.0, fraction_evaluate=0.0, min_available_nodes=3,
-                                  min_train_nodes=3, weighted_by_key="num-examples")
-    result = strategy.start(grid=grid, initial_arrays=ArrayRecord(network().state_dict()), num_rounds=2)
-    torch.save(result.arrays.to_torch_state_dict(), sys.argv[1] + "/flower.pt")
-run_simulation(server_app=server, client_app=app, num_supernodes=3,
-               backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}})
-model = network()
-fc.simulate(model, [data(i) for i in range(3)], sgd, rounds=2, per_round=3, epochs=2, batch_size=8, seed=3)
-torch.save(model.state_dict(), sys.argv[1] + "/own.pt")
-'''
-    (tmp_path / "flower_parts.py").write_text('''
-import torch
-from torch import nn
-from torch.utils.data import TensorDataset
-def data(client):
-    draw = torch.Generator().manual_seed(client)
-    y = torch.randint(3, (20 + 5 * client,), generator=draw)
-    return TensorDataset(torch.randn(len(y), 5, generator=draw) + 2 * nn.functional.one_hot(y, 5), y)
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1)
-''')
-    (tmp_path / "run.py").write_text(script)
-    folders = os.pathsep.join([str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "run.py", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": folders})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    flower, own = (torch.load(tmp_path / name) for name in ("flower.pt", "own.pt"))
-    for name in own:
-        torch.testing.assert_close(flower[name], own[name])
 
 
 # processes that are killed

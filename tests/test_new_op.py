@@ -18,7 +18,7 @@ import torch, w2s_fast
 from w2s_fast.testing.compare import compare
 from w2s_fast.testing.samples import all_samples
 found = [s for s in all_samples() if s.op == "row_scale"]
-assert len(found) == 5 and w2s_fast.__file__.startswith(ROOT)
+assert len(found) == 13 and w2s_fast.__file__.startswith(ROOT)
 for sample in found:
     for dtype in sample.dtypes:
         compare(sample, "reference", dtype)
@@ -30,9 +30,10 @@ for way in call.ways().values():
     assert case.error(way(*inputs), harness.answer(case.reference, inputs)) <= 1.0
 from w2s_fast.bench.case import load
 names = [case.name for case in load("cpu", ops=["row_scale"], full=True)]
-assert names == ["4M-fp32", "4M-fp32-fwdbwd"]
+assert names == ["R1024-D4096-fp32", "R1024-D4096-fp32-fwdbwd"]
 op = w2s_fast.library.OPS["row_scale"]
-assert op.schema == "(Tensor x, float scale) -> Tensor" and op.triton.why_not((torch.ones(1), 1.0)) is None
+assert op.schema == "(Tensor x, Tensor scale) -> Tensor"
+assert op.triton.why_not((torch.ones(1, 1), torch.ones(1))) is None
 print("fine")
 """
 

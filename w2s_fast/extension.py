@@ -45,7 +45,12 @@ def _text(function: str) -> str | None:
 
 def signatures() -> dict[str, str]:
     """``"Tensor, float -> Tensor"`` of each C++ implementation that the loaded library has, by the name of its op."""
-    lines = (_text("w2s_fast_signatures") or "").splitlines() if PATH is not None else []
+    return {} if PATH is None else read_signatures(_text("w2s_fast_signatures") or "")
+
+
+def read_signatures(text: str) -> dict[str, str]:
+    """The same of the text that a library gives."""
+    lines = text.splitlines()
     return {op: types.replace(", ->", " ->").rstrip(", ") for op, types in (line.split(": ", 1) for line in lines)}
 
 

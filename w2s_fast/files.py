@@ -72,8 +72,10 @@ def write_tensors(path: str | Path, value: Any) -> None:
 
 
 def write_figure(path: str | Path, figure: Any, **settings: Any) -> None:
-    """A matplotlib figure in the format of the path's ending, by `replacing`."""
-    with replacing(path) as scratch:
+    """A matplotlib figure in the format of the path's ending, by `replacing`; the same figure is the same file."""
+    import matplotlib
+
+    with replacing(path) as scratch, matplotlib.rc_context({"svg.hashsalt": "w2s_fast"}):
         figure.savefig(scratch, format=Path(path).suffix[1:], **settings)
 
 

@@ -55,7 +55,7 @@ class _Layer:
 def _case(dora: bool, rows: int, inside: int, outside: int, dtype: torch.dtype, hot: bool = False) -> Case:
     def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device)
+            return torch.randn(shape, generator=generator, device=device)
 
         weight = draw(outside, inside) / inside**0.5
         A, B = draw(RANK, inside) / inside**0.5, 0.1 * draw(outside, RANK)
@@ -127,8 +127,7 @@ class _Whole:
 
 def _whole_case(kind: str, rows: int, side: int, target: float) -> Case:
     def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
-        drawn = (torch.randn(n, side, generator=generator) for n in (rows, rows, side))
-        x, grad, weight = (t.to(device) for t in drawn)
+        x, grad, weight = (torch.randn(n, side, generator=generator, device=device) for n in (rows, rows, side))
         return x, grad, weight / side**0.5
 
     def close(actual: Any, expected: Any) -> float:

@@ -33,7 +33,7 @@ def _step_case(shape: tuple[int, ...], dtype: torch.dtype, hot: bool) -> Case:
     numbers = torch.Size(shape).numel()
 
     def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
-        return tuple(torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+        return tuple(torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3))
 
     def plain(x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
         return _plain_step(x, cond, uncond).to(dtype)
@@ -74,7 +74,7 @@ def _huber_case() -> Case:
         bytes=4 * 5 * numbers, flops=6 * numbers,
         prediction="bound by memory: two reads forward, two and a write backward, where eager makes nine passes: 3x; "
         "at most 1.2x against torch.compile, which fuses the same",
-        inputs=lambda g, device: tuple(torch.randn(shape, generator=g).to(device) for _ in range(2)),
+        inputs=lambda g, device: tuple(torch.randn(shape, generator=g, device=device) for _ in range(2)),
         ours=gradient(w2s_fast.pseudo_huber_loss),
         reference=gradient(_plain_huber),
         providers={"eager": eager(gradient(_plain_huber)), "compile": compiled(gradient(_plain_huber))},
@@ -82,8 +82,8 @@ def _huber_case() -> Case:
 
 
 def _ict_inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
-    tensors = [torch.randn(256, 3, 32, 32, generator=generator).to(device) for _ in range(4)]
-    low = torch.rand(256, generator=generator).to(device) + 0.01
+    tensors = [torch.randn(256, 3, 32, 32, generator=generator, device=device) for _ in range(4)]
+    low = torch.rand(256, generator=generator, device=device) + 0.01
     return (*tensors, 1.5 * low, low)
 
 
@@ -119,8 +119,8 @@ def _pair_case() -> Case:
     numbers = 256 * 3072
 
     def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
-        x, z = (torch.randn(256, 3, 32, 32, generator=generator).to(device) for _ in range(2))
-        low = torch.rand(256, generator=generator).to(device)
+        x, z = (torch.randn(256, 3, 32, 32, generator=generator, device=device) for _ in range(2))
+        low = torch.rand(256, generator=generator, device=device)
         return x, z, low, 2 * low
 
     return Case(
@@ -158,8 +158,8 @@ LABELS = list(range(981, 0, -20))
 
 
 def _networks(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
-    weights = [torch.randn(64, 1024, generator=generator).to(device) / 64 for _ in range(2)]
-    return torch.randn(64, 64, generator=generator).to(device), *weights
+    weights = [torch.randn(64, 1024, generator=generator, device=device) / 64 for _ in range(2)]
+    return torch.randn(64, 64, generator=generator, device=device), *weights
 
 
 def _ours_sample(x: Tensor, strong: Tensor, weak: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def _by_hand(model: nn.Sequential, x: Tensor, y: Tensor, eps: float, norm: bool)
     return specification(lower, upper, model[-1].weight, model[-1].bias, y)
 
 
-def _network_case(batch: int, norm: bool, targets: dict[str, float]) -> Case:
+def _network_case(device: str, batch: int, norm: bool, targets: dict[str, float]) -> Case:
     eps = EPS / 4
 
     def compare(actual: Any, expected: Any) -> float:
@@ -140,8 +140,7 @@ def _network_case(batch: int, norm: bool, targets: dict[str, float]) -> Case:
         return to_scale(actual, expected) / (25 if norm else 1)
 
     def step(margins: Callable[[nn.Module], Callable[..., Tensor]], double: bool = False) -> Callable[..., Any]:
-        model = _cnn7(norm)
-        model = model.double() if double else model
+        model = _cnn7(norm).to(device, torch.float64 if double else torch.float32)
         call = margins(model)
 
         def run(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -166,16 +165,16 @@ def _network_case(batch: int, norm: bool, targets: dict[str, float]) -> Case:
         library = auto_lirpa()
 
         def margins(model: nn.Module) -> Callable[..., Tensor]:
-            bounded = library.BoundedModule(model, torch.zeros(batch, 3, 32, 32))
+            bounded = library.BoundedModule(model, torch.zeros(batch, 3, 32, 32, device=device), device=device)
             norm_ball = library.PerturbationLpNorm(norm=float("inf"), eps=eps)
 
             def call(x: Tensor, y: Tensor) -> Tensor:
-                eye, rows = torch.eye(10), torch.arange(10)[None, :] != y[:, None]
+                eye, rows = torch.eye(10, device=device), torch.arange(10, device=device)[None, :] != y[:, None]
                 c = (eye[y][:, None] - eye[None])[rows].view(len(y), 9, 10)
                 box = library.BoundedTensor(x, norm_ball)
                 bounded(box)
                 lower, _ = bounded.compute_bounds(x=(box,), IBP=True, method=None, C=c, bound_upper=False)
-                return torch.zeros(len(y), 10).masked_scatter(rows, -lower)
+                return torch.zeros(len(y), 10, device=device).masked_scatter(rows, -lower)
 
             return call
 
@@ -349,10 +348,10 @@ def cases(device: str) -> list[Case]:
         _weights_case(128, 1000, 1000, "nonneg", 1.5),
         _affine_case("interval_affine", 32, 64, 32, 2.0),
         _affine_case("interval_batchnorm_stats", 32, 64, 32, 0.8),
-        _network_case(16, False, {"plain step": 1 / 2.4, "auto_LiRPA": 1.0, "compile": 1.0}),
-        _network_case(16, True, {"plain step": 1 / 3.3, "auto_LiRPA": 1.0, "compile": 1.0}),
-        _network_case(128, False, {"plain step": 1 / 2.4, "auto_LiRPA": 1.0, "compile": 1.0}),
-        _network_case(128, True, {"plain step": 1 / 3.3, "auto_LiRPA": 1.0, "compile": 1.0}),
+        _network_case(device, 16, False, {"plain step": 1 / 2.4, "auto_LiRPA": 1.0, "compile": 1.0}),
+        _network_case(device, 16, True, {"plain step": 1 / 3.3, "auto_LiRPA": 1.0, "compile": 1.0}),
+        _network_case(device, 128, False, {"plain step": 1 / 2.4, "auto_LiRPA": 1.0, "compile": 1.0}),
+        _network_case(device, 128, True, {"plain step": 1 / 3.3, "auto_LiRPA": 1.0, "compile": 1.0}),
         _reg_case(32, False),
         _conv_case(16, 64, 64, 32, 1, {"plain layer": 1 / 2.4, "compile": 1.0}, True),
         _conv_case(16, 128, 128, 16, 1, {"plain layer": 1 / 2.4, "compile": 1.0}, False),

@@ -44,7 +44,7 @@ def _grouped(weight: Tensor) -> Tensor:
 
 def _draw(*shape: int) -> Any:
     def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
-        return (torch.randn(shape, generator=generator).to(device),)
+        return (torch.randn(shape, generator=generator, device=device),)
 
     return inputs
 
@@ -53,8 +53,8 @@ def _distinct(n: int) -> Any:
     """Magnitudes 1 to n in random order with random signs: without ties there is one right mask."""
 
     def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
-        signs = torch.randint(2, (n,), generator=generator) * 2 - 1
-        return (((torch.randperm(n, generator=generator) + 1) * signs).float().to(device),)
+        signs = torch.randint(2, (n,), generator=generator, device=device) * 2 - 1
+        return (((torch.randperm(n, generator=generator, device=device) + 1) * signs).float(),)
 
     return inputs
 
@@ -97,9 +97,9 @@ class _Pruned:
 
 def _layer_case(rows: int, side: int, density: float) -> Case:
     def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
-        weight = torch.randn(side, side, generator=generator) / side**0.5
+        weight = torch.randn(side, side, generator=generator, device=device) / side**0.5
         weight *= topk_mask(weight, density=density)
-        return torch.randn(rows, side, generator=generator).to(device), weight.to(device)
+        return torch.randn(rows, side, generator=generator, device=device), weight
 
     kept = round(density * side * side)
     return Case(

@@ -83,7 +83,7 @@ def _step_case(name: str, width: int, rank: int, hot: bool) -> Case:
 
     def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device)
+            return torch.randn(shape, generator=generator, device=device)
 
         grad, basis = draw(width, width), torch.linalg.qr(draw(width, rank))[0]
         low = grad @ basis
@@ -117,7 +117,7 @@ def _compiled(official: Callable[..., None]) -> Any:
 def _projector_case(width: int, rank: int) -> Case:
     def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device)
+            return torch.randn(shape, generator=generator, device=device)
 
         return (draw(width, rank) @ draw(rank, width) / rank**0.5 + 0.01 * draw(width, width),)
 

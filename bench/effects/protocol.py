@@ -13,13 +13,15 @@ import ast
 import json
 import math
 import platform
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import w2s_fast
 from w2s_fast.files import write_text
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -29,6 +31,8 @@ SEEDS = (0, 1, 2, 3, 4)
 FULL_SEEDS = tuple(range(10))
 #: 97.5 % quantiles of Student's t for 4, 5, ... degrees of freedom
 QUANTILES = (2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101)
+METHODS = Path(w2s_fast.__file__).parent / "methods"
+NOT_RUN, NO_EXPERIMENT = "not run", "no experiment"
 SHOWN, NOT_SHOWN, REVERSED, NOT_RESOLVABLE = "shown", "not shown", "reversed", "not resolvable"
 
 
@@ -109,13 +113,46 @@ def choose(
     return Choice(pick(tried, key=lambda t: t["mean"])["setting"], tried)
 
 
+def _documented(folder: Path) -> Iterator[tuple[str, str, str, ast.Module]]:
+    """Family, name, docstring and tree of the modules ``<family>/<name>.py``; nothing is imported."""
+    for path in sorted(folder.glob("[!_]*/[!_]*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        yield path.parent.name, path.stem, ast.get_docstring(tree) or "", tree
+
+
 def available() -> dict[str, tuple[str, str]]:
     """Experiments by name: family and first line of the docstring; nothing is imported."""
-    found = {}
-    for path in sorted(Path(__file__).parent.glob("[!_]*/[!_]*.py")):
-        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        found[path.stem] = (path.parent.name, text.split("\n")[0])
+    return {name: (family, text.split("\n")[0]) for family, name, text, _ in _documented(Path(__file__).parent)}
+
+
+class Method(NamedTuple):
+    """A paper's method: first line of its docstring, arXiv numbers, and its experiments, mostly of the same name."""
+
+    family: str
+    name: str
+    summary: str
+    papers: list[str]
+    experiments: list[str]
+
+
+def methods() -> list[Method]:
+    """Every method that names a paper in the first paragraph of its docstring; nothing is imported."""
+    by: dict[tuple[str, str], list[str]] = {}
+    for family, name, _, tree in _documented(Path(__file__).parent):
+        own = [n.value.value for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)
+               and ast.unparse(n.targets[0]) == "METHOD"]  # fmt: skip
+        by.setdefault((family, str(own[0]) if own else name), []).append(name)
+    found = []
+    for family, name, text, _ in _documented(METHODS):
+        papers = list(dict.fromkeys(re.findall(r"\b(\d{4}\.\d{5})\b", text.split("\n\n")[0])))
+        if papers:  # the others are helpers beside the methods
+            found.append(Method(family, name, text.split("\n")[0], papers, by.get((family, name), [])))
     return found
+
+
+def state(experiment: str, results: Mapping[str, Any]) -> str:
+    """The recorded verdict of an experiment."""
+    return str(results[experiment]["verdict"]) if experiment in results else NOT_RUN
 
 
 def judge(claims: Sequence[Claim], measured: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
@@ -235,13 +272,18 @@ def _cost(kept: Mapping[str, Any]) -> str:
 
 
 def listing(path: Path = FILE) -> list[str]:
-    """All experiments: family, name, recorded verdict, CPU seconds, one line."""
-    found, known = [], load(path)
-    for name, (family, summary) in available().items():
-        kept = known.get(name)
-        state = f"{kept['verdict']}, {_cost(kept)}" if kept else "not run"
-        found.append(f"{family}/{name}: {state}. {summary}")
-    return found
+    """Every method of a paper, an experiment a line: family, name, recorded verdict, CPU seconds; then how many."""
+    found, known, texts = [], load(path), available()
+    counts = dict.fromkeys(("with a verdict", NOT_RUN, NO_EXPERIMENT), 0)
+    for method in methods():
+        if not method.experiments:
+            found.append(f"{method.family}/{method.name}: {NO_EXPERIMENT}. {method.summary}")
+        for name in method.experiments:
+            cost = f", {_cost(known[name])}" if name in known else ""
+            found.append(f"{method.family}/{name}: {state(name, known)}{cost}. {texts[name][1]}")
+        run = any(name in known for name in method.experiments)
+        counts["with a verdict" if run else NOT_RUN if method.experiments else NO_EXPERIMENT] += 1
+    return [*found, f"{sum(counts.values())} methods: " + ", ".join(f"{n} {what}" for what, n in counts.items())]
 
 
 def markdown(results: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from w2s_fast.methods.adversarial.evaluation import right, survives
 from . import protocol
 from .data import digits
 
+#: ``table(arm, rate, seeds, on)``: percent right of every seed, all trained at once.
+Table = Callable[[str, float, tuple[int, ...], str], Mapping[int, float]]
 TRAIN, BATCH, MOMENTUM, DECAY = 900, 64, 0.9, 5e-4
 
 
@@ -40,6 +42,21 @@ def parts(seeds: Sequence[int], on: str, count: int = TRAIN) -> Parts:
 def group(seed: int, seeds: Sequence[int] = protocol.SEEDS) -> tuple[int, ...]:
     """The seeds that are trained together with one: those of the verdict, or it alone."""
     return tuple(seeds) if seed in seeds else (seed,)
+
+
+def best_rates(table: Table, arms: Sequence[str], rates: Sequence[float]) -> dict[str, protocol.Choice]:
+    """The rate of every arm that gets most right on dev."""
+    dev = protocol.DEV_SEEDS
+    return {arm: protocol.choose(lambda rate, seed, on, arm=arm: table(arm, rate, dev, on)[seed], {"rate": rates})
+            for arm in arms}  # fmt: skip
+
+
+def at_best_rates(
+    table: Table, arms: Sequence[str], chosen: Mapping[str, Any], seed: int, seeds: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Percent right of every arm on test, at the rate that was chosen for it."""
+    together = group(seed, seeds)
+    return {arm: {"right": table(arm, chosen[arm]["rate"], together, "test")[seed]} for arm in arms}
 
 
 def mlp(*widths: int, seed: int) -> nn.Sequential:

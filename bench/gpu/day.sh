@@ -24,6 +24,7 @@ if [ -n "${W2S_FAST_PACK:-}" ]; then
   "$python" -m bench.gpu.pack "$W2S_FAST_PACK" --settle
   for library in "$W2S_FAST_PACK"/w2s_fast/*.so; do [ -e "$library" ] && cp "$library" w2s_fast/; done
 fi
+mapfile -t gpu_tests < <(grep -l 'pytest\.mark\.gpu' tests/*.py)  # to collect the whole suite takes a minute
 dry=0
 [ "$call" = dry ] && dry=1
 failed=0
@@ -46,7 +47,7 @@ step() {
 check() {
   step facts 60 "$python" -m w2s_fast.cli info
   step smoke 90 "$python" -m bench.gpu.smoke
-  step tests 420 "$python" -m pytest -m gpu -q -n 4 --maxfail=200 -p no:cacheprovider
+  step tests 420 "$python" -m pytest "${gpu_tests[@]}" -m gpu -q -n 4 --maxfail=200 -p no:cacheprovider
 }
 
 bench() {
@@ -71,7 +72,7 @@ case $call in
   dry)
     "$python" -m bench.gpu.smoke --dry || failed=1
     "$python" -m bench.gpu.tiles --dry || failed=1
-    "$python" -m pytest -m gpu -q --collect-only -p no:cacheprovider | tail -n 1
+    "$python" -m pytest "${gpu_tests[@]}" -m gpu -q --collect-only -p no:cacheprovider | tail -n 1
     check
     bench
     tune

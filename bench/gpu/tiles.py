@@ -15,6 +15,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -38,25 +39,38 @@ def _grid(**choices: tuple[int, ...]) -> list[dict[str, int]]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
-def sweeps() -> Iterator[Sweep]:
-    """Logits of linear_ce at two shapes; attention at head sizes 64, 72 and 128."""
+def sweeps(device: str = "cuda") -> Iterator[Sweep]:
+    """Logits of two models at two shapes (those of one come from the library); attention at head sizes 64, 72, 128."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
     tiles = _grid(BLOCK_T=(64, 128, 256), BLOCK_K=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4))
     for rows, width, vocab in ((4096, 4096, 128256), (8192, 2048, 32000)):
-        hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
-        head = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16) / width**0.5
-        target = torch.randint(vocab, (rows,), device="cuda")
+        hiddens = [random(rows, width) for _ in range(2)]
+        heads = [random(vocab, width) / width**0.5 for _ in range(2)]
+        target = torch.randint(vocab, (rows,), device=device)
         yield Sweep(
-            f"linear_ce {rows} x {width} x {vocab}", "linear_loss.tile", tiles,
-            lambda h=hidden, w=head, y=target: w2s_fast.linear_ce(h, w, y),
+            f"linear_fusion_cross_entropy, two models, {rows} x {width} x {vocab}", "linear_loss.tile", tiles,
+            lambda h=hiddens, w=heads, y=target: w2s_fast.linear_fusion_cross_entropy(h, w, y),
         )  # fmt: skip
     blocks = _grid(BLOCK_Q=(64, 128), BLOCK_M=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3))
     for size in (64, 72, 128):
-        q = torch.randn(2, 16384, 16, size, device="cuda", dtype=torch.bfloat16)
-        k, v = (torch.randn(2, 4096, 16, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        q = random(2, 16384, 16, size)
+        k, v = (random(2, 4096, 16, size) for _ in range(2))
         yield Sweep(
             f"compressed_attention D {size}", "kv_compressed_attention.compressed_attention", blocks,
             lambda q=q, k=k, v=v: w2s_fast.compressed_attention(q, k, v),
         )  # fmt: skip
+
+
+@contextmanager
+def setting_of(sweep: Sweep, setting: dict[str, int]) -> Iterator[None]:
+    """Inside, the module's ``config`` returns this setting."""
+    module = importlib.import_module(f"w2s_fast.kernels.{sweep.module}")
+    present = module.config
+    with mock.patch.object(module, "config", lambda *args: {**present(*args), **setting}):
+        yield
 
 
 def _timed(call: Callable[[], Any]) -> float:
@@ -67,14 +81,12 @@ def _timed(call: Callable[[], Any]) -> float:
 
 def tried(sweep: Sweep) -> Iterator[dict[str, Any]]:
     """A line for the present setting and for each of the sweep."""
-    module = importlib.import_module(f"w2s_fast.kernels.{sweep.module}")
-    present = module.config
     expected = sweep.call()
     reference = expected if isinstance(expected, torch.Tensor) else expected[0]
     yield {"shape": sweep.name, "setting": "present", "ms": _timed(sweep.call)}
     for setting in sweep.settings:
         line: dict[str, Any] = {"shape": sweep.name, "setting": setting}
-        with mock.patch.object(module, "config", lambda *args, chosen=setting: {**present(*args), **chosen}):
+        with setting_of(sweep, setting):
             try:
                 found = sweep.call()
                 found = found if isinstance(found, torch.Tensor) else found[0]

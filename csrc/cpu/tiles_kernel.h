@@ -24,6 +24,16 @@ inline void each_tile(int64_t R, int64_t D, const F& work) {
   });
 }
 
+// sums[row] = sum of work(row, c, n) over the tiles of a row, in double; a row an item, so that a sum has one order
+template <class F>
+inline void row_sums(int64_t R, int64_t D, double* sums, const F& work) {
+  parallel_items(R, grain_of(D), [&](int64_t row) {
+    double sum = 0;
+    for (int64_t c = 0; c < D; c += TILE) sum += double(work(row, c, int(std::min<int64_t>(TILE, D - c))));
+    sums[row] = sum;
+  });
+}
+
 // runs write(dst, n) for a tile of the output: in place, or into `buffer` and rounded from there
 template <class A, class F>
 W2S_INLINE void write_tile(const Rows& out, int64_t row, int64_t c, int n, A* buffer, const F& write) {

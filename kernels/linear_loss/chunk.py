@@ -1,8 +1,9 @@
-"""Losses over a vocabulary on a GPU, a chunk of rows at a time: logits [R, V] in float32 scratch, one kernel that reads
-a row twice (statistics, then dz in place or in the heads' dtype), and the library's products dh = dz W, dW = dz^T h.
+"""Losses over a vocabulary on a GPU, a chunk of rows at a time: logits [R, V] in float32 scratch, one kernel that makes
+dz of them in place or in the heads' dtype, and the library's products dh = dz W, dW = dz^T h.
 
 R is at least 2,048 whatever V is: dW is read and written once a chunk, which takes as long as the products when R is a
-few hundred. Traffic a logit: 4 B written, 8 read, 2 or 4 written, 4 or 8 read.
+few hundred. Traffic a logit: 4 B written, 4 read (8 where a loss waits for other rows: preferences), 2 or 4 written, 4 or
+8 read.
 """
 
 from __future__ import annotations
@@ -58,35 +59,45 @@ def row_block(i_z, cols, vocab, scale, cap, CAP: tl.constexpr):
 
 
 @triton.jit
+def gradient_block(
+    z, slope, mask, cols, line, unit, coef, coef_log, log_line, coef_all, dense, coef_dense, classes, i_ids, i_coefs, K,
+    sign, keep, LOG: tl.constexpr,
+):  # fmt: skip
+    """dz = slope (p (coef + coef_log log p) + classes (coef_all + coef_dense dense) + sum_k sign coefs_k [v = ids_k]),
+    with p = unit exp(z - line), log p = z - log_line, and classes 1 where there are none."""
+    p = unit * tl.exp(z - line)
+    if LOG:
+        g = p * (coef + coef_log * tl.maximum(z - log_line, -1e4, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        g = p * coef
+    if classes is not None:
+        weighed = tl.full(g.shape, 0.0, tl.float32) + coef_all
+        if dense is not None:
+            weighed += coef_dense * tl.load(dense + cols, mask=mask, other=0.0).to(tl.float32)
+        g += weighed * tl.load(classes + cols, mask=mask, other=0.0)
+    else:
+        g += coef_all
+        if dense is not None:
+            g += coef_dense * tl.load(dense + cols, mask=mask, other=0.0).to(tl.float32)
+    for k in range(K):
+        own = cols == tl.load(i_ids + k)
+        g += tl.where(own, sign * tl.load(i_coefs + k).to(tl.float32), 0.0)
+    return tl.where(keep, g * slope, 0.0)
+
+
+@triton.jit
 def gradient_row(
     i_z, o_grad, vocab, scale, cap, line, unit, coef, coef_log, log_line, coef_all, dense, coef_dense, classes, i_ids,
     i_coefs, K, sign, keep, CAP: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dz = slope (p (coef + coef_log log p) + classes (coef_all + coef_dense dense) + sum_k sign coefs_k [v = ids_k]),
-    with p = unit exp(z - line), log p = z - log_line, and classes 1 where there are none. It may overwrite the logits,
-    once every thread has read its label's."""
-    tl.debug_barrier()
+    """`gradient_block` of a whole row, read from memory. It may overwrite the logits, each block once it is read."""
     for start in range(0, vocab, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z, slope, mask = row_block(i_z, cols, vocab, scale, cap, CAP)
-        p = unit * tl.exp(z - line)
-        if LOG:
-            g = p * (coef + coef_log * tl.maximum(z - log_line, -1e4, propagate_nan=tl.PropagateNan.ALL))
-        else:
-            g = p * coef
-        if classes is not None:
-            weighed = tl.full(g.shape, 0.0, tl.float32) + coef_all
-            if dense is not None:
-                weighed += coef_dense * tl.load(dense + cols, mask=mask, other=0.0).to(tl.float32)
-            g += weighed * tl.load(classes + cols, mask=mask, other=0.0)
-        else:
-            g += coef_all
-            if dense is not None:
-                g += coef_dense * tl.load(dense + cols, mask=mask, other=0.0).to(tl.float32)
-        for k in range(K):
-            own = cols == tl.load(i_ids + k)
-            g += tl.where(own, sign * tl.load(i_coefs + k).to(tl.float32), 0.0)
-        g = tl.where(keep, g * slope, 0.0)
+        g = gradient_block(
+            z, slope, mask, cols, line, unit, coef, coef_log, log_line, coef_all, dense, coef_dense, classes, i_ids,
+            i_coefs, K, sign, keep, LOG,
+        )  # fmt: skip
         tl.store(o_grad + cols, g.to(o_grad.dtype.element_ty), mask=mask)
 
 

@@ -1,10 +1,8 @@
-"""kd_loss and linear_kd on a GPU: one program a row makes D, cross-entropy and the gradient of the logits.
+"""kd_loss and linear_kd on a GPU: one kernel makes D, cross-entropy and the gradient of the logits of a row.
 
-First (max, log sum) of the student's and each teacher's row, then one sweep for D and the mean that its gradient needs,
-one for the gradient; see reference/linear_loss/distillation.py for the equations. Floor: every logit read once, the
-gradient written once. Each sweep reads the row again, from memory where the rows in flight (a few hundred of a language
-model's) are more than the L2 cache holds. linear_kd makes the logits of a chunk of rows with `rows.logits` and spends
-its gradient in two products of the library.
+It reads every logit once and writes the gradient once (kd_row.py); see reference/linear_loss/distillation.py for the
+equations. linear_kd makes the logits of a chunk of rows with `rows.logits` and spends its gradient in two products of
+the library.
 """
 
 from __future__ import annotations
@@ -15,10 +13,11 @@ import triton
 import triton.language as tl
 
 from ..common import AotCase, Group, Meta, dtype, launch
-from .kd_row import LINEAR, LINEAR_BIAS, LOGITS, NONE, REMAINDER_FLOOR, TOPK, _row_kernel
+from .kd_row import LINEAR, LINEAR_BIAS, LOGITS, NONE, PUBLISHED, REMAINDER_FLOOR, TOPK, _row_kernel
 from .packing import of_rows, used_rows
 from .product import accumulate
-from .rows import block_of, chunk_rows, logits, row_statistics, warps_of
+from .rows import chunk_rows, logits
+from .slices import launch_slices, parts_of, progress_of, slices_of
 
 #: Tensors of a teacher of each form.
 COUNTS = (1, 1, 2, 2, 3)
@@ -42,41 +41,36 @@ def _split(teachers: Any, forms: Any) -> list[tuple[Any, ...]]:
     return found
 
 
-def _prepared(teachers: list[tuple[int, Any, Any]], shares: Any, tau: float, vocab: int) -> tuple[tuple, tuple]:
+def _prepared(teachers: list[tuple[int, Any, Any]], shares: Any, vocab: int) -> tuple[tuple, tuple]:
     """The `teachers` argument of the row kernel from (form, values, ids), and FORMS."""
-    values, ids = [t[1] for t in teachers], [t[2] for t in teachers]
-    first, second = [], []
+    values, ids, rests = [t[1] for t in teachers], [t[2] for t in teachers], []
     for form, rows, _ in teachers:
-        a, b = None, None
-        if form == LOGITS.value:
-            a, b = row_statistics(rows, tau)
-        elif form == TOPK.value:
-            a = rows.new_empty((rows.shape[0],), dtype=dtype(rows, "float32"))
-            launch(_rest_kernel, rows.shape[0], rows, rows, rows.stride(0), rows.shape[1], vocab, a, BLOCK=64)
-        first.append(a)
-        second.append(b)
+        rest = None
+        if form == TOPK.value:
+            rest = rows.new_empty((rows.shape[0],), dtype=dtype(rows, "float32"))
+            launch(_rest_kernel, rows.shape[0], rows, rows, rows.stride(0), rows.shape[1], vocab, rest, BLOCK=64)
+        rests.append(rest)
     packed = (
         tuple(values), tuple(v.stride(0) for v in values), tuple(ids),
-        tuple(0 if i is None else i.shape[1] for i in ids), tuple(first), tuple(second), tuple(map(float, shares)),
+        tuple(0 if i is None else i.shape[1] for i in ids), tuple(rests), tuple(map(float, shares)),
     )
     return packed, tuple(t[0] for t in teachers)
 
 
 def _rows(z: Any, teachers: list[tuple[int, Any, Any]], given: Any, out: tuple, first: int, grad: Any) -> None:
     """The row kernel on a chunk of logits that begins at row ``first``; grad may be None."""
-    tau, target, keep, coef_kd, coef_ce = given.tau, given.target, given.keep, given.coef_kd, given.coef_ce
+    target, keep, coef_kd, coef_ce = given.target, given.keep, given.coef_kd, given.coef_ce
     kd, ce, stats = out
     rows, vocab = z.shape
-    packed, forms = _prepared(teachers, given.shares, tau, vocab)
-    top, log_sum = row_statistics(z, tau)
-    hard = coef_ce is not None and target is not None
-    one = (log_sum if tau == 1 else row_statistics(z, 1.0)[1]) if hard else log_sum
-    launch(
-        _row_kernel, rows, z, z, z.stride(0), vocab, top, log_sum, one, packed, target, keep, coef_kd, coef_ce,
-        1.0 / tau, float(given.beta), float(given.power), kd, ce, stats, kd.shape[0], first,
+    packed, forms = _prepared(teachers, given.shares, vocab)
+    slices = slices_of(vocab, 1 + sum(3 if form == TOPK.value else 1 for form in forms))  # a list is searched a column
+    launch_slices(
+        _row_kernel, rows, slices, 3, z, z, z.stride(0), vocab, slices.width, packed, target, keep, coef_kd, coef_ce,
+        1.0 / given.tau, float(given.beta), float(given.power), kd, ce, stats, kd.shape[0], first,
         z if grad is None else grad, vocab if grad is None else grad.stride(0),
-        KIND=given.kind, FORMS=forms, HARD=hard, GRADIENT=grad is not None, STATISTICS=stats.shape[0] > 0,
-        BLOCK=block_of(vocab), num_warps=warps_of(vocab),
+        parts_of(z, rows, slices, PUBLISHED.value + 2 * len(forms)), progress_of(z, rows, slices),
+        KIND=given.kind, FORMS=forms, HARD=coef_ce is not None and target is not None, GRADIENT=grad is not None,
+        STATISTICS=stats.shape[0] > 0,
     )
 
 

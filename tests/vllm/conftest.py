@@ -1,18 +1,35 @@
-"""One engine of vLLM for all tests, tiny random models on disk; nothing here runs where vLLM is missing."""
+"""One engine of vLLM for all tests, tiny random models on disk; nothing here runs where vLLM is missing.
+
+W2S_FAST_VLLM_RUNNER=2 takes vLLM's second model runner. Its kernels are Triton's, which has no backend for a CPU on a
+package index: they run in Triton's interpreter, and vLLM is told that there is such a backend. Its kernel for top-k and
+top-p is none for the interpreter; vLLM's PyTorch form takes its place.
+"""
 
 import os
+import types
 
+RUNNER = int(os.environ.get("W2S_FAST_VLLM_RUNNER", "1"))
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # in this process, so that tests see the processor
     VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="WARNING",
-    VLLM_USE_V2_MODEL_RUNNER="0", HF_HUB_OFFLINE="1",
+    VLLM_USE_V2_MODEL_RUNNER=str(RUNNER - 1), HF_HUB_OFFLINE="1",
 )  # fmt: skip
+if RUNNER == 2:
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.backends import backends
 
-import pytest
-import torch
+    backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True))
+    collect_ignore = ["test_page.py"]  # a program without this
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 pytest.importorskip("vllm")
-from transformers import LlamaConfig, LlamaForCausalLM
+if RUNNER == 2:
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 BLOCK, BLOCKS, CHUNK, LENGTH = 32, 20, 32, 96
 
@@ -25,6 +42,12 @@ def tiny_llama(vocabulary: int, width: int, seed: int) -> LlamaForCausalLM:
         bos_token_id=2, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def runner():
+    """Which of vLLM's model runners the engine has: 1 or 2."""
+    return RUNNER
 
 
 @pytest.fixture(scope="session")

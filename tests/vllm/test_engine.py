@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
 
 from w2s_fast.integrations.transformers import METHODS, generate
 from w2s_fast.integrations.transformers.recipes import Fuser
@@ -55,11 +55,17 @@ def ours(models, ids, method, settings, new=NEW, **more):
 
 def processor_of(engine):
     runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
-    return next(p for p in runner.input_batch.logitsprocs.all if type(p).__name__ == "FusionLogitsProcessor")
+    held = runner.sampler.logits_processors if hasattr(runner, "req_states") else runner.input_batch.logitsprocs.all
+    return next(p for p in held if type(p).__name__ == "FusionLogitsProcessor")
 
 
 def preemptions(engine):
     return sum(int(m.value) for m in engine.get_metrics() if m.name == "vllm:num_preemptions")
+
+
+def test_the_runner_is_the_one_that_was_asked_for(engine, runner):
+    found = type(engine.llm_engine.model_executor.driver_worker.worker.model_runner).__module__
+    assert found == ("vllm.v1.worker.cpu.model_runner" if runner == 2 else "vllm.v1.worker.cpu_model_runner")
 
 
 def test_every_method_in_one_batch(engine, models):
@@ -83,27 +89,46 @@ def test_the_defaults_of_the_engine_and_weights_of_each_request(engine, models):
         assert tokens == ours(models, one, "proxy_tuning", {"weights": weight})
 
 
-@torch.no_grad()
-def drawn(models, ids, seed, temperature, top_k, top_p):
-    """Our fusion of whole sequences read anew, and vLLM's way from logits to a token."""
+def first_draw(seed, top_k, top_p):
+    """The first runner's way from logits to a token."""
     generator, sampler = torch.Generator().manual_seed(seed), TopKTopPSampler()
+    return lambda logits, place: sampler(logits, {0: generator}, torch.tensor([top_k]), torch.tensor([top_p]))[0]
+
+
+def second_draw(seed, top_k, top_p):
+    """The second's: the noise is a function of the seed and the place."""
+    from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+    def draw(logits, place):
+        kept = apply_top_k_top_p(logits, torch.tensor([top_k]), torch.tensor([top_p]))
+        row, place = torch.tensor([0], dtype=torch.int32), torch.tensor([place])
+        return gumbel_sample(kept, row, torch.ones(1), torch.tensor([seed]), place, False, False)
+
+    return draw
+
+
+@torch.no_grad()
+def drawn(models, ids, draw, temperature):
+    """Our fusion of whole sequences read anew, and vLLM's way from logits to a token."""
     tokens, fuser = list(ids), Fuser("proxy_tuning")
     for _ in range(NEW):
         large, expert, anti = (m(input_ids=torch.tensor([tokens])).logits[:, -1] for m in models)
         logits = fuser.fuse(large, [expert], [anti])[0] / temperature
-        token, _ = sampler(logits, {0: generator}, torch.tensor([top_k]), torch.tensor([top_p]))
-        tokens.append(int(token))
+        tokens.append(int(draw(logits, len(tokens) - 1)))
     return tokens[len(ids):]
 
 
-def test_seeded_sampling_whatever_else_is_in_the_batch(engine, models):
-    ids = prompts(5, seed=2, longest=7)  # one step reads them: with seeds vLLM cannot read a prompt in pieces on a CPU
-    how = {"temperature": 2.0, "top_k": 60, "top_p": 0.95}
-    wanted = [params(seed=seed, **how) for seed in range(4)] + [params("none")]
+def test_seeded_sampling_whatever_else_is_in_the_batch(engine, models, runner):
+    """Prompts that one step reads: the first runner cannot read them in pieces with seeds on a CPU."""
+    ids = prompts(5, seed=2, longest=7 if runner == 1 else 40)
+    how = {"top_k": 60, "top_p": 0.95}
+    wanted = [params(seed=seed, temperature=2.0, **how) for seed in range(4)] + [params("none")]
     found = run(engine, ids, wanted)
     for seed in range(4):
-        assert found[seed] == drawn(models, ids[seed], seed, **how)
-    assert run(engine, ids[:1] * 2, [params(seed=9, **how), params(seed=10, **how)])[0] != found[0]
+        draw = (first_draw if runner == 1 else second_draw)(seed, **how)
+        assert found[seed] == drawn(models, ids[seed], draw, 2.0)
+    other = [params(seed=seed, temperature=2.0, **how) for seed in (9, 10)]
+    assert run(engine, ids[:1] * 2, other)[0] != found[0]
 
 
 def test_preempted_requests_go_on(engine, models):

@@ -1,7 +1,7 @@
 """`python -m w2s_fast.testing.new_op family/op`: the skeleton of an op in every layer.
 
-The skeleton is an op that works, ``y = scale x`` with a gradient, so that after `make build` every test holds before
-the first line is changed. It never overwrites.
+The skeleton is an op that works, ``y = scale x`` with a scale a row and kernels for its gradient, so that every test
+holds before the first line is changed. It never overwrites.
 """
 
 from __future__ import annotations
@@ -12,81 +12,105 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-REFERENCE = '''"""{op}: y = scale x."""
+REFERENCE = '''"""{op}: y = scale x, a scale a row."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..numerics import accumulate_dtype
 
 
-def {op}(x: Tensor, scale: float) -> Tensor:
-    """y ``[N]`` in the dtype of x ``[N]``; arithmetic in float32 (float64 if x is)."""
-    return (x.to(accumulate_dtype(x)) * scale).to(x.dtype)
+class {title_op}Gradients(NamedTuple):
+    """Each like its argument."""
+
+    dx: Tensor
+    dscale: Tensor
+
+
+def {op}(x: Tensor, scale: Tensor) -> Tensor:
+    """y ``[R, D]`` in the dtype of x; scale ``[R]``. Arithmetic in float32 (float64 if an input is)."""
+    acc = accumulate_dtype(x, scale)
+    return (x.to(acc) * scale.to(acc).unsqueeze(1)).to(x.dtype)
+
+
+def {op}_backward(grad: Tensor, x: Tensor, scale: Tensor) -> {title_op}Gradients:
+    """Of grad ``[R, D]``, in the same arithmetic."""
+    acc = accumulate_dtype(x, scale)
+    g, wide, factor = grad.to(acc), x.to(acc), scale.to(acc).unsqueeze(1)
+    return {title_op}Gradients((g * factor).to(x.dtype), (g * wide).sum(1).to(scale.dtype))
 '''
 
-OP = '''"""{op}: y = scale x."""
+OP = '''"""{op}: y = scale x, a scale a row."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor
 
 from ... import checks
-from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.{family} import {op} as reference
-
-
-def _backward(call: Call, grad: Tensor) -> dict[str, Any]:
-    return {{"x": grad * call.scale}}
-
 
 {constant} = define(
     reference.{op},
     fake=lambda x, scale: x.new_empty(x.shape),
-    backward=_backward,
-    twice=True,
+    gradient=reference.{op}_backward,
     triton=Kernel(),
 )
 
 
-def {op}(x: Tensor, scale: float) -> Tensor:
-    """``y = scale x`` in one pass.
+def {op}(x: Tensor, scale: Tensor) -> Tensor:
+    """``y_rd = scale_r x_rd`` in one pass.
 
     Args:
-        x: any shape; float32, bfloat16, float16 or float64.
-        scale: a number.
+        x: ``[R, D]``; float32, bfloat16, float16 or float64.
+        scale: ``[R]``; any of these dtypes.
 
     Returns:
-        y like x, contiguous. Differentiable in x.
+        y like x, contiguous. Differentiable, once, in x and scale.
 
     Raises:
         ValueError, TypeError: naming the argument.
 
     Example:
         >>> import torch, w2s_fast
-        >>> w2s_fast.{op}(torch.tensor([1.0, 2.0]), 3.0)
-        tensor([3., 6.])
+        >>> w2s_fast.{op}(torch.tensor([[1.0, 2.0]]), torch.tensor([3.0]))
+        tensor([[3., 6.]])
     """
     op = "{op}"
     checks.is_float_tensor(op, "x", x)
-    y: Tensor = {constant}(x.reshape(-1).contiguous(), checks.number(op, "scale", scale))
-    return y.reshape(x.shape)
+    checks.is_float_tensor(op, "scale", scale)
+    if x.ndim != 2:
+        checks.fail(op, "x", "of shape (R, D)", tuple(x.shape))
+    if scale.shape != x.shape[:1]:
+        checks.fail(op, "scale", f"of shape ({{x.shape[0]}},)", tuple(scale.shape))
+    checks.same_device(op, [("x", x), ("scale", scale)])
+    y: Tensor = {constant}(x.contiguous(), scale.contiguous())
+    return y
 '''
 
 HEADER = """#pragma once
+
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 
 namespace w2s {{
 
+struct {title_op} {{  // y in the forward alone; grad, dx and sums (dscale) in the backward
+  int64_t R, D;
+  Rows x, y, grad, dx;
+  std::vector<double> scale;
+  double* sums;
+}};
+
 template <class A>
-struct {table} {{  // {op}_kernel.cpp
-  void (*run)(const Rows& x, int64_t size, double scale, const Rows& y);
+struct {title_op}Kernels {{  // {op}_kernel.cpp
+  void (*run)(const {title_op}& s);
+  void (*backward)(const {title_op}& s);
 }};
 
 }}  // namespace w2s
@@ -99,19 +123,35 @@ HOST = """#include "cpu/{family}/{op}.h"
 namespace w2s {{
 namespace {{
 
-Tensor {op}(Tensor x, double scale) {{
-  Tensor y = fresh(x, {{x.size(0)}});
-  with_kernels<{table}>(is_double(x), [&](const auto& kernels) {{ kernels.run(Rows(x), x.size(0), scale, Rows(y)); }});
+Tensor {op}(Tensor x, Tensor scale) {{
+  expect(scale, "scale", {{x.size(0)}});
+  Tensor y = empty_of(x);
+  const {title_op} s{{x.size(0), x.size(1), Rows(x), Rows(y), {{}}, {{}}, numbers(scale), nullptr}};
+  with_kernels<{title_op}Kernels>(is_double(x) || is_double(scale), [&](const auto& of) {{ of.run(s); }});
   return y;
+}}
+
+std::tuple<Tensor, Tensor> {op}_backward(Tensor grad, Tensor x, Tensor scale) {{
+  expect_like(grad, "grad", x);
+  expect(scale, "scale", {{x.size(0)}});
+  Tensor dx = empty_of(x);
+  std::vector<double> sums(size_t(x.size(0)));
+  const {title_op} s{{x.size(0), x.size(1), Rows(x), {{}}, Rows(grad), Rows(dx), numbers(scale), sums.data()}};
+  with_kernels<{title_op}Kernels>(is_double(x) || is_double(scale), [&](const auto& of) {{ of.backward(s); }});
+  return {{dx, narrowed(sums, scale)}};
 }}
 
 }}  // namespace
 }}  // namespace w2s
 
-W2S_IMPLEMENTATIONS(m) {{ m.add<&w2s::{op}>("{op}"); }}
+W2S_IMPLEMENTATIONS(m) {{
+  m.add<&w2s::{op}>("{op}");
+  m.add<&w2s::{op}_backward>("{op}_backward");
+}}
 """
 
-VECTORS = """// {op}: y = scale x, one pass over segments of 8,192 elements. Floor: x read once, y written once.
+VECTORS = """// {op}: y = scale x, a scale a row, in one pass over segments of 8,192 elements; its gradient takes a row
+// as an item, so that a sum over a row has one order. Floor: x (and grad) read once, y (dx) written once.
 #include "cpu/{family}/{op}.h"
 
 #include "cpu/target_begin.h"
@@ -127,21 +167,56 @@ W2S_INLINE void {op}_tile(const A* x, int n, A scale, A* y) {{
   for (; i < n; ++i) y[i] = scale * x[i];
 }}
 
+// dx, and this tile's part of dscale
 template <class A>
-inline void {op}_as(const Rows& x, int64_t size, double scale, const Rows& y) {{
-  each_tile(1, size, [&](int64_t row, int64_t at, int n) {{
+W2S_INLINE A {op}_backward_tile(const A* grad, const A* x, int n, A scale, A* dx) {{
+  using V = Vec<A>;
+  const V factor = V::set(scale);
+  V sums = V::set(0);
+  int i = 0;
+  for (; i + V::W <= n; i += V::W) {{
+    const V value = V::load(x + i), g = V::load(grad + i);
+    (factor * g).store(dx + i);
+    sums = V::fma(g, value, sums);
+  }}
+  A sum = sums.sum();
+  for (; i < n; ++i) {{
+    const A value = x[i], g = grad[i];
+    dx[i] = scale * g;
+    sum += g * value;
+  }}
+  return sum;
+}}
+
+template <class A>
+inline void {op}_as(const {title_op}& s) {{
+  each_tile(s.R, s.D, [&s](int64_t row, int64_t at, int n) {{
     A wide_x[TILE], wide_y[TILE];
-    const A* from = read_tile(x, row, at, n, wide_x);
-    write_tile(y, row, at, n, wide_y, [&](A* to) {{ {op}_tile(from, n, A(scale), to); }});
+    const A* x = read_tile(s.x, row, at, n, wide_x);
+    write_tile(s.y, row, at, n, wide_y, [&](A* y) {{ {op}_tile(x, n, A(s.scale[size_t(row)]), y); }});
   }});
 }}
 
-W2S_KERNELS({table}, {op}_as<Real>)
+template <class A>
+inline void {op}_backward_as(const {title_op}& s) {{
+  row_sums(s.R, s.D, s.sums, [&s](int64_t row, int64_t at, int n) {{
+    A wide_grad[TILE], wide_x[TILE], wide_dx[TILE], sum = 0;
+    const A *grad = read_tile(s.grad, row, at, n, wide_grad), *x = read_tile(s.x, row, at, n, wide_x);
+    write_tile(s.dx, row, at, n, wide_dx,
+               [&](A* dx) {{ sum = {op}_backward_tile(grad, x, n, A(s.scale[size_t(row)]), dx); }});
+    return sum;
+  }});
+}}
+
+W2S_KERNELS({title_op}Kernels, {op}_as<Real>, {op}_backward_as<Real>)
 
 #include "cpu/target_end.h"
 """
 
-KERNEL = '''"""{op}: y = scale x, one program a block. Floor: x read once, y written once."""
+KERNEL = '''"""{op}: y = scale x, a scale a row.
+
+One program a tile of a row; the gradient one a row, which sums. Floor: x (and grad) read once, y (dx) written once.
+"""
 
 from __future__ import annotations
 
@@ -150,42 +225,72 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, launch
+from ..common import AotCase, Meta, cdiv, launch, row_tile
 
 BLOCK = 1024
 
 
 @triton.jit
-def _{op}_kernel(x, scale, size, o_y, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(o_y + at, (value * scale).to(o_y.dtype.element_ty), mask=at < size)
+def _{op}_kernel(x, scale, size, tiles, o_y, BLOCK: tl.constexpr):
+    row, tile = row_tile(tiles)
+    cols = tile * BLOCK + tl.arange(0, BLOCK)
+    at, mask = row * size + cols, cols < size
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(o_y + at, (tl.load(scale + row).to(tl.float32) * value).to(o_y.dtype.element_ty), mask=mask)
 
 
-def launch_{op}(x: Any, scale: float) -> Any:
+@triton.jit
+def _{op}_backward_kernel(grad, x, scale, size, o_dx, o_dscale, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(scale + row).to(tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        at, mask = row * size + cols, cols < size
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(o_dx + at, (factor * g).to(o_dx.dtype.element_ty), mask=mask)
+        sums += g * value
+    tl.store(o_dscale + row, tl.sum(sums, 0).to(o_dscale.dtype.element_ty))
+
+
+def launch_{op}(x: Any, scale: Any) -> Any:
     """Arguments of `{op}` -> y."""
-    y = x.new_empty(x.shape)
-    launch(_{op}_kernel, cdiv(x.shape[0], BLOCK), x, x, scale, x.shape[0], y, BLOCK=BLOCK)
+    rows, size = x.shape
+    y, tiles = x.new_empty(x.shape), cdiv(size, BLOCK)
+    launch(_{op}_kernel, rows * tiles, x, x, scale, size, tiles, y, BLOCK=BLOCK)
     return y
 
 
+def launch_{op}_backward(grad: Any, x: Any, scale: Any) -> tuple[Any, Any]:
+    """Arguments of `{op}_backward` -> (dx, dscale)."""
+    dx, dscale = x.new_empty(x.shape), scale.new_empty(scale.shape)
+    launch(_{op}_backward_kernel, x.shape[0], x, grad, x, scale, x.shape[1], dx, dscale, BLOCK=BLOCK)
+    return dx, dscale
+
+
 def aot_cases() -> list[AotCase]:
-    """A million numbers."""
-    return [AotCase("bf16", lambda: launch_{op}(Meta((1 << 20,), "bfloat16"), 0.5))]
+    """Both kernels on rows of a large model."""
+
+    def both() -> None:
+        x, scale = Meta((256, 4096), "bfloat16"), Meta((256,), "float32")
+        launch_{op}(x, scale)
+        launch_{op}_backward(x, x, scale)
+
+    return [AotCase("bf16", both)]
 '''
 
 SAMPLES = '''"""Samples of `{op}`."""
 
 from __future__ import annotations
 
-from . import Sample
+from . import Sample, in_all_layouts
 
 SAMPLES = [
-    Sample("{op}", "plain", lambda m: ((m.logits(5, 7), 1.5), {{}})),
-    Sample("{op}", "sliced", lambda m: ((m.logits(5, 9)[1:, 2:], -2.0), {{}})),
-    Sample("{op}", "transposed", lambda m: ((m.logits(3, 11).t(), 0.3), {{}})),
-    Sample("{op}", "expanded", lambda m: ((m.logits(1, 5).expand(3, 5), 1.0), {{}})),
-    Sample("{op}", "empty", lambda m: ((m.logits(0, 5), 1.0), {{}})),
+    *in_all_layouts("{op}", lambda m, x: (x, m.logits(len(x)))),
+    Sample("{op}", "scale-strided", lambda m: ((m.logits(4, 7), m.logits(8)[::2]), {{}})),
+    Sample("{op}", "scale-float32", lambda m: ((m.logits(4, 37), m.logits(4).float()), {{}})),
+    Sample("{op}", "scale-special", lambda m: ((m.logits(5, 37), m.special(5)), {{}})),
 ]
 '''
 
@@ -200,18 +305,18 @@ from ..domain import Domain
 DOMAINS: list[Domain] = []
 '''
 
-DOMAIN = '''
+DOMAIN = """
 DOMAINS.append(
     Domain(
-        "{op}", {{"numbers": (1, 1 << 22)}},
-        inputs=lambda random, sizes: (random(sizes["numbers"]),),
-        ways=lambda sizes: {{"ours": lambda x: w2s_fast.{op}(x, 0.5), "eager": lambda x: x * 0.5}},
-        flops=lambda sizes: sizes["numbers"], elements=lambda sizes: sizes["numbers"], trained=(0,),
-        cases={{"4M": {{"numbers": 1 << 22}}}}, bytes=lambda sizes: 8 * sizes["numbers"],
-        prediction="bound by memory, as the formula is",
+        "{op}", {{"R": (1, 4096), "D": (1, 8192)}},
+        inputs=lambda random, sizes: (random(sizes["R"], sizes["D"]), random(sizes["R"])),
+        ways=lambda sizes: {{"ours": w2s_fast.{op}, "eager": lambda x, scale: x * scale.unsqueeze(1)}},
+        flops=lambda sizes: sizes["R"] * sizes["D"], elements=lambda sizes: sizes["R"] * sizes["D"], trained=(0, 1),
+        cases={{"R1024-D4096": {{"R": 1024, "D": 4096}}}}, bytes=lambda sizes: 8 * sizes["R"] * sizes["D"],
+        prediction="bound by memory, as the formula is; with gradient two passes instead of three",
     )
 )  # fmt: skip
-'''
+"""
 
 LAYERS = {
     "w2s_fast/reference/{family}/{op}.py": REFERENCE,
@@ -240,8 +345,8 @@ def _insert(text: str, line: str, among: str) -> str:
 def write(root: Path, family: str, op: str) -> list[Path]:
     """Write the skeleton under ``root``, the root of a source tree; the files it made or changed."""
     title = family.replace("_", " ").capitalize()
-    table = op.title().replace("_", "") + "Kernels"
-    names = {"family": family, "op": op, "constant": op.upper(), "title": title, "table": table}
+    title_op = op.title().replace("_", "")
+    names = {"family": family, "op": op, "constant": op.upper(), "title": title, "title_op": title_op}
     made = [root / path.format(**names) for path in LAYERS]
     for path in made:
         if path.exists():
@@ -277,8 +382,11 @@ def main() -> None:
         parser.error("name must be family/op, as in diffusion/row_scale")
     for path in write(ROOT, family, op):
         print(path.relative_to(ROOT))
-    print(f"left: the mathematics in place of y = scale x; then\nmake build readme && .venv/bin/python -m pytest -q "
-          f"tests/test_contract.py tests/test_samples.py tests/test_guarantee.py -k {op}")  # fmt: skip
+    python = ".venv/bin/python -m"
+    print(f"left: the mathematics in place of y = scale x (in prose too: grep -rn 'scale x'); then\n"
+          f"make build && {python} w2s_fast.testing.aot --write --module {family}.{op} && make readme\n"
+          f"{python} pytest -q tests/test_{{contract,samples,guarantee,layouts,citizenship}}.py -k {op}\n"
+          f"TRITON_INTERPRET=1 {python} pytest -q tests/test_interpreter.py -k {op}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from w2s_fast.ops.linear_loss.kd import kd_loss
 
 from ..data import digits, mlp
 from ..pictures import distorted
-from ..protocol import DEV_SEEDS, Choice, Claim, choose
-from ..robust import group
+from ..protocol import Choice, Claim
+from ..robust import at_best_rates, best_rates
 
 FIRST, ADD, ROUNDS, STEPS, RATES, SEEDS = 250, 100, 4, 100, (1e-3, 3e-3, 1e-2), tuple(range(10))
 ARMS: Any = ("random", "gap", "sampled")
@@ -83,10 +83,8 @@ def table(arm: str, rate: float, seeds: tuple[int, ...], on: str) -> dict[int, f
 
 
 def choices() -> dict[str, Choice]:
-    return {arm: choose(lambda rate, seed, on, arm=arm: table(arm, rate, DEV_SEEDS, on)[seed], {"rate": RATES})
-            for arm in ARMS}  # fmt: skip
+    return best_rates(table, ARMS, RATES)
 
 
 def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:
-    seeds = group(seed, SEEDS)
-    return {arm: {"right": table(arm, chosen[arm]["rate"], seeds, "test")[seed]} for arm in ARMS}
+    return at_best_rates(table, ARMS, chosen, seed, SEEDS)

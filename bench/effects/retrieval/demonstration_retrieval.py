@@ -21,8 +21,8 @@ from w2s_fast.methods._common.loop import Recipe, train
 from w2s_fast.methods.retrieval.demonstration_retrieval import retrieve
 
 from ..data import Split, digits
-from ..protocol import DEV_SEEDS, SEEDS, Choice, Claim, choose
-from ..robust import group
+from ..protocol import SEEDS, Choice, Claim
+from ..robust import at_best_rates, best_rates
 
 BANK, SHOWN, LABELS, BATCH, STEPS, TESTED, RATES = 16, 4, 4, 32, 600, 2000, (1e-3, 3e-3, 1e-2)
 ARMS = ("learned", "weighted pixels", "pixels", "random", "none")
@@ -123,10 +123,8 @@ def table(arm: str, rate: float, seeds: tuple[int, ...], on: str) -> dict[int, f
 
 
 def choices() -> dict[str, Choice]:
-    return {arm: choose(lambda rate, seed, on, arm=arm: table(arm, rate, DEV_SEEDS, on)[seed], {"rate": RATES})
-            for arm in ARMS}  # fmt: skip
+    return best_rates(table, ARMS, RATES)
 
 
 def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:
-    seeds = group(seed, SEEDS)
-    return {arm: {"right": table(arm, chosen[arm]["rate"], seeds, "test")[seed]} for arm in ARMS}
+    return at_best_rates(table, ARMS, chosen, seed, SEEDS)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, default_collate
 
+from ... import checks
 from ...data import StreamBatchSampler
 from ...data._hash import Ints
 from ...data.permutation import permutation
@@ -37,11 +38,26 @@ class ShuffledBatches(StreamBatchSampler):
         return self.count // self.global_batch_size
 
 
+def sized(data: Any) -> int:
+    """How many items a map-style dataset has, at least one."""
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        kind = type(data).__name__
+        checks.fail("methods", "data", "map-style, with a length and items by number", kind, error=TypeError)
+    if not len(data):
+        checks.fail("methods", "data", "of at least one item", 0)
+    return len(data)
+
+
 def shuffled(
     data: Any, batch_size: int, *, seed: int = 0, where: Place | None = None, collate: Callable[..., Any] | None = None
 ) -> DataLoader[Any]:
-    """A DataLoader over a map-style dataset with `ShuffledBatches`; this process's part of every batch."""
+    """A DataLoader over a map-style dataset with `ShuffledBatches`; this process's part of every batch.
+
+    Raises:
+        ValueError, TypeError: naming `data`.
+    """
     where = where or ALONE
+    sized(data)
     batches = ShuffledBatches(len(data), batch_size, seed=seed, rank=where.rank, world_size=where.world)
     return DataLoader(data, batch_sampler=batches, collate_fn=collate)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ... import checks
+from .batches import sized
 from .loop import moved
 
 
@@ -35,6 +37,7 @@ class WithTargets(Dataset[Any]):
     """Items of a map-style dataset, each with its row of some tensors: ``(item, row, ...)``."""
 
     def __init__(self, data: Any, *targets: Tensor) -> None:
+        sized(data)
         self.data, self.targets = data, targets
 
     def __len__(self) -> int:
@@ -47,6 +50,7 @@ class WithTargets(Dataset[Any]):
 @torch.no_grad()
 def predicted(model: nn.Module, data: Any, batch: int = 256) -> Tensor:
     """Logits ``[N, C]`` of a map-style dataset in its order, in evaluation mode, on the CPU."""
+    sized(data)
     mode, device = model.training, next((p.device for p in model.parameters()), torch.device("cpu"))
     model.eval()
     parts = [logits(model, moved(inputs_of(part), device)).float().cpu() for part in DataLoader(data, batch)]
@@ -56,12 +60,14 @@ def predicted(model: nn.Module, data: Any, batch: int = 256) -> Tensor:
 
 def labels(data: Any) -> Tensor:
     """``[N]`` of a map-style dataset."""
-    return torch.tensor([int(labels_of(data[i])) for i in range(len(data))])
+    return torch.tensor([int(labels_of(data[i])) for i in range(sized(data))])
 
 
 def as_list(models: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     """One or several models."""
     found: list[Any] = list(models) if isinstance(models, (list, tuple, nn.ModuleList)) else [models]
     for model in found:
+        if not isinstance(model, nn.Module):
+            checks.fail("methods", "teacher", "a torch module, or several", type(model).__name__, error=TypeError)
         model.eval().requires_grad_(False)
     return found

@@ -13,11 +13,13 @@ import importlib
 import inspect
 import json
 import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,11 +32,17 @@ ROWS, DATA = ("rows", "retain"), ("data", "validation", "labelled")
 
 
 class _Row(dict[str, Any]):
-    """A row of a file, which names a column that a method asks for and that it does not have."""
+    """A row of a file, which names a column that a method asks for and that it does not have, or has nothing in."""
 
     def __init__(self, values: dict[str, Any], where: str) -> None:
         super().__init__(values)
         self.where = where
+
+    def __getitem__(self, name: str) -> Any:
+        found = super().__getitem__(name)
+        if found is None:
+            raise ValueError(f"{self.where}: nothing in the column {name!r}")
+        return found
 
     def __missing__(self, name: str) -> Any:
         raise ValueError(f"{self.where}: no column {name!r}, only {', '.join(self) or 'none'}")
@@ -120,6 +128,13 @@ def _clip(text: str) -> float | None:
     return float(text) or None  # 0: none
 
 
+def _switch(text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return words[text.lower()]
+
+
 def parser(name: str, summary: str, train: Callable[..., Any]) -> argparse.ArgumentParser:
     """Of one method."""
     made = argparse.ArgumentParser(prog=f"w2s-fast train {name}", description=summary, epilog=inspect.getdoc(train),
@@ -142,7 +157,7 @@ def parser(name: str, summary: str, train: Callable[..., Any]) -> argparse.Argum
         made.add_argument(f"--{field.name}", type=int if field.name == "steps" else kind, default=default,
                           required=field.name == "steps", help=f"of the recipe (default {default})")  # fmt: skip
     for setting, default in settings_of(train).items():
-        kind = (lambda text: text.lower() in ("1", "true", "yes")) if isinstance(default, bool) else type(default)
+        kind = _switch if isinstance(default, bool) else type(default)
         made.add_argument(f"--{setting.replace('_', '-')}", dest=setting, type=kind, default=default,
                           help=f"(default {default})")  # fmt: skip
     return made
@@ -159,19 +174,32 @@ def main(name: str, summary: str, train: Callable[..., Any], arguments: list[str
     settings = {setting: getattr(given, setting) for setting in settings_of(train)}
     try:
         where = places.place(given.device)
+        _seed(recipe.seed)  # what the user's functions make is the same in every process
         inputs = _inputs(train, given)
+        _seed(recipe.seed + where.rank)
+        if not isinstance(inputs["model"], nn.Module):
+            checks.fail(f"methods.{name}", "model", "a torch module", type(inputs["model"]).__name__)
         for one in inputs.values():
             if isinstance(one, nn.Module):
                 one.to(where.device)
         trained = train(**inputs, recipe=recipe, **settings, where=where, checkpoint=given.out / "checkpoints",
                         label=name, progress=sys.stderr.isatty())  # fmt: skip
         _write(given.out, inputs, trained, {"method": name, **dataclasses.asdict(recipe), **settings}, where)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
+        if isinstance(error, TypeError) and not str(error).startswith("w2s_fast."):
+            raise  # not an argument that a method has refused
         print(f"w2s-fast train {name}: {error}", file=sys.stderr)
         return 1
     finally:
         places.leave()
     return 0
+
+
+def _seed(seed: int) -> None:
+    """Of what draws without a generator of its own: dropout, new layers, the user's functions."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _inputs(train: Callable[..., Any], given: argparse.Namespace) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ... import checks
+from ...attacks import Stacked
 from .classify import inputs_of, labels_of, logits
 from .loop import moved
 
 
 class Output(NamedTuple):
-    """Features ``[N, D]`` and logits ``[N, C]``."""
+    """Features ``[N, D]`` and logits ``[N, C]``; of stacked models ``[S, N, D]`` and ``[S, N, C]``."""
 
     features: Tensor
     logits: Tensor
@@ -35,9 +36,14 @@ def last_linear(model: nn.Module) -> nn.Linear:
 def outputs(model: nn.Module, inputs: Any) -> Output:
     """Features and logits of one forward pass; a hook on the head sees what goes into it.
 
+    Args:
+        model: a classifier, or `w2s_fast.attacks.Stacked` ones with inputs ``[S, N, *]``.
+
     Raises:
         ValueError: features that are not a vector a sample, or a head that is not called.
     """
+    if isinstance(model, Stacked):
+        return Output(*model.call(outputs, inputs))
     seen: list[Tensor] = []
     handle = last_linear(model).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     try:

@@ -45,10 +45,13 @@ class Sequences(NamedTuple):
 def ids_of(tokenizer: Any, text: Text, *, completion: bool = False) -> list[int]:
     """Token ids of a text (a completion's without special tokens), of chat messages, or of the ids themselves."""
     if not isinstance(text, str):
+        if not isinstance(text, Sequence):
+            found = type(text).__name__
+            checks.fail("methods", "rows", "mappings with texts, lists of token ids or chat messages", found)
         if not text or isinstance(text[0], int):
             return list(text)
-        found = tokenizer.apply_chat_template(list(text), add_generation_prompt=True, tokenize=True)
-        return list(found["input_ids"] if isinstance(found, Mapping) else found)
+        chat = tokenizer.apply_chat_template(list(text), add_generation_prompt=True, tokenize=True)
+        return list(chat["input_ids"] if isinstance(chat, Mapping) else chat)
     made: list[int] = tokenizer(text, add_special_tokens=not completion)["input_ids"]
     return made
 
@@ -207,6 +210,9 @@ def sample(
     """
     from ...integrations.transformers import generate
 
+    empty = next((i for i, ids in enumerate(prompts) if not len(ids)), None)
+    if empty is not None:
+        checks.fail("methods", "prompt", "of at least one token in every row", f"none in row {empty}")
     training = model.training
     model.eval()
     uniform = torch.rand(len(prompts), max_new_tokens, generator=generator)
@@ -235,11 +241,14 @@ def decode(tokenizer: Any, ids: list[int]) -> Any:
 
 
 def check_rows(op: str, rows: Any, *columns: str) -> list[Row]:
-    """The rows as a list, the first of which has these columns."""
+    """The rows as a list, at least one, each with something in these columns."""
     found = list(rows)
     if not found:
         checks.fail(op, "rows", "at least one", 0)
-    missing = [name for name in columns if name not in found[0]]
-    if missing:
-        checks.fail(op, "rows", f"mappings with {', '.join(columns)}", ", ".join(found[0]))
+    for i, row in enumerate(found):
+        names = {name for name, value in row.items() if value is not None} if isinstance(row, Mapping) else None
+        if names is None or not names.issuperset(columns):
+            got = type(row).__name__ if names is None else ", ".join(map(str, row)) or "none"
+            where = getattr(row, "where", f"row {i}")
+            checks.fail(op, "rows", f"mappings with {', '.join(columns)}", f"{got} in {where}")
     return found

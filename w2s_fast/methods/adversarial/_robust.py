@@ -1,4 +1,4 @@
-"""What the methods share: values of samples to one loss, divergences of two outputs, features, batches of any data."""
+"""What the methods share: values of samples to one loss, divergences of outputs, inner features, batches."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import checks
-from ...attacks import LOSSES, PGD, Stacked, outputs
+from ...attacks import LOSSES, PGD, Stacked
 from ...ops.linear_loss.kd import kd_loss
 from .._common.batches import shuffled
 from .._common.loop import Recipe, Trained
@@ -46,23 +45,6 @@ def pgd_maker(eps: float, *, share_of_step: float | None = None, **attack: Any) 
         return PGD(model, radius, alpha=alpha, **attack)(x, y)
 
     return make
-
-
-def with_penultimate(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs, and what goes into the last Linear of the model, the features ``[..., N, D]``."""
-    if isinstance(model, Stacked):
-        found: tuple[Tensor, Tensor] = model.call(with_penultimate, x)
-        return found
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        checks.fail("methods.adversarial", "model", "one with a Linear at its end", type(model).__name__)
-    seen: list[Tensor] = []
-    hook = linear[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    try:
-        z = outputs(model, x)
-    finally:
-        hook.remove()
-    return z, seen[-1].flatten(1)
 
 
 def after(name: str) -> Callable[[Any, Tensor], Tensor]:

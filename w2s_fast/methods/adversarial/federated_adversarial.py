@@ -8,7 +8,6 @@ imported there only (``pip install "w2s_fast[flower]"``).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,11 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...attacks import PGD
+from ...data._hash import key_of
+from .._common import federated
 from .._common.batches import shuffled
-from ..streams.federated_curriculum import MakeOptimizer, average, drawn_clients
+from .._common.federated import MakeOptimizer, Turn, Update, alike
+from .._common.loop import moved
 from ._robust import PIXELS, Clip, total
 from .adversarial_training import at_loss
 
@@ -31,13 +33,16 @@ def client_update(
 
     Args:
         data: a map-style dataset of ``(x, y)``.
+        seed: of the batches and of the attacks' starts.
         turn: the round, from which the batches go on.
     """
-    attack = PGD(model, eps, steps=attack_steps, clip=clip) if eps else None
+    draw = torch.Generator().manual_seed(key_of(seed, "attack", turn) & (2**63 - 1))
+    attack = PGD(model, eps, steps=attack_steps, clip=clip, generator=draw) if eps else None
     batches, losses = _from(shuffled(data, batch_size, seed=seed), turn * steps), []
+    device = next(model.parameters()).device
     model.train()
     for _ in range(steps):
-        x, y = next(batches)
+        x, y = moved(next(batches), device)
         loss = total(at_loss(model, x, x if attack is None else attack(x, y), y))
         optimizer.zero_grad()
         loss.backward()
@@ -62,6 +67,13 @@ def server_update(state: Mapping[str, Tensor], mean: Mapping[str, Tensor], rate:
     return {name: w.lerp(mean[name], rate) if w.is_floating_point() else mean[name] for name, w in state.items()}
 
 
+def _update(**local: Any) -> Update:
+    def update(model: nn.Module, data: Any, optimizer: torch.optim.Optimizer, turn: Turn) -> list[float]:
+        return client_update(model, data, optimizer, seed=turn.seed, turn=turn.number, **local)
+
+    return update
+
+
 def simulate(
     model: nn.Module, clients: Sequence[Any], optimizer: MakeOptimizer, *, rounds: int, per_round: int = 0,
     rate: float = 1.0, seed: int = 0, after_round: Callable[[int, nn.Module], None] = lambda turn, model: None,
@@ -74,45 +86,23 @@ def simulate(
         rate: eta_global.
         local: of `client_update`.
     """
-    for turn in range(rounds):
-        states = []
-        for client in drawn_clients(len(clients), per_round or len(clients), seed, turn):
-            own = copy.deepcopy(model)
-            client_update(own, clients[client], optimizer(own.parameters()), seed=seed * 10_007 + client, turn=turn,
-                          **local)  # fmt: skip
-            states.append(own.state_dict())
-        model.load_state_dict(server_update(model.state_dict(), average(states, [1] * len(states)), rate))
-        after_round(turn, model)
+    federated.simulate(
+        model, clients, optimizer, _update(**local), rounds=rounds, per_round=per_round, seed=seed, weigh=alike,
+        merge=lambda before, mean: server_update(before, mean, rate), after_round=after_round,
+    )  # fmt: skip
 
 
 def flower_client(
     make_model: Callable[[], nn.Module], client_data: Callable[[int], Any], optimizer: MakeOptimizer, *, seed: int = 0,
     **local: Any,
 ) -> Any:  # fmt: skip
-    """A Flower ``ClientApp`` whose training is `client_update`.
+    """A Flower ``ClientApp`` whose training is `client_update`; clients count alike, whatever their sizes.
 
     Args:
         make_model: an empty model of the architecture.
         client_data: the dataset of a client's ``partition-id``.
     """
-    with checks.extra("flower"):
-        from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-        from flwr.clientapp import ClientApp
-
-    app = ClientApp()
-
-    @app.train()  # type: ignore[untyped-decorator]
-    def train(message: Any, context: Any) -> Any:
-        client, turn = int(context.node_config["partition-id"]), int(message.content["config"]["server-round"]) - 1
-        model, data = make_model(), client_data(client)
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        losses = client_update(model, data, optimizer(model.parameters()), seed=seed * 10_007 + client, turn=turn,
-                               **local)  # fmt: skip
-        # clients count alike, whatever their sizes: FedAvg weighs by this number
-        metrics = MetricRecord({"num-examples": 1, "train-loss": sum(losses) / len(losses)})
-        return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
-
-    return app
+    return federated.flower_client(make_model, client_data, optimizer, _update(**local), seed=seed, weigh=alike)
 
 
 def flower_strategy(rate: float = 1.0, **fedavg: Any) -> Any:

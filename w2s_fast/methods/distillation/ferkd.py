@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import grid_sample
 from torch.utils.data import TensorDataset
 
+from ... import checks
 from ...ops.linear_loss.kd import kd_loss
-from .._common.batches import shuffled
+from .._common.batches import shuffled, sized
 from .._common.classify import as_list, labels, logits
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
@@ -132,11 +133,18 @@ def train(
         crops, least: random crops of a picture, and the smallest half size of one.
         top: probabilities kept of each.
         discard, uncertain: thresholds of the teacher's largest probability. The paper's are for ImageNet.
+
+    Raises:
+        ValueError: naming `data` or `discard`.
     """
     (teacher,) = as_list(teacher)
+    sized(data)
     pictures, draw = torch.stack([data[i][0] for i in range(len(data))]), torch.Generator().manual_seed(recipe.seed)
     stored = store(teacher, pictures, crops, draw, top=top, least=least)
     with torch.no_grad():
         classes = logits(teacher, pictures[:1].to(next(teacher.parameters()).device)).shape[1]
     kept = calibrated(stored, labels(data), classes, discard=discard, uncertain=uncertain, smooth=smooth)
+    if not len(kept.picture):
+        most = stored.logp.max().exp().item()
+        checks.fail("methods.ferkd", "discard", f"at most {most:.4g}, the teacher's largest probability", discard)
     return train_stored(model, pictures, kept, recipe=recipe, mix=mix, **run)

@@ -47,11 +47,15 @@ class Dumper:
         self.model, self.tokenizer, self.max_length = model.eval(), tokenizer, max_length
         self.top = checks.integer("methods.teacher", "top", top, low=1, high=64)  # what linear_kd takes
 
-    @torch.no_grad()
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Of the columns that `language.examples` takes."""
-        count = len(next(iter(batch.values())))
-        rows = [{name: column[i] for name, column in batch.items()} for i in range(count)]
+        """Of the columns that `language.examples` takes: lists, or arrays as Ray Data hands them over."""
+        lists = {name: _plain(column) for name, column in batch.items()}
+        count = len(next(iter(lists.values())))
+        return self.of([{name: column[i] for name, column in lists.items()} for i in range(count)])
+
+    @torch.no_grad()
+    def of(self, rows: Iterable[Row]) -> dict[str, list[Any]]:
+        """Of rows as `language.examples` takes them, to columns."""
         given = language.examples(self.tokenizer, rows, max_length=self.max_length)
         part = moved(language.collate(given), next(self.model.parameters()).device)
         logits = self.model(input_ids=part.ids, attention_mask=part.mask, use_cache=False).logits
@@ -65,6 +69,13 @@ class Dumper:
             found["top_ids"].append(top.to(torch.int32).flatten().tolist())
             found["top_logp"].append(logp.flatten().tolist())
         return found
+
+
+def _plain(column: Any) -> Any:
+    """A column as a list, its arrays (token ids, chat messages) too."""
+    if hasattr(column, "tolist"):
+        column = column.tolist()
+    return [_plain(item) if hasattr(item, "tolist") else item for item in column]
 
 
 def dump(
@@ -81,8 +92,7 @@ def dump(
     with replacing(path) as scratch, parquet.ParquetWriter(scratch, kinds) as writer:
         for at in range(0, len(given), batch):
             part = given[at : at + batch]
-            columns = {name: [row[name] for row in part] for name in part[0]}
-            writer.write_table(pa.table(dumper(columns), schema=kinds))
+            writer.write_table(pa.table(dumper.of(part), schema=kinds))
             count += len(part)
     return count
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import checks
 from ...nn import replace_linear
 from ...nn.sparse_lowrank import TARGET, Replaced
 from .._common import language
@@ -44,13 +45,13 @@ def blocks(tokenizer: Any, rows: Sequence[Row], length: int) -> Tensor:
         ValueError: naming what does not fit.
     """
     flat: list[int] = []
-    for row in language.check_rows("methods.sltrain", rows, "text"):
+    for row in language.check_rows("methods", rows, "text"):
         flat += language.ids_of(tokenizer, row["text"], completion=True)
         if tokenizer is not None and tokenizer.eos_token_id is not None:
             flat.append(tokenizer.eos_token_id)
     count = len(flat) // length
     if count == 0:
-        raise ValueError(f"w2s_fast.methods.sltrain: less text than one block of {length} tokens")
+        checks.fail("methods", "rows", f"at least one block of length {length} in all", f"{len(flat)} tokens")
     return torch.tensor(flat[: count * length]).view(count, length)
 
 

@@ -11,25 +11,22 @@ the same under Flower, which is imported there only (``pip install "w2s_fast[flo
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ... import checks
 from ...data import CurriculumSampler
-from ...data._hash import bits, key_of
 from ...data.curriculum import Pacing
+from .._common import federated
+from .._common.federated import MakeOptimizer, Turn
 from ._fit import Loss, classification_losses, classify, fit, losses_of
 
 Order = Literal["easy", "hard", "random"]
-#: ``optimizer(parameters)`` makes the local optimizer.
-MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
 
 def client_update(
@@ -52,40 +49,19 @@ def client_update(
     return fit(model, DataLoader(dataset, sampler.batch_size, sampler=sampler), optimizer, loss)
 
 
-def average(states: Sequence[Mapping[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:
-    """FedAvg: the mean of the clients' tensors, weighted by their sizes."""
-    shares = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-
-    def mean(name: str, tensor: Tensor) -> Tensor:
-        stacked = torch.stack([state[name].double() for state in states])
-        found: Tensor = torch.tensordot(shares.to(stacked.device), stacked, 1).to(tensor.dtype)
-        return found
-
-    return {name: mean(name, tensor) for name, tensor in states[0].items()}
-
-
-def drawn_clients(clients: int, count: int, seed: int, turn: int) -> list[int]:
-    """The clients of a round, a function of seed and round."""
-    order = np.argsort(bits(key_of(seed, "clients", turn), np.arange(clients)), kind="stable")
-    return sorted(int(client) for client in order[:count])
-
-
 def simulate(
     model: nn.Module, clients: Sequence[Any], optimizer: MakeOptimizer, *, rounds: int, per_round: int, epochs: int,
     batch_size: int, order: Order | None = "easy", seed: int = 0,
     after_round: Callable[[int, nn.Module], None] = lambda turn, model: None, **local: Any,
 ) -> None:  # fmt: skip
     """Federated training in this process: ``model`` is the global one, in place; ``clients`` are their datasets."""
-    for turn in range(rounds):
-        states, sizes = [], []
-        for client in drawn_clients(len(clients), per_round, seed, turn):
-            own = copy.deepcopy(model)
-            client_update(own, clients[client], optimizer(own.parameters()), epochs=epochs, batch_size=batch_size,
-                          order=order, seed=seed * 10_007 + client, epoch=turn, **local)  # fmt: skip
-            states.append(own.state_dict())
-            sizes.append(len(clients[client]))
-        model.load_state_dict(average(states, sizes))
-        after_round(turn, model)
+
+    def update(model: nn.Module, data: Any, optimizer: torch.optim.Optimizer, turn: Turn) -> list[float]:
+        return client_update(model, data, optimizer, epochs=epochs, batch_size=batch_size, order=order, seed=turn.seed,
+                             epoch=turn.number, **local)  # fmt: skip
+
+    federated.simulate(model, clients, optimizer, update, rounds=rounds, per_round=per_round, seed=seed,
+                       after_round=after_round)  # fmt: skip
 
 
 def flower_client(
@@ -98,25 +74,12 @@ def flower_client(
         make_model: an empty model of the architecture.
         client_data: the dataset of a client's ``partition-id``.
     """
-    with checks.extra("flower"):
-        from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-        from flwr.clientapp import ClientApp
 
-    app = ClientApp()
+    def update(model: nn.Module, data: Any, optimizer: torch.optim.Optimizer, turn: Turn) -> list[float]:
+        return client_update(model, data, optimizer, epochs=epochs, batch_size=batch_size,
+                             order=turn.told["order"] or None, seed=turn.seed, epoch=turn.number, **local)  # fmt: skip
 
-    @app.train()  # type: ignore[untyped-decorator]
-    def train(message: Any, context: Any) -> Any:
-        client, given = int(context.node_config["partition-id"]), message.content["config"]
-        model, dataset = make_model(), client_data(client)
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        losses = client_update(
-            model, dataset, optimizer(model.parameters()), epochs=epochs, batch_size=batch_size,
-            order=given["order"] or None, seed=seed * 10_007 + client, epoch=int(given["server-round"]) - 1, **local,
-        )  # fmt: skip
-        metrics = MetricRecord({"num-examples": len(dataset), "train-loss": sum(losses) / len(losses)})
-        return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
-
-    return app
+    return federated.flower_client(make_model, client_data, optimizer, update, seed=seed)
 
 
 def flower_strategy(order: Order | None = "easy", **fedavg: Any) -> Any:

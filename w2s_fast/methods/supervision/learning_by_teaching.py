@@ -2,8 +2,8 @@
 
 A teacher samples rationales with answers to a problem. Each serves as the example from which students answer similar
 exam problems with known answers; its score is their accuracy, or their likelihood of the answers. M1: the answer of the
-rationale with the largest score (MAX), or the answers' vote weighted by the scores (SUM). M2: preference pairs of
-rationales with high and low scores (`pairs`), for any DPO trainer.
+rationale with the largest score (MAX), or the answers' vote weighted by the scores (SUM). M2: the teacher learns by DPO
+to prefer rationales with high scores to those with low ones (`preferences`, `train`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ import torch
 
 from ... import checks
 from .._common import language
+from .._common.batches import shuffled
+from .._common.classify import as_list
 from .._common.language import Example, Row
+from .._common.loop import Recipe, Trained
+from .._common.loop import train as run_loop
 
 OP = "methods.learning_by_teaching"
 How = Literal["sum", "max", "count"]
+By = Literal["accuracy", "likelihood"]
 
 
 def vote(answers: Sequence[Hashable], scores: Sequence[float], how: How = "sum") -> Hashable:
@@ -42,7 +47,7 @@ def vote(answers: Sequence[Hashable], scores: Sequence[float], how: How = "sum")
 
 def teach(
     students: Sequence[Any], tokenizer: Any, rationales: Sequence[Any], exams: Sequence[Row], *,
-    by: Literal["accuracy", "likelihood"] = "accuracy", max_length: int = 1024,
+    by: By = "accuracy", max_length: int = 1024,
 ) -> list[float]:  # fmt: skip
     """Score of each rationale: the students' mean over exam problems, rows with ``prompt`` and ``completion``.
 
@@ -79,3 +84,59 @@ def pairs(scores: Sequence[float], margin: float = 0.2) -> list[tuple[int, int]]
     """Numbers (high, low) of rationales to prefer: the best with each that is worse by at least ``margin``."""
     best = max(range(len(scores)), key=lambda i: scores[i])
     return [(best, i) for i, score in enumerate(scores) if scores[best] - score >= margin and i != best]
+
+
+def preferences(
+    model: Any, tokenizer: Any, rows: Sequence[Row], students: Sequence[Any], *, samples: int = 8, margin: float = 0.2,
+    by: By = "accuracy", temperature: float = 1.0, max_new_tokens: int = 256, max_length: int = 1024, seed: int = 0,
+) -> list[tuple[Example, Example]]:  # fmt: skip
+    """Of each problem the rationale of the teacher's that teaches best, with each that teaches less by ``margin``.
+
+    Args:
+        rows: problems: ``prompt``, and ``exams``, the similar problems as of `teach`. Students read the problem and its
+            rationale before an exam's prompt.
+        samples: rationales of a problem.
+    """
+    given = language.check_rows(OP, rows, "prompt", "exams")
+    asked = [language.ids_of(tokenizer, row["prompt"]) for row in given]
+    made = language.sample(
+        model, [ids for ids in asked for _ in range(samples)], temperature=temperature, max_new_tokens=max_new_tokens,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    found, end = [], getattr(tokenizer, "eos_token_id", None)
+    for i, (row, ids) in enumerate(zip(given, asked, strict=True)):
+        own = made[i * samples : (i + 1) * samples]
+        told = [ids + [token for token in one if token != end] for one in own]
+        scores = teach(students, tokenizer, told, row["exams"], by=by, max_length=max_length)
+        found += [(Example(ids, own[high]), Example(ids, own[low])) for high, low in pairs(scores, margin)]
+    return found
+
+
+def train(
+    model: Any, tokenizer: Any, rows: list[Row], student: Any, *, recipe: Recipe, beta: float = 0.1, nll: float = 1.0,
+    samples: int = 8, margin: float = 0.2, by: By = "accuracy", temperature: float = 1.0, max_new_tokens: int = 256,
+    max_length: int = 1024, **run: Any,
+) -> Trained:  # fmt: skip
+    """M2: DPO of the teacher on `preferences`; rows have ``prompt`` and ``exams``.
+
+    Args:
+        student: one or several, of the teacher's tokenizer; they do not learn.
+        beta, nll: of DPO, and of the better rationales' cross-entropy beside it.
+        samples, margin, by, temperature, max_new_tokens: of `preferences`.
+
+    Raises:
+        ValueError: no rationale teaches more than another by ``margin``; or naming `rows`, `by`.
+    """
+    made = preferences(model, tokenizer, rows, as_list(student), samples=samples, margin=margin, by=by,
+                       temperature=temperature, max_new_tokens=max_new_tokens, max_length=max_length,
+                       seed=recipe.seed)  # fmt: skip
+    if not made:
+        checks.fail(OP, "margin", "one by which some rationale teaches more than another", margin)
+    known = language.referenced(model, made)
+    loader = shuffled(known, max(1, recipe.batch // 2), seed=recipe.seed, where=run.get("where"),
+                      collate=language.collate_pairs)  # fmt: skip
+
+    def loss(model: Any, batch: language.Pairs) -> torch.Tensor:
+        return language.preference_loss(model, batch.sequences, kind="dpo", beta=beta, ref_logp=batch.ref, nll_coef=nll)
+
+    return run_loop(model, loss, loader, recipe, **run)

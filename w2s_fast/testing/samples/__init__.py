@@ -7,6 +7,7 @@ them on purpose: permuted, sliced with an offset, expanded, empty, one element, 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,12 @@ class Make:
     def logits(self, *shape: int, scale: float = 3.0, offset: float = 0.0) -> Tensor:
         """Normal numbers of a scale that gives peaked softmax rows, shifted by ``offset``."""
         return (torch.randn(shape, generator=self.generator) * scale + offset).to(self.dtype).to(self.device)
+
+    def special(self, size: int) -> Tensor:
+        """A vector that begins with what arithmetic can stumble over: NaN, infinities, 0."""
+        x, found = self.logits(size), (math.nan, math.inf, -math.inf, 0.0)
+        x[: len(found)] = torch.tensor(found)[:size]
+        return x
 
     def uniform(self, *shape: int) -> Tensor:
         """float32 numbers in [0, 1)."""
@@ -77,6 +84,37 @@ class Sample:
         import w2s_fast
 
         return getattr(w2s_fast, self.op)(*args, **kwargs)
+
+
+def _special(m: Make) -> Tensor:
+    """Rows of two vectors and a remainder, with what arithmetic can stumble over in a vector and in the remainder."""
+    x, special = m.logits(5, 37), m.special(5)
+    x[range(5), range(0, 15, 3)] = x[:, 36] = special
+    return x
+
+
+#: Rows ``[R, D]`` in the layouts and sizes that hide bugs.
+ROWS: dict[str, Callable[[Make], Tensor]] = {
+    "plain": lambda m: m.logits(5, 7),
+    "long": lambda m: m.logits(2, 8209),  # more than a segment of a C++ kernel, several blocks of Triton's
+    "sliced": lambda m: m.logits(5, 39)[1:, 2:],
+    "transposed": lambda m: m.logits(37, 11).t(),
+    "expanded": lambda m: m.logits(1, 37).expand(3, 37),
+    "offset": lambda m: m.logits(3, 1031, offset=1000.0),
+    "special": _special,
+    "one": lambda m: m.logits(1, 1),
+    "empty": lambda m: m.logits(0, 5),
+    "no-columns": lambda m: m.logits(5, 0),
+}
+
+
+def in_all_layouts(op: str, arguments: Callable[[Make, Tensor], tuple[Any, ...]]) -> list[Sample]:
+    """A sample for each of `ROWS`; ``arguments(make, rows)`` are those of the call."""
+
+    def sample(name: str, rows: Callable[[Make], Tensor]) -> Sample:
+        return Sample(op, name, lambda m: (arguments(m, rows(m)), {}))
+
+    return [sample(name, rows) for name, rows in ROWS.items()]
 
 
 def all_samples() -> list[Sample]:

@@ -215,7 +215,7 @@ KD: dict[str, Callable[[Make], Inputs]] = {
     "one-row": _kd(1, 1000),
     "empty": _kd(0, 17, "lk"),
     "one-column": _kd(3, 1),
-    "ignored": _kd(4, 67, hard=True, ignored=3),
+    "ignored": _kd(5, 67, hard=True, ignored=3),
 }
 LINEAR: dict[str, Callable[[Make], Inputs]] = {
     "plain": _linear(7, 257, 24, tau=2.0),
