@@ -31,8 +31,9 @@ POLLS = tl.constexpr(1 << 24)
 def own_slice(progress, SLICES: tl.constexpr, STEP: tl.constexpr):
     """(row of the chunk, slice) of this program; ``progress``: how many have started."""
     pid = tl.program_id(0)
-    if (SLICES > 1) & (STEP == ALL):
-        pid = tl.atomic_add(progress, 1, sem="relaxed")
+    if SLICES > 1:  # noqa: SIM102
+        if STEP == ALL:
+            pid = tl.atomic_add(progress, 1, sem="relaxed")
     return (pid // SLICES).to(tl.int64), pid % SLICES
 
 
