@@ -2,8 +2,7 @@
 
 A Llama of width 48 (`bench.effects.adapted`) learns docstrings from random weights for 160 steps, dense or under a
 random mask, then code for 60: all weights, or those of the mask. Both rates are chosen on dev: that of pre-training by
-the docstrings, that of fine-tuning by the code. *Closed* is the share
-of the gap to dense pre-training on docstrings that is gone on code.
+the docstrings, that of fine-tuning by the code.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ SPARSITY, STEPS, TUNING, RATES = 0.75, 160, 60, (3e-3, 1e-2, 3e-2)
 ARMS = {"dense": 0.0, "sparse, dense tuning": SPARSITY, "sparse, sparse tuning": SPARSITY}
 CLAIMS = [
     Claim("dense fine-tuning beats sparse", "code", "sparse, dense tuning", "sparse, sparse tuning", 0.0, "lower"),
-    Claim("it closes half of the gap that sparse pre-training left", "closed", "sparse, dense tuning", 0.5),
+    Claim("it is at most 0.05 nats behind dense pre-training", "code", "sparse, dense tuning", "dense", -0.05, "lower"),
 ]
 
 
@@ -71,7 +70,4 @@ def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:
         found[arm] = {"docstrings before": adapted.loss(before, "general", "test"),
                       "code": adapted.loss(after, "code", "test"),
                       "docstrings": adapted.loss(after, "general", "test")}  # fmt: skip
-    left = found["sparse, dense tuning"]["docstrings before"] - found["dense"]["docstrings before"]
-    for arm in list(ARMS)[1:]:
-        found[arm]["closed"] = 1 - (found[arm]["code"] - found["dense"]["code"]) / left
     return found
