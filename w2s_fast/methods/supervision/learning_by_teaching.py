@@ -117,7 +117,7 @@ def train(
     samples: int = 8, margin: float = 0.2, by: By = "accuracy", temperature: float = 1.0, max_new_tokens: int = 256,
     max_length: int = 1024, **run: Any,
 ) -> Trained:  # fmt: skip
-    """M2: DPO of the teacher on `preferences`; rows have ``prompt`` and ``exams``.
+    """M2: DPO of the teacher on `preferences`; rows have ``prompt`` and ``exams``, rows of ``prompt``, ``completion``.
 
     Args:
         student: one or several, of the teacher's tokenizer; they do not learn.
