@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 pytest.importorskip("transformers")
 
@@ -56,7 +57,7 @@ def test_a_stopped_method_goes_on_bit_for_bit(name, tmp_path):
 LANGUAGE = sorted(name for name in TRAINS if name in cases.CASES and "rows" in cases.inputs(name))
 BAD = {
     "empty": [], "no column": [{"zzz": "x"}], "nothing": [dict.fromkeys(cases.WORDS[0])],
-    "numbers": [dict.fromkeys(cases.WORDS[0], 3)], "no text": [{name: "" for name in cases.WORDS[0]}],
+    "numbers": [dict.fromkeys(cases.WORDS[0], 3)], "no text": [dict.fromkeys(cases.WORDS[0], "")],
     "the second": [cases.WORDS[0], {"zzz": 1}],
 }  # fmt: skip
 
@@ -74,3 +75,14 @@ def test_rows_that_do_not_fit_are_refused_in_a_sentence(name):
             assert str(error).startswith("w2s_fast."), (what, error)
         else:
             assert what == "no text", what
+
+
+DATA = sorted(name for name in TRAINS if name in cases.CASES and "data" in cases.inputs(name) and name != "mowst")
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_that_does_not_fit_is_refused_in_a_sentence(name):
+    """A number, and nothing at all; what is iterated over as it is may also be a list of batches."""
+    for data in (3, TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long))):
+        with pytest.raises((ValueError, TypeError), match=r"^w2s_fast\."):
+            cases.run(name, cases.STEP.but(steps=1), {**cases.arguments(name), "data": data})

@@ -9,6 +9,7 @@ import json
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,18 @@ def likelihood(model: nn.Module, tokenizer, completion: str = "completion") -> f
 
 
 # preference
+
+
+def test_a_choice_without_choices_is_named(gpt2, tokenizer):
+    for bad in ("one text", [], None):
+        with pytest.raises(ValueError, match=r"completions"):
+            grape_select(gpt2, tokenizer, [ROWS[0], {"prompt": "a", "completions": bad}])
+    with pytest.raises(ValueError, match="label must be 0 or 1, got 2"):
+        debate.train(gpt2, tokenizer, [{**ROWS[0], "label": 2}], gpt2, recipe=STEP)
+    with pytest.raises(ValueError, match="rows must be mappings with prompt, completions, got prompt in row 1"):
+        grape_select(gpt2, tokenizer, [ROWS[0], {"prompt": "a"}])
+    with pytest.raises(ValueError, match=r"prompt must be of at least one token in every row, got none in row 1"):
+        language.sample(gpt2, [[3], []], max_new_tokens=2)
 
 
 def test_npo(gpt2, tokenizer):
@@ -282,6 +295,49 @@ def test_a_teacher_says_nothing_of_a_first_token(tokenizer, tmp_path):
         assert bool((sequences.labels[empty] == -100).all())
         assert torch.equal(ids[whole], ids[plain]) and torch.equal(logp[whole], logp[plain])
         assert bool(logp[sequences.labels.roll(-1, 1) >= 0].isfinite().all())
+
+
+@pytest.mark.slow(40)
+def test_a_corpus_is_dumped_by_workers_of_ray_data(gpt2, tokenizer, tmp_path, monkeypatch):
+    """The same map stage on two workers; its files are a file of `dump`."""
+    pytest.importorskip("pyarrow")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")  # on a machine that is busy
+    ray = pytest.importorskip("ray")
+    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in ROWS]
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=2**28)
+    try:
+        found = ray.data.from_items(rows, override_num_blocks=4).map_batches(
+            teacher_file.Dumper, fn_constructor_args=(gpt2, tokenizer), fn_constructor_kwargs={"top": 4},
+            batch_size=3, compute=ray.data.ActorPoolStrategy(size=2),
+        )  # fmt: skip
+        found.write_parquet(str(tmp_path / "parts"))
+    finally:
+        ray.shutdown()
+    teacher_file.dump(gpt2, tokenizer, rows, tmp_path / "whole.parquet", top=4, batch=3)
+    parts, whole = (teacher_file.Dumped(tmp_path / name) for name in ("parts", "whole.parquet"))
+    one, two = ({tuple(data[i]["ids"]): data[i] for i in range(len(data))} for data in (parts, whole))
+    assert one.keys() == two.keys() and len(one) == len(rows)
+    for ids, row in one.items():
+        assert row["scored"] == two[ids]["scored"] and row["top_ids"] == two[ids]["top_ids"]
+        assert row["top_logp"] == pytest.approx(two[ids]["top_logp"], abs=1e-5)
+    losses = teacher_file.distil(foreign.gpt2(len(tokenizer), 3), tmp_path / "parts", recipe=STEP.but(batch=4)).losses
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["lists", "arrays"])
+def test_the_map_stage_takes_columns_of_lists_and_of_arrays(kind, gpt2):
+    import numpy as np
+
+    ids = [[3, 4, 5], [7, 8]]
+    texts: Any = [np.array(part) for part in ids] if kind == "arrays" else ids
+    ragged = np.empty(2, dtype=object)
+    ragged[:] = texts
+    dumper = teacher_file.Dumper(gpt2, None, top=3)
+    columns = {"prompt": ragged if kind == "arrays" else texts, "completion": np.array([[5, 6], [6, 7]])}
+    found = dumper(columns if kind == "arrays" else {"prompt": texts, "completion": [[5, 6], [6, 7]]})
+    assert found["ids"] == [[3, 4, 5, 5, 6], [7, 8, 6, 7]] and found["scored"] == [2, 2]
+    assert [len(row) for row in found["top_ids"]] == [6, 6] and all(type(row) is list for row in found["top_ids"])
 
 
 # decoding
@@ -487,6 +543,7 @@ def folder(tmp_path_factory, tokenizer) -> Path:
     (made / "mine.py").write_text(
         "import torch\nfrom torch import nn\nfrom torch.utils.data import TensorDataset\n"
         "def model():\n    return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))\n"
+        "def number():\n    return 3\n"
         "def data():\n    return TensorDataset(torch.rand(20, 1, 4, 4), torch.randint(3, (20,)))\n",
         encoding="utf-8",
     )  # fmt: skip
@@ -539,6 +596,7 @@ def test_the_command_trains_any_module(name, more, folder, tmp_path, monkeypatch
 
 def test_the_command_refuses_in_a_sentence(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
+    (folder / "bare.jsonl").write_text('{"text": "x"}\n{"text": null}\n', encoding="utf-8")
     common = ["--out", str(tmp_path), "--steps", "1", "--device", "cpu"]
     for words, text in (
         (["npo", "--model", "model", "--data", "none.jsonl"], "no such file"),
@@ -548,12 +606,41 @@ def test_the_command_refuses_in_a_sentence(folder, tmp_path, monkeypatch):
         (["spin", "--model", "model", "--data", "rows.jsonl", "--rate", "x"], "--rate"),
         (["spin", "--model", "model", "--data", "rows.jsonl", "--optimizer", "x"], "optimizer must be one of"),
         (["spin", "--data", "rows.jsonl"], "--model"),
+        (["ibp", "--model", "mine:number", "--data", "mine:data"], "model must be a torch module, got int"),
+        (["exssnet", "--model", "mine:model", "--data", "mine:data"], "model must be a Supermasks, got Sequential"),
+        (
+            ["weak_to_strong", "--model", "mine:model", "--weak", "mine:number", "--data", "mine:data"],
+            "must be a torch module, or several, got int",
+        ),
+        (
+            ["meal_v2", "--model", "mine:model", "--teacher", "mine:model", "--data", "mine:number"],
+            "data must be map-style, with a length and items by number, got int",
+        ),
+        (["ibp", "--model", "mine:model", "--data", "mine:data", "--crown", "perhaps"], "must be true or false"),
+        (["ibp", "--model", "mine:model", "--data", "mine:data", "--eps", "-1"], "eps must be a finite number >= 0"),
+        (["ibp", "--model", "mine:model", "--data", "mine:data", "--clip", "-1"], "clip must be a finite number > 0"),
+        (["npo", "--model", "model", "--data", "rows.jsonl", "--retain", "bare.jsonl"], "nothing in the column"),
     ):
         done = run(*words, *common)
         assert done.exit_code in (1, 2) and text in done.stderr.replace("\n", " "), (words, done.output)
     (tmp_path / "bare.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
     done = run("spin", "--model", "model", "--data", str(tmp_path / "bare.jsonl"), *common)
     assert done.exit_code == 1 and "mappings with prompt, completion" in done.stderr
+
+
+def test_the_command_draws_what_its_seed_says(folder, tmp_path, monkeypatch):
+    """Dropout and a model that a function makes at random; another seed draws something else."""
+    monkeypatch.chdir(folder)
+    found = []
+    for number, seed in enumerate((3, 3, 4)):
+        common = ["--out", str(tmp_path / str(number)), "--steps", "2", "--device", "cpu", "--seed", str(seed)]
+        for words in (
+            ["npo", "--model", "model", "--data", "rows.jsonl"],
+            ["meal_v2", "--model", "mine:model", "--teacher", "mine:model", "--data", "mine:data"],
+        ):
+            assert run(*words, *common[:1], common[1] + words[0], *common[2:]).exit_code == 0
+            found.append(json.loads((tmp_path / f"{number}{words[0]}" / "train.json").read_text())["losses"])
+    assert found[:2] == found[2:4] and found[0] != found[4] and found[1] != found[5]
 
 
 def test_files_that_hold_something_else_are_named(folder, tmp_path, monkeypatch):

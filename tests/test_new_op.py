@@ -18,7 +18,7 @@ import torch, w2s_fast
 from w2s_fast.testing.compare import compare
 from w2s_fast.testing.samples import all_samples
 found = [s for s in all_samples() if s.op == "row_scale"]
-assert len(found) == 11 and w2s_fast.__file__.startswith(ROOT)
+assert len(found) == 13 and w2s_fast.__file__.startswith(ROOT)
 for sample in found:
     for dtype in sample.dtypes:
         compare(sample, "reference", dtype)

@@ -1,7 +1,7 @@
 """linear_ce on a GPU: logits of a chunk, one kernel for its statistics, losses and dz, two products; see chunk.py.
 
-With a gradient every logit is read once: a row is a program, or several that each keep a slice (slices.py). Without one a
-program reads a row. Traffic a logit of the kernel: 4 B read, 2 or 4 written.
+With a gradient every logit is read once: a row is a program, or several that each keep a slice (slices.py). Without one
+a program reads a row. Traffic a logit of the kernel: 4 B read, 2 or 4 written.
 """
 
 from __future__ import annotations
@@ -91,8 +91,10 @@ def label_sums(i_z, low, high, line, i_ids, i_probs, i_coefs, K, scale, cap, CAP
 
 
 @triton.jit
-def publish(parts, part, top, mass, spread, best, total, everything, cross, share, cross_c, share_c, a, a_mass, b, b_mass,
-            SLICES: tl.constexpr):  # fmt: skip
+def publish(
+    parts, part, top, mass, spread, best, total, everything, cross, share, cross_c, share_c, a, a_mass, b, b_mass,
+    SLICES: tl.constexpr,
+):  # fmt: skip
     """A slice's numbers for the row's other programs; `whole_row` reads them."""
     at = parts + part
     tl.store(at, top)
@@ -297,7 +299,8 @@ def _all_rows(
     slices = _slices(work.vocab_size, has, count, dense, classes)
     progress = progress_of(keep, work.rows, slices) if work.any else None
     given = (count, scale, cap, keep, ids, probs, coefs, uniform, dense, stride, classes, weight, z_loss)
-    out, flags = (losses, row, logp, lse, entropy, best, largest), {"CAP": has, "SCALED": scaled, "KP": next_power(count)}
+    out = (losses, row, logp, lse, entropy, best, largest)
+    flags = {"CAP": has, "SCALED": scaled, "KP": next_power(count)}
     for first, size, z, dz in work.each():
         if work.any:
             _gradient(slices, work, first, size, z, dz, given, out, progress, flags)

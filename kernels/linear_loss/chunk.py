@@ -2,8 +2,8 @@
 dz of them in place or in the heads' dtype, and the library's products dh = dz W, dW = dz^T h.
 
 R is at least 2,048 whatever V is: dW is read and written once a chunk, which takes as long as the products when R is a
-few hundred. Traffic a logit: 4 B written, 4 read (8 where a loss waits for other rows: preferences), 2 or 4 written, 4 or
-8 read.
+few hundred. Traffic a logit: 4 B written, 4 read (8 where a loss waits for other rows: preferences), 2 or 4 written, 4
+or 8 read.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The row kernel of kd_loss and linear_kd; kd.py says how rows reach it.
 
-A slice of the student's row and of every teacher's is read once and stays in registers (slices.py) through three steps:
-maxima and sums of exponentials, the sums of D, the gradient. What a kind is made of stands in one helper for each of the
-last two; equations in reference/linear_loss/distillation.py. Logarithms are to the base 2, as the hardware's: log p means
-log2 p here, and what leaves the kernel is turned into nats.
+A slice of the student's row and of every teacher's is read once and stays in registers (slices.py) through three
+steps: maxima and sums of exponentials, the sums of D, the gradient. What a kind is made of stands in one helper for
+each of the last two; equations in reference/linear_loss/distillation.py. Logarithms are to the base 2, as the
+hardware's: log p means log2 p here, and what leaves the kernel is turned into nats.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _row_kernel(
     x = tl.load(student + row * stride + cols, mask=mask, other=NONE).to(tl.float32)
     read = ()
     for m in tl.static_range(len(FORMS)):
-        read = read + (_read(teachers, m, FORMS[m], row, cols, mask),)
+        read += (_read(teachers, m, FORMS[m], row, cols, mask),)
 
     if STEP <= 0:  # maxima and sums of exponentials
         top, total = _exponentials(x, rate)
@@ -231,7 +231,8 @@ def _row_kernel(
                 top_m, total_m = _exponentials(read[m], rate)
             else:
                 top_m, total_m = top, total  # nobody asks
-            tops, totals = tops + (top_m,), totals + (total_m,)
+            tops += (top_m,)
+            totals += (total_m,)
     if SLICES > 1:
         parts += row * (PUBLISHED + 2 * len(FORMS)) * SLICES
         if STEP <= 0:
@@ -254,12 +255,14 @@ def _row_kernel(
                     published(parts, PUBLISHED + 2 * m, SLICES, PADDED, NONE),
                     published(parts, PUBLISHED + 2 * m + 1, SLICES, PADDED, 0.0), rate,
                 )  # fmt: skip
-                tops, log_sums = tops + (top_m,), log_sums + (log_m,)
+                tops += (top_m,)
+                log_sums += (log_m,)
         else:
             top, log_sum, hard_sum = _line(top), tl.log2(total), tl.log2(hard_total)
             log_sums, lines = (), ()
             for m in tl.static_range(len(FORMS)):
-                lines, log_sums = lines + (_line(tops[m]),), log_sums + (tl.log2(totals[m]),)
+                lines += (_line(tops[m]),)
+                log_sums += (tl.log2(totals[m]),)
             tops = lines
         log_p = (x - top) * rate - log_sum
         p = tl.exp2(log_p)
@@ -310,9 +313,8 @@ def _row_kernel(
                 a = tl.sum(factors * published(parts, 3, SLICES, PADDED, 0.0), 0)
                 b = tl.sum(factors * published(parts, 4, SLICES, PADDED, 0.0), 0)
                 mass = tl.sum(published(parts, 5, SLICES, PADDED, 0.0), 0)
-                a, b, mass = (
-                    tl.where(came, a, float("nan")), tl.where(came, b, float("nan")), tl.where(came, mass, float("nan")),
-                )  # fmt: skip
+                mass = tl.where(came, mass, float("nan"))
+                a, b = tl.where(came, a, float("nan")), tl.where(came, b, float("nan"))
                 if HARD:
                     label = tl.sum(published(parts, 7, SLICES, PADDED, 0.0), 0)
                 if STATISTICS:

@@ -1,11 +1,11 @@
 """Rows of logits that stay on chip: a program keeps a slice of a row in registers from its only read to the gradient.
 
-A row of at most `SLICE` values is one program. A longer one is several, which publish what they know of their slices
-(maxima, sums), wait for each other and go on with what the whole row's are. Programs are numbered as they start, so that
-one waits only for those that have started and for those that start next. They need not be a cluster of the hardware.
+A row of at most `KEPT` values is one program. A longer one is several, which publish what they know of their slices
+(maxima, sums), wait for each other and go on with the whole row's. Programs are numbered as they start, so that one
+waits only for those that have started and for those that start next. They need not be a cluster of the hardware.
 
-Where programs do not run side by side (the interpreter, a device with a few multiprocessors) the same kernel is launched
-a step at a time: in each it reads its slice again and ends with what it publishes.
+Where programs do not run side by side (the interpreter, a device with a few multiprocessors) the same kernel is
+launched a step at a time: in each it reads its slice again and ends with what it publishes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POLLS = tl.constexpr(1 << 24)
 def own_slice(progress, SLICES: tl.constexpr, STEP: tl.constexpr):
     """(row of the chunk, slice) of this program; ``progress``: how many have started."""
     pid = tl.program_id(0)
-    if SLICES > 1:
+    if SLICES > 1:  # noqa: SIM102
         if STEP == ALL:
             pid = tl.atomic_add(progress, 1, sem="relaxed")
     return (pid // SLICES).to(tl.int64), pid % SLICES

@@ -301,7 +301,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "grape": _text(), "per_step_advantage": _steps,
     "weak_to_strong": _w2s, "deception": _deception, "debate": _debate, "weak_to_strong_reasoning": _reasoning,
     "soap": _soap,
-    "eisl": _text(), "meal_v2": _teacher(), "ferkd": _teacher(crops=3, top=2, least=0.5),
+    "eisl": _text(), "meal_v2": _teacher(), "ferkd": _teacher(crops=3, top=2, least=0.5, discard=0.2),
     "tgeo_kd": _teacher(validation=pictures(12, seed=2)), "scalekd": _scalekd,
     "competitive_distillation": lambda: {**_text()(), "teacher": gpt2(1), "rounds": 2, "first": 6, "add": 3,
                                          "max_new_tokens": 3},
@@ -313,17 +313,19 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "doubly_robust": _robust(), "mtard": lambda: {**_robust()(), "teacher": mlp(1), "robust": mlp(2)},
     "pubdef": lambda: {**_robust(copies=2)(), "sources": nn.ModuleList([mlp(1), mlp(2)])},
     "dverge": lambda: {**_robust()(), "model": nn.ModuleList([mlp(1), mlp(2)])}, "mvp": _mvp,
-    "world_knowledge": _text(), "demonstration_retrieval": lambda: {**_text()(), "encoder": gpt2(1), "k": 2, "width": 8},
+    "world_knowledge": _text(),
+    "demonstration_retrieval": lambda: {**_text()(), "encoder": gpt2(1), "k": 2, "width": 8},
     "sltrain": _blocks(rank=4),
     "fira": _blocks(rank=4, gap=3), "allora": _blocks(rank=4), "ast": _blocks(push=1e-2, ramp=4, renew_every=3),
     "perp": _blocks(rank=3), "sst": _blocks(rank=4, iteration=2, iterations=2, rewarm=1), "bone": _blocks(rank=4),
     "randlora": _blocks(rank=3), "spdf": _blocks(), "llm_qfa": _blocks(period=4, rank=3, group=8),
     "exssnet": _supermasks,
-    "robust_mean_teacher": lambda: {"model": mlp(), "data": pictures(), "labelled": pictures(seed=1)},
+    "robust_mean_teacher": lambda: {"model": mlp(), "data": pictures(), "labelled": pictures(seed=1),
+                                    "view": lambda x, draw: x},
     "robustify": lambda: {"model": mlp(), "teacher": mlp(1), "data": pictures(), "part": "1"},
     "shrinkmatch": lambda: {"model": mlp(), "data": pictures(), "labelled": pictures(12, seed=1), "th": 0.4},
     "bonsai": _bonsai, "clip_captions": _clip, "weakstil": _tiles,
-    "few_shot_increments": lambda: {"model": foreign.resnet(3), "data": pictures()},
+    "few_shot_increments": lambda: {"model": mlp(), "data": pictures(), "view": lambda x, draw: x},
     "multi_level": _blocks(inner=3, first=0.25), "tleg": lambda: {**_blocks()(), "teacher": llama(1)},
     "assembling": lambda: {**_blocks()(), "parts": 2, "meta_steps": 3, "module_steps": 3},
     "delayed_shrinking": _shrinking, "global_balance": _blocks(mixtral), "mip": _mip, "mowst": _graph, "s4": _s4,
@@ -338,6 +340,11 @@ def arguments(name: str) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return CASES[name]()
+
+
+def still(name: str) -> dict[str, Any]:
+    """Settings under which an attack draws nothing: of radius 0."""
+    return {"eps": 0.0} if available()[name].family == "adversarial" and "attack_steps" in CASES[name]() else {}
 
 
 def inputs(name: str) -> list[str]:

@@ -289,6 +289,8 @@ from . import Sample, in_all_layouts
 SAMPLES = [
     *in_all_layouts("{op}", lambda m, x: (x, m.logits(len(x)))),
     Sample("{op}", "scale-strided", lambda m: ((m.logits(4, 7), m.logits(8)[::2]), {{}})),
+    Sample("{op}", "scale-float32", lambda m: ((m.logits(4, 37), m.logits(4).float()), {{}})),
+    Sample("{op}", "scale-special", lambda m: ((m.logits(5, 37), m.special(5)), {{}})),
 ]
 '''
 
@@ -381,9 +383,9 @@ def main() -> None:
     for path in write(ROOT, family, op):
         print(path.relative_to(ROOT))
     python = ".venv/bin/python -m"
-    print(f"left: the mathematics in place of y = scale x; then\n"
+    print(f"left: the mathematics in place of y = scale x (in prose too: grep -rn 'scale x'); then\n"
           f"make build && {python} w2s_fast.testing.aot --write --module {family}.{op} && make readme\n"
-          f"{python} pytest -q tests/test_contract.py tests/test_samples.py tests/test_guarantee.py -k {op}\n"
+          f"{python} pytest -q tests/test_{{contract,samples,guarantee,layouts,citizenship}}.py -k {op}\n"
           f"TRITON_INTERPRET=1 {python} pytest -q tests/test_interpreter.py -k {op}")  # fmt: skip
 
 

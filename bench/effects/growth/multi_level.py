@@ -28,6 +28,7 @@ SIZE, BATCH, LENGTH = Size(64, 4, 2), 6, 64
 UNITS, BEFORE, INNER = 120, 12, 150
 INNER_RATE = 2.0
 RATES = (1e-2, 2e-2, 4e-2)
+FULL = {"RATES": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)}
 ARMS = ("scratch", "restarted", "v-cycle")
 CLAIMS = [
     Claim("at equal work 0.02 nats a token below scratch", "loss", "v-cycle", "scratch", 0.02, "lower"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ... import checks
 from .batches import sized
 from .loop import moved
 
@@ -36,6 +37,7 @@ class WithTargets(Dataset[Any]):
     """Items of a map-style dataset, each with its row of some tensors: ``(item, row, ...)``."""
 
     def __init__(self, data: Any, *targets: Tensor) -> None:
+        sized(data)
         self.data, self.targets = data, targets
 
     def __len__(self) -> int:
@@ -65,5 +67,7 @@ def as_list(models: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     """One or several models."""
     found: list[Any] = list(models) if isinstance(models, (list, tuple, nn.ModuleList)) else [models]
     for model in found:
+        if not isinstance(model, nn.Module):
+            checks.fail("methods", "teacher", "a torch module, or several", type(model).__name__, error=TypeError)
         model.eval().requires_grad_(False)
     return found

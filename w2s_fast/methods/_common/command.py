@@ -128,6 +128,13 @@ def _clip(text: str) -> float | None:
     return float(text) or None  # 0: none
 
 
+def _switch(text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return words[text.lower()]
+
+
 def parser(name: str, summary: str, train: Callable[..., Any]) -> argparse.ArgumentParser:
     """Of one method."""
     made = argparse.ArgumentParser(prog=f"w2s-fast train {name}", description=summary, epilog=inspect.getdoc(train),
@@ -150,7 +157,7 @@ def parser(name: str, summary: str, train: Callable[..., Any]) -> argparse.Argum
         made.add_argument(f"--{field.name}", type=int if field.name == "steps" else kind, default=default,
                           required=field.name == "steps", help=f"of the recipe (default {default})")  # fmt: skip
     for setting, default in settings_of(train).items():
-        kind = (lambda text: text.lower() in ("1", "true", "yes")) if isinstance(default, bool) else type(default)
+        kind = _switch if isinstance(default, bool) else type(default)
         made.add_argument(f"--{setting.replace('_', '-')}", dest=setting, type=kind, default=default,
                           help=f"(default {default})")  # fmt: skip
     return made
@@ -167,8 +174,9 @@ def main(name: str, summary: str, train: Callable[..., Any], arguments: list[str
     settings = {setting: getattr(given, setting) for setting in settings_of(train)}
     try:
         where = places.place(given.device)
-        _seed(recipe.seed + where.rank)
+        _seed(recipe.seed)  # what the user's functions make is the same in every process
         inputs = _inputs(train, given)
+        _seed(recipe.seed + where.rank)
         if not isinstance(inputs["model"], nn.Module):
             checks.fail(f"methods.{name}", "model", "a torch module", type(inputs["model"]).__name__)
         for one in inputs.values():

@@ -73,8 +73,12 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate"):
-            checks.integer(OP, name, getattr(self, name), low=0 if name == "steps" else 1)
+        for name in ("steps", "batch", "accumulate", "every"):
+            checks.integer(OP, name, getattr(self, name), low=0 if name in ("steps", "every") else 1)
+        for name, high in {"rate": math.inf, "decay": math.inf, "warmup": 1.0, "floor": 1.0}.items():
+            checks.number(OP, name, getattr(self, name), low=0.0, high=high)
+        if self.clip is not None:  # a negative norm would turn the gradient round
+            checks.number(OP, "clip", self.clip, low=0.0, open_low=True)
         if not callable(self.optimizer):
             checks.choice(OP, "optimizer", self.optimizer, optim.NAMES)
         if not callable(self.schedule):
@@ -128,9 +132,11 @@ def train(
         tick: gets the loss of every update.
 
     Raises:
-        ValueError: no batches; a checkpoint of other settings.
+        ValueError, TypeError: no batches; a checkpoint of other settings.
     """
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        checks.fail(OP, "batches", "something to iterate over", type(batches).__name__, error=TypeError)
     where = where or ALONE._replace(device=torch.device(device) if device is not None else home)
     if home != where.device:
         model.to(where.device)
@@ -369,6 +375,12 @@ def _set_epoch(batches: Any, epoch: int) -> None:
     for part in (batches, getattr(batches, "batch_sampler", None), getattr(batches, "sampler", None)):
         if part is not None and callable(getattr(part, "set_epoch", None)):
             part.set_epoch(epoch)
+
+
+def unsharded(op: str, recipe: Recipe, where: Place | None) -> None:
+    """Refuse FSDP2, for a method that reads the whole parameters outside the model's forward pass."""
+    if where is not None and where.world > 1 and recipe.parallel == "fsdp":
+        checks.fail(op, "parallel", "'replicate', this method reads the whole parameters", repr(recipe.parallel))
 
 
 def shard(model: nn.Module) -> None:

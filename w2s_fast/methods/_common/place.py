@@ -70,12 +70,18 @@ def wait(where: Place) -> None:
         dist.barrier()
 
 
-def mean(value: Tensor, where: Place) -> float:
-    """Over the processes; ``value`` is overwritten."""
+def averaged(value: Tensor, where: Place) -> Tensor:
+    """The mean over the processes, without a gradient; ``value`` is overwritten."""
+    value = value.detach()
     if where.world > 1:
         dist.all_reduce(value)
         value /= where.world
-    return value.item()
+    return value
+
+
+def mean(value: Tensor, where: Place) -> float:
+    """`averaged`, a number."""
+    return averaged(value, where).item()
 
 
 def least(value: int, where: Place) -> int:

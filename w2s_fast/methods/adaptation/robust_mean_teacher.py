@@ -23,8 +23,9 @@ from .._common.classify import inputs_of, labels_of, logits
 from .._common.contrastive import supcon
 from .._common.ema import MeanTeacher
 from .._common.features import Body, collected, last_linear, outputs
-from .._common.loop import Recipe, Trained, moved
+from .._common.loop import Recipe, Trained, moved, unsharded
 from .._common.loop import train as run_loop
+from .._common.place import ALONE, Place, gathered, generator
 from .._common.views import View, default_view
 
 
@@ -65,6 +66,7 @@ class RobustMeanTeacher:
         tau: temperature of the contrastive loss.
         width: of the projector's two layers.
         view: makes the changed view.
+        where: of several processes (`methods.place`); the contrastive loss sees the samples of all.
 
     Raises:
         ValueError, TypeError: naming `alpha`, `momentum` or `prototypes`.
@@ -73,20 +75,20 @@ class RobustMeanTeacher:
     def __init__(
         self, model: nn.Module, *, prototypes: Tensor | None = None, rate: float = 1e-3, alpha: float = 0.5,
         contrast: float = 1.0, replay: float = 1.0, momentum: float = 0.999, tau: float = 0.1, width: int = 128,
-        view: View = default_view, seed: int = 0,
+        view: View = default_view, seed: int = 0, where: Place | None = None,
     ) -> None:  # fmt: skip
         dim = last_linear(model).in_features
         if prototypes is not None and (prototypes.ndim != 2 or prototypes.shape[1] != dim):
             checks.fail("methods.RobustMeanTeacher", "prototypes", f"[C, {dim}]", list(prototypes.shape))
         self.alpha = checks.number("methods.RobustMeanTeacher", "alpha", alpha, low=0.0, high=1.0)
-        self.model, self.prototypes, self.view = model, prototypes, view
+        self.model, self.prototypes, self.view, self.where = model, prototypes, view, where or ALONE
         self.contrast, self.replay, self.tau = contrast, replay, tau
         device = last_linear(model).weight.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.projector = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, width)).to(device)
         self.teacher = MeanTeacher(model, momentum)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = generator(seed, self.where)
         self.optimizer = torch.optim.Adam([*model.parameters(), *self.projector.parameters()], rate)
 
     def loss(self, inputs: Any, source: Any = None) -> tuple[Tensor, Tensor]:
@@ -103,8 +105,8 @@ class RobustMeanTeacher:
                 known = self.prototypes.to(own.features)
                 rows.append(known[(normalize(own.features.detach()) @ normalize(known).T).argmax(1)])
             z = normalize(self.projector(torch.cat(rows)))
-            same = torch.arange(len(told), device=z.device).repeat(len(rows))
-            value = value + self.contrast * supcon(z, same, self.tau)
+            same = (torch.arange(len(told), device=z.device) + self.where.rank * len(told)).repeat(len(rows))
+            value = value + self.contrast * supcon(gathered(z, self.where), gathered(same, self.where), self.tau)
         if self.replay and source is not None:
             value = value + self.replay * cross_entropy(logits(self.model, inputs_of(source)), labels_of(source))
         return value, own.logits.detach() + told
@@ -143,10 +145,11 @@ def train(
         labelled: source samples ``(x, y)``; without them neither prototypes nor replay.
         alpha, contrast, replay, momentum, tau, view: see `RobustMeanTeacher`.
     """
+    unsharded("methods.robust_mean_teacher", recipe, run.get("where"))
     where = run.get("where")
     known = prototypes_of(model, labelled) if labelled is not None else None
     mean = RobustMeanTeacher(model, prototypes=known, alpha=alpha, contrast=contrast, replay=replay, momentum=momentum,
-                             tau=tau, view=view, seed=recipe.seed)  # fmt: skip
+                             tau=tau, view=view, seed=recipe.seed, where=where)  # fmt: skip
     source = Beside(labelled, recipe.batch, seed=recipe.seed, where=where) if labelled is not None else None
 
     def loss(both: nn.Module, batch: Any, step: int) -> Tensor:

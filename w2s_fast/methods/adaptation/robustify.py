@@ -21,6 +21,7 @@ from .._common.batches import shuffled
 from .._common.classify import as_list, inputs_of, logits
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
+from .._common.place import generator
 from .._common.views import noisy
 
 
@@ -54,7 +55,7 @@ def train(
         perturb: ``perturb(x, generator)``, the perturbations that matter.
     """
     (small,), (original,) = as_list(teacher), as_list(copy.deepcopy(model))
-    draw, frozen = torch.Generator().manual_seed(recipe.seed), frozen_but(model, part)
+    draw, frozen = generator(recipe.seed, run.get("where")), frozen_but(model, part)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         x = inputs_of(batch)

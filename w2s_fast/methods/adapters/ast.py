@@ -21,7 +21,7 @@ from ...nn import nm_mask
 from ...optim import ASTAdamW
 from .._common.batches import shuffled
 from .._common.language import Row
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from .._common.loop import train as run_loop
 from ..sparse_lowrank.sltrain import blocks
 
@@ -124,6 +124,7 @@ def train(
         target: parts of the pruned layers' paths.
         length: tokens of a block.
     """
+    unsharded("methods.ast", recipe, run.get("where"))
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if share else None
     mask(model, target)
     made: list[ASTAdamW] = []

@@ -21,7 +21,7 @@ from ...nn import topk_mask
 from ...optim import MaskedAdamW
 from .._common.batches import shuffled
 from .._common.classify import inputs_of, labels_of
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from .._common.loop import train as run_loop
 
 OP = "methods.exssnet"
@@ -185,6 +185,7 @@ def train(
     Raises:
         ValueError, TypeError: naming the argument.
     """
+    unsharded("methods.exssnet", recipe, run.get("where"))
     if not isinstance(model, Supermasks):
         checks.fail(OP, "model", "a Supermasks", type(model).__name__, error=TypeError)
     checks.number(OP, "weight_rate", weight_rate, low=0.0)

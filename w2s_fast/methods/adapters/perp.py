@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ... import checks
 from ...nn import nm_mask, topk_mask
 from .._common.language import Row
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from ..sparse_lowrank.sltrain import blocks, train_blocks
 
 TARGET = ("attn", "mlp", "attention")
@@ -124,6 +124,7 @@ def train(
         target: parts of the pruned layers' paths.
         length: tokens of a block.
     """
+    unsharded("methods.perp", recipe, run.get("where"))
     prune(model, sparsity, target, pattern)
     prepare(model, parts, rank, scale, target, recipe.seed)
     run = {**run, "key": [sparsity, pattern, list(parts), rank, scale, list(target), run.get("key")]}

@@ -12,7 +12,7 @@ from typing import Any
 
 from ... import checks
 from .._common.language import Row
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from ..sparse_lowrank.sltrain import blocks
 from ._peft import TARGET, adapt, train_adapted
 
@@ -53,6 +53,7 @@ def train(
     Raises:
         ValueError, TypeError: naming the argument.
     """
+    unsharded("methods.randlora", recipe, run.get("where"))
     ids = blocks(tokenizer, rows, length)
     adapted = prepare(model, rank, scale, bases, target, recipe.seed)
     return train_adapted(adapted, model, ids, recipe, [rank, scale, bases, list(target)], run)

@@ -16,7 +16,7 @@ from ... import checks
 from ...nn import topk_mask
 from ...optim import MaskedAdamW
 from .._common.language import Row
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from ..sparse_lowrank.sltrain import blocks, train_blocks
 from .perp import TARGET, linears
 
@@ -68,6 +68,7 @@ def train(
     Raises:
         ValueError, TypeError: naming the argument.
     """
+    unsharded("methods.spdf", recipe, run.get("where"))
     ids = blocks(tokenizer, rows, length)
     if sparsity:
         sparsify(model, sparsity, target, rescale=rescale, seed=recipe.seed)

@@ -17,7 +17,7 @@ from ... import checks
 from ...optim import SSTAdam
 from .._common.batches import shuffled
 from .._common.language import Row, Sequences, cross_entropy
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from .._common.loop import train as run_loop
 from ..sparse_lowrank.sltrain import blocks
 
@@ -177,6 +177,7 @@ def train(
         target: parts of the converted layers' paths.
         length: tokens of a block.
     """
+    unsharded("methods.sst", recipe, run.get("where"))
     names = convert(model, rank, target)
     made: list[SSTAdam] = []
 

@@ -18,6 +18,7 @@ from ...ops.linear_loss.kd import kd_loss
 from .._common.classify import as_list
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
+from .._common.place import ALONE, averaged
 from ._robust import PIXELS, Clip, batches_of
 
 
@@ -86,6 +87,7 @@ def train(
     """
     as_list([teacher, robust])
     shape = (model.count,) if getattr(model, "sample_dims", 1) == 2 else ()
+    where = run.get("where") or ALONE
     balance = Balance(shape, rate=weight_rate, heat=heat)  # type: ignore[arg-type]
 
     def loss(model: nn.Module, batch: Any, step: int) -> Tensor:
@@ -97,7 +99,8 @@ def train(
         taus = [balance.state[name].to(x) for name in ("tau_adv", "tau_nat")]
         adv, entropy_adv = distillation(outputs(model, x_adv), told[0], taus[0])
         nat, entropy_nat = distillation(outputs(model, x), told[1], taus[1])
-        weight = balance.update(adv, nat, entropy_adv, entropy_nat, step / recipe.steps)
+        seen = averaged(torch.stack((adv, nat, entropy_adv, entropy_nat)), where)
+        weight = balance.update(seen[0], seen[1], seen[2], seen[3], step / recipe.steps)
         return scale * (weight * adv + (1 - weight) * nat).sum()
 
     also = {"balance": balance, **run.pop("also", {})}

@@ -18,7 +18,7 @@ from ... import checks
 from ...attacks import PGD, frozen
 from .._common.batches import shuffled
 from .._common.language import check_rows, ids_of
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from .._common.loop import train as run_loop
 
 OP = "methods.mvp"
@@ -121,6 +121,7 @@ def train(
     Raises:
         ValueError: naming `rows`, `words`, `templates`.
     """
+    unsharded("methods.mvp", recipe, run.get("where"))
     found = check_rows(OP, rows, "text", "label")
     groups = [group.split(",") for group in words.split(";")]
     ids = [[ids_of(tokenizer, word, completion=True) for word in group] for group in groups]
@@ -128,6 +129,9 @@ def train(
             if len(i) != 1]  # fmt: skip
     if long:
         checks.fail(OP, "words", "single tokens each, as 'bad,poor;good,great'", long)
+    bad = [row["label"] for row in found if row["label"] not in range(len(groups))]
+    if bad:
+        checks.fail(OP, "label", f"a number below {len(groups)}, the classes of words", repr(bad[0]))
     prompt = ids_of(tokenizer, template, completion=True)
     mvp = MVP(model, [prompt], [[i[0] for i in own] for own in ids], tokenizer.mask_token_id, reduce=reduce)
     items = [(ids_of(tokenizer, row["text"])[: max_length - len(prompt)], int(row["label"])) for row in found]

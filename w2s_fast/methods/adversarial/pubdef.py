@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from ... import checks
 from ...attacks import PGD, Attack, outputs
 from ...data._hash import below, key_of
+from .._common.batches import sized
 from .._common.classify import WithTargets, as_list, inputs_of, labels_of
 from .._common.loop import Recipe, Trained, moved
 from .._common.loop import train as run_loop
@@ -31,6 +32,7 @@ def stored(
     sources: Sequence[nn.Module], data: Any, attack: Callable[[Any], Attack], *, copies: int = 4, batch: int = 256
 ) -> Tensor:
     """Examples of every source ``[N, sources, copies, *]`` in the order of a map-style dataset, on the CPU."""
+    sized(data)
     found = []
     for source in sources:
         device, attacked = next(source.parameters()).device, attack(source)

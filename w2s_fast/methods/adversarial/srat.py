@@ -17,6 +17,7 @@ from ... import checks
 from .._common.classify import labels as labels_of
 from .._common.features import outputs
 from .._common.loop import Recipe, Trained
+from .._common.place import ALONE, Place, gathered
 from ._robust import PIXELS, Clip, cross_entropy, labels, pgd_maker, train_by
 
 
@@ -42,14 +43,16 @@ def separation(h: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def srat_loss(
-    model: Any, x: Tensor, x_adv: Tensor, y: Any, *, weights: Tensor, separate: float | Tensor, temperature: float
-) -> Tensor:
-    """A value a sample; weights ``[..., classes]``."""
+    model: Any, x: Tensor, x_adv: Tensor, y: Any, *, weights: Tensor, separate: float | Tensor, temperature: float,
+    where: Place = ALONE,
+) -> Tensor:  # fmt: skip
+    """A value a sample; weights ``[..., classes]``. Of several processes each separates the features of all."""
     h, z = outputs(model, x_adv)
     found = weights.to(z).gather(-1, labels(y)) * cross_entropy(z, labels(y))
-    return (
-        found + separate * separation(h, labels(y), temperature) if isinstance(separate, Tensor) or separate else found
-    )
+    if not isinstance(separate, Tensor) and not separate:
+        return found
+    apart = separation(gathered(h, where), gathered(labels(y), where), temperature)
+    return found + separate * (apart if where.world == 1 else apart.mean(-1, keepdim=True))
 
 
 def train(
@@ -66,6 +69,7 @@ def train(
     weights = class_weights(torch.bincount(labels_of(data)), beta)
 
     def loss(model: Any, x: Tensor, x_adv: Tensor, y: Any) -> Tensor:
-        return srat_loss(model, x, x_adv, y, weights=weights, separate=separate, temperature=temperature)
+        return srat_loss(model, x, x_adv, y, weights=weights, separate=separate, temperature=temperature,
+                         where=run.get("where") or ALONE)  # fmt: skip
 
     return train_by(model, data, loss, recipe, make=pgd_maker(eps, steps=attack_steps, clip=clip), ramp=ramp, **run)

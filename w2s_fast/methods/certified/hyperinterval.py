@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ... import checks, interval_linear, interval_linear_iw
 from ...ops.interval_bounds.inputs import Rounding
-from .._common.batches import shuffled
-from .._common.loop import Recipe, Trained
+from .._common.batches import shuffled, sized
+from .._common.loop import Recipe, Trained, unsharded
 from .._common.loop import train as run_loop
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -129,6 +129,8 @@ def train(
     Raises:
         ValueError: naming `data`.
     """
+    unsharded("methods.hyperinterval", recipe, run.get("where"))
+    sized(data)
     if float(data[0][0].min()) < 0:
         checks.fail("methods.hyperinterval", "data", "of inputs >= 0", float(data[0][0].min()))
     earlier = list(range(task))

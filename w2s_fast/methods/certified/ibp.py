@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import checks
 from ...nn import IntervalModule, bound
 from .._common.batches import shuffled
-from .._common.loop import Recipe, Trained, moved
+from .._common.loop import Recipe, Trained, moved, unsharded
 from .._common.loop import train as run_loop
 
 Clip = tuple[float, float] | None
@@ -92,11 +93,17 @@ def train_by(
     model: nn.Module, data: Any, loss: Any, recipe: Recipe, eps: float, first: float, last: float, *,
     ramp: Any = linear, **run: Any,
 ) -> Trained:  # fmt: skip
-    """Minimise ``loss(bound(model), x, y, stage)`` while the radius rises."""
+    """Minimise ``loss(bound(model), x, y, stage)`` while the radius rises.
+
+    Raises:
+        ValueError: naming `eps` or `parallel`.
+    """
     batches = data
     if hasattr(data, "__getitem__") and not isinstance(data, (list, tuple)):
         batches = shuffled(data, recipe.batch, seed=recipe.seed, where=run.get("where"))
     module = bound(model)
+    unsharded("methods.certified", recipe, run.get("where"))
+    checks.number("methods.certified", "eps", eps, low=0.0)
     begin, end = first * recipe.steps, last * recipe.steps
 
     def value(_: nn.Module, batch: Any, step: int) -> Tensor:

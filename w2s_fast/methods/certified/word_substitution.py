@@ -23,7 +23,7 @@ from ... import interval_linear
 from ...nn import bound
 from ...reference.interval_bounds.boxes import outward
 from .._common.batches import shuffled
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from .._common.loop import train as run_loop
 
 
@@ -102,6 +102,7 @@ def train(
         data: map-style, of ``(query, document)`` ids ``[L]`` each; or a tuple of that and ``sets``.
         sets: substitutes of every word; without, or with ``share`` 0, training is plain.
     """
+    unsharded("methods.word_substitution", recipe, run.get("where"))
     if sets is None and isinstance(data, tuple):
         data, sets = data
 

@@ -22,8 +22,9 @@ from .._common.batches import shuffled
 from .._common.classify import inputs_of, labels_of
 from .._common.contrastive import supcon
 from .._common.features import Body, last_linear, outputs
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from .._common.loop import train as run_loop
+from .._common.place import ALONE, gathered, generator
 from .._common.views import default_view, two
 from .nearest_mean import NearestMean
 
@@ -71,11 +72,14 @@ def pretrain(
     **run: Any,
 ) -> Trained:  # fmt: skip
     """Self-supervised: two views of a sample find each other in the batch; labels are not looked at."""
-    draw = torch.Generator().manual_seed(recipe.seed)
+    where = run.get("where") or ALONE
+    draw = generator(recipe.seed, where)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         x = two(inputs_of(batch), view, draw)
-        return supcon(normalize(outputs(model, x).features), torch.arange(len(x) // 2, device=x.device).repeat(2), tau)
+        own = torch.arange(len(x) // 2, device=x.device).repeat(2) + where.rank * len(x)
+        h = normalize(outputs(model, x).features)
+        return supcon(gathered(h, where), gathered(own, where), tau)
 
     loader = shuffled(data, recipe.batch, seed=recipe.seed, where=run.get("where"))
     return run_loop(model, loss, loader, recipe, also={"views": draw, **run.pop("also", {})}, **run)
@@ -95,8 +99,10 @@ def train(
         turns: turned pictures as further classes.
         view: two views of every sample are trained on.
     """
+    unsharded("methods.few_shot_increments", recipe, run.get("where"))
     head = last_linear(model)
-    base, draw = classes or head.out_features, torch.Generator().manual_seed(recipe.seed)
+    base, where = classes or head.out_features, run.get("where") or ALONE
+    draw = generator(recipe.seed, where)
     if frame:
         rows = simplex_frame(max(frame, base * (4 if turns else 1)), head.in_features, recipe.seed)
     else:
@@ -108,7 +114,9 @@ def train(
         x, y = with_turns(x, y, base) if turns else (x, y)
         h = outputs(both[0], x).features
         value = cross_entropy(both[1](h), y)
-        return value + contrast * supcon(normalize(h), y, tau) if contrast else value
+        if not contrast:
+            return value
+        return value + contrast * supcon(gathered(normalize(h), where), gathered(y, where), tau)
 
     loader = shuffled(data, recipe.batch, seed=recipe.seed, where=run.get("where"))
     return run_loop(nn.ModuleList((model, classifier)), loss, loader, recipe,

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from ... import checks
 from ...ops.linear_loss.kd import kd_loss
-from .._common.batches import shuffled
+from .._common.batches import shuffled, sized
 from .._common.classify import as_list, labels, logits
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
@@ -133,8 +133,12 @@ def train(
         crops, least: random crops of a picture, and the smallest half size of one.
         top: probabilities kept of each.
         discard, uncertain: thresholds of the teacher's largest probability. The paper's are for ImageNet.
+
+    Raises:
+        ValueError: naming `data` or `discard`.
     """
     (teacher,) = as_list(teacher)
+    sized(data)
     pictures, draw = torch.stack([data[i][0] for i in range(len(data))]), torch.Generator().manual_seed(recipe.seed)
     stored = store(teacher, pictures, crops, draw, top=top, least=least)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ...ops.linear_loss.kd import kd_loss
-from .._common.batches import shuffled
+from .._common.batches import shuffled, sized
 from .._common.classify import as_list, inputs_of, logits
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
@@ -55,6 +55,7 @@ def train(
         discriminate: with the discriminator.
     """
     teachers = as_list(teacher)
+    sized(data)
     first = inputs_of(data[0])
     device = next((p.device for p in teachers[0].parameters()), torch.device("cpu"))
     with torch.no_grad():
@@ -70,6 +71,5 @@ def train(
         value = ensemble_loss(made, told)
         return value + pair[1].loss(made, told) if discriminate else value
 
-    loader = data if hasattr(data, "batch_sampler") else shuffled(data, recipe.batch, seed=recipe.seed,
-                                                                  where=run.get("where"))  # fmt: skip
+    loader = shuffled(data, recipe.batch, seed=recipe.seed, where=run.get("where"))
     return run_loop(nn.ModuleList((model, judge)), loss, loader, recipe, **run)

@@ -19,8 +19,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot
 from ...ops.linear_loss.kd import kd_loss
 from .._common.batches import shuffled
 from .._common.classify import WithTargets, as_list, inputs_of, labels, labels_of, logits, predicted
-from .._common.loop import Recipe, Trained, moved
+from .._common.loop import Recipe, Trained, moved, unsharded
 from .._common.loop import train as run_loop
+from .._common.place import ALONE, average_gradients
 
 
 class Geometry(nn.Module):
@@ -103,6 +104,7 @@ def train(
         alternate: updates of the student to one of alpha.
         geometry: by default a new one; after training it says which samples' teacher was trusted (`trust`).
     """
+    unsharded("methods.tgeo_kd", recipe, run.get("where"))
     told, y = predicted(as_list(teacher)[0], data), labels(data)
     where, classes = run.get("where"), told.shape[1]
     net, means = geometry or Geometry(classes, recipe.seed), class_means(told, y)
@@ -121,6 +123,7 @@ def train(
             held = moved((inputs_of(clean), labels_of(clean)), device)
             # alpha's gradient is divided by eta / B: the outer optimizer has no scale of its own
             ratio.backward(alpha_gradient(model, part, ratio.detach(), held, eta, tau) * (len(ratio) / eta))
+            average_gradients(net.parameters(), where or ALONE)
             outer.step()
         teachers = [("logits", part.told)]
         return kd_loss(made, teachers, alpha=ratio.detach(), tau=tau, target=part.y, hard="ce")[0]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from ... import checks
+from .._common.batches import sized
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
 from .._common.place import ALONE
@@ -151,6 +152,7 @@ def train(
     """
     where = run.get("where") or ALONE
     if not isinstance(data, Tasks):
+        sized(data)
         x, y = (torch.stack([torch.as_tensor(item[i]) for item in data]) for i in (0, 1))
         data = Tasks(x, y, count=count, length=length, batch=max(1, recipe.batch // where.world), steps=recipe.steps,
                      fixed=fixed, seed=recipe.seed, classes=getattr(model, "classes", None), rank=where.rank,

@@ -23,10 +23,14 @@ def likelihoods(
     model: Any, tokenizer: Any, rows: list[Row], *, normalize: Literal["mean", "sum"] = "mean", batch: int = 16,
     max_length: int = 1024,
 ) -> list[Tensor]:  # fmt: skip
-    """Log-probability of each of a row's ``completions`` given its ``prompt``, a token or in all; prompts count not."""
-    bare = next((i for i, row in enumerate(rows) if isinstance(row["completions"], str) or not row["completions"]), None)
-    if bare is not None:
-        checks.fail("methods.grape", "completions", "a list of at least one", repr(rows[bare]["completions"]))
+    """Log-probability of each of a row's ``completions`` given its ``prompt``, a token or in all; prompts count not.
+
+    Raises:
+        ValueError: naming `completions`.
+    """
+    for row in rows:
+        if not isinstance(row["completions"], (list, tuple)) or not row["completions"]:
+            checks.fail("methods.grape", "completions", "a list of at least one", repr(row["completions"]))
     flat = [(i, text) for i, row in enumerate(rows) for text in row["completions"]]
     made = [language.example(tokenizer, rows[i]["prompt"], text, max_length=max_length) for i, text in flat]
     found = language.scores(model, made, normalize, batch)

@@ -48,7 +48,8 @@ def train(
         weight: of the retained sequences' log-probability, where there are any.
     """
     forget = language.examples(tokenizer, language.check_rows("methods.npo", rows), max_length=max_length)
-    kept = language.examples(tokenizer, retain, max_length=max_length) if retain else []
+    also = [] if retain is None else language.check_rows("methods.npo, retain", retain)
+    kept = language.examples(tokenizer, also, max_length=max_length)
     known = list(zip(forget, language.scores(model, forget).tolist(), strict=True))
     draw = generator(recipe.seed, run.get("where"))
 

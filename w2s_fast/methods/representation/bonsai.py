@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from ... import checks
+from .._common.batches import sized
 from .._common.features import last_linear, outputs
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
@@ -109,9 +110,7 @@ def discover(
     return Rounds(models, torch.stack(predicted))
 
 
-def synthesise(
-    model: nn.Module, x: Tensor, y: Tensor, found: Rounds, recipe: Recipe, *, l2: float = 1e-3
-) -> nn.Module:
+def synthesise(model: nn.Module, x: Tensor, y: Tensor, found: Rounds, recipe: Recipe, *, l2: float = 1e-3) -> nn.Module:
     """A model drawn anew that repeats all rounds; its head is the mean of its outputs for them."""
     made, draw = anew(model, recipe.seed * 1009 + 997), torch.Generator().manual_seed(recipe.seed)
     head = last_linear(made)
@@ -156,7 +155,7 @@ def train(
         ValueError: naming `data` or `penalty`.
     """
     checks.choice("methods.bonsai", "penalty", penalty, get_args(Penalty))
-    if len(data) < 2 and penalty != "erm":
+    if sized(data) < 2 and penalty != "erm":
         checks.fail("methods.bonsai", "data", "at least two environments", len(data))
     head = last_linear(model)
     parts = [Environment(*(t.to(head.weight.device) for t in part)) for part in data]

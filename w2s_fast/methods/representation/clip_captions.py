@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from ... import checks
 from ...ops.contrastive.contrastive_loss import contrastive_loss
 from .._common.batches import shuffled
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from .._common.loop import train as run_loop
 from .._common.place import ALONE, Place, gathered
 
@@ -79,6 +79,7 @@ def train(model: nn.Module, data: Any, *, recipe: Recipe, **run: Any) -> Trained
     Args:
         data: map-style, ``(image, text)``; the recipe's batch is of all processes, and each is contrasted with all.
     """
+    unsharded("methods.clip_captions", recipe, run.get("where"))
     where = run.get("where")
     loader = shuffled(data, recipe.batch, seed=recipe.seed, where=where)
 

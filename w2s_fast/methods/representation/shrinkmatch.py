@@ -21,8 +21,9 @@ from .._common.batches import Beside, shuffled
 from .._common.classify import inputs_of, labels_of
 from .._common.ema import MeanTeacher
 from .._common.features import last_linear, outputs
-from .._common.loop import Recipe, Trained, moved
+from .._common.loop import Recipe, Trained, moved, unsharded
 from .._common.loop import train as run_loop
+from .._common.place import generator
 from .._common.views import default_view, moved_about, noisy
 
 
@@ -135,11 +136,12 @@ def train(
         momentum: of the mean teacher.
         weak, strong: views.
     """
+    unsharded("methods.shrinkmatch", recipe, run.get("where"))
     head, where = last_linear(model), run.get("where")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         second = nn.Linear(head.in_features, head.out_features).to(head.weight)
-    draw, mean, share = torch.Generator().manual_seed(recipe.seed), MeanTeacher(model, momentum), Share()
+    draw, mean, share = generator(recipe.seed, where), MeanTeacher(model, momentum), Share()
     align = Alignment(entries) if entries else None
     few = Beside(labelled, max(1, recipe.batch // ratio), seed=recipe.seed, where=where)
 

@@ -17,7 +17,7 @@ from ... import checks
 from .._common import language
 from .._common.batches import shuffled
 from .._common.language import Example, Row
-from .._common.loop import Recipe, Trained
+from .._common.loop import Recipe, Trained, unsharded
 from .._common.loop import train as run_loop
 from .world_knowledge import described
 
@@ -95,8 +95,12 @@ def train(
     Raises:
         ValueError: naming `rows`, `k`.
     """
+    unsharded("methods.demonstration_retrieval", recipe, run.get("where"))
     found = language.check_rows(OP, rows, "prompt", "completion")
     given = [language.example(tokenizer, row["prompt"], row["completion"], max_length=max_length) for row in found]
+    empty = next((i for i, one in enumerate(given) if not one.prompt), None)
+    if empty is not None:
+        checks.fail(OP, "prompt", "of at least one token in every row", f"none in row {empty}")
     retriever = Retriever(encoder.eval().requires_grad_(False), width)
     queries = retriever.states([one.prompt for one in given])
     bank = retriever.states([one.prompt + one.completion for one in given])

@@ -76,10 +76,13 @@ def train(
     """Train a judge on debates of ``debater``; rows have ``question``, two ``answers`` and ``label``, 0 or 1.
 
     A judge of an ensemble is one of another ``recipe.seed``: its debates differ too.
+
+    Raises:
+        ValueError: naming `rows`, `answers` or `label`.
     """
     given = language.check_rows("methods.debate", rows, "question", "answers", "label")
     for row in given:
-        if isinstance(row["answers"], str) or len(row["answers"]) != 2:
+        if not isinstance(row["answers"], (list, tuple)) or len(row["answers"]) != 2:
             checks.fail("methods.debate", "answers", "a list of two", repr(row["answers"]))
         if row["label"] not in (0, 1):
             checks.fail("methods.debate", "label", "0 or 1", repr(row["label"]))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ... import w2s_confidence_loss
-from .._common.batches import shuffled
+from .._common.batches import shuffled, sized
 from .._common.classify import WithTargets, as_list, logits
 from .._common.loop import Recipe, Trained, moved
 from .._common.loop import train as run_loop
@@ -42,6 +42,7 @@ def margin(model: nn.Module, a: Any, b: Any) -> Tensor:
 @torch.no_grad()
 def preferences(model: nn.Module, data: Any, batch: int = 256) -> Tensor:
     """Probabilities ``[N]`` that a is to be preferred, of a map-style dataset of ``(a, b, ...)``, on the CPU."""
+    sized(data)
     mode, device = model.training, next(model.parameters()).device
     model.eval()
     parts = [margin(model, *moved(part[:2], device)).float().sigmoid().cpu() for part in DataLoader(data, batch)]

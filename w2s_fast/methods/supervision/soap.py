@@ -135,11 +135,20 @@ def noted(encoder: Any, tokenizer: Any, rows: Sequence[language.Row], headings: 
     Args:
         rows: with ``sentences`` and ``labels``, or, with ``headings``, sentences alone; those before the first
             heading are left out.
+
+    Raises:
+        ValueError: naming `rows`, `sentences` or `labels`.
     """
     found = []
-    for row in language.check_rows(OP, rows, "sentences"):
-        y = torch.tensor(row["labels"] if headings is None else weak_labels(row["sentences"], headings))
-        made = language.collate([language.Example(language.ids_of(tokenizer, s), []) for s in row["sentences"]])
+    for row in language.check_rows(OP, rows, "sentences", *(["labels"] if headings is None else [])):
+        texts = row["sentences"]
+        if not isinstance(texts, (list, tuple)) or not texts:
+            checks.fail(OP, "sentences", "a list of at least one", repr(texts))
+        told = row["labels"] if headings is None else weak_labels(texts, headings)
+        if not isinstance(told, (list, tuple)) or [type(y) for y in told] != [int] * len(texts):
+            checks.fail(OP, "labels", f"a list of {len(texts)} numbers, one a sentence", repr(told))
+        y = torch.tensor(told)
+        made = language.collate([language.Example(language.ids_of(tokenizer, s), []) for s in texts])
         vectors = described(encoder, made).cpu()
         keep = y >= 0
         if keep.any():

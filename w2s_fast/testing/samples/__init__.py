@@ -32,6 +32,12 @@ class Make:
         """Normal numbers of a scale that gives peaked softmax rows, shifted by ``offset``."""
         return (torch.randn(shape, generator=self.generator) * scale + offset).to(self.dtype).to(self.device)
 
+    def special(self, size: int) -> Tensor:
+        """A vector that begins with what arithmetic can stumble over: NaN, infinities, 0."""
+        x, found = self.logits(size), (math.nan, math.inf, -math.inf, 0.0)
+        x[: len(found)] = torch.tensor(found)[:size]
+        return x
+
     def uniform(self, *shape: int) -> Tensor:
         """float32 numbers in [0, 1)."""
         return torch.rand(shape, generator=self.generator).to(self.device)
@@ -82,9 +88,8 @@ class Sample:
 
 def _special(m: Make) -> Tensor:
     """Rows of two vectors and a remainder, with what arithmetic can stumble over in a vector and in the remainder."""
-    x = m.logits(5, 37)
-    for row, value in enumerate((math.nan, math.inf, -math.inf, 0.0)):
-        x[row, 3 * row] = x[row, 36] = value
+    x, special = m.logits(5, 37), m.special(5)
+    x[range(5), range(0, 15, 3)] = x[:, 36] = special
     return x
 
 
