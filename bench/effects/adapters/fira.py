@@ -21,7 +21,7 @@ from .. import adapted
 from ..adapted import RANK, Arm, Plan
 from ..protocol import Choice, Claim
 
-GAP, STEPS, RATES = 40, 240, (1e-2, 3e-2, 1e-1)
+GAP, STEPS, RATES = 40, 240, (3e-3, 1e-2, 3e-2, 1e-1)
 CLAIMS = [
     Claim("Fira beats GaLore", "loss", "Fira", "GaLore", 0.1, "lower"),
     Claim("Fira beats low-rank weights", "loss", "Fira", "low rank", 0.05, "lower"),
