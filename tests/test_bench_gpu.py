@@ -34,7 +34,7 @@ OPT_IN = {
     "sparse_lowrank_linear": sparse_lowrank_gpu.decode_case(sparse_lowrank_gpu.Layer(64, 128, 16, 0.05), "csr16"),
 }
 #: Calls that PyTorch refuses on a meta tensor as such (autocast) or that make their own network; inputs are drawn.
-NOT_ON_META = ("integrations.peft", "apply", "interval_conv2d/cnn7")
+NOT_ON_META = ("attacks", "integrations.peft", "apply", "interval_conv2d/cnn7")
 
 
 @pytest.fixture
