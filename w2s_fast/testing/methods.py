@@ -176,6 +176,13 @@ def _reasoning() -> dict[str, Any]:
             "weak": gpt2(1, len(tokenizer)), "answer": lambda text: sum(map(ord, text)) % 2}  # fmt: skip
 
 
+def _teaching() -> dict[str, Any]:
+    exams = [{"prompt": row["prompt"], "completion": row["completion"][:1]} for row in rows()]
+    asked = [{"prompt": row["prompt"], "exams": exams[:4]} for row in rows()[:4]]
+    return {"model": gpt2(), "tokenizer": None, "rows": asked, "student": gpt2(1), "samples": 3, "margin": 1e-6,
+            "by": "likelihood", "max_new_tokens": 3}  # fmt: skip
+
+
 def _soap() -> dict[str, Any]:
     from ..methods.supervision.soap import Tagger
 
@@ -300,7 +307,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "npo": lambda: {**_text()(), "retain": rows()[8:]}, "spin": _text(rounds=2, lam=1.0, max_new_tokens=4),
     "grape": _text(), "per_step_advantage": _steps,
     "weak_to_strong": _w2s, "deception": _deception, "debate": _debate, "weak_to_strong_reasoning": _reasoning,
-    "soap": _soap,
+    "soap": _soap, "learning_by_teaching": _teaching,
     "eisl": _text(), "meal_v2": _teacher(), "ferkd": _teacher(crops=3, top=2, least=0.5, discard=0.2),
     "tgeo_kd": _teacher(validation=pictures(12, seed=2)), "scalekd": _scalekd,
     "competitive_distillation": lambda: {**_text()(), "teacher": gpt2(1), "rounds": 2, "first": 6, "add": 3,
