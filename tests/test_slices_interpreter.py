@@ -57,7 +57,7 @@ def test_steps_are_one_launch_where_programs_run_side_by_side(monkeypatch: pytes
     short, long = slices.slices_of(1000), slices.slices_of(128256)
     for like, cut, steps in ((here, short, [-1]), (here, long, [0, 1]), (gpu, long, [-1])):
         launched.clear()
-        slices.launch_slices(None, 3, cut, 2, like)
+        slices.run_slices(None, 3, cut, 2, like)
         assert launched == steps
 
 

@@ -17,11 +17,11 @@ from .packing import packed
 from .slices import (
     Slices,
     all_published,
-    launch_slices,
     own_slice,
     parts_of,
     progress_of,
     published,
+    run_slices,
     slices_of,
 )
 from .tile import model_of
@@ -331,7 +331,7 @@ def _gradient(
     flags: dict[str, Any],
 ) -> None:  # fmt: skip
     """Results of a chunk's rows and their dz."""
-    launch_slices(
+    run_slices(
         _ce_gradient_kernel, size, slices, 2, z, z, dz, work.vocab_size, slices.width, first, *given, *out,
         parts_of(z, size, slices, PUBLISHED.value), progress, **flags,
     )  # fmt: skip

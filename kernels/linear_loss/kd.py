@@ -17,7 +17,7 @@ from .kd_row import LINEAR, LINEAR_BIAS, LOGITS, NONE, PUBLISHED, REMAINDER_FLOO
 from .packing import of_rows, used_rows
 from .product import accumulate
 from .rows import chunk_rows, logits
-from .slices import launch_slices, parts_of, progress_of, slices_of
+from .slices import parts_of, progress_of, run_slices, slices_of
 
 #: Tensors of a teacher of each form.
 COUNTS = (1, 1, 2, 2, 3)
@@ -64,7 +64,7 @@ def _rows(z: Any, teachers: list[tuple[int, Any, Any]], given: Any, out: tuple, 
     rows, vocab = z.shape
     packed, forms = _prepared(teachers, given.shares, vocab)
     slices = slices_of(vocab, 1 + sum(3 if form == TOPK.value else 1 for form in forms))  # a list is searched a column
-    launch_slices(
+    run_slices(
         _row_kernel, rows, slices, 3, z, z, z.stride(0), vocab, slices.width, packed, target, keep, coef_kd, coef_ce,
         1.0 / given.tau, float(given.beta), float(given.power), kd, ce, stats, kd.shape[0], first,
         z if grad is None else grad, vocab if grad is None else grad.stride(0),

@@ -108,7 +108,7 @@ def side_by_side(like: Any, slices: Slices) -> bool:
     return bool(like.is_cuda) and _multiprocessors(like.device.index) >= 2 * slices.count
 
 
-def launch_slices(kernel: Any, rows: int, slices: Slices, steps: int, like: Any, *args: Any, **meta: Any) -> None:
+def run_slices(kernel: Any, rows: int, slices: Slices, steps: int, like: Any, *args: Any, **meta: Any) -> None:
     """Start a program a slice of ``rows`` rows, in one launch or in one a step."""
     together = slices.count == 1 or side_by_side(like, slices)
     for step in (ALL.value,) if together else range(steps):

@@ -87,6 +87,9 @@ class S4Kernel(nn.Module):
         l_max: length for which C is made; None for none.
         dt_min, dt_max: of Delta, log-uniform at first.
         lr: learning rate of all but C for the optimizer, told by ``_optim``, as the official layer does; None for none.
+
+    Raises:
+        ValueError, TypeError: naming `n_ssm` or `l_max`.
     """
 
     l_kernel: Tensor
