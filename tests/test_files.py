@@ -192,7 +192,9 @@ def data():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_is_a_sentence(tmp_path: Path):
-    code = "from w2s_fast.cli import app; app()"
+    # a suite that was started in the background ignores the signal, and so would its children
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; from w2s_fast.cli import app; app()"
     given = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
     with subprocess.Popen(
@@ -205,7 +207,10 @@ def test_ctrl_c_is_a_sentence(tmp_path: Path):
             time.sleep(0.1)
         time.sleep(1.5)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=120)
+        try:
+            _, stderr = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130, stderr
     assert "stopped" in stderr.splitlines()[-1] and "Traceback" not in stderr
     assert not list((tmp_path / "out").rglob("*.*"))
