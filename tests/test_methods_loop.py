@@ -209,7 +209,6 @@ from w2s_fast.methods._common import place
 from w2s_fast.methods._common.batches import shuffled
 from w2s_fast.methods._common.command import whole_state
 from w2s_fast.methods._common.loop import Recipe, train
-from w2s_fast.testing.selection import sampled
 torch.set_num_threads(1)
 where = place.place("cpu")
 folder, parallel, steps, stop = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
@@ -221,6 +220,8 @@ told = []
 def tick(value):
     told.append(value)
     if len(told) == stop:
+        place.wait(where)  # a process that goes while another still talks to it makes that one abort
+        place.leave()
         sys.exit(0)
 found = train(model, loss, loader, Recipe(steps, 1e-2, parallel=parallel, every=3), where=where, tick=tick,
               checkpoint=folder / "checkpoints")
