@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from .state_space import BLOCK, Complex, s4_spectrum
+from .state_space import BLOCK, Complex, both, s4_spectrum
+from .state_space_layer import StateSpaceLayer
 
 OP = "nn.S4"
 
@@ -65,11 +66,6 @@ class Steps(NamedTuple):
     def out(self, x: Complex) -> Tensor:
         """``C x`` ``[..., C, H]``."""
         return both(self.c, Complex(x.re[..., None, :, :], x.im[..., None, :, :]))[..., 0]
-
-
-def both(a: Complex, x: Complex) -> Tensor:
-    """``sum_n a_n x_n`` over the stored half and its conjugates, ``[..., 1]``."""
-    return 2 * (a.re * x.re - a.im * x.im).sum(-1, keepdim=True)
 
 
 class S4Kernel(nn.Module):
@@ -298,7 +294,7 @@ class S4Convolution(nn.Module):
         return more.flatten(-2)[..., :length], after
 
 
-class S4(nn.Module):
+class S4(StateSpaceLayer):
     """A layer over sequences of any length; loads the state dict of the official layer (rank 1, GLU at the end).
 
     Training takes the convolution. A state decodes one position at a time (`step`), at the same cost each, or joins
@@ -333,12 +329,8 @@ class S4(nn.Module):
         bidirectional: bool = False, dropout: float = 0.0, transposed: bool = True, n_ssm: int | None = None,
         dt_min: float = 0.001, dt_max: float = 0.1, lr: float | None = None,
     ) -> None:  # fmt: skip
-        super().__init__()
-        checks.integer(OP, "d_model", d_model, low=1)
-        if checks.integer(OP, "d_state", d_state, low=2) % 2:
-            checks.fail(OP, "d_state", "even", d_state)
+        super().__init__(OP, d_model, d_state, transposed)
         checks.integer(OP, "channels", channels, low=1)
-        self.d_model, self.d_state, self.transposed = d_model, d_state, transposed
         self.layer = S4Convolution(d_model, d_state, channels, bidirectional, n_ssm=n_ssm, l_max=l_max, dt_min=dt_min,
                                    dt_max=dt_max, lr=lr)  # fmt: skip
         self.activation = nn.GELU()
@@ -349,65 +341,27 @@ class S4(nn.Module):
         """Make C for kernels up to a length (`S4Kernel.attune`)."""
         self.layer.kernel.attune(length)
 
-    def forward(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """``(y, state)``: y like ``u``; the state ``[B, H, M, 2]`` after it, if one before it was given.
+    @property
+    def skip(self) -> Tensor:
+        """D ``[C, H]``."""
+        return self.layer.D
 
-        Sums in float32 (float64 if the parameters are).
-
-        Raises:
-            ValueError: naming `u` or `state`.
-        """
-        u = u if self.transposed else u.mT
-        if u.ndim != 3 or u.shape[1] != self.d_model or not u.is_floating_point():
-            shape = f"[B, {self.d_model}, L]" if self.transposed else f"[B, L, {self.d_model}]"
-            checks.fail(OP, "u", f"{shape} of floats", f"{list(u.shape)} of {u.dtype}")
-        if state is not None:
-            self._check(state, len(u))
-        if 0 in u.shape:
-            return (u.clone() if self.transposed else u.mT.clone()), state
-        mixed, after = self.layer(u, state)
-        y = self.mixed(mixed.flatten(1, 2).to(u.dtype))
-        return (y if self.transposed else y.mT), after
+    def space(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``[B, H, L]`` to ``[B, C H, L]``, and the state after it where one is given."""
+        found, after = self.layer(u, state)
+        return found.flatten(1, 2), after
 
     def mixed(self, y: Tensor) -> Tensor:
         """What follows the state space: ``[B, channels H, L]`` to ``[B, H, L]``."""
         found: Tensor = self.output_linear(self.dropout(self.activation(self.dropout(y))).mT)
         return found.mT
 
-    def _check(self, state: Tensor, batch: int) -> None:
-        want = (batch, self.d_model, self.d_state // 2, 2)
+    def check_state(self, state: Tensor, batch: int) -> None:
+        """Refuse what `default_state` does not make, and any where the layer runs backwards too."""
         if self.layer.bidirectional:
             checks.fail(OP, "state", "None for a layer of both directions", list(state.shape))
-        if state.shape != want:
-            checks.fail(OP, "state", f"{list(want)}, as default_state makes it", list(state.shape))
-
-    def default_state(self, batch: int) -> Tensor:
-        """The state before a sequence, ``[batch, H, M, 2]`` zeros."""
-        return self.layer.D.new_zeros(batch, self.d_model, self.d_state // 2, 2)
+        super().check_state(state, batch)
 
     def steps(self) -> Steps:
         """What `step` needs of the parameters as they are: made once for many steps."""
         return self.layer.kernel.steps().to(torch.promote_types(self.layer.D.dtype, torch.float32))
-
-    def step(self, u: Tensor, state: Tensor, steps: Steps | None = None) -> tuple[Tensor, Tensor]:
-        """One position ``[B, H]`` by the recurrence: its output ``[B, H]`` and the state after it.
-
-        Args:
-            steps: what `steps` gave; None makes it anew, which costs more than the step.
-
-        Raises:
-            ValueError: naming `u` or `state` of a wrong shape.
-        """
-        if u.ndim != 2 or u.shape[1] != self.d_model:
-            checks.fail(OP, "u", f"[B, {self.d_model}]", list(u.shape))
-        self._check(state, len(u))
-        steps = self.steps() if steps is None else steps
-        dtype = steps.d.re.dtype
-        wide = u.to(dtype)
-        x = steps.after(Complex(*state.to(dtype).unbind(-1)), wide)
-        y = steps.out(x) + wide[:, None] * self.layer.D.to(dtype)
-        return self.mixed(y.flatten(1)[..., None].to(u.dtype))[..., 0], torch.stack(x, -1)
-
-    def extra_repr(self) -> str:
-        """What a print shows."""
-        return f"d_model={self.d_model}, d_state={self.d_state}, transposed={self.transposed}"

@@ -10,12 +10,29 @@ The two tables are made in float64 (a phase of many turns has no digits in float
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from .state_space import Complex, exp, expanded, expm1_over, gathered, tables, vandermonde_log
+from .state_space import Complex, both, exp, expanded, expm1_over, gathered, tables, vandermonde_log
+from .state_space_layer import StateSpaceLayer
+
+
+class Powers(NamedTuple):
+    """What a step needs, ``[H, M]`` each: ``e^z``, ``(e^z - 1) / A`` and C."""
+
+    once: Complex
+    b: Complex
+    c: Complex
+
+    def after(self, x: Complex, u: Tensor) -> Complex:
+        """``e^z x + ((e^z - 1) / A) u`` of ``x`` ``[B, H, M]`` and ``u`` ``[B, H]``."""
+        return self.once.times(x).plus(self.b.scaled(u[..., None]))
+
+    def out(self, x: Complex) -> Tensor:
+        """``2 Re C x`` ``[B, 1, H]``."""
+        return both(self.c, x)[..., 0][..., None, :]
 
 
 class S4DKernel(nn.Module):
@@ -56,7 +73,7 @@ class S4DKernel(nn.Module):
         return vandermonde_log(c.times(b).to(dtype), z, L)
 
 
-class S4D(nn.Module):
+class S4D(StateSpaceLayer):
     """A layer over sequences of any length; loads the state dict of the official minimal S4D.
 
     Training takes the convolution; `step` and a state decode one position at a time, at the same cost each; a state
@@ -83,35 +100,27 @@ class S4D(nn.Module):
         self, d_model: int, d_state: int = 64, dropout: float = 0.0, transposed: bool = True, *, dt_min: float = 0.001,
         dt_max: float = 0.1, lr: float | None = None,
     ) -> None:  # fmt: skip
-        super().__init__()
-        checks.integer("nn.S4D", "d_model", d_model, low=1)
-        if checks.integer("nn.S4D", "d_state", d_state, low=2) % 2:
-            checks.fail("nn.S4D", "d_state", "even", d_state)
-        self.d_model, self.d_state, self.transposed = d_model, d_state, transposed
+        super().__init__("nn.S4D", d_model, d_state, transposed)
         self.D = nn.Parameter(torch.randn(d_model))
         self.kernel = S4DKernel(d_model, d_state, dt_min, dt_max, lr)
         self.activation = nn.GELU()
         self.dropout = nn.Dropout1d(dropout) if dropout > 0 else nn.Identity()
         self.output_linear = nn.Sequential(nn.Conv1d(d_model, 2 * d_model, 1), nn.GLU(dim=-2))
 
-    def forward(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """``(y, state)``: y like ``u``; the state ``[B, H, M, 2]`` after it, if one before it was given.
+    @property
+    def skip(self) -> Tensor:
+        """D ``[H]``."""
+        return self.D
 
-        Sums in float32 (float64 if the parameters are).
-
-        Raises:
-            ValueError: naming `u` or `state`.
-        """
-        u = u if self.transposed else u.mT
-        if u.ndim != 3 or u.shape[1] != self.d_model or not u.is_floating_point():
-            shape = f"[B, {self.d_model}, L]" if self.transposed else f"[B, L, {self.d_model}]"
-            checks.fail("nn.S4D", "u", f"{shape} of floats", f"{list(u.shape)} of {u.dtype}")
-        if 0 in u.shape:
-            return (u.clone() if self.transposed else u.mT.clone()), state
+    def space(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`mix`, whatever autocast says."""
         with torch.autocast(u.device.type, enabled=False):
-            mixed, after = self.mix(u, state)
-        y: Tensor = self.output_linear(self.dropout(self.activation(mixed.to(u.dtype))))
-        return (y if self.transposed else y.mT), after
+            return self.mix(u, state)
+
+    def mixed(self, y: Tensor) -> Tensor:
+        """What follows the state space, ``[B, H, L]``."""
+        found: Tensor = self.output_linear(self.dropout(self.activation(y)))
+        return found
 
     def mix(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The state space alone on ``u`` ``[B, H, L]``: ``(y, state)``."""
@@ -124,39 +133,14 @@ class S4D(nn.Module):
         y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + u * self.D.to(dtype)[:, None]
         if state is None:
             return y, None
-        before = self._state(state, u)
+        before = Complex(*state.to(dtype).unbind(-1))
         y = y + expanded(c.times(exp(z)).to(dtype).times(before), made, length)
         kept = exp(Complex(z.re * length, z.im * length)).to(dtype).times(before)
         new = b.to(dtype).times(gathered(u.flip(-1), made))
         return y, torch.stack((kept.re + new.re, kept.im + new.im), -1)
 
-    def _state(self, state: Tensor, u: Tensor) -> Complex:
-        want = (len(u), self.d_model, self.d_state // 2, 2)
-        if state.shape != want:
-            checks.fail("nn.S4D", "state", f"{list(want)}, as default_state makes it", list(state.shape))
-        return Complex(*state.to(u.dtype).unbind(-1))
-
-    def default_state(self, batch: int) -> Tensor:
-        """The state before a sequence, ``[batch, H, M, 2]`` zeros."""
-        return self.D.new_zeros(batch, self.d_model, self.d_state // 2, 2)
-
-    def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One position ``[B, H]`` by the recurrence: its output ``[B, H]`` and the state after it.
-
-        Raises:
-            ValueError: naming `u` or `state` of a wrong shape.
-        """
-        if u.ndim != 2 or u.shape[1] != self.d_model:
-            checks.fail("nn.S4D", "u", f"[B, {self.d_model}]", list(u.shape))
+    def steps(self) -> Powers:
+        """What `step` needs of the parameters as they are: made once for many steps."""
         dtype = torch.promote_types(self.D.dtype, torch.float32)
-        wide = u.to(dtype)
         z, b, c = self.kernel.discrete()
-        x, b, c = exp(z).to(dtype).times(self._state(state, wide)), b.to(dtype), c.to(dtype)
-        x = Complex(x.re + b.re * wide[..., None], x.im + b.im * wide[..., None])
-        y = 2 * (c.re * x.re - c.im * x.im).sum(-1) + wide * self.D.to(dtype)
-        out: Tensor = self.output_linear(self.dropout(self.activation(y.to(u.dtype)))[..., None])[..., 0]
-        return out, torch.stack(x, -1)
-
-    def extra_repr(self) -> str:
-        """What a print shows."""
-        return f"d_model={self.d_model}, d_state={self.d_state}, transposed={self.transposed}"
+        return Powers(exp(z).to(dtype), b.to(dtype), c.to(dtype))

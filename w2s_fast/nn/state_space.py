@@ -56,6 +56,11 @@ class Complex(NamedTuple):
         return Complex(self.re.to(dtype), self.im.to(dtype))
 
 
+def both(a: Complex, x: Complex) -> Tensor:
+    """``sum_n a_n x_n`` over the stored half and its conjugates, ``[..., 1]``."""
+    return 2 * (a.re * x.re - a.im * x.im).sum(-1, keepdim=True)
+
+
 def exp(z: Complex) -> Complex:
     """``e^z``."""
     size = z.re.exp()

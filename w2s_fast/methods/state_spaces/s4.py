@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from ... import checks
 from ...nn import S4, S4D
-from ...nn.s4 import Steps
+from ...nn.state_space_layer import StateSpaceLayer, Steps
 from .._common.batches import shuffled
 from .._common.classify import inputs_of, labels_of
 from .._common.loop import Recipe, Trained
@@ -29,16 +29,16 @@ STATE_RATE = 1e-3
 
 
 class State(NamedTuple):
-    """Of a layer: the states ``[B, H, M, 2]``, and what a step of S4 needs of its parameters."""
+    """Of a layer: the states ``[B, H, M, 2]``, and what a step needs of its parameters."""
 
     x: Tensor
-    steps: Steps | None
+    steps: Steps
 
 
 class Block(nn.Module):
     """``x + dropout(layer(norm(x)))``, or the norm behind the sum."""
 
-    def __init__(self, layer: S4 | S4D, dropout: float, prenorm: bool) -> None:
+    def __init__(self, layer: StateSpaceLayer, dropout: float, prenorm: bool) -> None:
         super().__init__()
         self.prenorm, self.norm, self.layer = prenorm, nn.LayerNorm(layer.d_model), layer
         self.dropout = nn.Dropout(dropout)
@@ -51,13 +51,11 @@ class Block(nn.Module):
 
     def default_state(self, batch: int) -> State:
         """Before a sequence, for the parameters as they are."""
-        return State(self.layer.default_state(batch), self.layer.steps() if isinstance(self.layer, S4) else None)
+        return State(self.layer.default_state(batch), self.layer.steps())
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """``[B, H]`` of one position."""
-        given = self.norm(x) if self.prenorm else x
-        more = () if isinstance(self.layer, S4D) else (state.steps,)
-        y, after = self.layer.step(given, state.x, *more)
+        y, after = self.layer.step(self.norm(x) if self.prenorm else x, state.x, state.steps)
         x = x + self.dropout(y)
         return (x if self.prenorm else self.norm(x)), state._replace(x=after)
 
@@ -87,7 +85,7 @@ class SequenceModel(nn.Module):
         checks.choice("methods.s4", "layer", layer, get_args(Layer))
         self.pool, self.encoder, self.decoder = pool, nn.Linear(inputs, width), nn.Linear(width, outputs)
 
-        def made() -> S4 | S4D:
+        def made() -> StateSpaceLayer:
             if layer == "s4d":
                 return S4D(width, d_state, dropout, transposed=False, lr=lr)
             return S4(width, d_state, dropout=dropout, transposed=False, lr=lr, l_max=length)
