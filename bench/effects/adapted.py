@@ -192,6 +192,15 @@ def measure(plan: Plan, seed: int, chosen: Mapping[str, Any], start: str = "") -
     return found
 
 
+def experiment(plan: Callable[[], Plan], start: str = "") -> tuple[Callable[[], dict[str, Choice]], Callable[..., Any]]:
+    """``choices`` and ``measure`` of an experiment; the plan is made at each call: ``FULL`` may have changed it."""
+
+    def of_seed(seed: int, chosen: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        return measure(plan(), seed, chosen, start)
+
+    return lambda: choices(plan()), of_seed
+
+
 def costs(done: Trained, seconds: float) -> dict[str, float]:
     """Bytes that were trained, bytes of the optimizers' states, CPU seconds."""
     groups = [group for optimizer in done.optimizers for group in optimizer.param_groups]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from .. import checks
+from ..hooks import hooked
 from .ball import OP
 from .state import outputs
 
@@ -94,8 +95,7 @@ def _is_plain(base: nn.Module) -> bool:
             return False
         if isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) != (1, -1):
             return False
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not any(getattr(module, kind) for module in base.modules() for kind in hooks)
+    return not any(map(hooked, base.modules()))
 
 
 def _in_batched_products(base: nn.Module, x: Tensor) -> Tensor:

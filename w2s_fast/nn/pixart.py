@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import checks
+from ..hooks import hooked
 from ..ops.diffusion.adaln_modulate import adaln_modulate
 from ..ops.diffusion.gate_residual import gate_residual
 from ..ops.diffusion.gate_residual_adaln import gate_residual_adaln
@@ -375,9 +376,8 @@ class PixArtSigma(nn.Module):
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's call is its forward and nothing else: no hook, no wrapper (FSDP2, checkpointing, compile)."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     own = type(module) in (PixArtBlock, FinalLayer) and "forward" not in module.__dict__
-    return own and not any(hooks) and module._compiled_call_impl is None
+    return own and not hooked(module) and module._compiled_call_impl is None
 
 
 def _drop_position_embedding(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

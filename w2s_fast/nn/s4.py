@@ -357,7 +357,11 @@ class S4(StateSpaceLayer):
         return found.mT
 
     def check_state(self, state: Tensor, batch: int) -> None:
-        """Refuse what `default_state` does not make, and any where the layer runs backwards too."""
+        """Refuse what `default_state` does not make, and any where the layer runs backwards too.
+
+        Raises:
+            ValueError: naming `state`.
+        """
         if self.layer.bidirectional:
             checks.fail(OP, "state", "None for a layer of both directions", list(state.shape))
         super().check_state(state, batch)

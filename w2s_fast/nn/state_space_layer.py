@@ -79,7 +79,11 @@ class StateSpaceLayer(nn.Module):
         return (y if self.transposed else y.mT), after
 
     def check_state(self, state: Tensor, batch: int) -> None:
-        """Refuse what `default_state` does not make."""
+        """Refuse what `default_state` does not make.
+
+        Raises:
+            ValueError: naming `state`.
+        """
         want = (batch, self.d_model, self.d_state // 2, 2)
         if state.shape != want:
             checks.fail(self.op, "state", f"{list(want)}, as default_state makes it", list(state.shape))

@@ -13,7 +13,7 @@ from w2s_fast.methods.adapters import allora
 
 from .. import adapted
 from ..adapted import LENGTH, Arm, Plan
-from ..protocol import Choice, Claim
+from ..protocol import Claim
 
 RANK, STEPS, RATES, ETAS = 9, 80, (3e-3, 1e-2, 3e-2), (2.0, 10.0)
 CLAIMS = [
@@ -34,9 +34,4 @@ def plan() -> Plan:
     return Plan(ARMS, grids, adapted.base, "code", STEPS)
 
 
-def choices() -> dict[str, Choice]:
-    return adapted.choices(plan())
-
-
-def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return adapted.measure(plan(), seed, chosen, start="before")
+choices, measure = adapted.experiment(plan, start="before")

@@ -14,7 +14,7 @@ from w2s_fast.methods.adapters import bone
 
 from .. import adapted
 from ..adapted import LENGTH, Arm, Plan
-from ..protocol import Choice, Claim
+from ..protocol import Claim
 
 RANK, LORA_RANK, STEPS, RATES = 16, 9, 80, (1e-3, 3e-3, 1e-2)
 CLAIMS = [
@@ -42,9 +42,4 @@ def plan() -> Plan:
     return Plan(ARMS, {arm: {"rate": RATES} for arm in ARMS}, adapted.base, "code", STEPS)
 
 
-def choices() -> dict[str, Choice]:
-    return adapted.choices(plan())
-
-
-def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return adapted.measure(plan(), seed, chosen, start="before")
+choices, measure = adapted.experiment(plan, start="before")

@@ -19,7 +19,7 @@ from w2s_fast.methods.sparse_lowrank.sltrain import convert, train_blocks
 
 from .. import adapted
 from ..adapted import RANK, Arm, Plan
-from ..protocol import Choice, Claim
+from ..protocol import Claim
 
 GAP, STEPS, RATES = 40, 240, (3e-3, 1e-2, 3e-2, 1e-1)
 CLAIMS = [
@@ -67,9 +67,4 @@ def plan() -> Plan:
                 shown=160)  # fmt: skip
 
 
-def choices() -> dict[str, Choice]:
-    return adapted.choices(plan())
-
-
-def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return adapted.measure(plan(), seed, chosen)
+choices, measure = adapted.experiment(plan)

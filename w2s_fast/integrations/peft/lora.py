@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import checks
+from ...hooks import hooked
 
 with checks.extra("peft"):
     from peft.tuners.lora.layer import Linear as PeftLinear
@@ -58,13 +59,6 @@ def keeps_own(layer: Any, why_not: Callable[[], str]) -> bool:
     reason = "" if plain else why_not()
     layer.__dict__["_w2s_fast_status"] = "base layer alone" if plain else (f"PEFT: {reason}" if reason else "fused")
     return bool(plain or reason)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether something wants to see the module called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def unfit(layer: Any) -> str:

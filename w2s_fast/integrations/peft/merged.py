@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import checks
-from .lora import beside, hooked, keeps_own, unfit
+from ...hooks import hooked
+from .lora import beside, keeps_own, unfit
 
 with checks.extra("peft"):
     from peft.tuners.miss.layer import MissLinear as PeftMissLinear

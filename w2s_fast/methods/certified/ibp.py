@@ -98,12 +98,12 @@ def train_by(
     Raises:
         ValueError: naming `eps` or `parallel`.
     """
+    unsharded("methods.certified", recipe, run.get("where"))
+    checks.number("methods.certified", "eps", eps, low=0.0)
     batches = data
     if hasattr(data, "__getitem__") and not isinstance(data, (list, tuple)):
         batches = shuffled(data, recipe.batch, seed=recipe.seed, where=run.get("where"))
     module = bound(model)
-    unsharded("methods.certified", recipe, run.get("where"))
-    checks.number("methods.certified", "eps", eps, low=0.0)
     begin, end = first * recipe.steps, last * recipe.steps
 
     def value(_: nn.Module, batch: Any, step: int) -> Tensor:
