@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
 from .state_space import Complex
-
-
-class Steps(Protocol):
-    """The parameters as a step needs them."""
-
-    def after(self, x: Complex, u: Tensor) -> Complex:
-        """The state ``[B, H, M]`` behind an input ``[B, H]``."""
-
-    def out(self, x: Complex) -> Tensor:
-        """``C x`` ``[B, C, H]``."""
 
 
 class StateSpaceLayer(nn.Module):
@@ -55,7 +45,8 @@ class StateSpaceLayer(nn.Module):
         raise NotImplementedError
 
     def steps(self) -> Any:
-        """What `step` needs of the parameters as they are: made once for many steps."""
+        """What `step` needs of the parameters as they are, made once for many steps: ``after(x, u)`` is the state behind
+        an input ``[B, H]``, ``out(x)`` is ``C x`` ``[B, C, H]``."""
         raise NotImplementedError
 
     def forward(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +95,7 @@ class StateSpaceLayer(nn.Module):
         if u.ndim != 2 or u.shape[1] != self.d_model:
             checks.fail(self.op, "u", f"[B, {self.d_model}]", list(u.shape))
         self.check_state(state, len(u))
-        made: Steps = self.steps() if steps is None else steps
+        made = self.steps() if steps is None else steps
         dtype = torch.promote_types(self.skip.dtype, torch.float32)
         wide = u.to(dtype)
         x = made.after(Complex(*state.to(dtype).unbind(-1)), wide)

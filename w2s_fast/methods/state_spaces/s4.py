@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from ... import checks
 from ...nn import S4, S4D
-from ...nn.state_space_layer import StateSpaceLayer, Steps
+from ...nn.state_space_layer import StateSpaceLayer
 from .._common.batches import shuffled
 from .._common.classify import inputs_of, labels_of
 from .._common.loop import Recipe, Trained
@@ -32,7 +32,7 @@ class State(NamedTuple):
     """Of a layer: the states ``[B, H, M, 2]``, and what a step needs of its parameters."""
 
     x: Tensor
-    steps: Steps
+    steps: Any
 
 
 class Block(nn.Module):
