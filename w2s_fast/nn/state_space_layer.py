@@ -45,8 +45,10 @@ class StateSpaceLayer(nn.Module):
         raise NotImplementedError
 
     def steps(self) -> Any:
-        """What `step` needs of the parameters as they are, made once for many steps: ``after(x, u)`` is the state behind
-        an input ``[B, H]``, ``out(x)`` is ``C x`` ``[B, C, H]``."""
+        """What `step` needs of the parameters as they are, made once for many steps.
+
+        ``after(x, u)`` is the state behind an input ``[B, H]``, ``out(x)`` is ``C x`` ``[B, C, H]``.
+        """
         raise NotImplementedError
 
     def forward(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
