@@ -48,7 +48,9 @@ FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-DNDEBUG", "-
 FLAGS += [f"-ffile-prefix-map={HERE}=."]
 # -O3 without what doubles code and compile time here (loops unswitched, split and versioned): vectors are written out
 LEVEL, WIDE = ["-O2", "-fpeel-loops", "-fvect-cost-model=dynamic"], ["-O1"]
-# hosts hand rows to kernels and keep only small loops over what a row gives: -O2 takes 1.4 times as long to compile
+# hosts hand rows to kernels and keep only small loops over what a row gives: -O2 takes 1.4 times as long to compile; but
+# not those that are the product (at -O1 the sums of a tile go through memory three times)
+PRODUCTS = tuple(f"csrc/cpu/{name}.cpp" for name in ("gemm", "gemm_amx", "gemm_bf16"))
 HOST = ["-O1", "-ftree-loop-vectorize", "-fpeel-loops", "-fvect-cost-model=dynamic", "-Wno-maybe-uninitialized"]
 # where another level contracts other products and sums, so that results would differ in their last bit
 EXACT = ["-O3"]
@@ -178,7 +180,7 @@ def compile_cpu(
                 own = [*command, *flags, *header.use, f"-DW2S_COPY={copy}"]
                 steps.append((Step(folder / f"{name}-{copy}.o", [*own, "-c", source], header.step.target), header))
         else:
-            own = [*command, *host, *torch, *hosts.use]
+            own = [*command, *(level if source in PRODUCTS else host), *torch, *hosts.use]
             steps.append((Step(folder / f"{name}.o", [*own, "-c", source], hosts.step.target), hosts))
     made_first = (exact[0], hosts, kernels[0], doubles[0])  # the longest sources are of the first two
     steps.sort(key=lambda one: made_first.index(one[1]))
@@ -313,20 +315,23 @@ def extensions() -> tuple[list[Extension], type | None]:
             with open(target, "w", encoding="utf-8") as file:
                 json.dump({**known, "seconds": clean}, file, indent=1)
 
-        def module(self, extension: Extension) -> Step:
-            """The one object of `_C`."""
+        def module(self, extension: Extension) -> list[Step]:
+            """The objects of `_C`: its binding, and what measures the machine, which has to run at its best."""
             defines = [f"-DW2S_{key.upper()}={json.dumps(str(value))}" for key, value in known.items()]
             include = [f"-isystem{path}" for path in (*extension.include_dirs, sysconfig.get_path("include"))]
-            command = [compiler() or "c++", *FLAGS, "-O1", "-Icsrc", *include, *defines, "-c", "csrc/module.cpp"]
-            return Step(folder / "module.o", command)
+            command = [compiler() or "c++", *FLAGS, "-Icsrc"]
+            binding = [*command, "-O1", *include, *defines, "-c", "csrc/module.cpp"]
+            probes = [*command, "-O3", "-c", "csrc/probes.cpp"]
+            return [Step(folder / "module.o", binding), Step(folder / "probes.o", probes)]
 
         def build_extension(self, extension: Extension) -> None:
             target = self.get_ext_fullpath(extension.name)
             if extension.name.endswith("._C"):
-                step = self.module(extension)
-                step.run()
-                return link([step.target], target, ["-pthread"])
-            beside = [self.module(other) for other in self.extensions if other.name.endswith("._C")]
+                steps = self.module(extension)
+                for step in steps:
+                    step.run()
+                return link([step.target for step in steps], target, ["-pthread"])
+            beside = [step for other in self.extensions if other.name.endswith("._C") for step in self.module(other)]
             objects, self.compiled = compile_cpu(folder / str(targets), targets, beside=beside)
             self.objects = len(objects)
             if not cuda:

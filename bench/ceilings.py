@@ -86,5 +86,5 @@ def measure(device: torch.device) -> Ceilings:
     names = ("float32", "bfloat16")
     rates = {name: gemm_rate(getattr(torch, name), device) for name in names}
     if device.type == "cpu" and probes.available():
-        rates["float32 FMA"] = probes.fma_peak(torch.get_num_threads())
+        rates["float32 FMA"] = probes.fma_peak(torch.get_num_threads(), repetitions=20)
     return Ceilings(copy, rates, source)

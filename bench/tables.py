@@ -106,9 +106,11 @@ def cell(rows: Sequence[Row]) -> list[str]:
 
 
 def floor(ours: Row) -> str:
-    """``", 78 % of the floor"``; a share above 1 says that the ceiling of its run was measured too low."""
+    """``", 78 % of the floor"``; a share far above 1 says that the ceiling of its run was measured too low."""
     if ours.share is None:
         return ""
+    if ours.share > 1.2:
+        return f", {ours.share:.1f} times its floor: the ceiling was measured too low"
     return f", {ours.share:.0%} of the floor" if ours.share <= 1 else ", at the floor"
 
 

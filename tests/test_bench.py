@@ -250,6 +250,7 @@ def test_a_row_belongs_to_its_own_runs_ceilings(rows, tmp_path: Path):
     merged = first.merged(report.new_report([other], QUICK, CEILINGS._replace(copy=2e10), {}, load=1.0))
     assert len(tables.machine(merged).split("Run of")) == 3 and "20 GB/s" in tables.machine(merged)
     assert "at the floor" in tables.cell([replace(other, share=1.12)])[0]
+    assert "ceiling was measured too low" in tables.cell([replace(other, share=3.1)])[0]
 
 
 def test_charts(rows, tmp_path: Path):

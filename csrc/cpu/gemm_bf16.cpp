@@ -1,9 +1,13 @@
 // The product of two bfloat16 matrices with the machine's own dot instruction: two neighbours along the depth lie in one
 // word, so a word of a times a vector of words of b is two multiply-adds a lane, in float32. Twice the rate of widening
 // (Zen 5, Sapphire Rapids). Blocking as in gemm.cpp.
+//
+// Packing the large operand costs as much as a dozen rows of products, so for fewer it is read where it lies: rows of W
+// times a few rows along a shared depth (z = W h^T), or a few rows of coefficients times rows of W (dh = dz W).
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
@@ -27,8 +31,19 @@ namespace {
 constexpr int HEIGHT = 14, WIDTH = 32;                     // a register tile: 28 of 32 registers
 constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;  // depth in words
 constexpr int64_t AHEAD = 32;                              // rows asked for beforehand: no prefetcher follows them
+constexpr int64_t DOTS = 8, STRIPS = 12;                    // rows for which the other operand is read where it lies
 
 W2S_TARGET_BEGIN(W2S_DOT)
+
+// words (x[j], y[j]) of 32 columns
+struct Words {
+  __m512i low, high;
+};
+[[gnu::always_inline]] inline Words interleaved(__m512i x, __m512i y) {  // a call in a loop would keep its sums in memory
+  const __m512i step = _mm512_set1_epi32(0x00200000), even = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i first = _mm512_add_epi32(_mm512_or_si512(even, _mm512_slli_epi32(even, 16)), step);  // j, 32 + j
+  return {_mm512_permutex2var_epi16(x, first, y), _mm512_permutex2var_epi16(x, _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010)), y)};
+}
 
 // dst[w * width + j] = the pair (x[2w, j], x[2w + 1, j]) for x[k, j] = src[k * sk + j * sj], zero past `depth` and `columns`
 void pack_words(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int64_t columns, int64_t width, uint32_t* dst) {
@@ -48,6 +63,15 @@ void pack_words(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int6
         avx512::Float::transpose(square);
         for (int64_t i = 0; i < 16; ++i) _mm512_mask_storeu_ps(dst + (first + i) * width + j, fits, square[i].v);
       }
+  if (sj == 1 && width == WIDTH && columns == WIDTH)
+    for (; first < whole; ++first) {
+      const uint16_t* p = src + 2 * first * sk;
+      __builtin_prefetch(p + AHEAD * sk);
+      __builtin_prefetch(p + (AHEAD + 1) * sk);
+      const Words words = interleaved(_mm512_loadu_si512(p), _mm512_loadu_si512(p + sk));
+      _mm512_storeu_si512(dst + first * WIDTH, words.low);
+      _mm512_storeu_si512(dst + first * WIDTH + 16, words.high);
+    }
   for (int64_t w = first; w < pieces(depth, 2); ++w)
     for (int64_t j = 0; j < width; j += 16) {
       const int64_t n = std::clamp<int64_t>(columns - j, 0, 16), room = std::min<int64_t>(16, width - j);
@@ -68,6 +92,23 @@ void pack_words(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int6
     }
 }
 
+void scatter(const float* lanes, int64_t rows, int64_t columns, Target<float> c, bool add) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* from = lanes + i * WIDTH;
+    float* to = c.data + i * c.down;
+    for (int64_t j = 0; j < columns; j += c.across == 1 ? 16 : 1) {
+      if (c.across == 1) {
+        const __mmask16 mask = __mmask16((1u << std::min<int64_t>(columns - j, 16)) - 1);
+        const __m512 x = _mm512_loadu_ps(from + j);
+        _mm512_mask_storeu_ps(to + j, mask, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to + j), x) : x);
+      } else {
+        float& p = to[j * c.across];
+        p = add ? p + from[j] : from[j];
+      }
+    }
+  }
+}
+
 template <int M>
 void tile(int64_t depth, const uint32_t* a, const uint32_t* b, int64_t rows, int64_t columns, Target<float> c, bool add) {
   __m512 sum[M][2];
@@ -82,29 +123,22 @@ void tile(int64_t depth, const uint32_t* a, const uint32_t* b, int64_t rows, int
       sum[i][1] = _mm512_dpbf16_ps(sum[i][1], x, right);
     }
   }
-  if (c.across == 1) {
+  if (c.across == 1 && rows == M && columns == WIDTH) {
 #pragma GCC unroll 14
     for (int i = 0; i < M; ++i) {
-      if (i >= rows) return;
-#pragma GCC unroll 2
-      for (int n = 0; n < 2; ++n) {
-        const int64_t left = std::clamp<int64_t>(columns - n * 16, 0, 16);
-        const __mmask16 mask = __mmask16((1u << left) - 1);
-        float* p = c.data + i * c.down + n * 16;
-        const __m512 x = add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, p), sum[i][n]) : sum[i][n];
-        _mm512_mask_storeu_ps(p, mask, x);
-      }
+      float* p = c.data + i * c.down;
+      _mm512_storeu_ps(p, add ? _mm512_add_ps(_mm512_loadu_ps(p), sum[i][0]) : sum[i][0]);
+      _mm512_storeu_ps(p + 16, add ? _mm512_add_ps(_mm512_loadu_ps(p + 16), sum[i][1]) : sum[i][1]);
     }
     return;
   }
   float lanes[M][WIDTH];
-  for (int i = 0; i < M; ++i)
-    for (int n = 0; n < 2; ++n) _mm512_storeu_ps(&lanes[i][n * 16], sum[i][n]);
-  for (int64_t j = 0; j < columns; ++j)
-    for (int64_t i = 0; i < rows; ++i) {
-      float& p = c.data[i * c.down + j * c.across];
-      p = add ? p + lanes[i][j] : lanes[i][j];
-    }
+#pragma GCC unroll 14
+  for (int i = 0; i < M; ++i) {
+    _mm512_storeu_ps(&lanes[i][0], sum[i][0]);
+    _mm512_storeu_ps(&lanes[i][16], sum[i][1]);
+  }
+  scatter(&lanes[0][0], rows, columns, c, add);
 }
 
 void run_tile(int height, int64_t depth, const uint32_t* a, const uint32_t* b, int64_t rows, int64_t columns, Target<float> c, bool add) {
@@ -117,6 +151,105 @@ void run_tile(int height, int64_t depth, const uint32_t* a, const uint32_t* b, i
     case 12: return tile<12>(depth, a, b, rows, columns, c, add);
     default: return tile<14>(depth, a, b, rows, columns, c, add);
   }
+}
+
+const uint16_t* padded(const uint16_t* from, int64_t count, uint16_t* to) {
+  std::memcpy(to, from, size_t(count) * 2);
+  return to;
+}
+
+// c[i, j] of 16 / J rows of a and J of b, both with their depth in one piece; sums along it, then over the lanes.
+template <int J>
+void dots(int64_t depth, const uint16_t* a, int64_t a_down, int64_t rows, const uint16_t* b, int64_t b_down, int64_t columns,
+          Target<float> c, bool add) {
+  constexpr int I = 16 / J;
+  const uint16_t *left[I], *right[J];
+  for (int i = 0; i < I; ++i) left[i] = a + std::min<int64_t>(i, rows - 1) * a_down;  // rows that are not there: the last
+  for (int j = 0; j < J; ++j) right[j] = b + std::min<int64_t>(j, columns - 1) * b_down;
+  avx512::Float sum[16];
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k) sum[k].v = _mm512_setzero_ps();
+  // plain loads: with a masked one in the loop, the compiler keeps the sums in memory
+  const auto step = [&](const uint16_t* const* x, const uint16_t* const* y, int64_t k) __attribute__((always_inline)) {
+    __m512bh of_b[J];
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) of_b[j] = (__m512bh)_mm512_loadu_si512(y[j] + k);
+#pragma GCC unroll 16
+    for (int i = 0; i < I; ++i) {
+      const __m512bh of_a = (__m512bh)_mm512_loadu_si512(x[i] + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) sum[i * J + j].v = _mm512_dpbf16_ps(sum[i * J + j].v, of_a, of_b[j]);
+    }
+  };
+  const int64_t whole = depth / 32 * 32;
+  for (int64_t k = 0; k < whole; k += 32) step(left, right, k);
+  if (whole < depth) {  // what is left, padded
+    alignas(64) uint16_t rest[I + J][32] = {};
+    const uint16_t *x[I], *y[J];
+    for (int i = 0; i < I; ++i) x[i] = padded(left[i] + whole, depth - whole, rest[i]);
+    for (int j = 0; j < J; ++j) y[j] = padded(right[j] + whole, depth - whole, rest[I + j]);
+    step(x, y, 0);
+  }
+  avx512::Float::transpose(sum);
+  __m512 total = sum[0].v;
+#pragma GCC unroll 16
+  for (int k = 1; k < 16; ++k) total = _mm512_add_ps(total, sum[k].v);
+  alignas(64) float lanes[16];
+  _mm512_store_ps(lanes, total);
+  for (int64_t i = 0; i < std::min<int64_t>(I, rows); ++i)
+    for (int64_t j = 0; j < std::min<int64_t>(J, columns); ++j) {
+      float& p = c.data[i * c.down + j * c.across];
+      p = add ? p + lanes[i * J + j] : lanes[i * J + j];
+    }
+}
+
+// c[i, 0 .. 32) += words of a times rows of b, two a step
+template <int M>
+void strip(int64_t words, const uint32_t* a, int64_t a_down, const uint16_t* b, int64_t b_down, float* c, int64_t c_down, bool add) {
+  __m512 sum[M][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) {
+    sum[i][0] = add ? _mm512_loadu_ps(c + i * c_down) : _mm512_setzero_ps();
+    sum[i][1] = add ? _mm512_loadu_ps(c + i * c_down + 16) : _mm512_setzero_ps();
+  }
+  for (int64_t w = 0; w < words; ++w, b += 2 * b_down) {
+    const Words pair = interleaved(_mm512_loadu_si512(b), _mm512_loadu_si512(b + b_down));
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i) {
+      const __m512bh factor = (__m512bh)_mm512_set1_epi32(int(a[i * a_down + w]));
+      sum[i][0] = _mm512_dpbf16_ps(sum[i][0], factor, (__m512bh)pair.low);
+      sum[i][1] = _mm512_dpbf16_ps(sum[i][1], factor, (__m512bh)pair.high);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) {
+    _mm512_storeu_ps(c + i * c_down, sum[i][0]);
+    _mm512_storeu_ps(c + i * c_down + 16, sum[i][1]);
+  }
+}
+
+void whole_strip(int64_t rows, int64_t words, const uint32_t* a, int64_t a_down, const uint16_t* b, int64_t b_down, float* c, int64_t c_down,
+                 bool add) {
+  for (int64_t n = 0; rows > 0; rows -= n, a += n * a_down, c += n * c_down) {
+    n = rows >= 12 ? 12 : rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+    const auto run = n == 12 ? strip<12> : n == 8 ? strip<8> : n == 4 ? strip<4> : n == 2 ? strip<2> : strip<1>;
+    run(words, a, a_down, b, b_down, c, c_down, add);
+  }
+}
+
+constexpr int64_t DOWN = 64;  // rows of b that a strip walks down
+
+// Where fewer than 32 columns or an odd number of rows are there, on copies that are padded.
+void run_strip(int64_t rows, int64_t depth, const uint32_t* a, int64_t a_down, const uint16_t* b, int64_t b_down, int64_t columns, float* c,
+               int64_t c_down, bool add) {
+  const int64_t words = pieces(depth, 2);
+  if (columns == 32 && depth % 2 == 0) return whole_strip(rows, words, a, a_down, b, b_down, c, c_down, add);
+  alignas(64) uint16_t some[DOWN][32] = {};
+  alignas(64) float sums[STRIPS][32] = {};
+  for (int64_t k = 0; k < depth; ++k) std::memcpy(some[k], b + k * b_down, size_t(columns) * 2);
+  for (int64_t i = 0; i < rows && add; ++i) std::memcpy(sums[i], c + i * c_down, size_t(columns) * 4);
+  whole_strip(rows, words, a, a_down, some[0], 32, sums[0], 32, add);
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(c + i * c_down, sums[i], size_t(columns) * 4);
 }
 
 W2S_TARGET_END
@@ -156,6 +289,37 @@ void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
   }
 }
 
+// c [rows, few] = a b^T of rows whose depth lies in one piece
+void few_dots(const Operand& a, const Operand& b, Target<float> c, bool add) {
+  const int64_t few = b.rows, J = few == 1 ? 1 : few == 2 ? 2 : 4, I = 16 / J;
+  parallel_items(pieces(a.rows, 64), 1, [&](int64_t block) {
+    const int64_t end = std::min(a.rows, (block + 1) * 64);
+    for (int64_t i = block * 64; i < end; i += I)
+      for (int64_t j = 0; j < few; j += J) {
+        const auto run = J == 1 ? dots<1> : J == 2 ? dots<2> : dots<4>;
+        run(a.columns, at(a, i, 0), a.down, end - i, at(b, j, 0), b.down, few - j, {c.data + i * c.down + j * c.across, c.down, c.across}, add);
+      }
+  });
+}
+
+// c [few, columns] = a b, rows of b and of c in one piece. A thread owns columns, and walks down b in blocks that stay in L1.
+void few_rows(const Operand& a, const Operand& b, Target<float> c, bool add) {
+  const int64_t words = pieces(a.columns, 2), share_columns = round_up(pieces(b.columns, threads()), 32);
+  uint32_t* left = scratch_of<uint32_t>(1, a.rows * words);
+  for (int64_t i = 0; i < a.rows; ++i)
+    for (int64_t w = 0; w < words; ++w) {
+      const uint32_t next = 2 * w + 1 < a.columns ? *at(a, i, 2 * w + 1) : 0;
+      left[i * words + w] = *at(a, i, 2 * w) | next << 16;
+    }
+  parallel_items(pieces(b.columns, share_columns), 1, [&](int64_t share) {
+    const int64_t end = std::min(b.columns, (share + 1) * share_columns);
+    for (int64_t k = 0; k < a.columns; k += DOWN)
+      for (int64_t j = share * share_columns; j < end; j += 32)
+        run_strip(a.rows, std::min(DOWN, a.columns - k), left + k / 2, words, at(b, k, j), b.down, std::min<int64_t>(32, end - j), c.data + j,
+                  c.down, add || k > 0);
+  });
+}
+
 }  // namespace
 
 bool has_bf16_dot() {
@@ -166,6 +330,11 @@ bool has_bf16_dot() {
 void gemm_bf16(const Operand& a, const Operand& b, Target<float> c, bool add) {
   if (a.rows == 0 || b.columns == 0 || a.columns == 0) return gemm(a, b, c, 1.0f, add);
   if (has_amx()) return gemm_amx(a, b, c, add);
+  if (a.across == 1 && b.down == 1 && std::min(a.rows, b.columns) <= DOTS) {
+    if (b.columns <= a.rows) return few_dots(a, b.t(), c, add);
+    return few_dots(b.t(), a, {c.data, c.across, c.down}, add);
+  }
+  if (a.rows <= STRIPS && b.across == 1 && c.across == 1) return few_rows(a, b, c, add);
   if (c.across == 1) product(a, b, c, add);
   else product(b.t(), a.t(), {c.data, c.across, c.down}, add);
 }

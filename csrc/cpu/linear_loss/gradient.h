@@ -2,15 +2,17 @@
 // products: dh_i += dz W_i and dW_i = dz^T (w_i h_i).
 //
 // A loss whose coefficients are known beforehand (mean, sum) needs lse before the first gradient tile. Rather than compute
-// the logits twice, the first sweep leaves them in the memory of dW: tile for tile the [tile, D_i] floats of a gradient
-// that is not written yet hold [tile, <= D_i] logits. The second sweep takes a tile out, then writes the gradient there.
-// Rows beyond the sum of the D_i are computed again.
+// the logits twice, the first sweep leaves them in the memory of dW: tile for tile the [tile, D_i] elements of a gradient
+// that is not written yet hold [tile, <= D_i] logits, half as many where they are bfloat16. The second sweep takes a tile
+// out, then writes the gradient there. Rows beyond are computed again.
 #pragma once
 
 #include "cpu/linear_loss/soft_target.h"
 
 namespace w2s {
 namespace linear {
+
+constexpr int64_t STRIP = 1 << 18;  // elements of dW that are made in the accumulating type before they are narrowed
 
 struct Need {  // which gradients; of the lists a bit a model
   int64_t hiddens, heads, biases;
@@ -36,7 +38,8 @@ struct Gradients {
   A *raw = nullptr, *z = nullptr, *slope = nullptr;  // raw: sum_v dz_tv W_i,v, [M, width]
   const A* kept = nullptr;            // the logits of all rows [V, Mp], where forward left them
   uint16_t* dz16 = nullptr;           // with dots: a tile of dz in bfloat16
-  std::vector<A*> wide, capped;       // a tile of dW in A, where dW is narrower
+  std::vector<A*> wide, capped;       // dW in A where dW is narrower: `height` of its rows at a time
+  int64_t height = 0;
   std::vector<A> partial, zeros;
 
   Gradients(Engine<A>& engine, const LinearArguments& linear, Need wanted) : e(engine), need(wanted) {
@@ -57,16 +60,21 @@ struct Gradients {
   bool needs_raw(int i) const { return (need.hiddens >> i & 1) || (need.weights && !e.cap); }
   bool needs_head(int i) const { return need.heads >> i & 1; }
 
-  void plan(int64_t columns) {
-    int64_t shared = 0;
-    for (int i = 0; i < e.n; ++i) shared += needs_head(i) && e.narrower(i) ? e.D[size_t(i)] : 0;
-    e.plan(columns * (e.cap ? e.n + 2 : 1), shared);
+  // One group of rows makes a narrower dW a strip after another, which stays in cache; several add to a whole tile.
+  void plan(int64_t columns, size_t groups) {
+    int64_t shared = 0, widest_head = 1;
+    for (int i = 0; i < e.n; ++i) {
+      if (needs_head(i) && e.narrower(i)) shared += e.D[size_t(i)];
+      widest_head = std::max(widest_head, e.D[size_t(i)]);
+    }
+    e.plan(columns * (e.cap ? e.n + 2 : 1), groups > 1 ? shared : 0);
+    height = groups > 1 ? e.tile : std::clamp(STRIP / widest_head / CHUNK * CHUNK, CHUNK, e.tile);
     z = e.memory(e.tile * columns);
     if (e.dots) dz16 = reinterpret_cast<uint16_t*>(e.memory(e.tile * columns / 2));
     if (e.cap) slope = e.memory(e.tile * columns);
     for (int i = 0; i < e.n; ++i) {
       if (e.cap) capped.push_back(e.memory(e.tile * columns));
-      wide.push_back(needs_head(i) && e.narrower(i) ? e.memory(e.tile * e.D[size_t(i)]) : nullptr);
+      wide.push_back(needs_head(i) && e.narrower(i) ? e.memory(height * e.D[size_t(i)]) : nullptr);
     }
     bool any = false;
     for (int i = 0; i < e.n; ++i) any |= needs_raw(i);
@@ -76,7 +84,8 @@ struct Gradients {
   }
 
   A* stash(const Segment& s) const {  // of the current tile
-    return static_cast<A*>(dheads[size_t(s.stash)].data_ptr()) + e.v0 * e.D[size_t(s.stash)];
+    const Tensor& of = dheads[size_t(s.stash)];
+    return reinterpret_cast<A*>(static_cast<char*>(of.data_ptr()) + e.v0 * e.D[size_t(s.stash)] * bytes_of(dtype_of(of)));
   }
 
   // z of the current tile becomes dz
@@ -153,13 +162,16 @@ struct Gradients {
   void head_product(int i, int64_t r0, int64_t rows, const Operand& dz, bool first_block, bool last_block) {
     const int64_t d = e.D[size_t(i)];
     Tensor& out = dheads[size_t(i)];
-    A* to = wide[size_t(i)] ? wide[size_t(i)] : static_cast<A*>(out.data_ptr()) + e.v0 * d;
-    multiply(dz, e.dots && scaled.empty() ? e.hidden16(r0, rows) : e.H(i, r0, rows).operand(), {to, d, 1}, !first_block);
-    if (wide[size_t(i)] && last_block) {
-      const Rows narrow_rows(out);
-      parallel_items(e.nv, 64, [&](int64_t v) {
-        kernels<ConvertKernels, A>().narrow(to + v * d, d, narrow_rows.dtype,
-                                    static_cast<char*>(out.data_ptr()) + (e.v0 + v) * d * narrow_rows.bytes);
+    const Operand h = e.dots && scaled.empty() ? e.hidden16(r0, rows) : e.H(i, r0, rows).operand();
+    if (!wide[size_t(i)]) return multiply(dz, h, {static_cast<A*>(out.data_ptr()) + e.v0 * d, d, 1}, !first_block);
+    const Rows narrow_rows(out);
+    for (int64_t v0 = 0; v0 < e.nv; v0 += height) {
+      const int64_t count = std::min(height, e.nv - v0);
+      multiply(dz.part(v0, count), h, {wide[size_t(i)], d, 1}, !first_block);
+      if (!last_block) continue;
+      char* to = static_cast<char*>(out.data_ptr()) + (e.v0 + v0) * d * narrow_rows.bytes;
+      parallel_items(count, 64, [&](int64_t v) {
+        kernels<ConvertKernels, A>().narrow(wide[size_t(i)] + v * d, d, narrow_rows.dtype, to + v * d * narrow_rows.bytes);
       });
     }
   }
@@ -259,8 +271,9 @@ inline std::vector<std::vector<Segment>> stashed(const Engine<A>& e, Need need) 
   std::vector<Segment> group;
   int64_t r0 = 0;
   for (int i = 0; i < e.n && r0 < e.M && !e.cap; ++i) {
-    const int64_t rows = std::min(e.D[size_t(i)] / 16 * 16, e.M - r0);
-    if (!(need.heads >> i & 1) || e.narrower(i) || rows == 0) continue;
+    const int64_t floats = e.D[size_t(i)] * bytes_of(e.head[size_t(i)].dtype) / int64_t(sizeof(A));
+    const int64_t rows = std::min(floats / 16 * 16, e.M - r0);
+    if (!(need.heads >> i & 1) || rows == 0) continue;
     group.push_back({r0, rows, i});
     r0 += rows;
   }
