@@ -47,22 +47,27 @@ struct Words {
 
 // dst[w * width + j] = the pair (x[2w, j], x[2w + 1, j]) for x[k, j] = src[k * sk + j * sj], zero past `depth` and `columns`
 void pack_words(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int64_t columns, int64_t width, uint32_t* dst) {
-  const int64_t whole = depth / 2;
+  const int64_t whole = depth / 2, words = pieces(depth, 2);
   int64_t first = 0;
-  if (sk == 1)
-    for (; first + 16 <= whole; first += 16)  // a word is two neighbours in memory: squares of words, turned
+  if (sk == 1) {
+    for (; first < words; first += 16) {  // a word is two neighbours in memory: squares of words, turned
+      const int64_t left = std::min<int64_t>(depth - 2 * first, 32), lines = std::min<int64_t>(words - first, 16);
+      const __mmask32 there = left == 32 ? ~__mmask32(0) : __mmask32((1u << left) - 1);
       for (int64_t j = 0; j < width; j += 16) {
         const int64_t room = std::min<int64_t>(16, width - j);
         const __mmask16 fits = __mmask16((1u << room) - 1);
         avx512::Float square[16];
         for (int64_t i = 0; i < 16; ++i) {
           const uint16_t* p = src + 2 * first + (j + i) * sj;
-          square[i] = j + i < columns ? avx512::Float::load(reinterpret_cast<const float*>(p)) : avx512::Float::set(0);
+          square[i].v = _mm512_castsi512_ps(j + i < columns ? _mm512_maskz_loadu_epi16(there, p) : _mm512_setzero_si512());
           __builtin_prefetch(p + width * sj);  // the next panel's
         }
         avx512::Float::transpose(square);
-        for (int64_t i = 0; i < 16; ++i) _mm512_mask_storeu_ps(dst + (first + i) * width + j, fits, square[i].v);
+        for (int64_t i = 0; i < lines; ++i) _mm512_mask_storeu_ps(dst + (first + i) * width + j, fits, square[i].v);
       }
+    }
+    return;
+  }
   if (sj == 1 && width == WIDTH && columns == WIDTH)
     for (; first < whole; ++first) {
       const uint16_t* p = src + 2 * first * sk;
@@ -72,23 +77,23 @@ void pack_words(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int6
       _mm512_storeu_si512(dst + first * WIDTH, words.low);
       _mm512_storeu_si512(dst + first * WIDTH + 16, words.high);
     }
-  for (int64_t w = first; w < pieces(depth, 2); ++w)
+  for (int64_t w = first; w < words; ++w)
     for (int64_t j = 0; j < width; j += 16) {
       const int64_t n = std::clamp<int64_t>(columns - j, 0, 16), room = std::min<int64_t>(16, width - j);
       const __mmask16 mask = __mmask16((1u << n) - 1), fits = __mmask16((1u << room) - 1);
       const uint16_t* p = src + 2 * w * sk + j * sj;
-      __m512i words = _mm512_setzero_si512();
+      __m512i pairs = _mm512_setzero_si512();
       if (sj == 1) {
         __builtin_prefetch(p + AHEAD * sk);
         __builtin_prefetch(p + (AHEAD + 1) * sk);
-        words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
-        if (w < whole) words = _mm512_or_si512(words, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p + sk)), 16));
+        pairs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+        if (w < whole) pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p + sk)), 16));
       } else {
         alignas(64) uint32_t pair[16] = {};
         for (int64_t i = 0; i < n; ++i) pair[i] = p[i * sj] | (w < whole ? uint32_t(p[sk + i * sj]) << 16 : 0u);
-        words = _mm512_load_si512(pair);
+        pairs = _mm512_load_si512(pair);
       }
-      _mm512_mask_storeu_epi32(dst + w * width + j, fits, words);
+      _mm512_mask_storeu_epi32(dst + w * width + j, fits, pairs);
     }
 }
 
@@ -213,6 +218,8 @@ void strip(int64_t words, const uint32_t* a, int64_t a_down, const uint16_t* b, 
     sum[i][1] = add ? _mm512_loadu_ps(c + i * c_down + 16) : _mm512_setzero_ps();
   }
   for (int64_t w = 0; w < words; ++w, b += 2 * b_down) {
+    __builtin_prefetch(b + 64);  // two strips on: no prefetcher follows so many rows
+    __builtin_prefetch(b + b_down + 64);
     const Words pair = interleaved(_mm512_loadu_si512(b), _mm512_loadu_si512(b + b_down));
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
