@@ -71,6 +71,8 @@ std::string machine() {
          std::to_string(aoti_torch_abi_version() >> 48 & 0xffff);
 }
 
+constexpr const char* OUR_SIDE = "2";  // raised where a kernel that was raced becomes another
+
 // <cache>/rates/<machine>/, made if need be; empty where there is no place
 const std::string& folder() {
   static const std::string found = [] {
@@ -80,7 +82,7 @@ const std::string& folder() {
     else if (const char* xdg = std::getenv("XDG_CACHE_HOME"); xdg && *xdg) path = std::string(xdg) + "/w2s_fast";
     else if (const char* home = std::getenv("HOME"); home && *home) path = std::string(home) + "/.cache/w2s_fast";
     else return path;
-    path += "/rates/" + machine() + "/";
+    path += "/rates/" + machine() + "-" + OUR_SIDE + "/";
     for (size_t at = path.find('/', 1); at != std::string::npos; at = path.find('/', at + 1)) mkdir(path.substr(0, at).c_str(), 0777);
 #endif
     return path;

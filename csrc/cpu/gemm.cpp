@@ -1,7 +1,8 @@
 // Blocking of the dense product (see gemm.h): depth in pieces whose packed rows of a stay in L2 and panels of b in L1.
 //
-// Three ways: both operands packed (many rows); few rows times a row-major b, read in place; few rows times a b whose
-// depth is contiguous (x W^T), where W's rows are broadcast in place and the few rows are the vector.
+// Four ways: both operands packed (many rows); few rows times a row-major b, read in place; few rows times a b whose
+// depth is contiguous (x W^T), where W's rows are broadcast in place and the few rows are the vector; fewest rows or
+// columns whose depth is contiguous on both sides, as sums along it.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -52,6 +53,7 @@ void* scratch(int slot, int64_t bytes) {
 namespace {
 
 constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;
+constexpr int64_t DOTS = 8;  // rows of the shorter side
 
 template <class A>
 struct Product {
@@ -171,6 +173,16 @@ struct Product {
     });
   }
 
+  // c (+)= alpha x y^T for few rows of y
+  void few_dots(const Operand& x, const Operand& y, Target<A> to) const {
+    const int64_t share = 64;
+    parallel_items(pieces(x.rows, share), 1, [&](int64_t block) {
+      const int64_t first = block * share, count = std::min(share, x.rows - first);
+      W2S_DISPATCH_AS(A, dots<A>)(K, static_cast<const A*>(at(x, first, 0)), x.down, count, static_cast<const A*>(y.data), y.down, y.rows,
+                             Target<A>{to.data + first * to.down, to.down, to.across}, alpha, add);
+    });
+  }
+
   void run() {
     M = a.rows, N = b.columns, K = a.columns;
     if (M == 0 || N == 0) return;
@@ -182,6 +194,8 @@ struct Product {
       return;
     }
     const bool ours = b.dtype == own_dtype<A>;
+    if (ours && a.dtype == b.dtype && a.across == 1 && b.down == 1 && std::min(M, N) <= DOTS)
+      return N <= M ? few_dots(a, b.t(), c) : few_dots(b.t(), a, {c.data, c.across, c.down});
     if (M <= FEW && ours && b.across == 1) return few_times_rows();
     if (M <= FEW && ours && b.down == 1) return few_times_columns();
     many();

@@ -177,12 +177,12 @@ void dots(int64_t depth, const uint16_t* a, int64_t a_down, int64_t rows, const 
   // plain loads: with a masked one in the loop, the compiler keeps the sums in memory
   const auto step = [&](const uint16_t* const* x, const uint16_t* const* y, int64_t k) __attribute__((always_inline)) {
     __m512bh of_b[J];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < J; ++j) of_b[j] = (__m512bh)_mm512_loadu_si512(y[j] + k);
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) {
       const __m512bh of_a = (__m512bh)_mm512_loadu_si512(x[i] + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < J; ++j) sum[i * J + j].v = _mm512_dpbf16_ps(sum[i * J + j].v, of_a, of_b[j]);
     }
   };
@@ -298,12 +298,12 @@ void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
 
 // c [rows, few] = a b^T of rows whose depth lies in one piece
 void few_dots(const Operand& a, const Operand& b, Target<float> c, bool add) {
-  const int64_t few = b.rows, J = few == 1 ? 1 : few == 2 ? 2 : 4, I = 16 / J;
+  const int64_t few = b.rows, J = few == 1 ? 1 : few == 2 ? 2 : few <= 4 ? 4 : 8, I = 16 / J;
   parallel_items(pieces(a.rows, 64), 1, [&](int64_t block) {
     const int64_t end = std::min(a.rows, (block + 1) * 64);
     for (int64_t i = block * 64; i < end; i += I)
       for (int64_t j = 0; j < few; j += J) {
-        const auto run = J == 1 ? dots<1> : J == 2 ? dots<2> : dots<4>;
+        const auto run = J == 1 ? dots<1> : J == 2 ? dots<2> : J == 4 ? dots<4> : dots<8>;
         run(a.columns, at(a, i, 0), a.down, end - i, at(b, j, 0), b.down, few - j, {c.data + i * c.down + j * c.across, c.down, c.across}, add);
       }
   });

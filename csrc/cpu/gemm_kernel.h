@@ -69,6 +69,65 @@ inline void tile(int64_t depth, const A* a, int64_t lda, int64_t si, const A* b,
   }
 }
 
+// out[i * J + j] = sum_k a_i[k] b_j[k]: rows whose depth lies in one piece, a vector of it a step.
+template <class A, int I, int J>
+W2S_INLINE void dot_block(int64_t depth, const A* const (&a)[I], const A* const (&b)[J], A* out) {
+  using V = Vec<A>;
+  V sum[I][J];
+  for (int i = 0; i < I; ++i)
+    for (int j = 0; j < J; ++j) sum[i][j] = V::set(0);
+  const int64_t whole = depth / V::W * V::W;
+  for (int64_t k = 0; k < whole; k += V::W) {
+    V y[J];
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) y[j] = V::load(b[j] + k);
+#pragma GCC unroll 8
+    for (int i = 0; i < I; ++i) {
+      const V x = V::load(a[i] + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) sum[i][j] = V::fma(x, y[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < I; ++i)
+    for (int j = 0; j < J; ++j) {
+      A rest = 0;
+      for (int64_t k = whole; k < depth; ++k) rest += a[i][k] * b[j][k];
+      out[i * J + j] = sum[i][j].sum() + rest;
+    }
+}
+
+// Rows that one block takes beside J others.
+template <class A>
+constexpr int dot_rows = tile_rows<A> > 6 ? 4 : 2;
+
+template <class A, int J>
+inline void dot_rows_times(int64_t depth, const A* a, int64_t a_down, int64_t rows, const A* b, int64_t b_down, int64_t columns,
+                           Target<A> c, A alpha, bool add) {
+  constexpr int I = J == 4 ? dot_rows<A> : 2 * dot_rows<A>;
+  const A *left[I], *right[J];
+  for (int i = 0; i < I; ++i) left[i] = a + std::min<int64_t>(i, rows - 1) * a_down;  // rows that are not there: the last
+  for (int j = 0; j < J; ++j) right[j] = b + std::min<int64_t>(j, columns - 1) * b_down;
+  A found[I * J];
+  dot_block<A, I, J>(depth, left, right, found);
+  for (int i = 0; i < I && i < rows; ++i)
+    for (int j = 0; j < J && j < columns; ++j) {
+      A& p = c.data[i * c.down + j * c.across];
+      p = (add ? p : A(0)) + alpha * found[i * J + j];
+    }
+}
+
+// c [rows, few] (+)= alpha a b^T, where a and b are stored by rows.
+template <class A>
+inline void dots(int64_t depth, const A* a, int64_t a_down, int64_t rows, const A* b, int64_t b_down, int64_t few, Target<A> c, A alpha,
+                 bool add) {
+  const int J = few == 1 ? 1 : few == 2 ? 2 : 4, I = J == 4 ? dot_rows<A> : 2 * dot_rows<A>;
+  const auto run = J == 1 ? dot_rows_times<A, 1> : J == 2 ? dot_rows_times<A, 2> : dot_rows_times<A, 4>;
+  for (int64_t i = 0; i < rows; i += I)
+    for (int64_t j = 0; j < few; j += J)
+      run(depth, a + i * a_down, a_down, rows - i, b + j * b_down, b_down, few - j, {c.data + i * c.down + j * c.across, c.down, c.across}, alpha,
+          add);
+}
+
 // A tile of `height` rows (packed or strided a), of which `rows` are stored; height is even or 1, at most tile_rows.
 template <class A>
 inline void run_tile(int height, int64_t depth, const A* a, int64_t lda, int64_t si, const A* b, int64_t ldb, int64_t rows,

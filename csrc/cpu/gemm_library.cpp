@@ -74,8 +74,11 @@ bool gemm_library(const Operand& a, const Operand& b, Target<float> c, float alp
   const int64_t M = a.rows, N = b.columns, K = a.columns;
   if (a.dtype != Dtype::f32 || b.dtype != Dtype::f32) return false;
   if (!plain(M, K, a.down, a.across) || !plain(K, N, b.down, b.across) || !plain(M, N, c.down, c.across)) return false;
+  // few columns, and the depth contiguous on both sides: few rows of the product turned round
+  const bool turned = a.across == 1 && b.down == 1 && N < M && N <= FEW;
+  if (turned && !library_takes(N, M, K, true)) return false;
   // c stored by columns: it is b^T a^T that is computed
-  if (!(c.across == 1 ? library_takes(M, N, K, b.down == 1) : library_takes(N, M, K, a.across == 1))) return false;
+  if (!turned && !(c.across == 1 ? library_takes(M, N, K, b.down == 1) : library_takes(N, M, K, a.across == 1))) return false;
   run(a, b, c, alpha, add);
   return true;
 }

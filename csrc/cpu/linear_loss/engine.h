@@ -1,8 +1,8 @@
 // The engine of every loss over a vocabulary: tiles of logits z = (1/temperature) sum_i w_i cap(W_i h_i + b_i), made by
 // gemm, [vocabulary tile] x [rows], never [rows] x [vocabulary].
 //
-// The n products run into one accumulator with w_i / temperature folded into the rows of h_i; with a softcap each model
-// has a tile of its own. Rows with the ignored target are left out from the start (gathered), so they cost nothing.
+// The n products run into one accumulator with w_i / temperature folded into the rows of h_i; with a softcap, or where
+// bfloat16 models are multiplied as they are, each has a tile of its own. Rows with the ignored target are left out from the start (gathered), so they cost nothing.
 #pragma once
 
 #include "cpu/convert.h"
@@ -68,8 +68,10 @@ struct Engine {
   // the current tile of the heads
   int64_t v0 = 0, nv = 0, tile = 0, shares = 0;
   std::vector<A*> narrow_tile;  // heads narrower than A, widened
-  bool dots = false;            // one bfloat16 model: its products are gemm_bf16's
+  bool dots = false;            // bfloat16 models: their products are gemm_bf16's
+  bool apart = false;           // with dots and no cap: coefficients that are not 1 are taken after the product
   bool widens = true;           // whether a tile of a narrower head is widened (not for products with dots alone)
+  A* part = nullptr;                 // with apart: the product of one model and block
   const uint16_t* rows16 = nullptr;  // with dots: hidden rows as they are, [M, width]
 
   Engine(const LinearArguments& linear, std::vector<int64_t> rows_that_count)
@@ -92,8 +94,9 @@ struct Engine {
     }
     gather();
     if constexpr (sizeof(A) == 4) {
-      const bool plain = cap || std::all_of(coef[0].begin(), coef[0].begin() + M, [](A c) { return c == 1; });
-      dots = n == 1 && plain && has_bf16_dot() && head[0].dtype == Dtype::bf16 && hiddens[0].scalar_type() == ScalarType::BFloat16;
+      dots = has_bf16_dot();
+      for (int i = 0; i < n; ++i) dots &= head[size_t(i)].dtype == Dtype::bf16 && hiddens[size_t(i)].scalar_type() == ScalarType::BFloat16;
+      apart = dots && !cap && (n > 1 || scales(0));
       if (dots) gather_narrow();
     }
   }
@@ -101,12 +104,22 @@ struct Engine {
   void gather_narrow() {
     keep.push_back(fresh(hiddens[0], {std::max<int64_t>(M * width, 1)}, ScalarType::BFloat16));
     uint16_t* to = static_cast<uint16_t*>(keep.back().data_ptr());
-    const Rows from(hiddens[0]);
-    parallel_items(M, 16, [&](int64_t m) { std::memcpy(to + m * width, from.at(index[size_t(m)], 0), size_t(2 * width)); });
+    for (int i = 0; i < n; ++i) {
+      const Rows from(hiddens[size_t(i)]);
+      parallel_items(M, 16, [&](int64_t m) {
+        std::memcpy(to + m * width + offset[size_t(i)], from.at(index[size_t(m)], 0), size_t(2 * D[size_t(i)]));
+      });
+    }
     rows16 = to;
   }
-  Operand hidden16(int64_t r0, int64_t rows) const { return {rows16 + r0 * width, Dtype::bf16, rows, width, width, 1}; }
-  Operand head16() const { return {head[0].at(v0, 0), Dtype::bf16, nv, width, head[0].stride / 2, 1}; }
+  bool scales(int i) const {  // whether a row of model i has another coefficient than 1
+    return !std::all_of(coef[size_t(i)].begin(), coef[size_t(i)].begin() + M, [](A c) { return c == 1; });
+  }
+  Operand hidden16(int i, int64_t r0, int64_t rows) const { return narrow_rows(rows16, i, r0, rows); }
+  Operand narrow_rows(const uint16_t* from, int i, int64_t r0, int64_t rows) const {
+    return {from + r0 * width + offset[size_t(i)], Dtype::bf16, rows, D[size_t(i)], width, 1};
+  }
+  Operand head16(int i) const { return {head[size_t(i)].at(v0, 0), Dtype::bf16, nv, D[size_t(i)], head[size_t(i)].stride / 2, 1}; }
 
   void set_weights(const std::optional<Strided>& weights, const std::vector<double>& values) {
     const std::vector<double> w = numbers(weights);
@@ -143,6 +156,7 @@ struct Engine {
     const int64_t budget = std::clamp<int64_t>(T * V * int64_t(sizeof(A)) / 20, 1 << 20, 8 << 20);
     const int64_t rows = budget / int64_t(sizeof(A)) / std::max<int64_t>(round_up(columns, 16) + shared, 1);
     tile = std::clamp<int64_t>(rows / CHUNK * CHUNK, CHUNK, std::min<int64_t>(4096, round_up(V, CHUNK)));
+    if (apart) part = memory(tile * round_up(columns, 16));
     narrow_tile.assign(size_t(n), nullptr);
     for (int i = 0; i < n; ++i)
       if (narrower(i) && widens) narrow_tile[size_t(i)] = memory(tile * D[size_t(i)]);
@@ -176,24 +190,23 @@ struct Engine {
 
   // z[v * ld + t], v in the current tile, t in [r0, r0 + rows). With a softcap parts[i] holds model i's capped logits.
   void logits(int64_t r0, int64_t rows, A* z, int64_t ld, A* const* parts) const {
+    // z may be a few columns of a wider tile (ld), so only this block's are touched
+    const int64_t columns = round_up(rows, 16), own = apart ? columns : ld;
     for (int i = 0; i < n; ++i) {
-      A* out = cap ? parts[i] : z;
+      A* out = cap ? parts[i] : apart ? part : z;
       if constexpr (sizeof(A) == 4) {
-        if (dots) gemm_bf16(head16(), hidden16(r0, rows).t(), {out, ld, 1}, false);
+        if (dots) gemm_bf16(head16(i), hidden16(i, r0, rows).t(), {out, own, 1}, false);
       }
       if (!dots) product<A>({out, nv, rows, ld, 1}, W(i), H(i, r0, rows).t(), !cap && i > 0);
       const A* c = coef[size_t(i)].data() + r0;
       const A* b = bias.empty() ? nullptr : bias[size_t(i)].data() + v0;
-      if (cap) {
+      if (cap || apart)
         chunks([&](int64_t, int64_t v, int64_t count) {
-          kernels<TileKernels, A>().cap(out + v * ld, count, ld, b ? b + v : nullptr, cap);
-          kernels<TileKernels, A>().add(z + v * ld, out + v * ld, count, ld, c, i == 0);
+          if (cap) kernels<TileKernels, A>().cap(out + v * own, count, own, b ? b + v : nullptr, cap);
+          kernels<TileKernels, A>().add(z + v * ld, ld, out + v * own, own, count, columns, c, i == 0);
         });
-      } else if (b) {
-        // z may be a few columns of a wider tile (ld), so only this block's are touched
-        const int64_t columns = round_up(rows, 16);
+      if (b && !cap)
         chunks([&](int64_t, int64_t v, int64_t count) { kernels<TileKernels, A>().bias(z + v * ld, count, ld, columns, b + v, c); });
-      }
     }
   }
 };
@@ -214,7 +227,7 @@ inline auto with_engine(const LinearArguments& linear, std::vector<int64_t> rows
 // Whether all rows count and fill one block without a cap: what logits [V, Mp] are kept of from forward to backward.
 template <class A>
 inline bool keeps_logits(const Engine<A>& e) {
-  return e.M == e.T && e.M <= e.block() && !e.cap && e.n == 1;
+  return e.M == e.T && e.M <= e.block() && !e.cap;
 }
 
 // Their memory, empty unless wanted.

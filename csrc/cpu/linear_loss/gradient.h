@@ -38,6 +38,7 @@ struct Gradients {
   A *raw = nullptr, *z = nullptr, *slope = nullptr;  // raw: sum_v dz_tv W_i,v, [M, width]
   const A* kept = nullptr;            // the logits of all rows [V, Mp], where forward left them
   uint16_t* dz16 = nullptr;           // with dots: a tile of dz in bfloat16
+  const uint16_t* scaled16 = nullptr; // with coefficients that are not 1: the rows times them, [M, width]
   std::vector<A*> wide, capped;       // dW in A where dW is narrower: `height` of its rows at a time
   int64_t height = 0;
   std::vector<A> partial, zeros;
@@ -71,6 +72,11 @@ struct Gradients {
     height = groups > 1 ? e.tile : std::clamp(STRIP / widest_head / CHUNK * CHUNK, CHUNK, e.tile);
     z = e.memory(e.tile * columns);
     if (e.dots) dz16 = reinterpret_cast<uint16_t*>(e.memory(e.tile * columns / 2));
+    if (e.apart && need.heads) {
+      uint16_t* to = reinterpret_cast<uint16_t*>(e.memory((e.M * e.width + 1) / 2));
+      parallel_items(e.M, 16, [&](int64_t m) { kernels<ConvertKernels, A>().narrow(e.h + m * e.width, e.width, Dtype::bf16, to + m * e.width); });
+      scaled16 = to;
+    }
     if (e.cap) slope = e.memory(e.tile * columns);
     for (int i = 0; i < e.n; ++i) {
       if (e.cap) capped.push_back(e.memory(e.tile * columns));
@@ -121,6 +127,7 @@ struct Gradients {
 
   // the products of a tile of dz, for rows [r0, r0 + rows)
   void spend(int64_t r0, int64_t rows, int64_t ld, bool first_block, bool last_block) {
+    Operand dz{};
     for (int i = 0; i < e.n; ++i) {
       A* g = z;
       if (e.cap) {
@@ -129,10 +136,10 @@ struct Gradients {
           kernels<TileKernels, A>().slope(slope + v * ld, z + v * ld, capped[size_t(i)] + v * ld, k, ld, e.cap);
         });
       }
-      const Operand dz = e.dots ? narrowed(g, rows, ld) : Matrix<A>{g, e.nv, rows, ld, 1}.operand();
+      if (i == 0 || e.cap) dz = e.dots ? narrowed(g, rows, ld) : Matrix<A>{g, e.nv, rows, ld, 1}.operand();
       if (needs_raw(i)) {
         const Target<A> to{raw + r0 * e.width + e.offset[size_t(i)], e.width, 1};
-        multiply(dz.t(), e.dots ? e.head16() : e.W(i).operand(), to, e.v0 > 0);
+        multiply(dz.t(), e.dots ? e.head16(i) : e.W(i).operand(), to, e.v0 > 0);
       }
       if (needs_head(i)) head_product(i, r0, rows, dz, first_block, last_block);
       const A* c = coef(i) + r0;
@@ -162,7 +169,9 @@ struct Gradients {
   void head_product(int i, int64_t r0, int64_t rows, const Operand& dz, bool first_block, bool last_block) {
     const int64_t d = e.D[size_t(i)];
     Tensor& out = dheads[size_t(i)];
-    const Operand h = e.dots && scaled.empty() ? e.hidden16(r0, rows) : e.H(i, r0, rows).operand();
+    const Operand h = scaled16                     ? e.narrow_rows(scaled16, i, r0, rows)
+                      : e.dots && scaled.empty() ? e.hidden16(i, r0, rows)
+                                                 : e.H(i, r0, rows).operand();
     if (!wide[size_t(i)]) return multiply(dz, h, {static_cast<A*>(out.data_ptr()) + e.v0 * d, d, 1}, !first_block);
     const Rows narrow_rows(out);
     for (int64_t v0 = 0; v0 < e.nv; v0 += height) {

@@ -113,6 +113,7 @@ struct Expectations {
 template <class A>
 LogProbs run(Engine<A>& e, const int64_t* target, bool need_rows, bool need_logits, bool need_kept) {
   const int64_t block = std::min(e.block(), e.Mp);
+  e.widens = !e.dots || need_rows || need_logits;
   e.plan(block * (e.cap ? e.n + 2 : 1), 0);
   Statistics<A> s(e, target);
   Tensor kept = kept_logits(e, need_kept);

@@ -18,6 +18,7 @@ struct Draw {
 
   void sweep() {
     const int64_t block = std::min(e.block(), e.Mp);
+    e.widens = !e.dots;
     e.plan(block * (e.cap ? e.n + 1 : 1), 0);
     A* z = e.memory(e.tile * block);
     std::vector<A*> capped;

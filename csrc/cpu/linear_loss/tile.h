@@ -18,7 +18,7 @@ struct TileKernels {
                     const A* log_coef, const A* all, const A* weight);
   void (*bias)(A* z, int64_t rows, int64_t ld, int64_t columns, const A* bias, const A* coef);
   void (*cap)(A* s, int64_t rows, int64_t ld, const A* bias, A cap);
-  void (*add)(A* z, const A* s, int64_t rows, int64_t ld, const A* coef, bool first);
+  void (*add)(A* z, int64_t ldz, const A* s, int64_t lds, int64_t rows, int64_t columns, const A* coef, bool first);
   void (*slope)(A* out, const A* g, const A* s, int64_t rows, int64_t ld, A cap);
   void (*dot)(const A* g, const A* s, const A* bias, int64_t rows, int64_t ld, A* out);
   void (*rows)(const A* g, int64_t rows, int64_t ld, int64_t columns, const A* coef, A* out);

@@ -166,12 +166,12 @@ inline void chunk_cap(A* s, int64_t rows, int64_t ld, const A* bias, A cap) {
 
 // z = coef_t s, or z += coef_t s
 template <class A>
-inline void chunk_add(A* z, const A* s, int64_t rows, int64_t ld, const A* coef, bool first) {
+inline void chunk_add(A* z, int64_t ldz, const A* s, int64_t lds, int64_t rows, int64_t columns, const A* coef, bool first) {
   using V = Vec<A>;
   for (int64_t v = 0; v < rows; ++v)
-    for (int64_t t = 0; t < ld; t += V::W) {
-      const V x = V::load(coef + t) * V::load(s + v * ld + t);
-      (first ? x : x + V::load(z + v * ld + t)).store(z + v * ld + t);
+    for (int64_t t = 0; t < columns; t += V::W) {
+      const V x = V::load(coef + t) * V::load(s + v * lds + t);
+      (first ? x : x + V::load(z + v * ldz + t)).store(z + v * ldz + t);
     }
 }
 
