@@ -163,7 +163,7 @@ const uint16_t* padded(const uint16_t* from, int64_t count, uint16_t* to) {
   return to;
 }
 
-// c[i, j] of 16 / J rows of a and J of b, both with their depth in one piece; sums along it, then over the lanes.
+// c[i, j] of 16 / J (rounded down) rows of a and J of b, both with their depth in one piece; sums along it, then over the lanes.
 template <int J>
 void dots(int64_t depth, const uint16_t* a, int64_t a_down, int64_t rows, const uint16_t* b, int64_t b_down, int64_t columns,
           Target<float> c, bool add) {
@@ -173,7 +173,7 @@ void dots(int64_t depth, const uint16_t* a, int64_t a_down, int64_t rows, const 
   for (int j = 0; j < J; ++j) right[j] = b + std::min<int64_t>(j, columns - 1) * b_down;
   avx512::Float sum[16];
 #pragma GCC unroll 16
-  for (int k = 0; k < 16; ++k) sum[k].v = _mm512_setzero_ps();
+  for (int k = 0; k < 16; ++k) sum[k].v = _mm512_setzero_ps();  // I J of them are used
   // plain loads: with a masked one in the loop, the compiler keeps the sums in memory
   const auto step = [&](const uint16_t* const* x, const uint16_t* const* y, int64_t k) __attribute__((always_inline)) {
     __m512bh of_b[J];
@@ -298,14 +298,12 @@ void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
 
 // c [rows, few] = a b^T of rows whose depth lies in one piece
 void few_dots(const Operand& a, const Operand& b, Target<float> c, bool add) {
-  const int64_t few = b.rows, J = few == 1 ? 1 : few == 2 ? 2 : few <= 4 ? 4 : 8, I = 16 / J;
+  constexpr decltype(&dots<1>) RUN[] = {dots<1>, dots<2>, dots<3>, dots<4>, dots<5>, dots<6>, dots<7>, dots<8>};
+  const int64_t J = b.rows, I = 16 / J;
   parallel_items(pieces(a.rows, 64), 1, [&](int64_t block) {
     const int64_t end = std::min(a.rows, (block + 1) * 64);
     for (int64_t i = block * 64; i < end; i += I)
-      for (int64_t j = 0; j < few; j += J) {
-        const auto run = J == 1 ? dots<1> : J == 2 ? dots<2> : J == 4 ? dots<4> : dots<8>;
-        run(a.columns, at(a, i, 0), a.down, end - i, at(b, j, 0), b.down, few - j, {c.data + i * c.down + j * c.across, c.down, c.across}, add);
-      }
+      RUN[J - 1](a.columns, at(a, i, 0), a.down, end - i, at(b, 0, 0), b.down, J, {c.data + i * c.down, c.down, c.across}, add);
   });
 }
 

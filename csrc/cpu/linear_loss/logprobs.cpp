@@ -4,6 +4,9 @@
 // coefficient. One sweep of the vocabulary: logits tile, exp in place, second product into the accumulator (softmax
 // attention with K = V = W). The reference line of a row moves, and its accumulator is rescaled, only when a tile's
 // maximum passes it by more than SLACK, which is rare after the first tiles.
+//
+// Where bfloat16 is multiplied as it is, the exponentials are rounded to it for that product, but for the target's own:
+// the gradient W_y - E_p W of a row that is sure of its target is a difference of almost equal numbers.
 namespace w2s {
 namespace linear {
 namespace {
@@ -20,11 +23,13 @@ struct Expectations {
   Tensor rows;                // [M, width]
   std::vector<double> parts;  // [Mp, n]: sum_v exp(z - ref) (b_i, or the capped logit)
   A *sum, *slope = nullptr;
+  uint16_t* p16 = nullptr;  // a tile of exponentials without the target's
 
   Expectations(Engine<A>& engine, Statistics<A>& statistics, bool logits, int64_t columns)
       : e(engine), s(statistics), need_logits(logits), rows(e.output({e.M, e.width})), parts(size_t(e.Mp * e.n)) {
     sum = s.sums.data();
     if (e.cap) slope = e.memory(e.tile * columns);
+    if (e.dots && !e.cap) p16 = reinterpret_cast<uint16_t*>(e.memory(e.tile * columns / 2));
   }
   A* acc() const { return static_cast<A*>(rows.data_ptr()); }
 
@@ -52,6 +57,7 @@ struct Expectations {
     });
     for (int64_t c = 0; c < chunks; ++c)
       for (int64_t t = 0; t < count; ++t) s.sum[size_t(r0 + t)] += double(sum[c * ld + t]);
+    if (p16) narrow_others(r0, count, z, ld);
     for (int i = 0; i < e.n; ++i) {
       if (need_logits && (e.cap || !e.bias.empty())) add_parts(r0, count, z, ld, i, e.cap ? capped[i] : nullptr);
       A* p = z;
@@ -61,8 +67,29 @@ struct Expectations {
           kernels<TileKernels, A>().slope(slope + v * ld, z + v * ld, capped[i] + v * ld, k, ld, e.cap);
         });
       }
-      product<A>({acc() + r0 * e.width + e.offset[size_t(i)], count, e.D[size_t(i)], e.width, 1},
-                 Matrix<A>{p, e.nv, count, ld, 1}.t(), e.W(i), e.v0 > 0);
+      A* to = acc() + r0 * e.width + e.offset[size_t(i)];
+      if constexpr (sizeof(A) == 4) {
+        if (p16) gemm_bf16(Operand{p16, Dtype::bf16, e.nv, count, ld, 1}.t(), e.head16(i), {to, e.width, 1}, e.v0 > 0);
+      }
+      if (!p16) product<A>({to, count, e.D[size_t(i)], e.width, 1}, Matrix<A>{p, e.nv, count, ld, 1}.t(), e.W(i), e.v0 > 0);
+    }
+  }
+
+  void narrow_others(int64_t r0, int64_t count, const A* z, int64_t ld) const {
+    e.chunks([&](int64_t, int64_t v, int64_t k) { kernels<ConvertKernels, A>().narrow(z + v * ld, k * ld, Dtype::bf16, p16 + v * ld); });
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t v = s.target[e.index[size_t(r0 + t)]] - e.v0;
+      if (v >= 0 && v < e.nv) p16[v * ld + t] = 0;
+    }
+  }
+
+  // p_y W_y, which `narrow_others` left out
+  void add_target(int64_t m, A* row) const {
+    const double p = std::exp(double(s.at_target[size_t(m)]) - s.lse(m));
+    std::vector<A> w(size_t(e.width));
+    for (int i = 0; i < e.n; ++i) {
+      kernels<ConvertKernels, A>().widen(e.head[size_t(i)].at(s.target[e.index[size_t(m)]], 0), Dtype::bf16, e.D[size_t(i)], w.data());
+      for (int64_t d = 0; d < e.D[size_t(i)]; ++d) row[e.offset[size_t(i)] + d] += A(p * double(w[size_t(d)]));
     }
   }
 
@@ -86,6 +113,7 @@ struct Expectations {
       const double inv = s.sum[size_t(m)] == 0 ? 0.0 : 1.0 / s.sum[size_t(m)];
       A* row = acc() + m * e.width;
       for (int64_t d = 0; d < e.width; ++d) row[d] *= A(inv);
+      if (p16 && inv != 0) add_target(m, row);
       if (!need_logits) return;
       std::vector<A> x(size_t(e.width));
       for (int i = 0; i < e.n; ++i) {
@@ -113,7 +141,7 @@ struct Expectations {
 template <class A>
 LogProbs run(Engine<A>& e, const int64_t* target, bool need_rows, bool need_logits, bool need_kept) {
   const int64_t block = std::min(e.block(), e.Mp);
-  e.widens = !e.dots || need_rows || need_logits;
+  e.widens = !e.dots || (e.cap && (need_rows || need_logits));
   e.plan(block * (e.cap ? e.n + 2 : 1), 0);
   Statistics<A> s(e, target);
   Tensor kept = kept_logits(e, need_kept);
