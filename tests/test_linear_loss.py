@@ -280,3 +280,30 @@ def test_more_errors():
         w2s_fast.arm_loss(torch.zeros(1), torch.zeros(1), 0.0)
     with pytest.raises(ValueError, match="labels must be of shape"):
         w2s_fast.linear_arm_loss(torch.zeros(2, 3, 3), W[0], Y, 1.0)
+
+
+@needs_cpp
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_sure_row_of_frozen_bfloat16_heads(count):
+    """W_y - E_p W is a difference of nearly equal numbers where p_y is nearly 1: no worse than plain PyTorch's."""
+    hiddens, heads, _, _, _ = models(rows=24, vocab=200, sizes=(48, 32)[:count], dtype=torch.float32, seed=3)
+    target = torch.arange(24)
+    heads = [W.bfloat16() for W in heads]
+    hiddens = [(h + 14 * W.float()[target] / W.float()[target].square().sum(1, keepdim=True)).bfloat16()
+               for h, W in zip(hiddens, heads, strict=True)]  # fmt: skip
+
+    def gradients(dtype, loss):
+        leaves = [h.to(dtype).requires_grad_() for h in hiddens]
+        return torch.autograd.grad(loss(leaves, [W.to(dtype) for W in heads]), leaves)
+
+    def plain(h, W):
+        return F.cross_entropy(sum(x @ w.T for x, w in zip(h, W, strict=True)), target)
+
+    def fused(h, W):
+        return w2s_fast.linear_fusion_cross_entropy(h, W, target, weights=[1.0] * count)
+
+    exact, eager = gradients(torch.float64, plain), gradients(torch.bfloat16, plain)
+    ours = gradients(torch.bfloat16, fused)
+    for a, b, x in zip(ours, eager, exact, strict=True):
+        assert (a.double() - x).norm() <= 2 * (b.double() - x).norm()
+        assert (a.double() - x).norm(dim=1).max() <= 2 * (b.double() - x).norm(dim=1).max()

@@ -63,13 +63,15 @@ def test_against_float64(case) -> None:
 
 
 @pytest.mark.parametrize("way", ["own", "machine's bfloat16"])
-def test_any_number_of_threads_gives_the_same_bits(way: str) -> None:
+@pytest.mark.parametrize("rows, columns", [(300, 170), (6, 170), (1, 300), (300, 5), (12, 1100), (300, 8)])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_any_number_of_threads_gives_the_same_bits(way: str, rows: int, columns: int, layout: str) -> None:
     dtype = torch.bfloat16 if way != "own" else torch.float32
-    a, b = torch.randn(300, 1100).to(dtype), torch.randn(1100, 170).to(dtype)
+    a, b = torch.randn(rows, 1100).to(dtype), laid_out(torch.randn(1100, columns).to(dtype), layout)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        c = torch.empty(300, 170)
+        c = torch.empty(rows, columns)
         torch.ops.w2s_fast.product(a, b, c, False, WAYS[way])
         found.append(c)
     torch.set_num_threads(1)

@@ -227,7 +227,7 @@ inline auto with_engine(const LinearArguments& linear, std::vector<int64_t> rows
 // Whether all rows count and fill one block without a cap: what logits [V, Mp] are kept of from forward to backward.
 template <class A>
 inline bool keeps_logits(const Engine<A>& e) {
-  return e.M == e.T && e.M <= e.block() && !e.cap;
+  return e.M == e.T && e.M <= e.block() && !e.cap && e.n == 1;
 }
 
 // Their memory, empty unless wanted.

@@ -34,12 +34,13 @@ _KEPT_ROWS = 512
 def keeps_logits(given: Linear, keep: Tensor) -> bool:
     """Whether forward leaves the logits for backward, which then saves a product.
 
-    On a CPU, for heads in float32 or bfloat16 without a cap, if they are no larger than the heads and every row counts.
+    On a CPU, for one head in float32 or bfloat16 without a cap, if they are no larger than the head and every row counts.
     """
     dtypes = {t.dtype for t in (*given.hiddens, *given.heads)}
-    if given.softcap or given.weights is not None or dtypes not in ({torch.float32}, {torch.bfloat16}):
+    plain = len(given.hiddens) == 1 and not given.softcap and given.weights is None
+    if not plain or dtypes not in ({torch.float32}, {torch.bfloat16}):
         return False
-    rows, width = given.rows, sum(h.shape[1] for h in given.hiddens)
+    rows, width = given.hiddens[0].shape
     fits = 0 < rows <= min(width * given.heads[0].element_size() // 4, _KEPT_ROWS)
     return fits and any(need_of(given)) and checks.readable(keep) and bool(keep.all())
 
