@@ -1,19 +1,20 @@
-// One feature of a step of a diagonal state space; s4d_step_kernel.cpp says how it is run.
+// A step of a diagonal state space as its kernel takes it; s4d_step_kernel.cpp says how it is run.
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/rows.h"
 
 namespace w2s {
 
+template <class A>
 struct StepCall {
-  int64_t B, H, M;
-  Flat u, a, b, c, d, state, y, after;  // [B, H], [H, M, 2], [H], [B, H, M, 2]; `after` in the accumulating type
+  int64_t H, M;
+  const A *u, *a, *b, *c, *d, *state;  // [B, H], [H, M, 2], [H], [B, H, M, 2]
+  A *y, *after;                        // like u and state
 };
 
 template <class A>
 struct StepKernels {
-  void (*feature)(const StepCall& call, int64_t h);
+  void (*rows)(const StepCall<A>& call, int64_t begin, int64_t end);  // of the B H samples' features
 };
 
 }  // namespace w2s

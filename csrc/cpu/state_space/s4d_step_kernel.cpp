@@ -1,63 +1,59 @@
-// x' = a x + b u, y = 2 Re sum_n c_n x'_n + d u of one feature and all samples: its parameters are taken apart into real and
-// imaginary parts once, each state is read and written once. Floor: 16 B H M bytes.
-#include "cpu/gemm.h"
+// x' = a x + b u, y = 2 Re sum_n c_n x'_n + d u, row by row of [B H] as they lie in memory: each state is read and written
+// once, the parameters of all features stay in L2. Real and imaginary parts stay next to each other. Floor: 16 B H M bytes.
 #include "cpu/state_space/s4d_step.h"
 
 #include "cpu/target_begin.h"
 
-// [n] numbers of `t` from `begin` on as A.
-template <class A>
-inline void numbers_of(const Flat& t, int64_t begin, int64_t n, A* to) {
-  const char* from = static_cast<const char*>(t.data) + begin * bytes_of(t.dtype);
-  for (int64_t i = 0; i < n; i += TILE) widen(from + i * bytes_of(t.dtype), t.dtype, int(std::min<int64_t>(TILE, n - i)), A(0), to + i);
-}
+// The two parts of each number changed places; the real (imaginary) part in both places.
+#define W2S_PAIRS(name, a, b)                                                                                                     \
+  template <class V>                                                                                                              \
+  W2S_INLINE V name(V x) {                                                                                                        \
+    if constexpr (V::W == 16)                                                                                                     \
+      return {__builtin_shufflevector(x.v, x.v, a, b, a + 2, b + 2, a + 4, b + 4, a + 6, b + 6, a + 8, b + 8, a + 10, b + 10,      \
+                                      a + 12, b + 12, a + 14, b + 14)};                                                           \
+    else if constexpr (V::W == 8)                                                                                                 \
+      return {__builtin_shufflevector(x.v, x.v, a, b, a + 2, b + 2, a + 4, b + 4, a + 6, b + 6)};                                  \
+    else if constexpr (V::W == 4) return {__builtin_shufflevector(x.v, x.v, a, b, a + 2, b + 2)};                                  \
+    else return {__builtin_shufflevector(x.v, x.v, a, b)};                                                                        \
+  }
+W2S_PAIRS(swapped, 1, 0)
+W2S_PAIRS(real_parts, 0, 0)
+W2S_PAIRS(imaginary_parts, 1, 1)
+#undef W2S_PAIRS
 
 template <class A>
-inline void taken_apart(const A* pairs, int64_t M, A* re, A* im) {
-  for (int64_t n = 0; n < M; ++n) re[n] = pairs[2 * n], im[n] = pairs[2 * n + 1];
-}
-
-template <class A>
-inline void feature(const StepCall& call, int64_t h) {
+inline void rows(const StepCall<A>& call, int64_t begin, int64_t end) {
   using V = Vec<A>;
-  const int64_t M = call.M, P = round_up(M, PAD);
-  A* memory = scratch_of<A>(2, 11 * P + PAD);
-  A *part[6], *pairs = memory + 6 * P, *re = pairs + 2 * P, *im = re + P, *product = im + P, *one = product + P;
-  const Flat* given[3] = {&call.a, &call.b, &call.c};
-  for (int i = 0; i < 3; ++i) {
-    part[2 * i] = memory + 2 * i * P, part[2 * i + 1] = part[2 * i] + P;
-    numbers_of(*given[i], h * 2 * M, 2 * M, pairs);
-    taken_apart(pairs, M, part[2 * i], part[2 * i + 1]);
-    std::fill(part[2 * i] + M, part[2 * i] + P, A(0)), std::fill(part[2 * i + 1] + M, part[2 * i + 1] + P, A(0));
-  }
-  const A *ar = part[0], *ai = part[1], *br = part[2], *bi = part[3], *cr = part[4], *ci = part[5];
-  std::fill(re, re + 2 * P, A(0));
-  numbers_of(call.d, h, 1, one);
-  const A d = one[0];
-  for (int64_t b = 0; b < call.B; ++b) {
-    const int64_t row = b * call.H + h;
-    const A* before = static_cast<const A*>(call.state.data) + row * 2 * M;
-    if (call.state.dtype != own_dtype<A>) numbers_of(call.state, row * 2 * M, 2 * M, pairs), before = pairs;
-    taken_apart(before, M, re, im);
-    numbers_of(call.u, row, 1, one);
-    const V u = V::set(one[0]);
-    for (int64_t n = 0; n < P; n += V::W) {
-      const V xr = V::load(re + n), xi = V::load(im + n);
-      const V r = V::load(ar + n) * xr - V::load(ai + n) * xi + V::load(br + n) * u;
-      const V i = V::load(ar + n) * xi + V::load(ai + n) * xr + V::load(bi + n) * u;
-      r.store(re + n), i.store(im + n);
-      (V::load(cr + n) * r - V::load(ci + n) * i).store(product + n);
-    }
-    std::fill(product + M, product + P, A(0));  // where 0 times an infinity may stand
+  const int64_t N = 2 * call.M, whole = N / V::W * V::W;
+  A turn[V::W], own[V::W], one[V::W];
+  for (int i = 0; i < V::W; ++i) turn[i] = i % 2 ? A(1) : A(-1), own[i] = -turn[i];
+  const V minus_plus = V::load(turn), plus_minus = V::load(own);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t at = row % call.H * N;
+    const A *a = call.a + at, *b = call.b + at, *c = call.c + at, *before = call.state + row * N;
+    A* after = call.after + row * N;
+    const V u = V::set(call.u[row]);
+    const auto step = [&](V x, V a, V b) {
+      return V::fma(real_parts(a), x, V::fma(imaginary_parts(a) * minus_plus, swapped(x), b * u));
+    };
     V sum = V::set(0);
-    for (int64_t n = 0; n < P; n += V::W) sum = sum + V::load(product + n);
-    A* after = static_cast<A*>(call.after.data) + row * 2 * M;
-    for (int64_t n = 0; n < M; ++n) after[2 * n] = re[n], after[2 * n + 1] = im[n];
-    const A y = 2 * sum.sum() + d * one[0];
-    narrow(&y, 1, call.y.dtype, static_cast<char*>(call.y.data) + row * bytes_of(call.y.dtype));
+    int64_t n = 0;
+    for (; n < whole; n += V::W) {
+      const V x = step(V::load(before + n), V::load(a + n), V::load(b + n));
+      x.store(after + n);
+      sum = V::fma(V::load(c + n) * plus_minus, x, sum);
+    }
+    if (n < N) {
+      const int left = int(N - n);
+      step(V::load_first(before + n, left), V::load_first(a + n, left), V::load_first(b + n, left)).store(one);
+      std::memcpy(after + n, one, size_t(left) * sizeof(A));
+      std::fill(one + left, one + V::W, A(0));  // where 0 times an infinity may stand
+      sum = V::fma(V::load_first(c + n, left) * plus_minus, V::load(one), sum);
+    }
+    call.y[row] = 2 * sum.sum() + call.d[row % call.H] * call.u[row];
   }
 }
 
-W2S_KERNELS(StepKernels, feature<Real>)
+W2S_KERNELS(StepKernels, rows<Real>)
 
 #include "cpu/target_end.h"
