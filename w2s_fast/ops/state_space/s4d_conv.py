@@ -70,7 +70,7 @@ def s4d_conv(
     Args:
         u: ``[B, H, L]``; float32, bfloat16, float16 or float64. Any L, 0 too.
         z: ``[H, M, 2]``, real and imaginary part of the logarithm of the factor of a step; real part at most 0 for a
-            state that fades. Any of these dtypes, as b, c, d and state.
+            state that fades. Any of these dtypes, as b, c, d and state. The GPU's kernels take M up to 32.
         b: ``[H, M, 2]``.
         c: ``[H, M, 2]``.
         d: ``[H]``.
