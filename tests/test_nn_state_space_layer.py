@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -43,3 +45,24 @@ def test_parameters_taken_once_serve_many_steps(kind):
     once = made.steps()
     for u in torch.randn(3, 2, 3):
         torch.testing.assert_close(made.step(u, state, once), made.step(u, state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_sharded(kind, mesh):
+    """FSDP2 gathers a layer's parameters when it is called, with and without a state."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    plain = kind(3, 4)
+    sharded = copy.deepcopy(plain)
+    fully_shard(sharded, mesh=mesh)
+    u, state = torch.randn(2, 3, 70), torch.randn(2, 3, 2, 2)
+    for given in ((u,), (u, state)):
+        wanted, found = plain(*given)[0], sharded(*given)[0]
+        torch.testing.assert_close(found, wanted)
+        for y in (wanted, found):
+            y.square().sum().backward()
+        for a, b in zip(sharded.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.full_tensor(), b.grad)
+        for model in (plain, sharded):
+            model.zero_grad()

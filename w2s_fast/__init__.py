@@ -55,6 +55,8 @@ from .ops.prototypes.prototype_distance import Nearest, prototype_distance
 from .ops.sparse_lowrank.linear import sparse_lowrank_linear, sparse_lowrank_materialize
 from .ops.sparse_lowrank.products import sddmm, spmm
 from .ops.sparse_lowrank.support import SparseSupport, random_support
+from .ops.state_space.s4d_conv import Convolved, s4d_conv
+from .ops.state_space.s4d_step import Stepped, s4d_step
 
 __version__ = "0.1.0"
 
@@ -79,6 +81,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "ArmLoss",
     "ClassStats",
+    "Convolved",
     "DynamicWeights",
     "Explanation",
     "FastReg",
@@ -88,6 +91,7 @@ __all__ = [
     "Nearest",
     "SampleOutput",
     "SparseSupport",
+    "Stepped",
     "adaln_modulate",
     "arm_loss",
     "backend",
@@ -138,6 +142,8 @@ __all__ = [
     "qk_norm",
     "random_support",
     "reflect",
+    "s4d_conv",
+    "s4d_step",
     "sddmm",
     "set_backend",
     "sparse_lowrank_linear",

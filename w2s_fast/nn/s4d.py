@@ -2,9 +2,8 @@
 
 M complex states of each feature, ``x' = A x + u``, ``y = 2 Re sum_n C_n x_n + D u``, held for a step Delta: with
 ``z = Delta A`` the recurrence is ``x_l = e^z x_{l-1} + ((e^z - 1) / A) u_l``, the convolution's kernel ``K_l = 2 Re
-sum_n C_n ((e^z - 1) / A) e^{z l}``. All is real arithmetic but the FFTs, so that torch.compile sees one graph. With
-``l = 64 q + r``, ``e^{z l} = e^{64 z q} e^{z r}``: K is one real product of ``[Q, 2 M]`` by ``[2 M, 64]`` a feature.
-The two tables are made in float64 (a phase of many turns has no digits in float32); no ``[H, M, L]`` is.
+sum_n C_n ((e^z - 1) / A) e^{z l}``. Sequences go through `w2s_fast.s4d_conv`, in chunks with the state between them;
+torch.compile sees one graph.
 """
 
 from __future__ import annotations
@@ -15,24 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .state_space import Complex, both, exp, expanded, expm1_over, gathered, tables, vandermonde_log
+from ..ops.state_space.s4d_conv import s4d_conv
+from ..ops.state_space.s4d_step import s4d_step
+from .state_space import Complex, exp, expm1_over, vandermonde_log
 from .state_space_layer import StateSpaceLayer
 
 
 class Powers(NamedTuple):
-    """What a step needs, ``[H, M]`` each: ``e^z``, ``(e^z - 1) / A`` and C."""
+    """What a step needs, ``[H, M, 2]`` each: ``e^z``, ``(e^z - 1) / A`` and C."""
 
-    once: Complex
-    b: Complex
-    c: Complex
-
-    def after(self, x: Complex, u: Tensor) -> Complex:
-        """``e^z x + ((e^z - 1) / A) u`` of ``x`` ``[B, H, M]`` and ``u`` ``[B, H]``."""
-        return self.once.times(x).plus(self.b.scaled(u[..., None]))
-
-    def out(self, x: Complex) -> Tensor:
-        """``2 Re C x`` ``[B, 1, H]``."""
-        return both(self.c, x)[..., 0][..., None, :]
+    once: Tensor
+    b: Tensor
+    c: Tensor
 
 
 class S4DKernel(nn.Module):
@@ -113,9 +106,8 @@ class S4D(StateSpaceLayer):
         return self.D
 
     def space(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`mix`, whatever autocast says."""
-        with torch.autocast(u.device.type, enabled=False):
-            return self.mix(u, state)
+        """`mix`."""
+        return self.mix(u, state)
 
     def mixed(self, y: Tensor) -> Tensor:
         """What follows the state space, ``[B, H, L]``."""
@@ -124,23 +116,17 @@ class S4D(StateSpaceLayer):
 
     def mix(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The state space alone on ``u`` ``[B, H, L]``: ``(y, state)``."""
-        dtype, length = torch.promote_types(self.D.dtype, torch.float32), u.shape[-1]
-        u = u.to(dtype)
-        z, b, c = self.kernel.discrete()
-        made = tables(z, length, dtype)
-        k = expanded(c.times(b).to(dtype), made, length)
-        spectrum = torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(k, n=2 * length)
-        y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + u * self.D.to(dtype)[:, None]
-        if state is None:
-            return y, None
-        before = Complex(*state.to(dtype).unbind(-1))
-        y = y + expanded(c.times(exp(z)).to(dtype).times(before), made, length)
-        kept = exp(Complex(z.re * length, z.im * length)).to(dtype).times(before)
-        new = b.to(dtype).times(gathered(u.flip(-1), made))
-        return y, torch.stack((kept.re + new.re, kept.im + new.im), -1)
+        z, b, c = (torch.stack(part, -1) for part in self.kernel.discrete())
+        u = u.double() if self.D.dtype == torch.float64 else u
+        return s4d_conv(u, z, b, c, self.D, state, return_state=state is not None)
 
     def steps(self) -> Powers:
         """What `step` needs of the parameters as they are: made once for many steps."""
         dtype = torch.promote_types(self.D.dtype, torch.float32)
         z, b, c = self.kernel.discrete()
-        return Powers(exp(z).to(dtype), b.to(dtype), c.to(dtype))
+        return Powers(*(torch.stack(part, -1).to(dtype) for part in (exp(z), b, c)))
+
+    def advance(self, u: Tensor, state: Tensor, made: Powers) -> tuple[Tensor, Tensor]:
+        """The state space for one position ``[B, H]``: ``[B, 1, H]`` and the state after it."""
+        y, after = s4d_step(u.double() if self.D.dtype == torch.float64 else u, *made, self.D, state)
+        return y[:, None], after

@@ -11,7 +11,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
@@ -128,16 +127,6 @@ def vandermonde_log(c: Complex, x: Complex, length: int) -> Tensor:
     checks.integer("nn.state_space.vandermonde_log", "length", length, low=1)
     dtype = torch.promote_types(c.re.dtype, torch.float32)
     return expanded(c.to(dtype), tables(x.to(torch.float64), length, dtype), length)
-
-
-def gathered(u: Tensor, made: Tables) -> Complex:
-    """``sum_l u_l e^{x l}`` ``[..., H, M]`` of ``u`` ``[..., H, L]``."""
-    count = made.coarse.re.shape[-1]
-    blocks = F.pad(u, (0, count * BLOCK - u.shape[-1])).reshape(*u.shape[:-1], count, BLOCK)
-    inner = blocks @ torch.cat((made.fine.re, made.fine.im), -2).mT  # [..., H, Q, 2 M]
-    re, im = inner.mT.chunk(2, -2)
-    product = Complex(re, im).times(made.coarse)
-    return Complex(product.re.sum(-1), product.im.sum(-1))
 
 
 def cauchy_sym(v: Complex, z: Complex, w: Complex, dtype: torch.dtype | None = None) -> Complex:

@@ -45,10 +45,7 @@ class StateSpaceLayer(nn.Module):
         raise NotImplementedError
 
     def steps(self) -> Any:
-        """What `step` needs of the parameters as they are, made once for many steps.
-
-        ``after(x, u)`` is the state behind an input ``[B, H]``, ``out(x)`` is ``C x`` ``[B, C, H]``.
-        """
+        """What `step` needs of the parameters as they are, made once for many steps."""
         raise NotImplementedError
 
     def forward(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -97,12 +94,18 @@ class StateSpaceLayer(nn.Module):
         if u.ndim != 2 or u.shape[1] != self.d_model:
             checks.fail(self.op, "u", f"[B, {self.d_model}]", list(u.shape))
         self.check_state(state, len(u))
-        made = self.steps() if steps is None else steps
+        y, after = self.advance(u, state, self.steps() if steps is None else steps)
+        return self.mixed(y.flatten(1)[..., None].to(u.dtype))[..., 0], after
+
+    def advance(self, u: Tensor, state: Tensor, made: Any) -> tuple[Tensor, Tensor]:
+        """The state space for one position ``[B, H]``: ``[B, C, H]`` and the state after it.
+
+        ``made.after(x, u)`` is the state behind an input ``[B, H]``, ``made.out(x)`` is ``C x`` ``[B, C, H]``.
+        """
         dtype = torch.promote_types(self.skip.dtype, torch.float32)
         wide = u.to(dtype)
         x = made.after(Complex(*state.to(dtype).unbind(-1)), wide)
-        y = made.out(x) + wide[:, None] * self.skip.to(dtype)
-        return self.mixed(y.flatten(1)[..., None].to(u.dtype))[..., 0], torch.stack(x, -1)
+        return made.out(x) + wide[:, None] * self.skip.to(dtype), torch.stack(x, -1)
 
     def extra_repr(self) -> str:
         """What a print shows."""
