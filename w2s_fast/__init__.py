@@ -53,6 +53,7 @@ from .ops.logit_fusion.stats import FusedStats, fused_stats
 from .ops.prototypes.class_stats import ClassStats, class_stats
 from .ops.prototypes.prototype_distance import Nearest, prototype_distance
 from .ops.sparse_lowrank.linear import sparse_lowrank_linear, sparse_lowrank_materialize
+from .ops.sparse_lowrank.masks import nm_mask, topk_mask
 from .ops.sparse_lowrank.products import sddmm, spmm
 from .ops.sparse_lowrank.support import SparseSupport, random_support
 
@@ -132,6 +133,7 @@ __all__ = [
     "lognormal_index_probs",
     "margin_cross_entropy",
     "margin_logits",
+    "nm_mask",
     "noise_pair",
     "prototype_distance",
     "pseudo_huber_loss",
@@ -144,6 +146,7 @@ __all__ = [
     "sparse_lowrank_materialize",
     "spmm",
     "tightness_rows",
+    "topk_mask",
     "w2s_confidence_loss",
     "w2sd_sample",
 ]

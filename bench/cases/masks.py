@@ -62,13 +62,13 @@ def _distinct(n: int) -> Any:
 def _mask_cases() -> list[Case]:
     n, side = 10_000_000, 1024
     top = Case(
-        op="nn.topk_mask", name="10M-10%-fp32", dtype="float32", shape={"n": n}, bytes=5 * n, flops=n, hot=True,
+        op="topk_mask", name="10M-10%-fp32", dtype="float32", shape={"n": n}, bytes=5 * n, flops=n, hot=True,
         prediction="three passes of compares; a sort makes twenty and more, topk of a tenth little fewer: 12x",
         inputs=_distinct(n), ours=lambda s: topk_mask(s, density=DENSITY), reference=_sort,
         providers={"topk": eager(_topk), "sort": formulation(_sort)}, targets={"topk": 12.0},
     )  # fmt: skip
     two = Case(
-        op="nn.nm_mask", name="2of4-1024x1024-fp32", dtype="float32", shape={"n": side * side}, bytes=5 * side * side,
+        op="nm_mask", name="2of4-1024x1024-fp32", dtype="float32", shape={"n": side * side}, bytes=5 * side * side,
         flops=6 * side * side, hot=True,
         prediction="six compares a group, vectorised; the loop calls topk and scatter 256 times: 100x",
         inputs=_draw(side, side), ours=nm_mask, reference=_grouped,
