@@ -50,6 +50,7 @@ from .ops.logit_fusion.fuse import fuse_logits
 from .ops.logit_fusion.log_softmax import fused_log_softmax
 from .ops.logit_fusion.sample import SampleOutput, fused_sample
 from .ops.logit_fusion.stats import FusedStats, fused_stats
+from .ops.optimizers.projected_step import projected_step
 from .ops.prototypes.class_stats import ClassStats, class_stats
 from .ops.prototypes.prototype_distance import Nearest, prototype_distance
 from .ops.sparse_lowrank.linear import sparse_lowrank_linear, sparse_lowrank_materialize
@@ -135,6 +136,7 @@ __all__ = [
     "margin_logits",
     "nm_mask",
     "noise_pair",
+    "projected_step",
     "prototype_distance",
     "pseudo_huber_loss",
     "qk_norm",
