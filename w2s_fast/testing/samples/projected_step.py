@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import LOW, Make, Sample
+from . import Make, Sample
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -45,22 +45,20 @@ def _step(
     return make
 
 
-def _sample(name: str, make: Callable[[Make], Inputs], dtypes: tuple[torch.dtype, ...] = LOW) -> Sample:
-    return Sample("projected_step", name, make, dtypes, grad=False)
+def _sample(name: str, make: Callable[[Make], Inputs]) -> Sample:
+    return Sample("projected_step", name, make, grad=False)
 
 
 SAMPLES = [
     _sample("galore", _step(13, 9, 4)),
     _sample("galore-left", _step(9, 37, 4, right=False, weight_decay=0.1)),
     _sample("column", _step(37, 21, 5, outside="column", before=1e-3)),
-    _sample("column-left", _step(21, 1100, 5, right=False, outside="column", before=1e-3, weight_decay=0.1)),
+    _sample("column-left", _step(21, 300, 5, right=False, outside="column", before=1e-3, weight_decay=0.1)),
     _sample("column-first", _step(70, 33, 17, outside="column")),
     _sample("column-no-limit", _step(70, 33, 17, outside="column", before=1e-3, limit=None)),
     _sample("column-below-limit", _step(70, 33, 17, outside="column", before=1e6)),
     _sample("matrix", _step(37, 21, 5, outside="matrix", before=1.0)),
     _sample("matrix-left", _step(21, 37, 5, right=False, outside="matrix")),
-    _sample("panels", _step(300, 17000, 3, outside="column", before=1.0), (torch.float32, torch.bfloat16)),
-    _sample("panels-left", _step(300, 17000, 3, right=False, outside="column", before=1.0), (torch.float32,)),
     _sample("large-scale", _step(37, 21, 5, outside="column", scale=6.0)),
     _sample("whole-rank", _step(12, 7, 7, outside="column", scale=0.5)),
     _sample("sliced", _step(37, 21, 5, layout="sliced", outside="column")),
