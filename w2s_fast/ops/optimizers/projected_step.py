@@ -119,9 +119,12 @@ def projected_step(
     checks.number(op, "weight_decay", weight_decay, low=0.0)
     checks.number(op, "scale", scale, low=0.0)
     checks.integer(op, "step", step, low=1)
+    pair = "two numbers in [0, 1)"
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        checks.fail(op, "betas", pair, f"{type(betas).__name__} {betas!r}", error=TypeError)
     for beta in betas:
-        if not 0.0 <= beta < 1.0:
-            checks.fail(op, "betas", "two numbers in [0, 1)", betas)
+        if checks.number(op, "betas", beta, low=0.0, high=1.0, requirement=pair) == 1:
+            checks.fail(op, "betas", pair, betas)
     checks.choice(op, "outside", outside, OUTSIDE)
     if limit is not None:
         checks.number(op, "limit", limit, low=1.0)
