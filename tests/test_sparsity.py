@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from w2s_fast.nn import SparseLowRankLinear, nm_mask, sparsify, topk_mask
-SAMPLE = 1 << 16
 
+SAMPLE = 1 << 16
 BIG = 5 * SAMPLE + 7
 
 

@@ -1,4 +1,4 @@
-"""projected_step: Adam's moments in a subspace, what lies outside it scaled by norms, and the step, between two products.
+"""projected_step: Adam's moments in a subspace, what lies outside scaled by norms, and the step, between two products.
 
 The products are the library's, in float32. The passes work on lines, the rows of R if P stands on the right, else its
 columns: a program owns a few and goes along them. R: read once, moments read and written, psi written, sums of squares
@@ -180,8 +180,8 @@ def launch_projected_step(
         )  # fmt: skip
         inside = psi.new_empty(psi.shape)
         launch(
-            _inside_kernel, cdiv(rows * columns, BLOCK), p, psi, low, phi, inside, rows * columns, columns, BY_ROW=right,
-            BLOCK=BLOCK,
+            _inside_kernel, cdiv(rows * columns, BLOCK), p, psi, low, phi, inside, rows * columns, columns,
+            BY_ROW=right, BLOCK=BLOCK,
         )  # fmt: skip
     back = _product(inside, _turned(basis)) if right else _product(basis, inside)
     moved = p.new_empty((m, n))

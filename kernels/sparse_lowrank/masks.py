@@ -1,9 +1,9 @@
 """topk_mask and nm_mask: magnitudes |x|, a NaN as infinity, whose bits order like integers.
 
-topk_mask: the k-th largest of a row by its digits of 4 bits from the top, 8 rounds. In each, programs count the 16 digits
-of their tiles among those that agree in all higher bits, and one program a row adds the counts and picks the digit in
-which the k-th lies. The counts of the last round also say how many ties stand in earlier tiles. No atomics. Floor: scores
-read once, mask written once; here they are read nine times, from L2 where they fit.
+topk_mask: the k-th largest of a row by its digits of 4 bits from the top, 8 rounds. In each, programs count the 16
+digits of their tiles among those that agree in all higher bits, and one program a row adds the counts and picks the
+digit in which the k-th lies. The counts of the last round also say how many ties stand in earlier tiles. No atomics.
+Floor: scores read once, mask written once; here they are read nine times, from L2 where they fit.
 
 nm_mask: a program takes whole groups, [groups, m] in registers; an entry's rank counts who goes before it.
 """

@@ -39,7 +39,7 @@ class _WithMasks(AdamFamily):
         if hasattr(parameter, "device_mesh") and not hasattr(mask, "device_mesh"):  # sharded, as FSDP2 does
             from torch.distributed.tensor import distribute_tensor
 
-            mask = distribute_tensor(mask, parameter.device_mesh, parameter.placements)
+            mask = distribute_tensor(mask, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
         self.state[parameter]["mask"] = mask
 
     def mask(self, parameter: Tensor) -> Tensor | None:

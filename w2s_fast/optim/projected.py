@@ -83,9 +83,9 @@ class GaLore(AdamFamily):
         M = b1 M + (1 - b1) R,  V = b2 V + (1 - b2) R^2,  psi = M / (sqrt(V) + eps)
         p = (p - eta scale psi P^T) (1 - lr weight_decay),   eta = lr sqrt(1 - b2^t) / (1 - b1^t)
 
-    That is two products and no other pass over the matrix (`w2s_fast.projected_step`). State: P and the moments, ``r n + 2 m r`` numbers
-    instead of ``2 m n``, in float32 (float64 of float64 parameters). Groups without a rank, and parameters that are no
-    matrix, take AdamW with eps before the bias correction, as the official code does.
+    That is two products and no other pass over the matrix (`w2s_fast.projected_step`). State: P and the moments,
+    ``r n + 2 m r`` numbers instead of ``2 m n``, in float32 (float64 of float64 parameters).
+    Groups without a rank, and parameters that are no matrix, take AdamW with eps before the bias correction, as the official code does.
 
     Args:
         params: parameters or groups; `projected_groups` makes them of a model. The keys of galore_torch's groups
@@ -154,7 +154,8 @@ class GaLore(AdamFamily):
                 shape = (p.shape[0], basis.shape[1]) if right else (basis.shape[1], p.shape[1])
                 state["exp_avg"], state["exp_avg_sq"] = basis.new_zeros(shape), basis.new_zeros(shape)
             outside, limit = self._outside(group)
-            rule = rule_of(step, lr, (b1, b2), group["eps"], group["weight_decay"], group["scale"], right, outside, limit)
+            decay, scale = group["weight_decay"], group["scale"]
+            rule = rule_of(step, lr, (b1, b2), group["eps"], decay, scale, right, outside, limit)
             moments = state["exp_avg"], state["exp_avg_sq"]
             norm = step_in_place(p, p.grad, basis, *moments, state.get("norm"), rule)
             if outside != "none":

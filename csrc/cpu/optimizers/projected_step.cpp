@@ -20,7 +20,7 @@ struct Rule {
   static constexpr int arguments = 9;
 };
 
-constexpr int64_t PANEL = 8 << 20;  // bytes of a panel of p
+constexpr int64_t PANEL = 2 << 20, ROWS = 256;  // bytes of a panel of p, but of that many rows: a product packs P for each
 constexpr int64_t COLUMNS = 256;    // of an item, where sums are over rows
 
 Operand operand(const Tensor& t) { return {t.data_ptr(), dtype_of(t), t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
@@ -47,7 +47,7 @@ struct Step {
   std::vector<double> of_psi, of_low, of_grad;
   std::vector<A> phi;
 
-  int64_t panel() const { return std::max<int64_t>(128, PANEL / std::max<int64_t>(4 * n, 1)); }
+  int64_t panel() const { return std::max(ROWS, PANEL / std::max<int64_t>(4 * n, 1)); }
 
   void project() {
     A* low = memory.get<A>(rows * columns);

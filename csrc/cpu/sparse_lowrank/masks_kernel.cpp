@@ -2,7 +2,8 @@
 //
 // topk_mask: one pass compares with a bracket of the k-th largest that a sample gave, writes what is above it and lists what
 // is inside (1 % of the entries); selection by digits of 11 bits does the rest. nm_mask: an entry's rank among its m is the
-// sum of m - 1 compares with its partners at i ^ 1, ..., i ^ (m - 1), added as planes of bits, 64 entries in a word.
+// sum of m - 1 compares with its partners at i ^ 1, ..., i ^ (m - 1), added as planes of bits, 64 entries in a word. Of two
+// partners one compare says both ways.
 // Floor: scores read once, mask written once.
 #include "cpu/sparse_lowrank/masks.h"
 
@@ -156,41 +157,70 @@ inline int64_t groups_plain(const A* x, int count, int n, int m, uint8_t* mask) 
 #if __has_builtin(__builtin_shufflevector)
 #define W2S_SHUFFLES 1
 
-// planes[K - 1]: lanes whose partner i ^ K goes before them, W at a time
+// Lanes whose partner i ^ K is larger.
 template <class V, int K, int... I>
-W2S_INLINE uint32_t outranked(V size, std::integer_sequence<int, I...>) {
-  const V partner{__builtin_shufflevector(size.v, size.v, (I ^ K)...)};
-  constexpr uint32_t earlier = ((uint32_t((I ^ K) < I) << I) | ...);
-  return V::gt(partner, size).bits() | (V::eq(partner, size).bits() & earlier);
+W2S_INLINE uint32_t exceeded(V size, std::integer_sequence<int, I...>) {
+  return V::gt(V{__builtin_shufflevector(size.v, size.v, (I ^ K)...)}, size).bits();
 }
-template <class V, int M, int... K>
-W2S_INLINE void outranked_all(V size, int at, uint64_t* planes, std::integer_sequence<int, K...>) {
-  ((planes[K] |= uint64_t(outranked<V, K + 1>(size, std::make_integer_sequence<int, V::W>())) << at), ...);
+template <class V, int... K>
+W2S_INLINE void exceeded_all(V size, int at, uint64_t* planes, std::integer_sequence<int, K...>) {
+  ((planes[K] |= uint64_t(exceeded<V, K + 1>(size, std::make_integer_sequence<int, V::W>())) << at), ...);
+}
+
+template <int BIT>
+constexpr uint64_t LOW = BIT == 0 ? 0x5555555555555555u : BIT == 1 ? 0x3333333333333333u : 0x0f0f0f0f0f0f0f0fu;
+template <int K, int BIT>
+W2S_INLINE uint64_t exchanged(uint64_t bits) {  // bit i ^ (K's bit BIT) in the place of bit i
+  if constexpr (K >> BIT & 1) return (bits & LOW<BIT>) << (1 << BIT) | (bits >> (1 << BIT) & LOW<BIT>);
+  else return bits;
+}
+// Lanes i whose partner i ^ K goes before them: an earlier one does so unless it is smaller, which its own lane says.
+template <int K>
+W2S_INLINE uint64_t outranked(uint64_t larger) {
+  constexpr uint64_t earlier = ~LOW<K >= 4 ? 2 : K >= 2 ? 1 : 0>;
+  const uint64_t theirs = exchanged<K, 2>(exchanged<K, 1>(exchanged<K, 0>(larger)));
+  return (larger & ~earlier) | (~theirs & earlier);
+}
+
+// Adds a bit a lane to the lanes' sums, which stand in planes of bits.
+template <int LEVELS>
+W2S_INLINE void count(uint64_t carry, uint64_t (&sums)[LEVELS]) {
+#pragma GCC unroll 3
+  for (int level = 0; level < LEVELS; ++level) {
+    const uint64_t both = sums[level] & carry;
+    sums[level] ^= carry;
+    carry = both;
+  }
+}
+template <int LEVELS, int... K>
+W2S_INLINE void count_all(const uint64_t* planes, uint64_t (&sums)[LEVELS], std::integer_sequence<int, K...>) {
+  (count(outranked<K + 1>(planes[K]), sums), ...);
 }
 
 template <class A, int M>
 inline int64_t groups_by_planes(const A* x, int count, int n, uint8_t* mask) {
   using V = Vec<A>;
-  constexpr int LEVELS = M == 2 ? 1 : M == 4 ? 2 : M == 8 ? 3 : 4;
+  constexpr int LEVELS = M == 2 ? 1 : M == 4 ? 2 : 3;
   int64_t nans = 0;
   int at = 0;
   for (; at + 64 <= count; at += 64) {
     uint64_t planes[M - 1] = {};
+    auto lost = V::Mask::none();
+#pragma GCC unroll 16
     for (int i = 0; i < 64; i += V::W) {
-      uint32_t lost;
-      const V size = magnitudes(x + at + i, lost);
-      if (lost) nans += __builtin_popcount(lost);
-      outranked_all<V, M>(size, i, planes, std::make_integer_sequence<int, M - 1>());
+      const V size = V::load(x + at + i).abs();
+      lost = lost | V::nan(size);
+      exceeded_all(size, i, planes, std::make_integer_sequence<int, M - 1>());
+    }
+    if (lost.any()) {
+      nans += groups_plain(x + at, 64, n, M, mask + at);
+      continue;
     }
     uint64_t rank[LEVELS] = {}, less = n == M ? ~uint64_t(0) : 0;
-    for (uint64_t carry : planes)
-      for (uint64_t& level : rank) {
-        const uint64_t both = level & carry;
-        level ^= carry;
-        carry = both;
-      }
+    count_all(planes, rank, std::make_integer_sequence<int, M - 1>());
     if (n < M)
       for (int level = 0; level < LEVELS; ++level) less = n >> level & 1 ? ~rank[level] | less : ~rank[level] & less;
+#pragma GCC unroll 8
     for (int i = 0; i < 64; i += 8) {
       const uint64_t bytes = spread(uint32_t(less >> i));
       std::memcpy(mask + at + i, &bytes, 8);

@@ -21,7 +21,7 @@ def _fake(
     p: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, previous: Tensor | None, rule: Rule
 ) -> tuple[Tensor, ...]:  # fmt: skip
     norm = p.new_empty(() if rule.outside else 0, dtype=basis.dtype)
-    return tuple(t.new_empty(t.shape) for t in (p, exp_avg, exp_avg_sq)) + (norm,)
+    return (*(t.new_empty(t.shape) for t in (p, exp_avg, exp_avg_sq)), norm)
 
 
 PROJECTED_STEP = define(reference.projected_step, fake=_fake, carriers="", triton=Kernel())
@@ -56,8 +56,8 @@ def projected_step(
         S = (G - scale R P^T) * phi,  l = max(|S| / (previous + 1e-8), limit) / limit,  S = S / l
         p = (p - eta (scale psi P^T + S)) (1 - lr weight_decay)           "none": S = 0, which is GaLore
 
-    S is never formed: ``scale (psi - R phi/l) P^T + G phi/l`` has one product instead of two, and ``|S|^2 = sum_i phi_i^2
-    max(0, |G_i|^2 - (2 scale - scale^2) |R_i|^2)`` since P is orthonormal.
+    S is never formed: ``scale (psi - R phi/l) P^T + G phi/l`` has one product instead of two, and ``|S|^2 = sum_i
+    phi_i^2 max(0, |G_i|^2 - (2 scale - scale^2) |R_i|^2)`` since P is orthonormal.
 
     Args:
         p, grad: ``[m, n]``; float32, bfloat16, float16 or float64 (both).
@@ -73,7 +73,7 @@ def projected_step(
 
     Returns:
         Projected: p, exp_avg, exp_avg_sq, all new, and norm ``[]``, |S| / l (``[0]`` for "none"). Without gradients.
-        Memory beside them: R and psi, and on a CPU 8 MiB. `w2s_fast.optim.GaLore` and `Fira` step in place.
+        Memory beside them: R and psi, and on a CPU a panel of p. `w2s_fast.optim.GaLore` and `Fira` step in place.
 
     Raises:
         ValueError, TypeError: naming the argument.

@@ -67,9 +67,9 @@ def topk_mask(
 def nm_mask(weight: Tensor, n: int = 2, m: int = 4, *, metric: Tensor | None = None) -> Tensor:
     """True at the n largest magnitudes of every m consecutive inputs; equal ones go by index.
 
-    ``mask_i = [ #{j: |w_j| > |w_i|} + #{j < i: |w_j| = |w_i|} < n ]`` over the m entries of i's group: N:M sparsity, of
-    which 2:4 is what tensor cores take (the masks of AST, arXiv 2407.20584). An entry's rank is counted by compares with
-    the others of its group, without a sort; the published code loops over groups with a topk each.
+    ``mask_i = [ #{j: |w_j| > |w_i|} + #{j < i: |w_j| = |w_i|} < n ]`` over the m entries of i's group: N:M sparsity,
+    of which 2:4 is what tensor cores take (the masks of AST, arXiv 2407.20584). An entry's rank is counted by compares
+    with the others of its group, without a sort; the published code loops over groups with a topk each.
 
     Args:
         weight: ``[..., I]``, m divides I; float32, bfloat16, float16 or float64.
@@ -101,7 +101,8 @@ def nm_mask(weight: Tensor, n: int = 2, m: int = 4, *, metric: Tensor | None = N
         checks.fail(op, "weight", f"of a last dimension that {m} divides", list(weight.shape))
     scores = (weight if metric is None else metric).detach()
     columns = weight.shape[-1]
-    found: reference.Mask = NM_MASK(scores.reshape(weight.numel() // columns if columns else 0, columns).contiguous(), n, m)
+    rows = scores.reshape(weight.numel() // columns if columns else 0, columns)
+    found: reference.Mask = NM_MASK(rows.contiguous(), n, m)
     return _without_nan(op, "weight" if metric is None else "metric", weight, found)
 
 

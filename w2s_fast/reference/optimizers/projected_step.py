@@ -46,8 +46,8 @@ def projected_step(
     """p and grad G ``[m, n]``; basis P ``[n, r]`` and moments ``[m, r]`` (right), or ``[m, r]`` and ``[r, n]``.
 
     ``R = G P`` (right) or ``P^T G``; M and V are Adam's moments of R, ``psi = M / (sqrt(V) + eps)``;
-    ``phi = |psi| / (|R| + 1e-8)`` a row (right), a column or of the whole; ``|S|^2 = sum phi^2 max(0, |G|^2 - (2 scale -
-    scale^2) |R|^2)``, which is that of ``S = (G - scale R P^T) phi`` for an orthonormal P. With a previous norm and a
+    ``phi = |psi| / (|R| + 1e-8)`` a row (right), a column or of the whole; ``|S|^2 = sum phi^2 max(0, |G|^2 - (2 scale
+    - scale^2) |R|^2)``, which is that of ``S = (G - scale R P^T) phi`` for an orthonormal P. With a previous norm and a
     limit, ``l = max(|S| / (previous + 1e-8), limit) / limit`` divides phi and |S|. Then
     ``p = keep p - rate (scale (psi - R phi) P^T + G phi)``. In float32, float64 if p is.
     """
