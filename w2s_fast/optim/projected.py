@@ -85,7 +85,8 @@ class GaLore(AdamFamily):
 
     That is two products and no other pass over the matrix (`w2s_fast.projected_step`). State: P and the moments,
     ``r n + 2 m r`` numbers instead of ``2 m n``, in float32 (float64 of float64 parameters).
-    Groups without a rank, and parameters that are no matrix, take AdamW with eps before the bias correction, as the official code does.
+    Groups without a rank, and parameters that are no matrix, take AdamW with eps before the bias correction, as the
+    official code does.
 
     Args:
         params: parameters or groups; `projected_groups` makes them of a model. The keys of galore_torch's groups
