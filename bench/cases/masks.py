@@ -69,7 +69,7 @@ def _mask_cases() -> list[Case]:
     top = Case(
         op="topk_mask", name="10M-10%-fp32", dtype="float32", shape={"n": n}, bytes=5 * n, flops=n, hot=True,
         prediction="a sample, one pass of compares, selection among one in a hundred; a sort makes twenty and more, "
-        "topk of a tenth little fewer: 12x. Measured 61x, 333x the sort (AMD EPYC, Zen 5, 2 threads)",
+        "topk of a tenth little fewer: 12x. Measured 62x, 359x the sort (AMD EPYC, Zen 5, 2 threads)",
         inputs=_distinct(n), ours=lambda s: topk_mask(s, density=DENSITY), reference=_sort,
         providers={"topk": eager(_topk), "sort": formulation(_sort)}, targets={"topk": 12.0},
     )  # fmt: skip
@@ -77,7 +77,7 @@ def _mask_cases() -> list[Case]:
         op="nm_mask", name="2of4-1024x1024-fp32", dtype="float32", shape={"n": side * side}, bytes=5 * side * side,
         flops=6 * side * side, hot=True,
         prediction="compares of 16 lanes with their partners; the loop calls topk and scatter 256 times: 100x. "
-        "Measured 94x (AMD EPYC, Zen 5, 2 threads): 0.15 ms, a tenth of them the call and waking a thread",
+        "Measured 101x (AMD EPYC, Zen 5, 2 threads): 0.13 ms, a tenth of them the call and waking a thread",
         inputs=_draw(side, side), ours=nm_mask, reference=_grouped,
         providers={"grouped topk": eager(_grouped), "loop": formulation(_loop)}, targets={"loop": 100.0},
     )  # fmt: skip
