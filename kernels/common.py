@@ -147,6 +147,9 @@ class Meta:
     def bool(self) -> Meta:
         return Meta(self.shape, "bool")
 
+    def sum(self) -> Meta:
+        return Meta((), self.dtype.split(".")[-1])
+
 
 _recorded: list[Launch] | None = None
 

@@ -60,7 +60,7 @@ def test_registration(name, suffix):
 
 def _types(schema: str) -> str:
     """``"Tensor, float -> Tensor"`` of ``"op(Tensor x, float eps) -> (Tensor y)"``."""
-    sides = [re.sub(r"^[^(]*\(|\)$", "", part.replace("(a!)", "")) for part in schema.rsplit(" -> ", 1)]
+    sides = [re.sub(r"^[^(]*\(|\)$", "", re.sub(r"\([a-z]!\)", "", part)) for part in schema.rsplit(" -> ", 1)]
     return " -> ".join(", ".join(piece.split()[0] for piece in side.split(", ") if piece) for side in sides).rstrip()
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from w2s_fast import extension
 from w2s_fast.nn import SparseLowRankLinear, nm_mask, sparsify, topk_mask
-from w2s_fast.nn.sparsity import SAMPLE
+from w2s_fast.ops.sparse_lowrank.masks import NM_MASK, TOPK_MASK
 
+SAMPLE = 1 << 16
 BIG = 5 * SAMPLE + 7
 
 
@@ -83,6 +85,22 @@ def test_nm_mask_is_the_sorted_one(n, m):
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
+def test_kernels_count_nan_and_take_it_for_infinity():
+    s = torch.randn(3, 9600, generator=torch.Generator().manual_seed(0))
+    s[0, 5], s[1, 130], s[2, 9599], s[1, 131] = (torch.tensor(x) for x in (float("nan"),) * 3 + (float("inf"),))
+    calls = [
+        (TOPK_MASK, (s, 2)),
+        (TOPK_MASK, (s, 4000)),
+        (TOPK_MASK, (s, 0)),
+        (NM_MASK, (s, 2, 4)),
+        (NM_MASK, (s, 1, 3)),
+    ]
+    for op, given in calls:
+        ours, plain = op.on("cpp")(*given), op.on("reference")(*given)
+        assert torch.equal(ours.mask, plain.mask) and int(ours.nans) == int(plain.nans) == 3, op.name
 
 
 def pruned():

@@ -50,9 +50,11 @@ from .ops.logit_fusion.fuse import fuse_logits
 from .ops.logit_fusion.log_softmax import fused_log_softmax
 from .ops.logit_fusion.sample import SampleOutput, fused_sample
 from .ops.logit_fusion.stats import FusedStats, fused_stats
+from .ops.optimizers.projected_step import projected_step
 from .ops.prototypes.class_stats import ClassStats, class_stats
 from .ops.prototypes.prototype_distance import Nearest, prototype_distance
 from .ops.sparse_lowrank.linear import sparse_lowrank_linear, sparse_lowrank_materialize
+from .ops.sparse_lowrank.masks import nm_mask, topk_mask
 from .ops.sparse_lowrank.products import sddmm, spmm
 from .ops.sparse_lowrank.support import SparseSupport, random_support
 from .ops.state_space.s4d_conv import Convolved, s4d_conv
@@ -136,7 +138,9 @@ __all__ = [
     "lognormal_index_probs",
     "margin_cross_entropy",
     "margin_logits",
+    "nm_mask",
     "noise_pair",
+    "projected_step",
     "prototype_distance",
     "pseudo_huber_loss",
     "qk_norm",
@@ -150,6 +154,7 @@ __all__ = [
     "sparse_lowrank_materialize",
     "spmm",
     "tightness_rows",
+    "topk_mask",
     "w2s_confidence_loss",
     "w2sd_sample",
 ]

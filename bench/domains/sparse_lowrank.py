@@ -88,7 +88,35 @@ def _elements(sizes: Sizes) -> float:
     return float(max(sizes["N"] * max(sizes["O"], sizes["I"]), sizes["O"] * sizes["I"]))
 
 
+def _best(scores: Tensor, k: int) -> Tensor:
+    found = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    return found.scatter_(-1, scores.abs().topk(k, -1, sorted=False).indices, True)
+
+
+def _masks(kind: str) -> Any:
+    def ways(sizes: Sizes) -> dict[str, Way]:
+        if kind == "nm":
+            return {"ours": w2s_fast.nm_mask,
+                    "eager": lambda w: _best(w.reshape(-1, 4), 2).view(w.shape)}  # fmt: skip
+        k = sizes["I"] // 4
+        return {"ours": lambda s: w2s_fast.topk_mask(s, k, scope="row"),
+                "eager": lambda s: _best(s, k)}  # fmt: skip
+
+    return ways
+
+
+def _same_size(actual: Tensor, expected: Tensor) -> float:
+    """Which of equal scores are kept differs, how many are kept does not."""
+    return 0.0 if int(actual.sum()) == int(expected.sum()) else 2.0
+
+
 DOMAINS = [
+    Domain("topk_mask", {"O": (1, 4096), "I": (16, 11008)}, lambda random, sizes: (random(sizes["O"], sizes["I"]),),
+           _masks("topk"), lambda sizes: float(sizes["O"] * sizes["I"]), lambda sizes: float(sizes["O"] * sizes["I"]),
+           compare=_same_size),
+    Domain("nm_mask", {"O": (1, 4096), "C": (1, 2752)}, lambda random, sizes: (random(sizes["O"], 4 * sizes["C"]),),
+           _masks("nm"), lambda sizes: 4.0 * sizes["O"] * sizes["C"], lambda sizes: 4.0 * sizes["O"] * sizes["C"],
+           compare=_same_size),
     Domain("sparse_lowrank_linear", LAYER, _inputs, _dense, _flops, _elements, trained=(0, 1, 2, 3),
            forward_only=("dense layer",)),
     Domain("sparse_lowrank_materialize", LAYER, _inputs, _materialized, _flops, _elements, compilable=False),

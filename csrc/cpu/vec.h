@@ -152,6 +152,11 @@ struct VectorExtension {
   // a > b ? a : b: a NaN in `a` is dropped, one in `b` stays
   static W2S_INLINE VectorExtension max(VectorExtension a, VectorExtension b) { return {a.v > b.v ? a.v : b.v}; }
   static W2S_INLINE VectorExtension min(VectorExtension a, VectorExtension b) { return {a.v < b.v ? a.v : b.v}; }
+  W2S_INLINE VectorExtension root() const {
+    VectorExtension r;
+    for (int i = 0; i < N; ++i) r.v[i] = std::sqrt(v[i]);
+    return r;
+  }
   W2S_INLINE VectorExtension abs() const { return {v < 0 ? -v : v}; }
   static W2S_INLINE Mask gt(VectorExtension a, VectorExtension b) { return {a.v > b.v}; }
   static W2S_INLINE Mask ge(VectorExtension a, VectorExtension b) { return {a.v >= b.v}; }

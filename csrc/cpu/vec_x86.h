@@ -28,6 +28,7 @@ struct Float {
   static W2S_INLINE Float fma(Float a, Float b, Float c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static W2S_INLINE Float max(Float a, Float b) { return {_mm512_max_ps(a.v, b.v)}; }
   static W2S_INLINE Float min(Float a, Float b) { return {_mm512_min_ps(a.v, b.v)}; }
+  W2S_INLINE Float root() const { return {_mm512_sqrt_ps(v)}; }
   W2S_INLINE Float abs() const { return {_mm512_abs_ps(v)}; }
   static W2S_INLINE Mask gt(Float a, Float b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
   static W2S_INLINE Mask ge(Float a, Float b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
@@ -147,6 +148,7 @@ struct Float {
   static W2S_INLINE Float fma(Float a, Float b, Float c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static W2S_INLINE Float max(Float a, Float b) { return {_mm256_max_ps(a.v, b.v)}; }
   static W2S_INLINE Float min(Float a, Float b) { return {_mm256_min_ps(a.v, b.v)}; }
+  W2S_INLINE Float root() const { return {_mm256_sqrt_ps(v)}; }
   W2S_INLINE Float abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
   static W2S_INLINE Mask gt(Float a, Float b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
   static W2S_INLINE Mask ge(Float a, Float b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)}; }

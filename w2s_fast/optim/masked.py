@@ -21,7 +21,10 @@ class _WithMasks(AdamFamily):
             self.set_mask(parameter, mask)
 
     def set_mask(self, parameter: Tensor, mask: Tensor | None) -> None:
-        """The mask of a parameter from now on: True where it is kept; None: no mask."""
+        """The mask of a parameter from now on: True where it is kept; None: no mask.
+
+        For a parameter that FSDP2 shards it is the whole mask, the same on all ranks, which shard it likewise.
+        """
         if not any(p is parameter for group in self.param_groups for p in group["params"]):
             checks.fail(self._op, "parameter", "one of the optimizer's", f"a tensor of shape {list(parameter.shape)}")
         if mask is None:
@@ -32,7 +35,12 @@ class _WithMasks(AdamFamily):
             checks.fail(self._op, "mask", "boolean", mask.dtype, error=TypeError)
         if mask.shape != parameter.shape:
             checks.fail(self._op, "mask", f"of the parameter's shape {list(parameter.shape)}", list(mask.shape))
-        self.state[parameter]["mask"] = mask.to(parameter.device)
+        mask = mask.to(parameter.device)
+        if hasattr(parameter, "device_mesh") and not hasattr(mask, "device_mesh"):  # sharded, as FSDP2 does
+            from torch.distributed.tensor import distribute_tensor
+
+            mask = distribute_tensor(mask, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+        self.state[parameter]["mask"] = mask
 
     def mask(self, parameter: Tensor) -> Tensor | None:
         """The mask of a parameter, or None."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..data._hash import key_of
-from ._adam import AdamFamily, direction, update_
+from ..ops.optimizers.projected_step import rule_of, step_in_place
+from ._adam import AdamFamily, update_
 
 SIDES = ("std", "reverse_std", "left", "right")
 PROJECTIONS = ("svd", "random")
@@ -82,9 +83,10 @@ class GaLore(AdamFamily):
         M = b1 M + (1 - b1) R,  V = b2 V + (1 - b2) R^2,  psi = M / (sqrt(V) + eps)
         p = (p - eta scale psi P^T) (1 - lr weight_decay),   eta = lr sqrt(1 - b2^t) / (1 - b1^t)
 
-    That is two products and no other pass over the matrix. State: P and the moments, ``r n + 2 m r`` numbers
-    instead of ``2 m n``, in float32 (float64 of float64 parameters). Groups without a rank, and parameters that are no
-    matrix, take AdamW with eps before the bias correction, as the official code does.
+    That is two products and no other pass over the matrix (`w2s_fast.projected_step`). State: P and the moments,
+    ``r n + 2 m r`` numbers instead of ``2 m n``, in float32 (float64 of float64 parameters).
+    Groups without a rank, and parameters that are no matrix, take AdamW with eps before the bias correction, as the
+    official code does.
 
     Args:
         params: parameters or groups; `projected_groups` makes them of a model. The keys of galore_torch's groups
@@ -147,44 +149,38 @@ class GaLore(AdamFamily):
                     lr * keep, group["weight_decay"] / keep if keep else 0.0)  # fmt: skip
         for p in projected:
             assert p.grad is not None
-            grad, basis, right = self._subspace(group, step, p)
-            low = grad @ basis if right else basis.t() @ grad
+            basis, right = self._subspace(group, step, p)
             state = self.state[p]
             if "exp_avg" not in state:
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)
-            psi = direction([low], [state["exp_avg"]], [state["exp_avg_sq"]], step, (b1, b2), group["eps"] / root)[0]
-            self._apply(group, p, grad, low, psi, basis, right, lr, root / (1 - b1**step), keep)
+                shape = (p.shape[0], basis.shape[1]) if right else (basis.shape[1], p.shape[1])
+                state["exp_avg"], state["exp_avg_sq"] = basis.new_zeros(shape), basis.new_zeros(shape)
+            outside, limit = self._outside(group)
+            decay, scale = group["weight_decay"], group["scale"]
+            rule = rule_of(step, lr, (b1, b2), group["eps"], decay, scale, right, outside, limit)
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            norm = step_in_place(p, p.grad, basis, *moments, state.get("norm"), rule)
+            if outside != "none":
+                state["norm"] = norm
 
-    def _subspace(self, group: dict[str, Any], step: int, p: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """The gradient in the state's dtype, P, and whether it stands on the right."""
+    def _outside(self, group: Mapping[str, Any]) -> tuple[str, float | None]:
+        """What becomes of the gradient outside the subspace, and the limit of its growth (`projected_step`)."""
+        return "none", None
+
+    def _subspace(self, group: dict[str, Any], step: int, p: Tensor) -> tuple[Tensor, bool]:
+        """P, in float32 (float64), and whether it stands on the right."""
         if hasattr(p, "to_local"):
             checks.fail(self._op, "a projected parameter", "whole", "one that is sharded", error=RuntimeError)
         assert p.grad is not None
-        grad = p.grad if p.dtype == torch.float64 else p.grad.float()
         longer = p.shape[0] >= p.shape[1]
         right = {"std": longer, "reverse_std": not longer, "right": True, "left": False}[group["proj_type"]]
         state = self.state[p]
         if (step - 1) % group["update_proj_gap"] == 0 or "projector" not in state:
             place = next(i for i, q in enumerate(group["params"]) if q is p)
             seed = key_of(group["seed"], "projection", place, step) & (2**63 - 1)
-            state["projector"] = projector(grad, group["rank"], right=right, projection=group["projection"], seed=seed)
-        return grad, state["projector"], right
-
-    def _apply(
-        self, group: dict[str, Any], p: Tensor, grad: Tensor, low: Tensor, psi: Tensor, basis: Tensor, right: bool,
-        lr: float, correction: float, keep: float,
-    ) -> None:  # fmt: skip
-        """p from the corrected direction ``psi`` of the projected gradient ``low``."""
-        add_product_(p, psi, basis, right, -lr * keep * group["scale"], keep)
-
-
-def add_product_(p: Tensor, low: Tensor, basis: Tensor, right: bool, factor: float, keep: float = 1.0) -> None:
-    """``p = keep p + factor back(low)``, ``back`` from the subspace to the matrix."""
-    left, other = (low, basis.t()) if right else (basis, low)
-    if p.dtype == low.dtype:
-        p.addmm_(left, other, beta=keep, alpha=factor)
-    else:
-        p.copy_(torch.addmm(p.to(low.dtype), left, other, beta=keep, alpha=factor))
+            state["projector"] = projector(
+                p.grad, group["rank"], right=right, projection=group["projection"], seed=seed
+            )  # fmt: skip
+        return state["projector"], right
 
 
 class Fira(GaLore):
@@ -201,7 +197,7 @@ class Fira(GaLore):
 
     Computed without S: ``scale (psi - R phi/l) P^T + G phi/l`` has one product instead of two, and
     ``|S|^2 = sum_i phi_i^2 max(0, |G_i|^2 - (2 scale - scale^2) |R_i|^2)`` since P is orthonormal. So a step is two
-    products and three passes over the matrix; the official code makes three products and about 21.
+    products and three passes over the matrix (`w2s_fast.projected_step`); the official code makes three and about 21.
 
     Args:
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, projection, seed: see `GaLore`;
@@ -232,29 +228,5 @@ class Fira(GaLore):
         if group["limit"] is not None:
             checks.number(self._op, "limit", group["limit"], low=1.0)
 
-    def _apply(
-        self, group: dict[str, Any], p: Tensor, grad: Tensor, low: Tensor, psi: Tensor, basis: Tensor, right: bool,
-        lr: float, correction: float, keep: float,
-    ) -> None:  # fmt: skip
-        # psi is M / (sqrt V + eps) times `correction`; the factor belongs to the rate, not to the ratio of norms
-        axes: Any = None if group["scaling"] == "matrix" else (1 if right else 0)
-        norm = torch.linalg.vector_norm
-        low_norm = norm(low, dim=axes, keepdim=True)
-        phi = norm(psi, dim=axes, keepdim=True) / (low_norm + 1e-8)  # times `correction`, as psi
-        phi = self._limited(group, p, phi / correction, norm(grad, dim=axes, keepdim=True), low_norm) * correction
-        add_product_(p, psi.addcmul_(low, phi, value=-1.0), basis, right, -lr * keep * group["scale"], keep)
-        if p.dtype == grad.dtype:
-            p.addcmul_(grad, phi, value=-lr * keep)
-        else:
-            p.sub_(grad * phi, alpha=lr * keep)
-
-    def _limited(self, group: dict[str, Any], p: Tensor, phi: Tensor, whole: Tensor, low: Tensor) -> Tensor:
-        """``phi / l``, and the state's norm of S."""
-        scale, gamma, state = group["scale"], group["limit"], self.state[p]
-        inside = (whole.square() - (2 * scale - scale * scale) * low.square()).clamp_min_(0.0)
-        size = (phi.square() * inside).sum().sqrt()
-        if gamma is not None and "norm" in state:
-            growth = (size / (state["norm"] + 1e-8)).clamp_min(gamma) / gamma
-            phi, size = phi / growth, size / growth
-        state["norm"] = size
-        return phi
+    def _outside(self, group: Mapping[str, Any]) -> tuple[str, float | None]:
+        return group["scaling"], group["limit"]

@@ -1,0 +1,178 @@
+// projected_step: R from a product, moments and sums in one pass over R, then panels of p: a product into scratch, and
+// p = keep p + scratch - rate phi G while it is in cache. With phi = 0 and no decay the product adds to p itself.
+//
+// 4 m n r FLOPs, and G read twice (once more for its sums of squares, in cache), p read and written once.
+#include "cpu/optimizers/projected_step.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/gemm.h"
+#include "cpu/tensors.h"
+
+namespace w2s {
+namespace {
+
+struct Rule {
+  double beta1, beta2, eps, rate, keep, scale, limit;
+  bool right;
+  int64_t outside;  // 0 nothing, 1 a factor a row or column, 2 one factor
+  static constexpr int arguments = 9;
+};
+
+constexpr int64_t PANEL = 2 << 20, ROWS = 256;  // bytes of a panel of p, but of that many rows: a product packs P for each
+constexpr int64_t COLUMNS = 256;    // of an item, where sums are over rows
+
+Operand operand(const Tensor& t) { return {t.data_ptr(), dtype_of(t), t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
+
+// work(block) over [top, bottom) x columns: rows are items where `by_row`, else groups of columns
+template <class F>
+void blocks(int64_t top, int64_t bottom, int64_t columns, bool by_row, const F& work) {
+  if (by_row)
+    parallel_items(bottom - top, grain_of(columns), [&](int64_t i) { work(Block{top + i, top + i + 1, 0, columns}); });
+  else
+    parallel_items(pieces(columns, COLUMNS), grain_of((bottom - top) * COLUMNS), [&](int64_t i) {
+      work(Block{top, bottom, i * COLUMNS, std::min((i + 1) * COLUMNS, columns)});
+    });
+}
+
+template <class A>
+struct Step {
+  const Tensor &p, &grad, &basis;
+  const Rule& rule;
+  int64_t m, n, r, rows, columns;  // rows x columns: of R
+  const ProjectedKernels<A>& kernel = kernels<ProjectedKernels, A>();
+  CallMemory memory{basis, {}};
+  Moments<A> s{};
+  std::vector<double> of_psi, of_low, of_grad;
+  std::vector<A> phi;
+
+  int64_t panel() const { return std::max(ROWS, PANEL / std::max<int64_t>(4 * n, 1)); }
+
+  void project() {
+    A* low = memory.get<A>(rows * columns);
+    s.low = low;
+    const Operand G = operand(grad), P = operand(basis);
+    for (int64_t top = 0; top < m; top += panel()) {
+      const int64_t count = std::min(panel(), m - top);
+      if (rule.right) gemm(G.part(top, count), P, Target<A>{low + top * columns, columns, 1}, A(1), false);
+      else gemm(P.part(top, count).t(), G.part(top, count), Target<A>{low, columns, 1}, A(1), top > 0);
+      if (rule.outside)
+        blocks(top, top + count, n, rule.right, [&](const Block& b) { kernel.squares(Rows(grad), rule.right, of_grad.data(), b); });
+    }
+  }
+
+  // phi of every row or column, with the limiter in it; returns |S|
+  double factors(const std::optional<Tensor>& previous) {
+    const size_t count = of_psi.size();
+    if (rule.outside == 2) {
+      for (auto* sums : {&of_psi, &of_low, &of_grad}) {
+        double all = 0;
+        for (const double x : *sums) all += x;
+        sums->assign(1, all);
+      }
+    }
+    const double share = 2 * rule.scale - rule.scale * rule.scale;
+    std::vector<double> found(of_psi.size());
+    double square = 0;
+    for (size_t i = 0; i < found.size(); ++i) {
+      found[i] = std::sqrt(of_psi[i]) / (std::sqrt(of_low[i]) + 1e-8);
+      const double left = of_grad[i] - share * of_low[i];
+      square += found[i] * found[i] * (left < 0 ? 0 : left);
+    }
+    double size = std::sqrt(square), by = 1;
+    if (previous && rule.limit > 0) {
+      const double growth = size / (numbers(*previous)[0] + 1e-8);
+      by = (growth <= rule.limit ? rule.limit : growth) / rule.limit;  // NaN stays
+    }
+    phi.resize(count);
+    for (size_t i = 0; i < count; ++i) phi[i] = A(found[rule.outside == 2 ? 0 : i] / by);
+    return size / by;
+  }
+
+  void apply() {
+    const Operand P = operand(basis), inside{s.psi, own_dtype<A>, rows, columns, columns, 1};
+    const A alpha = A(rule.outside ? -rule.rate : -rule.rate * rule.scale);
+    if (!rule.outside && rule.keep == 1 && dtype_of(p) == own_dtype<A>) {
+      const Target<A> to{static_cast<A*>(p.data_ptr()), n, 1};
+      if (rule.right) gemm(inside, P.t(), to, alpha, true);
+      else gemm(P, inside, to, alpha, true);
+      return;
+    }
+    A* back = memory.get<A>(std::min(panel(), m) * n);
+    for (int64_t top = 0; top < m; top += panel()) {
+      const int64_t count = std::min(panel(), m - top);
+      const Target<A> to{back, n, 1};
+      if (rule.right) gemm(inside.part(top, count), P.t(), to, alpha, false);
+      else gemm(P.part(top, count), inside, to, alpha, false);
+      const Update<A> update{Rows(p), Rows(grad), back, top, n, rule.right, rule.outside ? phi.data() : nullptr,
+                             A(rule.keep), A(rule.rate)};
+      blocks(top, top + count, n, true, [&](const Block& b) { kernel.update(update, b); });
+    }
+  }
+
+  double run(const Tensor& exp_avg, const Tensor& exp_avg_sq, const std::optional<Tensor>& previous) {
+    const size_t sums = size_t(rule.right ? rows : columns);
+    of_psi.assign(sums, 0), of_low.assign(sums, 0), of_grad.assign(sums, 0);
+    project();
+    s.first = static_cast<A*>(exp_avg.data_ptr()), s.second = static_cast<A*>(exp_avg_sq.data_ptr());
+    s.psi = memory.get<A>(rows * columns);
+    s.columns = columns, s.by_row = rule.right;
+    s.beta1 = A(rule.beta1), s.rest1 = A(1 - rule.beta1), s.beta2 = A(rule.beta2), s.rest2 = A(1 - rule.beta2);
+    s.eps = A(rule.eps);
+    s.sum_psi = of_psi.data(), s.sum_low = of_low.data();
+    blocks(0, rows, columns, rule.right, [&](const Block& b) { kernel.moments(s, b); });
+    double size = 0;
+    if (rule.outside) {
+      size = factors(previous);
+      blocks(0, rows, columns, true, [&](const Block& b) { kernel.inside(s, phi.data(), A(rule.scale), b); });
+    }
+    apply();
+    return size;
+  }
+};
+
+// Changes p and the moments in place; returns |S|, of no elements without anything outside.
+Tensor projected_step_(Strided p, Strided grad, Tensor basis, Strided exp_avg, Strided exp_avg_sq, std::optional<Tensor> previous,
+                       Rule rule) {
+  const int64_t m = p.size(0), n = p.size(1), r = basis.size(1), rows = rule.right ? m : r, columns = rule.right ? r : n;
+  expect(grad, "grad", {m, n});
+  expect(basis, "basis", {rule.right ? n : m, r}, wide_type(p));
+  expect(exp_avg, "exp_avg", {rows, columns}, wide_type(p));
+  expect_like(exp_avg_sq, "exp_avg_sq", exp_avg);
+  check(p.is_contiguous() && grad.is_contiguous() && exp_avg.is_contiguous() && exp_avg_sq.is_contiguous(),
+        "p, grad and the moments must be contiguous");
+  Tensor norm = fresh(basis, rule.outside ? std::vector<int64_t>{} : std::vector<int64_t>{0});
+  with_type(is_double(p), [&](auto type) {
+    using A = decltype(type);
+    const double size = Step<A>{p, grad, basis, rule, m, n, r, rows, columns}.run(exp_avg, exp_avg_sq, previous);
+    if (rule.outside) *static_cast<A*>(norm.data_ptr()) = A(size);
+  });
+  return norm;
+}
+
+Tensor copy_of(const Tensor& t) {
+  Tensor out = empty_of(t);
+  if (t.numel()) std::memcpy(out.data_ptr(), t.data_ptr(), size_t(t.numel() * bytes_of(dtype_of(t))));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> projected_step(Tensor p, Tensor grad, Tensor basis, Tensor exp_avg, Tensor exp_avg_sq,
+                                                          std::optional<Tensor> previous, Rule rule) {
+  Strided moved{copy_of(p)}, first{copy_of(exp_avg)}, second{copy_of(exp_avg_sq)};
+  Tensor norm = projected_step_(moved, Strided{grad}, basis, first, second, previous, rule);
+  return {moved, first, second, norm};
+}
+
+}  // namespace
+}  // namespace w2s
+
+STABLE_TORCH_LIBRARY_FRAGMENT(w2s_fast, m) {
+  m.def(
+      "projected_step_(Tensor(a!) p, Tensor grad, Tensor basis, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? previous, "
+      "float beta1, float beta2, float eps, float rate, float keep, float scale, float limit, bool right, int outside) -> Tensor");
+}
+W2S_IMPLEMENTATIONS(m) {
+  m.add<&w2s::projected_step>("projected_step");
+  m.add<&w2s::projected_step_>("projected_step_");
+}

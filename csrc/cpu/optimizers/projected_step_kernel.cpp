@@ -1,0 +1,155 @@
+// The passes of projected_step that are no product: Adam's moments and two sums of squares in one pass over R, sums of
+// squares of G, psi - phi R, and p = keep p + back - rate phi G with G and p read once and p written once.
+#include "cpu/optimizers/projected_step.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/target_begin.h"
+
+#include "cpu/tiles_kernel.h"
+
+constexpr int64_t TOGETHER = 256;  // rows whose squares are added in the accumulating type, then in double
+
+// work(row, column, n) for the tiles of a block
+template <class F>
+W2S_INLINE void block_tiles(const Block& b, const F& work) {
+  for (int64_t row = b.top; row < b.bottom; ++row)
+    for (int64_t c = b.begin; c < b.end; c += TILE) work(row, c, int(std::min<int64_t>(TILE, b.end - c)));
+}
+
+// The same with sums of squares beside it, `Count` of them: work returns a row's through `sum`, or adds to `columns`.
+template <class A, int Count, class F>
+W2S_INLINE void summed(const Block& b, bool by_row, double* const (&sums)[Count], const F& work) {
+  if (by_row) {
+    for (int64_t row = b.top; row < b.bottom; ++row)
+      for (int64_t c = b.begin; c < b.end; c += TILE) {
+        A sum[Count] = {};
+        work(row, c, int(std::min<int64_t>(TILE, b.end - c)), sum, nullptr);
+        for (int k = 0; k < Count; ++k) sums[k][row] += double(sum[k]);
+      }
+    return;
+  }
+  A columns[Count * TILE];
+  for (int64_t c = b.begin; c < b.end; c += TILE) {
+    const int n = int(std::min<int64_t>(TILE, b.end - c));
+    for (int64_t top = b.top; top < b.bottom; top += TOGETHER) {
+      std::fill_n(columns, Count * TILE, A(0));
+      for (int64_t row = top; row < std::min(b.bottom, top + TOGETHER); ++row) work(row, c, n, nullptr, columns);
+      for (int k = 0; k < Count; ++k)
+        for (int i = 0; i < n; ++i) sums[k][c + i] += double(columns[k * TILE + i]);
+    }
+  }
+}
+
+template <class A>
+W2S_INLINE void moments_tile(const Moments<A>& s, int64_t at, int n, A* sum, A* columns) {
+  using V = Vec<A>;
+  const A *low = s.low + at, rest1 = s.rest1, rest2 = s.rest2;
+  A *first = s.first + at, *second = s.second + at, *psi = s.psi + at;
+  const V b1 = V::set(s.beta1), r1 = V::set(rest1), b2 = V::set(s.beta2), r2 = V::set(rest2), eps = V::set(s.eps);
+  V sum_psi = V::set(0), sum_low = V::set(0);
+  int i = 0;
+  for (; i + V::W <= n; i += V::W) {
+    const V r = V::load(low + i), m = V::fma(b1, V::load(first + i), r1 * r), v = V::fma(b2, V::load(second + i), r2 * r * r);
+    const V d = m / (v.root() + eps);
+    m.store(first + i);
+    v.store(second + i);
+    d.store(psi + i);
+    if (columns) {
+      V::fma(d, d, V::load(columns + i)).store(columns + i);
+      V::fma(r, r, V::load(columns + TILE + i)).store(columns + TILE + i);
+    } else {
+      sum_psi = V::fma(d, d, sum_psi);
+      sum_low = V::fma(r, r, sum_low);
+    }
+  }
+  if (sum) sum[0] = sum_psi.sum(), sum[1] = sum_low.sum();
+  for (; i < n; ++i) {
+    const A r = low[i];
+    first[i] = s.beta1 * first[i] + rest1 * r;
+    second[i] = s.beta2 * second[i] + rest2 * r * r;
+    const A d = psi[i] = first[i] / (std::sqrt(second[i]) + s.eps);
+    A& of_psi = columns ? columns[i] : sum[0];
+    A& of_low = columns ? columns[TILE + i] : sum[1];
+    of_psi += d * d;
+    of_low += r * r;
+  }
+}
+
+template <class A>
+inline void moments_as(const Moments<A>& s, const Block& b) {
+  double* const sums[2] = {s.sum_psi, s.sum_low};
+  summed<A, 2>(b, s.by_row, sums, [&s](int64_t row, int64_t c, int n, A* sum, A* columns) {
+    moments_tile(s, row * s.columns + c, n, sum, columns);
+  });
+}
+
+template <class A>
+inline void squares_as(const Rows& x, bool by_row, double* into, const Block& b) {
+  using V = Vec<A>;
+  double* const sums[1] = {into};
+  summed<A, 1>(b, by_row, sums, [&x](int64_t row, int64_t c, int n, A* sum, A* columns) {
+    A wide[TILE];
+    const A* g = read_tile(x, row, c, n, wide);
+    int i = 0;
+    if (columns) {
+      for (; i + V::W <= n; i += V::W) V::fma(V::load(g + i), V::load(g + i), V::load(columns + i)).store(columns + i);
+      for (; i < n; ++i) columns[i] += g[i] * g[i];
+      return;
+    }
+    V part = V::set(0), other = V::set(0);
+    for (; i + 2 * V::W <= n; i += 2 * V::W) {
+      const V one = V::load(g + i), two = V::load(g + i + V::W);
+      part = V::fma(one, one, part);
+      other = V::fma(two, two, other);
+    }
+    A all = (part + other).sum();
+    for (; i < n; ++i) all += g[i] * g[i];
+    *sum = all;
+  });
+}
+
+template <class A>
+inline void inside_as(const Moments<A>& s, const A* phi, A scale, const Block& b) {
+  using V = Vec<A>;
+  block_tiles(b, [&](int64_t row, int64_t c, int n) {
+    const A *low = s.low + row * s.columns + c, *of = s.by_row ? phi + row : phi + c;
+    A* psi = s.psi + row * s.columns + c;
+    const V factor = V::set(scale), same = V::set(*of);
+    int i = 0;
+    for (; i + V::W <= n; i += V::W) {
+      const V f = s.by_row ? same : V::load(of + i);
+      (factor * (V::load(psi + i) - f * V::load(low + i))).store(psi + i);
+    }
+    for (; i < n; ++i) psi[i] = scale * (psi[i] - of[s.by_row ? 0 : i] * low[i]);
+  });
+}
+
+template <class A>
+inline void update_as(const Update<A>& s, const Block& b) {
+  using V = Vec<A>;
+  block_tiles(b, [&s](int64_t row, int64_t c, int n) {
+    A wide_p[TILE], wide_g[TILE], result[TILE];
+    const A *p = read_tile(s.p, row, c, n, wide_p), *g = s.phi ? read_tile(s.grad, row, c, n, wide_g) : nullptr;
+    const A *back = s.back + (row - s.top) * s.columns + c, *of = !s.phi ? nullptr : s.by_row ? s.phi + row : s.phi + c;
+    write_tile(s.p, row, c, n, result, [&](A* out) {
+      const V keep = V::set(s.keep), rate = V::set(-s.rate), same = V::set(of ? -s.rate * *of : 0);
+      int i = 0;
+      if (!g) {
+        for (; i + V::W <= n; i += V::W) V::fma(keep, V::load(p + i), V::load(back + i)).store(out + i);
+        for (; i < n; ++i) out[i] = s.keep * p[i] + back[i];
+        return;
+      }
+      for (; i + V::W <= n; i += V::W) {
+        const V factor = s.by_row ? same : rate * V::load(of + i);
+        V::fma(factor, V::load(g + i), V::fma(keep, V::load(p + i), V::load(back + i))).store(out + i);
+      }
+      for (; i < n; ++i) out[i] = s.keep * p[i] + back[i] - s.rate * of[s.by_row ? 0 : i] * g[i];
+    });
+  });
+}
+
+W2S_KERNELS(ProjectedKernels, moments_as<Real>, squares_as<Real>, inside_as<Real>, update_as<Real>)
+
+#include "cpu/target_end.h"
