@@ -461,9 +461,9 @@ def upper_bounds(env: Env, samples: Samples, output: str, rows: Tensor) -> Tenso
         for own, vector in found.constants:
             upper.constant = upper.constant + samples.dot(step.name, own, vector)
         for name, more in found.a.items():
-            together = more
+            together = more if sound else more.to(env.values[name].lower.dtype)  # of a model of several dtypes
             if name in pending:
-                together = pending[name] + more
+                together = pending[name] + together
                 box = env.values[name]
                 upper.rounds(together, largest(box) if sound else None, name)
             pending[name] = together

@@ -166,7 +166,17 @@ def program(traced: Trace, boxed: set[str], *, relu_apart: bool = False) -> Prog
     later = {step.name: step for step in steps if not step.boxes}
     before = next((s for s in steps if last is not None and s.name == last.boxes[0]), None)
     of_relu = before is not None and schema(before.nodes[-1]) in _RELUS
-    return Program(steps, traced, last, before_relu, uses_batch, shapes, later, {}, of_relu)
+    memo = {"moves": True} if _moves(traced) else {}
+    return Program(steps, traced, last, before_relu, uses_batch, shapes, later, memo, of_relu)
+
+
+def _moves(traced: Trace) -> bool:
+    """Whether the output depends on a buffer that the model's forward changes: the next call is another function."""
+    wanted, paths = {traced.output}, {path for path, _ in traced.mutated}
+    for node in reversed(traced.nodes):
+        if node.name in wanted:
+            wanted.update(node.refs)
+    return any(path in paths for name, path in traced.states.items() if name in wanted)
 
 
 def _named(traced: Trace, name: str) -> Node | None:
