@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ... import autocast, checks
 from ...ops.interval_bounds.inputs import COMPUTES, Compute, rows
 from ...ops.interval_bounds.margin import MARGIN_LOGITS
-from ...reference.interval_bounds.boxes import outward
+from ...reference.interval_bounds.boxes import outward, unit
 from . import agreement, backward, deployed
 from .boxes import (
     HALVES,
@@ -159,19 +159,19 @@ class IntervalPass:
         with torch.no_grad():
             most = box.upper if self._program.last_of_relu else torch.maximum(-box.lower, box.upper)
             weight = weight.abs()
-            shift = most.new_full((), 1e-20) if bias is None else bias.abs() + 1e-20  # also for the least
+            shift = most.new_full((), 1e-20) if bias is None else bias.abs().add_(1e-20)  # also for the least
             if half:
                 weight, most, shift = (t.to(kind) for t in (weight, most, shift))
             size = torch.addmm(shift, most, weight.t(), beta=4, alpha=4)
             own = 1 + 4 * deployed.gamma(weight.shape[1] + 8, kind)  # of these sums
-            share = (lost.size * own + 8 * torch.finfo(kind).eps) / 4
+            share = (lost.size * own + 24 * unit(kind)) / 4
             if half:  # rounded to 16 bits at most twice
                 out = self._output()
                 values = torch.maximum(-out.lower, out.upper).to(kind) + shift
                 size = size + (values + lost.least / lost.rough) * (1.01 * lost.rough / share)
             index = label.unsqueeze(1)
-            moved = size + size.gather(1, index)
-        return torch.add(z, moved, alpha=share).scatter(1, index, 0.0)
+            own_size = size.gather(1, index)
+        return torch.add(z, size, alpha=share).add_(own_size, alpha=share).scatter_(1, index, 0.0)
 
     @unlowered
     def specified(self, C: Tensor, method: Method = "ibp") -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ... import checks
 from . import deployed, registry
 from .affine import Affine
-from .boxes import OP, Box, Call, Choices, Lost, Mode, refuse
+from .boxes import EXACT, HALVES, OP, Box, Call, Choices, Lost, Mode, refuse
 from .trace import Node, Ref, Trace, references
 
 
@@ -305,12 +305,12 @@ class Env:
         given = step.bound
         for key, value in step.open:
             given[key] = self.filled(value)
-        call = Call(self.mode, node.target, step.nodes[-1].dtype or torch.float32, step.nodes[-1].shape, node.where)
+        dtype, lost = step.nodes[-1].dtype or torch.float32, EXACT
         if self.mode.deployed:
-            step.lost = step.lost or deployed.lost(deployed.name_of(node.target), given, call.dtype)
-            call = call._replace(lost=step.lost)
-            if deployed.lowers(deployed.name_of(node.target), given, call.dtype):
-                given = {k: deployed.lowered(v, call.dtype) for k, v in given.items()}
+            lost = step.lost = step.lost or deployed.lost(deployed.name_of(node.target), given, dtype)
+            if dtype in HALVES and deployed.lowers(deployed.name_of(node.target), given, dtype):
+                given = {k: deployed.lowered(v, dtype) for k, v in given.items()}
+        call = Call(self.mode, node.target, dtype, step.nodes[-1].shape, node.where, lost)
         if step.affine is not None:
             norm = None if step.affine.norm is None else self.filled(dict(step.affine.norm))
             return step.affine.run(call, norm, **given)
@@ -338,7 +338,7 @@ class Env:
     def lowers(self, step: Step) -> bool:
         """Whether autocast rounds the operands of a deployed step."""
         dtype = step.nodes[-1].dtype
-        if not self.mode.deployed or dtype is None:
+        if not self.mode.deployed or dtype not in HALVES:
             return False
         return deployed.lowers(deployed.name_of(step.node.target), self.filled(step.bound), dtype)
 
