@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextvars
 import ctypes
+import dataclasses
+import functools
 import itertools
+import logging
 import math
+import pathlib
 import random
 import sys
 import threading
@@ -21,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from w2s_fast.nn import bound
+from w2s_fast.nn.interval.facts import fingerprint
 
 X = torch.tensor([[0.4, -0.7, 0.2]])
 SCALE = 1.0
@@ -347,3 +353,42 @@ def test_tensors_of_classes_that_compute_are_refused():
 def test_a_model_that_does_not_run_is_named(make, text):
     with pytest.raises(TypeError, match=text):
         bound(make().eval()).bounds(X, 1e-3)
+
+
+Logits = collections.namedtuple("Logits", "values")
+
+
+@dataclasses.dataclass
+class Settings:
+    width: int = 4
+    act: Any = nn.functional.relu
+    folder: pathlib.Path = pathlib.Path("x")
+    names: list[str] = dataclasses.field(default_factory=lambda: ["a"])
+
+
+class Ordinary(nn.Module, abc.ABC):
+    """What models of today hold; methods that a call does not reach may read files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings, self.time, self.lock = Settings(), nn.Linear(3, 3), threading.Lock()
+        self.norm = functools.partial(nn.LayerNorm, eps=1e-6)(3)
+        self.log, self.space = logging.getLogger(__name__), types.SimpleNamespace(scale=2.0)
+        self.generator, self.numbers = torch.Generator(), numpy.arange(3.0)
+
+    def load_weights(self, path: str) -> None:
+        with open(path, "rb") as file:
+            self.load_state_dict(torch.load(file))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log.debug("called")
+        return Logits(self.settings.act(self.norm(self.time(x))) * math.sqrt(2.0) * self.space.scale).values
+
+
+def test_ordinary_models_are_not_traced_at_every_call():
+    model = Ordinary().eval()
+    first, facts = fingerprint(model)
+    assert facts.whole
+    assert fingerprint(model)[0] == first
+    model.forward = lambda x: x * float(model.settings.folder.read_text())
+    assert not fingerprint(model)[1].whole

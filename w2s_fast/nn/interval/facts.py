@@ -36,7 +36,8 @@ _FIXED = (
     types.CodeType, types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType,
     types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType, types.GenericAlias,
     types.UnionType, type(...), type(NotImplemented), range, slice, decimal.Decimal, fractions.Fraction, re.Pattern,
-    datetime.date, datetime.time, datetime.timedelta, operator.itemgetter, operator.attrgetter,
+    types.SimpleNamespace, type(collections.namedtuple("_Row", "field").field),  # type: ignore[attr-defined]
+    datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, operator.itemgetter, operator.attrgetter,
     operator.methodcaller, functools._lru_cache_wrapper, type(threading.Lock()), type(threading.RLock()),
 )  # fmt: skip
 #: Hooks of a module by the dictionaries that hold them.
@@ -54,7 +55,7 @@ _ABOUT = frozenset({
     "__static_attributes__", "__parameters__", "__orig_bases__", "__abstractmethods__", "__slots__", "__hash__",
     "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__class_getitem__", "__repr__", "__str__",
     "__del__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__",
-    "__setattr__", "__delattr__", "__dir__",
+    "__setattr__", "__delattr__", "__dir__", "_abc_impl",
 })  # fmt: skip
 _HOOKS = (
     "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",

@@ -14,16 +14,20 @@ from torch import Tensor
 from ... import extension
 
 
-def _sums(a: Tensor, vector: Tensor) -> Tensor:
-    """``[M, B]``: rows times a vector a sample."""
+def sums(a: Tensor, vector: Tensor) -> Tensor:
+    """``[M, B]``: rows ``[M, B, ...]`` times a vector a sample ``[B, ...]``.
+
+    The vector is the one row of each sample's product: with it as the one column (einsum) it takes ten times as long.
+    """
     m, b = a.shape[:2]
-    return torch.einsum("mbk,bk->mb", a.reshape(m, b, -1), vector.reshape(b, -1))
+    rows, one = a.reshape(m, b, -1).permute(1, 2, 0), vector.reshape(b, 1, -1)
+    return torch.bmm(one, rows).squeeze(1).t()
 
 
 def _over_rows(a: Tensor, weights: Tensor) -> Tensor:
     """``[B, ...]``: sum over rows, each times its weight a sample."""
     m, b = a.shape[:2]
-    return torch.einsum("mbk,mb->bk", a.reshape(m, b, -1), weights).reshape(a.shape[1:])
+    return torch.bmm(weights.t().unsqueeze(1), a.reshape(m, b, -1).transpose(0, 1)).reshape(a.shape[1:])
 
 
 def _wide(c: Tensor, like: Tensor) -> Tensor:
@@ -38,7 +42,7 @@ class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, low: Tensor, slope: Tensor, intercept: Tensor) -> tuple[Tensor, Tensor]:
         up = a.clamp_min(0)
-        constant = _sums(up, intercept)
+        constant = sums(up, intercept)
         return torch.addcmul(up.mul_(slope - low), a, low), constant
 
     @staticmethod
@@ -100,7 +104,7 @@ class _Box(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, middle: Tensor, radius: Tensor) -> Tensor:
-        return _sums(a, middle) + _sums(a.abs(), radius)
+        return sums(a, middle) + sums(a.abs(), radius)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

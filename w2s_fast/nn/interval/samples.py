@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import passes
 from .boxes import refuse
 from .registry import UNCHANGED
 from .trace import Ref
@@ -43,7 +44,7 @@ class Samples:
         if owner is None:
             m, b = rows.shape[0], self.count
             vector = vector.to(rows.dtype).expand(rows.shape[1:])
-            return torch.einsum("mbk,bk->mb", rows.reshape(m, b, -1), vector.reshape(b, -1))
+            return passes.sums(rows.reshape(m, b, -1), vector.reshape(b, -1))
         places = owner.to(rows.device).flatten()
         found = rows.new_zeros(rows.shape[0], self.count + 1)
         return found.index_add(1, places, (rows * vector).reshape(len(rows), -1))[:, 1:]
