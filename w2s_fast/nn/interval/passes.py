@@ -68,7 +68,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a b`` of matrices: on a CPU by the kernels' own product, or the library's where that was found faster."""
     kinds = {type(a), type(b)} <= {Tensor, torch.nn.Parameter} and a.dtype == b.dtype == torch.float32
     here = a.device.type == "cpu" and extension.ERROR is None and not torch.compiler.is_compiling()
-    if not (kinds and here) or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (a, b))):
+    if not (kinds and here and a.shape[1]) or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (a, b))):
         return a @ b
     found = torch.empty(a.shape[0], b.shape[1])
     torch.ops.w2s_fast.product(a, b, found, False, 0)
@@ -82,7 +82,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return _product(a.reshape(-1, a.shape[-1]), weight).reshape(*a.shape[:-1], -1), a @ bias
+        return _product(a.flatten(0, -2), weight).reshape(*a.shape[:-1], weight.shape[1]), a @ bias
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -92,7 +92,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, more: Tensor) -> Any:  # type: ignore[override]
         a, weight, bias = ctx.saved_tensors
         need_a, need_weight, need_bias = ctx.needs_input_grad
-        rows, flat, g = a.reshape(-1, a.shape[-1]), more.reshape(-1), grad.reshape(-1, grad.shape[-1])
+        rows, flat, g = a.flatten(0, -2), more.reshape(-1), grad.flatten(0, -2)
         da = _product(g, weight.t()).addr_(flat, bias).reshape(a.shape) if need_a else None
         return da, _product(rows.t(), g) if need_weight else None, rows.t() @ flat if need_bias else None
 
