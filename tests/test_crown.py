@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from w2s_fast.nn import bound, verify
 from w2s_fast.nn.interval.backward import relaxation
@@ -287,3 +287,43 @@ def test_refuses():
     assert bool((ends[0] <= model(x)).all() and (ends[1] >= model(x)).all() and loose[0].isfinite().all())
     with pytest.raises(ValueError, match=r"one whose output is \[B, C\] for margins"):
         bound(nn.Sequential(nn.Conv2d(3, 2, 3))).margins(x, y, 0.1, method="crown-ibp")
+
+
+class Written(nn.Module):
+    """Entries of one sample's row are constants, in an order in which samples are not in front."""
+
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.write, self.a, self.b = write, nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.write(self.a(x)))
+
+
+def _entry(h: Tensor) -> Tensor:
+    h.reshape(-1)[3] = 9.0
+    return h
+
+
+def _column(h: Tensor) -> Tensor:
+    h[:, 0] += 1
+    return h
+
+
+@pytest.mark.parametrize("write", [
+    _entry, _column, lambda h: torch.nn.functional.pad(h.t(), (1, 1), value=5.0)[:, 1:-1].t(),
+    lambda h: torch.nn.functional.pad(h, (0, 1), value=5.0)[:, 1:],
+    lambda h: torch.cat((h.t(), torch.full((1, len(h)), 2.0)))[1:].t(),
+], ids=["entry", "column", "across", "along", "cat"])  # fmt: skip
+@pytest.mark.parametrize("method", ["crown-ibp", "crown"])
+def test_constants_among_entries_count_for_their_sample(write, method):
+    torch.manual_seed(0)
+    model, x = Written(write).eval(), torch.randn(7, 4)
+    try:
+        low, high = bound(model).bounds(x, 0.1, method=method)
+    except TypeError as error:
+        assert "no sample's among those of several" in str(error)
+        return
+    with torch.no_grad():
+        y = model(x.clone())
+    assert bool(((low <= y) & (y <= high)).all())

@@ -14,7 +14,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from w2s_fast.nn import Ball, bound, verify
 from w2s_fast.testing.escapes import escapes, points
@@ -392,3 +392,36 @@ def test_running_statistics_that_are_averages_of_all_batches():
             torch.testing.assert_close(low, other(x), rtol=1e-4, atol=1e-4)
         for (name, a), b in zip(model.named_buffers(), other.buffers(), strict=True):
             torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0)])
+@pytest.mark.parametrize("rounding", ["sound", "fast", "deployed"])
+def test_layers_of_no_inputs(sizes, rounding):
+    first, hidden = sizes
+    model = nn.Sequential(nn.Linear(first, hidden), nn.ReLU(), nn.Linear(hidden, 3)).eval()
+    x, y = torch.zeros(2, first), torch.tensor([0, 1])
+    torch.full((4096,), 1e9)  # memory that is not 0
+    module, wanted = bound(model.requires_grad_(False)), model(x)
+    for method in ("ibp", "crown-ibp"):
+        low, high = module.bounds(x, 0.1, rounding, method=method)
+        assert bool(((low <= wanted + 1e-6) & (wanted - 1e-6 <= high)).all())
+        assert float((high - low).max()) < 1e-5
+        margins = module.margins(x, y, 0.1, rounding, method=method)
+        torch.testing.assert_close(margins, wanted - wanted.gather(1, y[:, None]), atol=1e-5, rtol=0)
+
+
+def test_bits_of_a_tensor_as_another_dtype_are_refused():
+    class Bits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(torch.int32).float()
+
+    class Whole(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            whole = torch.zeros(2, 3, dtype=torch.int64)
+            whole[:, 0] = x[:, 0]
+            return whole.float()
+
+    for model, text in ((Bits(), "view of the bits of a tensor as torch.int32"), (Whole(), "copy to torch.int64")):
+        with pytest.raises(TypeError, match=text):
+            bound(model).bounds(torch.zeros(2, 3), 0.1)

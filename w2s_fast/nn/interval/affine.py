@@ -52,6 +52,9 @@ def apply_linear(call: Call, box: Box, weight: Tensor, bias: Tensor | None, act:
     """A box through ``x W^T + b`` by the fused op."""
     flat = weight if weight.ndim == 2 else weight.unsqueeze(0)
     lower, upper = box.lower, box.upper
+    if not weight.shape[-1]:  # of no inputs, which the op does not take
+        shift = (lower.new_zeros(()) if bias is None else bias).to(call.dtype).expand(call.shape)
+        return (shift.relu(), shift.relu()) if act else (shift, shift)
     if not (same := _own_dtype(call, box, weight, bias)):
         lower, upper, flat, bias = _operands(call, lower, upper, flat, bias)
     if weight.ndim == 2:

@@ -19,6 +19,13 @@ def _plain(t: Tensor) -> bool:
     return type(t) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
+def _stand_in(t: Tensor) -> bool:
+    """Of a compiler or of vmap; a class of tensors of the user's runs."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(t) or (
+        type(t) not in (Tensor, nn.Parameter) and type(t).__module__.startswith("torch.")
+    )
+
+
 def _instead(t: Tensor) -> Tensor:
     """A tensor like a stand-in."""
     shape = tuple(int(s) for s in t.shape)
@@ -48,28 +55,41 @@ def evaluated(trace: Trace, model: nn.Module, inputs: list[Tensor]) -> Tensor:
     return found
 
 
-def check(model: nn.Module, trace: Trace, inputs: list[Tensor], inference: bool) -> None:
+def _run(model: nn.Module, buffers: dict[str, Tensor], inputs: list[Tensor]) -> Tensor:
+    try:
+        found: Any = torch.func.functional_call(model, buffers, tuple(t.clone() for t in inputs), tie_weights=True)
+    except Exception as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        refuse(f"a model that fails on inputs like these: {type(error).__name__}: {said}")
+    if not isinstance(found, Tensor):
+        refuse("an output that is not one tensor")
+    return found  # type: ignore[no-any-return]
+
+
+def _same(found: Tensor, wanted: Tensor, share: float) -> bool:
+    if found.shape != wanted.shape or found.dtype != wanted.dtype or not found.numel():
+        return found.shape == wanted.shape and found.dtype == wanted.dtype
+    a, b = (t.double().nan_to_num(0.0, 1.0, -1.0) for t in (found, wanted))
+    return bool((a - b).abs().max() <= share * (1 + b.abs().max()))
+
+
+def check(model: nn.Module, trace: Trace, inputs: list[Tensor], inference: bool) -> bool:
     """Refuse a trace whose output is not the model's, run without gradients (``inference``: in inference mode).
 
-    The model's buffers and attributes are afterwards what they were.
+    The model's buffers and attributes are afterwards what they were. Returns whether a second call gives the same.
     """
     buffers = dict(model.named_buffers())
     if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in trace.nodes):
-        return  # dropout in training mode, which its rule refuses
-    if not all(map(_plain, (*model.parameters(), *buffers.values()))):
-        return
+        return True  # dropout in training mode, which its rule refuses
+    if any(_stand_in(t) for t in (*model.parameters(), *buffers.values())):
+        return True
     inputs = [t.detach() if _plain(t) else _instead(t) for t in inputs]
     with same_attributes(model), torch.no_grad():
-        found = evaluated(trace, model, [t.contiguous() for t in inputs])
         own = {name: b.clone() for name, b in buffers.items()}
         with torch.inference_mode() if inference else torch.no_grad():
-            wanted = torch.func.functional_call(model, own, tuple(t.clone() for t in inputs), tie_weights=True)
-        if not isinstance(wanted, Tensor):
-            refuse("an output that is not one tensor")
-        share = 0.02 if found.dtype in HALVES else 1e-4
-        same = found.shape == wanted.shape and found.dtype == wanted.dtype
-        if same and found.numel():
-            a, b = (t.double().nan_to_num(0.0, 1.0, -1.0) for t in (found, wanted))
-            same = bool((a - b).abs().max() <= share * (1 + b.abs().max()))
-    if not same:
-        refuse("code that computes something else while it is traced or gradients are off")
+            wanted = _run(model, own, inputs)
+            again = _run(model, own, inputs)
+        found = evaluated(trace, model, [t.contiguous() for t in inputs])
+        if not _same(found, wanted, 0.02 if found.dtype in HALVES else 1e-4):
+            refuse("code that computes something else while it is traced or gradients are off")
+        return _same(again, wanted, 16 * torch.finfo(wanted.dtype).eps)

@@ -208,10 +208,13 @@ def affine_back(way: Way, a: Tensor) -> Rows:
         n + p + q - ((out - 1) * s + d * (k - 1) + 1)
         for n, (p, q), out, s, d, k in zip(size, sides, a.shape[-2:], stride, dilation, kernel, strict=True)
     ]
-    back = F.conv_transpose2d(flat, weight, None, stride, 0, [0, 0], step.bound["groups"], dilation)
-    back = F.pad(back, [0, rest[1], 0, rest[0]])
-    (up, _), (left, _) = sides
-    back = back[..., up : up + size[0], left : left + size[1]]
+    (up, down), (left, right) = sides
+    options = step.bound["groups"], dilation
+    if up == down and left == right:
+        back = F.conv_transpose2d(flat, weight, None, stride, [up, left], rest, *options)
+    else:
+        back = F.pad(F.conv_transpose2d(flat, weight, None, stride, 0, 0, *options), [0, rest[1], 0, rest[0]])
+        back = back[..., up : up + size[0], left : left + size[1]]
     return Rows({name: back.reshape(a.shape[0], *box.lower.shape)}, constants, terms)
 
 
@@ -461,9 +464,9 @@ def upper_bounds(env: Env, samples: Samples, output: str, rows: Tensor) -> Tenso
         for own, vector in found.constants:
             upper.constant = upper.constant + samples.dot(step.name, own, vector)
         for name, more in found.a.items():
-            together = more
+            together = more if sound else more.to(env.values[name].lower.dtype)  # of a model of several dtypes
             if name in pending:
-                together = pending[name] + more
+                together = pending[name] + together
                 box = env.values[name]
                 upper.rounds(together, largest(box) if sound else None, name)
             pending[name] = together

@@ -119,9 +119,7 @@ def refuse(what: Any, error: type[Exception] = TypeError) -> Any:
     checks.fail(OP, "model", "made of supported layers", what, f"Supported: {supported()}.", error=error)
 
 
-def moved(
-    found: Tensor, size: Tensor, lower: bool, dtype: torch.dtype, terms: int = 1, lost: Lost = EXACT
-) -> Tensor:
+def moved(found: Tensor, size: Tensor, lower: bool, dtype: torch.dtype, terms: int = 1, lost: Lost = EXACT) -> Tensor:
     """float64 ``found`` in ``dtype``, moved outward by more than ``terms`` roundings in float64 of terms of ``size``.
 
     2^-40 is 8192 roundings; longer sums add theirs. What a deployed evaluation has lost comes on top. NaN and overflow

@@ -42,6 +42,7 @@ a product.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from typing import TYPE_CHECKING, Any
@@ -247,6 +248,22 @@ def convolution(step: Step, shapes: list[tuple[int, ...]], device: torch.device)
             checks.fail(OP, "rounding", '"deployed" with convolutions that are sums of products', found, hint)
 
 
+_FULL = frozenset({"none", "ieee"})
+
+
+@functools.lru_cache
+def _libraries(cpu: bool) -> tuple[tuple[str, Any], ...]:
+    """PyTorch's settings of the libraries of products, by name."""
+    backends: Any = torch.backends
+    cuda = () if cpu else (("cuda.matmul", backends.cuda.matmul), ("cudnn.conv", getattr(backends.cudnn, "conv", None)))
+    mkldnn = backends.mkldnn
+    return cuda or tuple((f"mkldnn.{name}", getattr(mkldnn, name, None)) for name in ("matmul", "conv"))
+
+
+#: Variables that leave products fewer digits, and what they may be.
+_STRICT = (("ONEDNN_DEFAULT_FPMATH_MODE", ("", "STRICT")), ("NVIDIA_TF32_OVERRIDE", ("", "0")))
+
+
 def settings(device: torch.device, dtypes: set[torch.dtype | None]) -> None:
     """Refuse settings that leave products fewer digits.
 
@@ -255,16 +272,13 @@ def settings(device: torch.device, dtypes: set[torch.dtype | None]) -> None:
     """
     backends = torch.backends
     if torch.float32 in dtypes:
-        strict = {"ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"), "NVIDIA_TF32_OVERRIDE": ("", "0")}
-        for variable, fine in strict.items():
-            value = os.environ.get(variable, "")
+        for variable, fine in _STRICT:
+            value = os.environ.get(variable, "") if variable in os.environ else ""
             if value.upper() not in fine:
                 checks.fail(OP, "rounding", '"deployed" with float32 products in float32', f"{variable}={value}")
-        library = ("mkldnn", "mkldnn") if device.type == "cpu" else ("cuda", "cudnn")
-        for first, second in zip(library, ("matmul", "conv"), strict=True):
-            name = f"{first}.{second}"
-            value = getattr(getattr(getattr(backends, first), second, None), "fp32_precision", "none")
-            if value not in ("none", "ieee"):
+        for name, library in _libraries(device.type == "cpu"):
+            value = getattr(library, "fp32_precision", "none")
+            if value not in _FULL:
                 hint = f'Set torch.backends.{name}.fp32_precision = "ieee".'
                 checks.fail(OP, "rounding", '"deployed" with float32 products in float32', f"{name} in {value}", hint)
     if device.type == "cuda" and dtypes & {torch.bfloat16, torch.float16}:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ... import autocast, checks
 from ...ops.interval_bounds.inputs import COMPUTES, Compute, rows
 from ...ops.interval_bounds.margin import MARGIN_LOGITS
-from ...reference.interval_bounds.boxes import outward
+from ...reference.interval_bounds.boxes import outward, unit
 from . import agreement, backward, deployed
 from .boxes import (
     HALVES,
@@ -36,7 +36,7 @@ from .facts import fingerprint
 from .inputs import Clip, boxes, labels
 from .program import Env, Program, Step, attribute, program
 from .samples import Samples
-from .trace import alone, trace
+from .trace import alone, trace, undisturbed
 
 Method = Literal["ibp", "crown-ibp", "crown"]
 METHODS = ("ibp", "crown-ibp", "crown")
@@ -138,7 +138,7 @@ class IntervalPass:
             label = labels(y, output[0], output[1])
             box = self._box(last.boxes[0])
             weight, bias = (self._env.filled(last.bound[k]) for k in ("weight", "bias"))
-            if box.ball is None and weight.dtype == box.lower.dtype:
+            if box.ball is None and weight.dtype == box.lower.dtype and weight.shape[1]:
                 flat = map(rows, (box.lower, box.upper, weight))  # all of it has been checked by the trace
                 found: Tensor = MARGIN_LOGITS(*flat, bias, label.contiguous(), True, self._mode.sound)
                 return found if not self._mode.deployed else self._apart(found, box, weight, bias, label)
@@ -159,19 +159,19 @@ class IntervalPass:
         with torch.no_grad():
             most = box.upper if self._program.last_of_relu else torch.maximum(-box.lower, box.upper)
             weight = weight.abs()
-            shift = most.new_full((), 1e-20) if bias is None else bias.abs() + 1e-20  # also for the least
+            shift = most.new_full((), 1e-20) if bias is None else bias.abs().add_(1e-20)  # also for the least
             if half:
                 weight, most, shift = (t.to(kind) for t in (weight, most, shift))
             size = torch.addmm(shift, most, weight.t(), beta=4, alpha=4)
             own = 1 + 4 * deployed.gamma(weight.shape[1] + 8, kind)  # of these sums
-            share = (lost.size * own + 8 * torch.finfo(kind).eps) / 4
+            share = (lost.size * own + 24 * unit(kind)) / 4
             if half:  # rounded to 16 bits at most twice
                 out = self._output()
                 values = torch.maximum(-out.lower, out.upper).to(kind) + shift
                 size = size + (values + lost.least / lost.rough) * (1.01 * lost.rough / share)
             index = label.unsqueeze(1)
-            moved = size + size.gather(1, index)
-        return torch.add(z, moved, alpha=share).scatter(1, index, 0.0)
+            own_size = size.gather(1, index)
+        return torch.add(z, size, alpha=share).add_(own_size, alpha=share).scatter_(1, index, 0.0)
 
     @unlowered
     def specified(self, C: Tensor, method: Method = "ibp") -> tuple[Tensor, Tensor]:
@@ -552,6 +552,9 @@ class IntervalModule(nn.Module):
         if (certificate or mode.sound) and steps.uses_batch:  # statistics are those of the clean inputs alone
             hint = 'rounding="fast" is for training.'
             checks.fail(OP, "model", "in eval mode for sound bounds", "batch-norm by the statistics of its batch", hint)
+        if (certificate or mode.sound) and steps.memo.get("moves"):
+            wanted = "one that computes the same at every call, for sound bounds"
+            checks.fail(OP, "model", wanted, "buffers or attributes that its forward changes and reads")
         if not (clean or steps.uses_batch):
             inputs = [v._replace(clean=None) if isinstance(v, Box) else v for v in inputs]
         env = Env(self.model, steps, mode, dict(zip(steps.trace.inputs, inputs, strict=True)), given or {})
@@ -589,6 +592,17 @@ class IntervalModule(nn.Module):
             return tuple(attribute(self.model, steps.trace.states[name]).shape)
         return steps.shapes[name] if name not in given else tuple(given[name].shape)
 
+    def _compare(self, steps: Program, inputs: list[Tensor], inference: bool) -> bool:
+        """The trace with the model, in the caller's thread if that can be, as code may ask for its thread's values."""
+
+        def check() -> bool:
+            return agreement.check(self.model, steps.trace, inputs, inference)
+
+        if not undisturbed():
+            return bool(alone(check))
+        with torch.inference_mode(False), autocast.off(inputs[0].device):
+            return check()
+
     def program_for(
         self, inputs: list[Tensor], boxed: tuple[int, ...], apart: bool, lowered: torch.dtype | None = None
     ) -> Program:
@@ -605,8 +619,8 @@ class IntervalModule(nn.Module):
             traced = trace(self.model, examples, lowered)
             names = {traced.inputs[i] for i in boxed}
             found = program(traced, names), program(traced, names, relu_apart=True)
-            if lowered is None:
-                alone(lambda: agreement.check(self.model, found[0].trace, inputs, facts.asks_inference))
+            if lowered is None and not self._compare(found[0], inputs, facts.asks_inference):
+                found[0].memo["moves"] = found[1].memo["moves"] = True
             if len(self._programs) > 64:
                 self._programs.clear()
             kept = self._programs[key] = *found, facts

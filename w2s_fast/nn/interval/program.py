@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ... import checks
 from . import deployed, registry
 from .affine import Affine
-from .boxes import OP, Box, Call, Choices, Lost, Mode, refuse
+from .boxes import EXACT, HALVES, OP, Box, Call, Choices, Lost, Mode, refuse
 from .trace import Node, Ref, Trace, references
 
 
@@ -166,7 +166,17 @@ def program(traced: Trace, boxed: set[str], *, relu_apart: bool = False) -> Prog
     later = {step.name: step for step in steps if not step.boxes}
     before = next((s for s in steps if last is not None and s.name == last.boxes[0]), None)
     of_relu = before is not None and schema(before.nodes[-1]) in _RELUS
-    return Program(steps, traced, last, before_relu, uses_batch, shapes, later, {}, of_relu)
+    memo = {"moves": True} if _moves(traced) else {}
+    return Program(steps, traced, last, before_relu, uses_batch, shapes, later, memo, of_relu)
+
+
+def _moves(traced: Trace) -> bool:
+    """Whether the output depends on a buffer that the model's forward changes: the next call is another function."""
+    wanted, paths = {traced.output}, {path for path, _ in traced.mutated}
+    for node in reversed(traced.nodes):
+        if node.name in wanted:
+            wanted.update(node.refs)
+    return any(path in paths for name, path in traced.states.items() if name in wanted)
 
 
 def _named(traced: Trace, name: str) -> Node | None:
@@ -295,12 +305,12 @@ class Env:
         given = step.bound
         for key, value in step.open:
             given[key] = self.filled(value)
-        call = Call(self.mode, node.target, step.nodes[-1].dtype or torch.float32, step.nodes[-1].shape, node.where)
+        dtype, lost = step.nodes[-1].dtype or torch.float32, EXACT
         if self.mode.deployed:
-            step.lost = step.lost or deployed.lost(deployed.name_of(node.target), given, call.dtype)
-            call = call._replace(lost=step.lost)
-            if deployed.lowers(deployed.name_of(node.target), given, call.dtype):
-                given = {k: deployed.lowered(v, call.dtype) for k, v in given.items()}
+            lost = step.lost = step.lost or deployed.lost(deployed.name_of(node.target), given, dtype)
+            if dtype in HALVES and deployed.lowers(deployed.name_of(node.target), given, dtype):
+                given = {k: deployed.lowered(v, dtype) for k, v in given.items()}
+        call = Call(self.mode, node.target, dtype, step.nodes[-1].shape, node.where, lost)
         if step.affine is not None:
             norm = None if step.affine.norm is None else self.filled(dict(step.affine.norm))
             return step.affine.run(call, norm, **given)
@@ -328,7 +338,7 @@ class Env:
     def lowers(self, step: Step) -> bool:
         """Whether autocast rounds the operands of a deployed step."""
         dtype = step.nodes[-1].dtype
-        if not self.mode.deployed or dtype is None:
+        if not self.mode.deployed or dtype not in HALVES:
             return False
         return deployed.lowers(deployed.name_of(step.node.target), self.filled(step.bound), dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def _entries() -> dict[str, str]:
     rows: dict[str, str] = {}
     for rule in LAYERS.values():
         way = "linear" if rule.back is not None else "interval"
-        for name in rule.shown.split(", "):
+        for name in re.split(r", (?![^(\[]*[)\]])", rule.shown):  # a comma in brackets parts no names
             rows.setdefault(name, way)
     return rows
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import passes
 from .boxes import refuse
 from .registry import UNCHANGED
 from .trace import Ref
@@ -42,11 +43,11 @@ class Samples:
         owner = self.owners[name]
         if owner is None:
             m, b = rows.shape[0], self.count
-            vector = vector.expand(rows.shape[1:])
-            return torch.einsum("mbk,bk->mb", rows.reshape(m, b, -1), vector.reshape(b, -1))
+            vector = vector.to(rows.dtype).expand(rows.shape[1:])
+            return passes.sums(rows.reshape(m, b, -1), vector.reshape(b, -1))
         places = owner.to(rows.device).flatten()
         found = rows.new_zeros(rows.shape[0], self.count + 1)
-        return found.index_add(1, places, (rows * vector).flatten(1))[:, 1:]
+        return found.index_add(1, places, (rows * vector).reshape(len(rows), -1))[:, 1:]
 
     def unit_rows(self, name: str, start: int, stop: int, like: Tensor) -> Tensor:
         """Rows ``start`` to ``stop`` of the unit matrix of an activation in order, for every sample."""
@@ -122,6 +123,8 @@ class Samples:
             numbers = torch.arange(1, self.count + 1)[:, None]
             if bool(((rows == numbers) | (rows == 0)).all()):
                 return None
+        if bool((owner == 0).any()):  # whose constants would count for no sample
+            refuse(f"entries that are no sample's among those of several, by crown-ibp or crown: {step.node.where}")
         return owner.contiguous()
 
     def _moved(self, step: Step) -> Tensor:
@@ -141,6 +144,8 @@ class Samples:
             return args[0].reshape(args[1])  # type: ignore[no-any-return]
         if name in UNCHANGED:
             return args[0]  # type: ignore[no-any-return]
+        if name in ("pad", "constant_pad_nd"):  # not the number that is put there
+            del args[3 if name == "pad" else 2 :]
         if name in ("upsample_nearest2d", "upsample_nearest1d", "pad", "reflection_pad2d", "replication_pad2d", "index",
                     "index_select", "gather", "pixel_shuffle", "pixel_unshuffle"):  # fmt: skip
             if name in ("index", "index_select", "gather"):

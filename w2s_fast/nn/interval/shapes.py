@@ -55,7 +55,11 @@ def _keeps_samples(call: Call, given: dict[str, Any], before: Tensor, after: Any
 
 def _exact(call: Call, given: dict[str, Any], which: str) -> Any:
     """The same operation on lower bounds and on upper ones."""
-
+    if call.op._schema.name == "aten::view" and "dtype" in given:
+        refuse(f"{call.where} of the bits of a tensor as {given['dtype']}")
+    numbers = any(isinstance(v, Box) and v.lower.is_floating_point() for v in given.values())
+    if numbers and not call.dtype.is_floating_point:
+        refuse(f"{call.where} to {call.dtype}")
     value = given.get("value")
     if isinstance(value, float) and torch.tensor(value, dtype=call.dtype).item() != value and call.sound:
         # padding with a number that the dtype does not hold

@@ -6,6 +6,7 @@ parameters and buffers, which are looked up at call time. `facts.fingerprint` sa
 
 from __future__ import annotations
 
+import contextvars
 import random
 import sys
 import threading
@@ -79,9 +80,11 @@ def alone(function: Callable[[], Any]) -> Any:
     """``function()`` in a thread of its own, so that no mode of the caller (autocast, compiler, vmap) sees it."""
     result: list[Any] = []
 
+    context = contextvars.copy_context()
+
     def work() -> None:
         try:
-            result.append(function())
+            result.append(context.run(function))
         except BaseException as error:
             result.append(error)
 
@@ -92,6 +95,13 @@ def alone(function: Callable[[], Any]) -> Any:
     if isinstance(result[0], BaseException):
         raise result[0]
     return result[0]
+
+
+def undisturbed() -> bool:
+    """Whether the caller's thread has none of those modes, but for autocast and inference mode."""
+    c = torch._C
+    modes = c._len_torch_dispatch_stack() + c._len_torch_function_stack()  # type: ignore[attr-defined]
+    return not (modes or torch.compiler.is_compiling() or c._functorch.peek_interpreter_stack() is not None)
 
 
 def trace(
@@ -379,7 +389,7 @@ def _apart(node: Any, root: dict[fx.Node, fx.Node]) -> None:
     for v in (to.meta["val"], source.meta["val"]):
         size = 1 + v.storage_offset() + sum((n - 1) * s for n, s in zip(v.shape, v.stride(), strict=True))
         places.append(torch.arange(size).as_strided(v.shape, v.stride(), v.storage_offset()).flatten())
-    if bool(torch.isin(*places).any()):
+    if not torch.equal(*places) and bool(torch.isin(*places).any()):  # onto itself (``h[:, 0] += 1``) it is none
         refuse(f"a copy between parts of a tensor that overlap: {_place(node)}")
 
 
