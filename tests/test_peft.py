@@ -29,6 +29,13 @@ VARIANTS = {
 every = pytest.mark.parametrize("variant", VARIANTS)
 
 
+@pytest.fixture(params=("one op", "plain PyTorch"))
+def way(request, monkeypatch):
+    """Both ways of the fused forward; the second is a GPU's, and that of several adapters."""
+    if request.param == "plain PyTorch":
+        monkeypatch.setattr("w2s_fast.integrations.peft.lora.served", lambda *_: False)
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +91,7 @@ def data(*shape, dtype=torch.float64):
 
 @every
 @pytest.mark.parametrize("training", (True, False))
-def test_outputs_and_gradients_are_pefts(variant, training):
+def test_outputs_and_gradients_are_pefts(variant, training, way):
     model = adapted(variant).train(training)
     single = () if "dora" in variant else (data(9),)  # PEFT's DoRA makes [1, O] of a vector, ours [O]
     for x in (data(5, 9), data(2, 3, 9), data(0, 9), *single):
@@ -100,11 +107,11 @@ def test_outputs_and_gradients_are_pefts(variant, training):
 @pytest.mark.parametrize("variant", ("lora", "dora", "dora-dropout"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("wide", (True, False), ids=("float32 adapters", "adapters as the base"))
-def test_dtypes(variant, dtype, wide):
+def test_dtypes(variant, dtype, wide, way):
     """Not further from float64 than twice PEFT's own result in the same dtypes, and of the same dtypes."""
     model = adapted(variant, dtype, autocast_adapter_dtype=wide)
     exact = copy.deepcopy(model).double()
-    x = data(6, 9, dtype=dtype)
+    x = data(70, 9, dtype=dtype)
     right, theirs = outcome(exact, x.double()), outcome(model, x)
     use_fused_adapters(model)
     ours = outcome(model, x)
@@ -115,9 +122,9 @@ def test_dtypes(variant, dtype, wide):
 
 
 @pytest.mark.parametrize("variant", ("lora", "dora"))
-def test_autocast(variant):
+def test_autocast(variant, way):
     model = adapted(variant, torch.float32)
-    exact, x = copy.deepcopy(model).double(), data(6, 9, dtype=torch.float32)
+    exact, x = copy.deepcopy(model).double(), data(70, 9, dtype=torch.float32)
     right, theirs = outcome(exact, x.double()), outcome(model, x, autocast=torch.bfloat16)
     use_fused_adapters(model)
     ours = outcome(model, x, autocast=torch.bfloat16)
@@ -205,7 +212,7 @@ def test_weights_that_change_give_new_norms():
 
 
 @pytest.mark.parametrize("variant", ("lora", "dora-dropout"))
-def test_checkpointing(variant):
+def test_checkpointing(variant, way):
     model = adapted(variant)
     use_fused_adapters(model)
     expected = outcome(model, data(4, 9))

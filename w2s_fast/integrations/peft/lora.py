@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...hooks import hooked
+from ...ops.adapters.lora_linear import lora_linear
+from .products import linear, served
 
 with checks.extra("peft"):
     from peft.tuners.lora.layer import Linear as PeftLinear
@@ -101,21 +103,50 @@ def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
     """``base(x)``, then every active adapter on top of it, in their order."""
-    base = layer.base_layer
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
     shape, rows = x.shape, x.reshape(-1, x.shape[-1])
+    if len(names) == 1 and served(rows, layer.base_layer.weight, *_factors(layer, names[0])):
+        result = _at_once(layer, names[0], rows)
+    else:
+        result = _one_by_one(layer, names, rows)
+    return result.view(*shape[:-1], result.shape[-1])
+
+
+def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def _at_once(layer: Any, name: str, rows: Tensor) -> Tensor:
+    """Base, adapter, and DoRA's gain as one op.
+
+    Behind a dropout DoRA applies the base to x and its gain to what the dropout made, x':
+    ``W (x - x') + bias + q (W x' + scale B A x')``.
+    """
+    base, dropout, (A, B), scale = layer.base_layer, layer.lora_dropout[name], _factors(layer, name), layer.scaling[name]
+    dropped = None if isinstance(dropout, nn.Identity) else dropout(layer._cast_input_dtype(rows, A.dtype))
+    if name not in layer.lora_variant:
+        return lora_linear(rows, base.weight, A, B, base.bias, scale, dropped=dropped)
+    gain = layer.lora_magnitude_vector[name].weight / _known_norm(layer, name)
+    if dropped is None or not layer.training:
+        return lora_linear(rows, base.weight, A, B, base.bias, scale, gain=gain)
+    dropped = dropped.to(rows.dtype)
+    return linear(rows - dropped, base.weight, base.bias) + lora_linear(dropped, base.weight, A, B, None, scale, gain=gain)
+
+
+def _one_by_one(layer: Any, names: list[str], rows: Tensor) -> Tensor:
+    """The same in plain PyTorch, for any number of adapters."""
+    base = layer.base_layer
     result = F.linear(rows, base.weight, base.bias)
     dtype = result.dtype
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        A, B, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    for name in names:
+        (A, B), scale = _factors(layer, name), layer.scaling[name]
         rows = layer._cast_input_dtype(rows, A.dtype)
         dropout = layer.lora_dropout[name]
         dropped = rows if isinstance(dropout, nn.Identity) else dropout(rows)
         if name in layer.lora_variant:
             result, B = _magnitudes(layer, name, rows, dropped, result)
         result = _add_product(result, F.linear(dropped, A), B, scale)
-    return result.to(dtype).view(*shape[:-1], result.shape[-1])
+    return result.to(dtype)
 
 
 def _add_product(result: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -179,10 +210,17 @@ def _norm(layer: Any, A: Tensor, B: Tensor, scale: float) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
     A, B = A.to(dtype), B.to(dtype)
     with torch.autocast(A.device.type, enabled=False):
-        blocks = weight.split(BLOCK) if weight.dtype != dtype else (weight,)
-        cross = torch.cat([block.to(dtype) @ A.t() for block in blocks])
+        cross = _cross(weight, A)
         square = (2 * scale) * (cross * B).sum(1) + (scale * scale) * ((B @ (A @ A.t())) * B).sum(1)
         return (_squares(layer, weight) + square).clamp_min_(0).sqrt_().to(dtype)
+
+
+def _cross(weight: Tensor, A: Tensor) -> Tensor:
+    """``W A^T``."""
+    if served(A, weight):
+        return linear(A, weight).t()
+    blocks = weight.split(BLOCK) if weight.dtype != A.dtype else (weight,)
+    return torch.cat([block.to(A.dtype) @ A.t() for block in blocks])
 
 
 def _squares(layer: Any, weight: Tensor) -> Tensor:
