@@ -13,7 +13,13 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("peft")
 from peft import LoraConfig, MissConfig, PeftModel, RandLoraConfig, VeraConfig, get_peft_model
 
-from w2s_fast.integrations.peft import FusedLoraLinear, FusedRandLoraLinear, use_fused_adapters
+from w2s_fast.integrations.peft import (
+    FusedLoraLinear,
+    FusedRandLoraLinear,
+    register_fused_adapters,
+    use_fused_adapters,
+)
+from w2s_fast.testing.processes import in_two
 
 VARIANTS = {
     "lora": {},
@@ -232,6 +238,33 @@ def test_compile_makes_one_graph():
     torch.testing.assert_close(found, expected)
 
 
+def _sharded(rank: int) -> None:
+    """Three steps of two processes with FSDP2, half a batch each: PEFT's own of one process with the whole batch."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    for variant in ("lora", "dora"):
+        alone, model = adapted(variant, torch.float32), adapted(variant, torch.float32)
+        handle, x = use_fused_adapters(model), data(8, 9, dtype=torch.float32)
+        fully_shard(model.base_model.model.up)
+        fully_shard(model)
+        for net, rows in ((alone, x), (model, x[4 * rank : 4 * rank + 4])):
+            optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.3)
+            for _ in range(3):
+                net(rows).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert set(handle.status().values()) == {"fused"}
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        for name, value in alone.state_dict().items():
+            if rank == 0:
+                torch.testing.assert_close(whole[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_fsdp2_trains_as_one_process(tmp_path):
+    in_two(_sharded, tmp_path)
+
+
 def test_what_is_not_served_is_pefts_with_a_reason():
     x = data(4, 9)
     model = adapted("lora")
@@ -257,6 +290,59 @@ def test_what_is_not_served_is_pefts_with_a_reason():
     mixed = nn.Sequential(nn.Embedding(5, 9), nn.Linear(9, 9))
     handle = use_fused_adapters(get_peft_model(mixed, LoraConfig(target_modules=["0", "1"], r=2)))
     assert handle.layers == ["base_model.model.1"] and "Embedding" in handle.left["base_model.model.0"]
+
+
+@every
+def test_registration_makes_the_layers_at_construction(variant, tmp_path):
+    """PEFT builds ours, with PEFT's start, state dict and results; the saved adapter is PEFT's and loads either way."""
+    made = []
+    for register in (False, True):
+        torch.manual_seed(0)
+        settings = config(variant)
+        model = get_peft_model(Net(), register_fused_adapters(settings) if register else settings)
+        disturb(model)
+        made.append(model.eval())
+    plain, model = made
+    layers = [model.base_model.model.up, model.base_model.model.down]
+    assert all(type(layer) is FusedLoraLinear for layer in layers)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
+    x = data(4, 9, dtype=torch.float32)
+    torch.testing.assert_close(model(x), plain(x))
+    model.add_adapter("second", register_fused_adapters(config("rslora")))
+    model.set_adapter("default")
+    model.load_state_dict(model.state_dict())
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    assert "custom" not in (tmp_path / "adapter_config.json").read_text(encoding="utf-8")
+    if "pissa" not in variant and "olora" not in variant:  # those store the factors of an edited base weight
+        for settings in (None, register_fused_adapters(LoraConfig.from_pretrained(tmp_path))):
+            torch.manual_seed(0)
+            loaded = PeftModel.from_pretrained(Net(), str(tmp_path), config=settings).eval()
+            assert (type(loaded.base_model.model.up) is FusedLoraLinear) == (settings is not None)
+            torch.testing.assert_close(loaded(x), plain(x))
+    kept = io.BytesIO()
+    torch.save(model, kept)
+    kept.seek(0)
+    again = torch.load(kept, weights_only=False)
+    assert type(again.base_model.model.up) is FusedLoraLinear
+    torch.testing.assert_close(again(x), plain(x))
+    torch.testing.assert_close(model.merge_and_unload()(x), plain.merge_and_unload()(x))
+
+
+def test_registration_leaves_what_is_not_served_to_peft():
+    class Own(nn.Linear):
+        pass
+
+    base = nn.Sequential(nn.Embedding(5, 8), Own(8, 8), nn.Linear(8, 8))
+    settings = register_fused_adapters(LoraConfig(target_modules=["0", "1", "2"], r=2))
+    made = get_peft_model(base, settings).base_model.model
+    assert [type(layer).__name__ for layer in made] == ["Embedding", "Linear", "FusedLoraLinear"]
+    turned = register_fused_adapters(LoraConfig(target_modules=["0"], r=2, fan_in_fan_out=True))
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        assert type(get_peft_model(nn.Sequential(nn.Linear(8, 8)), turned).base_model.model[0]) is FusedLoraLinear
+    with pytest.raises(TypeError, match="register_fused_adapters: config must be a LoraConfig, got VeraConfig"):
+        register_fused_adapters(VeraConfig(target_modules=["0"]))
 
 
 def test_quantised_bases_stay_pefts():

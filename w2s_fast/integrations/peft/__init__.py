@@ -5,19 +5,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from ... import checks
-from .lora import FusedLoraLinear, forget, unfit
+from .lora import FusedLoraLinear, construct, forget, unfit
 from .merged import FusedMissLinear, FusedRandLoraLinear
 
 with checks.extra("peft"):
+    from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = ["FusedAdapters", "FusedLoraLinear", "FusedMissLinear", "FusedRandLoraLinear", "use_fused_adapters"]
+__all__ = [
+    "FusedAdapters",
+    "FusedLoraLinear",
+    "FusedMissLinear",
+    "FusedRandLoraLinear",
+    "register_fused_adapters",
+    "use_fused_adapters",
+]
 
+Config = TypeVar("Config", bound=LoraConfig)
 OP = "integrations.peft.use_fused_adapters"
 #: PEFT's class by ours, and the reverse.
 PEFTS: dict[Any, Any] = {kind: kind.__bases__[0] for kind in (FusedLoraLinear, FusedMissLinear, FusedRandLoraLinear)}
@@ -116,3 +125,35 @@ def use_fused_adapters(model: nn.Module) -> FusedAdapters:
             module.__class__ = OURS[type(module)]
         forget(module)
     return FusedAdapters(model, [name for name in found if name not in left], left)
+
+
+def register_fused_adapters(config: Config) -> Config:
+    """Have PEFT build `FusedLoraLinear` layers itself, through its own registration of custom modules.
+
+    Every way that leads through ``config`` makes them: ``get_peft_model``, ``add_adapter``,
+    ``inject_adapter_in_model``, ``PeftModel.from_pretrained(..., config=config)``. Targets that are no plain
+    ``nn.Linear`` (quantised layers, embeddings, convolutions) go to PEFT's own dispatchers. Nothing of it is stored: a
+    saved config is PEFT's.
+
+    Args:
+        config: a ``peft.LoraConfig``; changed in place.
+
+    Returns:
+        ``config``.
+
+    Raises:
+        TypeError: if it is no ``LoraConfig``. PEFT's other methods have no such registration: `use_fused_adapters`.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from w2s_fast.integrations.peft import register_fused_adapters
+        >>> config = register_fused_adapters(LoraConfig(target_modules=["0"], r=2))
+        >>> type(get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), config).base_model.model[0]).__name__
+        'FusedLoraLinear'
+    """
+    if not isinstance(config, LoraConfig):
+        given = type(config).__name__
+        checks.fail("integrations.peft.register_fused_adapters", "config", "a LoraConfig", given, error=TypeError)
+    config._register_custom_module({nn.Linear: construct})
+    return config

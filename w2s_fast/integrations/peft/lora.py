@@ -16,7 +16,9 @@ from .products import linear, served
 
 with checks.extra("peft"):
     from peft.tuners.lora.layer import Linear as PeftLinear
+    from peft.tuners.lora.layer import dispatch_default
     from peft.tuners.lora.variants import DoraLinearVariant
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BLOCK = 256  # rows of a 16-bit weight that are float32 at a time, so that they stay in a cache
@@ -27,7 +29,7 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
-        given = {name: value for name, value in kwargs.items() if value is not None}
+        given = {name: value for name, value in kwargs.items() if value is not None} if kwargs else kwargs
         if keeps_own(self, lambda: _why_not(self, args, given)):
             own: Tensor = super().forward(x, *args, **kwargs)
             return own
@@ -49,6 +51,17 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
         forget(self)
 
 
+def construct(target: Any, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
+    """What PEFT makes of a target, as ours; None where it is not served, and PEFT goes on with its own dispatchers."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if type(base) is not nn.Linear:
+        return None
+    made: nn.Module | None = dispatch_default(target, adapter_name, config=config, **kwargs)
+    if type(made) is PeftLinear and not unfit(made):
+        made.__class__ = FusedLoraLinear
+    return made
+
+
 def forget(layer: nn.Module, *more: str) -> None:
     """Drop what is kept of the weights."""
     for name in ("_w2s_fast_squares", "_w2s_fast_norms", *more):
@@ -65,7 +78,7 @@ def keeps_own(layer: Any, why_not: Callable[[], str]) -> bool:
 
 def unfit(layer: Any) -> str:
     """Why a layer keeps PEFT's forward for good, by its base, or ""."""
-    base = layer.base_layer
+    base = layer._modules["base_layer"]
     if type(base) is not nn.Linear:
         return f"its base is a {type(base).__name__}"
     if type(base.weight) is not nn.Parameter or base.weight.dtype not in DTYPES:
@@ -85,35 +98,42 @@ def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     reason = unfit(layer) or beside(args, kwargs)
     if reason:
         return reason
-    modules = [layer.base_layer]
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        variant = layer.lora_variant.get(name)
+    modules = [layer._modules["base_layer"]]
+    for name in _active(layer):
+        A, B, variant = _part(layer, "lora_A", name), _part(layer, "lora_B", name), layer.lora_variant.get(name)
         if variant is not None and type(variant) is not DoraLinearVariant:
             return f"adapter {name!r} is a {type(variant).__name__}"
-        if type(layer.lora_A[name]) is not nn.Linear or type(layer.lora_B[name]) is not nn.Linear:
+        if type(A) is not nn.Linear or type(B) is not nn.Linear:
             return f"the factors of adapter {name!r} are no plain linear layers"
-        if layer.lora_B[name].bias is not None:
+        if B.bias is not None:
             return f"adapter {name!r} has a bias"
-        modules += [layer.lora_A[name], layer.lora_B[name]]
-        modules += [layer.lora_magnitude_vector[name]] if variant is not None else []
+        modules += [A, B] if variant is None else [A, B, _part(layer, "lora_magnitude_vector", name)]
     return "hooks on its parts" if any(map(hooked, modules)) else ""
+
+
+def _part(layer: Any, kind: str, name: str) -> Any:
+    """``getattr(layer, kind)[name]`` past nn.Module's look-ups, which cost a small call as much as its product."""
+    return layer._modules[kind]._modules[name]
+
+
+def _active(layer: Any) -> list[str]:
+    known = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in known]
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
     """``base(x)``, then every active adapter on top of it, in their order."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    shape, rows = x.shape, x.reshape(-1, x.shape[-1])
-    if len(names) == 1 and served(rows, layer.base_layer.weight, *_factors(layer, names[0])):
+    names, shape = _active(layer), x.shape
+    rows = x if x.ndim == 2 else x.reshape(-1, shape[-1])
+    if len(names) == 1 and served(rows, layer._modules["base_layer"].weight, *_factors(layer, names[0])):
         result = _at_once(layer, names[0], rows)
     else:
         result = _one_by_one(layer, names, rows)
-    return result.view(*shape[:-1], result.shape[-1])
+    return result if len(shape) == 2 else result.view(*shape[:-1], result.shape[-1])
 
 
 def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    return layer.lora_A[name].weight, layer.lora_B[name].weight
+    return _part(layer, "lora_A", name).weight, _part(layer, "lora_B", name).weight
 
 
 def _at_once(layer: Any, name: str, rows: Tensor) -> Tensor:
@@ -122,7 +142,8 @@ def _at_once(layer: Any, name: str, rows: Tensor) -> Tensor:
     Behind a dropout DoRA applies the base to x and its gain to what the dropout made, x':
     ``W (x - x') + bias + q (W x' + scale B A x')``.
     """
-    base, dropout, (A, B), scale = layer.base_layer, layer.lora_dropout[name], _factors(layer, name), layer.scaling[name]
+    base, dropout = layer._modules["base_layer"], _part(layer, "lora_dropout", name)
+    (A, B), scale = _factors(layer, name), layer.scaling[name]
     dropped = None if isinstance(dropout, nn.Identity) else dropout(layer._cast_input_dtype(rows, A.dtype))
     if name not in layer.lora_variant:
         return lora_linear(rows, base.weight, A, B, base.bias, scale, dropped=dropped)
@@ -130,18 +151,19 @@ def _at_once(layer: Any, name: str, rows: Tensor) -> Tensor:
     if dropped is None or not layer.training:
         return lora_linear(rows, base.weight, A, B, base.bias, scale, gain=gain)
     dropped = dropped.to(rows.dtype)
-    return linear(rows - dropped, base.weight, base.bias) + lora_linear(dropped, base.weight, A, B, None, scale, gain=gain)
+    scaled = lora_linear(dropped, base.weight, A, B, None, scale, gain=gain)
+    return linear(rows - dropped, base.weight, base.bias) + scaled
 
 
 def _one_by_one(layer: Any, names: list[str], rows: Tensor) -> Tensor:
     """The same in plain PyTorch, for any number of adapters."""
-    base = layer.base_layer
+    base = layer._modules["base_layer"]
     result = F.linear(rows, base.weight, base.bias)
     dtype = result.dtype
     for name in names:
         (A, B), scale = _factors(layer, name), layer.scaling[name]
         rows = layer._cast_input_dtype(rows, A.dtype)
-        dropout = layer.lora_dropout[name]
+        dropout = _part(layer, "lora_dropout", name)
         dropped = rows if isinstance(dropout, nn.Identity) else dropout(rows)
         if name in layer.lora_variant:
             result, B = _magnitudes(layer, name, rows, dropped, result)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import autocast, extension
@@ -22,10 +25,15 @@ def served(rows: Tensor, *operands: Tensor) -> bool:
     dtype = autocast.dtype_of(rows.device) or rows.dtype
     if autocast.dtype_of(rows.device) is None and operands[0].dtype != rows.dtype:
         return False
-    return bool(rows.shape[0] >= ROWS[dtype.itemsize])
+    return bool(math.prod(rows.shape[:-1]) >= ROWS[dtype.itemsize])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` with our product."""
     (outside, inside), none = weight.shape, weight.new_empty(0)
     return lora_linear(x, weight, none.view(0, inside), none.view(outside, 0), bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` where it is served, otherwise ``F.linear``."""
+    return linear(x, weight, bias) if served(x, weight) else F.linear(x, weight, bias)

@@ -110,7 +110,8 @@ def lora_linear(
         >>> w2s_fast.lora_linear(x, W, A, B, scale=0.5, gain=torch.tensor([1.0, 10.0]))
         tensor([[ 2.5000, 35.0000]])
     """
-    number = _checked(x, weight, A, B, bias, scale, dropped, gain)
+    plain = type(scale) is float and scale - scale == 0 and _plain(x, weight, A, B, (bias, gain), dropped)
+    number = scale if plain else _checked(x, weight, A, B, bias, scale, dropped, gain)
     x, weight, A, B, bias, dropped = autocast.linear(x, weight, A, B, bias, dropped)
     inside, rows = x.shape[-1], math.prod(x.shape[:-1])
     flat = x if x.ndim == 2 else x.reshape(rows, inside)
@@ -122,6 +123,22 @@ def lora_linear(
         need_z, wants_grad(B),
     ).y  # fmt: skip
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _plain(x: Any, weight: Any, A: Any, B: Any, vectors: tuple[Any, ...], dropped: Any) -> bool:
+    """Whether nothing is left to check: all that `_checked` looks at costs a small call as much as the product."""
+    if not all(isinstance(t, Tensor) and t.dtype in checks.FLOATS for t in (x, weight, A, B)):
+        return False
+    if x.ndim == 0 or weight.ndim != 2 or A.ndim != 2 or B.ndim != 2:
+        return False
+    (outside, inside), rank, device = weight.shape, A.shape[0], x.device
+    for t, shape in ((dropped, x.shape), *((t, (outside,)) for t in vectors)):
+        if t is not None and not (
+            isinstance(t, Tensor) and t.dtype in checks.FLOATS and t.shape == shape and t.device == device
+        ):
+            return False
+    fits = x.shape[-1] == A.shape[1] == inside and B.shape == (outside, rank)
+    return bool(fits and weight.device == A.device == B.device == device)
 
 
 def _checked(x: Any, weight: Any, A: Any, B: Any, bias: Any, scale: Any, dropped: Any, gain: Any) -> float:
