@@ -345,15 +345,66 @@ def test_registration_leaves_what_is_not_served_to_peft():
         register_fused_adapters(VeraConfig(target_modules=["0"]))
 
 
-def test_quantised_bases_stay_pefts():
+def four_bit(variant, loaded, dtype=torch.float32):
+    """A model on 4-bit weights; ``loaded``: as transformers loads one, for which PEFT has a class of its own."""
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    model = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32))
-    model = get_peft_model(model.to("cpu"), LoraConfig(target_modules=["0"], r=2))
+    layer = bnb.nn.Linear4bit(64, 96, compute_dtype=dtype, quant_type="nf4")
+    base = nn.Sequential(layer, nn.Linear(96, 5, dtype=dtype))
+    base.is_loaded_in_4bit = loaded
+    settings = LoraConfig(target_modules=["0"], r=3, lora_alpha=5, **VARIANTS[variant])
+    model = get_peft_model(base.to("cpu"), settings)
+    disturb(model)
+    return model
+
+
+@pytest.mark.parametrize("loaded", (False, True), ids=("alone", "as transformers loads"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("variant", ("lora", "rslora", "dora", "lora-dropout", "dora-dropout"))
+def test_four_bit_bases_give_pefts_results(variant, dtype, loaded):
+    model = four_bit(variant, loaded, dtype)
+    name, x = type(model.base_model.model[0]).__name__, data(6, 64, dtype=dtype)
+    assert name == ("Linear4bit" if loaded else "Linear")
+    keys = model.state_dict().keys()
+    for training in (True, False):
+        model.train(training)
+        theirs = outcome(model, x)
+        with use_fused_adapters(model) as handle:
+            for _ in range(2):
+                ours = outcome(model, x)
+                tight = 1e-5 if dtype is torch.float32 else 3e-2
+                for key, value in theirs.items():
+                    assert ours[key].dtype == value.dtype
+                    assert float((ours[key].double() - value.double()).norm() / value.double().norm()) < tight, key
+            assert set(handle.status().values()) == {"fused"} and model.state_dict().keys() == keys
+        assert type(model.base_model.model[0]).__name__ == name
+
+
+def test_four_bit_norms_follow_the_factors_and_merging():
+    model, plain = four_bit("dora", True), four_bit("dora", True)  # in training: evaluation repacks the weights
+    use_fused_adapters(model)
+    x = data(6, 64, dtype=torch.float32)
+    for factor in ("lora_A", "lora_B"):
+        for m in (model, plain):
+            getattr(m.base_model.model[0], factor)["default"].weight.data *= 1.7
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    for m in (model, plain):
+        m.merge_adapter()
+    torch.testing.assert_close(model(x), plain(x))
+    for m in (model, plain):
+        m.unmerge_adapter()
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_other_quantised_bases_stay_pefts():
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)).to("cpu")
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=2))
     x = torch.randn(2, 64)
     expected = model(x)
     handle = use_fused_adapters(model)
-    assert handle.layers == [] and "Linear4bit" in handle.left["base_model.model.0"]
+    assert handle.layers == [] and "Linear8bitLt" in handle.left["base_model.model.0"]
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 

@@ -24,31 +24,35 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BLOCK = 256  # rows of a 16-bit weight that are float32 at a time, so that they stay in a cache
 
 
-class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
-    """PEFT's ``lora.Linear`` with the forward of this module; where that cannot serve a call, with PEFT's."""
+class Fused:
+    """The forward of this module in front of that of PEFT's class, which serves the calls that it cannot."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
         given = {name: value for name, value in kwargs.items() if value is not None} if kwargs else kwargs
         if keeps_own(self, lambda: _why_not(self, args, given)):
-            own: Tensor = super().forward(x, *args, **kwargs)
+            own: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return own
         return _forward(self, x)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's."""
         forget(self)  # PEFT edits weight.data, which no version counter sees
-        super().merge(*args, **kwargs)
+        super().merge(*args, **kwargs)  # type: ignore[misc]
 
     def unmerge(self) -> None:
         """As PEFT's."""
-        super().unmerge()
+        super().unmerge()  # type: ignore[misc]
         forget(self)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; PiSSA and its relatives edit the base weight here."""
-        super().update_layer(*args, **kwargs)
+        super().update_layer(*args, **kwargs)  # type: ignore[misc]
         forget(self)
+
+
+class FusedLoraLinear(Fused, PeftLinear):  # type: ignore[misc]
+    """PEFT's ``lora.Linear`` with fewer passes."""
 
 
 def construct(target: Any, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
@@ -62,7 +66,7 @@ def construct(target: Any, adapter_name: str, config: Any, **kwargs: Any) -> nn.
     return made
 
 
-def forget(layer: nn.Module, *more: str) -> None:
+def forget(layer: Any, *more: str) -> None:
     """Drop what is kept of the weights."""
     for name in ("_w2s_fast_squares", "_w2s_fast_norms", *more):
         layer.__dict__.pop(name, None)
@@ -86,6 +90,17 @@ def unfit(layer: Any) -> str:
     return ""
 
 
+def quantised(base: Any) -> bool:
+    """Whether a base is bitsandbytes' 4-bit layer, whose product and weight the library makes."""
+    kind = type(base)
+    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
+
+
+def unfit_lora(layer: Any) -> str:
+    """`unfit`, but for a LoRA layer, which may have a quantised base."""
+    return "" if quantised(layer._modules["base_layer"]) else unfit(layer)
+
+
 def beside(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """The reason that arguments beside the input are, or ""."""
     if not args and not kwargs:
@@ -95,7 +110,7 @@ def beside(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Why this call is PEFT's, or ""."""
-    reason = unfit(layer) or beside(args, kwargs)
+    reason = unfit_lora(layer) or beside(args, kwargs)
     if reason:
         return reason
     modules = [layer._modules["base_layer"]]
@@ -158,7 +173,8 @@ def _at_once(layer: Any, name: str, rows: Tensor) -> Tensor:
 def _one_by_one(layer: Any, names: list[str], rows: Tensor) -> Tensor:
     """The same in plain PyTorch, for any number of adapters."""
     base = layer._modules["base_layer"]
-    result = F.linear(rows, base.weight, base.bias)
+    # cloned as PEFT does: what the library returns may be a view that nothing may be added to
+    result = base(rows).clone() if quantised(base) else F.linear(rows, base.weight, base.bias)
     dtype = result.dtype
     for name in names:
         (A, B), scale = _factors(layer, name), layer.scaling[name]
@@ -193,7 +209,7 @@ def _magnitudes(layer: Any, name: str, rows: Tensor, dropped: Tensor, result: Te
         else:
             result = torch.addcmul((1 - ratio) * base.bias, result, ratio)
     else:
-        result = torch.addcmul(result, F.linear(dropped, base.weight.to(dropped.dtype)), ratio - 1)
+        result = torch.addcmul(result, F.linear(dropped, _weight(base).to(dropped.dtype)), ratio - 1)
     return result, ratio.unsqueeze(1) * B
 
 
@@ -207,7 +223,7 @@ def _known_norm(layer: Any, name: str) -> Tensor:
     A, B, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     if torch.compiler.is_compiling() or type(A) is not nn.Parameter or A.device.type != "cpu":
         return _norm(layer, A, B, scale)
-    squares = _squares(layer, layer.base_layer.weight)
+    squares = _squares(layer)
     known = layer.__dict__.setdefault("_w2s_fast_norms", {})
     found = known.get(name)
     if found is not None and found[0] is squares and found[1] == scale and _equal(A, found[2]) and _equal(B, found[3]):
@@ -228,13 +244,13 @@ def _norm(layer: Any, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
     DoRA takes it for a constant, and so does PEFT. |W|^2 is kept as long as the weight stays as it is.
     """
-    weight = layer.base_layer.weight
+    weight = _weight(layer.base_layer)
     dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
     A, B = A.to(dtype), B.to(dtype)
     with torch.autocast(A.device.type, enabled=False):
         cross = _cross(weight, A)
         square = (2 * scale) * (cross * B).sum(1) + (scale * scale) * ((B @ (A @ A.t())) * B).sum(1)
-        return (_squares(layer, weight) + square).clamp_min_(0).sqrt_().to(dtype)
+        return (_squares(layer) + square).clamp_min_(0).sqrt_().to(dtype)
 
 
 def _cross(weight: Tensor, A: Tensor) -> Tensor:
@@ -245,14 +261,27 @@ def _cross(weight: Tensor, A: Tensor) -> Tensor:
     return torch.cat([block.to(A.dtype) @ A.t() for block in blocks])
 
 
-def _squares(layer: Any, weight: Tensor) -> Tensor:
+def _weight(base: Any) -> Tensor:
+    """The weight, of a quantised base as the library makes it."""
+    if not quantised(base):
+        plain: Tensor = base.weight
+        return plain
+    from peft.utils.integrations import dequantize_module_weight
+
+    found: Tensor = dequantize_module_weight(base).detach()
+    return found
+
+
+def _squares(layer: Any) -> Tensor:
     """``|W|^2`` of every row, in float64 against cancellation."""
+    base = layer.base_layer
     if torch.compiler.is_compiling():
-        return weight.double().square().sum(1)
-    key = (weight.data_ptr(), weight._version, weight.dtype)
+        return _weight(base).double().square().sum(1)
+    key = (base.weight.data_ptr(), base.weight._version, base.weight.dtype)
     found = layer.__dict__.get("_w2s_fast_squares")
     if found is None or found[0] != key:
-        found = (key, torch.cat([block.double().square().sum(1) for block in weight.detach().split(BLOCK)]))
+        blocks = _weight(base).detach().split(BLOCK)
+        found = (key, torch.cat([block.double().square().sum(1) for block in blocks]))
         layer.__dict__["_w2s_fast_squares"] = found
     kept: Tensor = found[1]
     return kept
