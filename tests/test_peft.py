@@ -104,7 +104,9 @@ def test_outputs_and_gradients_are_pefts(variant, training, way):
         expected = outcome(model, x)
         with use_fused_adapters(model) as handle:
             same(outcome(model, x), expected)
-            assert set(handle.status().values()) == {"fused"} and len(handle.layers) == 2
+            few = x.ndim == 1 or not len(x)
+            assert all(s.startswith("PEFT: few rows" if few and "dora" not in variant else "fused")
+                       for s in handle.status().values()) and len(handle.layers) == 2  # fmt: skip
             assert "lora_B" in "".join(expected)
         assert not any(isinstance(m, FusedLoraLinear) for m in model.modules())
         same(outcome(model, x), expected, 0, 0)
@@ -363,7 +365,7 @@ def four_bit(variant, loaded, dtype=torch.float32):
 @pytest.mark.parametrize("variant", ("lora", "rslora", "dora", "lora-dropout", "dora-dropout"))
 def test_four_bit_bases_give_pefts_results(variant, dtype, loaded):
     model = four_bit(variant, loaded, dtype)
-    name, x = type(model.base_model.model[0]).__name__, data(6, 64, dtype=dtype)
+    name, x = type(model.base_model.model[0]).__name__, data(70, 64, dtype=dtype)
     assert name == ("Linear4bit" if loaded else "Linear")
     keys = model.state_dict().keys()
     for training in (True, False):
