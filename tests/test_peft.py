@@ -13,7 +13,13 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("peft")
 from peft import LoraConfig, MissConfig, PeftModel, RandLoraConfig, VeraConfig, get_peft_model
 
-from w2s_fast.integrations.peft import FusedLoraLinear, FusedRandLoraLinear, use_fused_adapters
+from w2s_fast.integrations.peft import (
+    FusedLoraLinear,
+    FusedRandLoraLinear,
+    register_fused_adapters,
+    use_fused_adapters,
+)
+from w2s_fast.testing.processes import in_two
 
 VARIANTS = {
     "lora": {},
@@ -27,6 +33,13 @@ VARIANTS = {
     "dora-dropout": {"use_dora": True, "lora_dropout": 0.3},
 }
 every = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@pytest.fixture(params=("one op", "plain PyTorch"))
+def way(request, monkeypatch):
+    """Both ways of the fused forward; the second is a GPU's, and that of several adapters."""
+    if request.param == "plain PyTorch":
+        monkeypatch.setattr("w2s_fast.integrations.peft.lora.served", lambda *_: False)
 
 
 class Net(nn.Module):
@@ -84,14 +97,16 @@ def data(*shape, dtype=torch.float64):
 
 @every
 @pytest.mark.parametrize("training", (True, False))
-def test_outputs_and_gradients_are_pefts(variant, training):
+def test_outputs_and_gradients_are_pefts(variant, training, way):
     model = adapted(variant).train(training)
     single = () if "dora" in variant else (data(9),)  # PEFT's DoRA makes [1, O] of a vector, ours [O]
     for x in (data(5, 9), data(2, 3, 9), data(0, 9), *single):
         expected = outcome(model, x)
         with use_fused_adapters(model) as handle:
             same(outcome(model, x), expected)
-            assert set(handle.status().values()) == {"fused"} and len(handle.layers) == 2
+            few = x.ndim == 1 or not len(x)
+            assert all(s.startswith("PEFT: few rows" if few and "dora" not in variant else "fused")
+                       for s in handle.status().values()) and len(handle.layers) == 2  # fmt: skip
             assert "lora_B" in "".join(expected)
         assert not any(isinstance(m, FusedLoraLinear) for m in model.modules())
         same(outcome(model, x), expected, 0, 0)
@@ -100,11 +115,11 @@ def test_outputs_and_gradients_are_pefts(variant, training):
 @pytest.mark.parametrize("variant", ("lora", "dora", "dora-dropout"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("wide", (True, False), ids=("float32 adapters", "adapters as the base"))
-def test_dtypes(variant, dtype, wide):
+def test_dtypes(variant, dtype, wide, way):
     """Not further from float64 than twice PEFT's own result in the same dtypes, and of the same dtypes."""
     model = adapted(variant, dtype, autocast_adapter_dtype=wide)
     exact = copy.deepcopy(model).double()
-    x = data(6, 9, dtype=dtype)
+    x = data(70, 9, dtype=dtype)
     right, theirs = outcome(exact, x.double()), outcome(model, x)
     use_fused_adapters(model)
     ours = outcome(model, x)
@@ -115,9 +130,9 @@ def test_dtypes(variant, dtype, wide):
 
 
 @pytest.mark.parametrize("variant", ("lora", "dora"))
-def test_autocast(variant):
+def test_autocast(variant, way):
     model = adapted(variant, torch.float32)
-    exact, x = copy.deepcopy(model).double(), data(6, 9, dtype=torch.float32)
+    exact, x = copy.deepcopy(model).double(), data(70, 9, dtype=torch.float32)
     right, theirs = outcome(exact, x.double()), outcome(model, x, autocast=torch.bfloat16)
     use_fused_adapters(model)
     ours = outcome(model, x, autocast=torch.bfloat16)
@@ -205,7 +220,7 @@ def test_weights_that_change_give_new_norms():
 
 
 @pytest.mark.parametrize("variant", ("lora", "dora-dropout"))
-def test_checkpointing(variant):
+def test_checkpointing(variant, way):
     model = adapted(variant)
     use_fused_adapters(model)
     expected = outcome(model, data(4, 9))
@@ -223,6 +238,33 @@ def test_compile_makes_one_graph():
     torch._dynamo.reset()
     found = torch.compile(model, backend="aot_eager")(x)
     torch.testing.assert_close(found, expected)
+
+
+def _sharded(rank: int) -> None:
+    """Three steps of two processes with FSDP2, half a batch each: PEFT's own of one process with the whole batch."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    for variant in ("lora", "dora"):
+        alone, model = adapted(variant, torch.float32), adapted(variant, torch.float32)
+        handle, x = use_fused_adapters(model), data(8, 9, dtype=torch.float32)
+        fully_shard(model.base_model.model.up)
+        fully_shard(model)
+        for net, rows in ((alone, x), (model, x[4 * rank : 4 * rank + 4])):
+            optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.3)
+            for _ in range(3):
+                net(rows).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert set(handle.status().values()) == {"fused"}
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        for name, value in alone.state_dict().items():
+            if rank == 0:
+                torch.testing.assert_close(whole[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_fsdp2_trains_as_one_process(tmp_path):
+    in_two(_sharded, tmp_path)
 
 
 def test_what_is_not_served_is_pefts_with_a_reason():
@@ -252,15 +294,119 @@ def test_what_is_not_served_is_pefts_with_a_reason():
     assert handle.layers == ["base_model.model.1"] and "Embedding" in handle.left["base_model.model.0"]
 
 
-def test_quantised_bases_stay_pefts():
+@every
+def test_registration_makes_the_layers_at_construction(variant, tmp_path):
+    """PEFT builds ours, with PEFT's start, state dict and results; the saved adapter is PEFT's and loads either way."""
+    made = []
+    for register in (False, True):
+        torch.manual_seed(0)
+        settings = config(variant)
+        model = get_peft_model(Net(), register_fused_adapters(settings) if register else settings)
+        disturb(model)
+        made.append(model.eval())
+    plain, model = made
+    layers = [model.base_model.model.up, model.base_model.model.down]
+    assert all(type(layer) is FusedLoraLinear for layer in layers)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
+    x = data(4, 9, dtype=torch.float32)
+    torch.testing.assert_close(model(x), plain(x))
+    model.add_adapter("second", register_fused_adapters(config("rslora")))
+    model.set_adapter("default")
+    model.load_state_dict(model.state_dict())
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    assert "custom" not in (tmp_path / "adapter_config.json").read_text(encoding="utf-8")
+    if "pissa" not in variant and "olora" not in variant:  # those store the factors of an edited base weight
+        for settings in (None, register_fused_adapters(LoraConfig.from_pretrained(tmp_path))):
+            torch.manual_seed(0)
+            loaded = PeftModel.from_pretrained(Net(), str(tmp_path), config=settings).eval()
+            assert (type(loaded.base_model.model.up) is FusedLoraLinear) == (settings is not None)
+            torch.testing.assert_close(loaded(x), plain(x))
+    kept = io.BytesIO()
+    torch.save(model, kept)
+    kept.seek(0)
+    again = torch.load(kept, weights_only=False)
+    assert type(again.base_model.model.up) is FusedLoraLinear
+    torch.testing.assert_close(again(x), plain(x))
+    torch.testing.assert_close(model.merge_and_unload()(x), plain.merge_and_unload()(x))
+
+
+def test_registration_leaves_what_is_not_served_to_peft():
+    class Own(nn.Linear):
+        pass
+
+    base = nn.Sequential(nn.Embedding(5, 8), Own(8, 8), nn.Linear(8, 8))
+    settings = register_fused_adapters(LoraConfig(target_modules=["0", "1", "2"], r=2))
+    made = get_peft_model(base, settings).base_model.model
+    assert [type(layer).__name__ for layer in made] == ["Embedding", "Linear", "FusedLoraLinear"]
+    turned = register_fused_adapters(LoraConfig(target_modules=["0"], r=2, fan_in_fan_out=True))
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        assert type(get_peft_model(nn.Sequential(nn.Linear(8, 8)), turned).base_model.model[0]) is FusedLoraLinear
+    with pytest.raises(TypeError, match="register_fused_adapters: config must be a LoraConfig, got VeraConfig"):
+        register_fused_adapters(VeraConfig(target_modules=["0"]))
+
+
+def four_bit(variant, loaded, dtype=torch.float32):
+    """A model on 4-bit weights; ``loaded``: as transformers loads one, for which PEFT has a class of its own."""
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    model = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32))
-    model = get_peft_model(model.to("cpu"), LoraConfig(target_modules=["0"], r=2))
+    layer = bnb.nn.Linear4bit(64, 96, compute_dtype=dtype, quant_type="nf4")
+    base = nn.Sequential(layer, nn.Linear(96, 5, dtype=dtype))
+    base.is_loaded_in_4bit = loaded
+    settings = LoraConfig(target_modules=["0"], r=3, lora_alpha=5, **VARIANTS[variant])
+    model = get_peft_model(base.to("cpu"), settings)
+    disturb(model)
+    return model
+
+
+@pytest.mark.parametrize("loaded", (False, True), ids=("alone", "as transformers loads"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("variant", ("lora", "rslora", "dora", "lora-dropout", "dora-dropout"))
+def test_four_bit_bases_give_pefts_results(variant, dtype, loaded):
+    model = four_bit(variant, loaded, dtype)
+    name, x = type(model.base_model.model[0]).__name__, data(70, 64, dtype=dtype)
+    assert name == ("Linear4bit" if loaded else "Linear")
+    keys = model.state_dict().keys()
+    for training in (True, False):
+        model.train(training)
+        theirs = outcome(model, x)
+        with use_fused_adapters(model) as handle:
+            for _ in range(2):
+                ours = outcome(model, x)
+                tight = 1e-5 if dtype is torch.float32 else 3e-2
+                for key, value in theirs.items():
+                    assert ours[key].dtype == value.dtype
+                    assert float((ours[key].double() - value.double()).norm() / value.double().norm()) < tight, key
+            assert set(handle.status().values()) == {"fused"} and model.state_dict().keys() == keys
+        assert type(model.base_model.model[0]).__name__ == name
+
+
+def test_four_bit_norms_follow_the_factors_and_merging():
+    model, plain = four_bit("dora", True), four_bit("dora", True)  # in training: evaluation repacks the weights
+    use_fused_adapters(model)
+    x = data(6, 64, dtype=torch.float32)
+    for factor in ("lora_A", "lora_B"):
+        for m in (model, plain):
+            getattr(m.base_model.model[0], factor)["default"].weight.data *= 1.7
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    for m in (model, plain):
+        m.merge_adapter()
+    torch.testing.assert_close(model(x), plain(x))
+    for m in (model, plain):
+        m.unmerge_adapter()
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_other_quantised_bases_stay_pefts():
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)).to("cpu")
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=2))
     x = torch.randn(2, 64)
     expected = model(x)
     handle = use_fused_adapters(model)
-    assert handle.layers == [] and "Linear4bit" in handle.left["base_model.model.0"]
+    assert handle.layers == [] and "Linear8bitLt" in handle.left["base_model.model.0"]
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 

@@ -11,6 +11,7 @@ if _util.find_spec("w2s_fast.kernels") is None and _os.path.exists(_os.path.join
     __path__.append(_root)
 
 from .dispatch import Explanation, backend, explain, set_backend
+from .ops.adapters.lora_linear import lora_linear
 from .ops.contrastive.contrastive_loss import contrastive_loss
 from .ops.diffusion.adaln_modulate import adaln_modulate
 from .ops.diffusion.ddim_step import ddim_step
@@ -136,6 +137,7 @@ __all__ = [
     "linear_logp",
     "linear_preference",
     "lognormal_index_probs",
+    "lora_linear",
     "margin_cross_entropy",
     "margin_logits",
     "nm_mask",

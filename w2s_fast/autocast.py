@@ -35,6 +35,7 @@ RULES: dict[str, tuple[str, ...] | str] = {
     "linear_fusion_sample": _HEADS,
     "linear_dynamic_weights": _HEADS,
     "sparse_lowrank_linear": ("x", "A", "B", "values", "bias"),
+    "lora_linear": ("x", "weight", "A", "B", "bias", "dropped"),
     "spmm": ("x", "values"),
     "sddmm": ("g", "x"),
     "contrastive_loss": ("x", "y"),

@@ -5,30 +5,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, TypeVar
 
 from torch import nn
 
 from ... import checks
-from .lora import FusedLoraLinear, forget, unfit
+from .lora import Fused, FusedLoraLinear, construct, forget, unfit, unfit_lora
 from .merged import FusedMissLinear, FusedRandLoraLinear
 
 with checks.extra("peft"):
+    from peft import LoraConfig
+    from peft.import_utils import is_bnb_4bit_available
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = ["FusedAdapters", "FusedLoraLinear", "FusedMissLinear", "FusedRandLoraLinear", "use_fused_adapters"]
+__all__ = [
+    "FusedAdapters",
+    "FusedLoraLinear",
+    "FusedMissLinear",
+    "FusedRandLoraLinear",
+    "register_fused_adapters",
+    "use_fused_adapters",
+]
 
+Config = TypeVar("Config", bound=LoraConfig)
 OP = "integrations.peft.use_fused_adapters"
 #: PEFT's class by ours, and the reverse.
-PEFTS: dict[Any, Any] = {kind: kind.__bases__[0] for kind in (FusedLoraLinear, FusedMissLinear, FusedRandLoraLinear)}
+PEFTS: dict[Any, Any] = {kind: kind.__bases__[-1] for kind in (FusedLoraLinear, FusedMissLinear, FusedRandLoraLinear)}
 OURS = {theirs: ours for ours, theirs in PEFTS.items()}
+
+
+def _know_quantised() -> None:
+    """Add the class for bitsandbytes' layers, which PEFT defines where that is installed, once a model has them."""
+    if "peft.tuners.lora.bnb" not in sys.modules or not is_bnb_4bit_available():
+        return
+    from .quantised import FusedLoraLinear4bit, Linear4bit
+
+    PEFTS[FusedLoraLinear4bit], OURS[Linear4bit] = Linear4bit, FusedLoraLinear4bit
 
 
 def _unfit(layer: Any) -> str:
     """Why a layer keeps PEFT's class, or ""."""
     if type(layer) not in PEFTS and type(layer) not in OURS:
         return f"a {type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
-    return unfit(layer)
+    return unfit_lora(layer) if issubclass(OURS.get(type(layer), type(layer)), Fused) else unfit(layer)
 
 
 class FusedAdapters:
@@ -80,7 +100,11 @@ def use_fused_adapters(model: nn.Module) -> FusedAdapters:
     ``N (D + d) > D d`` (N rows, D and d the weight's sides) they are multiplied into it first: one product in the
     place of three, forward and backward. MiSS itself and VeRA stay PEFT's.
 
-    Not served, with the reason in ``left`` or `FusedAdapters.status`: quantised bases, embeddings, convolutions,
+    On a CPU base, adapter and gain are one op, `lora_linear`. Over bitsandbytes' 4-bit weights (alone, and as PEFT's
+    ``lora.bnb.Linear4bit``) the product and the weight are the library's; DoRA's norm asks for the weight where the
+    factors have changed, and no identity goes through them.
+
+    Not served, with the reason in ``left`` or `FusedAdapters.status`: other quantised bases, embeddings, convolutions,
     Conv1D, other variants (aLoRA, Arrow, ...), ``lora_bias``, ``adapter_names`` of mixed batches, parts with hooks
     (FSDP units of single factors). They run PEFT's own forward.
 
@@ -107,6 +131,7 @@ def use_fused_adapters(model: nn.Module) -> FusedAdapters:
     """
     if not isinstance(model, nn.Module):
         checks.fail(OP, "model", "a module", type(model).__name__, error=TypeError)
+    _know_quantised()
     found = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not found:
         checks.fail(OP, "model", "one with layers that PEFT has adapted", type(model).__name__)
@@ -116,3 +141,35 @@ def use_fused_adapters(model: nn.Module) -> FusedAdapters:
             module.__class__ = OURS[type(module)]
         forget(module)
     return FusedAdapters(model, [name for name in found if name not in left], left)
+
+
+def register_fused_adapters(config: Config) -> Config:
+    """Have PEFT build `FusedLoraLinear` layers itself, through its own registration of custom modules.
+
+    Every way that leads through ``config`` makes them: ``get_peft_model``, ``add_adapter``,
+    ``inject_adapter_in_model``, ``PeftModel.from_pretrained(..., config=config)``. Targets that are no plain
+    ``nn.Linear`` (quantised layers, embeddings, convolutions) go to PEFT's own dispatchers. Nothing of it is stored: a
+    saved config is PEFT's.
+
+    Args:
+        config: a ``peft.LoraConfig``; changed in place.
+
+    Returns:
+        ``config``.
+
+    Raises:
+        TypeError: if it is no ``LoraConfig``. PEFT's other methods have no such registration: `use_fused_adapters`.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from w2s_fast.integrations.peft import register_fused_adapters
+        >>> config = register_fused_adapters(LoraConfig(target_modules=["0"], r=2))
+        >>> type(get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), config).base_model.model[0]).__name__
+        'FusedLoraLinear'
+    """
+    if not isinstance(config, LoraConfig):
+        given = type(config).__name__
+        checks.fail("integrations.peft.register_fused_adapters", "config", "a LoraConfig", given, error=TypeError)
+    config._register_custom_module({nn.Linear: construct})
+    return config

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import checks
 from ...hooks import hooked
 from .lora import beside, keeps_own, unfit
+from .products import product
 
 with checks.extra("peft"):
     from peft.tuners.miss.layer import MissLinear as PeftMissLinear
@@ -36,7 +36,8 @@ class FusedMissLinear(PeftMissLinear):  # type: ignore[misc]
         for name in self.active_adapters:
             if name in self.miss_block:
                 weight = bat_weight(weight, self.miss_block[name])
-        return F.linear(self._cast_input_dtype(x, weight.dtype), weight, self.base_layer.bias).to(x.dtype)
+        rows = self._cast_input_dtype(x, weight.dtype)
+        return product(rows, weight, self.base_layer.bias).to(x.dtype)
 
     def _reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         if self.miss_fn != "bat":
@@ -74,7 +75,7 @@ class FusedRandLoraLinear(PeftRandLoraLinear):  # type: ignore[misc]
             if name in self.randlora_lambda:
                 first, second = self.get_scaled_bases(name, device=x.device)
                 weight = torch.addmm(weight, second, first, alpha=self.scaling[name])
-        return F.linear(x, weight, self.base_layer.bias)
+        return product(x, weight, self.base_layer.bias)
 
     def _reason(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         reason = _why_not(self, args, kwargs)
