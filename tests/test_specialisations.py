@@ -85,6 +85,31 @@ def test_the_lint_sees_a_read_that_the_sweep_may_overtake():
     assert ptx.race(_KERNEL.replace("BARRIER", ""), []) == ""  # two tensors
 
 
+_STRAIGHT = """
+.visible .entry k(
+	.param .u64 .ptr .global .align 1 k_param_0,
+	.param .u64 .ptr .global .align 1 k_param_1
+)
+{
+	ld.param.b64 	%rd1, [k_param_0];
+	ld.param.b64 	%rd2, [k_param_1];
+	mov.u32 	%r1, %tid.x;
+	mul.wide.u32 	%rd3, %r1, 4;
+	add.s64 	%rd4, %rd1, PLACE;
+	add.s64 	%rd5, %rd2, %rd3;
+	ld.global.b32 { %r2 }, [ %rd4 + 0 ];
+	st.global.b32 [ %rd5 + 0 ], { %r2 };
+	ret;
+}
+"""
+
+
+def test_the_lint_knows_a_sweep_of_one_block():
+    """A row of one column is no loop: a thread may overwrite what it read itself, and nothing that all read."""
+    assert ptx.race(_STRAIGHT.replace("PLACE", "%rd3"), [{0, 1}]) == ""
+    assert "no barrier between" in ptx.race(_STRAIGHT.replace("PLACE", "64"), [{0, 1}])
+
+
 def test_kernels_that_form_the_same_logits_round_alike():
     """Sampling forms z in several kernels and relies on its bits: no product is left to be fused with its sum."""
     import triton
