@@ -74,10 +74,14 @@ def test_a_slice_waits_before_it_reads(module: str, exchanges: int):
     job = next(job for job in aot.jobs([module]) if job.recorded.options.get("SLICES", 1) > 1)
     source, options = aot._bind(job.recorded, GPUTarget("cuda", 90, 32))
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    words = ("atom.", "acquire", "bar.sync")
+    words = ("atom.", "acquire", "bar.sync", "ld.global.cg")
     lines = [line for line in ptx.splitlines() if any(word in line for word in words)]
     counts = [i for i, line in enumerate(lines) if "atom." in line and "acq_rel" in line]
     assert "relaxed" in next(line for line in lines if "atom." in line) and len(counts) == exchanges
+    assert all(".gpu." in line for line in lines if "atom." in line or "acquire" in line)  # more than this program's SM
     for i, end in zip(counts, [*counts[1:], len(lines)], strict=True):
         assert "bar.sync" in lines[i - 1]
-        assert any("acquire" in line and "global" in line for line in lines[i + 1 : end])
+        polls = [k for k in range(i + 1, end) if "acquire" in lines[k]]
+        reads = [k for k in range(i + 1, end) if "ld.global.cg" in lines[k]]  # of what others wrote, not from L1
+        assert polls and reads and any("bar.sync" in line for line in lines[polls[-1] : reads[0]])
+    assert not any("ld.global.cg" in line for line in lines[: counts[0]])
