@@ -44,6 +44,40 @@ def test_specialisations_compile_under_the_oldest_triton():
     assert "Triton 3.6" in _gate("--arch", "90", "--seed", "1", path=OLDEST)
 
 
+_MENDED = """
+import importlib
+import triton
+from triton.backends.compiler import GPUTarget
+from w2s_fast.testing import aot
+common, sample = (importlib.import_module(f"w2s_fast.kernels.{name}") for name in ("common", "logit_fusion.sample"))
+
+def argument(launch, name):
+    return launch.args[launch.kernel.arg_names.index(name)]
+
+low_rank = [job.recorded for job in aot.jobs(["sparse_lowrank.few", "sparse_lowrank.products"])]
+found = {x.kernel: x for x in low_rank if "scale" in x.kernel.arg_names and argument(x, "scale") is None}
+with common.recording() as launches:
+    z = common.Meta((8, 5000), "float32")
+    how = common.Group(uniform=common.Meta((8,), "float32"), top_k=1, top_p=1.0, min_p=0.0)
+    sample.launch_fused_sample(sample.one_expert(z, z, z), how)
+for launch in (*found.values(), *(x for x in launches if "top_k" in x.kernel.arg_names and argument(x, "top_k") == 1)):
+    source, options = aot._bind(launch, GPUTarget("cuda", 90, 32))
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    print(launch.kernel.fn.__name__)
+"""
+
+
+@pytest.mark.slow(20)
+@pytest.mark.skipif(not OLDEST.exists(), reason="Triton 3.6 is not beside this environment (make install)")
+def test_what_once_did_not_compile():
+    """A number as scale of the low-rank part, which Triton 3.6 could not take inside a tuple; top_k = 1, which is no
+    tensor to a compiled kernel."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(OLDEST), os.environ.get("PYTHONPATH", "")]).rstrip(":")}
+    run = subprocess.run([sys.executable, "-c", _MENDED], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert {"_up_kernel", "_spmm_kernel", "_cut_kernel"} <= set(run.stdout.split()), run.stdout
+
+
 def test_launchers_run_without_data():
     """Every launcher of every sample gets to its launches reading nothing back, as under a CUDA graph's capture."""
     found, problems = specialisations.replay([s for s in all_samples() if s.op.startswith(("linear_", "kd_"))])
