@@ -72,7 +72,7 @@ docs: $(OPS)
 readme: $(OPS)
 	$(BIN)/w2s-fast bench --readme
 
-# what a GPU would compile in its first minutes, in build/gpu-pack (an hour of two cores; needs nvcc for the extension).
+# what a GPU would compile in its first minutes, in build/gpu-pack (half an hour of two cores; needs nvcc for the extension).
 # A pack serves one wheel of Triton: make gpu-pack PACK_TRITON=.venv/triton-3.6 WHEEL=triton-3.6.0-cp312-....whl
 gpu-pack: $(STAMP)
 	bash .ci/cuda_check.sh .venv-cuda

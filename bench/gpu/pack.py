@@ -131,7 +131,7 @@ def settle(cache: Path, here: bool) -> int:
 
 
 def packed_up(cache: Path) -> None:
-    """The cache becomes one file beside it: binaries of one kernel resemble each other, a tenth is left of them."""
+    """The cache becomes one file beside it: binaries of one kernel resemble each other, a sixth is left of them."""
     settle(cache, False)
     with tarfile.open(cache.parent / ARCHIVE, "w:xz") as archive:
         for path in sorted(cache.rglob("*")):
