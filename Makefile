@@ -72,10 +72,12 @@ docs: $(OPS)
 readme: $(OPS)
 	$(BIN)/w2s-fast bench --readme
 
-# what a GPU would compile in its first minutes, in build/gpu-pack (half an hour of two cores; needs nvcc for the extension)
+# what a GPU would compile in its first minutes, in build/gpu-pack (half an hour of two cores; needs nvcc for the extension).
+# A pack serves one wheel of Triton: make gpu-pack PACK_TRITON=.venv/triton-3.6 WHEEL=triton-3.6.0-cp312-....whl
 gpu-pack: $(STAMP)
 	bash .ci/cuda_check.sh .venv-cuda
-	$(BIN)/python -m w2s_fast.bench.gpu.pack build/gpu-pack --cuda .venv-cuda
+	PYTHONPATH=$(PACK_TRITON) $(BIN)/python -m w2s_fast.bench.gpu.pack build/gpu-pack --cuda .venv-cuda \
+	  $(if $(WHEEL),--wheel $(WHEEL))
 
 cuda-check:
 	bash .ci/cuda_check.sh .venv-cuda

@@ -15,9 +15,10 @@ mkdir -p "$directory"
 directory=$(cd "$directory" && pwd)
 python="$directory/bin/python"
 if ! "$python" -c 'import torch; assert torch.version.cuda' 2>/dev/null; then
+  # the oldest that is supported: what its headers and libraries have, later ones have too
   "${PYTHON:-python3}" -m venv "$directory"
   "$python" -m pip install --quiet --disable-pip-version-check \
-    torch==2.12.1 "ninja" "setuptools>=77" "pybind11>=2.12" packaging numpy
+    torch==2.11.0 "ninja" "setuptools>=77" "pybind11>=2.12" packaging numpy
 fi
 
 # nvcc may be a wrapper, so it is asked where it lives. Headers and libraries that a bare nvcc lacks come with torch;

@@ -165,22 +165,74 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = previous
 
 
+#: Compiled kernels by kernel and device, then by what a call is compiled for.
+_plans: dict[tuple[Any, int], dict[Any, Any]] = {}
+#: Versions of Triton whose compiled kernels take their arguments as `planned` hands them over.
+_PLANNED = triton.__version__.startswith(("3.6.", "3.7."))
+
+
+def _hooked() -> bool:
+    """Whether somebody, a profiler, wants to see launches, or the debug mode is on."""
+    runtime = triton.knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return bool(runtime.debug)
+
+
+def plainly(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """``kernel[programs,](*args, **options)``."""
+    kernel.run(*args, grid=(programs,), warmup=False, **options)
+
+
+#: Starts a kernel on tensors that are not a GPU's: the interpreter, or a GPU that is not there (testing/launching.py).
+elsewhere = plainly
+
+
+def planned(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """`plainly` in two thirds of its time for what was compiled before, on the current device.
+
+    Triton's own binder says what a call is compiled for. Left out: options as text, whether constants of the module
+    have changed, and settings of the environment. What `_hooked` says takes Triton's way.
+    """
+    if not _PLANNED or _hooked():
+        plainly(kernel, programs, args, options)
+        return
+    active = driver.active
+    device = active.get_current_device()
+    bound, specialization, _ = kernel.device_caches[device][4](*args, **options)
+    plans = _plans.get((kernel, device))
+    if plans is None:
+        plans = _plans[kernel, device] = {}
+    key = (*specialization, *options.items())
+    compiled = plans.get(key)
+    if compiled is None:
+        plans[key] = kernel.run(*args, grid=(programs,), warmup=False, **options)
+        return
+    compiled.run(
+        programs, 1, 1, active.get_current_stream(device), compiled.function, compiled.packed_metadata, None, None,
+        None, *bound.values(),
+    )  # fmt: skip
+
+
 def launch(kernel: Any, programs: int, like: Any, *args: Any, num_warps: int = 4, **meta: Any) -> None:
     """Start ``programs`` programs of ``kernel`` on the device of ``like``; none, and no error, for an empty grid."""
+    options = {"num_warps": num_warps, **meta}
     if _recorded is not None:
-        _recorded.append(Launch(kernel, args, {"num_warps": num_warps, **meta}))
+        _recorded.append(Launch(kernel, args, options))
         return
     if programs == 0:
         return
-    # Triton launches on the current device, which need not be the tensor's; kernel[grid](...) is the same by a detour
-    current = wanted = None
-    if like.is_cuda:
-        current, wanted = driver.active.get_current_device(), like.device.index
+    if not like.is_cuda:
+        elsewhere(kernel, programs, args, options)
+        return
+    # Triton launches on the current device, which need not be the tensor's
+    current, wanted = driver.active.get_current_device(), like.device.index
     if current == wanted:
-        kernel.run(*args, grid=(programs,), warmup=False, num_warps=num_warps, **meta)
+        planned(kernel, programs, args, options)
         return
     driver.active.set_current_device(wanted)
     try:
-        kernel.run(*args, grid=(programs,), warmup=False, num_warps=num_warps, **meta)
+        planned(kernel, programs, args, options)
     finally:
         driver.active.set_current_device(current)

@@ -1,7 +1,7 @@
 """A step can be captured in a CUDA graph: nothing waits for the device, nothing is copied to it from pageable memory.
 
 A meta tensor stands for a GPU's: it has no values, so whoever reads one fails, and the public functions take the way
-that they take on a GPU. The launchers run in the same way in tests/test_specialisations.py.
+that they take on a GPU. The launchers of all samples run in the same way in tests/test_specialisations.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import w2s_fast
+from w2s_fast import library
+from w2s_fast.testing import launching
 from w2s_fast.testing.samples import Sample, all_samples, tensors, with_grad
 from w2s_fast.testing.selection import covering
 
@@ -100,6 +102,39 @@ def test_a_decoding_step():
                     base, [expert], anti, weights, temperature=heat, uniform=u, plausible=("top_p", 0.9), **filters
                 )
                 assert out.token.shape == (4,)
+
+
+@pytest.mark.slow(30)
+@pytest.mark.parametrize("weights", [0.7, "dynamic"])
+def test_a_decoding_step_to_the_driver(weights: float | str, monkeypatch: pytest.MonkeyPatch):
+    """The same with its launchers and launches, on a GPU that is not there: tensors without values reach the driver,
+    none of the host does, and a second step launches the same kernels without compiling."""
+    pytest.importorskip("triton")
+
+    def run(op: library.Op, backend: str, flat: tuple[Any, ...]) -> Any:
+        assert op.triton is not None
+        return op.triton(*flat)
+
+    monkeypatch.setattr(library.Op, "run", run)
+    base, expert, anti = (torch.empty(4, 900, device="meta") for _ in range(3))
+    heat, u = torch.empty(4, device="meta"), torch.empty(4, device="meta")
+    with launching.stand_in() as gpu:
+
+        def step() -> list[str]:
+            with captured(), torch.no_grad():
+                w2s_fast.fused_sample(
+                    base, [expert], anti, weights, temperature=heat, uniform=u, top_k=5, top_p=0.9, min_p=0.1
+                )
+            given = [t for made in gpu.started for t in tree_leaves(made.args) if isinstance(t, Tensor)]
+            assert given and all(t.is_meta for t in given)
+            made = [made.binary for made in gpu.started]
+            gpu.started.clear()
+            return made
+
+        first = step()
+        for function in launching._compiled_here():
+            monkeypatch.setattr(function, "run", None)
+        assert step() == first and len(first) >= 3
 
 
 def test_who_waits_is_seen():

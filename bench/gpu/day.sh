@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Half an hour on a GPU: three calls of at most ten minutes each, each with its logs and JSON in a folder of its own.
 #
-#   bench/gpu/day.sh check OUT     the suite's GPU tests, `w2s-fast check`, graph capture, streams, large tensors
+#   bench/gpu/day.sh check OUT     facts; every op captured, twice, on a stream, on > 2^31 elements; the suite's GPU tests
 #   bench/gpu/day.sh bench OUT     the hot benchmark by graph replay with ceilings and peers; memcheck on ten ops
 #   bench/gpu/day.sh tune OUT      ncu on the hot kernels where it may read counters; tile sweeps of logits and attention
 #   bench/gpu/day.sh dry OUT       all of it up to the first CUDA call, on any machine
@@ -45,9 +45,9 @@ step() {
 }
 
 check() {
-  step facts 60 "$python" -m w2s_fast.cli info
-  step smoke 90 "$python" -m bench.gpu.smoke
-  step tests 420 "$python" -m pytest "${gpu_tests[@]}" -m gpu -q -n 4 --maxfail=200 -p no:cacheprovider
+  step facts 30 "$python" -m w2s_fast.cli info
+  step smoke 150 "$python" -m bench.gpu.smoke
+  step tests 400 "$python" -m pytest "${gpu_tests[@]}" -m gpu -q -n 8 --maxfail=200 -p no:cacheprovider
 }
 
 bench() {

@@ -2,8 +2,10 @@
 
     python -m bench.gpu.smoke [--few] [--dry]
 
-Prints one line of JSON a sample; exit status 1 if one failed. ``--few`` takes one sample of ten ops (for a memory
-checker), ``--dry`` only says which samples there are.
+Then calls on tensors of more than 2^31 elements, whose last rows must be those of a call on these rows alone (ops
+without a library's product, which may sum otherwise); and, where there is a second GPU, calls on it while the first is
+the current one. Prints one line of JSON a sample; exit status 1 if one failed. ``--few`` takes one sample of ten ops
+(for a memory checker), ``--dry`` only says which samples there are.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import w2s_fast
 from w2s_fast.library import OPS
 from w2s_fast.testing.compare import compare
 from w2s_fast.testing.samples import Sample, all_samples, tensors, with_grad
@@ -61,7 +64,8 @@ def _captured(step: Callable[[], list[Tensor]]) -> list[Tensor]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         made = step()
-    graph.replay()
+    for _ in range(2):  # the second finds what the first left: counters have to be cleared in the graph
+        graph.replay()
     torch.cuda.synchronize()
     return made
 
@@ -91,25 +95,88 @@ def tried(sample: Sample) -> Iterator[tuple[str, Any]]:
     yield "same bits captured", _same(first, _captured(step))
 
 
+#: Elements of a large tensor: more than 32 bits count.
+LARGE = 2**31 + 2**24
+
+
+def _kd(student: Tensor, teacher: Tensor) -> list[Tensor]:
+    student = student.detach().requires_grad_()
+    loss = w2s_fast.kd_loss(student, [("logits", teacher)], reduction="none")[0]
+    return [loss, *torch.autograd.grad(loss.sum(), student)]
+
+
+def large(device: str, elements: int = LARGE, vocab: int = 151936) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """Names and tests: whether the last rows of a call on that many elements are those of a call on them alone."""
+    rows = elements // vocab + 1
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    def tokens() -> Tensor:
+        return random(rows, -(-vocab // 128), 128)
+
+    def vectors() -> Tensor:
+        return random(rows, 128)
+
+    def agrees(call: Callable[..., Any], *inputs: Tensor) -> bool:
+        found = [t[-2:] for t in tensors(call(*inputs))]
+        return _same(found, tensors(call(*(t[-2:].contiguous() for t in inputs))))
+
+    def logits(call: Callable[..., Any], count: int) -> Callable[[], bool]:
+        return lambda: agrees(call, *(random(rows, vocab) for _ in range(count)))
+
+    def drawn() -> bool:
+        uniform = torch.rand(rows, device=device)
+        return agrees(
+            lambda u, base: w2s_fast.fused_sample(base, [], None, uniform=u, top_k=50, top_p=0.9), uniform,
+            random(rows, vocab),
+        )  # fmt: skip
+
+    yield "fuse_logits", logits(lambda base, expert: w2s_fast.fuse_logits(base, [expert], base), 2)
+    yield "fused_sample", drawn
+    yield "kd_loss", logits(_kd, 2)
+    yield "gate_residual", lambda: agrees(w2s_fast.gate_residual, tokens(), tokens(), vectors())
+    yield "adaln_modulate", lambda: agrees(w2s_fast.adaln_modulate, tokens(), vectors(), vectors())
+
+
+def _on_the_second(sample: Sample) -> float:
+    """The share of the allowed error that a sample uses on the second GPU, the first being the current one."""
+    with torch.cuda.device(0):
+        return round(compare(sample, "auto", sample.dtypes[0], "cuda:1"), 3)
+
+
+def lines(few: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """What is tried, by name."""
+    for sample in chosen(few):
+        yield sample.id, lambda sample=sample: dict(tried(sample))  # type: ignore[misc]
+    for name, agrees in () if few else large("cuda"):
+        yield f"{name}, {LARGE} elements", lambda agrees=agrees: {"last rows as alone": agrees()}  # type: ignore[misc]
+    for sample in chosen(True) if torch.cuda.device_count() > 1 and not few else ():
+        yield f"{sample.id} on cuda:1", lambda sample=sample: {"share": _on_the_second(sample)}  # type: ignore[misc]
+
+
 def main() -> int:
     """Run and print; the exit status."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--dry", action="store_true")
     given = parser.parse_args()
-    samples, failed = chosen(given.few), 0
+    count = failed = 0
     if given.dry:
-        print(f"smoke: {len(samples)} samples, {len(chosen(True))} with --few; GPU here: {torch.cuda.is_available()}")
+        some = f"{len(chosen(False))} samples, {len([*large('meta')])} of more than 2^31 elements"
+        print(f"smoke: {some}, {len(chosen(True))} with --few; GPU here: {torch.cuda.is_available()}")
         return 0
-    for sample in samples:
-        line: dict[str, Any] = {"sample": sample.id}
+    for name, found in lines(given.few):
+        line: dict[str, Any] = {"sample": name}
         try:
-            line.update(tried(sample))
-        except Exception as error:  # the next op is tried all the same
+            line.update(found())
+        except Exception as error:  # the next one is tried all the same
             line["error"] = f"{type(error).__name__}: {str(error)[:400]}"
+        count += 1
         failed += "error" in line or any(value is False for value in line.values())
         print(json.dumps(line), flush=True)
-    print(json.dumps({"samples": len(samples), "failed": failed}))
+        torch.cuda.empty_cache()
+    print(json.dumps({"samples": count, "failed": failed}))
     return int(failed > 0)
 
 

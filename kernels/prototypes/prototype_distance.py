@@ -128,7 +128,7 @@ def launch_prototype_distance(
     launch(
         _prototype_kernel, cdiv(rows, BLOCK_N), x, x, x.stride(0), prototypes, prototypes.stride(0), offset, rows,
         prototypes.shape[0], x.shape[1], 1.0 / temperature, labels, top, index, lse, at_label, square, K=k,
-        KP=next_power(k), BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_D=32 if wide else 64, DOT_F32=on_cpu, num_warps=8,
+        KP=next_power(k), BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_D=16 if wide else 64, DOT_F32=on_cpu, num_warps=8,
     )  # fmt: skip
     none = x.new_empty((0,), dtype=single)
     return (top, index, *(none if t is None else t for t in (lse, at_label, square)))

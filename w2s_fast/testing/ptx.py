@@ -2,13 +2,15 @@
 
 Where a launch passes one tensor for two pointers, a kernel reads a row, then sweeps it again and overwrites it. In the
 sweep each thread reads what it writes itself. A read before the sweep, of a label's logit say, is safe only if a
-barrier stands between it and the first write: without one a fast warp writes what a slow one has not read.
+barrier stands between it and the first write: without one a fast warp writes what a slow one has not read. A sweep is
+a loop, or straight code where a row is known to be short: there a thread's own are places both read and written.
 """
 
 from __future__ import annotations
 
+import collections
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 _PARAMETER = re.compile(r"ld\.param\.\w+\s+(%\w+), \[\w+?_param_(\d+)\]")
 _ASSIGNS = re.compile(r"^(?:@!?%\w+ )?(?:cvta|mov|add|sub|mad|shl|selp|cvt|or|and)[\w.]*\s+(%\w+), (.+);")
@@ -17,6 +19,8 @@ _STORE = re.compile(r"\bst\.global[\w.:]*\s+\[\s*(%\w+)")
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+)")
 _POINTER = re.compile(r"\.param \.u64 \.ptr[^,\n]*_param_(\d+)")
 _LABEL = re.compile(r"^(\$\w+):")
+_RESULT = re.compile(r"^(?:@!?%\w+ )?[a-z][\w.:]*\s+\{? ?(%\w+)")
+_SUM = re.compile(r"^add\.s64\s+(%\w+), (%?\w+), (%?\w+);")
 
 
 def _origins(lines: list[str]) -> dict[str, set[int]]:
@@ -32,6 +36,32 @@ def _origins(lines: list[str]) -> dict[str, set[int]]:
             sources = [found[r] for r in re.findall(r"%\w+", assigned[2]) if r in found]
             if sources:
                 found[assigned[1]] = found.get(assigned[1], set()).union(*sources)
+    return found
+
+
+def _terms(lines: list[str]) -> Callable[[str], frozenset[str]]:
+    """What a 64-bit register is the sum of: registers and numbers that are no such sums themselves.
+
+    Only registers that are written once are followed, so that equal terms are equal values."""
+    written = collections.Counter(m[1] for line in lines if (m := _RESULT.match(line)))
+    sums = {m[1]: (m[2], m[3]) for line in lines if (m := _SUM.match(line)) and written[m[1]] == 1}
+
+    def terms(register: str) -> frozenset[str]:
+        if register not in sums:
+            return frozenset([register])
+        left, right = map(terms, sums[register])
+        return left | right if not left & right else frozenset([register])  # a term twice is another value
+
+    return terms
+
+
+def _of_threads(lines: list[str]) -> set[str]:
+    """Registers whose value comes from the thread's number."""
+    found = {"%tid.x"}
+    for line in lines:
+        result = _RESULT.match(line)
+        if result and found & set(re.findall(r"%[\w.]+", line.split(" ", 1)[1].split(",", 1)[-1])):
+            found.add(result[1])
     return found
 
 
@@ -79,16 +109,23 @@ def race(text: str, aliases: Iterable[set[int]]) -> str:
         return ""
     lines = [line.split("//")[0].strip() for line in text.splitlines()]
     origins, pointers = _origins(lines), [int(n) for n in _POINTER.findall(text)]
+    terms, threads = _terms(lines), _of_threads(lines)
     blocks, follow = _blocks(lines)
     block_of = {i: n for n, block in enumerate(blocks) for i in block}
     after = [_reachable(follow, n) for n in range(len(blocks))]
 
-    def touches(pattern: re.Pattern[str], wanted: set[int]) -> list[int]:
-        hits = ((i, pattern.search(line)) for i, line in enumerate(lines))
-        return [i for i, hit in hits if hit and origins.get(hit[1], set()) & wanted]
+    def touches(pattern: re.Pattern[str], wanted: set[int]) -> dict[int, frozenset[str]]:
+        """Lines that touch these parameters' tensors, and where in them if that differs from thread to thread."""
+        found: dict[int, frozenset[str]] = {}
+        for i, line in enumerate(lines):
+            hit = pattern.search(line)
+            if hit and origins.get(hit[1], set()) & wanted:
+                place = frozenset(t for t in terms(hit[1]) if not origins.get(t, set()) & wanted)
+                found[i] = place if place & threads else frozenset()
+        return found
 
-    def same_sweep(a: int, b: int) -> bool:
-        return a == b or (a in after[b] and b in after[a])
+    def in_a_loop(a: int, b: int) -> bool:
+        return a in after[b] and b in after[a]
 
     def unguarded(load: int) -> set[int]:
         """Lines that may run after ``load`` before any barrier."""
@@ -110,11 +147,13 @@ def race(text: str, aliases: Iterable[set[int]]) -> str:
 
     for group in groups:
         wanted = {pointers[p] for p in group if p < len(pointers)}
-        stores = touches(_STORE, wanted)
-        for load in touches(_LOAD, wanted) if stores else []:
+        loads, stores = touches(_LOAD, wanted), touches(_STORE, wanted)
+        swept = {*loads.values()} & {*stores.values()} - {frozenset()}
+        for load, source in loads.items() if stores else ():
             reached = unguarded(load)
-            for store in stores:
-                if store in reached and not same_sweep(block_of[load], block_of[store]):
+            for store, into in stores.items():
+                own = {source, into} <= swept or in_a_loop(block_of[load], block_of[store])
+                if store in reached and not own:
                     return f"line {load + 1} of the PTX reads what line {store + 1} overwrites, no barrier between"
     return ""
 
