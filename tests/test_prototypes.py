@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,6 +106,69 @@ def test_many_tiles(rows: int, classes: int, width: int, k: int):
     torch.testing.assert_close(
         found.loss.double(), F.cross_entropy(-squares / 3.0, labels, reduction="none"), rtol=1e-4, atol=1e-4
     )
+
+
+@needs_cpp
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("rows, classes, width, k", [(1100, 101, 40, 3), (530, 5003, 24, 1), (3, 2049, 5, 2)])
+def test_gradients_of_many_tiles(rows: int, classes: int, width: int, k: int, kept: bool, monkeypatch):
+    """With the products of forward and with others; rows 0 and 1 get no gradient, whatever their scores."""
+    op = sys.modules["w2s_fast.ops.prototypes.prototype_distance"]
+    monkeypatch.setattr(op, "KEPT_BYTES", op.KEPT_BYTES if kept else 0)
+    x, p = points(rows, classes, width, torch.float32)
+    with torch.no_grad():
+        x[1] = 1e25  # its scores are infinite or NaN
+    labels, valid = torch.arange(rows) % classes, torch.arange(classes) % 7 != 6
+    weight = torch.linspace(0.5, 1, rows).masked_fill((torch.arange(rows) < 2) | ~valid[labels], 0.0)
+    on = weight != 0
+
+    def total(found) -> torch.Tensor:
+        return (found.loss[on] * weight[on].to(found.loss)).sum() + found.distance[on].sum() / 9 + found.lse[on].sum()
+
+    with w2s_fast.backend("cpp"):
+        found = prototype_distance(x, p, labels, valid=valid, k=k, temperature=30.0, return_lse=True)
+    grads = torch.autograd.grad(total(found), (x, p))
+    exact = [t.detach().double().requires_grad_() for t in (x, p)]
+    with w2s_fast.backend("reference"):
+        wanted = prototype_distance(exact[0], exact[1], labels, valid=valid, k=k, temperature=30.0, return_lse=True)
+    for a, b in zip(grads, torch.autograd.grad(total(wanted), exact), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+@needs_cpp
+def test_what_stays_for_backward():
+    """The products of float32 rows, where they are few; nothing without a gradient, nor of other dtypes."""
+    kept: list[tuple[int, ...]] = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(t.shape))
+        return t
+
+    def shapes(x: torch.Tensor, p: torch.Tensor) -> list[tuple[int, ...]]:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            prototype_distance(x, p, torch.zeros(len(x), dtype=torch.long))
+        return kept
+
+    x, p = points(40, 21, 3, torch.float32)
+    assert (40, 32) in shapes(x, p) and not shapes(x.detach(), p.detach())
+    assert (40, 32) not in shapes(*points(40, 21, 3))
+    large = points(2000, 4200, 3, torch.float32)
+    assert (2000, 4208) not in shapes(*large)
+
+
+def test_indices_alone():
+    x, p = points(30, 9, 4)
+    whole = prototype_distance(x, p, torch.zeros(30, dtype=torch.long), k=2, return_lse=True)
+    for metric in ("sqeuclidean", "cosine"):
+        found = prototype_distance(x, p, k=2, metric=metric, return_distance=False)
+        assert found.distance is None and found.lse is None and found.loss is None
+        assert torch.equal(found.indices, prototype_distance(x, p, k=2, metric=metric).indices)
+    found = prototype_distance(x, p, torch.zeros(30, dtype=torch.long), k=2, return_lse=True, return_distance=False)
+    assert torch.equal(found.lse, whole.lse) and torch.equal(found.loss, whole.loss)
+    grads = [torch.autograd.grad(t.loss.sum() + t.lse.sum(), (x, p)) for t in (whole, found)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @needs_cpp
