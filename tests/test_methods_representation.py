@@ -415,9 +415,13 @@ def test_means_of_two_processes_are_those_of_one(mesh, monkeypatch):
     half.update(x[:8], y[:8])
     other.update(x[8:], y[8:])
     theirs = iter((other.total, other.count))
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(next(theirs)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group=None: tensor.add_(next(theirs)))
     half.reduce()
     torch.testing.assert_close(half.means, whole.means)
+    assert torch.equal(whole.nearest(x), whole(x).argmax(1))
+    some = nearest_mean.ClassMeans(6, 5, unit=False)  # three classes have not come
+    some.update(x, y)
+    assert torch.equal(some.nearest(x), some(x).argmax(1)) and int(some.nearest(x).max()) < 3
 
 
 def test_clr_learns_behind_a_frozen_resnet():

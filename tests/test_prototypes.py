@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 import w2s_fast
 from w2s_fast import extension, prototype_distance
+from w2s_fast.methods.continual.nearest_mean import ClassMeans
 from w2s_fast.nn import ProtoHead
+from w2s_fast.testing.processes import in_two
 
 BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
 needs_cpp = pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
@@ -263,3 +265,30 @@ def test_estimator_keeps_scikit_learns_contract():
     known = NearestCentroid().fit(x[:1200], y[:1200])
     assert (made.predict(x[1200:]) == known.predict(x[1200:])).all()
     assert (made.predict_proba(x[1200:])[:, 10:] == 0).all() and made.score(x[1200:], y[1200:]) > 0.85
+
+
+def _stream() -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    return torch.randn(90, 7, generator=draw), torch.randint(5, (90,), generator=draw)
+
+
+def _statistics(rank: int) -> None:
+    """Uneven shares of a stream, added up, are the stream's; head and method take them."""
+    x, y = _stream()
+    own = slice(0, 33) if rank == 0 else slice(33, 90)
+    whole = w2s_fast.class_stats(x, y, 6)
+    found = w2s_fast.class_stats(x[own], y[own], 6).all_reduce()
+    assert torch.equal(found.counts, whole.counts)
+    torch.testing.assert_close(found.sums, whole.sums, rtol=0, atol=1e-5)
+    head, means = ProtoHead(7, 6), ClassMeans(6, 7, unit=False)
+    for one in (head, means):
+        one.update(x[own], y[own])
+    head.all_reduce()
+    means.reduce()
+    for made in (head.prototypes, means.means):
+        torch.testing.assert_close(made.double(), whole.means(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow(12)
+def test_statistics_of_two_processes_are_those_of_one(tmp_path):
+    in_two(_statistics, tmp_path)
