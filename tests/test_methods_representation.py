@@ -307,6 +307,29 @@ def test_meta_dmoe_learns_to_adapt():
         meta_dmoe.MetaDmoe(mlp(0), experts[:1], rate=1.0)
 
 
+def test_meta_dmoe_adapts_a_resnet():
+    """Experts and student of a vision library: the step is differentiated through convolutions and batch-norm."""
+    domains = [TensorDataset(corners(48, seed=i).tensors[0] * shade, corners(48, seed=i).tensors[1])
+               for i, shade in enumerate((0.5, 1.0))]  # fmt: skip
+    experts = [fitted(foreign.resnet(4, seed=i), data, 20) for i, data in enumerate(domains)]
+    frozen = [copy.deepcopy(expert.state_dict()) for expert in experts]
+    both = meta_dmoe.MetaDmoe(fitted(foreign.resnet(4, seed=7), domains[0], 20), experts, rate=0.1, heads=2)
+    before = copy.deepcopy(both.student.state_dict())
+
+    def draw(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        x, y = domains[step % 2].tensors
+        return x[:16], x[16:], y[16:], step % 2
+
+    both.fit_aggregator(lambda step: domains[step % 2].tensors, 4, Recipe(4, 1e-3))
+    found = both.fit(draw, Recipe(6, 3e-3, schedule="constant"), aggregator_rate=1e-3)
+    assert len(found.losses) == 6 and torch.tensor(found.losses).isfinite().all()
+    assert any(not torch.equal(value, before[name]) for name, value in both.student.state_dict().items())
+    for expert, state in zip(experts, frozen, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in expert.state_dict().items())
+    x, y = domains[1].tensors
+    assert right(both.adapted(x[:16])(x).logits, y) > 0.5
+
+
 def test_robustify_tunes_a_part_of_a_resnet():
     data = corners(96)
     large, robust = fitted(foreign.resnet(4), data, 30), small(seed=1)
