@@ -109,7 +109,6 @@ def test_prd_keeps_its_tasks_where_plain_training_forgets():
         assert [id(p) for p in prototypes["params"]] == [id(head) for head in model.heads] and len(model.heads) == 5
         assert (prototypes["lr"], prototypes["momentum"]) == (0.05, 0.0) and len(naive.optimizer.param_groups) == 2
         found[gamma] = accuracy(naive.eval(benchmark.test_stream))
-    print(found)
     assert found[4.0] >= 0.8 and found[4.0] >= found[0.0] + 0.05, found
 
 
