@@ -93,15 +93,15 @@ def cases(device: str) -> list[Case]:
     del device
     return [
         _nearest(10_000, 100, "one product, scores in L2 looked at once; cdist has the same product, two passes of "
-                 "roots over [N, K] and norms: 1.5 times; the loop 15 times. AMD EPYC, Zen 5: 5.1 times cdist, 1.9 times the "
-                 "product and 1.8 times compiled; 2.8, 1.03 and 0.97 where the product is the library's", True),
+                 "roots over [N, K] and norms: 1.5 times; the loop 15 times. AMD EPYC, Zen 5: 5.1 times cdist, 1.9 times "
+                 "the product and 1.8 times compiled; 2.8, 1.03 and 0.97 where the product is the library's", True),
         _nearest(1000, 100_000, "the same in 4 MiB, where [N, K] is 400 MB: 1.5 times cdist", False),
         Case(
             op="prototype_distance", name="loss-N4096-K1000-D512-fp32", dtype="float32",
             shape={"N": 4096, "K": 1000, "D": 512}, bytes=8.0 * 512 * (4096 + 1000), flops=8.0 * 4096 * 1000 * 512,
             prediction="3 products, as those of forward stay for backward, where the plain form has ten passes over 16 "
-            "MB more: 1.2 times, and compiled 1.0 times where the product is the library's. AMD EPYC, Zen 5: 2.1 times "
-            "eager and 1.5 times compiled; 1.03 and 0.97 with the library's product",
+            "MB more: 1.2 times, and compiled 1.0 times where the product is the library's. AMD EPYC, Zen 5: 2.1 "
+            "times eager and 1.5 times compiled; 1.03 and 0.97 with the library's product",
             inputs=_inputs(4096, 1000, 512, True), ours=_graded(_loss), reference=_graded(_mean_square),
             providers={"eager": eager(_graded(_mean_square)), "compile": compiled(_graded(_mean_square))},
             rtol=1e-3, atol=1e-6, targets={"eager": 1.0, "compile": 1.0}, mode="fwdbwd",
