@@ -94,7 +94,7 @@ def cases(device: str) -> list[Case]:
     return [
         _nearest(10_000, 100, "one product, scores in L2 looked at once; cdist has the same product, two passes of "
                  "roots over [N, K] and norms: 1.5 times; the loop 15 times. AMD EPYC, Zen 5: 5.1 times cdist, 1.9 "
-                 "times the product and 1.8 times compiled; 2.8, 1.03 and 0.97 where the product is the library's", True),
+                 "times the product and 1.8 times compiled; 2.8, 1.03 and 0.97 with the library's product", True),
         _nearest(1000, 100_000, "the same in 4 MiB, where [N, K] is 400 MB: 1.5 times cdist", False),
         Case(
             op="prototype_distance", name="loss-N4096-K1000-D512-fp32", dtype="float32",
