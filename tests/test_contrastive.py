@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,6 +174,33 @@ def test_a_softmax_ignores_the_bias_of_openclip():
     assert torch.autograd.grad(found, bias)[0] == 0
 
 
+def test_open_clips_own_words():
+    """As its factory makes them, and by position in its order; what cannot be is refused."""
+    x, y = features(6, 6)
+    expected = contrastive_loss(x, y, 3.0)
+    made = ClipLoss(
+        local_loss=False, gather_with_grad=False, cache_labels=True, rank=0, world_size=1, use_horovod=False
+    )
+    for loss in (made, ClipLoss(True, True, True, 0, 1, False)):
+        assert (loss.rank, loss.world_size) == (0, 1)
+        torch.testing.assert_close(loss(x, y, 3.0), expected)
+    loss = SigLipLoss(cache_labels=True, rank=0, world_size=1, dist_impl="gather")
+    torch.testing.assert_close(loss(x, y, 3.0, -2.0), contrastive_loss(x, y, 3.0, bias=-2.0, kind="siglip"))
+    with pytest.raises(ValueError, match="use_horovod must be False"):
+        ClipLoss(use_horovod=True)
+
+
+def test_open_clips_losses():
+    """Its own modules, where they are installed."""
+    theirs = pytest.importorskip("open_clip.loss")
+    x, y = features(9, 9)
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (7.0, -3.0))
+    for ours, expected, more in (
+        (ClipLoss(), theirs.ClipLoss(), ()), (SigLipLoss(), theirs.SigLipLoss(), (bias,)),
+    ):  # fmt: skip
+        close(ours(x, y, scale, *more), expected(x, y, scale, *more), [x, y, scale, *more])
+
+
 class _Towers(nn.Module):
     """Two linear towers with a scale and a bias of their own."""
 
@@ -193,7 +222,8 @@ def _losses(towers: nn.Module, images: torch.Tensor, texts: torch.Tensor, rank: 
     supervised = contrastive_loss(
         x, gather_columns(x, world), 4.0, kind="supcon", labels=labels[own], column_labels=labels, first=own.start
     )
-    return [ClipLoss(rank, world)(x, y, scale, bias), SigLipLoss(rank, world)(x, y, scale, bias), supervised]
+    where = {"rank": rank, "world_size": world}
+    return [ClipLoss(**where)(x, y, scale, bias), SigLipLoss(**where)(x, y, scale, bias), supervised]
 
 
 def _work(rank: int) -> None:
@@ -240,3 +270,45 @@ def test_multiple_negatives_ranking_is_sentence_transformers_own():
         for made in (MultipleNegativesRankingLoss, losses.MultipleNegativesRankingLoss)
     )
     torch.testing.assert_close(found, expected)
+
+
+def _encoder(folder: Path) -> nn.Module:
+    """A sentence-transformers model of one small random layer."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from transformers import BertConfig, BertModel
+
+    from w2s_fast.testing.offline import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+
+
+def test_the_ranking_loss_trains_in_its_own_trainer(tmp_path):
+    """As many steps with either loss end at the same weights, and the loss falls."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    datasets = pytest.importorskip("datasets")
+    from sentence_transformers.losses import MultipleNegativesRankingLoss as Theirs
+
+    from w2s_fast.integrations.sentence_transformers import MultipleNegativesRankingLoss
+
+    words = [f"{a} {b}" for a in ("red", "blue", "green", "old") for b in ("cat", "dog", "fish", "bird")]
+    data = datasets.Dataset.from_dict({"anchor": words, "positive": [word[::-1] for word in words]})
+    found = []
+    for loss in (MultipleNegativesRankingLoss, Theirs):
+        model = _encoder(tmp_path / "model")
+        arguments = sentence_transformers.SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / "out"), num_train_epochs=12, per_device_train_batch_size=8, logging_steps=1,
+            save_strategy="no", report_to=[], use_cpu=True, learning_rate=3e-3, disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        trainer = sentence_transformers.SentenceTransformerTrainer(
+            model=model, args=arguments, train_dataset=data, loss=loss(model, scale=20.0)
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert losses[-1] < losses[0] - 0.2, losses
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert (found[0] - found[1]).abs().max() < 1e-4

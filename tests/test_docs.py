@@ -45,7 +45,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("page", [page for page in PAGES if fenced(page, "python")])
 def test_blocks_run(page: str, elsewhere: Path):
     """The blocks of a page are one program, with the page's line numbers."""
-    for extra in ("transformers", "trl", "vllm", "peft", "diffusers", "datasets"):
+    for extra in ("transformers", "trl", "vllm", "peft", "diffusers", "datasets", "avalanche"):
         if any(re.search(rf"^from {extra}|integrations\.{extra}", block, re.M) for _, block in fenced(page, "python")):
             pytest.importorskip(extra)
     space = {"__name__": "__docs__"}

@@ -28,8 +28,9 @@ def _modules() -> Iterator[ModuleType]:
         package = importlib.import_module(f"w2s_fast.{name}")
         yield package
         for found in pkgutil.walk_packages(getattr(package, "__path__", ()), f"{package.__name__}."):
-            if "._" in found.name or (found.name.endswith(".vllm") and importlib.util.find_spec("vllm") is None):
-                continue  # vLLM has an environment of its own, .ci/vllm_check.sh
+            last = found.name.split(".")[-1]
+            if "._" in found.name or (last in ("avalanche", "vllm") and importlib.util.find_spec(last) is None):
+                continue  # they have environments of their own, .ci/vllm_check.sh and .ci/avalanche_check.sh
             yield importlib.import_module(found.name)
 
 

@@ -29,7 +29,7 @@ except ImportError:  # Python 3.10
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-MODULES = {"sklearn": "scikit-learn", "PIL": "pillow"}
+MODULES = {"sklearn": "scikit-learn", "PIL": "pillow", "avalanche": "avalanche-lib"}
 
 CHILD = """
 import importlib, json, sys

@@ -307,6 +307,29 @@ def test_meta_dmoe_learns_to_adapt():
         meta_dmoe.MetaDmoe(mlp(0), experts[:1], rate=1.0)
 
 
+def test_meta_dmoe_adapts_a_resnet():
+    """Experts and student of a vision library: the step is differentiated through convolutions and batch-norm."""
+    domains = [TensorDataset(corners(48, seed=i).tensors[0] * shade, corners(48, seed=i).tensors[1])
+               for i, shade in enumerate((0.5, 1.0))]  # fmt: skip
+    experts = [fitted(foreign.resnet(4, seed=i), data, 20) for i, data in enumerate(domains)]
+    frozen = [copy.deepcopy(expert.state_dict()) for expert in experts]
+    both = meta_dmoe.MetaDmoe(fitted(foreign.resnet(4, seed=7), domains[0], 20), experts, rate=0.1, heads=2)
+    before = copy.deepcopy(both.student.state_dict())
+
+    def draw(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        x, y = domains[step % 2].tensors
+        return x[:16], x[16:], y[16:], step % 2
+
+    both.fit_aggregator(lambda step: domains[step % 2].tensors, 4, Recipe(4, 1e-3))
+    found = both.fit(draw, Recipe(6, 3e-3, schedule="constant"), aggregator_rate=1e-3)
+    assert len(found.losses) == 6 and torch.tensor(found.losses).isfinite().all()
+    assert any(not torch.equal(value, before[name]) for name, value in both.student.state_dict().items())
+    for expert, state in zip(experts, frozen, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in expert.state_dict().items())
+    x, y = domains[1].tensors
+    assert right(both.adapted(x[:16])(x).logits, y) > 0.5
+
+
 def test_robustify_tunes_a_part_of_a_resnet():
     data = corners(96)
     large, robust = fitted(foreign.resnet(4), data, 30), small(seed=1)
@@ -415,9 +438,13 @@ def test_means_of_two_processes_are_those_of_one(mesh, monkeypatch):
     half.update(x[:8], y[:8])
     other.update(x[8:], y[8:])
     theirs = iter((other.total, other.count))
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(next(theirs)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group=None: tensor.add_(next(theirs)))
     half.reduce()
     torch.testing.assert_close(half.means, whole.means)
+    assert torch.equal(whole.nearest(x), whole(x).argmax(1))
+    some = nearest_mean.ClassMeans(6, 5, unit=False)  # three classes have not come
+    some.update(x, y)
+    assert torch.equal(some.nearest(x), some(x).argmax(1)) and int(some.nearest(x).max()) < 3
 
 
 def test_clr_learns_behind_a_frozen_resnet():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import w2s_fast
 from w2s_fast import extension, prototype_distance
+from w2s_fast.methods.continual.nearest_mean import ClassMeans
 from w2s_fast.nn import ProtoHead
+from w2s_fast.testing.processes import in_two
 
 BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
 needs_cpp = pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
@@ -107,6 +111,69 @@ def test_many_tiles(rows: int, classes: int, width: int, k: int):
 
 
 @needs_cpp
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("rows, classes, width, k", [(1100, 101, 40, 3), (530, 5003, 24, 1), (3, 2049, 5, 2)])
+def test_gradients_of_many_tiles(rows: int, classes: int, width: int, k: int, kept: bool, monkeypatch):
+    """With the products of forward and with others; rows 0 and 1 get no gradient, whatever their scores."""
+    op = sys.modules["w2s_fast.ops.prototypes.prototype_distance"]
+    monkeypatch.setattr(op, "KEPT_BYTES", op.KEPT_BYTES if kept else 0)
+    x, p = points(rows, classes, width, torch.float32)
+    with torch.no_grad():
+        x[1] = 1e25  # its scores are infinite or NaN
+    labels, valid = torch.arange(rows) % classes, torch.arange(classes) % 7 != 6
+    weight = torch.linspace(0.5, 1, rows).masked_fill((torch.arange(rows) < 2) | ~valid[labels], 0.0)
+    on = weight != 0
+
+    def total(found) -> torch.Tensor:
+        return (found.loss[on] * weight[on].to(found.loss)).sum() + found.distance[on].sum() / 9 + found.lse[on].sum()
+
+    with w2s_fast.backend("cpp"):
+        found = prototype_distance(x, p, labels, valid=valid, k=k, temperature=30.0, return_lse=True)
+    grads = torch.autograd.grad(total(found), (x, p))
+    exact = [t.detach().double().requires_grad_() for t in (x, p)]
+    with w2s_fast.backend("reference"):
+        wanted = prototype_distance(exact[0], exact[1], labels, valid=valid, k=k, temperature=30.0, return_lse=True)
+    for a, b in zip(grads, torch.autograd.grad(total(wanted), exact), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+@needs_cpp
+def test_what_stays_for_backward():
+    """The products of float32 rows, where they are few; nothing without a gradient, nor of other dtypes."""
+    kept: list[tuple[int, ...]] = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(t.shape))
+        return t
+
+    def shapes(x: torch.Tensor, p: torch.Tensor) -> list[tuple[int, ...]]:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            prototype_distance(x, p, torch.zeros(len(x), dtype=torch.long))
+        return kept
+
+    x, p = points(40, 21, 3, torch.float32)
+    assert (40, 32) in shapes(x, p) and not shapes(x.detach(), p.detach())
+    assert (40, 32) not in shapes(*points(40, 21, 3))
+    large = points(2000, 4200, 3, torch.float32)
+    assert (2000, 4208) not in shapes(*large)
+
+
+def test_indices_alone():
+    x, p = points(30, 9, 4)
+    whole = prototype_distance(x, p, torch.zeros(30, dtype=torch.long), k=2, return_lse=True)
+    for metric in ("sqeuclidean", "cosine"):
+        found = prototype_distance(x, p, k=2, metric=metric, return_distance=False)
+        assert found.distance is None and found.lse is None and found.loss is None
+        assert torch.equal(found.indices, prototype_distance(x, p, k=2, metric=metric).indices)
+    found = prototype_distance(x, p, torch.zeros(30, dtype=torch.long), k=2, return_lse=True, return_distance=False)
+    assert torch.equal(found.lse, whole.lse) and torch.equal(found.loss, whole.loss)
+    grads = [torch.autograd.grad(t.loss.sum() + t.lse.sum(), (x, p)) for t in (whole, found)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_cpp
 def test_memory_does_not_grow_with_the_classes():
     from w2s_fast.bench.memory import peak_bytes
 
@@ -198,3 +265,30 @@ def test_estimator_keeps_scikit_learns_contract():
     known = NearestCentroid().fit(x[:1200], y[:1200])
     assert (made.predict(x[1200:]) == known.predict(x[1200:])).all()
     assert (made.predict_proba(x[1200:])[:, 10:] == 0).all() and made.score(x[1200:], y[1200:]) > 0.85
+
+
+def _stream() -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    return torch.randn(90, 7, generator=draw), torch.randint(5, (90,), generator=draw)
+
+
+def _statistics(rank: int) -> None:
+    """Uneven shares of a stream, added up, are the stream's; head and method take them."""
+    x, y = _stream()
+    own = slice(0, 33) if rank == 0 else slice(33, 90)
+    whole = w2s_fast.class_stats(x, y, 6)
+    found = w2s_fast.class_stats(x[own], y[own], 6).all_reduce()
+    assert torch.equal(found.counts, whole.counts)
+    torch.testing.assert_close(found.sums, whole.sums, rtol=0, atol=1e-5)
+    head, means = ProtoHead(7, 6), ClassMeans(6, 7, unit=False)
+    for one in (head, means):
+        one.update(x[own], y[own])
+    head.all_reduce()
+    means.reduce()
+    for made in (head.prototypes, means.means):
+        torch.testing.assert_close(made.double(), whole.means(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow(12)
+def test_statistics_of_two_processes_are_those_of_one(tmp_path):
+    in_two(_statistics, tmp_path)

@@ -103,6 +103,11 @@ def _prototype_kernel(
         tops = tl.where(found[:, None] & (places == at[:, None]), -float("inf"), tops)
 
 
+def _copied(t: Any) -> Any:
+    """In float32: the last bits of the library's sums depend on where in memory and in which layout a matrix lies."""
+    return t.float().contiguous().clone()
+
+
 def supports_prototype_distance(
     x: Any, prototypes: Any, offset: Any, labels: Any, temperature: float, k: int, *_: Any
 ) -> str | None:
@@ -113,9 +118,10 @@ def supports_prototype_distance(
 
 
 def launch_prototype_distance(
-    x: Any, prototypes: Any, offset: Any, labels: Any, temperature: float, k: int, need_lse: bool, need_square: bool
+    x: Any, prototypes: Any, offset: Any, labels: Any, temperature: float, k: int, need_lse: bool, need_square: bool,
+    need_kept: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Arguments of `prototype_distance` -> (top, index, lse, at_label, square)."""
+    """Arguments of `prototype_distance` -> its results."""
     rows, single = x.shape[0], dtype(x, "float32")
     top, index = x.new_empty((rows, k), dtype=single), x.new_empty((rows, k), dtype=dtype(x, "int64"))
 
@@ -131,19 +137,82 @@ def launch_prototype_distance(
         KP=next_power(k), BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_D=16 if wide else 64, DOT_F32=on_cpu, num_warps=8,
     )  # fmt: skip
     none = x.new_empty((0,), dtype=single)
-    return (top, index, *(none if t is None else t for t in (lse, at_label, square)))
+    kept = none
+    if need_kept:  # by the library's product: nothing asks for it on a GPU but by name
+        kept = x.new_zeros((rows, cdiv(prototypes.shape[0], 16) * 16), dtype=single)
+        kept[:, : prototypes.shape[0]] = _copied(x).matmul(_copied(prototypes).t())
+    return (top, index, *(none if t is None else t for t in (lse, at_label, square)), kept)
+
+
+@triton.jit
+def _dz_kernel(
+    kept, kept_stride, i_offset, i_lse, ids, coef_ids, i_coef_lse, count, classes, inverse, dz,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient in x p^T from the products that forward kept."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < count
+    lse, coef = tl.load(i_lse + rows, mask=row_mask, other=0.0), tl.load(i_coef_lse + rows, mask=row_mask, other=0.0)
+    line = tl.where(lse == -float("inf"), 0.0, lse)
+    counts = coef != 0
+    for c in range(C):
+        counts = counts | (tl.load(coef_ids + rows * C + c, mask=row_mask, other=0.0) != 0)
+    for first in range(0, classes, BLOCK_K):
+        index = first + tl.arange(0, BLOCK_K)
+        mask = index < classes
+        inside = row_mask[:, None] & mask[None, :]
+        raw = tl.load(kept + rows[:, None] * kept_stride + index[None, :], mask=inside, other=0.0)
+        z = (raw + tl.load(i_offset + index, mask=mask, other=0.0).to(tl.float32)[None, :]) * inverse
+        made = tl.exp(z - line[:, None]) * coef[:, None]
+        for c in range(C):
+            own = tl.load(ids + rows * C + c, mask=row_mask, other=-1)
+            share = tl.load(coef_ids + rows * C + c, mask=row_mask, other=0.0)
+            made += tl.where(own[:, None] == index[None, :], share[:, None], 0.0)
+        made = tl.where(counts[:, None], made * inverse, 0.0)  # not NaN in a row that takes no part
+        tl.store(dz + rows[:, None] * classes + index[None, :], made, mask=inside)
+
+
+def launch_prototype_distance_backward(
+    x: Any, prototypes: Any, offset: Any, lse: Any, ids: Any, coef_ids: Any, coef_lse: Any, kept: Any,
+    temperature: float, need_x: bool, need_prototypes: bool, need_offset: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Arguments of `prototype_distance_backward` -> its results; dz ``[N, K]`` is as large as what was kept."""
+    dz = _dz(kept, offset, lse, ids, coef_ids, coef_lse, x.shape[0], prototypes.shape[0], temperature)
+    return (
+        dz.matmul(_copied(prototypes)).to(x.dtype) if need_x else x.new_empty((0,)),
+        dz.t().matmul(_copied(x)).to(prototypes.dtype) if need_prototypes else prototypes.new_empty((0,)),
+        dz.sum(0).to(offset.dtype) if need_offset else offset.new_empty((0,)),
+    )
+
+
+def _dz(
+    kept: Any, offset: Any, lse: Any, ids: Any, coef_ids: Any, coef_lse: Any, rows: int, classes: int,
+    temperature: float,
+) -> Any:  # fmt: skip
+    dz = kept.new_empty((rows, classes))
+    launch(
+        _dz_kernel, cdiv(rows, 16), kept, kept, kept.stride(0), offset, lse, ids, coef_ids, coef_lse, rows, classes,
+        1.0 / temperature, dz, C=ids.shape[1], BLOCK_N=16, BLOCK_K=128,
+    )  # fmt: skip
+    return dz
 
 
 def aot_cases() -> list[AotCase]:
-    """The nearest of 100,000 in bf16, a training head in bf16, eight neighbours with everything in fp32."""
+    """The nearest of 100,000 in bf16, a training head in bf16, eight neighbours with everything in fp32, a gradient."""
 
     def run(kind: str, classes: int, k: int, label: bool, lse: bool) -> None:
         x, p = Meta((10000, 768), kind), Meta((classes, 768), kind)
         labels = Meta((10000,), "int64") if label else None
-        launch_prototype_distance(x, p, Meta((classes,), "float32"), labels, 0.5, k, lse, True)
+        launch_prototype_distance(x, p, Meta((classes,), "float32"), labels, 0.5, k, lse, True, False)
+
+    def backward(classes: int, coefs: int) -> None:
+        rows, pairs = Meta((10000,), "float32"), Meta((10000, coefs), "float32")
+        kept, ids = Meta((10000, cdiv(classes, 16) * 16), "float32"), Meta((10000, coefs), "int64")
+        _dz(kept, Meta((classes,), "float32"), rows, ids, pairs, rows, 10000, classes, 0.5)
 
     return [
         AotCase("bf16-K100000-k1", lambda: run("bfloat16", 100000, 1, False, False)),
         AotCase("bf16-K1000-loss", lambda: run("bfloat16", 1000, 1, True, True)),
+        AotCase("fp32-K1000-dz", lambda: backward(1000, 2)),
         AotCase("fp32-K100-k8", lambda: run("float32", 100, MOST, True, True)),
     ]

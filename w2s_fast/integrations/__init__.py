@@ -1,11 +1,21 @@
-"""transformers, trl, vllm, diffusers, peft, sentence-transformers, scikit-learn, official checkpoints, each on use."""
+"""transformers, trl, vllm, diffusers, peft, sentence-transformers, scikit-learn, Avalanche, checkpoints, on use."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-__all__ = ["diffusers", "peft", "sentence_transformers", "sklearn", "sltrain", "transformers", "trl", "vllm"]
+__all__ = [
+    "avalanche",
+    "diffusers",
+    "peft",
+    "sentence_transformers",
+    "sklearn",
+    "sltrain",
+    "transformers",
+    "trl",
+    "vllm",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         tensor(0.1269)
     """
 
-    def __init__(self, model: Any, scale: float = 20.0, gather_across_devices: bool = False) -> None:
+    def __init__(self, model: Any, scale: float = 20.0, *, gather_across_devices: bool = False) -> None:
         super().__init__()
         self.model, self.scale, self.gather_across_devices = model, scale, gather_across_devices
 

@@ -99,7 +99,8 @@ class NearestPrototype(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         rows = _tensor(X)
         means, valid = self._stats().means().to(rows.dtype), self._stats().valid()
         if not every:
-            return prototype_distance(rows, means, valid=valid, metric=self.metric).indices  # type: ignore[arg-type]
+            metric: Any = self.metric
+            return prototype_distance(rows, means, valid=valid, metric=metric, return_distance=False).indices
         if self.metric == "cosine":
             unit = torch.nn.functional.normalize
             scores = unit(rows, dim=1) @ unit(means, dim=1).t()

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import checks
 from ..ops.contrastive.contrastive_loss import contrastive_loss
 
 __all__ = ["ClipLoss", "SigLipLoss", "gather_columns"]
@@ -53,7 +54,12 @@ class ClipLoss(_Loss):
     process with the whole batch, and the mean of the losses is its loss.
 
     Args:
+        local_loss, gather_with_grad, cache_labels: open_clip's, in its order; they change nothing, see above.
         rank, world_size: of this process; by default as the initialised default group says, otherwise 0 and 1.
+        use_horovod: has to be False.
+
+    Raises:
+        ValueError: with `use_horovod`.
 
     Example:
         >>> import torch
@@ -62,6 +68,20 @@ class ClipLoss(_Loss):
         >>> nn.ClipLoss()(features, features, torch.tensor(2.0))
         tensor(0.1269)
     """
+
+    def __init__(
+        self,
+        local_loss: bool = True,
+        gather_with_grad: bool = True,
+        cache_labels: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        use_horovod: bool = False,
+    ) -> None:
+        del local_loss, gather_with_grad, cache_labels
+        if use_horovod:
+            checks.fail("nn.ClipLoss", "use_horovod", "False: processes speak through torch.distributed", use_horovod)
+        super().__init__(rank, world_size)
 
     def forward(
         self,
@@ -101,7 +121,9 @@ class SigLipLoss(_Loss):
     with `ClipLoss`.
 
     Args:
+        cache_labels: open_clip's; it changes nothing.
         rank, world_size: of this process; by default as the initialised default group says, otherwise 0 and 1.
+        dist_impl: open_clip's way of exchanging texts; all of them and ours give the same loss.
 
     Example:
         >>> import torch
@@ -110,6 +132,16 @@ class SigLipLoss(_Loss):
         >>> nn.SigLipLoss()(features, features, torch.tensor(10.0), torch.tensor(-5.0))
         tensor(0.0134)
     """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        dist_impl: str | None = None,
+    ) -> None:
+        del cache_labels, dist_impl
+        super().__init__(rank, world_size)
 
     def forward(
         self,

@@ -1,4 +1,5 @@
-// What is kept of a row of scores while its tiles go by; prototype_distance_kernel.cpp says how.
+// What is kept of a row of scores while its tiles go by, and what it becomes in the gradient; prototype_distance_kernel.cpp
+// says how.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -26,6 +27,7 @@ template <class A>
 struct PrototypeKernels {
   void (*row)(const PrototypeTile<A>& t, PrototypeRow<A>& r);
   double (*square)(const void* x, Dtype dtype, int64_t n);
+  void (*gradient)(const PrototypeTile<A>& t, A lse, A coef, A* out);  // coef exp(z - lse), with what pads the tile
 };
 
 }  // namespace w2s

@@ -71,6 +71,15 @@ inline double row_square(const void* x, Dtype dtype, int64_t n) {
   return total;
 }
 
-W2S_KERNELS(PrototypeKernels, prototype_row<Real>, row_square<Real>)
+// A lse of -infinity, of a row without a valid class, counts as 0: its scores are -infinity.
+template <class A>
+inline void gradient_row(const PrototypeTile<A>& t, A lse, A coef, A* out) {
+  using V = Vec<A>;
+  const V inverse = V::set(t.inverse), line = V::set(lse == -infinity<A> ? A(0) : lse), factor = V::set(coef);
+  for (int64_t c = 0; c < t.columns; c += V::W)
+    (factor * vexp((V::load(t.raw + c) + V::load(t.offset + c)) * inverse - line)).store(out + c);
+}
+
+W2S_KERNELS(PrototypeKernels, prototype_row<Real>, row_square<Real>, gradient_row<Real>)
 
 #include "cpu/target_end.h"

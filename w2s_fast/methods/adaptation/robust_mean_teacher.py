@@ -18,6 +18,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from ... import checks
 from ...ops.linear_loss.kd import kd_loss
+from ...ops.prototypes.class_stats import class_stats
+from ...ops.prototypes.prototype_distance import prototype_distance
 from .._common.batches import Beside, shuffled
 from .._common.classify import inputs_of, labels_of, logits
 from .._common.contrastive import supcon
@@ -41,7 +43,8 @@ def sce(a: Tensor, e: Tensor, alpha: float = 0.5) -> Tensor:
 def prototypes_of(model: nn.Module, data: Any, batch: int = 256) -> Tensor:
     """Class means ``[C, D]`` of the features of a labelled map-style dataset; a class without samples is left out."""
     rows, y = collected(Body(model), data, batch)
-    return torch.stack([rows[y == c].mean(0) for c in y.unique()])
+    classes, index = y.unique(return_inverse=True)
+    return class_stats(rows, index, len(classes)).means().to(rows.dtype)
 
 
 def use_batch_statistics(model: nn.Module) -> nn.Module:
@@ -103,7 +106,8 @@ class RobustMeanTeacher:
             rows = [own.features, other.features]
             if self.prototypes is not None:
                 known = self.prototypes.to(own.features)
-                rows.append(known[(normalize(own.features.detach()) @ normalize(known).T).argmax(1)])
+                nearest = prototype_distance(own.features.detach(), known, metric="cosine", return_distance=False)
+                rows.append(known[nearest.indices[:, 0]])
             z = normalize(self.projector(torch.cat(rows)))
             same = (torch.arange(len(told), device=z.device) + self.where.rank * len(told)).repeat(len(rows))
             value = value + self.contrast * supcon(gathered(z, self.where), gathered(same, self.where), self.tau)

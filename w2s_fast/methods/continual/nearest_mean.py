@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
 from ... import checks
+from ...ops.prototypes.class_stats import ClassStats, class_stats
+from ...ops.prototypes.prototype_distance import prototype_distance
 from .._common.classify import inputs_of, labels_of, logits
 from .._common.loop import moved
 
@@ -49,25 +50,38 @@ class ClassMeans(nn.Module):
         if y.shape != x.shape[:1]:
             checks.fail("methods.ClassMeans", "y", f"[{len(x)}]", list(y.shape))
         checks.index_range("methods.ClassMeans", "y", y, len(self.count))
-        self.total.index_add_(0, y, self._rows(x))
-        self.count.index_add_(0, y, torch.ones_like(y, dtype=torch.int64))
+        self._take(class_stats(x.double(), y.long(), len(self.count), normalize=self.unit, onto=self.stats))
 
-    def _rows(self, x: Tensor) -> Tensor:
-        return normalize(x.double(), dim=1) if self.unit else x.double()
+    @property
+    def stats(self) -> ClassStats:
+        """The sums and counts."""
+        return ClassStats(self.total, self.count)
+
+    def _take(self, stats: ClassStats) -> None:
+        self.total.copy_(stats.sums)
+        self.count.copy_(stats.counts)
 
     def reduce(self) -> None:
         """Add what the other processes have; call it once, when all have seen their data."""
-        for tensor in (self.total, self.count):
-            dist.all_reduce(tensor)
+        self._take(self.stats.all_reduce())
 
     @property
     def means(self) -> Tensor:
         """``[K, D]``, float64; zero for a class without a sample."""
-        return self.total / self.count.clamp_min(1)[:, None]
+        return self.stats.means()
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor) -> Tensor:
+        """The class of the nearest mean ``[N]`` of rows ``[N, D]``, without the [N, K] distances."""
+        found = prototype_distance(
+            normalize(x, dim=1) if self.unit else x, self.means.to(x.dtype), valid=self.stats.valid(),
+            return_distance=False,
+        )  # fmt: skip
+        return found.indices[:, 0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Negative squared distances ``[N, K]``, in the dtype of x; -inf for a class without a sample."""
-        rows, means = self._rows(x), self.means
+        rows, means = normalize(x.double(), dim=1) if self.unit else x.double(), self.means
         found = 2 * rows @ means.T - means.square().sum(1) - rows.square().sum(1, keepdim=True)
         return found.clamp_max(0).masked_fill(self.count == 0, -torch.inf).to(x.dtype)
 
@@ -98,3 +112,9 @@ class NearestMean(nn.Module):
         self.body.eval()
         found: Tensor = self.head(logits(self.body, inputs))
         return found
+
+    @torch.no_grad()
+    def predict(self, inputs: Any) -> Tensor:
+        """The answers ``[N]`` alone."""
+        self.body.eval()
+        return self.head.nearest(logits(self.body, inputs))

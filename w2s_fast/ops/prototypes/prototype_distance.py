@@ -22,12 +22,14 @@ Metric = Literal["sqeuclidean", "cosine"]
 NAME = "prototype_distance"
 #: The longest list of neighbours.
 MOST = 64
+#: The most memory that the products of a forward pass take for its backward, on a CPU.
+KEPT_BYTES = 32 << 20
 
 
 class Nearest(NamedTuple):
-    """distance ``[N, k]``, nearest first, indices int64 ``[N, k]``; lse and loss ``[N]``, None where not asked for."""
+    """distance ``[N, k]``, nearest first, indices int64 ``[N, k]``; lse and loss ``[N]``; None where not asked for."""
 
-    distance: Tensor
+    distance: Tensor | None
     indices: Tensor
     lse: Tensor | None
     loss: Tensor | None
@@ -35,7 +37,7 @@ class Nearest(NamedTuple):
 
 def _fake(
     x: Tensor, prototypes: Tensor, offset: Tensor, labels: Tensor | None, temperature: float, k: int, need_lse: bool,
-    need_square: bool,
+    need_square: bool, need_kept: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     acc, rows = accumulate_dtype(x, prototypes), x.shape[0]
     return (
@@ -44,7 +46,12 @@ def _fake(
         x.new_empty(rows if need_lse else 0, dtype=acc),
         x.new_empty(0 if labels is None else rows, dtype=acc),
         x.new_empty(rows if need_square else 0, dtype=acc),
+        x.new_empty((rows, _padded(len(prototypes))) if need_kept else 0, dtype=acc),
     )
+
+
+def _padded(classes: int) -> int:
+    return (classes + 15) // 16 * 16
 
 
 def _backward(call: Call, grads: reference.Scores) -> dict[str, Any]:
@@ -52,27 +59,50 @@ def _backward(call: Call, grads: reference.Scores) -> dict[str, Any]:
     x, index, lse = call.x, call.out.indices, call.out.lse
     if not call.need_lse:
         lse = PROTOTYPE_DISTANCE.on(call.backend)(
-            x, call.prototypes, call.offset, None, call.temperature, 1, need_lse=True, need_square=False
+            x, call.prototypes, call.offset, None, call.temperature, 1, True, False, False
         ).lse
     ids, coefs = index, torch.zeros_like(index, dtype=lse.dtype) if grads.top is None else grads.top.to(lse.dtype)
     if call.labels is not None and grads.at_label is not None:
         ids, coefs = torch.cat((ids, call.labels.unsqueeze(1)), 1), torch.cat((coefs, grads.at_label.unsqueeze(1)), 1)
     coef_lse = grads.lse if call.need_lse and grads.lse is not None else torch.zeros_like(lse)
-    model = Linear([x], [call.prototypes], [call.offset], None, [1.0], call.temperature, 0.0, len(call.prototypes))
-    need = Need(int(call.needs.x), int(call.needs.prototypes), int(call.needs.offset), False)
-    given = Coefficients(lse, ids, torch.where(ids < 0, 0.0, coefs), coef_lse.contiguous())
-    found = LINEAR_LOSS_BACKWARD.on(call.backend)(model, given, need, None)
-    dx = found.dhiddens[0]
+    dx, dprototypes, doffset = _gradients(call, lse, ids, torch.where(ids < 0, 0.0, coefs), coef_lse.contiguous())
     if call.needs.x and call.need_square and grads.square is not None:
         dx = dx + (2 * grads.square.unsqueeze(1) * x.to(lse.dtype)).to(x.dtype)
-    return {"x": dx, "prototypes": found.dheads[0], "offset": found.dbiases[0]}
+    return {"x": dx, "prototypes": dprototypes, "offset": doffset}
+
+
+def _gradients(call: Call, lse: Tensor, ids: Tensor, coefs: Tensor, coef_lse: Tensor) -> reference.ScoreGradients:
+    needs, p = call.needs, call.prototypes
+    if call.need_kept:
+        made: reference.ScoreGradients = PROTOTYPE_DISTANCE_BACKWARD.on(call.backend)(
+            call.x, p, call.offset, lse, ids, coefs, coef_lse, call.out.kept, call.temperature, needs.x,
+            needs.prototypes, needs.offset,
+        )  # fmt: skip
+        return made
+    model = Linear([call.x], [p], [call.offset], None, [1.0], call.temperature, 0.0, len(p))
+    need = Need(int(needs.x), int(needs.prototypes), int(needs.offset), False)
+    found = LINEAR_LOSS_BACKWARD.on(call.backend)(model, Coefficients(lse, ids, coefs, coef_lse), need, None)
+    return reference.ScoreGradients(found.dhiddens[0], found.dheads[0], found.dbiases[0])
+
+
+def _fake_gradients(
+    x: Tensor, prototypes: Tensor, offset: Tensor, lse: Tensor, ids: Tensor, coef_ids: Tensor, coef_lse: Tensor,
+    kept: Tensor, temperature: float, need_x: bool, need_prototypes: bool, need_offset: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    given = ((x, need_x), (prototypes, need_prototypes), (offset, need_offset))
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in given)
+
+
+PROTOTYPE_DISTANCE_BACKWARD = define(
+    reference.prototype_distance_backward, fake=_fake_gradients, triton=Kernel(rowwise="x prototypes kept")
+)
 
 
 PROTOTYPE_DISTANCE = define(
     reference.prototype_distance,
     fake=_fake,
     backward=_backward,
-    saves="x prototypes offset labels indices lse",
+    saves="x prototypes offset labels indices lse kept",
     carriers="top lse at_label square",
     triton=Kernel(rowwise="x prototypes"),
 )
@@ -88,6 +118,7 @@ def prototype_distance(
     temperature: float = 1.0,
     k: int = 1,
     return_lse: bool = False,
+    return_distance: bool = True,
 ) -> Nearest:
     """The nearest prototypes of every row, and the softmax over all of them as a loss, in one pass over tiles.
 
@@ -105,22 +136,25 @@ def prototype_distance(
         temperature: a positive number.
         k: how many neighbours, 1 to 64 and at most K; a GPU makes the whole [N, K] for more than 8.
         return_lse: whether ``lse_n = log sum_k exp s_nk`` is returned.
+        return_distance: whether distances are; without them squared Euclidean ones save a pass over x.
 
     Returns:
-        Nearest: distance and indices ``[N, k]``, equal distances by index (infinite and -1 where fewer than k classes
-        are valid, NaN and -1 in rows with a NaN); lse ``[N]`` or None; with labels ``loss_n = lse_n - s_n[labels_n]``
-        ``[N]``, infinite where the class is not valid. float32 (float64 for float64 inputs). Differentiable, once, in x
-        and prototypes. Memory: those and, on a CPU, a tile of at most 4 MiB.
+        Nearest: distance (or None) and indices ``[N, k]``, equal distances by index (infinite and -1 where fewer than k
+        classes are valid, NaN and -1 in rows with a NaN); lse ``[N]`` or None; with labels
+        ``loss_n = lse_n - s_n[labels_n]`` ``[N]``, infinite where the class is not valid. float32 (float64 for float64
+        inputs). Differentiable, once, in x and prototypes. Memory: those and, on a CPU, a tile of at most 4 MiB; for a
+        gradient of float32 rows the [N, K] products stay between forward and backward if they take no more than
+        32 MiB, and are made again otherwise.
 
     Raises:
         ValueError, TypeError: naming the argument.
 
     Example:
         >>> import torch, w2s_fast
-        >>> x, prototypes = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0], [3.0, 0.0]])
+        >>> x, prototypes = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [3.0, 0.0]])
         >>> found = w2s_fast.prototype_distance(x, prototypes, torch.tensor([1]))
         >>> found.distance, found.indices, found.loss
-        (tensor([[1.]]), tensor([[0]]), tensor([3.0486]))
+        (tensor([[2.]]), tensor([[0]]), tensor([2.1269]))
     """
     checks.choice(NAME, "metric", metric, ("sqeuclidean", "cosine"))
     _check(x, prototypes, labels, valid)
@@ -139,17 +173,25 @@ def prototype_distance(
         offset = torch.where(valid, offset, -torch.inf)
     inner = tau if metric == "cosine" else tau / 2
     need_lse = return_lse or labels is not None or wants_grad(x, p)
+    squared = metric == "sqeuclidean" and (return_distance or return_lse)
     found: reference.Scores = PROTOTYPE_DISTANCE(
-        x, p, offset, labels, inner, k, need_lse, metric == "sqeuclidean"
+        x, p, offset, labels, inner, k, need_lse, squared, _keeps_products(x, p)
     )
     loss = None if labels is None else found.lse - found.at_label
     lse = found.lse if return_lse else None
-    if metric == "cosine":
-        distance = 1 - tau * found.top
-    else:
-        distance = found.square.unsqueeze(1) - tau * found.top
-        lse = None if lse is None else lse - found.square / tau
-    return Nearest(distance.clamp(min=0), found.indices, lse, loss)
+    if metric == "sqeuclidean" and lse is not None:
+        lse = lse - found.square / tau
+    distance = None
+    if return_distance:
+        distance = ((1.0 if metric == "cosine" else found.square.unsqueeze(1)) - tau * found.top).clamp(min=0)
+    return Nearest(distance, found.indices, lse, loss)
+
+
+def _keeps_products(x: Tensor, p: Tensor) -> bool:
+    """Whether forward leaves x p^T for backward, which then saves one product of three; on a CPU alone."""
+    if not (x.dtype == torch.float32 and wants_grad(x, p) and checks.readable(x)):
+        return False
+    return 4 * len(x) * _padded(len(p)) <= KEPT_BYTES
 
 
 def _check(x: Any, prototypes: Any, labels: Any, valid: Any) -> None:

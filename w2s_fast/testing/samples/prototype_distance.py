@@ -55,6 +55,7 @@ SAMPLES = [
     Sample("prototype_distance", "cosine", _rows(13, 40, 24, labelled=True, k=2, metric="cosine", temperature=0.1)),
     Sample("prototype_distance", "sliced", _rows(9, 37, 16, "sliced", labelled=True, temperature=30.0)),
     Sample("prototype_distance", "transposed", _rows(9, 12, 16, "transposed", return_lse=True, temperature=30.0)),
+    Sample("prototype_distance", "indices", _rows(6, 35, 12, labelled=True, temperature=9.0, return_distance=False)),
     Sample("prototype_distance", "one", _rows(1, 1, 1)),
     Sample("prototype_distance", "empty", _rows(0, 3, 4, labelled=True)),
     Sample("prototype_distance", "nan", _nan, grad=False),
