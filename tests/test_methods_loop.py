@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import w2s_fast
 from w2s_fast.methods import available
 from w2s_fast.methods._common.batches import ShuffledBatches, shuffled
-from w2s_fast.methods._common.loop import Recipe, train
+from w2s_fast.methods._common.loop import Recipe, shard, train
 from w2s_fast.methods._common.place import Place
 from w2s_fast.testing import methods as cases
 from w2s_fast.testing.selection import covering
@@ -208,7 +208,7 @@ from torch.utils.data import TensorDataset
 from w2s_fast.methods._common import place
 from w2s_fast.methods._common.batches import shuffled
 from w2s_fast.methods._common.command import whole_state
-from w2s_fast.methods._common.loop import Recipe, train
+from w2s_fast.methods._common.loop import Recipe, shard, train
 torch.set_num_threads(1)
 where = place.place("cpu")
 folder, parallel, steps, stop = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
@@ -289,24 +289,40 @@ if where.rank == 0:
 place.leave()
 """
 
-#: Whose processes draw noise, or take batch statistics, each for its own part of a batch.
-OWN_DRAWS = {"npo", "ferkd", "tgeo_kd", "scalekd", "fast", "word_substitution", "robustify", "shrinkmatch", "gpicl",
-             "mip", "ict", "w2sd", "pixart_sigma"}  # fmt: skip
+#: Whose draws are of the whole batch, of which each process takes its rows.
+DRAWS_TOGETHER = {"npo", "ferkd", "mip", "ict", "w2sd", "pixart_sigma"}
+#: Whose processes see something else than one: statistics, a contrast or a step ahead of their own part of a batch
+#: (fast, scalekd, word_substitution, tgeo_kd), or views and sequences that are drawn in each process (the others).
+OWN_DRAWS = {"fast", "scalekd", "word_substitution", "tgeo_kd", "robustify", "shrinkmatch", "gpicl"}
 #: Which refuse FSDP2: they read whole parameters, of bounds, masks or projections.
 UNSHARDED = {"ibp", "fast", "hyperinterval", "word_substitution", "tgeo_kd", "mvp", "demonstration_retrieval", "fira",
              "ast", "perp", "sst", "randlora", "spdf", "exssnet", "robust_mean_teacher", "shrinkmatch", "clip_captions",
              "few_shot_increments"}  # fmt: skip
 #: Of those that FSDP2 does take.
-SHARDED = ["npo", "spin", "weak_to_strong", "meal_v2", "genarm", "sltrain", "w2sd", "soap", "allora", "bonsai"]
+SHARDED = [
+    "npo",
+    "spin",
+    "weak_to_strong",
+    "meal_v2",
+    "genarm",
+    "sltrain",
+    "w2sd",
+    "soap",
+    "allora",
+    "bonsai",
+    "global_balance",
+]
 TRAINS = {name: method.family for name, method in available().items() if method.family != "streams"}
 
 
 @pytest.mark.slow(60)
 @pytest.mark.parametrize("parallel", ["replicate", "fsdp"])
 def test_a_method_of_every_family_in_two_processes(parallel, tmp_path):
-    """The losses of one process, up to rounding; where a process draws for itself, only finite ones."""
+    """The losses of one process, up to rounding; where a process sees its own part alone, only finite ones."""
     pytest.importorskip("transformers")
-    names = covering(TRAINS, lambda n: [TRAINS[n]]) if parallel == "replicate" else SHARDED
+    names = SHARDED
+    if parallel == "replicate":
+        names = sorted({*covering(TRAINS, lambda n: [TRAINS[n]]), *DRAWS_TOGETHER})
     torchrun(tmp_path, METHODS, parallel, *names)
     found = torch.load(tmp_path / "found.pt")
     for name in names:
@@ -318,6 +334,16 @@ def test_a_method_of_every_family_in_two_processes(parallel, tmp_path):
             assert len(found[name]) == len(alone) and all(map(math.isfinite, found[name])), name
         else:
             assert found[name] == pytest.approx(alone, rel=2e-3, abs=1e-4), name
+
+
+def test_layers_are_sharded_and_lists_within_them_are_not(monkeypatch):
+    """Experts of a layer in a list longer than that of the layers: processes call different ones."""
+    seen = []
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", seen.append)
+    layers = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(5))}) for _ in "ab")
+    model = nn.Sequential(nn.Linear(2, 2), layers)
+    shard(model)
+    assert seen == [*layers, model]
 
 
 @pytest.mark.parametrize("name", sorted(UNSHARDED))

@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 import w2s_fast
 from w2s_fast.data import HardBatchSampler, MixtureSampler, ReplayMixtureBatchSampler
@@ -36,7 +36,7 @@ from w2s_fast.methods.streams import (
     structured_knowledge,
     synthetic_mixture,
 )
-from w2s_fast.methods.streams._fit import classification_losses, losses_of
+from w2s_fast.methods.streams._fit import classification_losses, loader, losses_of
 from w2s_fast.testing import stream_worker
 from w2s_fast.testing.selection import FULL, sampled
 
@@ -63,6 +63,16 @@ def right(model: nn.Module, data: TensorDataset) -> float:
 
 
 # methods on any model
+
+
+@pytest.mark.parametrize("kind", (lambda d: d, lambda d: Subset(d, range(3, 33)), lambda d: list(d)))
+def test_batches_by_one_index_are_those_of_a_data_loader(kind):
+    data = kind(blobs(50))
+    order = torch.randperm(len(data)).tolist()
+    found, wanted = list(loader(data, 8, order)), list(DataLoader(data, 8, sampler=order))
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 def test_repeated_subsets_take_the_steps_they_schedule():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,23 @@ def pretrained(seed: int, rate: float = 2e-3) -> Any:
     fit(model, ([part] for part in rows.split(BATCH)), optimizer, loss, clip=1.0,
         scheduler=RewarmCosineLR(optimizer, warmup=10, total=TRAINING))  # fmt: skip
     return model
+
+
+@lru_cache(maxsize=1)
+def sources() -> dict[tuple[str, str], Tensor]:
+    """Bytes of four kinds of text, each ``"train"``, ``"dev"`` and ``"test"``: documentation, code, the language
+    reference, and the tables of `tables` in three pieces."""
+    found, rows = {}, tables()
+    for name, domain in (("documentation", "general"), ("code", "code"), ("reference", "prose")):
+        held = text.documents()[domain, "valid"]
+        found[name, "train"] = joined(text.documents()[domain, "train"])
+        found[name, "dev"], found[name, "test"] = joined(held[::2]), joined(held[1::2])
+    edges = [0, len(rows) * 8 // 10, len(rows) * 9 // 10, len(rows)]
+    for split, (start, end) in zip(("train", "dev", "test"), pairwise(edges), strict=True):
+        found["tables", split] = rows[start:end]
+    return found
+
+
+def nats(model: nn.Module, names: Sequence[str], on: str, count: int = 128) -> Tensor:
+    """Nats a byte of each of `sources`, on ``"dev"`` or ``"test"``, over fixed blocks ``[len(names)]``."""
+    return torch.stack([losses(model, blocks(sources()[name, on], count, 7)).mean() for name in names])

@@ -7,9 +7,11 @@ the strong model trained on the ground truth) on the test part. The rate is chos
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from w2s_fast.methods._common.classify import predicted
@@ -31,13 +33,22 @@ CLAIMS = [
 ]  # fmt: skip
 
 
+@lru_cache(maxsize=16)
+def supervised(name: str, seed: int) -> tuple[Tensor, float]:
+    """The weak model's labels of the second half, and its accuracy on test."""
+    task = TASKS[name](seed)
+    weak = weak_model(task)
+    soft = predicted(weak, TensorDataset(*task.second)).softmax(1)
+    return soft, accuracy(scores(weak, task.held["test"]), task.held["test"].y)
+
+
 def run(name: str, arm: str, rate: float, seed: int, on: str) -> float:
     task = TASKS[name](seed)
     data = TensorDataset(*task.second)
     if arm == "ceiling":
         soft, loss = F.one_hot(task.second.y, task.classes).float(), Loss("xent")
     else:
-        soft, loss = predicted(weak_model(task), data).softmax(1), ARMS[arm]
+        soft, loss = supervised(name, seed)[0], ARMS[arm]
     student = Classifier(task.body, task.width, task.classes)
     weak_to_strong.train_on(student, data, soft, recipe=task.recipe.but(rate=rate * task.recipe.rate), loss=loss)
     return accuracy(scores(student, task.held[on]), task.held[on].y)
@@ -52,10 +63,9 @@ def choices() -> dict[str, Choice]:
 
 def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {"weak model": {}, "ceiling": {}, **{arm: {} for arm in ARMS}}
-    for name, make in TASKS.items():
-        task = make(seed)
+    for name in TASKS:
         made = {arm: run(name, arm, chosen[f"{name}, {arm}"]["rate"], seed, "test") for arm in (*ARMS, "ceiling")}
-        weak = accuracy(scores(weak_model(task), task.held["test"]), task.held["test"].y)
+        weak = supervised(name, seed)[1]
         for arm, value in {"weak model": weak, **made}.items():
             found[arm][f"accuracy, {name}"] = value
             if arm in ARMS:

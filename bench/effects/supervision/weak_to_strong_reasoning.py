@@ -106,7 +106,7 @@ def prepared(seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def fine_tuned(arm: str, seed: int, rate: float) -> Any:
     """The strong model after supervised training."""
     return sequences.fine_tuned(prepared(seed)["strong"], prepared(seed)[arm], recipe(seed, UPDATES, rate))

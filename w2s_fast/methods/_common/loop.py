@@ -384,14 +384,18 @@ def unsharded(op: str, recipe: Recipe, where: Place | None) -> None:
 
 
 def shard(model: nn.Module) -> None:
-    """FSDP2: every module of the longest ModuleList (a transformer's layers), then the rest."""
+    """FSDP2: every module of the longest ModuleList (a transformer's layers), then the rest.
+
+    Lists within lists are not looked at: processes that call other experts of a layer would wait for each other.
+    """
     from torch.distributed.fsdp import fully_shard
 
     if isinstance(model, nn.ModuleList):  # which has no forward of its own
         for part in model:
             shard(part)
         return
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    for layer in max(lists, key=len, default=()):
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    for layer in max(outer, key=len, default=()):
         fully_shard(layer)
     fully_shard(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,16 @@ def place(device: str | torch.device | None = None) -> Place:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     return Place(int(os.environ.get("RANK", "0")), world, found)
+
+
+def drawn(make: Callable[[int], Tensor], count: int, where: Place | None = None) -> Tensor:
+    """Of the rows that ``make(n)`` draws for a batch of all processes, the ``count`` of this one.
+
+    Every process draws them all, from generators of one seed, and takes what `ShuffledBatches` dealt to it: together
+    they train as one process would.
+    """
+    rank, world = (0, 1) if where is None else where[:2]
+    return make(count * world)[rank::world]
 
 
 def generator(seed: int, where: Place | None = None) -> torch.Generator:

@@ -30,7 +30,7 @@ from .._common.batches import shuffled
 from .._common.classify import inputs_of
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
-from .._common.place import generator
+from .._common.place import Place, drawn
 
 
 def network(model: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
@@ -81,14 +81,18 @@ class Average:
 
 
 def loss(model: nn.Module, x: Tensor, step: int, steps: int, *, end: int = 160, improved: bool = True,
-         draw: torch.Generator | None = None) -> Tensor:  # fmt: skip
-    """Of clean samples ``x [N, ...]`` at a step; ``end``: noise levels in the last phase."""
+         draw: torch.Generator | None = None, where: Place | None = None) -> Tensor:  # fmt: skip
+    """Of clean samples ``x [N, ...]`` at a step; ``end``: noise levels in the last phase.
+
+    Several processes (``where``) that draw from generators of one seed get the rows of one batch.
+    """
     levels = ict_schedule(step, steps, end=end)
     sigmas = karras_sigmas(levels)
     likely = lognormal_index_probs(levels) if improved else torch.ones(len(sigmas) - 1)
-    index = torch.multinomial(likely, len(x), replacement=True, generator=draw)
+    index = drawn(lambda n: torch.multinomial(likely, n, replacement=True, generator=draw), len(x), where)
     low, high = sigmas[index].to(x.device), sigmas[index + 1].to(x.device)
-    x_low, x_high = noise_pair(x, torch.randn(x.shape, generator=draw).to(x), low, high)
+    noise = drawn(lambda n: torch.randn(n, *x.shape[1:], generator=draw), len(x), where)
+    x_low, x_high = noise_pair(x, noise.to(x), low, high)
     state = torch.get_rng_state()
     with torch.no_grad():  # the same dropout for both, as the paper has it
         teacher = network(model, x_low, low)
@@ -115,12 +119,13 @@ def train(
         improved: False for plain consistency training.
         average: kept by the caller, who then keeps ``model`` as it was last.
     """
-    kept, draw = average or Average(model, ema), generator(recipe.seed, run.get("where"))
+    kept, draw = average or Average(model, ema), torch.Generator().manual_seed(recipe.seed)
 
     def of(model: nn.Module, batch: Any, step: int) -> Tensor:
         if step:
             kept.update(model)
-        return loss(model, inputs_of(batch), step, recipe.steps, end=end, improved=improved, draw=draw)
+        return loss(model, inputs_of(batch), step, recipe.steps, end=end, improved=improved, draw=draw,
+                    where=run.get("where"))
 
     loader = data if hasattr(data, "batch_sampler") else shuffled(data, recipe.batch, seed=recipe.seed,
                                                                   where=run.get("where"))  # fmt: skip

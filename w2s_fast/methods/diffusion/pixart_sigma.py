@@ -21,7 +21,6 @@ from ...nn import KVCompressedAttention, PixArtSigma
 from .._common.batches import shuffled
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
-from .._common.place import generator
 from .w2sd import linear_abar, noise_loss
 
 Start = Literal["averaging", "random", "plain mean"]
@@ -60,10 +59,10 @@ def train(
         raise_resolution(_pixart(model), resolution)
     if compression != "none":
         compress(_pixart(model), compression, seed=recipe.seed)  # type: ignore[arg-type]
-    table, draw = linear_abar() if abar is None else abar, generator(recipe.seed, run.get("where"))
+    table, draw = linear_abar() if abar is None else abar, torch.Generator().manual_seed(recipe.seed)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        return noise_loss(model, batch[0], *batch[1:], abar=table, draw=draw)
+        return noise_loss(model, batch[0], *batch[1:], abar=table, draw=draw, where=run.get("where"))
 
     loader = data if hasattr(data, "batch_sampler") else shuffled(data, recipe.batch, seed=recipe.seed,
                                                                   where=run.get("where"))  # fmt: skip

@@ -18,7 +18,7 @@ from .._common.batches import shuffled
 from .._common.classify import inputs_of
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
-from .._common.place import generator
+from .._common.place import Place, drawn
 
 
 def linear_abar(steps: int = 1000, low: float = 1e-4, high: float = 0.02) -> Tensor:
@@ -59,11 +59,16 @@ def sample(
 
 def noise_loss(
     model: Callable[..., Any], x: Tensor, *inputs: Any, abar: Tensor, draw: torch.Generator | None = None,
-    noise: Tensor | None = None, t: Tensor | None = None,
+    noise: Tensor | None = None, t: Tensor | None = None, where: Place | None = None,
 ) -> Tensor:  # fmt: skip
-    """Mean squared error of the predicted noise, at random (or the given) levels ``t [N]``."""
-    t = torch.randint(len(abar), (len(x),), generator=draw) if t is None else t
-    noise = torch.randn(x.shape, generator=draw) if noise is None else noise
+    """Mean squared error of the predicted noise, at random (or the given) levels ``t [N]``.
+
+    Several processes (``where``) that draw from generators of one seed get the rows of one batch.
+    """
+    if t is None:
+        t = drawn(lambda n: torch.randint(len(abar), (n,), generator=draw), len(x), where)
+    if noise is None:
+        noise = drawn(lambda n: torch.randn(n, *x.shape[1:], generator=draw), len(x), where)
     level = abar.float()[t.cpu()].view(-1, *[1] * (x.ndim - 1)).to(x.device)
     noise = noise.to(x)
     found = model(level.sqrt() * x + (1 - level).sqrt() * noise, t.to(x.device), *inputs)
@@ -75,10 +80,10 @@ def train(
     model: nn.Module, data: Any, *, recipe: Recipe, abar: Tensor | None = None, **run: Any
 ) -> Trained:  # fmt: skip
     """Train ``model(x, t)`` to predict the noise in ``data``: a map-style dataset of samples, or tuples of one."""
-    table, draw = linear_abar() if abar is None else abar, generator(recipe.seed, run.get("where"))
+    table, draw = linear_abar() if abar is None else abar, torch.Generator().manual_seed(recipe.seed)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        return noise_loss(model, inputs_of(batch), abar=table, draw=draw)
+        return noise_loss(model, inputs_of(batch), abar=table, draw=draw, where=run.get("where"))
 
     loader = data if hasattr(data, "batch_sampler") else shuffled(data, recipe.batch, seed=recipe.seed,
                                                                   where=run.get("where"))  # fmt: skip

@@ -22,7 +22,6 @@ from .._common.batches import shuffled, sized
 from .._common.classify import as_list, labels, logits
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
-from .._common.place import generator
 
 
 class Stored(NamedTuple):
@@ -104,7 +103,7 @@ def train_stored(
     model: nn.Module, pictures: Tensor, stored: Stored, *, recipe: Recipe, mix: bool = True, **run: Any
 ) -> Trained:
     """Train on stored crops of ``pictures [N, C, H, W]``; every other batch is mixed."""
-    draw = generator(recipe.seed, run.get("where"))
+    draw = torch.Generator().manual_seed(recipe.seed)  # of all processes: a box is one for the batch
 
     def loss(model: nn.Module, batch: Any, step: int) -> Tensor:
         rows = batch[0].cpu()

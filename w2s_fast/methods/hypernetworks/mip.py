@@ -19,6 +19,7 @@ from .._common.batches import shuffled
 from .._common.classify import inputs_of, labels_of
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
+from .._common.place import drawn
 
 
 def gradient_norms(model: MIP, main: nn.Module, loss: Callable[[Tensor], Tensor], x: Tensor, gammas: Tensor) -> Tensor:
@@ -45,13 +46,15 @@ def train(
         loss: of the output, the batch and gamma; default the cross-entropy with y.
         each: draw gamma for every sample, not for the batch.
     """
+    where = run.get("where")
     main.to(next(model.parameters()).device)
 
     def step(model: Any, batch: Any) -> Tensor:
         x = inputs_of(batch)
-        gamma = torch.rand((len(x), model.width) if each else (model.width,)).to(x.device)
+        gamma = drawn(lambda n: torch.rand(n, model.width), len(x), where) if each else torch.rand(model.width)
+        gamma = gamma.to(x.device)
         out = model.call(main, gamma, x)
         return cross_entropy(out, labels_of(batch)) if loss is None else loss(out, batch, gamma)
 
-    loader = shuffled(data, recipe.batch, seed=recipe.seed, where=run.get("where"))
+    loader = shuffled(data, recipe.batch, seed=recipe.seed, where=where)
     return run_loop(model, step, loader, recipe, **run)

@@ -18,7 +18,7 @@ from .._common.batches import shuffled
 from .._common.language import Example, Row, Sequences
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
-from .._common.place import generator
+from .._common.place import drawn
 
 
 class Batch(NamedTuple):
@@ -51,10 +51,13 @@ def train(
     also = [] if retain is None else language.check_rows("methods.npo, retain", retain)
     kept = language.examples(tokenizer, also, max_length=max_length)
     known = list(zip(forget, language.scores(model, forget).tolist(), strict=True))
-    draw = generator(recipe.seed, run.get("where"))
+    draw, where = torch.Generator().manual_seed(recipe.seed), run.get("where")
 
     def collate(part: list[tuple[Example, float]]) -> Batch:
-        also = [kept[i] for i in torch.randint(len(kept), (len(part),), generator=draw).tolist()] if kept else []
+        also = []
+        if kept:
+            rows = drawn(lambda n: torch.randint(len(kept), (n,), generator=draw), len(part), where)
+            also = [kept[i] for i in rows.tolist()]
         ref = torch.tensor([score for _, score in part])
         return Batch(language.collate([e for e, _ in part]), ref, language.collate(also) if also else None)
 
@@ -62,7 +65,7 @@ def train(
         value = forget_loss(model, batch.forget, batch.ref, kind=kind, beta=beta)
         return value if batch.retain is None else value - weight * language.logp(model, batch.retain).mean()
 
-    loader = shuffled(known, recipe.batch, seed=recipe.seed, where=run.get("where"), collate=collate)
+    loader = shuffled(known, recipe.batch, seed=recipe.seed, where=where, collate=collate)
     return run_loop(model, loss, loader, recipe, also={"draw": draw, **run.pop("also", {})}, **run)
 
 

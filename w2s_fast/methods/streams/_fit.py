@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Subset, TensorDataset
 
 #: ``loss(model, batch)``, a scalar.
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -33,6 +33,14 @@ def moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)):
         return type(batch)(moved(part, device) for part in batch)
     return batch
+
+
+def loader(dataset: Any, batch_size: int, sampler: Any) -> DataLoader[Any]:
+    """A DataLoader; of tensors, or a part of them, it takes a batch by one index and collates nothing: same batches."""
+    whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+    if type(whole) is TensorDataset:
+        return DataLoader(dataset, batch_size=None, sampler=BatchSampler(sampler, batch_size, drop_last=False))
+    return DataLoader(dataset, batch_size, sampler=sampler)
 
 
 def fit(

@@ -17,14 +17,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ... import checks
 from ...data import CurriculumSampler
 from ...data.curriculum import Pacing
 from .._common import federated
 from .._common.federated import MakeOptimizer, Turn
-from ._fit import Loss, classification_losses, classify, fit, losses_of
+from ._fit import Loss, classification_losses, classify, fit, loader, losses_of
 
 Order = Literal["easy", "hard", "random"]
 
@@ -46,7 +45,7 @@ def client_update(
         batch_size=min(batch_size, len(dataset)), rank=0, world_size=1,
     )  # fmt: skip
     sampler.set_epoch(epoch)
-    return fit(model, DataLoader(dataset, sampler.batch_size, sampler=sampler), optimizer, loss)
+    return fit(model, loader(dataset, sampler.batch_size, sampler), optimizer, loss)
 
 
 def simulate(

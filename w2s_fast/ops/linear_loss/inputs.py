@@ -34,7 +34,7 @@ _KEPT_ROWS = 512
 def keeps_logits(given: Linear, keep: Tensor) -> bool:
     """Whether forward leaves the logits for backward, which then saves a product.
 
-    On a CPU, for one head in float32 or bfloat16 without a cap, if they are no larger than the head and every row counts.
+    On a CPU, for one float32 or bfloat16 head without a cap, if they are no larger than the head and every row counts.
     """
     dtypes = {t.dtype for t in (*given.hiddens, *given.heads)}
     plain = len(given.hiddens) == 1 and not given.softcap and given.weights is None
