@@ -12,6 +12,9 @@ import triton.language as tl
 
 from ..common import next_power
 
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 def split(head: int) -> tuple[int, int]:
     """Widths of the tiles A and B (0: none) that cover ``head`` columns."""
@@ -37,6 +40,12 @@ def store_tile(base, rows, row_mask, stride, start, D: tl.constexpr, x, WIDTH: t
     cols = start + tl.arange(0, WIDTH)
     mask = row_mask[:, None] & (cols[None, :] < D)
     tl.store(base + rows[:, None] * stride + cols[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def power(x, FOLD: tl.constexpr):
+    """e^x, or 2^x of what is in log2 units."""
+    return tl.exp2(x) if FOLD else tl.exp(x)
 
 
 @triton.jit

@@ -3,6 +3,10 @@
 Few keys (at most `FEW`): one program holds a head's whole K and V and goes through `TILES` blocks of queries; a full
 row of scores fits, so there is no running maximum and nothing is loaded twice. More keys: one program a block of
 queries, K and V pass by in blocks with an online softmax. Floor: 4 N M D FLOPs a head; q, k, v read and O written once.
+
+For 16-bit inputs scores are in log2 units, scale and log2(e) in one factor: an exponential is a subtraction and the
+hardware's own exp2. What leaves the kernel is in nats again; the rounding of that (1e-7 of the largest score) is below what
+16-bit scores carry. float32 keeps nats throughout, so that the backward subtracts the very number.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..common import AotCase, Meta, cdiv, dtype, launch, safe
-from .attention import alignment, interpreted, load_tile, outer, product, split, store_tile
+from .attention import LN2, LOG2E, alignment, interpreted, load_tile, outer, power, product, split, store_tile
 
 #: Keys that a program holds.
 FEW = 128
@@ -29,10 +33,10 @@ def _place(x, b, h, ALIGN: tl.constexpr):
 
 @triton.jit
 def _few_keys_kernel(
-    q, k, v, o, softmax, H, N, M, groups, stat_step, scale,
+    q, k, v, o, softmax, H, N, M, groups, stat_step, rate,
     D: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr,
-    DOT_F32: tl.constexpr,
+    DOT_F32: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = (pid // groups).to(tl.int64)
@@ -54,9 +58,9 @@ def _few_keys_kernel(
         if B > 0:
             q_b = load_tile(q_base, rows, row_mask, q[2], A, D, B, DOT_F32)
             s = product(q_b, tl.trans(k_b), s, DOT_F32)
-        s = tl.where(key_mask[None, :], s * scale, -float("inf"))
+        s = tl.where(key_mask[None, :], s * rate, -float("inf"))
         top = tl.max(s, 1)
-        p = tl.exp(s - safe(top)[:, None])
+        p = power(s - safe(top)[:, None], FOLD)
         total = tl.sum(p, 1)
         p = p.to(v_a.dtype)
         zero = tl.zeros((BLOCK_Q, A), tl.float32)
@@ -64,15 +68,15 @@ def _few_keys_kernel(
         if B > 0:
             zero_b = tl.zeros((BLOCK_Q, B), tl.float32)
             store_tile(o_base, rows, row_mask, o[2], A, D, product(p, v_b, zero_b, DOT_F32) / total[:, None], B)
-        tl.store(softmax + head * N + rows, top, mask=row_mask)
+        tl.store(softmax + head * N + rows, top * LN2 if FOLD else top, mask=row_mask)
         tl.store(softmax + stat_step + head * N + rows, total, mask=row_mask)
 
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, o, softmax, H, N, M, blocks, stat_step, scale,
+    q, k, v, o, softmax, H, N, M, blocks, stat_step, rate,
     D: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, DOT_F32: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, DOT_F32: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = (pid // blocks).to(tl.int64)
@@ -96,10 +100,10 @@ def _forward_kernel(
         if B > 0:
             k_b = load_tile(k_base, keys, key_mask, k[2], A, D, B, DOT_F32)
             s = product(q_b, tl.trans(k_b), s, DOT_F32)
-        s = tl.where(key_mask[None, :], s * scale, -float("inf"))
+        s = tl.where(key_mask[None, :], s * rate, -float("inf"))
         new = tl.maximum(top, tl.max(s, 1))
-        shrink = tl.exp(top - safe(new))
-        p = tl.exp(s - safe(new)[:, None])
+        shrink = power(top - safe(new), FOLD)
+        p = power(s - safe(new)[:, None], FOLD)
         total = total * shrink + tl.sum(p, 1)
         top = new
         v_a = load_tile(v_base, keys, key_mask, v[2], 0, D, A, DOT_F32)
@@ -111,7 +115,7 @@ def _forward_kernel(
     store_tile(o_base, rows, row_mask, o[2], 0, D, o_a / total[:, None], A)
     if B > 0:
         store_tile(o_base, rows, row_mask, o[2], A, D, o_b / total[:, None], B)
-    tl.store(softmax + head * N + rows, top, mask=row_mask)
+    tl.store(softmax + head * N + rows, top * LN2 if FOLD else top, mask=row_mask)
     tl.store(softmax + stat_step + head * N + rows, total, mask=row_mask)
 
 
@@ -128,14 +132,16 @@ def attention(q: Any, k: Any, v: Any, scale: float, out: Any, softmax: Any) -> N
     """Write O and the softmax's two numbers; tensors are [B, tokens, H, D] of any outer strides."""
     batch, n, heads, head = q.shape
     keys = k.shape[1]
-    options = config(head, keys, "float32" in str(q.dtype))
+    wide = "float32" in str(q.dtype)
+    options = config(head, keys, wide)
     first, rest = split(head)
     few = "TILES" in options
     blocks = cdiv(n, options["BLOCK_Q"] * options.get("TILES", 1))
     launch(
         _few_keys_kernel if few else _forward_kernel, batch * heads * blocks, q, outer(q), outer(k), outer(v),
-        outer(out), softmax, heads, n, keys, blocks, batch * heads * n, scale, D=head,
-        ALIGN=alignment(q, k, v, out), A=first, B=rest, DOT_F32=interpreted(q), **options,
+        outer(out), softmax, heads, n, keys, blocks, batch * heads * n, scale if wide else scale * LOG2E.value, D=head,
+        ALIGN=alignment(q, k, v, out), A=first, B=rest, DOT_F32=interpreted(q), FOLD=not wide,
+        **options,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..common import AotCase, Meta, cdiv, dtype, launch
-from .attention import alignment, interpreted, load_tile, outer, product, split, store_tile
+from .attention import LOG2E, alignment, interpreted, load_tile, outer, power, product, split, store_tile
 from .compressed_attention import _place
 
 #: Programs that the kernel for dK and dV aims at.
@@ -34,11 +34,12 @@ def _scores(x_a, y_a, x_b, y_b, ROWS: tl.constexpr, COLS: tl.constexpr, B: tl.co
 def _dq_kernel(
     g, q, k, v, o, softmax, delta, dq, H, N, M, blocks, stat_step, scale,
     D: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, DOT_F32: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, DOT_F32: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = (pid // blocks).to(tl.int64)
     b, h = head // H, head % H
+    rate = scale * LOG2E if FOLD else scale
     rows = (pid % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q).to(tl.int64)
     mask = rows < N
     k_base, v_base = _place(k, b, h, ALIGN), _place(v, b, h, ALIGN)
@@ -59,7 +60,7 @@ def _dq_kernel(
         if B > 0:
             q_b = load_tile(q_base, rows, mask, q[2], A, D, B, DOT_F32)
             dq_b = tl.zeros((BLOCK_Q, B), tl.float32)
-        top = tl.load(softmax + head * N + rows, mask=mask, other=0.0)
+        top = tl.load(softmax + head * N + rows, mask=mask, other=0.0) * (LOG2E if FOLD else 1.0)
         inverse = 1.0 / tl.load(softmax + stat_step + head * N + rows, mask=mask, other=1.0)
         for start in range(0, M, BLOCK_M):
             keys = start + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -70,8 +71,8 @@ def _dq_kernel(
             if B > 0:
                 k_b = load_tile(k_base, keys, key_mask, k[2], A, D, B, DOT_F32)
                 v_b = load_tile(v_base, keys, key_mask, v[2], A, D, B, DOT_F32)
-            s = _scores(q_a, k_a, q_b, k_b, BLOCK_Q, BLOCK_M, B, DOT_F32) * scale
-            p = tl.where(key_mask[None, :], tl.exp(s - top[:, None]) * inverse[:, None], 0.0)
+            s = _scores(q_a, k_a, q_b, k_b, BLOCK_Q, BLOCK_M, B, DOT_F32) * rate
+            p = tl.where(key_mask[None, :], power(s - top[:, None], FOLD) * inverse[:, None], 0.0)
             ds = p * (_scores(g_a, v_a, g_b, v_b, BLOCK_Q, BLOCK_M, B, DOT_F32) - d[:, None])
             ds = ds.to(k_a.dtype)
             dq_a = product(ds, k_a, dq_a, DOT_F32)
@@ -87,7 +88,7 @@ def _dq_kernel(
 def _dkv_kernel(
     g, q, k, v, softmax, delta, dk, dv, H, N, M, blocks, shares, share, stat_step, scale,
     D: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, DOT_F32: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, DOT_F32: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv are (float32 [shares * batch, M, H, D], its strides)."""
     pid = tl.program_id(0)
@@ -95,6 +96,7 @@ def _dkv_kernel(
     block = pid // shares % blocks
     head = (pid // shares // blocks).to(tl.int64)
     b, h = head // H, head % H
+    rate = scale * LOG2E if FOLD else scale
     keys = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     key_mask = keys < M
     k_base, v_base = _place(k, b, h, ALIGN), _place(v, b, h, ALIGN)
@@ -116,12 +118,13 @@ def _dkv_kernel(
         if B > 0:
             q_b = load_tile(q_base, rows, mask, q[2], A, D, B, DOT_F32)
             g_b = load_tile(g_base, rows, mask, g[2], A, D, B, DOT_F32)
-        top = tl.load(softmax + head * N + rows, mask=mask, other=0.0)
+        top = tl.load(softmax + head * N + rows, mask=mask, other=0.0) * (LOG2E if FOLD else 1.0)
         inverse = tl.where(mask, 1.0 / tl.load(softmax + stat_step + head * N + rows, mask=mask, other=1.0), 0.0)
         d = tl.load(delta + head * N + rows, mask=mask, other=0.0)
-        # the same product as the forward's, so that rounding cancels in s - top however large the scores are
-        s = _scores(q_a, k_a, q_b, k_b, BLOCK_Q, BLOCK_M, B, DOT_F32) * scale
-        p = tl.where(mask[:, None], tl.exp(s - top[:, None]) * inverse[:, None], 0.0)
+        # the same product as the forward's, so that rounding cancels in s - top however large the scores are (16-bit
+        # inputs: but for that of turning top into nats and back)
+        s = _scores(q_a, k_a, q_b, k_b, BLOCK_Q, BLOCK_M, B, DOT_F32) * rate
+        p = tl.where(mask[:, None], power(s - top[:, None], FOLD) * inverse[:, None], 0.0)
         ds = p * (_scores(g_a, v_a, g_b, v_b, BLOCK_Q, BLOCK_M, B, DOT_F32) - d[:, None])
         p, ds = tl.trans(p.to(g_a.dtype)), tl.trans(ds.to(q_a.dtype))
         dv_a = product(p, g_a, dv_a, DOT_F32)
@@ -164,8 +167,9 @@ def gradients(
     f32 = dtype(q, "float32")
     first, rest = split(head)
     align = alignment(grad, q, k, v, out, *([] if dq is None else [dq]))
-    options = {"D": head, "ALIGN": align, "A": first, "B": rest, "DOT_F32": interpreted(q)}
-    options.update(config(head, "float32" in str(q.dtype)))
+    wide = "float32" in str(q.dtype)
+    options = {"D": head, "ALIGN": align, "A": first, "B": rest, "DOT_F32": interpreted(q), "FOLD": not wide}
+    options.update(config(head, wide))
     delta = q.new_empty((batch, heads, n), dtype=f32)
     blocks, step = cdiv(n, options["BLOCK_Q"]), batch * heads * n
     launch(
