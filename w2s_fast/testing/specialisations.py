@@ -40,6 +40,8 @@ CAPTURE_AWARE = ("linear_loss.packing", "linear_loss.preference")
 SPILLS: dict[tuple[str, str], int] = {
     # three teachers of short rows: 128 threads keep every teacher's block; one word of a thread
     ("linear_kd", "_row_kernel"): 16,
+    # float32 heads of 256: rows of q, dO and dQ in registers; 0 up to 128
+    **{(op, "_dq_kernel"): 320 for op in ("compressed_attention_backward", "kv_compressed_attention_backward")},
     # rows whose strides are no multiple of 16 bytes: addresses of two tiles beside the tiles; 0 where they are
     **{(op, "_spmm_kernel"): 512 for op in ("sparse_lowrank_linear", "sparse_lowrank_backward", "spmm")},
 }

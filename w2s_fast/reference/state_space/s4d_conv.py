@@ -68,7 +68,8 @@ def powers(z: Tensor, length: int) -> Powers:
 
 def as_complex(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``[..., 2]`` as complex numbers with parts of a dtype."""
-    return torch.view_as_complex(t.to(dtype).contiguous())
+    t = t.to(dtype).contiguous()
+    return torch.view_as_complex(t if t.numel() else t.new_empty(t.shape))  # without elements strides may be anything
 
 
 def s4d_conv(
