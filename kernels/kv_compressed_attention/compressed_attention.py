@@ -5,8 +5,8 @@ row of scores fits, so there is no running maximum and nothing is loaded twice. 
 queries, K and V pass by in blocks with an online softmax. Floor: 4 N M D FLOPs a head; q, k, v read and O written once.
 
 For 16-bit inputs scores are in log2 units, scale and log2(e) in one factor: an exponential is a subtraction and the
-hardware's own exp2. What leaves the kernel is in nats again; the rounding of that (1e-7 of the largest score) is below what
-16-bit scores carry. float32 keeps nats throughout, so that the backward subtracts the very number.
+hardware's own exp2. What leaves the kernel is in nats again; the rounding of that (1e-7 of the largest score) is below
+what 16-bit scores carry. float32 keeps nats throughout, so that the backward subtracts the very number.
 """
 
 from __future__ import annotations

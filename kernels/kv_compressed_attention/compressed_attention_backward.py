@@ -148,8 +148,8 @@ def _dkv_kernel(
 def config(head: int, wide: bool, keys: bool = True) -> dict[str, Any]:
     """Blocks of the kernel for dK and dV, or (``keys`` False) of that for dQ.
 
-    float32 products go through registers: dQ's rows of q, dO and dQ leave room for 16 keys up to a head of 128 (a head of
-    256 spills 288 bytes, with 32 keys 2,328).
+    float32 products go through registers: dQ's rows of q, dO and dQ leave room for 16 keys up to a head of 128 (a head
+    of 256 spills 288 bytes, with 32 keys 2,328).
     """
     if wide and not keys:
         return {"BLOCK_Q": 16, "BLOCK_M": 16, "num_warps": 8, "num_stages": 1}
