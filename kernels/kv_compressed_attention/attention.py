@@ -10,9 +10,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import next_power
+from ..common import exp, next_power
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -45,7 +44,7 @@ def store_tile(base, rows, row_mask, stride, start, D: tl.constexpr, x, WIDTH: t
 @triton.jit
 def power(x, FOLD: tl.constexpr):
     """e^x, or 2^x of what is in log2 units."""
-    return tl.exp2(x) if FOLD else tl.exp(x)
+    return tl.exp2(x) if FOLD else exp(x)
 
 
 @triton.jit

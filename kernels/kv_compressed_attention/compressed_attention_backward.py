@@ -13,8 +13,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import AotCase, Meta, cdiv, dtype, launch
-from .attention import LOG2E, alignment, interpreted, load_tile, outer, power, product, split, store_tile
+from ..common import LOG2E, AotCase, Meta, cdiv, dtype, launch
+from .attention import alignment, interpreted, load_tile, outer, power, product, split, store_tile
 from .compressed_attention import _place
 
 #: Programs that the kernel for dK and dV aims at.

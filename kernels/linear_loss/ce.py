@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import INF, NO_INDEX, AotCase, Group, Meta, dtype, launch, next_power, safe
+from ..common import INF, NO_INDEX, AotCase, Group, Meta, dtype, exp, launch, next_power, safe
 from .chunk import Chunks, capped, gradient_block, options, refuse_softcaps, row_block
 from .packing import packed
 from .slices import (
@@ -47,9 +47,9 @@ def with_block(
     sum dense, sum c dense z and sum c dense, with c of ``classes`` or 1, of the columns so far and a block's."""
     high = tl.max(z, 0)
     new = tl.maximum(top, high)
-    factor = tl.where(top > -INF, tl.exp(top - safe(new)), 0.0)
+    factor = tl.where(top > -INF, exp(top - safe(new)), 0.0)
     d = z - safe(new)
-    e = tl.exp(d)
+    e = exp(d)
     if ENTROPY:
         moved = tl.where(mass > 0, (safe(top) - safe(new)) * mass, 0.0)
         spread = factor * (spread + moved) + tl.sum(e * tl.maximum(d, -1e4), 0)
@@ -120,7 +120,7 @@ def whole_row(parts, SLICES: tl.constexpr, PADDED: tl.constexpr):
     masses = published(parts, 1, SLICES, PADDED, 0.0)
     top = tl.max(tops, 0)
     lines, line = safe(tops), safe(top)
-    factors = tl.where(tops > -INF, tl.exp(lines - line), 0.0)
+    factors = tl.where(tops > -INF, exp(lines - line), 0.0)
     moved = tl.where(masses > 0, (lines - line) * masses, 0.0)
     spread = tl.sum(factors * (published(parts, 2, SLICES, PADDED, 0.0) + moved), 0)
     places = published(parts, 3, SLICES, PADDED, 0.0).to(tl.int32, bitcast=True)
@@ -160,7 +160,7 @@ def row_losses(
     loss = q_mass * log_mass - agreement + z_loss * lse * lse
     w = tl.load(i_weight + row).to(tl.float32)
     if SCALED:
-        loss *= tl.exp(logp)
+        loss *= exp(logp)
     tl.store(o_loss + row, tl.where(keep & (w != 0), w * loss, 0.0), mask=writes)
     tl.store(o_row + row, tl.where(keep, loss, 0.0), mask=writes)
     tl.store(o_logp + row, tl.where(keep, logp, 0.0), mask=writes)
@@ -171,7 +171,7 @@ def row_losses(
         tl.store(o_best + row, tl.where(keep, best, 0).to(tl.int64), mask=writes)
         tl.store(o_largest + row, tl.where(keep, 1.0 / mass, 0.0), mask=writes)
     if SCALED:
-        w = tl.where(w != 0, w * tl.exp(logp), 0.0)
+        w = tl.where(w != 0, w * exp(logp), 0.0)
     return lse, uniform, w * (q_mass + 2.0 * z_loss * lse), w
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import INF, cdiv, dtype, launch, refuse_double
+from ..common import INF, cdiv, dtype, exp, launch, refuse_double
 from .product import accumulate, logits_of, serves
 from .tile import BLOCK_V, fused_tile, prepare
 
@@ -65,7 +65,7 @@ def gradient_block(
 ):  # fmt: skip
     """dz = slope (p (coef + coef_log log p) + classes (coef_all + coef_dense dense) + sum_k sign coefs_k [v = ids_k]),
     with p = unit exp(z - line), log p = z - log_line, and classes 1 where there are none."""
-    p = unit * tl.exp(z - line)
+    p = unit * exp(z - line)
     if LOG:
         g = p * (coef + coef_log * tl.maximum(z - log_line, -1e4, propagate_nan=tl.PropagateNan.ALL))
     else:
