@@ -42,6 +42,8 @@ SPILLS: dict[tuple[str, str], int] = {
     ("linear_kd", "_row_kernel"): 16,
     # float32 heads of 256: rows of q, dO and dQ in registers; 0 up to 128
     **{(op, "_dq_kernel"): 320 for op in ("compressed_attention_backward", "kv_compressed_attention_backward")},
+    # float32 where rows are not aligned: a word or two, which the assembler prefers to the next step of registers
+    **{(op, "_dkv_kernel"): 8 for op in ("compressed_attention_backward", "kv_compressed_attention_backward")},
     # rows whose strides are no multiple of 16 bytes: addresses of two tiles beside the tiles; 0 where they are
     **{(op, "_spmm_kernel"): 512 for op in ("sparse_lowrank_linear", "sparse_lowrank_backward", "spmm")},
 }

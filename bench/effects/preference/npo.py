@@ -3,8 +3,8 @@
 A model of general text is fine-tuned on pieces of Python modules; 64 of them shall be forgotten, 256 kept. The goal is
 the model that never saw the forget set: forget quality is the p-value of the Kolmogorov-Smirnov test that both models'
 truth ratios have one distribution; utility the harmonic mean of the token probabilities of the retained pieces, of
-unseen modules and of general text. 80 steps of 16, beta 0.1 (the paper's). Rate and weight of the retained pieces are
-chosen for each arm on other draws, by the highest forget quality on the way plus the utility at the end.
+unseen modules and of general text. 64 steps of 16, beta 0.1 (the paper's). The rate of each kind and the weight of its
+retained pieces are chosen on other draws, by the highest forget quality on the way plus the utility at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from w2s_fast.methods.preference import npo
 from .. import llama, sequences, text, tokens
 from ..protocol import Choice, Claim, choose
 
-VOCABULARY, SIZE, LENGTH, PROMPT, STEPS = 512, llama.Size(64, 2, 2), 48, 16, 80
+VOCABULARY, SIZE, LENGTH, PROMPT, STEPS = 512, llama.Size(64, 2, 2), 48, 16, 64
 ARMS = {"gradient ascent": ("ga", False), "NPO": ("npo", False), "gradient ascent + retain": ("ga", True),
         "NPO + retain": ("npo", True)}  # fmt: skip
 GRID = {"rate": (2e-4, 4e-4), "weight": (0.05, 0.2)}
@@ -103,11 +103,14 @@ def run(arm: str, rate: float, weight: float, seed: int) -> dict[str, float]:
 
 
 def choices() -> dict[str, Choice]:
-    def dev(arm: str) -> Choice:
-        grid = GRID if ARMS[arm][1] else {"rate": GRID["rate"], "weight": (0.0,)}
+    def dev(arm: str, grid: dict[str, tuple[float, ...]]) -> Choice:
         return choose(lambda seed, on, **setting: sum(run(arm, seed=seed, **setting).values()), grid)
 
-    return {arm: dev(arm) for arm in ARMS}
+    found: dict[str, Choice] = {}
+    for arm, (_, keeps) in ARMS.items():
+        rates = (found[arm.removesuffix(" + retain")].best["rate"],) if keeps else GRID["rate"]
+        found[arm] = dev(arm, {"rate": rates, "weight": GRID["weight"] if keeps else (0.0,)})
+    return found
 
 
 def measure(seed: int, chosen: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -29,7 +29,7 @@ from ..protocol import Choice, Claim, choose
 
 METHOD = "skill_it"
 SKILLS, STEPS, ROUNDS, SHORT = ("documentation", "code", "reference", "tables"), 120, 6, 40
-RATES, ETAS, HELD = (3e-3, 1e-2), (0.1, 0.2, 0.5), 256
+RATES, ETAS, HELD = (3e-3, 1e-2), (0.1, 0.2), 256
 FULL = {"STEPS": 480, "RATES": (1.5e-3, 3e-3, 6e-3, 1e-2), "ETAS": (0.05, 0.1, 0.2, 0.5, 1.0), "HELD": 512}
 CLAIMS = [
     Claim("Skill-it beats equal shares in the mean", "mean", "Skill-it", "equal shares", 0.0, "lower"),

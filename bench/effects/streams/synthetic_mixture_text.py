@@ -27,7 +27,7 @@ from ..protocol import Choice, Claim, choose
 
 METHOD = "synthetic_mixture"
 STEPS, ROUNDS, TOPICS = 100, 5, ("documentation", "code", "reference")
-RATES, ALPHAS, HELD = (3e-3, 8e-3), (1.0, 4.0), 256
+RATES, ALPHAS, HELD = (3e-3, 8e-3), (1.0, 4.0), 224
 ORDERS = ("as it comes", "easy first", "hard first")
 FULL = {"STEPS": 400, "RATES": (1.5e-3, 3e-3, 8e-3, 1.2e-2), "ALPHAS": (0.5, 1.0, 2.0, 4.0, 8.0), "HELD": 512}
 CLAIMS = [
