@@ -102,14 +102,13 @@ class Domain:
     prediction: str = ""
 
     def benchmarks(self) -> Iterator[Case]:
-        """The benchmark cases of ``cases``, in float32, outside the hot set."""
+        """The benchmark cases of ``cases``, in float32, not hot. A gradient's floor is its forward pass's."""
         for name, sizes in self.cases.items():
             for gradient in (False, True) if self.trained else (False,):
                 call = Call(self, 0, sizes, torch.float32, gradient, padded=False)
                 yield replace(
                     call.case(), name=f"{name}-fp32{'-fwdbwd' if gradient else ''}", targets={},
-                    bytes=0.0 if gradient else self.bytes(sizes), flops=0.0 if gradient else self.flops(sizes),
-                    prediction=self.prediction,
+                    bytes=self.bytes(sizes), flops=self.flops(sizes), prediction=self.prediction,
                 )  # fmt: skip
 
     def draw(self, rng: random.Random, number: int = 0) -> Call:

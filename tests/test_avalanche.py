@@ -15,7 +15,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
 from sklearn.datasets import load_digits
 
-from w2s_fast.integrations.avalanche import NearestMeanPlugin, PrdPlugin
+from w2s_fast.methods.continual.avalanche import NearestMeanPlugin, PrdPlugin
 from w2s_fast.methods.continual.nearest_mean import NearestMean
 from w2s_fast.methods.continual.prd import Prd
 

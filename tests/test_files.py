@@ -47,7 +47,8 @@ def text_mode_without_encoding(source: str) -> list[int]:
         elif name == "open":
             at = 0 if isinstance(node.func, ast.Attribute) else 1
             mode = given.get("mode") or (node.args[at] if len(node.args) > at else None)
-            text = not (isinstance(mode, ast.Constant) and "b" in str(mode.value))
+            of_bytes = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "tarfile"
+            text = not of_bytes and not (isinstance(mode, ast.Constant) and "b" in str(mode.value))
         else:
             asked = [given.get(name) for name in ("text", "universal_newlines")]
             text = any(isinstance(value, ast.Constant) and value.value for value in asked)

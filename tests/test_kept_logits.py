@@ -66,7 +66,8 @@ def test_when():
 
     assert kept() and kept(rows=16) and kept(rows=512, width=600)
     assert not (kept(rows=17) or kept(rows=513, width=600) or kept(grad=False) or kept(rows=0) or kept(ignored=True))
-    assert not (kept(dtype=torch.bfloat16) or kept(dtype=torch.float64) or kept(softcap=3.0))
+    assert not (kept(dtype=torch.float64) or kept(softcap=3.0))
+    assert kept(rows=8, dtype=torch.bfloat16) and not kept(rows=9, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(("grad", "kept"), [("auto", True), ("recompute", False)])

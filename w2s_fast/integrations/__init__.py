@@ -1,4 +1,4 @@
-"""transformers, trl, vllm, diffusers, peft, sentence-transformers, scikit-learn, Avalanche, checkpoints, on use."""
+"""transformers, trl, vllm, diffusers, peft, sentence-transformers, scikit-learn, checkpoints, on use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib
 from typing import Any
 
 __all__ = [
-    "avalanche",
     "diffusers",
     "peft",
     "sentence_transformers",

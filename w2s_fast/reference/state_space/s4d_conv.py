@@ -68,8 +68,9 @@ def powers(z: Tensor, length: int) -> Powers:
 
 def as_complex(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``[..., 2]`` as complex numbers with parts of a dtype."""
-    t = t.to(dtype).contiguous()
-    return torch.view_as_complex(t if t.numel() else t.new_empty(t.shape))  # without elements strides may be anything
+    t = t.to(dtype)
+    # a view would ask for strides and an offset that are even; sums go in one order whatever the strides were
+    return torch.complex(t[..., 0], t[..., 1]).contiguous()
 
 
 def s4d_conv(

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..checks import extra
-from ..methods._common.features import Body, last_linear
-from ..methods.continual.nearest_mean import NearestMean
-from ..methods.continual.prd import Prd
+from ... import checks
+from ...checks import extra
+from .._common.features import Body, last_linear
+from .nearest_mean import NearestMean
+from .prd import Prd
 
 with extra("avalanche"):
     from avalanche.training.plugins import SupervisedPlugin
@@ -29,14 +29,14 @@ class _ByClass(SupervisedPlugin):  # type: ignore[misc]
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.classes = checks.integer(f"integrations.avalanche.{type(self).__name__}", "classes", classes, low=1)
+        self.classes = checks.integer(f"methods.continual.avalanche.{type(self).__name__}", "classes", classes, low=1)
         self.of_task: dict[int, list[int]] = {}
 
     def _note(self, strategy: Any) -> list[int]:
         """The classes of the experience in rising order."""
         experience = strategy.experience
         found = sorted(int(c) for c in experience.classes_in_this_experience)
-        name = f"integrations.avalanche.{type(self).__name__}"
+        name = f"methods.continual.avalanche.{type(self).__name__}"
         if found and found[-1] >= self.classes:
             checks.fail(name, "classes", f"above the classes of the experience, {found}", self.classes)
         for label in experience.task_labels if hasattr(experience, "task_labels") else [0]:
@@ -105,7 +105,7 @@ class PrdPlugin(_ByClass):
     def __init__(self, classes: int, prototype_rate: float | None = None) -> None:
         super().__init__(classes)
         if prototype_rate is not None:
-            checks.number("integrations.avalanche.PrdPlugin", "prototype_rate", prototype_rate, low=0.0)
+            checks.number("methods.continual.avalanche.PrdPlugin", "prototype_rate", prototype_rate, low=0.0)
         self.prototype_rate = prototype_rate
         self.group: dict[str, Any] | None = None
         self.order: list[int] = []  # the class of every prototype
@@ -114,12 +114,12 @@ class PrdPlugin(_ByClass):
     def before_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """New prototypes, before the strategy looks for parameters that its optimizer has not got."""
         if not isinstance(strategy.model, Prd):
-            checks.fail("integrations.avalanche.PrdPlugin", "strategy", "one whose model is a methods Prd",
+            checks.fail("methods.continual.avalanche.PrdPlugin", "strategy", "one whose model is a methods Prd",
                         type(strategy.model).__name__, error=TypeError)  # fmt: skip
         self.present = self._note(strategy)
         again = sorted(set(self.present) & set(self.order))
         if again:
-            checks.fail("integrations.avalanche.PrdPlugin", "classes", "in one experience each", f"again {again}")
+            checks.fail("methods.continual.avalanche.PrdPlugin", "classes", "in one experience each", f"again {again}")
         strategy.model.begin(len(self.present))
         self.order += self.present
         if self.group is not None:  # Avalanche finds no place for new parameters among several groups
