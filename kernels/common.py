@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 INF = tl.constexpr(float("inf"))
 NO_INDEX = tl.constexpr(2**31 - 1)
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 #: The interpreter runs a custom reduction one element at a time.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 

@@ -12,8 +12,6 @@ import triton.language as tl
 
 from ..common import exp, next_power
 
-LN2 = tl.constexpr(0.6931471805599453)
-
 
 def split(head: int) -> tuple[int, int]:
     """Widths of the tiles A and B (0: none) that cover ``head`` columns."""

@@ -16,8 +16,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..common import LOG2E, AotCase, Meta, cdiv, dtype, launch, safe
-from .attention import LN2, alignment, interpreted, load_tile, outer, power, product, split, store_tile
+from ..common import LN2, LOG2E, AotCase, Meta, cdiv, dtype, launch, safe
+from .attention import alignment, interpreted, load_tile, outer, power, product, split, store_tile
 
 #: Keys that a program holds.
 FEW = 128

@@ -11,13 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common import NO_INDEX
+from ..common import LN2, LOG2E, NO_INDEX
 from .slices import all_published, own_slice, published
 
 FKL, RKL, JSD, SCE, CE_SOFT, PRODUCT, COSINE = (tl.constexpr(i) for i in range(7))
 LOGITS, PROBS, TOPK, LINEAR, LINEAR_BIAS = (tl.constexpr(i) for i in range(5))
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-LOG_FLOOR, REMAINDER_FLOOR = tl.constexpr(-1e4 * 1.4426950408889634), tl.constexpr(1e-12)
+LOG_FLOOR, REMAINDER_FLOOR = tl.constexpr(-1e4 * LOG2E.value), tl.constexpr(1e-12)
 NORM_FLOOR = tl.constexpr(1e-8)
 NONE = tl.constexpr(-float("inf"))
 #: Numbers that a slice publishes besides two a teacher.

@@ -144,6 +144,13 @@ def _keep_state(to, b, h, H, M, n, live, re, im):
 
 
 @triton.jit
+def _samples(pid, B, H, SAMPLES: tl.constexpr):
+    """A program's feature, its samples, and which of them are there."""
+    b = pid // H * SAMPLES + tl.arange(0, SAMPLES)
+    return pid % H, b, b < B
+
+
+@triton.jit
 def _kernel_table(taps, h, T: tl.constexpr, TURNED: tl.constexpr):
     """``K_ji`` at row j, column i, or turned round."""
     rows, columns = tl.arange(0, T)[:, None], tl.arange(0, T)[None, :]
@@ -157,10 +164,7 @@ def _forward_kernel(
     T: tl.constexpr, MP: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """y and the state after, or, for backward, the states before each chunk ``[B, H, chunks, 2, MP]``."""
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid % H
-    b = pid // H * SAMPLES + tl.arange(0, SAMPLES)
-    live = b < B
+    h, b, live = _samples(tl.program_id(0).to(tl.int64), B, H, SAMPLES)
     n, i = tl.arange(0, MP), tl.arange(0, T)
     into += h * 2 * T * MP
     out += h * 2 * T * MP
@@ -201,10 +205,7 @@ def _backward_kernel(
     T: tl.constexpr, MP: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """du, and the gradients of the states behind each chunk ``[B, H, chunks, 2, MP]``."""
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid % H
-    b = pid // H * SAMPLES + tl.arange(0, SAMPLES)
-    live = b < B
+    h, b, live = _samples(tl.program_id(0).to(tl.int64), B, H, SAMPLES)
     n, i = tl.arange(0, MP), tl.arange(0, T)
     into += h * 2 * T * MP
     out += h * 2 * T * MP
@@ -248,9 +249,7 @@ def _sums_kernel(
     pid = tl.program_id(0).to(tl.int64)
     parts = 2 * MP // BLOCK
     block, pid = pid % parts, pid // parts
-    h = pid % H
-    b = pid // H * SAMPLES + tl.arange(0, SAMPLES)
-    live = b < B
+    h, b, live = _samples(pid, B, H, SAMPLES)
     i, n = tl.arange(0, T), block * BLOCK + tl.arange(0, BLOCK)
     other = (n + MP) % (2 * MP)
     table, into, out = tl.zeros((T, T), tl.float32), tl.zeros((T, BLOCK), tl.float32), tl.zeros((T, BLOCK), tl.float32)

@@ -5,25 +5,13 @@
 // Floor: 2 N O I FLOPs forward and 2 N O I backward (W frozen), 10 N r (I + O) for the adapter; weights, x and y once.
 #include "cpu/adapters/lora_linear.h"
 
-#include "cpu/gemm.h"
 #include "cpu/output.h"
+#include "cpu/products.h"
 
 namespace w2s {
 namespace {
 
 constexpr int64_t CHUNK = 512;
-
-Operand matrix(const Tensor& t) {
-  return {t.data_ptr(), dtype_of(t), t.size(0), t.size(1), t.size(0) > 1 ? t.stride(0) : t.size(1), 1};
-}
-
-// The large products: bfloat16 operands by the machine's own instructions.
-template <class A>
-void multiply(const Operand& a, const Operand& b, Target<A> c) {
-  if constexpr (sizeof(A) == 4)
-    if (a.dtype == Dtype::bf16 && b.dtype == Dtype::bf16 && has_bf16_dot()) return gemm_bf16(a, b, c, false);
-  gemm(a, b, c, A(1), false);
-}
 
 // work(first row, rows, sums [rows, columns]) for chunks of a result's rows, whose sums are then rounded into it.
 template <class A, class F>

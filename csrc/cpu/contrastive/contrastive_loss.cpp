@@ -3,9 +3,8 @@
 #include <unordered_map>
 
 #include "cpu/convert.h"
-#include "cpu/gemm.h"
 #include "cpu/log_sum_exp.h"
-#include "cpu/tensors.h"
+#include "cpu/products.h"
 
 // Scores in tiles of SIDE x SIDE. A softmax needs the sums of whole rows and columns before any gradient: a first sweep
 // makes them and keeps as many tiles as fit into MEMORY, a second turns tiles into dz, those kept first, and spends each
@@ -82,13 +81,9 @@ struct Contrast {
   Summed<A> dx, dy;
   double loss = 0, dscale = 0, dbias = 0;
 
-  static Operand operand(const Tensor& t) {
-    return {t.data_ptr(), dtype_of(t), t.size(0), t.size(1), t.size(0) > 1 ? t.stride(0) : t.size(1), 1};
-  }
-
   explicit Contrast(const ContrastiveCall& call)
-      : call(call), memory{call.x, {}}, x(operand(call.x)), y(call.y ? operand(*call.y) : x), M(x.rows), N(y.rows), D(x.columns),
-        self(!call.y), dots(sizeof(A) == 4 && x.dtype == Dtype::bf16 && y.dtype == Dtype::bf16 && has_bf16_dot()), rows(M),
+      : call(call), memory{call.x, {}}, x(matrix(call.x)), y(call.y ? matrix(*call.y) : x), M(x.rows), N(y.rows), D(x.columns),
+        self(!call.y), dots(by_dots<A>(x.dtype, y.dtype)), rows(M),
         columns(N), own(size_t(M)), positives(size_t(M)), dx(memory, call.x, call.need_x, rows),
         dy(memory, call.y ? *call.y : call.x, call.need_y && call.y, columns) {
     ld = round_up(columns.size, 16);
@@ -99,12 +94,6 @@ struct Contrast {
     const int64_t tile = rows.size * ld, most = MEMORY / (tile * int64_t(sizeof(A)));
     const int64_t wanted = call.sigmoid || !call.gradient() ? 1 : int64_t(tiles.size());
     for (int64_t i = 0; i < std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1)); ++i) kept.push_back(memory.get<A>(tile));
-  }
-
-  void multiply(const Operand& a, const Operand& b, A* c, int64_t down, bool add) const {
-    if constexpr (sizeof(A) == 4)
-      if (dots) return gemm_bf16(a, b, {c, down, 1}, add);
-    gemm(a, b, Target<A>{c, down, 1}, A(1), add);
   }
 
   ContrastiveTile<A> tile_at(size_t t, A* raw) const {
@@ -119,7 +108,7 @@ struct Contrast {
   }
   void scores(const ContrastiveTile<A>& tile, size_t t) const {
     const auto [i, j] = tiles[t];
-    multiply(x.part(rows.first(i), tile.rows), y.part(columns.first(j), tile.columns).t(), tile.raw, ld, false);
+    multiply(x.part(rows.first(i), tile.rows), y.part(columns.first(j), tile.columns).t(), Target<A>{tile.raw, ld, 1});
   }
 
   // labels as numbers from 1 on, and how many columns of its label a row has besides its own
@@ -227,7 +216,7 @@ struct Contrast {
     for (const ContrastiveSums& s : sums) dbias += share * s.gradient, dscale += share * s.product, loss += s.loss / double(M);
     const Operand dz{tile.raw, type, tile.rows, tile.columns, ld * int64_t(sizeof(A)) / bytes_of(type), 1};
     const auto add = [&](Summed<A>& to, int64_t piece, const Cut& cut, const Operand& a, const Operand& b) {
-      if (to.data) multiply(a, b, to.data + cut.first(piece) * D, D, to.adds(piece));
+      if (to.data) multiply(a, b, Target<A>{to.data + cut.first(piece) * D, D, 1}, to.adds(piece));
     };
     add(dx, i, rows, dz, y.part(columns.first(j), tile.columns));
     if (self ? i != j : true) add(self ? dx : dy, j, columns, dz.t(), x.part(rows.first(i), tile.rows));

@@ -11,8 +11,7 @@
 #include <cstring>
 
 #include "cpu/convert.h"
-#include "cpu/gemm.h"
-#include "cpu/tensors.h"
+#include "cpu/products.h"
 
 namespace w2s {
 namespace linear {
@@ -29,9 +28,9 @@ struct Head {
 
   Head(CallMemory& memory, const Tensor& hidden, const Tensor& head, const Tensor* b, int64_t vocab, const std::vector<int64_t>& index)
       : V(vocab), D(hidden.size(1)), M(int64_t(index.size())) {
-    W = {head.data_ptr(), dtype_of(head), V, D, head.size(0) > 1 ? head.stride(0) : D, 1};
+    W = matrix(head).part(0, V);
     const Rows from(hidden);
-    if (sizeof(A) == 4 && W.dtype == Dtype::bf16 && hidden.scalar_type() == ScalarType::BFloat16 && has_bf16_dot()) {
+    if (by_dots<A>(W.dtype, from.dtype)) {
       uint16_t* to = reinterpret_cast<uint16_t*>(memory.get<float>((M * D + 1) / 2));
       parallel_items(M, 16, [&](int64_t m) { std::memcpy(to + m * D, from.at(index[size_t(m)], 0), size_t(D) * 2); });
       h16 = to;
@@ -54,14 +53,8 @@ struct Head {
     if (h16) return {h16 + first * D, Dtype::bf16, count, D, D, 1};
     return {h + first * D, own_dtype<A>, count, D, D, 1};
   }
-  // c = a b, or c += a b, where a and b are this head's rows, its W or its dz
-  void multiply(const Operand& a, const Operand& b, A* c, int64_t ld, bool add) const {
-    if constexpr (sizeof(A) == 4)
-      if (h16) return gemm_bf16(a, b, {c, ld, 1}, add);
-    gemm(a, b, Target<A>{c, ld, 1}, A(1), add);
-  }
   void logits(int64_t first, int64_t count, A* z, int64_t ld) const {  // without the bias
-    multiply(rows(first, count), W.t(), z, ld, false);
+    multiply(rows(first, count), W.t(), Target<A>{z, ld, 1});
   }
 };
 
@@ -111,10 +104,10 @@ struct Spend {
     for (int64_t v = 0; v < V && (hidden || weight); v += COLUMNS) {
       const int64_t n = std::min(COLUMNS, V - v);
       const Operand tile{at(v), dtype, count, n, down, 1};
-      if (hidden) head.multiply(tile, head.W.part(v, n), raw + first * D, D, v > 0);
+      if (hidden) multiply(tile, head.W.part(v, n), Target<A>{raw + first * D, D, 1}, v > 0);
       if (!weight) continue;
       A* to = own() ? static_cast<A*>(dhead.data_ptr()) + v * D : wide + (whole ? v * D : 0);
-      head.multiply(tile.t(), head.rows(first, count), to, D, first > 0);
+      multiply(tile.t(), head.rows(first, count), Target<A>{to, D, 1}, first > 0);
       if (!own() && last) narrowed(to, n, D, static_cast<char*>(dhead.data_ptr()), v, dhead);
     }
     if (!offset) return;

@@ -6,9 +6,8 @@
 #pragma once
 
 #include "cpu/convert.h"
-#include "cpu/gemm.h"
+#include "cpu/products.h"
 #include "cpu/linear_loss/tile.h"
-#include "cpu/tensors.h"
 
 namespace w2s {
 namespace linear {
@@ -22,12 +21,6 @@ struct Matrix {  // a view; strides in elements
   Matrix t() const { return {data, columns, rows, across, down}; }
   Operand operand() const { return {data, own_dtype<A>, rows, columns, down, across}; }
 };
-
-// c = a b, or c += a b
-template <class A>
-inline void product(const Matrix<A>& c, const Matrix<A>& a, const Matrix<A>& b, bool add) {
-  gemm(a.operand(), b.operand(), Target<A>{c.data, c.down, c.across}, A(1), add);
-}
 
 // The models, as every op of the family takes them.
 struct LinearArguments {
@@ -68,7 +61,7 @@ struct Engine {
   // the current tile of the heads
   int64_t v0 = 0, nv = 0, tile = 0, shares = 0;
   std::vector<A*> narrow_tile;  // heads narrower than A, widened
-  bool dots = false;            // bfloat16 models: their products are gemm_bf16's
+  bool dots = false;            // bfloat16 models that are multiplied as they are
   bool apart = false;           // with dots and no cap: coefficients that are not 1 are taken after the product
   bool widens = true;           // whether a tile of a narrower head is widened (not for products with dots alone)
   A* part = nullptr;                 // with apart: the product of one model and block
@@ -194,10 +187,9 @@ struct Engine {
     const int64_t columns = round_up(rows, 16), own = apart ? columns : ld;
     for (int i = 0; i < n; ++i) {
       A* out = cap ? parts[i] : apart ? part : z;
-      if constexpr (sizeof(A) == 4) {
-        if (dots) gemm_bf16(head16(i), hidden16(i, r0, rows).t(), {out, own, 1}, false);
-      }
-      if (!dots) product<A>({out, nv, rows, ld, 1}, W(i), H(i, r0, rows).t(), !cap && i > 0);
+      const Target<A> to{out, own, 1};
+      if (dots) multiply(head16(i), hidden16(i, r0, rows).t(), to);
+      else multiply(W(i).operand(), H(i, r0, rows).t().operand(), to, !cap && i > 0);
       const A* c = coef[size_t(i)].data() + r0;
       const A* b = bias.empty() ? nullptr : bias[size_t(i)].data() + v0;
       if (cap || apart)

@@ -153,13 +153,6 @@ struct Gradients {
 
   const A* coef(int i) const { return e.coef[size_t(i)].data(); }
 
-  void multiply(const Operand& a, const Operand& b, Target<A> c, bool add) const {
-    if constexpr (sizeof(A) == 4) {
-      if (a.dtype == Dtype::bf16 && b.dtype == Dtype::bf16) return gemm_bf16(a, b, c, add);
-    }
-    gemm(a, b, c, A(1), add);
-  }
-
   // dz of the current tile in bfloat16, as a plain implementation's products take it
   Operand narrowed(const A* g, int64_t rows, int64_t ld) const {
     e.chunks([&](int64_t, int64_t v, int64_t k) { kernels<ConvertKernels, A>().narrow(g + v * ld, k * ld, Dtype::bf16, dz16 + v * ld); });
@@ -172,11 +165,11 @@ struct Gradients {
     const Operand h = scaled16                     ? e.narrow_rows(scaled16, i, r0, rows)
                       : e.dots && scaled.empty() ? e.hidden16(i, r0, rows)
                                                  : e.H(i, r0, rows).operand();
-    if (!wide[size_t(i)]) return multiply(dz, h, {static_cast<A*>(out.data_ptr()) + e.v0 * d, d, 1}, !first_block);
+    if (!wide[size_t(i)]) return multiply(dz, h, Target<A>{static_cast<A*>(out.data_ptr()) + e.v0 * d, d, 1}, !first_block);
     const Rows narrow_rows(out);
     for (int64_t v0 = 0; v0 < e.nv; v0 += height) {
       const int64_t count = std::min(height, e.nv - v0);
-      multiply(dz.part(v0, count), h, {wide[size_t(i)], d, 1}, !first_block);
+      multiply(dz.part(v0, count), h, Target<A>{wide[size_t(i)], d, 1}, !first_block);
       if (!last_block) continue;
       char* to = static_cast<char*>(out.data_ptr()) + (e.v0 + v0) * d * narrow_rows.bytes;
       parallel_items(count, 64, [&](int64_t v) {

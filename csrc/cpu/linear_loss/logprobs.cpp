@@ -67,11 +67,9 @@ struct Expectations {
           kernels<TileKernels, A>().slope(slope + v * ld, z + v * ld, capped[i] + v * ld, k, ld, e.cap);
         });
       }
-      A* to = acc() + r0 * e.width + e.offset[size_t(i)];
-      if constexpr (sizeof(A) == 4) {
-        if (p16) gemm_bf16(Operand{p16, Dtype::bf16, e.nv, count, ld, 1}.t(), e.head16(i), {to, e.width, 1}, e.v0 > 0);
-      }
-      if (!p16) product<A>({to, count, e.D[size_t(i)], e.width, 1}, Matrix<A>{p, e.nv, count, ld, 1}.t(), e.W(i), e.v0 > 0);
+      const Target<A> to{acc() + r0 * e.width + e.offset[size_t(i)], e.width, 1};
+      if (p16) multiply(Operand{p16, Dtype::bf16, e.nv, count, ld, 1}.t(), e.head16(i), to, e.v0 > 0);
+      else multiply(Operand{p, own_dtype<A>, e.nv, count, ld, 1}.t(), e.W(i).operand(), to, e.v0 > 0);
     }
   }
 

@@ -1,9 +1,8 @@
 #include "cpu/prototypes/prototype_distance.h"
 
 #include "cpu/convert.h"
-#include "cpu/gemm.h"
 #include "cpu/log_sum_exp.h"
-#include "cpu/tensors.h"
+#include "cpu/products.h"
 
 // Blocks of ROWS rows against tiles of COLUMNS prototypes: one product into a tile of scores, then each row takes from its
 // part what it keeps. Memory does not grow with N or K. Floor: 2 N K D, x read once a tile of prototypes.
@@ -27,10 +26,6 @@ struct PrototypeCall {
   int64_t k;
   bool need_lse, need_square, need_kept;
 };
-
-Operand matrix(const Tensor& t) {
-  return {t.data_ptr(), dtype_of(t), t.size(0), t.size(1), t.size(0) > 1 ? t.stride(0) : t.size(1), 1};
-}
 
 // The offsets in the accumulating type, with zeros behind them: kernels read whole vectors.
 template <class A>
@@ -60,7 +55,6 @@ Scores scores(const PrototypeCall& call) {
   A* scratch = call.need_kept ? nullptr : memory.get<A>(std::min(N, block) * scratch_ld);
   const A* offset = widened<A>(memory, call.offset);
   const Operand x = matrix(call.x), p = matrix(call.prototypes);
-  const bool dots = sizeof(A) == 4 && x.dtype == Dtype::bf16 && p.dtype == Dtype::bf16 && has_bf16_dot();
   const auto& kernel = kernels<PrototypeKernels, A>();
   std::vector<LogSumExp> sums(size_t(std::min(N, block)));
   std::vector<char> lost(sums.size());
@@ -74,10 +68,7 @@ Scores scores(const PrototypeCall& call) {
       const Operand some = x.part(r0, rows), others = p.part(c0, columns).t();
       A* raw = call.need_kept ? static_cast<A*>(kept.data_ptr()) + r0 * round_up(K, 16) + c0 : scratch;
       const int64_t ld = call.need_kept ? round_up(K, 16) : scratch_ld;
-      bool done = false;
-      if constexpr (sizeof(A) == 4)
-        if (dots) gemm_bf16(some, others, {raw, ld, 1}, false), done = true;
-      if (!done) gemm(some, others, Target<A>{raw, ld, 1}, A(1), false);
+      multiply(some, others, Target<A>{raw, ld, 1});
       const bool last = c0 + columns == K;
       parallel_items(rows, grain_of(4 * columns + (last && call.need_square ? D : 0)), [&](int64_t r) {
         const int64_t n = r0 + r;

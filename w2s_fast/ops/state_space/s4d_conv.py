@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.state_space import s4d_conv as reference
+from .arguments import checked
 
 NAME = "s4d_conv"
 
@@ -92,7 +92,7 @@ def s4d_conv(
         >>> w2s_fast.s4d_conv(torch.tensor([[[1.0, 0.0, 0.0]]]), half, one, one, torch.zeros(1)).y
         tensor([[[2.0000, 1.0000, 0.5000]]])
     """
-    _check(u, z, b, c, d, state)
+    checked(NAME, "(B, H, L)", u, ("z", z), b, c, d, state)
     if 0 in u.shape:
         return Convolved(u.clone(), _unchanged(u, z, state) if return_state else None)
     found: reference.Sequence = S4D_CONV(u, z, b, c, d, state, return_state)
@@ -103,19 +103,3 @@ def _unchanged(u: Tensor, z: Tensor, state: Tensor | None) -> Tensor:
     """The state after no position."""
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     return u.new_zeros((len(u), *z.shape), dtype=dtype) if state is None else state.to(dtype)
-
-
-def _check(u: Any, z: Any, b: Any, c: Any, d: Any, state: Any) -> None:
-    given = [("u", u), ("z", z), ("b", b), ("c", c), ("d", d)] + ([] if state is None else [("state", state)])
-    for name, value in given:
-        checks.is_float_tensor(NAME, name, value)
-    if u.ndim != 3:
-        checks.fail(NAME, "u", "of shape (B, H, L)", tuple(u.shape))
-    rows, features = u.shape[:2]
-    if z.ndim != 3 or z.shape[0] != features or not z.shape[1] or z.shape[2] != 2:
-        checks.fail(NAME, "z", f"of shape ({features}, M, 2) with M >= 1", tuple(z.shape))
-    shapes = {"b": tuple(z.shape), "c": tuple(z.shape), "d": (features,), "state": (rows, *z.shape)}
-    for name, value in given[2:]:
-        if tuple(value.shape) != shapes[name]:
-            checks.fail(NAME, name, f"of shape {shapes[name]}", tuple(value.shape))
-    checks.same_device(NAME, given)

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.state_space import s4d_step as reference
-from ...reference.state_space.s4d_conv import as_complex
+from ...reference.state_space.s4d_conv import as_complex, like
+from .arguments import checked
 
 NAME = "s4d_step"
 
@@ -37,9 +37,6 @@ def _backward(call: Call, grads: reference.Step) -> dict[str, Any]:
     through = 2 * c.conj() * g[..., None]
     if grads.after is not None:
         through = through + as_complex(grads.after, acc)
-
-    def like(value: Tensor, t: Tensor) -> Tensor:
-        return torch.view_as_real(value.resolve_conj()).to(t.dtype)
 
     return {
         "u": ((through * b.conj()).real.sum(-1) + g * call.d.to(acc)).to(call.u.dtype),
@@ -87,22 +84,6 @@ def s4d_step(u: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tenso
         >>> w2s_fast.s4d_step(torch.zeros(1, 1), half, one, one, torch.zeros(1), state).y
         tensor([[1.]])
     """
-    _check(u, a, b, c, d, state)
+    checked(NAME, "(B, H)", u, ("a", a), b, c, d, state)
     found: reference.Step = S4D_STEP(u, a, b, c, d, state)
     return Stepped(found.y, found.after)
-
-
-def _check(u: Any, a: Any, b: Any, c: Any, d: Any, state: Any) -> None:
-    given = [("u", u), ("a", a), ("b", b), ("c", c), ("d", d), ("state", state)]
-    for name, value in given:
-        checks.is_float_tensor(NAME, name, value)
-    if u.ndim != 2:
-        checks.fail(NAME, "u", "of shape (B, H)", tuple(u.shape))
-    rows, features = u.shape
-    if a.ndim != 3 or a.shape[0] != features or not a.shape[1] or a.shape[2] != 2:
-        checks.fail(NAME, "a", f"of shape ({features}, M, 2) with M >= 1", tuple(a.shape))
-    shapes = {"b": tuple(a.shape), "c": tuple(a.shape), "d": (features,), "state": (rows, *a.shape)}
-    for name, value in given[2:]:
-        if tuple(value.shape) != shapes[name]:
-            checks.fail(NAME, name, f"of shape {shapes[name]}", tuple(value.shape))
-    checks.same_device(NAME, given)

@@ -73,6 +73,11 @@ def as_complex(t: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.complex(t[..., 0], t[..., 1]).contiguous()
 
 
+def like(value: Tensor, t: Tensor) -> Tensor:
+    """Complex numbers as ``[..., 2]`` in the dtype of t."""
+    return torch.view_as_real(value.resolve_conj()).to(t.dtype)
+
+
 def s4d_conv(
     u: Tensor, z: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None, need_state: bool
 ) -> Sequence:  # fmt: skip
@@ -133,9 +138,6 @@ def s4d_conv_backward(
             through = h * (zc * length).exp().conj()
             dstate = through if dstate is None else dstate + through
             dz = dz + length * (through * before.conj()).sum(0)
-
-    def like(value: Tensor, t: Tensor) -> Tensor:
-        return torch.view_as_real(value.resolve_conj()).to(t.dtype)
 
     return SequenceGradients(
         du.to(u.dtype), like(dz, z), like(db, b), like(dc, c), dd.to(d.dtype),
