@@ -127,7 +127,7 @@ def test_an_error_names_the_op_it_came_from():
 
     a = torch.zeros(2, 3)
     with pytest.raises(RuntimeError, match=r"^w2s_fast\.margin_logits: y must be in \[0, 4\), got 9\."):
-        torch.ops.w2s_fast.margin_logits(a, a, torch.zeros(4, 3), None, torch.tensor([0, 9]), True, False)
+        torch.ops.w2s_fast.margin_logits(a, a, torch.zeros(4, 3), None, torch.tensor([0, 9]), True, False, 0.0)
     with pytest.raises(RuntimeError, match=r"^w2s_fast\.spmm: .* float32, bfloat16, float16 or float64"):
         none = torch.zeros(0)
         ptr, cols = torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.uint16)

@@ -18,8 +18,8 @@ from .dual import TINY, UNIT, centered, centered_sound, eta_and_grow, turned
 
 @triton.jit
 def _margin_kernel(
-    i_a, i_b, s_a, s_b, i_w, s_w, i_bias, i_y, o_z, classes, d, eta, grow,
-    BOUNDS: tl.constexpr, SOUND: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    i_a, i_b, s_a, s_b, i_w, s_w, i_bias, i_y, o_z, classes, d, eta, grow, spread,
+    BOUNDS: tl.constexpr, SOUND: tl.constexpr, SPREAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid, blocks = tl.program_id(0), tl.cdiv(classes, BLOCK_C)
     row = (pid // blocks).to(tl.int64)
@@ -27,6 +27,8 @@ def _margin_kernel(
     mask, y = cls < classes, tl.load(i_y + row)
     m = tl.zeros((BLOCK_C,), tl.float32)
     r = tl.zeros((BLOCK_C,), tl.float32)
+    size_k = tl.zeros((BLOCK_C,), tl.float32)  # of the terms of both logits
+    size_y = tl.zeros((1,), tl.float32)
     for start in range(0, d, BLOCK_D):
         at = start + tl.arange(0, BLOCK_D)
         fine = at < d
@@ -43,11 +45,20 @@ def _margin_kernel(
         diff = w - own[None, :]
         m += tl.sum(diff * c[None, :], 1)
         r += tl.sum(tl.abs(diff) * q[None, :], 1)
+        if SPREAD:
+            most = tl.abs(c) + q
+            size_k += tl.sum(tl.abs(w) * most[None, :], 1)
+            size_y += tl.sum((tl.abs(own) * most)[None, :], 1)
     step = tl.zeros((BLOCK_C,), tl.float32)
     if i_bias is not None:
-        step = tl.load(i_bias + cls, mask=mask, other=0.0).to(tl.float32) - tl.load(i_bias + y).to(tl.float32)
+        shift, base = tl.load(i_bias + cls, mask=mask, other=0.0).to(tl.float32), tl.load(i_bias + y).to(tl.float32)
+        step = shift - base
+        if SPREAD:
+            size_k, size_y = size_k + tl.abs(shift), size_y + tl.abs(base)
     if SOUND:
         r = r * grow + TINY
+        if SPREAD:  # four times a size overflows where partial sums may
+            r += (4.0 * size_k + 4.0 * size_y) * (spread * grow) + 4.0 * TINY
         size = tl.abs(m) + r + tl.abs(step)
         z = tl.where(size < INF, m + r + step + 8.0 * UNIT * size, INF)
     else:
@@ -138,22 +149,25 @@ def config(classes: int) -> dict[str, Any]:
     return {"BLOCK_C": min(32, max(2, next_power(classes))), "BLOCK_D": 64, "num_warps": 4}
 
 
-def launch_margin_logits(a: Any, b: Any, weight: Any, bias: Any, y: Any, bounds: bool, sound: bool) -> Any:
+def launch_margin_logits(
+    a: Any, b: Any, weight: Any, bias: Any, y: Any, bounds: bool, sound: bool, spread: float
+) -> Any:
     """Arguments of `margin_logits` -> z ``[B, C]``."""
     (batch, d), classes, options = a.shape, weight.shape[0], config(weight.shape[0])
     z = a.new_empty((batch, classes), dtype=dtype(a, "float32"))
     launch(
         _margin_kernel, batch * cdiv(classes, options["BLOCK_C"]), a, a, b, a.stride(0), b.stride(0), weight,
-        weight.stride(0), bias, y, z, classes, d, *eta_and_grow(d + 10), BOUNDS=bounds, SOUND=sound, **options,
+        weight.stride(0), bias, y, z, classes, d, *eta_and_grow(d + 10),
+        spread / 4 * (1 + 2.0**-20), BOUNDS=bounds, SOUND=sound, SPREAD=sound and spread > 0, **options,
     )  # fmt: skip
     return z
 
 
 def launch_margin_cross_entropy(
-    a: Any, b: Any, weight: Any, bias: Any, y: Any, bounds: bool, sound: bool
+    a: Any, b: Any, weight: Any, bias: Any, y: Any, bounds: bool, sound: bool, spread: float
 ) -> tuple[Any, Any, Any]:
     """Arguments of `margin_cross_entropy` -> (loss, worst, z)."""
-    z = launch_margin_logits(a, b, weight, bias, y, bounds, sound)
+    z = launch_margin_logits(a, b, weight, bias, y, bounds, sound, spread)
     loss, worst = z.new_empty((z.shape[0],)), z.new_empty((z.shape[0],))
     launch(_loss_kernel, z.shape[0], z, z, y, loss, worst, z.shape[1], BLOCK=next_power(z.shape[1]))
     return loss, worst, z
@@ -195,14 +209,15 @@ def supports_margin_cross_entropy(a: Any, b: Any, weight: Any, *_: Any) -> str |
 def aot_cases() -> list[AotCase]:
     """Ten classes in float32, 200 in bfloat16, forward and backward."""
 
-    def case(kind: str, batch: int, d: int, classes: int, sound: bool) -> None:
+    def case(kind: str, batch: int, d: int, classes: int, sound: bool, spread: float = 0.0) -> None:
         a, weight, y = Meta((batch, d), kind), Meta((classes, d), kind), Meta((batch,), "int64")
-        launch_margin_cross_entropy(a, a, weight, Meta((classes,), kind), y, True, sound)
+        launch_margin_cross_entropy(a, a, weight, Meta((classes,), kind), y, True, sound, spread)
         grad = Meta((batch, classes), "float32")
         launch_margin_logits_backward(grad, a, a, weight, y, True, True, True, False)
 
     return [
         AotCase("fp32-b128-d512-c10", lambda: case("float32", 128, 512, 10, False)),
         AotCase("fp32-b128-d512-c10-sound", lambda: case("float32", 128, 512, 10, True)),
+        AotCase("fp32-b128-d512-c10-spread", lambda: case("float32", 128, 512, 10, True, 1e-4)),
         AotCase("bf16-b128-d512-c200", lambda: case("bfloat16", 128, 512, 200, False)),
     ]

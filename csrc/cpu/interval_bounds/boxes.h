@@ -161,7 +161,7 @@ struct ConvKernels {
 template <class A>
 struct MarginKernels {
   void (*rows)(const A* c, const A* r, int64_t ldx, int rows, const int64_t* y, const A* w, int64_t ldw, int64_t classes,
-               int64_t d, const A* bias, bool sound, int64_t terms, A* z, A* s);
+               int64_t d, const A* bias, bool sound, int64_t terms, double spread, A* z, A* s, A* t);
   void (*loss)(const A* z, int64_t classes, int64_t y, A* loss, A* worst);
   int64_t (*columns)();
   void (*gradient)(const A* g, const int64_t* y, int64_t batch, int64_t classes, const A* c, const A* r, int64_t ldx,

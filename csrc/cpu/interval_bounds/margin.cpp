@@ -9,7 +9,7 @@ namespace {
 
 template <class A>
 void margins(const Tensor& a, const Tensor& b, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& y, bool bounds,
-             bool sound, Tensor& z, Tensor* loss, Tensor* worst) {
+             bool sound, double spread, Tensor& z, Tensor* loss, Tensor* worst) {
   const int64_t batch = a.size(0), classes = weight.size(0), d = weight.size(1);
   CallMemory memory{a, {}};
   const int64_t terms = kernels<LinearKernels, A>().chain(d) + d / 512 + 2;  // + 2: the rounding of D
@@ -17,12 +17,13 @@ void margins(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
   const RowMatrix<A> w = widened<A>(weight, memory);
   const A* shift = widened_bias<A>(bias, classes, memory);
   A *out = static_cast<A*>(z.data_ptr()), *radius = memory.get<A>(batch * classes);
+  A* size = sound && spread > 0 ? memory.get<A>(batch * classes) : nullptr;
   const int64_t* label = places(y, classes, "y");
   parallel_items(pieces(batch, 2), grain_of(classes * d / 2), [&](int64_t item) {
     const int64_t i = 2 * item;
     const int rows = int(std::min<int64_t>(2, batch - i));
     kernels<MarginKernels, A>().rows(box.c + i * box.ld, box.r + i * box.ld, box.ld, rows, label + i, w.data, w.stride, classes, d, shift, sound,
-                                 terms, out + i * classes, radius + i * classes);
+                                 terms, spread, out + i * classes, radius + i * classes, size ? size + i * classes : nullptr);
     for (int64_t p = i; loss && p < i + rows; ++p)
       kernels<MarginKernels, A>().loss(out + p * classes, classes, label[p], static_cast<A*>(loss->data_ptr()) + p,
                                    static_cast<A*>(worst->data_ptr()) + p);
@@ -31,19 +32,20 @@ void margins(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
 
 ScalarType accumulate(const Tensor& a) { return a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-Tensor margin_logits(Rowwise a, Rowwise b, Rowwise weight, std::optional<Tensor> bias, Tensor y, bool bounds, bool sound) {
+Tensor margin_logits(Rowwise a, Rowwise b, Rowwise weight, std::optional<Tensor> bias, Tensor y, bool bounds, bool sound,
+                     double spread) {
   Tensor z = fresh(a, {a.size(0), weight.size(0)}, accumulate(a));
-  if (accumulate(a) == ScalarType::Double) margins<double>(a, b, weight, bias, y, bounds, sound, z, nullptr, nullptr);
-  else margins<float>(a, b, weight, bias, y, bounds, sound, z, nullptr, nullptr);
+  if (accumulate(a) == ScalarType::Double) margins<double>(a, b, weight, bias, y, bounds, sound, spread, z, nullptr, nullptr);
+  else margins<float>(a, b, weight, bias, y, bounds, sound, spread, z, nullptr, nullptr);
   return z;
 }
 
 std::tuple<Tensor, Tensor, Tensor> margin_cross_entropy(Rowwise a, Rowwise b, Rowwise weight, std::optional<Tensor> bias, Tensor y, bool bounds,
-                                                        bool sound) {
+                                                        bool sound, double spread) {
   Tensor z = fresh(a, {a.size(0), weight.size(0)}, accumulate(a));
   Tensor loss = fresh(a, {a.size(0)}, accumulate(a)), worst = fresh(a, {a.size(0)}, accumulate(a));
-  if (accumulate(a) == ScalarType::Double) margins<double>(a, b, weight, bias, y, bounds, sound, z, &loss, &worst);
-  else margins<float>(a, b, weight, bias, y, bounds, sound, z, &loss, &worst);
+  if (accumulate(a) == ScalarType::Double) margins<double>(a, b, weight, bias, y, bounds, sound, spread, z, &loss, &worst);
+  else margins<float>(a, b, weight, bias, y, bounds, sound, spread, z, &loss, &worst);
   return {loss, worst, z};
 }
 

@@ -24,12 +24,13 @@ W2S_INLINE void store_part(Vec<A> x, A* p, int64_t left) {
   std::memcpy(p, lane, size_t(left) * sizeof(A));
 }
 
-// m[p][k], s[p][k]: sums of D m and |D| r of R samples and C classes from w
-template <class A, int R, int C>
-inline void margin_tile(const A* c, const A* r, int64_t ldx, const A* const* own, const A* w, int64_t ldw, int64_t d, A* m, A* s, int64_t ldo) {
+// m[p][k], s[p][k]: sums of D m and |D| r of R samples and C classes from w; SIZE: t[p][k], sums of |W| (|m| + r)
+template <class A, int R, int C, bool SIZE>
+inline void margin_tile(const A* c, const A* r, int64_t ldx, const A* const* own, const A* w, int64_t ldw, int64_t d, A* m, A* s, A* t,
+                        int64_t ldo) {
   using V = Vec<A>;
-  V am[R][C], as[R][C];
-  W2S_UNROLL for (int p = 0; p < R; ++p) W2S_UNROLL for (int k = 0; k < C; ++k) am[p][k] = as[p][k] = V::set(0);
+  V am[R][C], as[R][C], at[R][C];
+  W2S_UNROLL for (int p = 0; p < R; ++p) W2S_UNROLL for (int k = 0; k < C; ++k) am[p][k] = as[p][k] = at[p][k] = V::set(0);
   for (int64_t i = 0; i < d; i += V::W) {
     V wv[C];
     W2S_UNROLL for (int k = 0; k < C; ++k) wv[k] = load_part<A>(w + k * ldw + i, d - i);
@@ -39,6 +40,7 @@ inline void margin_tile(const A* c, const A* r, int64_t ldx, const A* const* own
         const V diff = wv[k] - y;
         am[p][k] = V::fma(diff, cv, am[p][k]);
         as[p][k] = V::fma(diff.abs(), rv, as[p][k]);
+        if (SIZE) at[p][k] = V::fma(wv[k].abs(), cv.abs() + rv, at[p][k]);
       }
     }
   }
@@ -46,25 +48,39 @@ inline void margin_tile(const A* c, const A* r, int64_t ldx, const A* const* own
     for (int k = 0; k < C; ++k) {
       m[p * ldo + k] = am[p][k].sum();
       s[p * ldo + k] = as[p][k].sum();
+      if (SIZE) t[p * ldo + k] = at[p][k].sum();
     }
 }
 
-template <class A, int R>
-inline void margin_strip(const A* c, const A* r, int64_t ldx, const A* const* own, const A* w, int64_t ldw, int64_t classes, int64_t d, A* m, A* s) {
+template <class A, int R, bool SIZE>
+inline void margin_strip(const A* c, const A* r, int64_t ldx, const A* const* own, const A* w, int64_t ldw, int64_t classes, int64_t d, A* m, A* s,
+                         A* t) {
   int64_t k = 0;
-  for (; k + 4 <= classes; k += 4) margin_tile<A, R, 4>(c, r, ldx, own, w + k * ldw, ldw, d, m + k, s + k, classes);
-  for (; k < classes; ++k) margin_tile<A, R, 1>(c, r, ldx, own, w + k * ldw, ldw, d, m + k, s + k, classes);
+  for (; k + 4 <= classes; k += 4) margin_tile<A, R, 4, SIZE>(c, r, ldx, own, w + k * ldw, ldw, d, m + k, s + k, t + k, classes);
+  for (; k < classes; ++k) margin_tile<A, R, 1, SIZE>(c, r, ldx, own, w + k * ldw, ldw, d, m + k, s + k, t + k, classes);
 }
 
-// margins of `rows` <= 2 samples to z; s is scratch of the same size
+template <class A, bool SIZE>
+inline void margin_sums(const A* c, const A* r, int64_t ldx, int rows, const int64_t* y, const A* w, int64_t ldw, int64_t classes, int64_t d, A* m,
+                        A* s, A* t) {
+  const A* own[2] = {w + y[0] * ldw, w + y[rows - 1] * ldw};
+  if (rows == 2) margin_strip<A, 2, SIZE>(c, r, ldx, own, w, ldw, classes, d, m, s, t);
+  else margin_strip<A, 1, SIZE>(c, r, ldx, own, w, ldw, classes, d, m, s, t);
+}
+
+// margins of `rows` <= 2 samples to z; s, and with a spread t, is scratch of the same size
 template <class A>
 inline void margin_rows(const A* c, const A* r, int64_t ldx, int rows, const int64_t* y, const A* w, int64_t ldw, int64_t classes, int64_t d,
-                        const A* bias, bool sound, int64_t terms, A* z, A* s) {
-  const A* own[2] = {w + y[0] * ldw, w + y[rows - 1] * ldw};
-  if (rows == 2) margin_strip<A, 2>(c, r, ldx, own, w, ldw, classes, d, z, s);
-  else margin_strip<A, 1>(c, r, ldx, own, w, ldw, classes, d, z, s);
-  const Rounding<A> rounding = rounding_of<A>(sound, terms);
-  for (int p = 0; p < rows; ++p)
+                        const A* bias, bool sound, int64_t terms, double spread, A* z, A* s, A* t) {
+  if (t) margin_sums<A, true>(c, r, ldx, rows, y, w, ldw, classes, d, z, s, t);
+  else margin_sums<A, false>(c, r, ldx, rows, y, w, ldw, classes, d, z, s, z);
+  const Rounding<A> rounding = rounding_of<A>(sound, terms, spread);
+  // what one logit may be off by: four times the sum of its terms overflows where partial sums may
+  const auto lost = [&](int p, int64_t k) {
+    return t ? 4 * (t[p * classes + k] + (bias ? std::abs(bias[k]) : A(0))) * (rounding.spread / 4 * rounding.grow) + 2 * rounding.tiny : A(0);
+  };
+  for (int p = 0; p < rows; ++p) {
+    const A own = lost(p, y[p]);
     for (int64_t k = 0; k < classes; ++k) {
       A& to = z[p * classes + k];
       const A radius = s[p * classes + k], shift = bias ? bias[k] - bias[y[p]] : A(0);
@@ -73,11 +89,12 @@ inline void margin_rows(const A* c, const A* r, int64_t ldx, int rows, const int
       } else if (!sound) {
         to = to + radius + shift;
       } else {  // upwards; 8 u cover the two sums and the roundings of D and of the biases' difference
-        const A grown = radius * rounding.grow + rounding.tiny;
+        const A grown = radius * rounding.grow + rounding.tiny + (lost(p, k) + own);
         const A bound = to + grown + shift + 2 * rounding.slack * (std::abs(to) + grown + std::abs(shift));
         to = std::abs(to) + grown + std::abs(shift) < infinity<A> ? bound : infinity<A>;
       }
     }
+  }
 }
 
 // loss = log sum exp z (z_y = 0), worst = the largest other entry; NaN stays NaN

@@ -18,12 +18,13 @@ from ...ops.interval_bounds.margin import MARGIN_LOGITS
 from ...reference.interval_bounds.boxes import outward, unit
 from . import agreement, backward, deployed
 from .boxes import (
-    HALVES,
+    EXACT,
     OP,
     ROUNDINGS,
     Box,
     Call,
     Choices,
+    Lost,
     Mode,
     Rounding,
     ends,
@@ -140,38 +141,34 @@ class IntervalPass:
             weight, bias = (self._env.filled(last.bound[k]) for k in ("weight", "bias"))
             if box.ball is None and weight.dtype == box.lower.dtype and weight.shape[1]:
                 flat = map(rows, (box.lower, box.upper, weight))  # all of it has been checked by the trace
-                found: Tensor = MARGIN_LOGITS(*flat, bias, label.contiguous(), True, self._mode.sound)
-                return found if not self._mode.deployed else self._apart(found, box, weight, bias, label)
+                lost = self._lost(last)
+                sound = self._mode.sound
+                z: Tensor = MARGIN_LOGITS(*flat, bias, label.contiguous(), True, sound, lost.size)
+                return z if not lost.rough else self._narrowed(z, bias, label, lost)
         box = self._output()
         label = self._labels(y, box)
         own = box.lower.gather(1, label[:, None])
         z = finished_margins(self._mode, box.upper, own)
         return z.scatter(1, label[:, None], 0.0)
 
-    def _apart(self, z: Tensor, box: Box, weight: Tensor, bias: Tensor | None, label: Tensor) -> Tensor:
-        """Margins of two logits that are evaluated apart: ``z + e_k + e_y``, e what a deployed evaluation is off by.
+    def _lost(self, last: Step) -> Lost:
+        """What another evaluation of the last layer may be off by."""
+        if not self._mode.deployed:
+            return EXACT
+        weight = self._env.filled(last.bound["weight"])
+        last.lost = last.lost or deployed.lost("linear", {"weight": weight}, weight.dtype)
+        return last.lost
 
-        e = gamma (|W| |x| + |bias|) + least. |z| is at most the sum of both such sizes, so a little more than gamma
-        covers the roundings here. Sizes are taken four times, and overflow where partial sums may.
-        """
-        half, kind = box.lower.dtype in HALVES, z.dtype
-        lost = deployed.lost("linear", {"weight": weight}, box.lower.dtype)
+    def _narrowed(self, z: Tensor, bias: Tensor | None, label: Tensor, lost: Lost) -> Tensor:
+        """Margins of two logits that are rounded to 16 bits, each at most twice."""
         with torch.no_grad():
-            most = box.upper if self._program.last_of_relu else torch.maximum(-box.lower, box.upper)
-            weight = weight.abs()
-            shift = most.new_full((), 1e-20) if bias is None else bias.abs().add_(1e-20)  # also for the least
-            if half:
-                weight, most, shift = (t.to(kind) for t in (weight, most, shift))
-            size = torch.addmm(shift, most, weight.t(), beta=4, alpha=4)
-            own = 1 + 4 * deployed.gamma(weight.shape[1] + 8, kind)  # of these sums
-            share = (lost.size * own + 24 * unit(kind)) / 4
-            if half:  # rounded to 16 bits at most twice
-                out = self._output()
-                values = torch.maximum(-out.lower, out.upper).to(kind) + shift
-                size = size + (values + lost.least / lost.rough) * (1.01 * lost.rough / share)
-            index = label.unsqueeze(1)
-            own_size = size.gather(1, index)
-        return torch.add(z, size, alpha=share).add_(own_size, alpha=share).scatter_(1, index, 0.0)
+            box = self._output()
+            values = torch.maximum(-box.lower, box.upper).to(z.dtype)
+            values = values if bias is None else values + bias.abs().to(z.dtype)
+            moved = values * (1.01 * lost.rough) + 2 * lost.least
+            moved = moved + moved.gather(1, label[:, None])
+            moved = moved + (moved + z.abs()) * (8 * unit(z.dtype))  # of these sums
+        return torch.add(z, moved).scatter(1, label[:, None], 0.0)
 
     @unlowered
     def specified(self, C: Tensor, method: Method = "ibp") -> tuple[Tensor, Tensor]:
@@ -208,8 +205,7 @@ class IntervalPass:
         call = Call(self._mode, None, box.lower.dtype, (), "C")
         matrix, shift = wide(call, C), None
         if last is not None and self._mode.deployed:
-            given = {"weight": self._env.filled(last.bound["weight"])}
-            lost = deployed.lost("linear", given, box.lower.dtype)
+            lost = self._lost(last)
             call = call._replace(lost=lost._replace(size=lost.size + lost.rough, rough=0.0))
         if last is not None:
             weight, bias = (self._env.filled(last.bound[k]) for k in ("weight", "bias"))

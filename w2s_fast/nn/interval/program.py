@@ -58,7 +58,6 @@ class Program(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
     later: dict[str, Step]  # constants that are computed, by name
     memo: dict[str, Any]
-    last_of_relu: bool = False  # the last Linear's input is not negative
 
 
 _NORMS = ("aten::batch_norm", "aten::_native_batch_norm_legit_functional", "aten::_native_batch_norm_legit_no_training",
@@ -164,10 +163,8 @@ def program(traced: Trace, boxed: set[str], *, relu_apart: bool = False) -> Prog
     ):
         last = None
     later = {step.name: step for step in steps if not step.boxes}
-    before = next((s for s in steps if last is not None and s.name == last.boxes[0]), None)
-    of_relu = before is not None and schema(before.nodes[-1]) in _RELUS
     memo = {"moves": True} if _moves(traced) else {}
-    return Program(steps, traced, last, before_relu, uses_batch, shapes, later, memo, of_relu)
+    return Program(steps, traced, last, before_relu, uses_batch, shapes, later, memo)
 
 
 def _moves(traced: Trace) -> bool:

@@ -74,7 +74,7 @@ MARGIN_LOGITS_BACKWARD = define(
 
 
 def _checked(
-    op: str, a: Any, b: Any, weight: Any, bias: Any, y: Any, form: Any, rounding: Any
+    op: str, a: Any, b: Any, weight: Any, bias: Any, y: Any, form: Any, rounding: Any, spread: Any
 ) -> tuple[tuple[Any, ...], torch.Size]:
     """Arguments of the ops, and the leading shape."""
     box(op, a, b)
@@ -93,8 +93,9 @@ def _checked(
     checks.index_range(op, "y", y, weight.shape[0])
     bounds = checks.choice(op, "form", form, FORMS) == "lu"
     sound = checks.choice(op, "rounding", rounding, ROUNDINGS) == "sound"
+    spread = checks.number(op, "spread", spread, low=0.0, high=1.0)
     label = y.reshape(-1).to(torch.int64).contiguous()
-    return (rows(a), rows(b), rows(weight), bias, label, bounds, sound), a.shape[:-1]
+    return (rows(a), rows(b), rows(weight), bias, label, bounds, sound, spread), a.shape[:-1]
 
 
 def margin_logits(
@@ -106,6 +107,7 @@ def margin_logits(
     *,
     form: Form = "lu",
     rounding: Rounding = "fast",
+    spread: float = 0.0,
 ) -> Tensor:
     """Worst-case margins of a last layer over a box: the specification layer without its ``[B, C, d]`` matrix.
 
@@ -121,6 +123,9 @@ def margin_logits(
         form: what a and b are: ``"lu"`` or ``"cr"``.
         rounding: ``"fast"``, or ``"sound"``: z is at least the exact maximum, whatever rounding did (see
             `interval_linear`); overflow and NaN give infinity.
+        spread: with "sound", what z bounds besides: ``spread (|W| |x| + |bias|)`` of each of the two logits, by which
+            another evaluation of them may be off (`nn.bound` with ``rounding="deployed"``); where its partial sums
+            could overflow, infinity. At most 1.
 
     Returns:
         ``[..., C]``, float32 (float64 for float64 inputs). Differentiable, once, in a, b, weight and bias; where
@@ -135,7 +140,7 @@ def margin_logits(
         >>> w2s_fast.margin_logits(l, u, torch.eye(2), None, torch.tensor([1]))
         tensor([[0., 0.]])
     """
-    args, shape = _checked("margin_logits", a, b, weight, bias, y, form, rounding)
+    args, shape = _checked("margin_logits", a, b, weight, bias, y, form, rounding, spread)
     z: Tensor = MARGIN_LOGITS(*args)
     return z if a.ndim == 2 else z.reshape(*shape, weight.shape[0])
 
@@ -150,6 +155,7 @@ def margin_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     form: Form = "lu",
     rounding: Rounding = "fast",
+    spread: float = 0.0,
 ) -> MarginLoss:
     """Robust cross-entropy of a last layer over a box, and which samples are verified, in one pass.
 
@@ -157,7 +163,7 @@ def margin_cross_entropy(
     ``z_ik < 0`` for every k other than the label.
 
     Args:
-        a, b, weight, bias, y, form, rounding: see `margin_logits`. A claim of robustness needs ``rounding="sound"``.
+        a, b, weight, bias, y, form, rounding, spread: see `margin_logits`. A claim of robustness needs ``rounding="sound"``.
         reduction: ``"mean"`` over the samples (NaN if there are none), ``"sum"`` or ``"none"``.
 
     Returns:
@@ -175,7 +181,7 @@ def margin_cross_entropy(
     """
     op = "margin_cross_entropy"
     checks.choice(op, "reduction", reduction, ("mean", "sum", "none"))
-    args, shape = _checked(op, a, b, weight, bias, y, form, rounding)
+    args, shape = _checked(op, a, b, weight, bias, y, form, rounding, spread)
     loss, worst, _ = MARGIN_CROSS_ENTROPY(*args)
     verified = (worst < 0).reshape(shape)
     if reduction == "none":

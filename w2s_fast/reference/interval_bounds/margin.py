@@ -14,11 +14,12 @@ from .boxes import center_radius, outward, sound_operand, unit
 
 
 def margin_logits(
-    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, bounds: bool, sound: bool
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, bounds: bool, sound: bool, spread: float
 ) -> Tensor:
     """``z_ik = max over the box of f_k - f_y = D m_i + |D| r_i + b_k - b_y`` with ``D = W_k - W_y``; 0 at k = y.
 
-    ``sound`` computes in float64, covers its rounding error too and rounds up.
+    ``sound`` computes in float64, covers its rounding error and ``spread (|W| |x| + |bias|)`` of both logits too, and
+    rounds up.
     """
     kind = accumulate_dtype(a)
     wide = torch.float64 if sound else kind
@@ -29,12 +30,20 @@ def margin_logits(
         m, r = center_radius(a.to(wide), b.to(wide)) if bounds else (a.to(wide), b.to(wide))
     shift = torch.zeros_like(w[:, 0]) if bias is None else bias.to(wide)
     own, columns = w[y], []
+    lost = None
+    if sound and spread > 0:  # a fourth of the largest number: partial sums may overflow
+        size = F.linear(m.abs() + r, w.abs(), None if bias is None else bias.to(wide).abs())
+        size = torch.where(size < torch.finfo(kind).max / 4, size, torch.inf)
+        lost = size * (spread * (1 + 2 * gamma + 8 * unit(wide))) + torch.finfo(kind).tiny
     for k in range(w.shape[0]):
         d = w[k] - own
         center, radius, step = (d * m).sum(1), (d.abs() * r).sum(1) * (1 + 2 * gamma), shift[k] - shift[y]
         z = center + radius + step
         if sound:
             size = center.abs() + radius + step.abs()
+            if lost is not None:
+                both = lost[:, k] + lost.gather(1, y[:, None])[:, 0]
+                z, size = z + both, size + both
             z = torch.where(size < torch.inf, z + 16 * unit(wide) * size + 1e-300, torch.inf)
         columns.append(torch.where(y == k, 0.0, z))
     z = torch.stack(columns, 1)
@@ -89,10 +98,10 @@ class Margins(NamedTuple):
 
 
 def margin_cross_entropy(
-    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, bounds: bool, sound: bool
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, bounds: bool, sound: bool, spread: float
 ) -> Margins:
     """``(loss, worst, z)``: ``loss_i = log sum_k exp z_ik``, the cross-entropy; ``worst_i = max_(k != y) z_ik``."""
-    z = margin_logits(a, b, weight, bias, y, bounds, sound)
+    z = margin_logits(a, b, weight, bias, y, bounds, sound, spread)
     other = z.masked_fill(F.one_hot(y, z.shape[1]).bool(), -torch.inf) if len(y) else z
     worst = other.amax(1)
     return Margins(torch.where(worst == torch.inf, torch.inf, torch.logsumexp(z, 1)), worst, z)

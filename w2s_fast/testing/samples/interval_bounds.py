@@ -133,10 +133,14 @@ def _margins_centered(m: Make) -> Inputs:
 
 
 def _holds_margins(args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Any) -> None:
-    """Sound margins are at least the exact ones and not much larger; verified is what they say."""
-    import w2s_fast
-
-    exact = w2s_fast.margin_logits(*args, **{**kwargs, "rounding": "fast"})
+    """Sound margins are at least the exact ones and not much larger; each x_k of the largest is at an end."""
+    lower, upper, weight, bias, y = args
+    spread = kwargs.get("spread", 0.0)
+    each, most = weight - weight[y].unsqueeze(1), spread * (weight.abs() + weight[y].abs().unsqueeze(1))
+    ends = [each * x.unsqueeze(1) + most * x.abs().unsqueeze(1) for x in (lower, upper)]
+    exact = torch.maximum(*ends).sum(-1) + bias - bias[y].unsqueeze(1)
+    exact = exact + spread * (bias.abs() + bias[y].abs().unsqueeze(1))
+    exact = exact.scatter(1, y.unsqueeze(1), 0.0)
     eps = EPS[found.dtype]
     found = found.double()
     assert bool((found >= exact).all()), "a margin lies below the exact maximum"
@@ -311,6 +315,9 @@ SAMPLES: list[Sample] = [
     ),
     *(Sample("margin_logits", name, make) for name, make in MARGINS.items()),
     Sample("margin_logits", "sound", _margins(9, 65, 10, rounding="sound"), grad=False, verify=_holds_margins),
+    Sample(
+        "margin_logits", "spread", _margins(9, 65, 10, rounding="sound", spread=0.01), grad=False, verify=_holds_margins
+    ),
     *(Sample("margin_cross_entropy", name, make) for name, make in MARGINS.items() if name != "empty"),
     Sample("margin_cross_entropy", "none", _margins(9, 20, 12, reduction="none")),
     Sample("margin_cross_entropy", "sum-empty", _margins(0, 5, 4, reduction="sum")),
