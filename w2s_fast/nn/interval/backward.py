@@ -166,11 +166,12 @@ def affine_back(way: Way, a: Tensor) -> Rows:
     """Linear or Conv2d, then a batch-norm or nothing."""
     step, call = way.step, way.call
     assert step.affine is not None
+    if way.fused and (found := _affine_passes(way, a)) is not None:
+        return found
     name, box = way.only
     given = {k: wide(call, way.env.filled(v)) for k, v in step.bound.items() if k in ("weight", "bias")}
     weight, bias, x = given["weight"], given["bias"], largest(box) if way.sound else None
     linear = step.affine.linear
-    lead = () if linear else (1,)
     shift = None if bias is None else (bias if linear else bias.reshape(-1, *(1,) * (weight.ndim - 2)))
     terms = None
     if x is not None:
@@ -180,7 +181,6 @@ def affine_back(way: Way, a: Tensor) -> Rows:
             terms = step.affine.target(x, weight.abs(), None, *[step.bound[k] for k in list(step.bound)[3:]])
             terms = terms if shift is None else terms + shift.abs()
     vector = None if shift is None else shift.expand(way.out.lower.shape)
-    del lead
     if step.affine.norm is not None:
         assert way.out.statistics is not None
         norm = {k: wide(call, v) for k, v in way.env.filled(dict(step.affine.norm)).items()}
@@ -195,27 +195,51 @@ def affine_back(way: Way, a: Tensor) -> Rows:
     else:
         constants = () if vector is None else ((a, vector),)
     if linear:
-        if way.fused and a.ndim == 3 and bias is not None and step.affine.norm is None:
-            rows, total = passes.linear(a, weight, bias)
-            return Rows({name: rows}, total=total)
         return Rows({name: a @ weight}, constants, terms)
-    kernel = weight.shape[2:]
-    stride, dilation = each(step.bound["stride"], 2), each(step.bound["dilation"], 2)
-    sides = sides_of(step.bound["padding"], kernel, dilation)
+    sides, stride, rest, *options = _geometry(way, weight, a)
+    (up, down), (left, right) = sides
     size = box.lower.shape[-2:]
     flat = a.flatten(0, 1) if box.lower.ndim == 4 else a
-    rest = [
-        n + p + q - ((out - 1) * s + d * (k - 1) + 1)
-        for n, (p, q), out, s, d, k in zip(size, sides, a.shape[-2:], stride, dilation, kernel, strict=True)
-    ]
-    (up, down), (left, right) = sides
-    options = step.bound["groups"], dilation
     if up == down and left == right:
         back = F.conv_transpose2d(flat, weight, None, stride, [up, left], rest, *options)
     else:
         back = F.pad(F.conv_transpose2d(flat, weight, None, stride, 0, 0, *options), [0, rest[1], 0, rest[0]])
         back = back[..., up : up + size[0], left : left + size[1]]
     return Rows({name: back.reshape(a.shape[0], *box.lower.shape)}, constants, terms)
+
+
+def _geometry(way: Way, weight: Tensor, a: Tensor) -> tuple[list[tuple[int, int]], list[int], list[int], int, list[int]]:
+    """Of a convolution's adjoint: padding, stride, what of the input no window reaches, groups, dilation."""
+    bound, kernel, size = way.step.bound, weight.shape[2:], way.only[1].lower.shape[-2:]
+    stride, dilation = each(bound["stride"], 2), each(bound["dilation"], 2)
+    sides = sides_of(bound["padding"], kernel, dilation)
+    rest = [
+        n + p + q - ((out - 1) * s + d * (k - 1) + 1)
+        for n, (p, q), out, s, d, k in zip(size, sides, a.shape[-2:], stride, dilation, kernel, strict=True)
+    ]
+    return sides, stride, rest, bound["groups"], dilation
+
+
+def _affine_passes(way: Way, a: Tensor) -> Rows | None:
+    """By `passes`, a batch-norm folded into the weight, which is smaller than the rows; None where they do not fit."""
+    affine, (name, _) = way.step.affine, way.only
+    assert affine is not None
+    weight, bias = (way.env.filled(way.step.bound[k]) for k in ("weight", "bias"))
+    if a.ndim != weight.ndim + 1 or (bias is None and affine.norm is None):
+        return None
+    if affine.norm is not None:
+        assert way.out.statistics is not None
+        s, t = (v.to(a.dtype) for v in scale_of(way.env.filled(dict(affine.norm)), *way.out.statistics))
+        weight = weight * s.reshape(-1, *(1,) * (weight.ndim - 1))
+        bias = t if bias is None else bias * s + t
+    if affine.linear:
+        rows, total = passes.linear(a, weight, bias)
+    else:
+        sides, stride, rest, *options = _geometry(way, weight, a)
+        if any(first != last for first, last in sides):
+            return None
+        rows, total = passes.conv(a, weight, bias, stride, [first for first, _ in sides], rest, *options)
+    return Rows({name: rows}, total=total)
 
 
 def norm_back(way: Way, a: Tensor) -> Rows:

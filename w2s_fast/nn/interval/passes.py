@@ -1,17 +1,24 @@
-"""The way back of linear bounds through ReLU and Linear, each as one function with its gradient: few passes over rows.
+"""The way back of linear bounds through ReLU, Linear and Conv2d, each as one function with its gradient.
 
 Rows ``a [M, B, ...]`` of an operation's output are the largest tensors of CROWN-IBP; automatic differentiation of their
-formulas writes each of them some ten times. Here a row is read and written about twice forward and back.
+formulas writes each of them some ten times, every time to fresh pages. Here a row is read and written about twice
+forward and back, and what is between is of a few rows at a time, which stay in cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ... import extension
+from ... import autocast, extension
+
+#: Entries of rows that ReLU's step takes at a time.
+BLOCK = 1 << 20
 
 
 def sums(a: Tensor, vector: Tensor) -> Tensor:
@@ -34,6 +41,27 @@ def _wide(c: Tensor, like: Tensor) -> Tensor:
     return c.reshape(*c.shape, *(1,) * (like.ndim - 2))
 
 
+def _blocks(a: Tensor) -> Iterator[slice]:
+    """Rows, some at a time."""
+    step = max(1, BLOCK // max(a.shape[1:].numel(), 1))
+    return (slice(i, i + step) for i in range(0, max(len(a), 1), step))
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _whole(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A gradient in the dtypes of its tensors, under an autocast of whoever asks for it too."""
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        with autocast.off(grads[0].device):
+            return backward(ctx, *grads)
+
+    return run
+
+
 class _Relu(torch.autograd.Function):
     """``(a, low, slope, intercept) -> (a (slope where a > 0, low elsewhere), sum max(a, 0) intercept)``."""
 
@@ -41,34 +69,46 @@ class _Relu(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, low: Tensor, slope: Tensor, intercept: Tensor) -> tuple[Tensor, Tensor]:
-        up = a.clamp_min(0)
-        constant = sums(up, intercept)
-        return torch.addcmul(up.mul_(slope - low), a, low), constant
+        steeper, found = slope - low, []
+        for rows in (a[block] for block in _blocks(a)):
+            up = rows.clamp_min(0)
+            constant = sums(up, intercept)
+            found.append((torch.addcmul(up.mul_(steeper), rows, low), constant))
+        above, constants = zip(*found, strict=True)
+        return _together(above), _together(constants)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    @_whole
     def backward(ctx: Any, grad: Tensor, more: Tensor) -> Any:  # type: ignore[override]
         a, low, slope, intercept = ctx.saved_tensors
-        above = a > 0
-        da = dslope = dintercept = None
-        if ctx.needs_input_grad[0]:
-            steep = torch.addcmul(_wide(more, a) * intercept, grad, slope)
-            da = torch.where(above, steep, grad * low)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            up = a.clamp_min(0)
-            dintercept = _over_rows(up, more)
-            dslope = (up * grad).sum(0)
-        return da, None, dslope, dintercept
+        da, dslope, dintercept = [], None, None
+        for block in _blocks(a):
+            rows, g, m = a[block], grad[block], more[block]
+            if ctx.needs_input_grad[0]:
+                steep = torch.addcmul(_wide(m, rows) * intercept, g, slope)
+                da.append(torch.where(rows > 0, steep, g * low))
+            if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+                up = rows.clamp_min(0)
+                parts = _over_rows(up, m), (up * g).sum(0)
+                dintercept = parts[0] if dintercept is None else dintercept + parts[0]
+                dslope = parts[1] if dslope is None else dslope + parts[1]
+        return _together(da) if da else None, None, dslope, dintercept
+
+
+def _wrapped(*tensors: Tensor) -> bool:
+    """Whether torch.func's transforms look at any of them."""
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a b`` of matrices: on a CPU by the kernels' own product, or the library's where that was found faster."""
     kinds = {type(a), type(b)} <= {Tensor, torch.nn.Parameter} and a.dtype == b.dtype == torch.float32
     here = a.device.type == "cpu" and extension.ERROR is None and not torch.compiler.is_compiling()
-    if not (kinds and here and a.shape[1]) or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (a, b))):
+    if not (kinds and here and a.shape[1]) or _wrapped(a, b):
         return a @ b
     found = torch.empty(a.shape[0], b.shape[1])
     torch.ops.w2s_fast.product(a, b, found, False, 0)
@@ -89,12 +129,45 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    @_whole
     def backward(ctx: Any, grad: Tensor, more: Tensor) -> Any:  # type: ignore[override]
         a, weight, bias = ctx.saved_tensors
         need_a, need_weight, need_bias = ctx.needs_input_grad
         rows, flat, g = a.flatten(0, -2), more.reshape(-1), grad.flatten(0, -2)
         da = _product(g, weight.t()).addr_(flat, bias).reshape(a.shape) if need_a else None
         return da, _product(rows.t(), g) if need_weight else None, rows.t() @ flat if need_bias else None
+
+
+class _Conv(torch.autograd.Function):
+    """``(a, weight, bias) -> (a through the adjoint of a Conv2d, sum a bias)``; options: those of conv_transpose2d."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, weight: Tensor, bias: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        rows = F.conv_transpose2d(a.flatten(0, 1), weight, None, *options)
+        return rows.unflatten(0, a.shape[:2]), a.sum((3, 4)) @ bias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @_whole
+    def backward(ctx: Any, grad: Tensor, more: Tensor) -> Any:  # type: ignore[override]
+        a, weight, bias = ctx.saved_tensors
+        stride, padding, _, groups, dilation = ctx.options
+        need_a, need_weight, need_bias, _ = ctx.needs_input_grad
+        rows, g, da, dweight = a.flatten(0, 1), grad.flatten(0, 1), None, None
+        if need_a:
+            da = F.conv2d(g, weight, None, stride, padding, dilation, groups).reshape(a.shape)
+            add = torch.addcmul if torch.is_grad_enabled() or _wrapped(da, more) else Tensor.addcmul_
+            da = add(da, _wide(more, a), bias.reshape(-1, 1, 1))
+        if need_weight:
+            dweight = torch.nn.grad.conv2d_weight(g, weight.shape, rows, stride, padding, dilation, groups)
+        dbias = (a.sum((3, 4)) * more.unsqueeze(2)).sum((0, 1)) if need_bias else None
+        return da, dweight, dbias, None
 
 
 class _Box(torch.autograd.Function):
@@ -111,6 +184,7 @@ class _Box(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    @_whole
     def backward(ctx: Any, more: Tensor) -> Any:  # type: ignore[override]
         a, middle, radius = ctx.saved_tensors
         da = dmiddle = dradius = None
@@ -132,6 +206,15 @@ def relu(a: Tensor, low: Tensor, slope: Tensor, intercept: Tensor) -> tuple[Tens
 def linear(a: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Rows ``[M, B, K]`` before a Linear, and what its bias adds ``[M, B]``."""
     found: tuple[Tensor, Tensor] = _Linear.apply(a, weight, bias)  # type: ignore[no-untyped-call]
+    return found
+
+
+def conv(a: Tensor, weight: Tensor, bias: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Rows ``[M, B, ...]`` before a Conv2d, and what its bias adds ``[M, B]``.
+
+    ``options``: stride, padding, output_padding, groups and dilation of the transposed convolution.
+    """
+    found: tuple[Tensor, Tensor] = _Conv.apply(a, weight, bias, options)  # type: ignore[no-untyped-call]
     return found
 
 
