@@ -28,6 +28,7 @@ from .ops.interval_bounds.conv import interval_conv2d
 from .ops.interval_bounds.fast_reg import FastReg, fast_reg
 from .ops.interval_bounds.linear import interval_linear
 from .ops.interval_bounds.margin import MarginLoss, margin_cross_entropy, margin_logits
+from .ops.interval_bounds.relu_rows import relu_rows
 from .ops.interval_bounds.tightness import tightness_rows
 from .ops.interval_bounds.weights import interval_linear_iw
 from .ops.kv_compressed_attention.compressed_attention import compressed_attention
@@ -148,6 +149,7 @@ __all__ = [
     "qk_norm",
     "random_support",
     "reflect",
+    "relu_rows",
     "s4d_conv",
     "s4d_step",
     "sddmm",

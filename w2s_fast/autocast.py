@@ -54,6 +54,7 @@ RULES: dict[str, tuple[str, ...] | str] = {
     "fast_reg": "widest",
     "margin_logits": "widest",
     "margin_cross_entropy": "widest",
+    "relu_rows": "widest",
     "tightness_rows": "widest",
 }
 

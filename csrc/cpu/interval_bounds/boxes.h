@@ -187,6 +187,16 @@ struct WeightKernels {
   bool (*finite)(const A* x, int64_t n);
 };
 
+// relu_rows_kernel.cpp
+template <class A>
+struct ReluRowsKernels {
+  void (*lines)(const void* lower, const void* upper, Dtype dtype, int n, A* slope, A* low, A* intercept);
+  double (*rows)(const void* a, Dtype dtype, const A* slope, const A* low, const A* intercept, int n, void* out);
+  void (*gradient)(const void* a, const void* grad, A more, Dtype dtype, const A* slope, const A* low, const A* intercept, int n,
+                   void* da, A* gs, A* gi);
+  void (*box)(const void* lower, const void* upper, Dtype dtype, const A* gs, const A* gi, int n, void* dl, void* du);
+};
+
 // fast_reg_kernel.cpp; sums are in double whatever A is
 template <class A>
 struct MomentKernels {

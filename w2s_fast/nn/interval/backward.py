@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...ops.interval_bounds.relu_rows import relu_rows
+from ...reference.interval_bounds.relu_rows import lines
 from . import deployed, passes
 from .boxes import Box, Call, Lost, ends, largest, wide
 from .numbers import each, scale_of, sides_of
@@ -261,14 +263,11 @@ norm_back.straight = True  # type: ignore[attr-defined]
 
 def relaxation(lower: Tensor, upper: Tensor, sound: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``low x <= relu(x) <= slope x + intercept`` on the box; low is 1 or 0, whichever leaves the smaller area."""
-    left, right = lower.clamp_max(0), upper.clamp_min(0)
-    top = torch.maximum(right, left + 1e-8)
-    slope = top / (top - left)
-    low = (slope > 0.5).to(slope.dtype)
+    low, slope, intercept, left, _ = lines(lower, upper)
     if not sound:
-        return low, slope, -left * slope
+        return low, slope, intercept
     # any slope in [0, 1] will do, if the line is above relu at both ends of the box
-    slope = slope.clamp(0, 1)
+    slope, right = slope.clamp(0, 1), upper.clamp_min(0)
     intercept = torch.maximum(-left * slope, right * (1 - slope)) * (1 + 2.0**-50)
     unstable = (left < 0) & (right > 0)
     return low, slope, torch.where(unstable, intercept + torch.finfo(slope.dtype).tiny, intercept)
@@ -277,10 +276,10 @@ def relaxation(lower: Tensor, upper: Tensor, sound: bool) -> tuple[Tensor, Tenso
 def relu_back(way: Way, a: Tensor) -> Rows:
     """The line above where the row is positive, the one below where it is negative."""
     name, box = way.only
+    if way.fused and a.dtype == box.lower.dtype == box.upper.dtype and box.lower.ndim:
+        rows, total = relu_rows(a, box.lower, box.upper)
+        return Rows({name: rows}, total=total.to(a.dtype))
     low, slope, intercept = relaxation(*ends(way.call, box), way.sound)
-    if way.fused and box.lower.ndim > 1:
-        rows, total = passes.relu(a, low, slope, intercept)
-        return Rows({name: rows}, total=total)
     up = a.clamp_min(0)
     return Rows({name: torch.addcmul(a * low, up, slope - low)}, ((up, intercept),),
                 largest(box) + intercept if way.sound else None)  # fmt: skip

@@ -1,13 +1,13 @@
-"""The way back of linear bounds through ReLU, Linear and Conv2d, each as one function with its gradient.
+"""The way back of linear bounds through Linear and Conv2d, each as one function with its gradient.
 
 Rows ``a [M, B, ...]`` of an operation's output are the largest tensors of CROWN-IBP; automatic differentiation of their
 formulas writes each of them some ten times, every time to fresh pages. Here a row is read and written about twice
-forward and back, and what is between is of a few rows at a time, which stay in cache.
+forward and back. The way through a ReLU is `w2s_fast.relu_rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -16,9 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autocast, extension
-
-#: Entries of rows that ReLU's step takes at a time.
-BLOCK = 1 << 20
 
 
 def sums(a: Tensor, vector: Tensor) -> Tensor:
@@ -41,16 +38,6 @@ def _wide(c: Tensor, like: Tensor) -> Tensor:
     return c.reshape(*c.shape, *(1,) * (like.ndim - 2))
 
 
-def _blocks(a: Tensor) -> Iterator[slice]:
-    """Rows, some at a time."""
-    step = max(1, BLOCK // max(a.shape[1:].numel(), 1))
-    return (slice(i, i + step) for i in range(0, max(len(a), 1), step))
-
-
-def _together(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _whole(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A gradient in the dtypes of its tensors, under an autocast of whoever asks for it too."""
 
@@ -60,43 +47,6 @@ def _whole(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
 
     return run
-
-
-class _Relu(torch.autograd.Function):
-    """``(a, low, slope, intercept) -> (a (slope where a > 0, low elsewhere), sum max(a, 0) intercept)``."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, low: Tensor, slope: Tensor, intercept: Tensor) -> tuple[Tensor, Tensor]:
-        steeper, found = slope - low, []
-        for rows in (a[block] for block in _blocks(a)):
-            up = rows.clamp_min(0)
-            constant = sums(up, intercept)
-            found.append((torch.addcmul(up.mul_(steeper), rows, low), constant))
-        above, constants = zip(*found, strict=True)
-        return _together(above), _together(constants)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @_whole
-    def backward(ctx: Any, grad: Tensor, more: Tensor) -> Any:  # type: ignore[override]
-        a, low, slope, intercept = ctx.saved_tensors
-        da, dslope, dintercept = [], None, None
-        for block in _blocks(a):
-            rows, g, m = a[block], grad[block], more[block]
-            if ctx.needs_input_grad[0]:
-                steep = torch.addcmul(_wide(m, rows) * intercept, g, slope)
-                da.append(torch.where(rows > 0, steep, g * low))
-            if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-                up = rows.clamp_min(0)
-                parts = _over_rows(up, m), (up * g).sum(0)
-                dintercept = parts[0] if dintercept is None else dintercept + parts[0]
-                dslope = parts[1] if dslope is None else dslope + parts[1]
-        return _together(da) if da else None, None, dslope, dintercept
 
 
 def _wrapped(*tensors: Tensor) -> bool:
@@ -195,12 +145,6 @@ class _Box(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dradius = _over_rows(a.abs(), more)
         return da, dmiddle, dradius
-
-
-def relu(a: Tensor, low: Tensor, slope: Tensor, intercept: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``[M, B, ...]`` before a ReLU, and what they add to the bound ``[M, B]``; lines as in `relaxation`."""
-    found: tuple[Tensor, Tensor] = _Relu.apply(a, low, slope, intercept)  # type: ignore[no-untyped-call]
-    return found
 
 
 def linear(a: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -287,6 +287,44 @@ MARGINS: dict[str, Callable[[Make], Inputs]] = {
 }
 
 
+def _rows(count: int, batch: int, *shape: int) -> Callable[[Make], Inputs]:
+    """Rows, some of them 0, over boxes that are dead, alive and neither."""
+
+    def make(m: Make) -> Inputs:
+        a = m.logits(count, batch, *shape, scale=1.0)
+        a[..., ::7] = 0
+        return (a, *_box(m, batch, *shape, width=2.0)), {}
+
+    return make
+
+
+def _rows_layouts(m: Make) -> Inputs:
+    """Permuted rows, an expanded lower bound, a sliced upper one."""
+    a = m.logits(6, 3, 20, scale=1.0).permute(1, 0, 2)
+    lower = (m.logits(20, scale=1.0) - 1.5).expand(6, 20)
+    return (a, lower, m.uniform(6, 30).to(m.dtype)[:, 5:25]), {}
+
+
+def _rows_extreme(m: Make) -> Inputs:
+    """Infinite ends, NaN, large numbers, boxes of one point and of none."""
+    lower = torch.tensor([-torch.inf, -1.0, 0.0, -1e4, 2.0, float("nan"), -1.0, 0.0, -3.0], dtype=m.dtype)
+    upper = torch.tensor([1.0, torch.inf, 0.0, 1e4, 2.0, 1.0, float("nan"), 1e4, -3.0], dtype=m.dtype)
+    a = m.logits(4, 2, 9, scale=1.0)
+    a[0, 0, 3], a[1, 1, 4] = torch.inf, torch.nan
+    device = a.device
+    return (a, lower.to(device).expand(2, 9), upper.to(device).expand(2, 9)), {}
+
+
+ROWS: dict[str, Callable[[Make], Inputs]] = {
+    "planes": _rows(4, 3, 5, 4, 7),
+    "units": _rows(9, 7, 33),
+    "long": _rows(2, 2, 4, 1100),
+    "one": _rows(1, 1, 1),
+    "layouts": _rows_layouts,
+    "no-samples": _rows(3, 0, 5),
+    "no-rows": _rows(0, 2, 5),
+}
+
 LINEAR: dict[str, Callable[[Make], Inputs]] = {
     "plain": _linear(7, 33, 19),
     "relu": _linear(9, 64, 70, act="relu"),
@@ -321,6 +359,8 @@ SAMPLES: list[Sample] = [
     *(Sample("margin_cross_entropy", name, make) for name, make in MARGINS.items() if name != "empty"),
     Sample("margin_cross_entropy", "none", _margins(9, 20, 12, reduction="none")),
     Sample("margin_cross_entropy", "sum-empty", _margins(0, 5, 4, reduction="sum")),
+    *(Sample("relu_rows", name, make) for name, make in ROWS.items()),
+    Sample("relu_rows", "extreme", _rows_extreme, grad=False),
     *(Sample("interval_conv2d", name, make) for name, make in CONVS.items()),
     *(
         Sample("interval_conv2d", f"sound-{name}", _soundly(CONVS[name]), grad=False, verify=_holds_conv)
