@@ -35,3 +35,11 @@ def to_scale(actual: Any, expected: Any) -> float:
     largest = max(float(e.abs().max()) for e in expected[1:])
     pairs = zip(actual, expected, strict=True)
     return max(float((a.double() - e).abs().max() / (2e-3 * e.abs().max() + 1e-4 * largest)) for a, e in pairs)
+
+
+def plain_relu_rows(a: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """CROWN's step through a ReLU in whole-tensor operations."""
+    left, right = lower.clamp_max(0), upper.clamp_min(0)
+    top = torch.maximum(right, left + 1e-8)
+    slope, low, up = top / (top - left), (top > -left).to(a.dtype), a.clamp_min(0)
+    return torch.addcmul(a * low, up, slope - low), (up * (-left * slope)).flatten(2).sum(2)

@@ -20,7 +20,7 @@ import w2s_fast
 import w2s_fast.nn
 
 from ..case import Case, Provider, compiled, eager, formulation, peer, yardstick
-from ._interval import EPS, specification, to_scale
+from ._interval import EPS, plain_relu_rows, specification, to_scale
 
 
 def _conv_case(
@@ -300,6 +300,43 @@ def _affine_case(op: str, batch: int, channels: int, size: int, target: float) -
     )
 
 
+def _rows_case(rows: int, batch: int, columns: int, target: float) -> Case:
+    """The way back through a ReLU of CNN7, and its gradient."""
+
+    def inputs(generator: torch.Generator, device: torch.device) -> tuple[Tensor, ...]:
+        lower = torch.randn(batch, columns, generator=generator, device=device) - 1
+        width = torch.rand(lower.shape, generator=generator, device=device) * 3
+        return torch.randn(rows, batch, columns, generator=generator, device=device), lower, lower + width
+
+    def with_gradients(step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Tensor) -> tuple[Tensor, ...]:
+            leaves = [t.detach().requires_grad_() for t in args]
+            found, total = step(*leaves)
+            grads = torch.autograd.grad([found, total], leaves, [args[0], torch.ones_like(total)])
+            return (found.detach(), total.detach(), *grads)
+
+        return call
+
+    plain, entries = with_gradients(plain_relu_rows), rows * batch * columns
+    return Case(
+        op="relu_rows",
+        name=f"M{rows}-B{batch}-N{columns}-fp32",
+        dtype="float32",
+        shape={"M": rows, "B": batch, "N": columns},
+        bytes=4.0 * (5 * entries + 6 * batch * columns),
+        flops=15.0 * entries,
+        prediction="memory: rows read and written once, twice read and once written backward; eager makes some 27 "
+        "passes, each to fresh pages",
+        inputs=inputs,
+        ours=with_gradients(w2s_fast.relu_rows),
+        reference=plain,
+        providers={"eager": eager(plain), "compile": compiled(plain)},
+        compare=to_scale,
+        targets={"eager": target},
+        mode="fwdbwd",
+    )
+
+
 def _reg_case(batch: int, hot: bool) -> Case:
     """The hidden layers of CNN7 (width 64)."""
     shapes = [(64, 32, 32), (64, 32, 32), (128, 16, 16), (128, 16, 16), (128, 16, 16), (512,)]
@@ -353,6 +390,7 @@ def cases(device: str) -> list[Case]:
         _network_case(device, 128, False, {"plain step": 1 / 2.4, "auto_LiRPA": 1.0, "compile": 1.0}),
         _network_case(device, 128, True, {"plain step": 1 / 3.3, "auto_LiRPA": 1.0, "compile": 1.0}),
         _reg_case(32, False),
+        _rows_case(9, 16, 65536, 4.0),
         _conv_case(16, 64, 64, 32, 1, {"plain layer": 1 / 2.4, "compile": 1.0}, True),
         _conv_case(16, 128, 128, 16, 1, {"plain layer": 1 / 2.4, "compile": 1.0}, False),
     ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import w2s_fast
 
-from ..cases._interval import eager_layer, specification
+from ..cases._interval import eager_layer, plain_relu_rows, specification
 from ..cases.interval_networks import _regularisers
 from ..domain import Domain, Random, Sizes, Way
 
@@ -98,6 +98,14 @@ def _plain_weights(xl: Tensor, xm: Tensor, xu: Tensor, wl: Tensor, wm: Tensor, w
     return lower, F.linear(xm, wm), F.linear(xu, wu.clamp_min(0)) + F.linear(xl, wu.clamp_max(0))
 
 
+def _rows_inputs(random: Random, sizes: Sizes) -> tuple[Tensor, ...]:
+    return (random(sizes["M"], sizes["B"], sizes["N"]), *_box(random, sizes["B"], sizes["N"]))
+
+
+def _row_elements(sizes: Sizes) -> float:
+    return float(sizes["M"] * sizes["B"] * sizes["N"])
+
+
 def _margin_inputs(random: Random, sizes: Sizes) -> tuple[Tensor, ...]:
     d, c = sizes["d"], sizes["C"]
     return (*_box(random, sizes["B"], d), random(c, d, scale=d**-0.5), random(c), random.integers(c, sizes["B"]))
@@ -168,6 +176,8 @@ DOMAINS = [
     Domain("interval_linear_iw", LAYER, _weight_inputs,
            _same(lambda *t: w2s_fast.interval_linear_iw(t[:3], t[3:], mode="nonneg"), _plain_weights),
            lambda s: 3 * _layer_flops(s), _layer_elements, trained=(0, 1, 2, 3, 4, 5), dtypes=FLOAT),
+    Domain("relu_rows", {"M": (1, 16), "B": (1, 64), "N": (64, 16384)}, _rows_inputs,
+           _same(w2s_fast.relu_rows, plain_relu_rows), _row_elements, _row_elements, trained=(0, 1, 2), dtypes=FLOAT),
     Domain("margin_cross_entropy", MARGINS, _margin_inputs,
            _same(lambda *t: w2s_fast.margin_cross_entropy(*t).loss, _plain_margins), _margin_elements,
            _margin_elements, trained=(0, 1, 2, 3), always=True, dtypes=FLOAT, allowed=(5e-3, 5e-2)),

@@ -21,14 +21,19 @@ def _least(a, b):
 
 
 @triton.jit
-def _lines(lower, upper):
-    """left, top, slope, low and intercept of the lines, and whether top is upper's; see `reference.relu_rows.lines`."""
-    lower, upper = lower.to(tl.float32), upper.to(tl.float32)
+def _ends(lower, upper):
+    """left and top of a box, and whether top is upper's; see `reference.relu_rows.lines`."""
     left, right = _least(lower, 0.0), -_least(-upper, 0.0)
     least = left + 1e-8
     top = tl.where(right > least, right, tl.where(right != right, right, least))
+    return left, top, right > least
+
+
+@triton.jit
+def _lines(left, top):
+    """slope, low and intercept."""
     slope = top / (top - left)
-    return left, top, slope, tl.where(top > -left, 1.0, 0.0), -left * slope, right > least
+    return slope, tl.where(top > -left, 1.0, 0.0), -left * slope
 
 
 @triton.jit
@@ -39,9 +44,10 @@ def _rows_kernel(i_a, i_l, i_u, o_a, o_t, batch, columns, BLOCK: tl.constexpr):
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < columns
-        lower = tl.load(i_l + sample * columns + at, mask=mask, other=0.0)
-        upper = tl.load(i_u + sample * columns + at, mask=mask, other=0.0)
-        left, top, slope, low, intercept, apart = _lines(lower, upper)
+        lower = tl.load(i_l + sample * columns + at, mask=mask, other=0.0).to(tl.float32)
+        upper = tl.load(i_u + sample * columns + at, mask=mask, other=0.0).to(tl.float32)
+        left, top, _apart = _ends(lower, upper)
+        slope, low, intercept = _lines(left, top)
         a = tl.load(i_a + row * columns + at, mask=mask, other=0.0).to(tl.float32)
         total += tl.where(a <= 0.0, 0.0, a) * intercept
         out = a * tl.where(a > 0.0, slope, low)
@@ -61,7 +67,8 @@ def _gradient_kernel(
     box = sample * columns + at
     lower = tl.load(i_l + box, mask=mask, other=0.0).to(tl.float32)
     upper = tl.load(i_u + box, mask=mask, other=0.0).to(tl.float32)
-    left, top, slope, low, intercept, apart = _lines(lower, upper)
+    left, top, apart = _ends(lower, upper)
+    slope, low, intercept = _lines(left, top)
     of_slope = tl.zeros((BLOCK,), tl.float32)
     of_intercept = tl.zeros((BLOCK,), tl.float32)
     for i in range(0, rows):

@@ -210,7 +210,7 @@ def affine_back(way: Way, a: Tensor) -> Rows:
     return Rows({name: back.reshape(a.shape[0], *box.lower.shape)}, constants, terms)
 
 
-def _geometry(way: Way, weight: Tensor, a: Tensor) -> tuple[list[tuple[int, int]], list[int], list[int], int, list[int]]:
+def _geometry(way: Way, weight: Tensor, a: Tensor) -> tuple[Any, ...]:
     """Of a convolution's adjoint: padding, stride, what of the input no window reaches, groups, dilation."""
     bound, kernel, size = way.step.bound, weight.shape[2:], way.only[1].lower.shape[-2:]
     stride, dilation = each(bound["stride"], 2), each(bound["dilation"], 2)

@@ -163,7 +163,8 @@ def margin_cross_entropy(
     ``z_ik < 0`` for every k other than the label.
 
     Args:
-        a, b, weight, bias, y, form, rounding, spread: see `margin_logits`. A claim of robustness needs ``rounding="sound"``.
+        a, b, weight, bias, y, form, rounding, spread: see `margin_logits`. A claim of robustness needs
+            ``rounding="sound"``.
         reduction: ``"mean"`` over the samples (NaN if there are none), ``"sum"`` or ``"none"``.
 
     Returns:

@@ -51,8 +51,8 @@ def relu_rows(a: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Linear upper bounds taken back through a ReLU: ``a . relu(x) <= rows . x + total`` for every x of the box.
 
     CROWN's relaxation (arXiv 1811.00866): with l = min(lower, 0), u = max(upper, 0, l + 1e-8) the ReLU lies below
-    ``s x - l s``, s = u / (u - l), and above x or 0, whichever leaves the smaller area. A row takes the line above where
-    it is positive and the one below elsewhere. Round to nearest, for training.
+    ``s x - l s``, s = u / (u - l), and above x or 0, whichever leaves the smaller area. A row takes the line above
+    where it is positive and the one below elsewhere. Round to nearest, for training.
 
     Args:
         a: rows ``[M, B, ...]`` at the ReLU's output, M of each sample; float32, bfloat16, float16 or float64.
