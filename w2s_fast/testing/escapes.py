@@ -217,7 +217,8 @@ def fuzz(seed: int, images: bool, count: int) -> dict[tuple[str, str, str], list
     """Points of the first random models and how many escaped, by (method, rounding, dtype): ``[points, escaped]``.
 
     Sound bounds are held to the float64 output of the same parameters, deployed ones to what the model itself gives in
-    its dtype (on points of that dtype that lie in the box), evaluated by PyTorch and in an order of chance.
+    its dtype (on points of that dtype that lie in the box), evaluated by PyTorch and in an order of chance. A point
+    escapes by its outputs, or by their margins over that of a label of chance.
     """
     from ..nn import bound
     from .orders import AnyOrder
@@ -232,6 +233,7 @@ def fuzz(seed: int, images: bool, count: int) -> dict[tuple[str, str, str], list
             model = Random(seed, images, analysed=analysed).eval().to(dtype)
             x = torch.randn((2, 3, 4, 4) if images else (4, 3), generator=draw).to(dtype)
             eps = (1e-5, 0.03, 0.3)[seed % 3]
+            label = torch.randint(3, (len(x),), generator=draw)
             inside = points(x, eps, count, draw)
             if analysed:  # nearest numbers of the dtype, where those are in the box
                 near = inside.to(dtype)
@@ -248,6 +250,7 @@ def fuzz(seed: int, images: bool, count: int) -> dict[tuple[str, str, str], list
                     for method in ("ibp", "crown-ibp", "crown"):
                         try:
                             ends = module.bounds(x, eps, rounding, method=method)  # type: ignore[arg-type]
+                            most = module.margins(x, label, eps, rounding, method=method).double()  # type: ignore[arg-type]
                         except ValueError as error:
                             if "Deployed rounding is analysed for" in str(error):  # refused by name, which is right
                                 continue
@@ -258,8 +261,10 @@ def fuzz(seed: int, images: bool, count: int) -> dict[tuple[str, str, str], list
                             y = y.double().unflatten(0, (-1, len(x)))
                             scale = slack * (1 + y.abs() + (high - low).abs().nan_to_num(0.0, 0.0, 0.0))
                             out = (y < low - scale) | (y > high + scale) | y.isnan()
+                            margin = y - y.gather(2, label.expand(len(y), -1).unsqueeze(2))
+                            above = margin > most + (scale + slack * most.abs().nan_to_num(0.0, 0.0, 0.0)) * 2
                             row[0] += out.shape[0] * out.shape[1]
-                            row[1] += int(out.any(-1).sum())
+                            row[1] += int((out | above).any(-1).sum())
     return found
 
 
