@@ -1,7 +1,7 @@
 """moe_route on a GPU: a program takes RANGE tokens, ROWS at a time, all experts of a token in registers.
 
-The k largest are taken one by one: the largest key, the lowest number that has it. A program leaves its part of psum and
-counts, which are added in order afterwards. Floor: T E logits read, in backward read and written.
+The k largest are taken one by one: the largest key, the lowest number that has it. A program leaves its part of psum
+and counts, which are added in order afterwards. Floor: T E logits read, in backward read and written.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _forward_kernel(
         if SHARE:
             found /= (tl.sum(tl.where(slots < K, found, 0.0), 1) + TINY)[:, None]
         out = rows[:, None] * K + slots
-        tl.store(o_weights + out, tl.where(real[:, None], found, 0.0), mask=live[:, None] & (slots < K))
+        tl.store(o_weights + out, found, mask=live[:, None] & (slots < K))
         tl.store(o_indices + out, places.to(tl.int64), mask=live[:, None] & (slots < K))
     experts = tl.arange(0, BLOCK)
     tl.store(o_psum + pid * E + experts, psum, mask=experts < E)
@@ -121,12 +121,15 @@ def _backward_kernel(
         g = tl.load(grad_weights + at, mask=chosen, other=0.0)
     inner = tl.sum(w * g, 1)[:, None]
     p, _ = _softmax(z)
-    q = tl.zeros((1, BLOCK), tl.float32)
+    real = live
+    if mask is not None:
+        real = tl.load(mask + rows, mask=live, other=0) != 0
+    q = tl.zeros((ROWS, BLOCK), tl.float32)
     if grad_psum is not None:
-        q = tl.load(grad_psum + index, mask=inside, other=0.0)
+        q = tl.where(real[:, None], tl.load(grad_psum + index, mask=inside, other=0.0), 0.0)
     up = tl.zeros((ROWS,), tl.float32)
     if grad_lse is not None:
-        up = tl.load(grad_lse + rows, mask=live, other=0.0)
+        up = tl.load(grad_lse + rows, mask=real, other=0.0)
     if SIGMOID:
         s, slope = _sigmoid(z)
         total = (tl.sum(tl.where(inside, s, 0.0), 1) + TINY)[:, None]
@@ -153,8 +156,6 @@ def _backward_kernel(
         else:
             wj = tl.sum(tl.where(slots == j, w, 0.0), 1)[:, None]
             dz = tl.where(own, base + wj * (gj - inner), dz)
-    if mask is not None:
-        dz = tl.where((tl.load(mask + rows, mask=live, other=0) != 0)[:, None], dz, 0.0)
     tl.store(o_dlogits + rows[:, None] * E + index, dz.to(o_dlogits.dtype.element_ty), mask=here)
 
 
@@ -182,13 +183,12 @@ def supports_moe_route_backward(
     return _too_many(logits, weights.shape[1])
 
 
-def forward(
-    logits: Any, bias: Any, mask: Any, k: int, score: str, renormalize: bool
-) -> tuple[Any, ...]:
+def forward(logits: Any, bias: Any, mask: Any, k: int, score: str, renormalize: bool) -> tuple[Any, ...]:
     """weights, indices, lse, and the parts of psum and counts ``[programs, E]``."""
     tokens, experts = logits.shape
     wide, programs = dtype(logits, "float32"), cdiv(tokens, RANGE)
-    weights, indices = logits.new_empty((tokens, k), dtype=wide), logits.new_empty((tokens, k), dtype=dtype(logits, "int64"))
+    weights = logits.new_empty((tokens, k), dtype=wide)
+    indices = logits.new_empty((tokens, k), dtype=dtype(logits, "int64"))
     lse, psum = logits.new_empty((tokens,), dtype=wide), logits.new_empty((programs, experts), dtype=wide)
     counts = logits.new_empty((programs, experts), dtype=dtype(logits, "int32"))
     launch(
@@ -199,9 +199,7 @@ def forward(
     return weights, indices, lse, psum, counts
 
 
-def launch_moe_route(
-    logits: Any, bias: Any, mask: Any, k: int, score: str, renormalize: bool
-) -> tuple[Any, ...]:
+def launch_moe_route(logits: Any, bias: Any, mask: Any, k: int, score: str, renormalize: bool) -> tuple[Any, ...]:
     """Arguments of `moe_route` -> (weights, indices, lse, counts, psum, tokens)."""
     weights, indices, lse, psum, counts = forward(logits, bias, mask, k, score, renormalize)
     if mask is None:

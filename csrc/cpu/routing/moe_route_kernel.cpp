@@ -187,7 +187,6 @@ W2S_INLINE void route_row(const MoeRoute<A>& s, int64_t row, const A* bias, bool
   } else {
     take(room.e, room.order, k, whole || s.renormalize, sigmoid ? A(TINY) : A(0), sigmoid ? A(1) : inverse, weights);
   }
-  if (!psum) std::fill(weights, weights + k, A(0));
   std::copy(room.order, room.order + k, s.indices + row * k);
 }
 
@@ -282,38 +281,35 @@ W2S_INLINE void sigmoid_gradient(const MoeRoute<A>& s, const A* z, const int64_t
 }
 
 template <class A>
+W2S_INLINE void gradient_row(const MoeRoute<A>& s, const A* z, int64_t row, const Upstream<A>& up, Room<A>& room, A* dz) {
+  const int64_t* chosen = s.indices + row * s.k;
+  if (s.score == Score::sigmoid) return sigmoid_gradient(s, z, chosen, up, room, dz);
+  const bool whole = s.score == Score::softmax && !s.renormalize, spread = whole || up.psum || up.lse != 0;
+  Spread<A> all{0, 0};
+  if (spread) all = softmax_gradient(z, int(s.E), up, whole ? up.inner : A(0), room, dz);
+  else std::fill(dz, dz + s.E, A(0));
+  for (int64_t j = 0; up.weights && j < s.k; ++j) {
+    const int64_t i = chosen[j];
+    const A base = spread ? room.e[i] * all.scale * ((up.psum ? up.psum[i] - all.mean : A(0)) + up.lse) : A(0);
+    dz[i] = base + s.weights[row * s.k + j] * (up.weights[j] - up.inner);
+  }
+}
+
+template <class A>
 inline void moe_route_backward(const MoeRoute<A>& s, const MoeRouteGradient<A>& grad) {
   const int E = int(s.E);
-  const bool sigmoid = s.score == Score::sigmoid, whole = s.score == Score::softmax && !s.renormalize;
-  const bool direct = grad.dlogits.dtype == own_dtype<A> && E % PAD == 0, spread = whole || grad.psum || grad.lse;
+  const bool direct = grad.dlogits.dtype == own_dtype<A> && E % PAD == 0;
   std::vector<A> psum(size_t(padded(E)));
   if (grad.psum) std::copy(grad.psum, grad.psum + E, psum.begin());
   parallel_ranges(s.T, grain_of(E), [&](int64_t begin, int64_t end) {
     Room<A> room(E);
     for (int64_t row = begin; row < end; ++row) {
+      const bool real = !s.mask || s.mask[row];
+      Upstream<A> up{grad.weights ? grad.weights + row * s.k : nullptr, grad.psum && real ? psum.data() : nullptr,
+                     grad.lse && real ? grad.lse[row] : A(0), A(0)};
+      for (int64_t j = 0; up.weights && j < s.k; ++j) up.inner += s.weights[row * s.k + j] * up.weights[j];
       A* dz = direct ? static_cast<A*>(grad.dlogits.at(row, 0)) : room.rank;
-      if (s.mask && !s.mask[row]) {
-        std::fill(dz, dz + E, A(0));
-      } else {
-        const A* w = s.weights + row * s.k;
-        const int64_t* chosen = s.indices + row * s.k;
-        Upstream<A> up{grad.weights ? grad.weights + row * s.k : nullptr, grad.psum ? psum.data() : nullptr,
-                       grad.lse ? grad.lse[row] : A(0), A(0)};
-        for (int64_t j = 0; up.weights && j < s.k; ++j) up.inner += w[j] * up.weights[j];
-        const A* z = padded_row(s.logits, row, E, room.z);
-        if (sigmoid) {
-          sigmoid_gradient(s, z, chosen, up, room, dz);
-        } else {
-          Spread<A> all{0, 0};
-          if (spread) all = softmax_gradient(z, E, up, whole ? up.inner : A(0), room, dz);
-          else std::fill(dz, dz + E, A(0));
-          for (int64_t j = 0; up.weights && j < s.k; ++j) {
-            const int64_t i = chosen[j];
-            const A base = spread ? room.e[i] * all.scale * ((up.psum ? up.psum[i] - all.mean : A(0)) + up.lse) : A(0);
-            dz[i] = base + w[j] * (up.weights[j] - up.inner);
-          }
-        }
-      }
+      gradient_row(s, padded_row(s.logits, row, E, room.z), row, up, room, dz);
       if (!direct) narrow(dz, E, grad.dlogits.dtype, grad.dlogits.at(row, 0));
     }
   });

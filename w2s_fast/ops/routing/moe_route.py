@@ -92,8 +92,8 @@ def moe_route(
 
     ``"softmax"``: p = softmax(z) over all experts, weights are p of the k largest (arXiv 2101.03961). ``"topk"``: the
     softmax over the k largest logits (arXiv 2401.04088). ``"sigmoid"``: each expert's own score s = sigmoid(z), weights
-    are s of the chosen, and p = s / sum s. A bias is added for the choice and not in the weights, which balances without
-    a loss (`update_bias`, arXiv 2408.15664). Of equal scores the expert of the lower number is chosen; a NaN counts as
+    are s of the chosen, and p = s / sum s. A bias is added for the choice and not in the weights, which balances
+    without a loss (`update_bias`, arXiv 2408.15664). Of equal scores the expert of the lower number is chosen; a NaN counts as
     the largest.
 
     Args:
@@ -102,8 +102,8 @@ def moe_route(
         score: see above.
         renormalize: weights divided by their sum (those of "topk" have a sum of 1 already).
         bias: ``[E]``, added to p or s for the choice alone, not with "topk"; no gradient goes to it.
-        mask: bool ``[T]``, True at real tokens. The others have weights and lse 0 and are in no sum; their experts are
-            numbers in range.
+        mask: bool ``[T]``, True at real tokens. The others (padding) are in no sum and have lse 0; their weights and
+            experts are what they are without it.
 
     Returns:
         Routed: weights, indices, load = (psum ``sum_t p_t``, counts of the choices, tokens) and lse for a z-loss.

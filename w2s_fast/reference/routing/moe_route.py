@@ -30,10 +30,10 @@ def moe_route(
 ) -> Routing:
     """The k largest of each row of logits ``[T, E]``, of equal ones the first; a NaN counts as the largest.
 
-    "softmax": p = softmax(z), weights are p of the chosen; "topk": weights are the softmax over the chosen z; "sigmoid":
-    s = sigmoid(z), weights are s of the chosen, and p = s / (sum s + 1e-20). With a bias ``[E]`` the choice is by p + bias
-    (s + bias). ``renormalize`` divides weights by their sum. lse is of z; psum = sum_t p_t. Rows whose mask ``[T]`` is
-    False have weights and lse 0 and are in no sum.
+    "softmax": p = softmax(z), weights are p of the chosen; "topk": weights are the softmax over the chosen z;
+    "sigmoid": s = sigmoid(z), weights are s of the chosen, and p = s / (sum s + 1e-20). With a bias ``[E]`` the choice
+    is by p + bias (s + bias). ``renormalize`` divides weights by their sum. lse is of z; psum = sum_t p_t. Rows whose mask ``[T]`` is
+    False are in no sum and have lse 0.
     """
     z = logits.to(accumulate_dtype(logits))
     scores = z.sigmoid() if score == "sigmoid" else z.softmax(-1)
@@ -49,8 +49,7 @@ def moe_route(
         weights = scores.gather(1, indices)
     lse, rows = log_sum_exp(z), torch.ones_like(indices[:, 0])
     if mask is not None:
-        weights, lse = torch.where(mask[:, None], weights, 0.0), torch.where(mask, lse, 0.0)
-        scores, rows = torch.where(mask[:, None], scores, 0.0), mask.long()
+        lse, scores, rows = torch.where(mask, lse, 0.0), torch.where(mask[:, None], scores, 0.0), mask.long()
     counts = rows.new_zeros(logits.shape[1]).index_add(0, indices.flatten(), rows[:, None].expand_as(indices).flatten())
     return Routing(weights, indices, lse, counts, scores.sum(0), rows.sum())
 
@@ -70,10 +69,10 @@ def moe_route_backward(
 
     With g_j of the chosen and q_i of psum, p = softmax(z): ``dz_i = p_i (q_i - sum p q + lse's)``, and at the chosen
     ``w_j (g_j - sum w g)``, where w are not divided by their sum ``w_j g_j - p_i sum w g``. Of sigmoids
-    ``s_i (1 - s_i) (q_i - sum p q) / sum s``, and at the chosen ``s_j (1 - s_j) g_j`` or that of ``(g_j - sum w g) / sum
-    s`` over the chosen.
+    ``s_i (1 - s_i) (q_i - sum p q) / sum s``, and at the chosen ``s_j (1 - s_j) g_j``, or with their shares
+    ``(g_j - sum w g) / sum s`` over the chosen for g_j.
     """
-    z = logits.to(weights.dtype)
+    z, dz_sums = logits.to(weights.dtype), torch.zeros_like(logits, dtype=weights.dtype)
     g = torch.zeros_like(weights) if grad_weights is None else grad_weights
     inner = (weights * g).sum(-1, keepdim=True)
     if score == "sigmoid":
@@ -84,14 +83,13 @@ def moe_route_backward(
         dz = torch.zeros_like(z).scatter(1, indices, g * slope.gather(1, indices))
         if grad_psum is not None:
             total = s.sum(-1, keepdim=True) + TINY
-            dz = dz + slope * (grad_psum - (s * grad_psum).sum(-1, keepdim=True) / total) / total
+            dz_sums = slope * (grad_psum - (s * grad_psum).sum(-1, keepdim=True) / total) / total
     else:
         p, whole = z.softmax(-1), score == "softmax" and not renormalize
         dz = torch.zeros_like(z).scatter(1, indices, weights * (g if whole else g - inner))
+        dz = dz - p * inner if whole else dz
         if grad_psum is not None:
-            dz = dz + p * (grad_psum - (p * grad_psum).sum(-1, keepdim=True))
-        if whole:
-            dz = dz - p * inner
+            dz_sums = p * (grad_psum - (p * grad_psum).sum(-1, keepdim=True))
     if grad_lse is not None:
-        dz = dz + z.softmax(-1) * grad_lse[:, None]
-    return (dz if mask is None else torch.where(mask[:, None], dz, 0.0)).to(logits.dtype)
+        dz_sums = dz_sums + z.softmax(-1) * grad_lse[:, None]
+    return (dz + (dz_sums if mask is None else torch.where(mask[:, None], dz_sums, 0.0))).to(logits.dtype)
