@@ -93,8 +93,8 @@ def moe_route(
     ``"softmax"``: p = softmax(z) over all experts, weights are p of the k largest (arXiv 2101.03961). ``"topk"``: the
     softmax over the k largest logits (arXiv 2401.04088). ``"sigmoid"``: each expert's own score s = sigmoid(z), weights
     are s of the chosen, and p = s / sum s. A bias is added for the choice and not in the weights, which balances
-    without a loss (`update_bias`, arXiv 2408.15664). Of equal scores the expert of the lower number is chosen; a NaN counts as
-    the largest.
+    without a loss (`update_bias`, arXiv 2408.15664). Of equal scores the expert of the lower number is chosen; a NaN
+    counts as the largest.
 
     Args:
         logits: ``[T, E]``; float32, bfloat16, float16 or float64. Arithmetic in float32 (float64).

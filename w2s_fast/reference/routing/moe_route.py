@@ -32,8 +32,8 @@ def moe_route(
 
     "softmax": p = softmax(z), weights are p of the chosen; "topk": weights are the softmax over the chosen z;
     "sigmoid": s = sigmoid(z), weights are s of the chosen, and p = s / (sum s + 1e-20). With a bias ``[E]`` the choice
-    is by p + bias (s + bias). ``renormalize`` divides weights by their sum. lse is of z; psum = sum_t p_t. Rows whose mask ``[T]`` is
-    False are in no sum and have lse 0.
+    is by p + bias (s + bias). ``renormalize`` divides weights by their sum. lse is of z; psum = sum_t p_t. Rows whose
+    mask ``[T]`` is False are in no sum and have lse 0.
     """
     z = logits.to(accumulate_dtype(logits))
     scores = z.sigmoid() if score == "sigmoid" else z.softmax(-1)
