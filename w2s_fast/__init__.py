@@ -55,6 +55,7 @@ from .ops.logit_fusion.stats import FusedStats, fused_stats
 from .ops.optimizers.projected_step import projected_step
 from .ops.prototypes.class_stats import ClassStats, class_stats
 from .ops.prototypes.prototype_distance import Nearest, prototype_distance
+from .ops.routing.moe_route import moe_route
 from .ops.sparse_lowrank.linear import sparse_lowrank_linear, sparse_lowrank_materialize
 from .ops.sparse_lowrank.masks import nm_mask, topk_mask
 from .ops.sparse_lowrank.products import sddmm, spmm
@@ -141,6 +142,7 @@ __all__ = [
     "lora_linear",
     "margin_cross_entropy",
     "margin_logits",
+    "moe_route",
     "nm_mask",
     "noise_pair",
     "projected_step",

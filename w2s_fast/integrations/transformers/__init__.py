@@ -10,8 +10,9 @@ from .fused_loss import FusedLoss, use_fused_loss
 from .generate import FusedGeneration, generate
 from .processor import FusionLogitsProcessor
 from .recipes import METHODS, Fuser
+from .routers import UseMoeRoute, use_moe_route
 
 __all__ = [
-    "METHODS", "CachedModel", "FusedGeneration", "FusedLoss", "Fuser", "FusionLogitsProcessor", "generate",
-    "use_fused_loss",
+    "METHODS", "CachedModel", "FusedGeneration", "FusedLoss", "Fuser", "FusionLogitsProcessor", "UseMoeRoute",
+    "generate", "use_fused_loss", "use_moe_route",
 ]  # fmt: skip

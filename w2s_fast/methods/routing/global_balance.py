@@ -8,20 +8,24 @@ micro-batch: averaged over the processes, as gradients are, it is the loss of th
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ... import checks
+from ...ops.routing.moe_route import Route
 from .._common.batches import shuffled
 from .._common.language import Row
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
 from ..growth.multi_level import next_tokens
 from ..sparse_lowrank.sltrain import blocks
-from ._route import Route, route
+from ._route import route
+
+if TYPE_CHECKING:
+    from ...integrations.transformers.routers import Sums
 
 OP = "methods.global_balance"
 
@@ -123,7 +127,8 @@ def use_global_balance(
 
     In training mode ``model(..., labels=...)`` has it in ``loss``, its mean over the layers in ``aux_loss``, both from
     the returned balance's ``loss`` (which holds ``coef`` times that mean). It takes the place of the model's own.
-    Padding is left out by ``attention_mask``. Evaluation counts nothing.
+    Padding is left out by ``attention_mask``. Evaluation counts nothing. The routers that
+    `integrations.transformers.use_moe_route` serves choose by `w2s_fast.moe_route`, which has the sums for the loss.
 
     Args:
         coef: default ``model.config.router_aux_loss_coef``.
@@ -135,30 +140,35 @@ def use_global_balance(
         ValueError: naming `model` (no router), ``output_router_logits`` in a call (the model's own loss), or
             re-entrant checkpointing, which loses the gradient.
     """
-    routers = [m for m in model.modules() if "Router" in type(m).__name__ and hasattr(m, "top_k")]
-    if not routers:
+    from ...integrations.transformers.routers import routers, use_moe_route
+
+    found = routers(model)
+    if not found:
         checks.fail(OP, "model", "a mixture of experts with routers like Mixtral's", type(model).__name__)
     balance = GlobalBalance(group=group, accumulate=optimizer is not None)
     if optimizer is not None:
         balance.attach(optimizer)
     model.config.output_router_logits = False
     coef = model.config.router_aux_loss_coef if coef is None else coef
-    _Hooks(model, routers, balance, checks.number(OP, "coef", coef, low=0.0))
+    sums = use_moe_route(model).sums
+    sums.kept = True
+    _Hooks(model, found, sums, balance, checks.number(OP, "coef", coef, low=0.0))
     return balance
 
 
 class _Hooks:
     """Around the base model and its routers: every forward pass in training is a micro-batch."""
 
-    def __init__(self, model: Any, routers: list[nn.Module], balance: GlobalBalance, coef: float) -> None:
-        self.balance, self.coef, self.found = balance, coef, list[tuple[Tensor, Tensor, Tensor | None]]()
+    def __init__(
+        self, model: Any, routers: list[nn.Module], sums: Sums, balance: GlobalBalance, coef: float
+    ) -> None:
+        self.sums, self.balance, self.coef, self.found = sums, balance, coef, list[Route]()
         self.number, self.active = 0, False
-        self.mask: Tensor | None = None
         base = model.base_model
         base.register_forward_pre_hook(self.begin, with_kwargs=True)
         base.register_forward_hook(self.end)
         for layer, router in enumerate(routers):
-            router.register_forward_hook(lambda _, __, out, layer=layer: self.record(layer, out))
+            router.register_forward_hook(lambda module, _, out, layer=layer: self.record(layer, module, out))
         if base is not model:
             model.register_forward_hook(self.add)
 
@@ -167,23 +177,25 @@ class _Hooks:
             checks.fail(OP, "output_router_logits", "False: the balance loss takes the place of the model's own", True)
         self.active = module.training and torch.is_grad_enabled()
         mask = given.get("attention_mask")
-        self.mask = mask.flatten().bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.sums.mask = mask.flatten().bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.found, self.balance.loss = [], None
 
-    def record(self, layer: int, out: Any) -> None:
+    def record(self, layer: int, router: nn.Module, out: Any) -> None:
         """A router's output; nothing happens where activations are computed again, after the forward pass."""
+        load = self.sums.taken(router)
         if not self.active:
             return
         if not torch.is_grad_enabled():
             checks.fail(OP, "model", "one with gradient_checkpointing_kwargs={'use_reentrant': False}", "re-entrant")
-        logits, _, indices = out
-        mask = self.mask if self.mask is not None and len(self.mask) == len(logits) else None
-        self.balance.add((layer, self.number), route(logits.detach(), indices, mask))
-        self.found.append((logits, indices, mask))
+        if load is None:
+            logits, _, indices = out
+            load = route(logits, indices, self.sums.of(len(logits)))
+        self.balance.add((layer, self.number), load)
+        self.found.append(load)
 
     def end(self, *_: Any) -> None:
         if self.active and self.found:
-            each = [lbl(route(*found), self.balance, key=(layer, self.number), coef=self.coef)
+            each = [lbl(found, self.balance, key=(layer, self.number), coef=self.coef)
                     for layer, found in enumerate(self.found)]  # fmt: skip
             self.balance.loss = torch.stack(each).mean()
             self.found = []
