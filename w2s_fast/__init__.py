@@ -52,6 +52,8 @@ from .ops.logit_fusion.fuse import fuse_logits
 from .ops.logit_fusion.log_softmax import fused_log_softmax
 from .ops.logit_fusion.sample import SampleOutput, fused_sample
 from .ops.logit_fusion.stats import FusedStats, fused_stats
+from .ops.mixture.dispersion import dispersion
+from .ops.mixture.gated_mixed_ce import gated_mixed_ce
 from .ops.optimizers.projected_step import projected_step
 from .ops.prototypes.class_stats import ClassStats, class_stats
 from .ops.prototypes.prototype_distance import Nearest, prototype_distance
@@ -106,6 +108,7 @@ __all__ = [
     "confidence_threshold",
     "contrastive_loss",
     "ddim_step",
+    "dispersion",
     "dynamic_fusion_weights",
     "explain",
     "fast_reg",
@@ -116,6 +119,7 @@ __all__ = [
     "fused_stats",
     "gate_residual",
     "gate_residual_adaln",
+    "gated_mixed_ce",
     "ict_loss",
     "ict_schedule",
     "ict_weights",

@@ -1,10 +1,11 @@
-// Memory of a large gradient, kept for the next one. glibc maps more than 32 MiB anew for every call, and first touches of
+// Memory of large gradients, kept for the next ones. glibc maps more than 32 MiB anew for every call, and first touches of
 // such pages cost more than the arithmetic: 12 of 22 ms for the 56 MB of a dqkv of 4096 tokens, and 4 more to unmap it.
-// The tensor owns the memory as any other does; only when its last reference goes does the memory come back here, so it is
-// never handed out twice. One block is kept, that of the last such gradient.
+// Tensors own the memory as any others do; only when the last reference goes does the memory come back here, so it is
+// never handed out twice. One block is kept, that of the last such call; what a call makes lies in one block.
 #pragma once
 
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <utility>
 
@@ -43,16 +44,33 @@ class Recycled {
   }
 };
 
-// An uninitialised contiguous CPU tensor like `like`, of recycled memory if it is large.
-inline Tensor recycled_empty(const Tensor& like, std::vector<int64_t> shape) {
-  int64_t bytes = bytes_of(dtype_of(like));
-  for (const int64_t n : shape) bytes *= n;
-  void* block = bytes > (int64_t(32) << 20) ? Recycled::store().take(size_t(bytes)) : nullptr;
-  if (!block) return fresh(like, shape);
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * shape[i];
-  return torch::stable::from_blob(block, shape, strides, like.device(), like.scalar_type(),
-                                  [bytes](void* p) { Recycled::store().give(p, size_t(bytes)); });
+// Uninitialised contiguous CPU tensors of these shapes, like the tensors `like`, in recycled memory if they are large.
+inline Tensors recycled_empty(const Tensors& like, const std::vector<std::vector<int64_t>>& shapes) {
+  std::vector<int64_t> first(shapes.size() + 1);  // where each begins, in bytes
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    int64_t bytes = bytes_of(dtype_of(like[i]));
+    for (const int64_t n : shapes[i]) bytes *= n;
+    first[i + 1] = first[i] + round_up(bytes, 64);
+  }
+  const int64_t total = first.back();
+  void* const block = total > (int64_t(32) << 20) ? Recycled::store().take(size_t(total)) : nullptr;
+  const std::shared_ptr<void> owner(block, [total](void* p) {
+    if (p) Recycled::store().give(p, size_t(total));
+  });
+  Tensors made;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const std::vector<int64_t>& shape = shapes[i];
+    if (!block) {
+      made.push_back(fresh(like[i], shape));
+      continue;
+    }
+    std::vector<int64_t> strides(shape.size(), 1);
+    for (size_t d = shape.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * shape[d];
+    made.push_back(torch::stable::from_blob(static_cast<char*>(block) + first[i], shape, strides, like[i].device(), like[i].scalar_type(),
+                                            [owner](void*) {}));
+  }
+  return made;
 }
+inline Tensor recycled_empty(const Tensor& like, std::vector<int64_t> shape) { return recycled_empty(Tensors{like}, {std::move(shape)})[0]; }
 
 }  // namespace w2s

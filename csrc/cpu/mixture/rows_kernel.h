@@ -1,0 +1,111 @@
+// Included once a target (no include guard): rows of classes, one a lane of a vector. C is a few to a few hundred here: a
+// reduction over a row is then a loop without shuffles, and C = 2 fills a vector as C = 200 does.
+#include "cpu/log_kernel.h"
+#include "cpu/pack_kernel.h"
+
+// W rows at a time, transposed: element c of row i is at z[c W + i].
+template <class A>
+struct LaneRows {
+  using V = Vec<A>;
+  static constexpr int W = V::W;
+  int64_t C;
+  std::vector<A> memory, buffer;
+
+  explicit LaneRows(int64_t C) : C(C), memory(size_t(C * W)), buffer(size_t(C * W + PAD)) {}
+  W2S_INLINE A* z() { return memory.data(); }
+
+  // rows [first, first + count) of a tensor, the last of them in what lanes are left; returns the largest of each (NaN
+  // skipped: it shows up in the sum of exponentials)
+  W2S_INLINE V read(const Rows& from, int64_t first, int count) {
+    const void* row[W];
+    for (int i = 0; i < W; ++i) row[i] = from.at(first + std::min(i, count - 1), 0);
+    const int64_t next = W * from.stride;
+    V top = V::set(-infinity<A>);
+    int64_t c = 0;
+    for (; c + W <= C; c += W) square(row, next, from.dtype, c, W, top, [](auto... at) { return load_any<A>(at...); });
+    const int n = int(C - c);
+    if (n) square(row, next, from.dtype, c, n, top, [n](auto... at) { return first_as<A>(at..., n); });
+    return top;
+  }
+
+  // z back to rows [first, first + count) of a contiguous tensor
+  W2S_INLINE void write(const Rows& to, int64_t first, int count) {
+    const bool direct = to.dtype == own_dtype<A> && C >= W && count == W;
+    A* out = direct ? static_cast<A*>(to.at(first, 0)) : buffer.data();
+    // whole vectors run into the next row, which is overwritten after: squares from the last to the first
+    for (int64_t c = (C - 1) / W * W; c >= 0; c -= W) {
+      const int n = int(std::min<int64_t>(W, C - c));
+      V r[W];
+#pragma GCC unroll 16
+      for (int j = 0; j < W; ++j) r[j] = V::load(z() + (c + std::min(j, n - 1)) * W);
+      V::transpose(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < W - 1; ++i) r[i].store(out + i * C + c);
+      if (direct && n < W) {  // what follows the last row is another group's
+        A last[W];
+        r[W - 1].store(last);
+        std::copy_n(last, n, out + (W - 1) * C + c);
+      } else {
+        r[W - 1].store(out + (W - 1) * C + c);
+      }
+    }
+    if (!direct) narrow(out, int(count * C), to.dtype, to.at(first, 0));
+  }
+
+  // f(z of a class, its place) over the classes, and block() after every 16
+  template <class F, class G>
+  W2S_INLINE void each(const F& f, const G& block) {
+    for (int64_t c = 0; c < C;) {
+      for (const int64_t end = std::min(c + 16, C); c < end; ++c) f(V::load(z() + c * W), z() + c * W);
+      block();
+    }
+  }
+  template <class F>
+  W2S_INLINE void each(const F& f) { each(f, [] {}); }
+
+ private:
+  // n <= W columns from c on, and the largest so far; `next` bytes on is what the next group reads, which hardware does not
+  // foresee where it begins
+  template <class F>
+  W2S_INLINE void square(const void* const (&row)[W], int64_t next, Dtype dtype, int64_t c, int n, V& top, const F& load) {
+    V r[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) r[i] = load(row[i], dtype, c);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) __builtin_prefetch(static_cast<const char*>(row[i]) + next + c * bytes_of(dtype));
+    V::transpose(r);
+#pragma GCC unroll 16
+    for (int j = 0; j < W; ++j) {
+      if (j == n) break;
+      r[j].store(z() + (c + j) * W);
+      top = V::max(r[j], top);
+    }
+  }
+};
+
+// A sum of many numbers: `part` of a block of them, and blocks added with what each addition loses carried on.
+template <class V>
+struct Total {
+  V sum, lost, part;
+  W2S_INLINE Total() : sum(V::set(0)), lost(sum), part(sum) {}
+  W2S_INLINE void block() {
+    const V x = part - lost, next = sum + x;
+    lost = (next - sum) - x;
+    sum = next;
+    part = V::set(0);
+  }
+};
+
+// e^d of d = z - top; d is at least -1000, where e^d is 0, so that 0 times it is 0
+template <class V>
+W2S_INLINE V below(V z, V top) { return V::max(V::set(-1000), z - top); }
+
+// work(rows, others, first, count) for the groups of rows [0, n); a group an item
+template <class A, class F>
+inline void each_group(int64_t n, int64_t C, const F& work) {
+  constexpr int W = Vec<A>::W;
+  parallel_ranges(pieces(n, W), grain_of(C * W), [&](int64_t begin, int64_t end) {
+    LaneRows<A> rows(C), others(C);
+    for (int64_t g = begin; g < end; ++g) work(rows, others, g * W, int(std::min<int64_t>(W, n - g * W)));
+  });
+}

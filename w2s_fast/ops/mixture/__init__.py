@@ -1,0 +1,1 @@
+"""Mixtures of two experts, gated by how sure one of them is."""
