@@ -9,9 +9,10 @@ from .cached import CachedModel
 from .fused_loss import FusedLoss, use_fused_loss
 from .generate import FusedGeneration, generate
 from .processor import FusionLogitsProcessor
+from .projected import projected_optimizer
 from .recipes import METHODS, Fuser
 
 __all__ = [
     "METHODS", "CachedModel", "FusedGeneration", "FusedLoss", "Fuser", "FusionLogitsProcessor", "generate",
-    "use_fused_loss",
+    "projected_optimizer", "use_fused_loss",
 ]  # fmt: skip
