@@ -295,7 +295,7 @@ DRAWS_TOGETHER = {"npo", "ferkd", "mip", "ict", "w2sd", "pixart_sigma"}
 #: (fast, scalekd, word_substitution, tgeo_kd), or views and sequences that are drawn in each process (the others).
 OWN_DRAWS = {"fast", "scalekd", "word_substitution", "tgeo_kd", "robustify", "shrinkmatch", "gpicl"}
 #: Which refuse FSDP2: they read whole parameters, of bounds, masks or projections.
-UNSHARDED = {"ibp", "fast", "hyperinterval", "word_substitution", "tgeo_kd", "mvp", "demonstration_retrieval", "fira",
+UNSHARDED = {"ibp", "fast", "hyperinterval", "word_substitution", "tgeo_kd", "mvp", "demonstration_retrieval",
              "ast", "perp", "sst", "randlora", "spdf", "exssnet", "robust_mean_teacher", "shrinkmatch", "clip_captions",
              "few_shot_increments"}  # fmt: skip
 #: Of those that FSDP2 does take.
@@ -310,6 +310,7 @@ SHARDED = [
     "soap",
     "allora",
     "bonsai",
+    "fira",
     "global_balance",
 ]
 TRAINS = {name: method.family for name, method in available().items() if method.family != "streams"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from w2s_fast.optim import _eight_bits as eight_bits
 from w2s_fast.optim import ASTAdamW, Fira, GaLore, MaskedAdamW, SSTAdam, projected_groups, projector
 
 SHAPES = {"tall": (14, 9), "wide": (9, 14), "square": (10, 10)}
@@ -218,18 +219,63 @@ def test_sst_adam_keeps_columns_at_unit_length_and_values_positive():
     assert U not in optimizer.state and sigma in optimizer.state
 
 
+@pytest.mark.parametrize("signed", (True, False))
+def test_eight_bit_codes_are_the_nearest_of_a_block(signed):
+    x = torch.randn(3, 200, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-3, 197).div(20)
+    x = x if signed else x.square()
+    codes, scale = eight_bits.quantize(x, signed)
+    found = eight_bits.dequantize(codes, scale, signed)
+    assert codes.dtype == torch.uint8 and codes.shape == found.shape == x.shape and scale.shape == (3,)
+    values = eight_bits._code(signed, x.device)[0]
+    assert values.shape == (256,) and values.unique().numel() == 256 and 0 in values and values.max() == 1
+    assert signed == bool((values < 0).any())
+    of_block = scale.repeat_interleave(256)[:600]
+    part, error = (t.flatten().double() / of_block for t in (x, (found - x).abs()))
+    nearest = (part[:, None] - values.double()).abs().amin(1)
+    torch.testing.assert_close(error, nearest, rtol=0, atol=1e-6)
+    assert torch.equal(eight_bits.dequantize(*eight_bits.quantize(torch.zeros(5), signed), signed), torch.zeros(5))
+
+
+def test_eight_bit_codes_are_those_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for signed in (True, False):
+        torch.testing.assert_close(eight_bits._code(signed, torch.device("cpu"))[0], functional.create_dynamic_map(signed))
+
+
+@pytest.mark.parametrize("kind", (GaLore, Fira))
+def test_eight_bit_moments_step_close_to_32_bits_in_a_third_of_the_memory(kind):
+    draw = torch.Generator().manual_seed(0)
+    start, vector = torch.randn(512, 64, generator=draw), torch.randn(5000, generator=draw)
+    made = {}
+    for bits in (32, 8):
+        p, v = nn.Parameter(start.clone()), nn.Parameter(vector.clone())
+        optimizer = kind([{"params": [p], "rank": 16}, {"params": [v]}], lr=0.01, state_bits=bits)
+        steps = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            p.grad, v.grad = torch.randn(512, 64, generator=steps), torch.randn(5000, generator=steps)
+            optimizer.step()
+        moments = [t for q in (p, v) for k, t in optimizer.state[q].items() if k.startswith("exp_avg")]
+        made[bits] = (p.detach() - start, v.detach() - vector, sum(t.nbytes for t in moments))
+    for exact, ours in zip(made[32][:2], made[8][:2], strict=True):
+        assert 0 < float((exact - ours).norm() / exact.norm()) < 0.02
+    assert made[8][2] < 0.26 * made[32][2]
+
+
 MAKE = {
     "galore": lambda p: GaLore(p, rank=3, update_proj_gap=3, projection="random", lr=0.1),
     "fira": lambda p: Fira(p, rank=3, update_proj_gap=3, lr=0.1),
     "masked": lambda p: MaskedAdamW(p, lr=0.1, masks={p[0]: torch.arange(40).view(10, 4) % 2 == 0}),
     "ast": lambda p: ASTAdamW(p, lr=0.1, decay=0.3, masks={p[0]: torch.arange(40).view(10, 4) % 2 == 0}),
     "sst": lambda p: SSTAdam(p, lr=0.1, kind="vectors", warmup=5),
+    "8 bits": lambda p: Fira(p, rank=3, update_proj_gap=3, lr=0.1, state_bits=8),
+    "8 bits, no rank": lambda p: GaLore(p, lr=0.1, state_bits=8),
 }
 
 
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_state_dict_goes_on_bit_for_bit(name, dtype, tmp_path):
+def test_state_dict_goes_on_bit_for_bit(name, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(eight_bits, "SMALLEST", 1)
     grads = gradients((10, 4), dtype)
     p = nn.Parameter(torch.ones(10, 4, dtype=dtype))
     q = nn.Parameter(torch.ones(10, 4, dtype=dtype))
@@ -275,6 +321,7 @@ def test_projected_groups_of_a_model():
         (lambda p: GaLore([p], rank=0), "rank must be >= 1"),
         (lambda p: GaLore([p], rank=2, proj_type="full"), "proj_type must be one of"),
         (lambda p: GaLore([p], rank=2, projection="qr"), "projection must be one of"),
+        (lambda p: GaLore([p], state_bits=4), "state_bits must be one of"),
         (lambda p: Fira([{"params": [p], "rank": 2, "alpha": 1.0}]), "alpha of a group must be named scale"),
         (lambda p: Fira([p], rank=2, limit=0.5), "limit must be"),
         (lambda p: Fira([p], rank=2, scaling="row"), "scaling must be one of"),

@@ -10,7 +10,8 @@ from torch import nn
 
 from w2s_fast import extension
 from w2s_fast.ops.optimizers.projected_step import PROJECTED_STEP, rule_of, step_in_place
-from w2s_fast.optim import ASTAdamW, Fira, GaLore, MaskedAdamW, SSTAdam, projected_groups
+from w2s_fast.optim import _eight_bits as eight_bits
+from w2s_fast.optim import ASTAdamW, Fira, GaLore, InBackward, MaskedAdamW, SSTAdam, projected_groups
 from w2s_fast.testing.processes import in_two
 
 
@@ -70,27 +71,44 @@ def test_parameters_of_other_layouts_take_the_same_step(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_a_parameter_in_the_backward_pass_is_the_whole_step(kind):
-    """GaLore's layer-wise updates: an optimizer a parameter, stepped by a hook as soon as its gradient is there."""
+def test_updates_in_the_backward_pass_are_the_whole_step(kind):
+    """GaLore's layer-wise updates, under a schedule; each side goes on from the other's state dict."""
     torch.manual_seed(0)
     whole = nn.Sequential(nn.Linear(7, 6, bias=False), nn.Tanh(), nn.Linear(6, 5, bias=False))
     model, x = copy.deepcopy(whole), torch.randn(4, 7)
     together = KINDS[kind](list(whole.parameters()))
-    by_layer = {p: KINDS[kind]([p]) for p in model.parameters()}
-
-    def hook(p: torch.Tensor) -> None:
-        by_layer[p].step()
-        by_layer[p].zero_grad()
-
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(hook)
-    for _ in range(3):
+    layered = InBackward(model.parameters(), lambda groups: KINDS[kind](groups[0]["params"]))
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 1, 0.5) for o in (together, layered)]
+    for step in range(4):
+        if step == 2:
+            saved = copy.deepcopy((together.state_dict(), layered.state_dict()))
+            together.load_state_dict(saved[1])
+            layered.load_state_dict(saved[0])
         whole(x).square().sum().backward()
         together.step()
         together.zero_grad()
         model(x).square().sum().backward()
+        assert layered.step() is None
+        for schedule in schedules:
+            schedule.step()
     for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
         assert ours.grad is None and torch.equal(ours, theirs)
+    layered.remove()
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_updates_in_the_backward_pass_keep_groups_apart():
+    slow, fast = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    groups = [{"params": slow.weight, "lr": 0.0, "rank": 2}, {"params": list(fast.parameters())}]
+    before = slow.weight.detach().clone(), fast.weight.detach().clone()
+    optimizer = InBackward(groups, lambda group: Fira(group, lr=0.1))
+    fast(slow(torch.ones(1, 4))).sum().backward()
+    assert torch.equal(slow.weight, before[0]) and not torch.equal(fast.weight, before[1])
+    assert [g["rank"] for g in optimizer.param_groups] == [2, None]
+    assert optimizer.step(lambda: 3) == 3
+    with pytest.raises(ValueError, match="params must be at least one parameter that requires a gradient"):
+        InBackward([], lambda group: Fira(group))
 
 
 def sharded(rank: int) -> None:
@@ -115,8 +133,58 @@ def sharded(rank: int) -> None:
             found = ours.full_tensor()
             torch.testing.assert_close(found, theirs)
             assert kind is ASTAdamW or torch.equal(found[~mask], first[~mask])
-    with pytest.raises(RuntimeError, match="a projected parameter must be whole, got one that is sharded"):
-        GaLore(model.parameters(), rank=2).step()
+
+
+#: Settings of the projected optimizers on sharded matrices.
+SHARDED = {
+    "galore-right": (GaLore, {"proj_type": "right"}),
+    "galore-left": (GaLore, {"proj_type": "left"}),
+    "fira-right": (Fira, {"proj_type": "right", "limit": 1.001}),
+    "fira-left": (Fira, {"proj_type": "left", "limit": 1.001}),
+    "fira-matrix": (Fira, {"scaling": "matrix", "projection": "random"}),
+    "fira-8-bit": (Fira, {"state_bits": 8}),
+}
+
+
+def sharded_projections(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    for name, (kind, settings) in SHARDED.items():
+        if "state_bits" in settings:  # a block a number, since a process's blocks are its own: exact in float32
+            eight_bits.SMALLEST = eight_bits.BLOCK = 1
+        close = {"rtol": 1e-9, "atol": 1e-9} if eight_bits.BLOCK > 1 else {"rtol": 1e-4, "atol": 1e-5}
+        torch.manual_seed(0)
+        whole = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+        model, x = copy.deepcopy(whole), torch.randn(4, 6).double()
+        fully_shard(model, mesh=mesh)
+        of_both = [kind(m.parameters(), lr=0.1, rank=2, update_proj_gap=2, weight_decay=0.1, **settings)
+                   for m in (whole, model)]  # fmt: skip
+        for step in range(5):
+            for m, optimizer in zip((whole, model), of_both, strict=True):
+                optimizer.zero_grad()
+                (m(x).square().sum() * (1 + 3 * step)).backward()
+                optimizer.step()
+        for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs, **close, msg=lambda m: f"{name}: {m}")
+            state, one = (o.state[p] for o, p in zip(of_both[::-1], (ours, theirs), strict=True))
+            for key, value in one.items() if eight_bits.BLOCK > 1 else ():
+                found = state[key].full_tensor() if hasattr(state[key], "full_tensor") else state[key]
+                torch.testing.assert_close(found, value, **close)
+        again = kind(model.parameters(), lr=0.1, rank=2, update_proj_gap=2, weight_decay=0.1, **settings)
+        again.load_state_dict(of_both[1].state_dict())
+        again.step()
+    column = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)]))
+    column.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)])
+    with pytest.raises(RuntimeError, match="a projected parameter must be whole or sharded by rows"):
+        GaLore([column], rank=2).step()
+
+
+@pytest.mark.slow(20)
+def test_projected_optimizers_under_fsdp2_step_as_on_whole_matrices(tmp_path):
+    in_two(sharded_projections, tmp_path)
 
 
 @pytest.mark.slow(20)
@@ -143,3 +211,55 @@ def test_a_trainer_takes_them_in_the_place_of_galore_torch(tmp_path):
     assert all(not torch.equal(p, start[name]) for name, p in model.named_parameters())
     weight = model.model.layers[0].mlp.up_proj.weight
     assert optimizer.state[weight]["exp_avg"].shape == (24, 4) and optimizer.state[weight]["step"] == 2
+
+
+@pytest.mark.parametrize("optim", ("galore_adamw", "galore_adamw_8bit", "galore_adamw_layerwise"))
+def test_a_trainer_with_arguments_for_galore_torch(optim, tmp_path):
+    """``optim="galore_adamw"`` on our optimizers by one argument of the Trainer."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from w2s_fast.integrations.transformers import projected_optimizer
+
+    config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                      num_attention_heads=2, max_position_embeddings=32)  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows = [{"input_ids": list(range(i, i + 8)), "labels": list(range(i, i + 8))} for i in range(8)]
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True, optim=optim, optim_target_modules=["attn", "mlp"],
+        optim_args="rank=4, update_proj_gap=50",
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model, args=args, train_dataset=rows, optimizer_cls_and_kwargs=projected_optimizer(args, model, kind=Fira)
+    )  # fmt: skip
+    trainer.train()
+    assert all(not torch.equal(p, start[name]) for name, p in model.named_parameters())
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert type(optimizer) is (InBackward if optim.endswith("layerwise") else Fira)
+    settings = optimizer.param_groups[0]
+    assert (settings["rank"], settings["update_proj_gap"], settings["state_bits"]) == (4, 50, 8 if "8bit" in optim else 32)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert optimizer.state[weight]["exp_avg"].shape == (24, 4) and optimizer.state[weight]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    (
+        ({"optim": "adamw_torch"}, "optim must be one of"),
+        ({"optim_target_modules": None}, "optim_target_modules must be names"),
+        ({"optim_target_modules": ["nothing"]}, "optim_target_modules must be those of some trainable linear layer"),
+        ({"optim_args": "alpha=2"}, "optim_args must be of rank"),
+        ({"optim": "galore_adamw_layerwise", "gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1"),
+    ),
+)
+def test_arguments_for_galore_torch_that_do_not_fit(given, message, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from w2s_fast.integrations.transformers import projected_optimizer
+
+    right = {"optim": "galore_adamw", "optim_target_modules": ["0"], "use_cpu": True, "report_to": []}
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), **{**right, **given})
+    with pytest.raises(ValueError, match=message):
+        projected_optimizer(args, nn.Sequential(nn.Linear(4, 4)))

@@ -1,5 +1,6 @@
 """Optimizers of papers as torch optimizers, and learning-rate and context schedules with closed forms."""
 
+from .in_backward import InBackward
 from .masked import ASTAdamW, MaskedAdamW
 from .projected import Fira, GaLore, projected_groups, projector
 from .schedules import WSDLR, ContextPhase, ContextPhaseSchedule, InfiniteLR, RewarmCosineLR
@@ -12,6 +13,7 @@ __all__ = [
     "ContextPhaseSchedule",
     "Fira",
     "GaLore",
+    "InBackward",
     "InfiniteLR",
     "MaskedAdamW",
     "RewarmCosineLR",

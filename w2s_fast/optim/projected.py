@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from .. import checks
 from ..data._hash import key_of
 from ..ops.optimizers.projected_step import rule_of, step_in_place
+from ..reference.optimizers.projected_step import Rule, step_of_rows
+from . import _eight_bits as eight_bits
 from ._adam import AdamFamily, update_
+from ._sharded import Rows, local, whole
 
 SIDES = ("std", "reverse_std", "left", "right")
 PROJECTIONS = ("svd", "random")
+BITS = (8, 32)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 OVERSAMPLING, POWER_ITERATIONS = 8, 2
 
 
@@ -88,6 +93,11 @@ class GaLore(AdamFamily):
     Groups without a rank, and parameters that are no matrix, take AdamW with eps before the bias correction, as the
     official code does.
 
+    Parameters that FSDP2 shards by rows take the step of the whole matrix. With P on the right a process has the moments
+    of its rows and all of P, and the step of GaLore needs no communication; on the left it has its rows of P and all
+    moments, and R is summed over the processes. A new P gathers the gradient once. Fira sums ``|S|^2`` (and, on the left,
+    ``|G_i|^2``) as well.
+
     Args:
         params: parameters or groups; `projected_groups` makes them of a model. The keys of galore_torch's groups
             (``rank``, ``update_proj_gap``, ``scale``, ``proj_type``) mean the same here.
@@ -99,10 +109,12 @@ class GaLore(AdamFamily):
             ``"left"``.
         projection: ``"svd"`` (the paper's) or ``"random"``; see `projector`.
         seed: of the random projection.
+        state_bits: 32, or 8: moments of 4096 numbers and more as dynamic 8-bit codes with a scale for 256 of them, which
+            are float32 only while their matrix is stepped; those of a sharded parameter are this process's own.
 
     Raises:
         ValueError, TypeError: naming the argument. RuntimeError: for a sparse gradient, and for a projected parameter
-            that is sharded (the subspace is that of the whole matrix).
+            that is sharded otherwise than by rows.
 
     Example:
         >>> import torch
@@ -118,16 +130,17 @@ class GaLore(AdamFamily):
     def __init__(
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
         weight_decay: float = 0.0, *, rank: int | None = None, update_proj_gap: int = 200, scale: float = 0.25,
-        proj_type: str = "std", projection: str = "svd", seed: int = 0, **more: Any,
+        proj_type: str = "std", projection: str = "svd", seed: int = 0, state_bits: int = 32, **more: Any,
     ) -> None:  # fmt: skip
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank,
             "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, "projection": projection,
-            "seed": seed, **more,
+            "seed": seed, "state_bits": state_bits, **more,
         }  # fmt: skip
         super().__init__(params, defaults)
 
     def _check(self, group: Mapping[str, Any]) -> None:
+        checks.choice(self._op, "state_bits", group["state_bits"], BITS)
         if group["rank"] is None:
             return
         checks.integer(self._op, "rank", group["rank"], low=1)
@@ -140,47 +153,80 @@ class GaLore(AdamFamily):
         projected = [] if group["rank"] is None else [p for p in parameters if p.ndim == 2]
         chosen = {id(p) for p in projected}
         rest = [p for p in parameters if id(p) not in chosen]
-        lr, (b1, b2) = float(group["lr"]), group["betas"]
-        root, keep = math.sqrt(1 - b2**step), 1 - lr * group["weight_decay"]
         if rest:
-            # torch adds eps after the correction and decays before the step: the same step, written for its kernel
-            exp_avg, exp_avg_sq = self._moments(rest)
-            update_(rest, [p.grad for p in rest], exp_avg, exp_avg_sq, step, (b1, b2), group["eps"] / root,  # type: ignore[misc]
-                    lr * keep, group["weight_decay"] / keep if keep else 0.0)  # fmt: skip
+            self._plain(group, step, rest)
         for p in projected:
-            assert p.grad is not None
-            basis, right = self._subspace(group, step, p)
-            state = self.state[p]
-            if "exp_avg" not in state:
-                shape = (p.shape[0], basis.shape[1]) if right else (basis.shape[1], p.shape[1])
-                state["exp_avg"], state["exp_avg_sq"] = basis.new_zeros(shape), basis.new_zeros(shape)
-            outside, limit = self._outside(group)
-            decay, scale = group["weight_decay"], group["scale"]
-            rule = rule_of(step, lr, (b1, b2), group["eps"], decay, scale, right, outside, limit)
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            norm = step_in_place(p, p.grad, basis, *moments, state.get("norm"), rule)
-            if outside != "none":
-                state["norm"] = norm
+            self._projected(group, step, p)
+
+    def _plain(self, group: Mapping[str, Any], step: int, parameters: list[Tensor]) -> None:
+        """torch adds eps after the correction and decays before the step: the same step, written for its kernel."""
+        lr, bits = float(group["lr"]), group["state_bits"]
+        root, keep = math.sqrt(1 - group["betas"][1] ** step), 1 - lr * group["weight_decay"]
+        own = [local(p) if bits == 8 else p for p in parameters]
+        grads = [local(p.grad) if bits == 8 else p.grad for p in parameters]  # type: ignore[arg-type]
+        states = [self.state[p] for p in parameters]
+        moments = [[_moment(state, name, p) for state, p in zip(states, own, strict=True)] for name in MOMENTS]
+        update_(own, grads, *moments, step, group["betas"], group["eps"] / root, lr * keep,  # type: ignore[arg-type]
+                group["weight_decay"] / keep if keep else 0.0)  # fmt: skip
+        for name, found in zip(MOMENTS, moments, strict=True):
+            for state, value in zip(states, found, strict=True):
+                eight_bits.store(state, name, value, bits)
+
+    def _projected(self, group: dict[str, Any], step: int, p: Tensor) -> None:
+        rows = Rows(self._op, p) if hasattr(p, "to_local") else None
+        basis, right = self._subspace(group, step, p, rows)
+        state, own, bits = self.state[p], local(p), group["state_bits"]
+        rank = basis.shape[1]
+        shape = (own.shape[0], rank) if right else (rank, p.shape[1])
+        found = (eight_bits.load(state, name, lambda: basis.new_zeros(shape)) for name in MOMENTS)
+        first, second = (local(moment).to(basis.dtype) for moment in found)
+        outside, limit = self._outside(group)
+        rule = rule_of(step, float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], group["scale"], right,
+                       outside, limit)  # fmt: skip
+        grad = local(p.grad)  # type: ignore[arg-type]
+        if rows is None or (right and outside == "none"):
+            norm = step_in_place(own, grad, basis, first, second, state.get("norm"), rule)
+        else:
+            norm = _step_of_rows(own, grad, basis, first, second, state.get("norm"), rule, rows)
+        for name, value in zip(MOMENTS, (first, second), strict=True):
+            if rows is not None and right:
+                eight_bits.store(state, name, value, bits, lambda part: rows.joined(part, (p.shape[0], rank)))
+            else:
+                eight_bits.store(state, name, value, bits)
+        if outside != "none":
+            state["norm"] = norm
 
     def _outside(self, group: Mapping[str, Any]) -> tuple[str, float | None]:
         """What becomes of the gradient outside the subspace, and the limit of its growth (`projected_step`)."""
         return "none", None
 
-    def _subspace(self, group: dict[str, Any], step: int, p: Tensor) -> tuple[Tensor, bool]:
-        """P, in float32 (float64), and whether it stands on the right."""
-        if hasattr(p, "to_local"):
-            checks.fail(self._op, "a projected parameter", "whole", "one that is sharded", error=RuntimeError)
-        assert p.grad is not None
+    def _subspace(self, group: dict[str, Any], step: int, p: Tensor, rows: Rows | None) -> tuple[Tensor, bool]:
+        """P, in float32 (float64), and whether it stands on the right; of a sharded p on the left, its own rows."""
         longer = p.shape[0] >= p.shape[1]
         right = {"std": longer, "reverse_std": not longer, "right": True, "left": False}[group["proj_type"]]
         state = self.state[p]
         if (step - 1) % group["update_proj_gap"] == 0 or "projector" not in state:
             place = next(i for i, q in enumerate(group["params"]) if q is p)
             seed = key_of(group["seed"], "projection", place, step) & (2**63 - 1)
-            state["projector"] = projector(
-                p.grad, group["rank"], right=right, projection=group["projection"], seed=seed
-            )  # fmt: skip
-        return state["projector"], right
+            assert p.grad is not None
+            found = projector(whole(p.grad), group["rank"], right=right, projection=group["projection"], seed=seed)
+            state["projector"] = found if rows is None else rows.same(found) if right else rows.cut(found)
+        return local(state["projector"]), right
+
+
+def _moment(state: dict[str, Any], name: str, p: Tensor) -> Tensor:
+    return eight_bits.load(state, name, lambda: torch.zeros_like(p)).to(p.dtype)
+
+
+def _step_of_rows(
+    p: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, previous: Tensor | None, rule: Rule,
+    rows: Rows,
+) -> Tensor:  # fmt: skip
+    """`step_in_place` of this process's rows."""
+    found = step_of_rows(p, grad, basis, exp_avg, exp_avg_sq, previous, rule, rows.total)
+    for t, new in zip((p, exp_avg, exp_avg_sq), found, strict=False):
+        t.copy_(new)
+    return found.norm
 
 
 class Fira(GaLore):
@@ -200,8 +246,8 @@ class Fira(GaLore):
     products and three passes over the matrix (`w2s_fast.projected_step`); the official code makes three and about 21.
 
     Args:
-        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, projection, seed: see `GaLore`;
-            ``scale`` is the official code's ``alpha``.
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, projection, seed, state_bits: see
+            `GaLore`; ``scale`` is the official code's ``alpha``.
         scaling: ``"column"`` (the paper's) or ``"matrix"``.
         limit: gamma of the limiter on the growth of |S|; None: no limiter.
 
@@ -212,12 +258,12 @@ class Fira(GaLore):
     def __init__(
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
         weight_decay: float = 0.0, *, rank: int | None = None, update_proj_gap: int = 200, scale: float = 0.25,
-        proj_type: str = "std", projection: str = "svd", seed: int = 0, scaling: str = "column",
+        proj_type: str = "std", projection: str = "svd", seed: int = 0, state_bits: int = 32, scaling: str = "column",
         limit: float | None = 1.01,
     ) -> None:  # fmt: skip
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap, scale=scale,
-            proj_type=proj_type, projection=projection, seed=seed, scaling=scaling, limit=limit,
+            proj_type=proj_type, projection=projection, seed=seed, state_bits=state_bits, scaling=scaling, limit=limit,
         )  # fmt: skip
 
     def _check(self, group: Mapping[str, Any]) -> None:

@@ -2,8 +2,8 @@
 //
 // topk_mask: one pass compares with a bracket of the k-th largest that a sample gave, writes what is above it and lists what
 // is inside (1 % of the entries); selection by digits of 11 bits does the rest. nm_mask: an entry's rank among its m is the
-// sum of m - 1 compares with its partners at i ^ 1, ..., i ^ (m - 1), added as planes of bits, 64 entries in a word. Of two
-// partners one compare says both ways.
+// number of its partners at i ^ 1, ..., i ^ (m - 1) that go before it: signs of differences of the magnitudes' bits, as
+// integers of the scores' own width, added in planes.
 // Floor: scores read once, mask written once.
 #include "cpu/sparse_lowrank/masks.h"
 
@@ -157,76 +157,77 @@ inline int64_t groups_plain(const A* x, int count, int n, int m, uint8_t* mask) 
 #if __has_builtin(__builtin_shufflevector)
 #define W2S_SHUFFLES 1
 
-// Lanes whose partner i ^ K is larger.
-template <class V, int K, int... I>
-W2S_INLINE uint32_t exceeded(V size, std::integer_sequence<int, I...>) {
-  return V::gt(V{__builtin_shufflevector(size.v, size.v, (I ^ K)...)}, size).bits();
-}
-template <class V, int... K>
-W2S_INLINE void exceeded_all(V size, int at, uint64_t* planes, std::integer_sequence<int, K...>) {
-  ((planes[K] |= uint64_t(exceeded<V, K + 1>(size, std::make_integer_sequence<int, V::W>())) << at), ...);
+template <class Bits>
+constexpr int LANES = int(Vec<float>::W * sizeof(float) / sizeof(Bits));
+template <class Bits>
+using Lanes [[gnu::vector_size(LANES<Bits> * sizeof(Bits))]] = Bits;
+
+// What the lanes' partners i ^ K hold, and 1 in the lanes whose partner comes earlier.
+template <int K, class V, int... I>
+W2S_INLINE V partners(V s, std::integer_sequence<int, I...>) { return __builtin_shufflevector(s, s, (I ^ K)...); }
+template <int K, class V, int... I>
+W2S_INLINE V later(std::integer_sequence<int, I...>) {
+  constexpr int top = K >= 4 ? 4 : K >= 2 ? 2 : 1;
+  return V{((I & top) != 0)...};
 }
 
-template <int BIT>
-constexpr uint64_t LOW = BIT == 0 ? 0x5555555555555555u : BIT == 1 ? 0x3333333333333333u : 0x0f0f0f0f0f0f0f0fu;
-template <int K, int BIT>
-W2S_INLINE uint64_t exchanged(uint64_t bits) {  // bit i ^ (K's bit BIT) in the place of bit i
-  if constexpr (K >> BIT & 1) return (bits & LOW<BIT>) << (1 << BIT) | (bits >> (1 << BIT) & LOW<BIT>);
-  else return bits;
-}
-// Lanes i whose partner i ^ K goes before them: an earlier one does so unless it is smaller, which its own lane says.
-template <int K>
-W2S_INLINE uint64_t outranked(uint64_t larger) {
-  constexpr uint64_t earlier = ~LOW<K >= 4 ? 2 : K >= 2 ? 1 : 0>;
-  const uint64_t theirs = exchanged<K, 2>(exchanged<K, 1>(exchanged<K, 0>(larger)));
-  return (larger & ~earlier) | (~theirs & earlier);
-}
+constexpr int WHOLE = 32;  // entries of the longest vector
 
-// Adds a bit a lane to the lanes' sums, which stand in planes of bits.
-template <int LEVELS>
-W2S_INLINE void count(uint64_t carry, uint64_t (&sums)[LEVELS]) {
+template <class V>
+W2S_INLINE V majority(V a, V b, V c) { return (a & b) | (c & (a | b)); }
+
+// Adds a bit a lane, the sign, to the lanes' sums, which stand in planes of signs.
+template <int LEVELS, class V>
+W2S_INLINE void count(V carry, V (&sums)[LEVELS]) {
 #pragma GCC unroll 3
   for (int level = 0; level < LEVELS; ++level) {
-    const uint64_t both = sums[level] & carry;
+    const V both = sums[level] & carry;
     sums[level] ^= carry;
     carry = both;
   }
 }
-template <int LEVELS, int... K>
-W2S_INLINE void count_all(const uint64_t* planes, uint64_t (&sums)[LEVELS], std::integer_sequence<int, K...>) {
-  (count(outranked<K + 1>(planes[K]), sums), ...);
+template <class V, int LEVELS, class Places, int... K>
+W2S_INLINE void count_all(V s, V (&rank)[LEVELS], Places places, std::integer_sequence<int, K...>) {
+  (count(s - later<K + 1, V>(places) - partners<K + 1>(s, places), rank), ...);
 }
 
-template <class A, int M>
-inline int64_t groups_by_planes(const A* x, int count, int n, uint8_t* mask) {
-  using V = Vec<A>;
-  constexpr int LEVELS = M == 2 ? 1 : M == 4 ? 2 : 3;
-  int64_t nans = 0;
-  int at = 0;
-  for (; at + 64 <= count; at += 64) {
-    uint64_t planes[M - 1] = {};
-    auto lost = V::Mask::none();
-#pragma GCC unroll 16
-    for (int i = 0; i < 64; i += V::W) {
-      const V size = V::load(x + at + i).abs();
-      lost = lost | V::nan(size);
-      exceeded_all(size, i, planes, std::make_integer_sequence<int, M - 1>());
-    }
-    if (lost.any()) {
-      nans += groups_plain(x + at, 64, n, M, mask + at);
-      continue;
-    }
-    uint64_t rank[LEVELS] = {}, less = n == M ? ~uint64_t(0) : 0;
-    count_all(planes, rank, std::make_integer_sequence<int, M - 1>());
-    if (n < M)
-      for (int level = 0; level < LEVELS; ++level) less = n >> level & 1 ? ~rank[level] | less : ~rank[level] & less;
-#pragma GCC unroll 8
-    for (int i = 0; i < 64; i += 8) {
-      const uint64_t bytes = spread(uint32_t(less >> i));
-      std::memcpy(mask + at + i, &bytes, 8);
-    }
+// n < M of every M of `count` numbers, whole vectors of them, by their magnitudes' bits, which are ordered as they are: a
+// partner goes before an entry where the difference, less one for an earlier partner, is negative. False, and no mask,
+// if one is above `infinity`.
+template <class Bits, int M>
+inline bool groups_by_signs(const void* x, Bits infinity, int count, int n, uint8_t* mask) {
+  constexpr int W = LANES<Bits>, LEVELS = M == 2 ? 1 : M == 4 ? 2 : 3;
+  using V = Lanes<Bits>;
+  using Unsigned = Lanes<std::make_unsigned_t<Bits>>;
+  using Bytes [[gnu::vector_size(W)]] = uint8_t;
+  V wanted[LEVELS], most = {};
+  for (int level = 0; level < LEVELS; ++level) wanted[level] = V{} - Bits(n >> level & 1);
+  for (int at = 0; at < count; at += W) {
+    V s, rank[LEVELS] = {}, less = {};
+    std::memcpy(&s, static_cast<const Bits*>(x) + at, sizeof(V));
+    s &= std::numeric_limits<Bits>::max();
+    most = s > most ? s : most;
+    count_all(s, rank, std::make_integer_sequence<int, W>(), std::make_integer_sequence<int, M - 1>());
+#pragma GCC unroll 3
+    for (int level = 0; level < LEVELS; ++level) less = majority(~rank[level], less, wanted[level]);
+    Bytes kept = __builtin_convertvector(Unsigned(less) >> (8 * sizeof(Bits) - 1), Bytes);
+#if W2S_X86
+    asm("" : "+x"(kept));  // in a register first: narrowing straight to memory is microcode on Zen 4
+#endif
+    std::memcpy(mask + at, &kept, W);
   }
-  return nans + groups_plain(x + at, count - at, n, M, mask + at);
+  for (int i = 0; i < W; ++i)
+    if (most[i] > infinity) return false;
+  return true;
+}
+
+template <int M>
+W2S_INLINE bool groups_in_place(const void* x, Dtype dtype, int count, int n, uint8_t* mask) {
+  switch (dtype) {
+    case Dtype::f32: return groups_by_signs<int32_t, M>(x, 0x7f800000, count, n, mask);
+    case Dtype::f64: return groups_by_signs<int64_t, M>(x, 0x7ff0000000000000, count, n, mask);
+    default: return groups_by_signs<int16_t, M>(x, dtype == Dtype::bf16 ? 0x7f80 : 0x7c00, count, n, mask);
+  }
 }
 #endif
 #endif
@@ -238,18 +239,17 @@ inline int64_t groups_as(const Span& s, int n, int m, uint8_t* mask) {
   int64_t nans = 0;
   for (int64_t at = 0; at < s.count; at += step) {
     const int count = int(std::min<int64_t>(step, s.count - at));
-    const A* x = read_tile(*s.x, s.row, s.begin + at, count, wide);
-    uint8_t* out = mask + at;
+    int done = 0;
 #ifdef W2S_SHUFFLES
-    constexpr int W = Vec<A>::W;
-    if (m == 2) nans += groups_by_planes<A, 2>(x, count, n, out);
-    else if (m == 4) nans += groups_by_planes<A, 4>(x, count, n, out);
-    else if constexpr (W >= 8) {
-      if (m == 8) nans += groups_by_planes<A, 8>(x, count, n, out);
-      else nans += groups_plain(x, count, n, m, out);
-    } else
+    if (n < m && (m == 2 || m == 4 || m == 8)) {
+      const auto run = m == 2 ? groups_in_place<2> : m == 4 ? groups_in_place<4> : groups_in_place<8>;
+      const int whole = count / WHOLE * WHOLE;
+      if (run(s.x->at(s.row, s.begin + at), s.x->dtype, whole, n, mask + at)) done = whole;
+    }
 #endif
-      nans += groups_plain(x, count, n, m, out);
+    if (done == count) continue;
+    const A* x = read_tile(*s.x, s.row, s.begin + at + done, count - done, wide);
+    nans += groups_plain(x, count - done, n, m, mask + at + done);
   }
   return nans;
 }

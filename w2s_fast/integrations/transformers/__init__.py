@@ -9,10 +9,11 @@ from .cached import CachedModel
 from .fused_loss import FusedLoss, use_fused_loss
 from .generate import FusedGeneration, generate
 from .processor import FusionLogitsProcessor
+from .projected import projected_optimizer
 from .recipes import METHODS, Fuser
 from .routers import UseMoeRoute, use_moe_route
 
 __all__ = [
     "METHODS", "CachedModel", "FusedGeneration", "FusedLoss", "Fuser", "FusionLogitsProcessor", "UseMoeRoute",
-    "generate", "use_fused_loss", "use_moe_route",
+    "generate", "projected_optimizer", "use_fused_loss", "use_moe_route",
 ]  # fmt: skip

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...optim._sharded import local
+
 #: ``make(parameters, rate)``
 Maker = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 NAMES = ("adamw", "sgd", "muon", "adam8bit-per-layer")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that FSDP has sharded; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def sharded_like(own: Tensor, template: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...optim import Fira, GaLore, projected_groups
 from .._common.language import Row
-from .._common.loop import Recipe, Trained, unsharded
+from .._common.loop import Recipe, Trained
 from ..sparse_lowrank.sltrain import blocks, train_blocks
 
 
@@ -39,7 +39,6 @@ def train(
         residual: False is GaLore.
         length: tokens of a block.
     """
-    unsharded("methods.fira", recipe, run.get("where"))
     settings = {"rank": rank, "gap": gap, "scale": scale, "projection": projection, "residual": residual}
 
     def make(_: Any, rate: float) -> GaLore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -51,9 +52,20 @@ def projected_step(
     limit, ``l = max(|S| / (previous + 1e-8), limit) / limit`` divides phi and |S|. Then
     ``p = keep p - rate (scale (psi - R phi) P^T + G phi)``. In float32, float64 if p is.
     """
+    return step_of_rows(p, grad, basis, exp_avg, exp_avg_sq, previous, rule, lambda part: part)
+
+
+def step_of_rows(
+    p: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, previous: Tensor | None, rule: Rule,
+    total: Callable[[Tensor], Tensor],
+) -> Projected:  # fmt: skip
+    """`projected_step` of some rows of p and G, all others being elsewhere; ``total`` adds up what all of them found.
+
+    With P on the right the moments are of these rows; on the left P is, and the moments are the same everywhere.
+    """
     acc = accumulate_dtype(p, basis)
     g, base = grad.to(acc), basis.to(acc)
-    low = g @ base if rule.right else base.t() @ g
+    low = g @ base if rule.right else total(base.t() @ g)
     first = torch.lerp(exp_avg, low, 1 - rule.beta1)
     second = (exp_avg_sq * rule.beta2).addcmul_(low, low, value=1 - rule.beta2)
     psi = first / (second.sqrt() + rule.eps)
@@ -61,13 +73,20 @@ def projected_step(
         back = psi @ base.t() if rule.right else base @ psi
         moved = torch.add(p.to(acc) * rule.keep, back, alpha=-rule.rate * rule.scale)
         return Projected(moved.to(p.dtype), first, second, p.new_empty(0, dtype=acc))
-    axis = (0, 1) if OUTSIDE[rule.outside] == "matrix" else 1 if rule.right else 0
-    norm = torch.linalg.vector_norm
-    within = norm(low, dim=axis, keepdim=True)
-    phi = norm(psi, dim=axis, keepdim=True) / (within + TINY)
+    whole = OUTSIDE[rule.outside] == "matrix"
+    axis = (0, 1) if whole else 1 if rule.right else 0
+
+    def length(x: Tensor, in_parts: bool) -> Tensor:
+        found = torch.linalg.vector_norm(x, dim=axis, keepdim=True)
+        return total(found.square()).sqrt() if in_parts else found
+
+    of_rows = rule.right and whole  # moments in parts, of which one number is wanted
+    within = length(low, of_rows)
+    phi = length(psi, of_rows) / (within + TINY)
     share = 2 * rule.scale - rule.scale * rule.scale
-    left = (norm(g, dim=axis, keepdim=True).square() - share * within.square()).clamp_min(0.0)
-    size = (phi.square() * left).sum().sqrt()
+    left = (length(g, whole or not rule.right).square() - share * within.square()).clamp_min(0.0)
+    square = (phi.square() * left).sum()
+    size = (total(square) if rule.right and not whole else square).sqrt()
     if previous is not None and rule.limit > 0:
         growth = (size / (previous.to(acc) + TINY)).clamp_min(rule.limit) / rule.limit
         phi, size = phi / growth, size / growth

@@ -1,0 +1,66 @@
+"""Moments in 8 bits: blocks of 256 numbers share a scale, and a code of 256 values spans seven decades below it.
+
+The dynamic code of Dettmers et al. (arXiv 2110.02861), as bitsandbytes has it: decade ``10^(i - 6)``, i < 7, of [0.1, 1]
+is cut into ``2^i`` equal parts (``2^(i + 1)`` without a sign), whose midpoints are the values; 0 and 1 beside them. A
+number takes the nearest value of its quotient by the block's largest magnitude.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK, DECADES = 256, 7
+SMALLEST = 4096  # numbers of a tensor that is worth it, as in bitsandbytes
+
+
+@lru_cache(maxsize=8)
+def _code(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The values in ascending order, and the middles between them."""
+    found = [torch.zeros(1), torch.ones(1)]
+    for i in range(DECADES):
+        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1)
+        values = 10.0 ** (i + 1 - DECADES) * (edges[:-1] + edges[1:]) / 2
+        found += [values, -values] if signed else [values]
+    code = torch.cat(found).sort().values
+    return code.to(device), ((code[:-1] + code[1:]) / 2).to(device)
+
+
+def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes (uint8, of x's shape) and the scales of the blocks."""
+    blocks = F.pad(x.flatten().float(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1)
+    middles = _code(signed, x.device)[1]
+    at = torch.bucketize(blocks / torch.where(scale > 0, scale, 1.0)[:, None], middles, out_int32=True)
+    return at.to(torch.uint8).flatten()[: x.numel()].view(x.shape), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+    """In float32."""
+    blocks = F.pad(codes.flatten(), (0, -codes.numel() % BLOCK)).view(-1, BLOCK)
+    found = _code(signed, codes.device)[0][blocks.int()].mul_(scale[:, None])
+    return found.flatten()[: codes.numel()].view(codes.shape)
+
+
+def load(state: dict[str, Any], name: str, make: Callable[[], Tensor]) -> Tensor:
+    """A moment of a parameter's state, in its own dtype; what ``make`` makes if there is none yet."""
+    found: Tensor | None = state.get(name)
+    if found is None:
+        return make()
+    scale = state.get(f"{name}_scale")
+    return found if scale is None else dequantize(found, scale, name == "exp_avg")
+
+
+def store(
+    state: dict[str, Any], name: str, value: Tensor, bits: int, wrap: Callable[[Tensor], Tensor] = lambda t: t
+) -> None:  # fmt: skip
+    """The inverse of `load`; ``wrap`` is of what is kept in its own dtype."""
+    if bits == 8 and value.numel() >= SMALLEST:
+        state[name], state[f"{name}_scale"] = quantize(value, name == "exp_avg")
+    else:
+        state[name] = wrap(value)
