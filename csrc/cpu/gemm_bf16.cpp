@@ -2,8 +2,10 @@
 // word, so a word of a times a vector of words of b is two multiply-adds a lane, in float32. Twice the rate of widening
 // (Zen 5, Sapphire Rapids). Blocking as in gemm.cpp.
 //
-// Packing the large operand costs as much as a dozen rows of products, so for fewer it is read where it lies: rows of W
-// times a few rows along a shared depth (z = W h^T), or a few rows of coefficients times rows of W (dh = dz W).
+// Packing the large operand costs as much as two dozen rows of products, so for fewer rows it is read where it lies: rows of
+// W times rows along a shared depth (z = W h^T: up to 8 as sums along it, up to SOME as the vector, with words of W
+// broadcast), or up to FEW rows of coefficients times rows of W (dh = dz W). Zen 4, 1024 x 1024, us of 16 rows: 164 and 184
+// (torch.mm 220 and 240), and 164 at the rate of its dot instruction.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -31,7 +33,8 @@ namespace {
 constexpr int HEIGHT = 14, WIDTH = 32;                     // a register tile: 28 of 32 registers
 constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;  // depth in words
 constexpr int64_t AHEAD = 32;                              // rows asked for beforehand: no prefetcher follows them
-constexpr int64_t DOTS = 8, STRIPS = 12;                    // rows for which the other operand is read where it lies
+constexpr int64_t DOTS = 8;                                 // rows for which sums along the depth are quickest
+constexpr int64_t SOME = 256;                               // rows for which no more than they are packed
 
 W2S_TARGET_BEGIN(W2S_DOT)
 
@@ -208,9 +211,59 @@ void dots(int64_t depth, const uint16_t* a, int64_t a_down, int64_t rows, const 
     }
 }
 
-// c[i, 0 .. 32) += words of a times rows of b, two a step
+[[gnu::always_inline]] inline __m512bh word(const uint16_t* x) {  // two neighbours, in every lane
+  int both;
+  std::memcpy(&both, x, sizeof both);
+  return (__m512bh)_mm512_set1_epi32(both);
+}
+
+constexpr int64_t LINES = 8;  // rows of W at a time: a set of L1 holds no more where they lie a power of two apart
+
+// c[i, j] of 8 rows of a, read a word at a time where they lie, and the 16 NV columns of packed b.
+template <int NV>
+void lines(int64_t depth, const uint16_t* a, int64_t a_down, int64_t rows, const uint32_t* b, int64_t columns, Target<float> c, bool add) {
+  constexpr int64_t STEP = 2 / NV, width = 16 * NV;  // 16 sums in flight: of two words, or of two vectors
+  const uint16_t* left[LINES];
+  for (int64_t i = 0; i < LINES; ++i) left[i] = a + std::min(i, rows - 1) * a_down;  // rows that are not there: the last
+  alignas(64) float lanes[LINES][width] = {};
+  const int64_t words = depth / 2, whole = words / STEP * STEP;
+  for (int64_t w = 0; w < whole;) {  // in pieces, so that no sum is one long chain of roundings
+    __m512 sum[LINES][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < LINES; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    for (const int64_t end = std::min(whole, w + DEPTH); w < end; w += STEP) {
+      const __m512bh first = (__m512bh)_mm512_loadu_si512(b + w * width), second = (__m512bh)_mm512_loadu_si512(b + w * width + 16);
+#pragma GCC unroll 8
+      for (int i = 0; i < LINES; ++i) {
+        const uint16_t *x = left[i] + 2 * w, *y = x + 2 * (STEP - 1);
+        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], word(x), first);
+        sum[i][1] = _mm512_dpbf16_ps(sum[i][1], word(y), second);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < LINES; ++i) {
+      if (NV == 1) sum[i][0] = _mm512_add_ps(sum[i][0], sum[i][1]);
+      for (int n = 0; n < NV; ++n) _mm512_store_ps(lanes[i] + 16 * n, _mm512_add_ps(_mm512_load_ps(lanes[i] + 16 * n), sum[i][n]));
+    }
+  }
+  for (int64_t w = whole; w < pieces(depth, 2); ++w)  // what is left; behind an odd depth there is nothing to read
+    for (int64_t i = 0; i < LINES; ++i) {
+      uint32_t x = 0;
+      std::memcpy(&x, left[i] + 2 * w, size_t(2 * std::min<int64_t>(2, depth - 2 * w)));
+      for (int n = 0; n < NV; ++n)
+        _mm512_store_ps(lanes[i] + 16 * n, _mm512_dpbf16_ps(_mm512_load_ps(lanes[i] + 16 * n), (__m512bh)_mm512_set1_epi32(int(x)),
+                                                            (__m512bh)_mm512_loadu_si512(b + w * width + 16 * n)));
+    }
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t i = 0; i < std::min(LINES, rows); ++i) {
+      float& p = c.data[i * c.down + j * c.across];
+      p = add ? p + lanes[i][j] : lanes[i][j];
+    }
+}
+
+// c[i, 0 .. 32) += words of a, `step` apart, times rows of b, two a step
 template <int M>
-void strip(int64_t words, const uint32_t* a, int64_t a_down, const uint16_t* b, int64_t b_down, float* c, int64_t c_down, bool add) {
+void strip(int64_t words, const uint32_t* a, int64_t step, const uint16_t* b, int64_t b_down, float* c, int64_t c_down, bool add) {
   __m512 sum[M][2];
 #pragma GCC unroll 12
   for (int i = 0; i < M; ++i) {
@@ -223,7 +276,7 @@ void strip(int64_t words, const uint32_t* a, int64_t a_down, const uint16_t* b, 
     const Words pair = interleaved(_mm512_loadu_si512(b), _mm512_loadu_si512(b + b_down));
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
-      const __m512bh factor = (__m512bh)_mm512_set1_epi32(int(a[i * a_down + w]));
+      const __m512bh factor = (__m512bh)_mm512_set1_epi32(int(a[w * step + i]));
       sum[i][0] = _mm512_dpbf16_ps(sum[i][0], factor, (__m512bh)pair.low);
       sum[i][1] = _mm512_dpbf16_ps(sum[i][1], factor, (__m512bh)pair.high);
     }
@@ -235,27 +288,27 @@ void strip(int64_t words, const uint32_t* a, int64_t a_down, const uint16_t* b, 
   }
 }
 
-void whole_strip(int64_t rows, int64_t words, const uint32_t* a, int64_t a_down, const uint16_t* b, int64_t b_down, float* c, int64_t c_down,
+constexpr int64_t DOWN = 512;  // rows of b that a strip walks down: fewer, and c goes to and fro too often
+
+void whole_strip(int64_t rows, int64_t words, const uint32_t* a, int64_t step, const uint16_t* b, int64_t b_down, float* c, int64_t c_down,
                  bool add) {
-  for (int64_t n = 0; rows > 0; rows -= n, a += n * a_down, c += n * c_down) {
-    n = rows >= 12 ? 12 : rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+  for (int64_t n = 0; rows > 0; rows -= n, a += n, c += n * c_down) {  // 16 are 8 and 8, not 12 and 4
+    n = rows >= 20 || (rows >= 12 && rows < 16) ? 12 : rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
     const auto run = n == 12 ? strip<12> : n == 8 ? strip<8> : n == 4 ? strip<4> : n == 2 ? strip<2> : strip<1>;
-    run(words, a, a_down, b, b_down, c, c_down, add);
+    run(words, a, step, b, b_down, c, c_down, add);
   }
 }
 
-constexpr int64_t DOWN = 64;  // rows of b that a strip walks down
-
 // Where fewer than 32 columns or an odd number of rows are there, on copies that are padded.
-void run_strip(int64_t rows, int64_t depth, const uint32_t* a, int64_t a_down, const uint16_t* b, int64_t b_down, int64_t columns, float* c,
+void run_strip(int64_t rows, int64_t depth, const uint32_t* a, int64_t step, const uint16_t* b, int64_t b_down, int64_t columns, float* c,
                int64_t c_down, bool add) {
   const int64_t words = pieces(depth, 2);
-  if (columns == 32 && depth % 2 == 0) return whole_strip(rows, words, a, a_down, b, b_down, c, c_down, add);
+  if (columns == 32 && depth % 2 == 0) return whole_strip(rows, words, a, step, b, b_down, c, c_down, add);
   alignas(64) uint16_t some[DOWN][32] = {};
-  alignas(64) float sums[STRIPS][32] = {};
+  alignas(64) float sums[FEW][32] = {};
   for (int64_t k = 0; k < depth; ++k) std::memcpy(some[k], b + k * b_down, size_t(columns) * 2);
   for (int64_t i = 0; i < rows && add; ++i) std::memcpy(sums[i], c + i * c_down, size_t(columns) * 4);
-  whole_strip(rows, words, a, a_down, some[0], 32, sums[0], 32, add);
+  whole_strip(rows, words, a, step, some[0], 32, sums[0], 32, add);
   for (int64_t i = 0; i < rows; ++i) std::memcpy(c + i * c_down, sums[i], size_t(columns) * 4);
 }
 
@@ -307,6 +360,24 @@ void few_dots(const Operand& a, const Operand& b, Target<float> c, bool add) {
   });
 }
 
+// c [rows, few] = a b^T where rows of a lie in one piece: few rows of b are the vector, 32 at a time
+void few_lines(const Operand& a, const Operand& b, Target<float> c, bool add) {
+  const int64_t words = pieces(a.columns, 2), width = b.rows <= 16 ? 16 : WIDTH, panels = pieces(b.rows, width);
+  uint32_t* right = scratch_of<uint32_t>(0, words * panels * width + 64);
+  parallel_items(panels, 1, [&](int64_t p) {
+    pack_words(at(b, p * width, 0), b.across, b.down, a.columns, std::min(width, b.rows - p * width), width, right + p * width * words);
+  });
+  const int64_t share = std::clamp<int64_t>((1 << 16) / std::max<int64_t>(a.columns, 1) / LINES * LINES, LINES, 64);  // stay in L2
+  parallel_items(pieces(a.rows, share), 1, [&](int64_t block) {
+    const int64_t end = std::min(a.rows, (block + 1) * share);
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t i = block * share; i < end; i += LINES)
+        (width == 16 ? lines<1> : lines<2>)(a.columns, at(a, i, 0), a.down, end - i, right + p * width * words,
+                                            std::min(width, b.rows - p * width),
+                                            {c.data + i * c.down + p * width * c.across, c.down, c.across}, add);
+  });
+}
+
 // c [few, columns] = a b, rows of b and of c in one piece. A thread owns columns, and walks down b in blocks that stay in L1.
 void few_rows(const Operand& a, const Operand& b, Target<float> c, bool add) {
   const int64_t words = pieces(a.columns, 2), share_columns = round_up(pieces(b.columns, threads()), 32);
@@ -314,14 +385,14 @@ void few_rows(const Operand& a, const Operand& b, Target<float> c, bool add) {
   for (int64_t i = 0; i < a.rows; ++i)
     for (int64_t w = 0; w < words; ++w) {
       const uint32_t next = 2 * w + 1 < a.columns ? *at(a, i, 2 * w + 1) : 0;
-      left[i * words + w] = *at(a, i, 2 * w) | next << 16;
+      left[w * a.rows + i] = *at(a, i, 2 * w) | next << 16;
     }
   parallel_items(pieces(b.columns, share_columns), 1, [&](int64_t share) {
     const int64_t end = std::min(b.columns, (share + 1) * share_columns);
     for (int64_t k = 0; k < a.columns; k += DOWN)
       for (int64_t j = share * share_columns; j < end; j += 32)
-        run_strip(a.rows, std::min(DOWN, a.columns - k), left + k / 2, words, at(b, k, j), b.down, std::min<int64_t>(32, end - j), c.data + j,
-                  c.down, add || k > 0);
+        run_strip(a.rows, std::min(DOWN, a.columns - k), left + k / 2 * a.rows, a.rows, at(b, k, j), b.down,
+                  std::min<int64_t>(32, end - j), c.data + j, c.down, add || k > 0);
   });
 }
 
@@ -339,7 +410,9 @@ void gemm_bf16(const Operand& a, const Operand& b, Target<float> c, bool add) {
     if (b.columns <= a.rows) return few_dots(a, b.t(), c, add);
     return few_dots(b.t(), a, {c.data, c.across, c.down}, add);
   }
-  if (a.rows <= STRIPS && b.across == 1 && c.across == 1) return few_rows(a, b, c, add);
+  if (a.across == 1 && b.columns <= std::min(SOME, a.rows)) return few_lines(a, b.t(), c, add);
+  if (b.down == 1 && a.rows <= SOME) return few_lines(b.t(), a, {c.data, c.across, c.down}, add);
+  if (a.rows <= FEW && b.across == 1 && c.across == 1) return few_rows(a, b, c, add);
   if (c.across == 1) product(a, b, c, add);
   else product(b.t(), a.t(), {c.data, c.across, c.down}, add);
 }

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import checks
+from ... import autocast, checks
 from ...hooks import hooked
 from ...ops.adapters.lora_linear import lora_linear
-from .products import ROWS, linear, served
+from .products import ROWS, linear, product, servable, served
 
 with checks.extra("peft"):
     from peft.tuners.lora.layer import Linear as PeftLinear
@@ -30,6 +30,9 @@ class Fused:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
         given = {name: value for name, value in kwargs.items() if value is not None} if kwargs else kwargs
+        if "adapter_names" in given and not args and not _why_not_mixed(self, x, given):
+            self.__dict__["_w2s_fast_status"] = "fused"
+            return _mixed(self, x, given["adapter_names"])
         if keeps_own(self, lambda: _few(self, x) or _why_not(self, args, given)):
             own: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return own
@@ -68,7 +71,7 @@ def construct(target: Any, adapter_name: str, config: Any, **kwargs: Any) -> nn.
 
 def forget(layer: Any, *more: str) -> None:
     """Drop what is kept of the weights."""
-    for name in ("_w2s_fast_squares", "_w2s_fast_norms", *more):
+    for name in ("_w2s_fast_squares", "_w2s_fast_norms", "_w2s_fast_stacked", *more):
         layer.__dict__.pop(name, None)
 
 
@@ -119,11 +122,12 @@ def _few(layer: Any, x: Tensor) -> str:
 
 def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Why this call is PEFT's, or ""."""
-    reason = unfit_lora(layer) or beside(args, kwargs)
-    if reason:
-        return reason
+    return unfit_lora(layer) or beside(args, kwargs) or _parts_unfit(layer, _active(layer))
+
+
+def _parts_unfit(layer: Any, names: list[str]) -> str:
     modules = [layer._modules["base_layer"]]
-    for name in _active(layer):
+    for name in names:
         A, B, variant = _part(layer, "lora_A", name), _part(layer, "lora_B", name), layer.lora_variant.get(name)
         if variant is not None and type(variant) is not DoraLinearVariant:
             return f"adapter {name!r} is a {type(variant).__name__}"
@@ -133,6 +137,54 @@ def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
             return f"adapter {name!r} has a bias"
         modules += [A, B] if variant is None else [A, B, _part(layer, "lora_magnitude_vector", name)]
     return "hooks on its parts" if any(map(hooked, modules)) else ""
+
+
+MIXED = 64  # rows up to which the adapters of a mixed batch are one product; of more, PEFT's one by one are as quick
+
+
+def _why_not_mixed(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> str:
+    """Why a batch of several adapters is PEFT's, or ""."""
+    if len(kwargs) > 1 or torch.is_grad_enabled() or layer.training or layer.disable_adapters or layer.merged:
+        return "arguments beside the input, gradients, dropouts, or the base layer alone"
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or autocast.dtype_of(x.device) is not None:
+        return "not in plain calls on a CPU"
+    if x.numel() > MIXED * x.shape[-1]:
+        return "many rows"
+    names = [name for name in dict.fromkeys(kwargs["adapter_names"]) if name in layer.lora_A]
+    if len({t.dtype for name in names for t in _factors(layer, name)}) > 1 or any(n in layer.lora_variant for n in names):
+        return "adapters of several dtypes, or variants"
+    return unfit(layer) or _parts_unfit(layer, names)
+
+
+def _mixed(layer: Any, x: Tensor, adapter_names: list[str]) -> Tensor:
+    """Rows of several adapters: one product with the factors of all, in which a row keeps what is its own adapter's."""
+    layer._check_forward_args(x, adapter_names=adapter_names)
+    base = layer._modules["base_layer"]
+    names = [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
+    result = product(x, base.weight, base.bias)
+    if not names:
+        return result
+    A, B, owner = _stacked(layer, names)
+    place = {name: i for i, name in enumerate(names)}
+    own = owner == torch.tensor([place.get(name, -1) for name in adapter_names]).unsqueeze(1)
+    hidden = F.linear(x.to(A.dtype), A)
+    hidden *= own.view(len(own), *(1,) * (x.ndim - 2), -1)
+    return result + (hidden @ B).to(result.dtype)
+
+
+def _stacked(layer: Any, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """A of the adapters ``[n r, I]``, scale B ``[n r, O]`` and the adapter of each rank, kept until one changes."""
+    factors = [_factors(layer, name) for name in names]
+    key = [(name, layer.scaling[name], *((id(t), t.data_ptr(), t._version) for t in pair))
+           for name, pair in zip(names, factors, strict=True)]  # fmt: skip
+    found = layer.__dict__.get("_w2s_fast_stacked")
+    if found is None or found[0] != key:
+        A = torch.cat([a for a, _ in factors])
+        B = torch.cat([b.t() * layer.scaling[name] for name, (_, b) in zip(names, factors, strict=True)])
+        owner = torch.arange(len(names)).repeat_interleave(torch.tensor([len(a) for a, _ in factors]))
+        found = layer.__dict__["_w2s_fast_stacked"] = (key, (A, B, owner))
+    kept: tuple[Tensor, Tensor, Tensor] = found[1]
+    return kept
 
 
 def _part(layer: Any, kind: str, name: str) -> Any:
@@ -249,25 +301,26 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 @torch.no_grad()
 def _norm(layer: Any, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``|W + scale B A|`` of every row without the product: ``|W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>`` by rows.
+    """``|W + scale B A|`` of every row without the product: ``|W|^2 + 2 s <(W + s/2 B A) A^T, B>`` by rows.
 
     DoRA takes it for a constant, and so does PEFT. |W|^2 is kept as long as the weight stays as it is.
     """
     weight = _weight(layer.base_layer)
     dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
-    A, B = A.to(dtype), B.to(dtype)
+    B = B.to(dtype)
     with torch.autocast(A.device.type, enabled=False):
-        cross = _cross(weight, A)
-        square = (2 * scale) * (cross * B).sum(1) + (scale * scale) * ((B @ (A @ A.t())) * B).sum(1)
-        return (_squares(layer) + square).clamp_min_(0).sqrt_().to(dtype)
+        inner = (_half_way(weight, A, B, scale / 2) * B).sum(1)
+        return torch.add(_squares(layer), inner, alpha=2 * scale).clamp_min_(0).sqrt_().to(dtype)
 
 
-def _cross(weight: Tensor, A: Tensor) -> Tensor:
-    """``W A^T``."""
-    if served(A, weight):
-        return linear(A, weight).t()
+def _half_way(weight: Tensor, A: Tensor, B: Tensor, half: float) -> Tensor:
+    """``(W + half B A) A^T``. On a CPU A is taken in the weight's dtype, so that 16-bit products stay what they are."""
+    low = A.to(weight.dtype)
+    if servable(low, weight):
+        return lora_linear(low, weight, low, B, None, half).t()
+    A = A.to(B.dtype)
     blocks = weight.split(BLOCK) if weight.dtype != A.dtype else (weight,)
-    return torch.cat([block.to(A.dtype) @ A.t() for block in blocks])
+    return torch.addmm(torch.cat([block.to(A.dtype) @ A.t() for block in blocks]), B, A @ A.t(), alpha=half)
 
 
 def _weight(base: Any) -> Tensor:

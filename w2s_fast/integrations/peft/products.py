@@ -11,21 +11,25 @@ from ... import autocast, extension
 from ...library import OPS
 from ...ops.adapters.lora_linear import lora_linear
 
-#: Rows from which `lora_linear` wins, by bytes of an element. A single float32 row reads the weight, as the library
-#: does; of few 16-bit rows the gradient's product packs the weight in vain (0.9 of the library's speed on Zen 5).
-ROWS = {4: 2, 8: 2, 2: 64}
+#: Rows from which `lora_linear` wins, by bytes of an element. A single float32 row reads the weight, as the library does.
+ROWS = {4: 2, 8: 2, 2: 1}
 
 
 def served(rows: Tensor, *operands: Tensor) -> bool:
-    """Whether `lora_linear` takes these rows: on a CPU, of plain tensors, with the compiled kernel."""
+    """Whether `lora_linear` takes these rows: `servable`, and enough of them."""
+    if not servable(rows, *operands):
+        return False
+    dtype = autocast.dtype_of(rows.device) or rows.dtype
+    return bool(math.prod(rows.shape[:-1]) >= ROWS[dtype.itemsize])
+
+
+def servable(rows: Tensor, *operands: Tensor) -> bool:
+    """Whether `lora_linear` could take these rows: on a CPU, of plain tensors, with the compiled kernel."""
     if rows.device.type != "cpu" or extension.ERROR is not None or not OPS["lora_linear"].has_cpp():
         return False
     if any(type(t) not in (Tensor, nn.Parameter) for t in operands):
         return False  # sharded, quantised
-    dtype = autocast.dtype_of(rows.device) or rows.dtype
-    if autocast.dtype_of(rows.device) is None and operands[0].dtype != rows.dtype:
-        return False
-    return bool(math.prod(rows.shape[:-1]) >= ROWS[dtype.itemsize])
+    return autocast.dtype_of(rows.device) is not None or operands[0].dtype == rows.dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
