@@ -97,14 +97,14 @@ def section(report: Report, folder: Path = RESULTS) -> str:
 
 
 def random_calls(folder: Path = RESULTS) -> str:
-    """What `w2s-fast bench --guarantee` found on each device that it was run on: the share, then every op's."""
+    """What `w2s-fast bench --guarantee` found on each device that it was run on: the shares, every op's, every loss."""
     found = []
     for path in sorted(folder.glob("guarantee-*.json")):
         report = Report.load(path)
-        share, *rest = guarantee.summary(report)
-        ops = ", ".join(line.strip() for line in rest if line.startswith("  "))
-        found += [f"## Random everyday calls on {report.device}", guarantee.conditions(report), f"{share}. {ops}.",
-                  f"Every loss: `w2s-fast bench --guarantee --out bench/results/{path.name}`."]  # fmt: skip
+        ops = ", ".join(line.strip() for line in guarantee.summary(report) if line.startswith("  "))
+        shares = ". ".join(guarantee.shares(tables.grouped(report.rows)))
+        found += [f"## Random everyday calls on {report.device}", guarantee.conditions(report), f"{shares}. {ops}.",
+                  f"Every loss, of `bench/results/{path.name}`:", guarantee.table(report)]  # fmt: skip
     return "\n\n".join(found)
 
 

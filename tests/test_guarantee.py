@@ -90,11 +90,11 @@ def test_a_call_is_held_by_the_lower_quartile_of_the_fastest():
 def test_a_run_goes_on_where_its_file_ends(tmp_path: Path):
     path, ops = tmp_path / "g.json", ("arm_loss", "gate_residual")
     settings = replace(QUICK, providers=("eager",))
-    todo = guarantee.planned(90, 0, ops, path)
+    todo = guarantee.planned(90, 0, ops, path, 0)
     assert {call.domain.op for call in todo} == set(ops)
-    guarantee.measure(todo[:1], settings, path, 0.0)
-    assert guarantee.planned(90, 0, ops, path) == todo[1:]
-    guarantee.measure(todo[1:2], settings, path, 0.0)
+    guarantee.measure(todo[:1], settings, path, 0.0, 0)
+    assert guarantee.planned(90, 0, ops, path, 0) == todo[1:]
+    guarantee.measure(todo[1:2], settings, path, 0.0, 0)
     found = report.Report.load(path)
     assert {row.case for row in found.rows} == {call.name for call in todo[:2]} and len(found.runs) == 1
     assert all(row.status == "ok" for row in found.rows) and guarantee.summary(found)[0].endswith("is 0.97 or more")
@@ -118,3 +118,19 @@ def test_compare_lists_what_is_beyond_noise():
     assert not small.loss and large.loss and not gain.loss and "2 -> 1.8 (-10%)" in str(large)
     broken = compare.changes(before, made(2.0, 0.05, "wrong"))
     assert any(change.loss and "wrong now" in str(change) for change in broken)
+
+
+def test_torch_compile_is_asked_in_the_first_calls(tmp_path: Path):
+    path = tmp_path / "g.json"
+    asked = guarantee.planned(130, 0, ("arm_loss",), path, 0)
+    kept = report.Report("cpu", "cpu", [{}], {}, [row for call in asked for row in _rows(call.name, (1.2, 1.1))])
+    for row in kept.rows:
+        row.op = "arm_loss"
+    kept.save(path)
+    assert not guarantee.planned(130, 0, ("arm_loss",), path, 0)
+    assert guarantee.planned(130, 0, ("arm_loss",), path, asked[0].number + 1) == asked[:1]
+    rows = [_rows("a", (1.2, 1.1), (0.5, 0.4)), _rows("b", (1.2, 1.1)), _rows("c", (0.9, 0.8), (1.3, 1.2))]
+    assert [text.split(" ")[:3] for text in guarantee.shares(rows)] == [
+        ["33.3%:", "in", "1"], ["66.7%:", "in", "2"], ["50.0%:", "in", "1"],
+    ]  # fmt: skip
+    assert "| op | a | compile | 0.50" in guarantee.table(report.Report("cpu", "cpu", [{}], {}, sum(rows, [])))

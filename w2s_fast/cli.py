@@ -196,6 +196,9 @@ def bench(
         bool, typer.Option("--guarantee", help="Random everyday calls against eager and torch.compile: who is faster?")
     ] = False,
     cases: Annotated[int, typer.Option(min=1, help="With --guarantee: how many calls.")] = 1000,
+    compiled: Annotated[
+        int, typer.Option(min=0, help="With --guarantee: in how many of them torch.compile is asked, seconds each.")
+    ] = 100,
     seed: Annotated[int, typer.Option(help="With --guarantee: the calls' seed.")] = 0,
     compare: Annotated[
         tuple[Path, Path] | None,
@@ -216,7 +219,7 @@ def bench(
         return
     options = command.Options(tuple(op or ()), full, providers, device, threads, rounds, to, overhead, resume)
     if guarantee:
-        _guarantee(options, cases, seed)
+        _guarantee(options, cases, seed, compiled)
         return
     try:
         settings = options.settings()
@@ -253,7 +256,7 @@ def bench(
         _fail("a case of ours failed, see above")
 
 
-def _guarantee(options: Any, count: int, seed: int) -> None:
+def _guarantee(options: Any, count: int, seed: int, compiled: int) -> None:
     """Measures the calls that the file has no result of, then prints what all of them say."""
     from .bench import command, guarantee
     from .bench.report import Report, slug
@@ -261,7 +264,7 @@ def _guarantee(options: Any, count: int, seed: int) -> None:
     try:
         settings = options.settings()
         path = command.guarantee_path(options.out, slug(settings.device, settings.threads))
-        todo = guarantee.planned(count, seed, options.ops, path)
+        todo = guarantee.planned(count, seed, options.ops, path, compiled)
     except ValueError as error:
         _fail(str(error), code=2)
     command.writable_folder(path.parent)
@@ -271,7 +274,7 @@ def _guarantee(options: Any, count: int, seed: int) -> None:
     with _progress() as progress:
         task = progress.add_task("random calls", total=len(todo))
         guarantee.measure(
-            todo, settings, path, load, lambda what: progress.update(task, description=what),
+            todo, settings, path, load, compiled, lambda what: progress.update(task, description=what),
             lambda: progress.advance(task),
         )  # fmt: skip
     for line in guarantee.summary(Report.load(path), options.ops):

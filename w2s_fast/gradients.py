@@ -55,25 +55,28 @@ Names = str | Callable[[Call], str]
 
 
 class Plan(NamedTuple):
-    """Numbers of the arguments and of the results that are kept, those that are lists of tensors apart."""
+    """How one choice of tensors is kept: two functions made of their names, as every line here is a microsecond.
 
-    arguments: list[int]
-    lists: list[int]
-    results: list[int]
-    result_lists: list[int]
+    keep: ``(arguments, results) -> (tensors, values)``, the tensors that are kept in one list, the arguments first, and
+    what stands in for all tensors. restore: ``(next, values) -> (arguments, results)``, which asks ``next`` for a
+    tensor as often as there are some.
+    """
+
+    keep: Callable[[Sequence[Any], Sequence[Any]], tuple[list[Any], list[Any]]]
+    restore: Callable[[Callable[[], Any], Sequence[Any]], tuple[list[Any], list[Any]]]
+    names: list[tuple[str, int]]
 
 
 class Kept(NamedTuple):
     """What a call leaves for its gradient besides the tensors that autograd keeps.
 
-    flat: the arguments, with `NOT_KEPT` for tensors; lengths: of the lists among the kept results; carriers: the
-    results that carry a gradient; facts: shape and dtype of each kept tensor, where a hook may hand back another one.
+    values: arguments and results, with `NOT_KEPT` for tensors; carriers: the results that carry a gradient; facts:
+    shape and dtype of each kept tensor, where a hook may hand back another one.
     """
 
     backend: str
     plan: Plan
-    flat: list[Any]
-    lengths: list[int]
+    values: list[Any]
     carriers: list[Place]
     facts: list[tuple[Any, Any] | None] | None
 
@@ -101,35 +104,40 @@ class Gradient:
         """The tensors that the gradient needs, and the rest of what it needs."""
         saves = self.saves if isinstance(self.saves, str) else self.saves(self._call(backend, flat, results))
         plan = self._plans.get(saves) or self._plan(saves)
-        tensors = [flat[i] for i in plan.arguments]
-        for i in plan.lists:
-            tensors += flat[i]
-        tensors += [results[k] for k in plan.results]
-        for k in plan.result_lists:
-            tensors += results[k]
-        rest = list(flat)
-        for i in self.singles:
-            if rest[i] is not None:
-                rest[i] = NOT_KEPT
-        for i in self.lists:
-            rest[i] = [NOT_KEPT] * len(rest[i])
+        tensors, values = plan.keep(flat, results)
         carriers = self._fixed if self._fixed is not None else self._carried(backend, flat, results)
         facts = [None if t is None else (t.shape, t.dtype) for t in tensors] if _hooks(False) else None
-        return tensors, Kept(backend, plan, rest, [len(results[k]) for k in plan.result_lists], carriers, facts)
+        return tensors, Kept(backend, plan, values, carriers, facts)
 
     def _plan(self, names: str) -> Plan:
         """An argument comes before a result of its name."""
-        wanted = names.split()
-        unknown = set(wanted) - {*self.names, *self._results}
+        wanted = set(names.split())
+        unknown = wanted - {*self.names, *self._results}
         assert not unknown, f"{self.op.name}: no argument or result {unknown}"
-        own = [self.names.index(name) for name in wanted if name in self.names]
-        made = [self._results.index(name) for name in wanted if name not in self.names]
-        self._plans[names] = plan = Plan(
-            [i for i in own if i not in self.lists],
-            [i for i in own if i in self.lists],
-            [k for k in made if k not in self._result_lists],
-            [k for k in made if k in self._result_lists],
-        )
+        tensors: list[str] = []
+        values: list[str] = []
+        made: dict[str, list[str]] = {"f": [], "r": []}
+        own: list[tuple[str, int]] = []
+        for source, entries in (("f", self.op.signature.arguments), ("r", self.op.signature.results)):
+            for i, entry in enumerate(entries):
+                name, one, value = entry.name or "out", f"{source}[{i}]", f"v[{len(values)}]"
+                kept = name in wanted and (source == "f" or name not in self.names)
+                if kept:
+                    tensors.append(f"*{one}" if entry.is_list else one)
+                    own.append((name, len(values)))
+                if entry.is_list:
+                    values.append(f"[N] * len({one})")
+                    value = f"[n() for _ in {value}]" if kept else value
+                elif entry.is_tensor:
+                    values.append(f"N if {one} is not None else None")
+                    value = "n()" if kept else value
+                else:
+                    values.append(one)
+                made[source].append(value)
+        scope = {"N": NOT_KEPT, "len": len, "__builtins__": {}}
+        keep = eval(f"lambda f, r: ([{', '.join(tensors)}], [{', '.join(values)}])", scope)
+        restore = eval(f"lambda n, v: ([{', '.join(made['f'])}], [{', '.join(made['r'])}])", scope)
+        self._plans[names] = plan = Plan(keep, restore, own)
         return plan
 
     def _carried(self, backend: str, flat: Sequence[Any], results: Sequence[Any]) -> list[Place]:
@@ -195,12 +203,10 @@ class Gradient:
         wrong = [i for i, (t, fact) in pairs if fact is not None and (t.shape, t.dtype) != fact]
         if not wrong:
             return
-        plan, names = kept.plan, [self.names[i] for i in kept.plan.arguments]
-        for i in plan.lists:
-            names += [f"{self.names[i]}[{j}]" for j in range(len(kept.flat[i]))]
-        names += [self._results[k] for k in plan.results]
-        for k, length in zip(plan.result_lists, kept.lengths, strict=True):
-            names += [f"{self._results[k]}[{j}]" for j in range(length)]
+        names: list[str] = []
+        for name, place in kept.plan.names:
+            value = kept.values[place]
+            names += [f"{name}[{j}]" for j in range(len(value))] if isinstance(value, list) else [name]
         name, t, fact = names[wrong[0]], saved[wrong[0]], facts[wrong[0]]
         assert fact is not None
         raise RuntimeError(
@@ -209,17 +215,7 @@ class Gradient:
         )
 
     def _restored(self, kept: Kept, saved: Sequence[Any]) -> Call:
-        plan, flat, results, at = kept.plan, list(kept.flat), [None] * len(self._results), len(kept.plan.arguments)
-        for i, value in zip(plan.arguments, saved, strict=False):
-            flat[i] = value
-        for i in plan.lists:
-            end = at + len(flat[i])
-            flat[i], at = list(saved[at:end]), end
-        for k in plan.results:
-            results[k], at = saved[at], at + 1
-        for k, length in zip(plan.result_lists, kept.lengths, strict=True):
-            results[k], at = list(saved[at : at + length]), at + length  # type: ignore[call-overload]
-        return self._call(kept.backend, flat, results)
+        return self._call(kept.backend, *kept.plan.restore(iter(saved).__next__, kept.values))
 
 
 class _Node(torch.autograd.Function):
@@ -236,9 +232,9 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         rule, kept, at = ctx.call
-        needs: list[Any] = [False] * len(kept.flat)
+        needs: list[Any] = [False] * len(rule.names)
         for i in rule.lists:
-            needs[i] = [False] * len(kept.flat[i])
+            needs[i] = [False] * len(kept.values[i])
         for (i, j), need in zip(at, ctx.needs_input_grad[5:], strict=True):
             if j < 0:
                 needs[i] = need

@@ -34,6 +34,10 @@ _LOG = logging.getLogger("w2s_fast")
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, _C._set_grad_enabled
 _any_requires_grad, _below_autograd = _C._any_requires_grad, _C._AutoDispatchBelowAutograd
+_CPU = _C.DispatchKeySet(_C.DispatchKey.CPU)
+# whoever wants to see the call of an op: modes, a profiler, torch.jit.trace
+_dispatch_modes, _function_mode = _C._len_torch_dispatch_stack, _C._is_torch_function_mode_enabled
+_profiled, _traced = _C._autograd._profiler_enabled, _C._is_tracing
 _transforms_active = transforms.active
 _autocast_off = _C._DisableAutocast
 
@@ -147,6 +151,7 @@ class Op:
         self.flatten = signature.flatten()
         self._auto: Any = None
         self._forced: Any = None
+        self._on_cpu: Any = None
         #: where plain PyTorch serves calls on a CPU faster than the C++ kernel; None: nowhere
         self.regions: calibration.Regions | calibration.Unknown | None = calibration.UNKNOWN
         self._make = None if signature.made is None else signature.made._make
@@ -172,6 +177,16 @@ class Op:
         """Flat arguments as the reference takes them; made at first use, so that importing the package is quick."""
         return self.signature.group()
 
+    @cached_property
+    def alone(self) -> Callable[..., bool]:
+        """Whether flat arguments are plain tensors on a CPU; made at first use."""
+        return self.signature.alone()
+
+    @cached_property
+    def wants_grad(self) -> Callable[..., Any]:
+        """True where any of the flat arguments requires a gradient; made at first use."""
+        return self.signature.wants_grad()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         found = self.run(dispatch.STATE, self.flatten(*args, **kwargs))
         return found if self._make is None else self._make(found)
@@ -196,10 +211,9 @@ class Op:
         if _transforms_active():
             return transforms.call(self, backend, flat)
         # past the dispatcher's autograd kernel, which would cost a small call as much as the op
-        if not (_is_grad_enabled() and _any_requires_grad(*flat)):
+        if not (_is_grad_enabled() and self.wants_grad(*flat)):
             if backend == "auto" and self.regions is None:  # what `_serve` does, a small call's time less
-                with _below_autograd():
-                    return self._auto(*flat)
+                return self.kernel(flat)
             return self._serve(backend, flat)
         _set_grad_enabled(False)
         try:
@@ -210,13 +224,22 @@ class Op:
 
     def _serve(self, backend: str, flat: tuple[Any, ...]) -> Any:
         """The results without gradients; what `auto` is, a calibration of this machine has a say in."""
-        if backend == "auto" and self.regions is not None and self.regions.plain(flat, self):
-            return self.plain(flat)
+        if backend == "auto":
+            if self.regions is not None and self.regions.plain(flat, self):
+                return self.plain(flat)
+            return self.kernel(flat)
         with _below_autograd():
-            return self._auto(*flat) if backend == "auto" else self._forced(*flat, backend)
+            return self._forced(*flat, backend)
 
     def kernel(self, flat: tuple[Any, ...]) -> Any:
-        """What PyTorch's dispatch picks, without gradients."""
+        """What PyTorch's dispatch picks, without gradients; where it can only pick the CPU's kernel, without asking it:
+        finding that out costs a small call a third of its time."""
+        try:
+            alone = self.alone(*flat)
+        except RuntimeError:
+            alone = False
+        if alone and not (_dispatch_modes() or _function_mode() or _profiled() or _traced()):
+            return self._on_cpu(_CPU, *flat)
         with _below_autograd():
             return self._auto(*flat)
 
@@ -398,6 +421,7 @@ def register(op: Op) -> None:
     _LIBRARY.impl(op.name, op._run_cuda, "CUDA")
     ours = torch.ops.w2s_fast
     op._auto, op._forced = getattr(ours, op.name).default, getattr(ours, f"{op.name}_on").default
+    op._on_cpu = op._auto._handle.redispatch_boxed
     OPS[op.name] = op
 
 

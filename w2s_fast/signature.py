@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+from torch.nn import Parameter
+
 #: Hints that an argument or a result may have, as a schema spells them.
 TYPES = {
     "Tensor": "Tensor",
@@ -87,6 +90,38 @@ class Signature:
         names = ", ".join(argument.name for argument in self.arguments)
         made: Callable[..., tuple[Any, ...]] = eval(f"lambda {names}: ({', '.join(parts)},)", scope)
         return made
+
+    def _every(self, of_one: str, of_none: str, of_list: str, joined: str) -> Callable[..., Any]:
+        """A function of the flat arguments that asks each tensor; in the questions ``{0}`` stands for an argument."""
+        questions = []
+        for name, kind in self.arguments:
+            if kind == "Tensor[]":
+                questions.append(of_list.format(name))
+            elif kind == "Tensor?":
+                questions.append(of_none.format(name))
+            elif kind == "Tensor":
+                questions.append(of_one.format(name))
+        names = ", ".join(argument.name for argument in self.arguments)
+        scope = {"__builtins__": {}, "type": type, "PLAIN": PLAIN}
+        made: Callable[..., Any] = eval(f"lambda {names}: {joined.join(questions)}", scope)
+        return made
+
+    def alone(self) -> Callable[..., bool]:
+        """A function of the flat arguments: whether all tensors are plain ones on a CPU, nobody's subclasses or views
+        that still have to be negated, so that PyTorch's dispatcher can only find the CPU's kernel. RuntimeError where
+        one has no memory of its own, as `torch.func` wraps them."""
+        one = "(type({0}) in PLAIN and {0}.is_cpu and not {0}.is_neg() and {0}.data_ptr() is not None)"
+        every = f"not [t for t in {{0}} if not {one.format('t')}]"
+        return self._every(one, f"({{0}} is None or {one})", every, " and ")
+
+    def wants_grad(self) -> Callable[..., Any]:
+        """A function of the flat arguments that is true where any tensor requires a gradient."""
+        some = "({0} is not None and {0}.requires_grad)"
+        return self._every("{0}.requires_grad", some, "[t for t in {0} if t.requires_grad]", " or ")
+
+
+#: The types of tensors that are no one's own.
+PLAIN = frozenset((Tensor, Parameter))
 
 
 def _argument(name: str, hint: str) -> Argument:

@@ -12,6 +12,7 @@ from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.diffusion import pseudo_huber_loss as reference
 from ...reference.numerics import accumulate_dtype
+from ...transforms import wants_grad
 
 Form = Literal["vector", "elementwise"]
 Reduction = Literal["mean", "sum", "none"]
@@ -92,7 +93,9 @@ def pseudo_huber_loss(
     c = default_scale(op, "pred", c, pred)
     if weight is not None:
         per_sample(op, "weight", weight, pred)
-    rows = as_rows(pred), as_rows(target if target_grad else target.detach())
+    if not target_grad and wants_grad(target):
+        target = target.detach()
+    rows = as_rows(pred), as_rows(target)
     loss: Tensor = PSEUDO_HUBER_LOSS(*rows, c, form == "vector").loss
     return reduced(loss, weight, reduction)
 
@@ -103,12 +106,14 @@ def reduced(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
         loss = loss * weight
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / max(loss.numel(), 1)
+    return loss.mean() if reduction == "mean" and loss.numel() else loss.sum()
 
 
 def as_rows(t: Tensor) -> Tensor:
     """``(B, ...)`` as ``(B, D)``."""
-    return t.reshape(len(t), -1) if t.numel() else t.reshape(0, 1)
+    if t.ndim == 2:
+        return t
+    return t.reshape(t.shape[0], -1) if t.numel() else t.reshape(0, 1)
 
 
 def same_samples(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:

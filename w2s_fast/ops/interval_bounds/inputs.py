@@ -30,14 +30,18 @@ def box(op: str, a: Any, b: Any, names: tuple[str, str] = ("a", "b")) -> None:
 def alike(op: str, first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -> tuple[Any, ...]:
     """All tensors, which must have the dtype and the device of the first; under autocast they get the widest dtype."""
     name, tensor = first
-    checks.same_device(op, [first, *others])
+    dtype, device, found = tensor.dtype, tensor.device, [tensor]
     for other, value in others:
-        if value is not None and value.dtype != tensor.dtype:
-            found = autocast.widest(tensor, *(t for _, t in others))
-            if found is None:
-                checks.fail(op, other, f"of the dtype of {name} ({tensor.dtype})", value.dtype, error=TypeError)
-            return found
-    return (tensor, *(t for _, t in others))
+        if value is not None:
+            if value.device != device:
+                checks.same_device(op, [first, (other, value)])
+            if value.dtype != dtype:
+                wide = autocast.widest(tensor, *[t for _, t in others])
+                if wide is None:
+                    checks.fail(op, other, f"of the dtype of {name} ({dtype})", value.dtype, error=TypeError)
+                return wide
+        found.append(value)  # type: ignore[arg-type]
+    return tuple(found)
 
 
 def layer(op: str, weight: Any, bias: Any, inputs: int) -> None:

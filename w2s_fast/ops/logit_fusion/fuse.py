@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from ...gradients import Call
+from ...gradients import NOT_KEPT, Call
 from ...library import Kernel, define
 from ...reference.logit_fusion import fuse as reference
 from ...reference.logit_fusion.arguments import Fusion
-from .gradient import TENSORS, fusion_gradients
+from .gradient import TENSORS, fusion_gradients, input_gradients
 from .inputs import accumulate_dtype, fusion, unflatten
 
 
@@ -23,10 +24,27 @@ def _fake(given: Fusion, out_dtype: torch.dtype, need_lse: bool) -> tuple[Tensor
     return fused, given.base.new_empty((rows,) if need_lse else (0,), dtype=accumulate_dtype(given))
 
 
+def _saves(call: Call) -> str:
+    """Nothing, where the gradient of every tensor is a multiple of that of z: no weights to learn, one shape and dtype, and
+    no token of z = -inf, which on a CPU a look at z tells."""
+    given, fused = call.given, call.out.fused
+    settled = given.weights is None and given.temperature is None and not given.plausible and not call.need_lse
+    if settled and type(fused) is Tensor and checks.readable(fused) and fused.numel():
+        like = [t.shape == fused.shape and t.dtype == fused.dtype for t in (given.base, *given.experts, *given.anti)]
+        if all(like) and float(fused.amin()) > -math.inf:
+            return ""
+    return f"{TENSORS} lse"
+
+
 def _backward(call: Call, grads: reference.FusedLogits) -> dict[str, Any]:
     if call.need_lse:
         return fusion_gradients(call, call.out.lse, grads.fused, grads.lse)
-    unused = call.out.lse.new_zeros(call.given.base.shape[0])  # its softmax gets no coefficient
+    if grads.fused is None:
+        return {}
+    if call.given.base is NOT_KEPT:
+        heat = call.given.temperature_value
+        return input_gradients(call, grads.fused if heat == 1 else grads.fused / heat)
+    unused = call.out.lse.new_empty(call.given.base.shape[0])  # its softmax gets no coefficient
     return fusion_gradients(call, unused, grads.fused)
 
 
@@ -34,8 +52,7 @@ FUSE_LOGITS = define(
     reference.fuse_logits,
     fake=_fake,
     backward=_backward,
-    saves=f"{TENSORS} lse",
-    materialize=True,
+    saves=_saves,
     triton=Kernel(rowwise="base experts anti", strided="weights temperature"),
 )
 

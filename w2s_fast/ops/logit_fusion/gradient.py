@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...gradients import Call
+from ...gradients import NOT_KEPT, Call
 from ...library import Kernel, define
 from ...reference.logit_fusion import backward as reference
 from ...reference.logit_fusion.arguments import Fusion
@@ -66,6 +66,18 @@ def fusion_gradients(
     dz, dweights, dheat = FUSE_BACKWARD.on(call.backend)(
         widened, grad, lse, row_a, row_b, index, index_coef, subtract_row_sum, bool(need.weights or need.temperature)
     )
+    found = input_gradients(call, dz)
+    for name, d, like, wanted in (
+        ("weights", dweights, given.weights, need.weights),
+        ("temperature", dheat, given.temperature, need.temperature),
+    ):
+        found[name] = d.to(like.dtype) if wanted and like is not None else None
+    return found
+
+
+def input_gradients(call: Call, dz: Tensor) -> dict[str, Any]:
+    """Gradients of the models' logits that want one, from dz, that of z before the temperature."""
+    given, need = call.given, call.needs.given
     count = len(given.experts)
     scales: list[Any] = given.weight_values if given.weights is None else list(given.weights.unbind(1))
     found: dict[str, Any] = {"base": _input_gradient(given.base, dz, given.base_weight) if need.base else None}
@@ -77,19 +89,19 @@ def fusion_gradients(
         _input_gradient(t, dz, sum(scales) if shared else scales[k], sign=-1.0) if need.anti[k] else None
         for k, t in enumerate(given.anti)
     ]
-    for name, d, like, wanted in (
-        ("weights", dweights, given.weights, need.weights),
-        ("temperature", dheat, given.temperature, need.temperature),
-    ):
-        found[name] = d.to(like.dtype) if wanted and like is not None else None
     return found
 
 
-def _input_gradient(like: Tensor, dz: Tensor, scale: float | Tensor, sign: float = 1.0) -> Tensor:
-    """sign scale dz in the dtype and full width of ``like``; columns past the vocabulary get zero."""
-    factor: Any = scale.unsqueeze(1) * sign if isinstance(scale, Tensor) else scale * sign
-    unit = not isinstance(scale, Tensor) and factor == 1.0
-    result = dz if unit else dz * factor
+def _input_gradient(like: Any, dz: Tensor, scale: float | Tensor, sign: float = 1.0) -> Tensor:
+    """sign scale dz in the dtype and full width of ``like``; columns past the vocabulary get zero. One that was not kept
+    is like dz."""
+    if isinstance(scale, Tensor):
+        result = dz * (scale.unsqueeze(1) * sign)
+    else:
+        factor = scale * sign
+        result = dz if factor == 1.0 else -dz if factor == -1.0 else dz * factor
+    if like is NOT_KEPT:
+        return result
     if like.shape[1] != dz.shape[1]:
         result = torch.nn.functional.pad(result, (0, like.shape[1] - dz.shape[1]))
     return result.to(like.dtype)

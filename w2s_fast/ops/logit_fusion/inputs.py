@@ -79,7 +79,7 @@ def _plain(base: Any, experts: Any, anti: Any) -> Logits | None:
             return None
         if t.stride(1) != 1:
             return None
-    return Logits(base, experts, small, shape[1], torch.Size(shape[:1]))
+    return Logits(base, experts, small, shape[1], shape[:1])
 
 
 def logits(
@@ -135,6 +135,8 @@ def logits(
 
 def weights_of(op: str, weights: Any, count: int, given: Logits) -> tuple[Tensor | None, list[float]]:
     """Weights as a [B, K] tensor or as K floats, whichever the caller gave."""
+    if type(weights) is float:  # nearly every call
+        return None, [checks.number(op, "weights", weights)] * count
     if isinstance(weights, Tensor):
         checks.is_float_tensor(op, "weights", weights)
         checks.same_device(op, [("base", given.base), ("weights", weights)])
@@ -153,6 +155,8 @@ def weights_of(op: str, weights: Any, count: int, given: Logits) -> tuple[Tensor
 def temperature_of(op: str, temperature: Any, given: Logits, zero_allowed: bool = False) -> tuple[Tensor | None, float]:
     """Temperature as a [B] tensor or as a float. A tensor's values are looked at on a CPU only (a GPU would have to be
     waited for); elsewhere a negative one becomes NaN, which a row's results are then."""
+    if type(temperature) is float and checks.COLDEST <= temperature <= checks.HOTTEST:  # nearly every call
+        return None, temperature
     if isinstance(temperature, Tensor):
         checks.is_float_tensor(op, "temperature", temperature)
         checks.same_device(op, [("base", given.base), ("temperature", temperature)])
@@ -198,7 +202,7 @@ def fusion(
     given = logits(op, base, experts, anti, vocab_size, strict_vocab)
     rows, values = weights_of(op, weights, len(given.experts), given)
     heat, heat_value = temperature_of(op, temperature, given, zero_temperature)
-    kind, level = plausible_of(op, plausible)
+    kind, level = (0, 0.0) if plausible is None else plausible_of(op, plausible)
     base_weight = checks.number(op, "base_weight", base_weight)
     return Fusion(
         given.base,
