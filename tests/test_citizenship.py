@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from typing import ClassVar
 
 import pytest
 import torch
 from torch.func import grad, hessian, jacrev, vjp, vmap
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import w2s_fast
 from w2s_fast import autocast
+from w2s_fast.library import Op
 from w2s_fast.testing.citizenship import Use, gradients, handed_out_once, near, same, total, upstream
 from w2s_fast.testing.samples import Sample, all_samples, tensors
 from w2s_fast.testing.selection import sampled
@@ -163,6 +166,47 @@ def test_the_default_dtype_changes_nothing(sample: Sample):
             torch.set_default_dtype(torch.float32)
         same(found, outputs, f"output under {dtype}")
         same(gradients(loss, leaves) if sample.grad else [], wanted, f"gradient under {dtype}")
+
+
+@pytest.mark.parametrize("sample", some(SAMPLES, 15))
+def test_tensors_that_are_negated_later_or_are_zeros_without_memory(sample: Sample):
+    """A plain type on a CPU, but not what its memory holds."""
+    use = Use(sample)
+    outputs = use(*use.floats)
+    same(use(*(torch._neg_view(-t) for t in use.floats)), outputs, "output of views that are negated later")
+    for i, t in enumerate(use.floats):
+        zeros, unreal = (
+            [*use.floats[:i], z, *use.floats[i + 1 :]] for z in (t * 0, torch._efficientzerotensor(t.shape))
+        )
+        try:
+            wanted = use(*zeros)
+        except ValueError:
+            continue  # 0 is out of its range
+        near(use(*unreal), wanted, f"output with input {i} of zeros without memory")
+
+
+@pytest.mark.parametrize("sample", some(SAMPLES, 16))
+def test_a_mode_and_a_profiler_see_the_op(sample: Sample, monkeypatch: pytest.MonkeyPatch):
+    """Every call that a kernel serves; a short way past the dispatcher is not taken then."""
+    served, kernel = [], Op.kernel
+    monkeypatch.setattr(Op, "kernel", lambda self, flat: (served.append(self.name), kernel(self, flat))[1])
+
+    class Calls(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(str(func).removeprefix("w2s_fast.").removesuffix(".default"))
+            return func(*args, **(kwargs or {}))
+
+    use = Use(sample)
+    outputs = use(*use.floats)
+    served.clear()
+    with Calls() as calls:
+        same(use(*use.floats), outputs, "output under a mode")
+    assert [name for name in calls.seen if name in served] == served
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        use(*use.floats)
+    assert {f"w2s_fast::{name}" for name in served} <= {event.key for event in profile.key_averages()}
 
 
 def batched(use: Use, other: Use) -> list | None:

@@ -108,9 +108,9 @@ class Signature:
 
     def alone(self) -> Callable[..., bool]:
         """A function of the flat arguments: whether all tensors are plain ones on a CPU, nobody's subclasses or views
-        that still have to be negated, so that PyTorch's dispatcher can only find the CPU's kernel. RuntimeError where
-        one has no memory of its own, as `torch.func` wraps them."""
-        one = "(type({0}) in PLAIN and {0}.is_cpu and not {0}.is_neg() and {0}.data_ptr() is not None)"
+        that still have to be negated, nor zeros without memory, so that PyTorch's dispatcher can only find the CPU's
+        kernel. RuntimeError where one has no memory of its own, as `torch.func` wraps them."""
+        one = "(type({0}) in PLAIN and {0}.is_cpu and not {0}.is_neg() and {0}.data_ptr() != 0)"
         every = f"not [t for t in {{0}} if not {one.format('t')}]"
         return self._every(one, f"({{0}} is None or {one})", every, " and ")
 
