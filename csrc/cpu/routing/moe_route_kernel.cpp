@@ -76,6 +76,8 @@ inline A log_sum(const A* z, int n, A top, A sum) {
   return top;
 }
 
+constexpr int CHAINS = 4;  // counts of one vector that do not wait for each other
+
 // A number no key of which more than k - 1 of `columns` interleaved columns have a larger maximum
 template <class A>
 W2S_INLINE A bound(const A* key, int n, int columns, int k, A* maxima) {
@@ -90,14 +92,15 @@ W2S_INLINE A bound(const A* key, int n, int columns, int k, A* maxima) {
   const V one = V::set(1), places = V::set(A(k));
   for (int c = 0; c < columns; c += V::W) {
     const V m = V::load(maxima + c);
-    V larger = V::set(0);
-    for (int j = 0; j < columns; ++j) larger = V::select(V::gt(V::set(maxima[j]), m), larger + one, larger);
-    least = std::max(least, V::select(V::gt(places, larger), V::set(0) - m, V::set(-infinity<A>)).top());
+    V larger[CHAINS] = {V::set(0), V::set(0), V::set(0), V::set(0)};
+    for (int j = 0; j < columns; j += CHAINS)
+      for (int u = 0; u < CHAINS; ++u) larger[u] = V::select(V::gt(V::set(maxima[j + u]), m), larger[u] + one, larger[u]);
+    least = std::max(least, V::select(V::gt(places, (larger[0] + larger[1]) + (larger[2] + larger[3])), V::set(0) - m, V::set(-infinity<A>)).top());
   }
   return -least;
 }
 
-// rank[i]: how many of n values come before i: the larger ones, and the equal ones on its left
+// rank[i]: how many of n values come before i: the larger ones, and the equal ones on its left; n is a multiple of CHAINS
 template <class A>
 W2S_INLINE void places_of(const A* value, int n, A* rank) {
   using V = Vec<A>;
@@ -106,13 +109,14 @@ W2S_INLINE void places_of(const A* value, int n, A* rank) {
   const V lanes = V::load(lane), one = V::set(1);
   for (int i = 0; i < n; i += V::W) {
     const V v = V::load(value + i), at = lanes + V::set(A(i));
-    V before = V::set(0);
-    for (int j = 0; j < n; ++j) {
-      const V other = V::set(value[j]);
-      const auto first = V::gt(other, v) | (V::eq(other, v) & V::gt(at, V::set(A(j))));
-      before = V::select(first, before + one, before);
-    }
-    before.store(rank + i);
+    V before[CHAINS] = {V::set(0), V::set(0), V::set(0), V::set(0)};
+    for (int j = 0; j < n; j += CHAINS)
+      for (int u = 0; u < CHAINS; ++u) {
+        const V other = V::set(value[j + u]);
+        const auto first = V::gt(other, v) | (V::eq(other, v) & V::gt(at, V::set(A(j + u))));
+        before[u] = V::select(first, before[u] + one, before[u]);
+      }
+    ((before[0] + before[1]) + (before[2] + before[3])).store(rank + i);
   }
 }
 
@@ -129,9 +133,9 @@ W2S_INLINE void choose(const A* key, int n, int k, bool sorted, Room<A>& room) {
     count = 0;
     for (int i = 0; i < padded(n); i += V::W) {
       const V x = V::load(key + i);
-      const auto high = V::ge(x, least);
-      if (high.any()) count += V::compress(room.values + count, room.found + count, x, i, high);
+      count += V::compress(room.values + count, room.found + count, x, i, V::ge(x, least));
     }
+    for (int i = 0; i < CHAINS; ++i) room.values[count + i] = -infinity<A>;
     value = room.values, number = room.found;
     sorted = count > 4 * columns;
   }
@@ -144,8 +148,9 @@ W2S_INLINE void choose(const A* key, int n, int k, bool sorted, Room<A>& room) {
     });
     return;
   }
-  places_of(value, count, room.rank);
-  for (int i = 0; i < count; ++i) room.order[int(room.rank[i])] = number ? number[i] : i;
+  const int whole = int(round_up(count, CHAINS));  // lengths that vary less are predicted better; padding comes last
+  places_of(value, whole, room.rank);
+  for (int i = 0; i < whole; ++i) room.order[int(room.rank[i])] = number ? number[i] : i;
 }
 
 // weights of the chosen: what stands there, divided by its sum (and `more`) if `share`
