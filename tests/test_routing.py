@@ -89,13 +89,18 @@ CONFIG = {"hidden_size": 12, "num_experts_per_tok": 3, "num_experts": 10, "num_l
           "norm_topk_prob": False}  # fmt: skip
 
 
+PACKAGES = {
+    "MixtralTopKRouter": "mixtral", "MiniMaxTopKRouter": "minimax", "JambaTopKRouter": "jamba",
+    "Qwen2MoeTopKRouter": "qwen2_moe", "Qwen3MoeTopKRouter": "qwen3_moe", "Qwen3NextTopKRouter": "qwen3_next",
+    "Qwen3VLMoeTextTopKRouter": "qwen3_vl_moe", "Qwen3_5MoeTopKRouter": "qwen3_5_moe", "OlmoeTopKRouter": "olmoe",
+    "FlexOlmoTopKRouter": "flex_olmo", "GraniteMoeTopKRouter": "granitemoe",
+    "GraniteMoeSharedTopKRouter": "granitemoeshared", "GraniteMoeHybridTopKRouter": "granitemoehybrid",
+}  # fmt: skip
+
+
 def router(name):
     """A router of that class with random weights, from a config that has what such classes ask for."""
-    package = {"MixtralTopKRouter": "mixtral", "MiniMaxTopKRouter": "minimax", "JambaTopKRouter": "jamba",
-               "Qwen2MoeTopKRouter": "qwen2_moe", "Qwen3MoeTopKRouter": "qwen3_moe", "Qwen3NextTopKRouter": "qwen3_next",
-               "Qwen3VLMoeTextTopKRouter": "qwen3_vl_moe", "Qwen3_5MoeTopKRouter": "qwen3_5_moe",
-               "OlmoeTopKRouter": "olmoe", "FlexOlmoTopKRouter": "flex_olmo", "GraniteMoeTopKRouter": "granitemoe",
-               "GraniteMoeSharedTopKRouter": "granitemoeshared", "GraniteMoeHybridTopKRouter": "granitemoehybrid"}[name]  # fmt: skip
+    package = PACKAGES[name]
     module = __import__(f"transformers.models.{package}.modeling_{package}", fromlist=[name])
     torch.manual_seed(0)
     made = getattr(module, name)(transformers.PretrainedConfig(**CONFIG))
@@ -111,7 +116,7 @@ def test_every_router_is_what_it_was(name, dtype):
     hidden = torch.randn(9, 12).to(dtype)
     results = []
     with use_moe_route(ours) as used:
-        assert used.count == 1
+        assert used.served == [ours]
         for module in (own, ours):
             leaf = hidden.clone().requires_grad_()
             found = module(leaf)
@@ -124,13 +129,43 @@ def test_every_router_is_what_it_was(name, dtype):
     assert "forward" not in vars(ours)
 
 
+def test_a_served_router_compiles_and_leaves_its_sums():
+    served, hidden = router("Qwen3MoeTopKRouter"), torch.randn(6, 12)
+    used = use_moe_route(served)
+    used.sums.kept, used.sums.mask = True, torch.arange(6) > 1
+    own = served(hidden)
+    load = used.sums.taken(served)
+    found = torch.compile(served, fullgraph=True, backend="aot_eager")(hidden)
+    for a, b in zip((*found, *used.sums.taken(served)), (*own, *load), strict=True):
+        assert torch.equal(a, b)
+    assert load.tokens == 4 and used.sums.taken(served) is None
+    used.sums.mask = torch.ones(5, dtype=torch.bool)  # of other tokens
+    assert served(hidden)[2].shape == (6, 3) and used.sums.taken(served).tokens == 6
+
+
 def test_a_copy_of_a_served_router_is_its_own():
     served, hidden = torch.nn.Sequential(router("MixtralTopKRouter")), torch.randn(4, 12)
     use_moe_route(served)
-    assert use_moe_route(served).count == 0  # it is served already
+    assert use_moe_route(served).served == []  # it is served already
     for copied in (copy.deepcopy(served), pickle.loads(pickle.dumps(served))):
         with torch.no_grad():
             copied[0].weight.mul_(-1)
         assert torch.equal(copied(hidden)[0], -served(hidden)[0])
     with pytest.raises(TypeError, match=r"use_moe_route: model must be a torch\.nn\.Module, got int"):
         use_moe_route(3)
+
+
+def test_apply_patches_the_routers_for_training():
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8, output_router_logits=True,
+    )  # fmt: skip
+    model, ids = transformers.Qwen3MoeForCausalLM(config).train(), torch.arange(18).view(2, 9)
+    losses = [model(input_ids=ids, labels=ids).loss]
+    with w2s_fast.apply(model, show=False) as applied:
+        assert "Qwen3MoeTopKRouter (router)" in str(applied)
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        assert routers.is_served(model.model.layers[0].mlp.gate)
+    torch.testing.assert_close(*losses)
+    assert not any(routers.is_served(module) for module in model.modules())
