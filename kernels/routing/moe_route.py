@@ -13,8 +13,8 @@ import triton.language as tl
 
 from ..common import NO_INDEX, AotCase, Meta, cdiv, dtype, exp, launch, next_power, ordered_key, refuse_double
 
-#: Elements of a program at a time, tokens of a program.
-ELEMENTS, RANGE = 2048, 64
+#: Elements of a program at a time (of the gradient, which keeps more of each), tokens of a program.
+ELEMENTS, BACKWARD_ELEMENTS, RANGE = 2048, 1024, 64
 MOST_EXPERTS, MOST_CHOSEN = 1024, 32
 LOWEST = tl.constexpr(-(2**31))
 TINY = tl.constexpr(1e-20)
@@ -159,9 +159,9 @@ def _backward_kernel(
     tl.store(o_dlogits + rows[:, None] * E + index, dz.to(o_dlogits.dtype.element_ty), mask=here)
 
 
-def _blocks(experts: int, k: int) -> dict[str, int]:
+def _blocks(experts: int, k: int, elements: int) -> dict[str, int]:
     block = next_power(experts)
-    return {"K": k, "KP": next_power(k), "ROWS": min(max(ELEMENTS // block, 1), RANGE), "BLOCK": block}
+    return {"K": k, "KP": next_power(k), "ROWS": min(max(elements // block, 1), RANGE), "BLOCK": block}
 
 
 def _too_many(logits: Any, k: int) -> str | None:
@@ -194,7 +194,7 @@ def forward(logits: Any, bias: Any, mask: Any, k: int, score: str, renormalize: 
     launch(
         _forward_kernel, programs, logits, logits, logits.stride(0), bias, mask, weights, indices, lse, psum, counts,
         tokens, experts, SIGMOID=score == "sigmoid", CHOSEN=score == "topk" or (score == "softmax" and renormalize),
-        SHARE=score == "sigmoid" and renormalize, RANGE=RANGE, **_blocks(experts, k),
+        SHARE=score == "sigmoid" and renormalize, RANGE=RANGE, **_blocks(experts, k, ELEMENTS),
     )  # fmt: skip
     return weights, indices, lse, psum, counts
 
@@ -215,7 +215,7 @@ def launch_moe_route_backward(
 ) -> Any:  # fmt: skip
     """Arguments of `moe_route_backward` -> dlogits."""
     tokens, experts = logits.shape
-    dlogits, blocks = logits.new_empty(logits.shape), _blocks(experts, weights.shape[1])
+    dlogits, blocks = logits.new_empty(logits.shape), _blocks(experts, weights.shape[1], BACKWARD_ELEMENTS)
     launch(
         _backward_kernel, cdiv(tokens, blocks["ROWS"]), logits, grad_weights, grad_lse, grad_psum, logits,
         logits.stride(0), mask, weights, indices, dlogits, tokens, experts, SIGMOID=score == "sigmoid",

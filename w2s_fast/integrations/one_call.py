@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -70,7 +71,8 @@ def apply(model: nn.Module, purpose: Purpose = "train", *, example: Tensor | Non
     compressed attention, fusion with experts) is left and named with the call that does it.
 
     - ``"train"``: the loss of a causal language model comes from hidden states
-      (`integrations.transformers.use_fused_loss`); the ``[B, S, V]`` logits are not formed.
+      (`integrations.transformers.use_fused_loss`); the ``[B, S, V]`` logits are not formed. Routers of a mixture of
+      experts choose by `moe_route` (`integrations.transformers.use_moe_route`).
     - ``"decode"``: one model by itself has nothing to fuse; the table names the calls that take expert models.
     - ``"certify"``: `nn.bound` of the model, whose bounds and certificates run on our kernels. The model itself is not
       changed.
@@ -109,12 +111,18 @@ def apply(model: nn.Module, purpose: Purpose = "train", *, example: Tensor | Non
 def _language(model: nn.Module, purpose: str) -> Applied:
     """For training and decoding: the head, then all other parts by their classes."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    rows, undo = [], _nothing
+    rows: list[Row] = []
+    undo = _nothing
     if head is None:
         rows.append(Row("head", 0, False, "no output head of a transformers language model"))
     elif purpose == "train":
-        row, undo = _loss(model, type(head).__name__)
-        rows.append(row)
+        row, undo_loss = _loss(model, type(head).__name__)
+        found, undo_routers = _routers(model)
+        rows += [row, *found]
+
+        def undo() -> None:
+            undo_loss(), undo_routers()
+
     else:
         calls = "integrations.transformers.generate, FusionLogitsProcessor"
         rows.append(
@@ -133,14 +141,31 @@ def _loss(model: nn.Module, head: str) -> tuple[Row, Callable[[], None]]:
     return Row(f"{head} (loss)", 1, True, "cross-entropy from hidden states, no logits (use_fused_loss)"), handle.remove
 
 
+def _routers(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
+    from .transformers.routers import use_moe_route
+
+    used = use_moe_route(model)
+    kinds = Counter(type(router).__name__ for router in used.served)
+    note = "scores, choice and weights in one kernel (use_moe_route)"
+    return [Row(f"{name} (router)", count, True, note) for name, count in sorted(kinds.items())], used.remove
+
+
 def _parts(model: nn.Module, head: nn.Module | None) -> Iterator[Row]:
     """The classes of modules that compute something by themselves, except for the head."""
     counts: dict[type, int] = {}
     for module in model.modules():
-        if module is not head and (_reason(type(module)) or not any(True for _ in module.children())):
+        if module is head or _routed(module):
+            continue
+        if _reason(type(module)) or not any(True for _ in module.children()):
             counts[type(module)] = counts.get(type(module), 0) + 1
     for kind, count in sorted(counts.items(), key=lambda item: item[0].__name__):
         yield Row(kind.__name__, count, False, _reason(kind) or "computed as before: no kernel of ours")
+
+
+def _routed(module: nn.Module) -> bool:
+    """Whether it is a router that `_routers` has patched."""
+    used = sys.modules.get(f"{__package__}.transformers.routers")
+    return used is not None and bool(used.is_served(module))
 
 
 def _reason(kind: type) -> str:

@@ -12,13 +12,18 @@
 constexpr int64_t RANGE = 64;   // rows of a range
 constexpr double TINY = 1e-20;  // reference/routing/moe_route.py
 
-// Arrays of one thread, each of padded(E) and a vector more.
+constexpr int AT_ONCE = 4;      // rows between packing keys and reading them back, which has to wait for the stores
+
+// One row under way: arrays, each of padded(E) and a vector more, and what the second part takes from the first.
 template <class A>
 struct Room {
   std::vector<A> memory;
   std::vector<int32_t> numbers;
   A *z, *e, *key, *values, *rank;
   int32_t *found, *order;
+  const A *row, *by;  // z, and the keys
+  A inverse;          // 1 / sum e
+  int count;          // of packed keys; 0: the keys are few, -1: they are to be sorted
   explicit Room(int64_t E) {
     const size_t width = size_t(padded(int(E)) + PAD);
     memory.resize(5 * width), numbers.resize(2 * width);
@@ -41,14 +46,19 @@ template <class A>
 W2S_INLINE A exponentials(const A* z, int n, A top, A* e) {
   using V = Vec<A>;
   const V line = V::set(top);
-  V sum[2] = {V::set(0), V::set(0)};
-  for (int i = 0; i < padded(n); i += PAD)
-    for (int j = 0; j < PAD; j += V::W) {
-      const V x = vexp(V::load(z + i + j) - line);
-      x.store(e + i + j);
-      sum[i / PAD % 2] = sum[i / PAD % 2] + x;
-    }
-  return (sum[0] + sum[1]).sum();
+  V even = V::set(0), odd = even;
+  const auto next = [&](int i) {
+    const V x = vexp(V::load(z + i) - line);
+    x.store(e + i);
+    return x;
+  };
+  int i = 0;
+  for (; i + 2 * V::W <= padded(n); i += 2 * V::W) {
+    even = even + next(i);
+    odd = odd + next(i + V::W);
+  }
+  for (; i < padded(n); i += V::W) even = even + next(i);
+  return (even + odd).sum();
 }
 
 // s = sigmoid(z) and, where it is wanted, its slope s (1 - s); returns sum s. Padding has 0.
@@ -76,6 +86,8 @@ inline A log_sum(const A* z, int n, A top, A sum) {
   return top;
 }
 
+constexpr int CHAINS = 4;  // counts of one vector that do not wait for each other
+
 // A number no key of which more than k - 1 of `columns` interleaved columns have a larger maximum
 template <class A>
 W2S_INLINE A bound(const A* key, int n, int columns, int k, A* maxima) {
@@ -90,14 +102,15 @@ W2S_INLINE A bound(const A* key, int n, int columns, int k, A* maxima) {
   const V one = V::set(1), places = V::set(A(k));
   for (int c = 0; c < columns; c += V::W) {
     const V m = V::load(maxima + c);
-    V larger = V::set(0);
-    for (int j = 0; j < columns; ++j) larger = V::select(V::gt(V::set(maxima[j]), m), larger + one, larger);
-    least = std::max(least, V::select(V::gt(places, larger), V::set(0) - m, V::set(-infinity<A>)).top());
+    V larger[CHAINS] = {V::set(0), V::set(0), V::set(0), V::set(0)};
+    for (int j = 0; j < columns; j += CHAINS)
+      for (int u = 0; u < CHAINS; ++u) larger[u] = V::select(V::gt(V::set(maxima[j + u]), m), larger[u] + one, larger[u]);
+    least = std::max(least, V::select(V::gt(places, (larger[0] + larger[1]) + (larger[2] + larger[3])), V::set(0) - m, V::set(-infinity<A>)).top());
   }
   return -least;
 }
 
-// rank[i]: how many of n values come before i: the larger ones, and the equal ones on its left
+// rank[i]: how many of n values come before i: the larger ones, and the equal ones on its left; n is a multiple of CHAINS
 template <class A>
 W2S_INLINE void places_of(const A* value, int n, A* rank) {
   using V = Vec<A>;
@@ -106,36 +119,39 @@ W2S_INLINE void places_of(const A* value, int n, A* rank) {
   const V lanes = V::load(lane), one = V::set(1);
   for (int i = 0; i < n; i += V::W) {
     const V v = V::load(value + i), at = lanes + V::set(A(i));
-    V before = V::set(0);
-    for (int j = 0; j < n; ++j) {
-      const V other = V::set(value[j]);
-      const auto first = V::gt(other, v) | (V::eq(other, v) & V::gt(at, V::set(A(j))));
-      before = V::select(first, before + one, before);
-    }
-    before.store(rank + i);
+    V before[CHAINS] = {V::set(0), V::set(0), V::set(0), V::set(0)};
+    for (int j = 0; j < n; j += CHAINS)
+      for (int u = 0; u < CHAINS; ++u) {
+        const V other = V::set(value[j + u]);
+        const auto first = V::gt(other, v) | (V::eq(other, v) & V::gt(at, V::set(A(j + u))));
+        before[u] = V::select(first, before[u] + one, before[u]);
+      }
+    ((before[0] + before[1]) + (before[2] + before[3])).store(rank + i);
   }
 }
 
-// order[0, k): the numbers of the k largest of n keys, padded with -infinity
+// packs the few of n keys, padded with -infinity, that may be among the k largest
 template <class A>
-W2S_INLINE void choose(const A* key, int n, int k, bool sorted, Room<A>& room) {
+W2S_INLINE void pack(int n, int k, Room<A>& room) {
   using V = Vec<A>;
   const int columns = padded(k);
-  const A* value = key;
-  const int32_t* number = nullptr;
-  int count = n;
-  if (!sorted && n > columns) {
-    const V least = V::set(bound(key, n, columns, k, room.rank));
-    count = 0;
-    for (int i = 0; i < padded(n); i += V::W) {
-      const V x = V::load(key + i);
-      const auto high = V::ge(x, least);
-      if (high.any()) count += V::compress(room.values + count, room.found + count, x, i, high);
-    }
-    value = room.values, number = room.found;
-    sorted = count > 4 * columns;
+  room.count = 0;
+  if (n <= columns) return;
+  const V least = V::set(bound(room.by, n, columns, k, room.rank));
+  int count = 0;
+  for (int i = 0; i < padded(n); i += V::W) {
+    const V x = V::load(room.by + i);
+    count += V::compress(room.values + count, room.found + count, x, i, V::ge(x, least));
   }
-  if (sorted) {
+  for (int i = 0; i < CHAINS; ++i) room.values[count + i] = -infinity<A>;
+  room.count = count <= 4 * columns ? count : -1;
+}
+
+// order[0, k): the numbers of the k largest of n keys
+template <class A>
+W2S_INLINE void choose(int n, int k, Room<A>& room) {
+  if (room.count < 0) {
+    const A* key = room.by;
     std::iota(room.order, room.order + n, 0);
     std::partial_sort(room.order, room.order + k, room.order + n, [key](int32_t a, int32_t b) {
       const bool na = key[a] != key[a], nb = key[b] != key[b];
@@ -144,8 +160,10 @@ W2S_INLINE void choose(const A* key, int n, int k, bool sorted, Room<A>& room) {
     });
     return;
   }
-  places_of(value, count, room.rank);
-  for (int i = 0; i < count; ++i) room.order[int(room.rank[i])] = number ? number[i] : i;
+  // lengths that vary less are predicted better; padding comes last
+  const int whole = int(round_up(room.count ? room.count : n, CHAINS));
+  places_of(room.count ? room.values : room.by, whole, room.rank);
+  for (int i = 0; i < whole; ++i) room.order[int(room.rank[i])] = room.count ? room.found[i] : i;
 }
 
 // weights of the chosen: what stands there, divided by its sum (and `more`) if `share`
@@ -157,35 +175,44 @@ W2S_INLINE void take(const A* from, const int32_t* order, int k, bool share, A m
   for (int j = 0; j < k; ++j) weights[j] *= scale;
 }
 
-// One row. psum: of this range, padded; null where the row is masked. bias is padded with -infinity.
+// Of one row lse, its part of psum, and the keys of the choice. psum: of this range, padded; null where the row is masked.
+// bias is padded with -infinity.
 template <class A>
-W2S_INLINE void route_row(const MoeRoute<A>& s, int64_t row, const A* bias, bool odd_bias, A* psum, Room<A>& room) {
+W2S_INLINE void read_row(const MoeRoute<A>& s, int64_t row, const A* bias, bool odd_bias, A* psum, Room<A>& room) {
   using V = Vec<A>;
-  const int E = int(s.E), k = int(s.k);
+  const int E = int(s.E);
   const A* z = padded_row(s.logits, row, E, room.z);
-  const bool sigmoid = s.score == Score::sigmoid, whole = !sigmoid && (s.score == Score::topk || s.renormalize);
+  const bool sigmoid = s.score == Score::sigmoid;
   const A top = tile_max(z, E), mass = exponentials(z, E, top, room.e);
   s.lse[row] = psum ? log_sum(z, E, top, mass) : A(0);
   const A sum = sigmoid ? sigmoids(z, E, room.e, static_cast<A*>(nullptr)) : mass;
-  const A inverse = A(1) / (sigmoid ? sum + A(TINY) : sum);
-  const V factor = V::set(inverse);
+  room.inverse = A(1) / (sigmoid ? sum + A(TINY) : sum);
+  const V factor = V::set(room.inverse);
   if (psum)
     for (int i = 0; i < padded(E); i += V::W) V::fma(V::load(room.e + i), factor, V::load(psum + i)).store(psum + i);
-  const A* key = z;
+  room.row = room.by = z;
   if (bias) {
     const V scale = sigmoid ? V::set(1) : factor;
     for (int i = 0; i < padded(E); i += V::W) V::fma(V::load(room.e + i), scale, V::load(bias + i)).store(room.key + i);
-    key = room.key;
+    room.by = room.key;
   }
-  choose(key, E, k, sum != sum || odd_bias, room);
+  if (sum != sum || odd_bias) room.count = -1;
+  else pack(E, int(s.k), room);
+}
+
+template <class A>
+W2S_INLINE void write_row(const MoeRoute<A>& s, int64_t row, bool biased, Room<A>& room) {
+  const int k = int(s.k);
+  const bool sigmoid = s.score == Score::sigmoid, whole = !sigmoid && (s.score == Score::topk || s.renormalize);
+  choose(int(s.E), k, room);
   A* weights = s.weights + row * k;
-  if (whole && bias) {  // the largest chosen need not be the largest of all, whose exponentials may vanish beside it
-    take(z, room.order, k, false, A(0), A(1), weights);
+  if (whole && biased) {  // the largest chosen need not be the largest of all, whose exponentials may vanish beside it
+    take(room.row, room.order, k, false, A(0), A(1), weights);
     std::fill(std::copy(weights, weights + k, room.values), room.values + padded(k), -infinity<A>);
     const A part = exponentials(room.values, k, tile_max(room.values, k), room.values);
     for (int j = 0; j < k; ++j) weights[j] = room.values[j] / part;
   } else {
-    take(room.e, room.order, k, whole || s.renormalize, sigmoid ? A(TINY) : A(0), sigmoid ? A(1) : inverse, weights);
+    take(room.e, room.order, k, whole || s.renormalize, sigmoid ? A(TINY) : A(0), sigmoid ? A(1) : room.inverse, weights);
   }
   std::copy(room.order, room.order + k, s.indices + row * k);
 }
@@ -204,10 +231,15 @@ inline void moe_route_forward(const MoeRoute<A>& s) {
     odd_bias = std::any_of(bias.begin(), bias.begin() + s.E, [](A b) { return !(b > -infinity<A> && b < infinity<A>); });
   }
   parallel_ranges(ranges, grain_of(RANGE * s.E), [&](int64_t begin, int64_t end) {
-    Room<A> room(s.E);
-    for (int64_t range = begin; range < end; ++range)
-      for (int64_t row = range * RANGE; row < std::min(s.T, (range + 1) * RANGE); ++row)
-        route_row(s, row, s.bias ? bias.data() : nullptr, odd_bias, !s.mask || s.mask[row] ? partial.data() + range * width : nullptr, room);
+    std::vector<Room<A>> rooms;
+    for (int u = 0; u < AT_ONCE; ++u) rooms.emplace_back(s.E);
+    for (int64_t first = begin * RANGE; first < std::min(s.T, end * RANGE); first += AT_ONCE) {
+      const int64_t last = std::min(s.T, first + AT_ONCE);  // RANGE is a multiple of it
+      A* psum = partial.data() + first / RANGE * width;
+      for (int64_t row = first; row < last; ++row)
+        read_row(s, row, s.bias ? bias.data() : nullptr, odd_bias, !s.mask || s.mask[row] ? psum : nullptr, rooms[size_t(row - first)]);
+      for (int64_t row = first; row < last; ++row) write_row(s, row, bool(s.bias), rooms[size_t(row - first)]);
+    }
   });
   for (int64_t i = 0; i < s.E; ++i) {
     double sum = 0;

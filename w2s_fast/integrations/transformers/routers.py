@@ -64,7 +64,7 @@ class Sums:
 # pickle looks a method up by its name: of an unpickled router this is its class's own
 def forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A router's forward: logits, weights and experts."""
-    rule, sums = RULES[type(self).__name__], self.__dict__[_SUMS]
+    rule, sums = RULES[type(self).__name__], getattr(self, _SUMS)
     hidden = hidden_states.reshape(-1, self.weight.shape[1])
     logits = linear(hidden, self.weight)
     logits = logits.float() if rule.wide else logits
@@ -72,30 +72,35 @@ def forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mask = sums.of(len(logits))
     found = moe_route(logits, self.top_k, score=rule.score, renormalize=renormalize, mask=mask)
     if sums.kept:
-        self.__dict__[_LOAD] = found.load
+        setattr(self, _LOAD, found.load)
     return logits, found.weights.to(hidden.dtype) if rule.cast else found.weights, found.indices
+
+
+def is_served(module: nn.Module) -> bool:
+    """Whether `use_moe_route` has its forward."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) is forward
 
 
 class UseMoeRoute:
     """What `use_moe_route` returns: `remove`, or leaving its ``with`` block, gives the routers their own forward back.
 
     Attributes:
-        count: how many routers it serves.
+        served: the routers.
         sums: what they share.
     """
 
     def __init__(self, served: list[nn.Module]) -> None:
-        self._served, self.count, self.sums = served, len(served), Sums()
+        self.served, self.sums = served, Sums()
         for router in served:
             router.__dict__[_SUMS] = self.sums
             router.forward = MethodType(forward, router)  # deepcopy gives the copy's to the copy
 
     def remove(self) -> None:
         """Undo; a second time is no error."""
-        for router in self._served:
+        for router in self.served:
             for name in ("forward", _SUMS, _LOAD):
                 router.__dict__.pop(name, None)
-        self._served = []
+        self.served = []
 
     def __enter__(self) -> UseMoeRoute:
         return self
@@ -124,9 +129,9 @@ def use_moe_route(model: nn.Module) -> UseMoeRoute:
         >>> import torch, transformers, w2s_fast
         >>> config = transformers.MixtralConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         ...     num_attention_heads=1, num_key_value_heads=1, num_local_experts=4)
-        >>> w2s_fast.integrations.transformers.use_moe_route(transformers.MixtralForCausalLM(config)).count
-        1
+        >>> w2s_fast.integrations.transformers.use_moe_route(transformers.MixtralForCausalLM(config)).served
+        [MixtralTopKRouter()]
     """
     if not isinstance(model, nn.Module):
         checks.fail(OP, "model", "a torch.nn.Module", type(model).__name__, error=TypeError)
-    return UseMoeRoute([m for m in routers(model) if type(m).__name__ in RULES and "forward" not in vars(m)])
+    return UseMoeRoute([m for m in routers(model) if type(m).__name__ in RULES and not is_served(m)])
