@@ -129,20 +129,6 @@ def graph(n: int = 300) -> SimpleNamespace:
                            test_mask=part == 2, plain=plain)  # fmt: skip
 
 
-def test_dispersion():
-    logits = torch.randn(6, 5, dtype=torch.float64)
-    p = logits.softmax(1)
-    want = torch.stack((p.var(1, correction=0) / (1 / 5 - 1 / 25), 1 + (p * p.log()).sum(1) / math.log(5)), 1)
-    torch.testing.assert_close(mowst.dispersion(logits), want)
-    ends = mowst.dispersion(torch.tensor([[3.0, 3, 3], [200, 0, 0]]))
-    torch.testing.assert_close(ends, torch.tensor([[0.0, 0], [1, 1]]), rtol=0, atol=1e-6)
-    masked = mowst.dispersion(torch.tensor([[0.0, -torch.inf]]))
-    torch.testing.assert_close(masked, torch.ones(1, 2))
-    assert torch.autograd.gradcheck(mowst.dispersion, logits.requires_grad_())
-    with pytest.raises(ValueError, match=r"logits must be \[n, C\] of at least two classes, got \[6, 1\]"):
-        mowst.dispersion(logits[:, :1])
-
-
 def test_mowst_losses_and_answers():
     torch.manual_seed(0)
     data, model = graph(60), mowst.Mowst(nn.Linear(3, 3), Averaged(3, 3)).double()
