@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 from w2s_fast.methods._common.loop import Recipe
@@ -19,8 +22,8 @@ from w2s_fast.methods.graphs import mowst
 from w2s_fast.methods.hypernetworks import mip
 from w2s_fast.methods.meta import gpicl
 from w2s_fast.methods.state_spaces import s4
+from w2s_fast.nn import hyper_linear, mip_encode
 from w2s_fast.nn import mip as parametrized
-from w2s_fast.nn import mip_encode
 from w2s_fast.testing.processes import in_two
 
 
@@ -44,6 +47,41 @@ def test_the_encoding_has_one_norm():
     gamma = torch.rand(50, 3, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(mip_encode(gamma).norm(dim=1), torch.full((50,), math.sqrt(3), dtype=torch.float64))
     assert torch.autograd.gradcheck(mip_encode, gamma[:2])
+
+
+@pytest.mark.parametrize("rows", [None, 1, 4])
+def test_weights_of_a_sample_are_never_whole(rows, monkeypatch):
+    torch.manual_seed(0)
+    module = importlib.import_module("w2s_fast.nn.hyper_linear")
+    monkeypatch.setattr(module, "WEIGHTS", 2 * 6 * 5)  # two samples of 6 x 5 weights at a time
+    b, j, o, i = 50, 4, 6, 5
+    shape = (b, i) if rows is None else (b, rows, i)
+    x, h, weight, theta0, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True)
+                                  for s in (shape, (b, j), (o * i, j), (o, i), (o,)))  # fmt: skip
+    want = torch.einsum("boi,b...i->b...o", theta0 + (h @ weight.t()).unflatten(1, (o, i)), x) + bias
+    with Made() as made:
+        found = hyper_linear(x, h, weight, theta0, bias)
+        found.sum().backward()
+    torch.testing.assert_close(found, want)
+    assert max(made.sizes) < b * o * i  # the weights of all samples; x times h are b * i * j
+    assert torch.autograd.gradcheck(hyper_linear, (x[:3], h[:3], weight, theta0, bias))
+    for name, given in (("x", (x[..., :1], h, weight, theta0)), ("h", (x, h[:4], weight, theta0)),
+                        ("weight", (x, h, weight[1:], theta0)), ("theta0", (x, h, weight, bias))):  # fmt: skip
+        with pytest.raises(ValueError, match=f"w2s_fast.nn.hyper_linear: {name} must be of shape"):
+            hyper_linear(*given)
+
+
+class Made(TorchDispatchMode):
+    """Numbers of elements of all tensors that are made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.sizes += [t.numel() for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
+        return found
 
 
 def test_gradients_do_not_go_with_gamma():
@@ -127,20 +165,6 @@ def graph(n: int = 300) -> SimpleNamespace:
     part = torch.arange(n) // 2 % 3
     return SimpleNamespace(x=x, y=y, edge_index=adjacency, train_mask=part == 0, val_mask=part == 1,
                            test_mask=part == 2, plain=plain)  # fmt: skip
-
-
-def test_dispersion():
-    logits = torch.randn(6, 5, dtype=torch.float64)
-    p = logits.softmax(1)
-    want = torch.stack((p.var(1, correction=0) / (1 / 5 - 1 / 25), 1 + (p * p.log()).sum(1) / math.log(5)), 1)
-    torch.testing.assert_close(mowst.dispersion(logits), want)
-    ends = mowst.dispersion(torch.tensor([[3.0, 3, 3], [200, 0, 0]]))
-    torch.testing.assert_close(ends, torch.tensor([[0.0, 0], [1, 1]]), rtol=0, atol=1e-6)
-    masked = mowst.dispersion(torch.tensor([[0.0, -torch.inf]]))
-    torch.testing.assert_close(masked, torch.ones(1, 2))
-    assert torch.autograd.gradcheck(mowst.dispersion, logits.requires_grad_())
-    with pytest.raises(ValueError, match=r"logits must be \[n, C\] of at least two classes, got \[6, 1\]"):
-        mowst.dispersion(logits[:, :1])
 
 
 def test_mowst_losses_and_answers():

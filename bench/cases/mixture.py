@@ -1,4 +1,13 @@
-"""`dispersion` and `gated_mixed_ce` against the steps of the released code, plain PyTorch and torch.compile of it."""
+"""`dispersion` and `gated_mixed_ce` against the steps of the released code, plain PyTorch and torch.compile of it.
+
+Both are bound by arithmetic, not by memory, on a CPU whose vectors of 512 bits go in halves (Zen 4, family 25 model
+17): the 17 instructions of an exp with its three sums take 56 % of the dispersion's time, an instruction a cycle, and
+turning squares of 16 rows (64 shuffles) most of the rest. torch.compile's exp is as wide: 2.5 and 2.0 times its speed
+were measured, and 3.5 is out of reach without a cheaper exp. At 90,941 x 40 the tensors of eager's cross-entropies
+stay in an L3 of 32 MiB, hence 2.0 times its speed there and 6.9 times at 196,615 x 47. Measured on the way: gradients
+in a call of their own, which reads again (1.8 times the time), a scalar log a row (1.5 times at two classes), no
+prefetch of the next rows (1.5 times past L3).
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ from .rows import largest, load, place, program_rows, tile_of
 @triton.jit
 def _moments(x, stride, top, row, live, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """S, Q / S and X / S of each row."""
-    total, square, product = (tl.zeros((ROWS,), tl.float32) for _ in range(3))
+    total = tl.zeros((ROWS,), tl.float32)
+    square, product = total, total
     for start in range(0, classes, BLOCK):
         cols, inside = place(row, live, start, classes, BLOCK)
         d = load(x, stride, row, cols, inside) - top[:, None]

@@ -55,9 +55,11 @@ def _store_gradient(
         off = tl.where(cols[None, :] == y[:, None], p - 1.0, p)
         at = row[:, None] * classes + cols[None, :]
         if o_a is not None:
-            tl.store(o_a + at, tl.where(keep[:, None], scale_a[:, None] * off, 0.0).to(o_a.dtype.element_ty), mask=inside)
+            da = tl.where(keep[:, None], scale_a[:, None] * off, 0.0)
+            tl.store(o_a + at, da.to(o_a.dtype.element_ty), mask=inside)
         if o_b is not None:
-            tl.store(o_b + at, tl.where(keep[:, None], scale_b[:, None] * off, 0.0).to(o_b.dtype.element_ty), mask=inside)
+            db = tl.where(keep[:, None], scale_b[:, None] * off, 0.0)
+            tl.store(o_b + at, db.to(o_b.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -70,8 +72,8 @@ def _losses_kernel(
     factor = tl.load(i_factor).to(tl.float32)
     first, top, total = _statistics(a, None, stride_a, 0, None, row, live, y, keep, classes, ROWS, BLOCK)
     if o_a is not None:
-        _store_gradient(a, None, stride_a, 0, None, top, total, factor * g, None, row, live, y, keep, classes, o_a, None,
-                        ROWS, BLOCK)  # fmt: skip
+        _store_gradient(a, None, stride_a, 0, None, top, total, factor * g, None, row, live, y, keep, classes, o_a,
+                        None, ROWS, BLOCK)  # fmt: skip
     second, top, total = _statistics(b, None, stride_b, 0, None, row, live, y, keep, classes, ROWS, BLOCK)
     if o_b is not None:
         _store_gradient(b, None, stride_b, 0, None, top, total, None, factor * (1.0 - g), row, live, y, keep, classes,

@@ -7,13 +7,13 @@ import triton.language as tl
 
 from ..common import exp, next_power
 
-#: Logits of a program at a time.
-ELEMENTS = 2048
+#: Logits of a program at a time; with twice as many, float32 and its addresses do not fit into registers.
+ELEMENTS = 512
 
 
 def tile_of(classes: int) -> dict[str, int]:
     """Rows and columns; a function of the number of classes alone."""
-    block = min(next_power(classes), 1024)
+    block = min(next_power(classes), ELEMENTS)
     return {"ROWS": min(ELEMENTS // block, 256), "BLOCK": block}
 
 

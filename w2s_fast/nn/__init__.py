@@ -1,6 +1,7 @@
 """Drop-in torch.nn modules over the ops."""
 
 from .contrastive import ClipLoss, SigLipLoss, gather_columns
+from .hyper_linear import hyper_linear
 from .hypernet import MIP, mip, mip_encode
 from .interval import Ball, Choices, IntervalModule, IntervalPass, bound, layer_table, verify
 from .kv_compressed_attention import KVCompressedAttention
@@ -30,6 +31,7 @@ __all__ = [
     "SparseLowRankLinear",
     "bound",
     "gather_columns",
+    "hyper_linear",
     "layer_table",
     "mip",
     "mip_encode",

@@ -9,7 +9,6 @@ has no gradient: the weak expert is not trained through its own confidence (the 
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ... import checks
+from ... import checks, dispersion, gated_mixed_ce
 from .._common.loop import Recipe, Trained
 from .._common.loop import train as run_loop
 
@@ -38,27 +37,6 @@ class Graph(NamedTuple):
     val_mask: Tensor
 
 
-def dispersion(logits: Tensor) -> Tensor:
-    """``[n, 2]``: variance and negative entropy of the softmax of ``[n, C]``, each 0 if uniform and 1 if one-hot.
-
-    With S, Q, X the sums over classes of ``e^d``, ``e^{2 d}`` and ``d e^d``, d the logit less the largest:
-    ``(Q / S^2 - 1 / C) / (1 - 1 / C)`` and ``1 - (log S - X / S) / log C``.
-
-    Raises:
-        ValueError: naming `logits` of fewer than two classes.
-    """
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        checks.fail(OP, "logits", "[n, C] of at least two classes", list(logits.shape))
-    count = logits.shape[1]
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    d = z - z.amax(1, keepdim=True)
-    e = d.exp()
-    s = e.sum(1)
-    variance = (e.square().sum(1) / s.square() - 1 / count) / (1 - 1 / count)
-    entropy = s.log() - torch.where(e > 0, d * e, 0.0).sum(1) / s
-    return torch.stack((variance, 1 - entropy / math.log(count)), 1)
-
-
 class Mowst(nn.Module):
     """Two experts and the gate between them.
 
@@ -73,21 +51,21 @@ class Mowst(nn.Module):
         self.weak, self.strong = weak, strong
         self.gate = nn.Sequential(nn.Linear(2, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 1))
 
-    def confidence(self, logits: Tensor) -> Tensor:
-        """C ``[n]`` in (0, 1) of the weak expert's logits, of which no gradient is taken."""
-        found: Tensor = self.gate(dispersion(logits.detach()).to(logits.dtype))
+    def confidence(self, logits: Tensor, nodes: Tensor | None = None) -> Tensor:
+        """C ``[n]`` in (0, 1) of the weak expert's logits, or of a mask's nodes; no gradient is taken of the logits."""
+        sure = dispersion(logits).to(logits.dtype)
+        found: Tensor = self.gate(sure if nodes is None else sure[nodes])
         return found[:, 0].sigmoid()
 
     def loss(self, data: Any, form: Form = "mowst", strong: Tensor | None = None) -> Tensor:
         """Of the training nodes; ``strong`` are its logits where they are known."""
-        at, y = data.train_mask, data.y[data.train_mask]
-        a = self.weak(data.x)[at]
-        b = (self.strong(data.x, data.edge_index) if strong is None else strong)[at]
-        c = self.confidence(a)
-        if form == "star":
-            return cross_entropy(c[:, None] * a + (1 - c[:, None]) * b, y)
-        each = [cross_entropy(z, y, reduction="none") for z in (a, b)]
-        return (c * each[0] + (1 - c) * each[1]).mean()
+        at = data.train_mask
+        a = self.weak(data.x)
+        b = self.strong(data.x, data.edge_index) if strong is None else strong
+        c = self.confidence(a, at)
+        # rows stay where they are; those of other nodes do not count
+        gate, target = c.new_zeros(len(a)).masked_scatter(at, c), data.y.masked_fill(~at, -100)
+        return gated_mixed_ce(a, b, target, gate, mix="logits" if form == "star" else "losses")
 
     @torch.no_grad()
     def forward(self, data: Any, draw: Tensor | None = None) -> Tensor:

@@ -45,13 +45,18 @@ def _left_out(m: Make, mix: str = "losses") -> tuple[tuple[Any, ...], dict[str, 
     return (a, b, target, 0.1 + 0.8 * m.uniform(9)), {"mix": mix}
 
 
+def _nan(m: Make) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (m.special(4).expand(3, 4), m.logits(3, 4), m.integers(4, 3), m.uniform(3)), {}
+
+
+_MIXED = ("plain", "long", "sliced", "two-classes", "empty")
 SAMPLES = [
     *(_sample(name, rows) for name, rows in _ROWS.items()),
-    *(_sample(f"{name}-logits", _ROWS[name], mix="logits") for name in ("plain", "long", "sliced", "two-classes", "empty")),
+    *(_sample(f"{name}-logits", _ROWS[name], mix="logits") for name in _MIXED),
     _sample("sum", _ROWS["blocks"], reduction="sum"),
     _sample("ignored", _ROWS["lanes"], ignore_index=3),
     Sample(OP, "unlike", _unlike),
     Sample(OP, "left-out", _left_out),
     Sample(OP, "left-out-logits", lambda m: _left_out(m, "logits")),
-    Sample(OP, "nan", lambda m: ((m.special(4).expand(3, 4), m.logits(3, 4), m.integers(4, 3), m.uniform(3)), {}), grad=False),
+    Sample(OP, "nan", _nan, grad=False),
 ]
