@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from w2s_fast.optim import _eight_bits as eight_bits
 from w2s_fast.optim import ASTAdamW, Fira, GaLore, MaskedAdamW, SSTAdam, projected_groups, projector
+from w2s_fast.optim import _eight_bits as eight_bits
 
 SHAPES = {"tall": (14, 9), "wide": (9, 14), "square": (10, 10)}
 STEPS = 7
@@ -239,7 +239,8 @@ def test_eight_bit_codes_are_the_nearest_of_a_block(signed):
 def test_eight_bit_codes_are_those_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     for signed in (True, False):
-        torch.testing.assert_close(eight_bits._code(signed, torch.device("cpu"))[0], functional.create_dynamic_map(signed))
+        ours = eight_bits._code(signed, torch.device("cpu"))[0]
+        torch.testing.assert_close(ours, functional.create_dynamic_map(signed))
 
 
 @pytest.mark.parametrize("kind", (GaLore, Fira))

@@ -10,8 +10,8 @@ from torch import nn
 
 from w2s_fast import extension
 from w2s_fast.ops.optimizers.projected_step import PROJECTED_STEP, rule_of, step_in_place
-from w2s_fast.optim import _eight_bits as eight_bits
 from w2s_fast.optim import ASTAdamW, Fira, GaLore, InBackward, MaskedAdamW, SSTAdam, projected_groups
+from w2s_fast.optim import _eight_bits as eight_bits
 from w2s_fast.testing.processes import in_two
 
 
@@ -40,10 +40,15 @@ def state_of(rows, columns, rank, right, dtype=torch.float32):
 @pytest.mark.parametrize("right", (True, False))
 @pytest.mark.parametrize("outside", ("none", "column"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_panels_and_places(right, outside, dtype):
-    """More rows than a panel has: in place and not are the same bits, within twice eager's error of float64."""
+@pytest.mark.parametrize("decay", (0.0, 0.1))
+def test_panels_and_places(right, outside, dtype, decay):
+    """More rows than a panel has: in place and not are the same bits, within twice eager's error of float64.
+
+    Without decay p begins at 0, so that the step is what is rounded.
+    """
     p, grad, basis, first, second = state_of(300, 2100, 3, right, dtype)
-    before, rule = torch.tensor(1.0), rule_of(3, 0.1, (0.9, 0.999), 1e-6, 0.1, 0.25, right, outside, 1.01)
+    p.mul_(decay > 0)
+    before, rule = torch.tensor(1.0), rule_of(3, 0.1, (0.9, 0.999), 1e-6, decay, 0.25, right, outside, 1.01)
     given = (p, grad, basis, first, second, before)
     ours, eager = (PROJECTED_STEP.on(name)(*given, rule) for name in ("cpp", "reference"))
     exact = PROJECTED_STEP.on("reference")(*(t.double() for t in given), rule)
@@ -168,7 +173,7 @@ def sharded_projections(rank: int) -> None:
                 (m(x).square().sum() * (1 + 3 * step)).backward()
                 optimizer.step()
         for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
-            torch.testing.assert_close(ours.full_tensor(), theirs, **close, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(ours.full_tensor(), theirs, **close)
             state, one = (o.state[p] for o, p in zip(of_both[::-1], (ours, theirs), strict=True))
             for key, value in one.items() if eight_bits.BLOCK > 1 else ():
                 found = state[key].full_tensor() if hasattr(state[key], "full_tensor") else state[key]
@@ -232,14 +237,15 @@ def test_a_trainer_with_arguments_for_galore_torch(optim, tmp_path):
         optim_args="rank=4, update_proj_gap=50",
     )  # fmt: skip
     trainer = transformers.Trainer(
-        model=model, args=args, train_dataset=rows, optimizer_cls_and_kwargs=projected_optimizer(args, model, kind=Fira)
+        model=model, args=args, train_dataset=rows, optimizer_cls_and_kwargs=projected_optimizer(args, model, Fira)
     )  # fmt: skip
     trainer.train()
     assert all(not torch.equal(p, start[name]) for name, p in model.named_parameters())
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     assert type(optimizer) is (InBackward if optim.endswith("layerwise") else Fira)
     settings = optimizer.param_groups[0]
-    assert (settings["rank"], settings["update_proj_gap"], settings["state_bits"]) == (4, 50, 8 if "8bit" in optim else 32)
+    bits = 8 if "8bit" in optim else 32
+    assert (settings["rank"], settings["update_proj_gap"], settings["state_bits"]) == (4, 50, bits)
     weight = model.model.layers[0].mlp.up_proj.weight
     assert optimizer.state[weight]["exp_avg"].shape == (24, 4) and optimizer.state[weight]["step"] == 2
 
@@ -251,7 +257,7 @@ def test_a_trainer_with_arguments_for_galore_torch(optim, tmp_path):
         ({"optim_target_modules": None}, "optim_target_modules must be names"),
         ({"optim_target_modules": ["nothing"]}, "optim_target_modules must be those of some trainable linear layer"),
         ({"optim_args": "alpha=2"}, "optim_args must be of rank"),
-        ({"optim": "galore_adamw_layerwise", "gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1"),
+        ({"optim": "galore_adamw_layerwise", "gradient_accumulation_steps": 2}, "accumulation_steps must be 1"),
     ),
 )
 def test_arguments_for_galore_torch_that_do_not_fit(given, message, tmp_path):

@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from w2s_fast import extension
-from w2s_fast.nn import SparseLowRankLinear, nm_mask, sparsify, topk_mask
+from w2s_fast.nn import (
+    SparseLowRankLinear,
+    nm_mask,
+    pack_mask,
+    sparsify,
+    ste_nm_linear,
+    supermask_linear,
+    topk_mask,
+    unpack_mask,
+)
 from w2s_fast.ops.sparse_lowrank.masks import NM_MASK, TOPK_MASK
 
 SAMPLE = 1 << 16
@@ -101,6 +110,62 @@ def test_kernels_count_nan_and_take_it_for_infinity():
     for op, given in calls:
         ours, plain = op.on("cpp")(*given), op.on("reference")(*given)
         assert torch.equal(ours.mask, plain.mask) and int(ours.nans) == int(plain.nans) == 3, op.name
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+@pytest.mark.parametrize("m", (2, 4, 8))
+def test_nm_mask_reads_every_dtype_in_its_own_width(dtype, m):
+    """Long rows of few values, so that ties and every n are there, and NaN in one tile of several."""
+    draw = torch.Generator().manual_seed(0)
+    w = (torch.randn(3, 1400 * 8, generator=draw, dtype=torch.float64) * 2).round().to(dtype)
+    w[0, :6] = torch.tensor([float("inf"), 1, -float("inf"), 2, 0.0, -0.0])
+    for n in range(1, m):
+        order = w.abs().double().view(-1, m).sort(descending=True, stable=True).indices
+        expected = torch.zeros(order.shape, dtype=torch.bool).scatter(1, order[:, :n], True).view(w.shape)
+        assert torch.equal(nm_mask(w, n, m), expected)
+    w[1, 17] = float("nan")
+    if extension.ERROR is None:
+        ours, plain = NM_MASK.on("cpp")(w, 1, m), NM_MASK.on("reference")(w, 1, m)
+        assert torch.equal(ours.mask, plain.mask) and int(ours.nans) == int(plain.nans) == 1
+
+
+def test_masks_as_bits():
+    draw = torch.Generator().manual_seed(0)
+    for shape in ((), (0,), (1,), (3, 5), (8,), (2, 4, 16)):
+        mask = torch.rand(shape, generator=draw) < 0.5
+        bits = pack_mask(mask)
+        assert bits.dtype == torch.uint8 and bits.numel() == -(-mask.numel() // 8)
+        assert sum(int(b).bit_count() for b in bits) == int(mask.sum())
+        assert torch.equal(unpack_mask(bits, shape), mask)
+    with pytest.raises(TypeError, match="mask must be boolean"):
+        pack_mask(torch.ones(3))
+    with pytest.raises(ValueError, match=r"bits must be uint8 of shape \(2,\) for 9 entries"):
+        unpack_mask(torch.zeros(1, dtype=torch.uint8), (9,))
+
+
+def test_layers_under_masks_and_their_straight_gradients():
+    draw = torch.Generator().manual_seed(0)
+    x, W, s, g = (torch.randn(size, generator=draw, dtype=torch.float64) for size in ((5, 8), (6, 8), (6, 8), (5, 6)))
+    b = torch.randn(6, generator=draw, dtype=torch.float64)
+    for t in (x, W, s, b):
+        t.requires_grad_()
+    mask = nm_mask(W)
+    y = ste_nm_linear(x, W, b)
+    assert torch.equal(y, ste_nm_linear(x, W, b, mask=mask))
+    torch.testing.assert_close(y, x @ (W * mask).T + b)
+    y.backward(g)
+    torch.testing.assert_close(W.grad, g.T @ x)
+    torch.testing.assert_close(x.grad, g @ (W * mask))
+    torch.testing.assert_close(b.grad, g.sum(0))
+    x.grad = W.grad = b.grad = None
+    mask = topk_mask(s, density=0.3)
+    y = supermask_linear(x, W, s, 0.3, b)
+    torch.testing.assert_close(y, x @ (W * mask).T + b)
+    y.backward(g)
+    torch.testing.assert_close(s.grad, (g.T @ x) * W * s.sign())
+    torch.testing.assert_close(W.grad, (g.T @ x) * mask)
+    torch.testing.assert_close(x.grad, g @ (W * mask))
+    torch.testing.assert_close(b.grad, g.sum(0))
 
 
 def pruned():

@@ -10,7 +10,17 @@ from .prototypes import ProtoHead
 from .s4 import S4
 from .s4d import S4D
 from .sparse_lowrank import ModelSize, Replaced, SparseLowRankLinear, model_size, replace_linear
-from .sparsity import nm_mask, sparsify, topk_mask
+from .sparsity import (
+    nm_mask,
+    pack_mask,
+    sparsify,
+    ste_nm_linear,
+    straight_through,
+    supermask,
+    supermask_linear,
+    topk_mask,
+    unpack_mask,
+)
 
 __all__ = [
     "MIP",
@@ -37,8 +47,14 @@ __all__ = [
     "mip_encode",
     "model_size",
     "nm_mask",
+    "pack_mask",
     "replace_linear",
     "sparsify",
+    "ste_nm_linear",
+    "straight_through",
+    "supermask",
+    "supermask_linear",
     "topk_mask",
+    "unpack_mask",
     "verify",
 ]

@@ -1,8 +1,8 @@
 """Moments in 8 bits: blocks of 256 numbers share a scale, and a code of 256 values spans seven decades below it.
 
-The dynamic code of Dettmers et al. (arXiv 2110.02861), as bitsandbytes has it: decade ``10^(i - 6)``, i < 7, of [0.1, 1]
-is cut into ``2^i`` equal parts (``2^(i + 1)`` without a sign), whose midpoints are the values; 0 and 1 beside them. A
-number takes the nearest value of its quotient by the block's largest magnitude.
+The dynamic code of Dettmers et al. (arXiv 2110.02861), as bitsandbytes has it: [0.1, 1] times ``10^(i - 6)``, i < 7,
+is cut into ``2^i`` equal parts (``2^(i + 1)`` without a sign), whose midpoints are the values; 0 and 1 beside them.
+A number takes the value nearest to its quotient by the block's largest magnitude.
 """
 
 from __future__ import annotations

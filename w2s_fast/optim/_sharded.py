@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 shards by rows: this process's part, sums over the parts, and tensors that are sharded alike."""
+"""Parameters that FSDP2 shards by rows: this process's part, sums over parts, tensors that are sharded alike."""
 
 from __future__ import annotations
 

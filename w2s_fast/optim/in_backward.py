@@ -17,9 +17,10 @@ OP = "optim.InBackward"
 class InBackward(Optimizer):
     """An optimizer a parameter, stepped in its post-accumulate-grad hook: at most one gradient is there at a time.
 
-    What GaLore (arXiv 2403.03507) calls layer-wise updates. Schedules see one optimizer: its groups' settings are those of
-    every step, and its state dict is that of ``make(params)``, so that either loads the other's. `step` does nothing.
-    Gradients can be neither accumulated over micro-batches, nor clipped by their common norm, nor averaged by DDP.
+    What GaLore (arXiv 2403.03507) calls layer-wise updates. Schedules see one optimizer: its groups' settings are those
+    of every step, and its state dict is that of ``make(params)``, so that either loads the other's. `step` does
+    nothing. Gradients can be neither accumulated over micro-batches, nor clipped by their common norm, nor averaged by
+    DDP.
 
     Args:
         params: parameters or groups.

@@ -93,10 +93,10 @@ class GaLore(AdamFamily):
     Groups without a rank, and parameters that are no matrix, take AdamW with eps before the bias correction, as the
     official code does.
 
-    Parameters that FSDP2 shards by rows take the step of the whole matrix. With P on the right a process has the moments
-    of its rows and all of P, and the step of GaLore needs no communication; on the left it has its rows of P and all
-    moments, and R is summed over the processes. A new P gathers the gradient once. Fira sums ``|S|^2`` (and, on the left,
-    ``|G_i|^2``) as well.
+    Parameters that FSDP2 shards by rows take the step of the whole matrix. With P on the right a process has the
+    moments of its rows and all of P, and the step of GaLore needs no communication; on the left it has its rows of P
+    and all moments, and R is summed over the processes. A new P gathers the gradient once. Fira sums ``|S|^2`` (and,
+    on the left, ``|G_i|^2``) as well.
 
     Args:
         params: parameters or groups; `projected_groups` makes them of a model. The keys of galore_torch's groups
@@ -109,8 +109,9 @@ class GaLore(AdamFamily):
             ``"left"``.
         projection: ``"svd"`` (the paper's) or ``"random"``; see `projector`.
         seed: of the random projection.
-        state_bits: 32, or 8: moments of 4096 numbers and more as dynamic 8-bit codes with a scale for 256 of them, which
-            are float32 only while their matrix is stepped; those of a sharded parameter are this process's own.
+        state_bits: 32, or 8: moments of 4096 numbers and more as dynamic 8-bit codes with a scale for 256 of them
+            (arXiv 2110.02861), float32 only while their matrix is stepped; those of a sharded parameter are this
+            process's own.
 
     Raises:
         ValueError, TypeError: naming the argument. RuntimeError: for a sparse gradient, and for a projected parameter
@@ -181,8 +182,8 @@ class GaLore(AdamFamily):
         found = (eight_bits.load(state, name, lambda: basis.new_zeros(shape)) for name in MOMENTS)
         first, second = (local(moment).to(basis.dtype) for moment in found)
         outside, limit = self._outside(group)
-        rule = rule_of(step, float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], group["scale"], right,
-                       outside, limit)  # fmt: skip
+        lr, decay = float(group["lr"]), group["weight_decay"]
+        rule = rule_of(step, lr, group["betas"], group["eps"], decay, group["scale"], right, outside, limit)
         grad = local(p.grad)  # type: ignore[arg-type]
         if rows is None or (right and outside == "none"):
             norm = step_in_place(own, grad, basis, first, second, state.get("norm"), rule)

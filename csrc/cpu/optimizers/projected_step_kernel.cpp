@@ -132,20 +132,18 @@ inline void update_as(const Update<A>& s, const Block& b) {
   block_tiles(b, [&s](int64_t row, int64_t c, int n) {
     A wide_p[TILE], wide_g[TILE], result[TILE];
     const A *p = read_tile(s.p, row, c, n, wide_p), *g = s.phi ? read_tile(s.grad, row, c, n, wide_g) : nullptr;
-    const A *back = s.back + (row - s.top) * s.columns + c, *of = !s.phi ? nullptr : s.by_row ? s.phi + row : s.phi + c;
+    const A *back = s.back ? s.back + (row - s.top) * s.columns + c : nullptr;
+    const A* of = !s.phi ? nullptr : s.by_row ? s.phi + row : s.phi + c;
     write_tile(s.p, row, c, n, result, [&](A* out) {
       const V keep = V::set(s.keep), rate = V::set(-s.rate), same = V::set(of ? -s.rate * *of : 0);
       int i = 0;
-      if (!g) {
-        for (; i + V::W <= n; i += V::W) V::fma(keep, V::load(p + i), V::load(back + i)).store(out + i);
-        for (; i < n; ++i) out[i] = s.keep * p[i] + back[i];
-        return;
-      }
       for (; i + V::W <= n; i += V::W) {
-        const V factor = s.by_row ? same : rate * V::load(of + i);
-        V::fma(factor, V::load(g + i), V::fma(keep, V::load(p + i), V::load(back + i))).store(out + i);
+        V x = keep * V::load(p + i);
+        if (back) x = x + V::load(back + i);
+        if (g) x = V::fma(s.by_row ? same : rate * V::load(of + i), V::load(g + i), x);
+        x.store(out + i);
       }
-      for (; i < n; ++i) out[i] = s.keep * p[i] + back[i] - s.rate * of[s.by_row ? 0 : i] * g[i];
+      for (; i < n; ++i) out[i] = s.keep * p[i] + (back ? back[i] : A(0)) - (g ? s.rate * of[s.by_row ? 0 : i] * g[i] : A(0));
     });
   });
 }

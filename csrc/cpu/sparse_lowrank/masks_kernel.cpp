@@ -223,11 +223,14 @@ inline bool groups_by_signs(const void* x, Bits infinity, int count, int n, uint
 
 template <int M>
 W2S_INLINE bool groups_in_place(const void* x, Dtype dtype, int count, int n, uint8_t* mask) {
-  switch (dtype) {
-    case Dtype::f32: return groups_by_signs<int32_t, M>(x, 0x7f800000, count, n, mask);
-    case Dtype::f64: return groups_by_signs<int64_t, M>(x, 0x7ff0000000000000, count, n, mask);
-    default: return groups_by_signs<int16_t, M>(x, dtype == Dtype::bf16 ? 0x7f80 : 0x7c00, count, n, mask);
+  if (dtype == Dtype::f32) {
+    if constexpr (LANES<int32_t> >= M) return groups_by_signs<int32_t, M>(x, 0x7f800000, count, n, mask);
+  } else if (dtype == Dtype::f64) {
+    if constexpr (LANES<int64_t> >= M) return groups_by_signs<int64_t, M>(x, 0x7ff0000000000000, count, n, mask);
+  } else {
+    return groups_by_signs<int16_t, M>(x, dtype == Dtype::bf16 ? 0x7f80 : 0x7c00, count, n, mask);
   }
+  return false;  // a group is longer than a vector
 }
 #endif
 #endif

@@ -20,9 +20,10 @@ def projected_optimizer(
 ) -> tuple[type, dict[str, Any]]:
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes, of arguments that were written for galore_torch.
 
-    ``optim`` is one of "galore_adamw", "galore_adamw_8bit" (moments in 8 bits) and "..._layerwise" (updates in the backward
-    pass); ``optim_target_modules``, ``optim_args`` ("rank=64, update_proj_gap=100, scale=0.25, proj_type=std") and the
-    learning rate mean what they do there. As there, the betas, eps and decay of the arguments are not looked at.
+    ``optim`` is one of "galore_adamw", "galore_adamw_8bit" (moments in 8 bits) and "..._layerwise" (updates in the
+    backward pass); ``optim_target_modules``, ``optim_args`` ("rank=64, update_proj_gap=100, scale=0.25,
+    proj_type=std") and the learning rate mean what they do there. As there, the betas, eps and decay of the arguments
+    are not looked at.
 
     Args:
         args: of the Trainer.
@@ -41,7 +42,8 @@ def projected_optimizer(
     checks.choice(OP, "optim", name, NAMES)
     layerwise = name.endswith("layerwise")
     if layerwise and args.gradient_accumulation_steps != 1:
-        checks.fail(OP, "gradient_accumulation_steps", "1 with updates in the backward pass", args.gradient_accumulation_steps)
+        expected = "1 with updates in the backward pass"
+        checks.fail(OP, "gradient_accumulation_steps", expected, args.gradient_accumulation_steps)
     if layerwise and args.world_size > 1:
         checks.fail(OP, "optim", "without layerwise under several processes", repr(name))
     chosen = _matrices(args.optim_target_modules, model)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ... import checks
-from ...nn import nm_mask
+from ...nn import nm_mask, straight_through
 from ...optim import ASTAdamW
 from .._common.batches import shuffled
 from .._common.language import Row
@@ -26,16 +26,6 @@ from .._common.loop import train as run_loop
 from ..sparse_lowrank.sltrain import blocks
 
 TARGET = ("attn", "mlp", "attention")
-
-
-class _Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 class Masked(nn.Module):
@@ -49,7 +39,7 @@ class Masked(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` where the mask is."""
-        return cast(Tensor, _Straight.apply(weight, self.mask))
+        return straight_through(weight, self.mask)
 
 
 def mask(model: nn.Module, target: Sequence[str] = TARGET, n: int = 2, m: int = 4) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from ... import checks
-from ...nn import topk_mask
+from ...nn import pack_mask, supermask, topk_mask, unpack_mask
 from ...optim import MaskedAdamW
 from .._common.batches import shuffled
 from .._common.classify import inputs_of, labels_of
@@ -26,30 +26,6 @@ from .._common.loop import train as run_loop
 
 OP = "methods.exssnet"
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class _TopShare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, density: float) -> Tensor:
-        ctx.save_for_backward(scores)
-        return topk_mask(scores, density=density).to(scores.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.saved_tensors[0].sign(), None  # straight through to |s|
-
-
-def pack(mask: Tensor) -> Tensor:
-    """Bits of a boolean tensor, uint8 ``[ceil(n / 8)]``, the first the lowest."""
-    flat = nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    places = torch.arange(8, device=mask.device, dtype=torch.uint8)
-    return (flat << places).sum(1, dtype=torch.uint8)
-
-
-def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    """The boolean tensor of `pack`."""
-    places = torch.arange(8, device=bits.device, dtype=torch.uint8)
-    return (bits[:, None] >> places & 1).flatten()[: shape.numel()].view(shape).bool()
 
 
 @torch.no_grad()
@@ -115,7 +91,7 @@ class Supermasks(nn.Module):
 
     def settle(self) -> None:
         """Make the masks of the scores, which go, the newest task's."""
-        found = {name: pack(topk_mask(s.detach(), density=self.density))
+        found = {name: pack_mask(topk_mask(s.detach(), density=self.density))
                  for name, s in zip(self.names, self.scores, strict=True)}  # fmt: skip
         self.masks.append(_buffers(found))
         self.scores = nn.ParameterList()
@@ -123,7 +99,7 @@ class Supermasks(nn.Module):
     def mask(self, task: int) -> dict[str, Tensor]:
         """Boolean masks of a settled task by the weights' names."""
         found = dict(self.masks[task].named_buffers())
-        return {name: unpack(found[_key(name)], w.shape) for name, w in self.weights.items()}
+        return {name: unpack_mask(found[_key(name)], w.shape) for name, w in self.weights.items()}
 
     def exclusive(self, task: int) -> dict[str, Tensor]:
         """The entries of a task's masks that no earlier task has."""
@@ -142,7 +118,7 @@ class Supermasks(nn.Module):
         scale = self.density**-0.5
         if task == len(self.masks) and len(self.scores):
             pairs = zip(self.weights.items(), self.scores, strict=True)
-            state = {name: w * (scale * cast(Tensor, _TopShare.apply(s, self.density))) for (name, w), s in pairs}
+            state = {name: w * (scale * supermask(s, self.density)) for (name, w), s in pairs}
         elif task < len(self.masks):
             masks = self.mask(task)
             state = {name: w * (scale * masks[name].to(w.dtype)) for name, w in self.weights.items()}
