@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from w2s_fast.nn import bound, verify
+from w2s_fast.nn.interval import passes
 from w2s_fast.nn.interval.backward import relaxation
 from w2s_fast.testing import networks
 from w2s_fast.testing.networks import MODELS
@@ -243,6 +244,41 @@ def test_gradcheck():
     module.forward = lambda x: module.margins(x, y, 0.05, method="crown-ibp")
     values = [p.detach().clone().requires_grad_() for p in module.parameters()]
     torch.autograd.gradcheck(margins, (x.requires_grad_(), *values))
+
+
+@pytest.mark.parametrize("stride, padding, dilation, groups", [(1, 1, 1, 1), (2, 1, 1, 2), (3, 0, 2, 1)])
+def test_the_way_through_a_convolution(stride, padding, dilation, groups):
+    """One function, and its gradient, are those of the transposed convolution; an autocast around lowers neither."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 10, 11)
+    weight, bias = (torch.randn(s, requires_grad=True) for s in ((6, 4 // groups, 3, 3), (6,)))
+    out = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    a = torch.randn(3, *out.shape, requires_grad=True)
+    rest = [n - F.conv_transpose2d(out, weight, None, stride, padding, 0, groups, dilation).shape[i]
+            for i, n in ((2, 10), (3, 11))]  # fmt: skip
+    options = [stride] * 2, [padding] * 2, rest, groups, [dilation] * 2
+    plain = F.conv_transpose2d(a.flatten(0, 1), weight, None, *options).unflatten(0, a.shape[:2])
+    expected = plain, torch.einsum("mbchw,c->mb", a, bias)
+    rows, total = passes.conv(a, weight, bias, *options)
+    grads = [torch.randn_like(t) for t in expected]
+    leaves = (a, weight, bias)
+    want = torch.autograd.grad(expected, leaves, grads)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad((rows, total), leaves, grads)
+    for got, exact in zip((rows, total, *found), (*expected, *want), strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_under_autocast():
+    """Of the way back as of intervals: the same in float32."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3)), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    found = []
+    for lowered in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            loss = bound(model).margins(x, y, 0.1, method="crown-ibp").square().sum()
+            found.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_compiles_in_one_graph():

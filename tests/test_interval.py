@@ -127,6 +127,33 @@ def test_affine_gradcheck(backend, shape, act):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_through_a_relu(backend):
+    """A row lies above a . relu on the box, on it at the ends of each x_k that it takes up; and its gradient."""
+    a, lower = random(3, 4, 9, seed=1), random(4, 9, seed=2) * 1.5
+    upper = lower + random(4, 9, seed=3).abs() * 2
+    leaves = [t.requires_grad_() for t in (a, lower, upper)]
+    with w2s_fast.backend(backend):
+        rows, total = w2s_fast.relu_rows(*leaves)
+        assert torch.autograd.gradcheck(w2s_fast.relu_rows, leaves)
+    for share in (0.0, 0.2, 0.7, 1.0):
+        x = lower + share * (upper - lower)
+        gap = (rows * x).sum(2) + total - (a * x.relu()).sum(2)
+        assert bool((gap >= -1e-12).all())
+    ends = [rows * x - a * x.relu() for x in (lower, upper)]
+    torch.testing.assert_close(torch.where(a > 0, ends[0], 0), torch.where(a > 0, ends[1], 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_margins_whose_terms_may_overflow(backend):
+    """Partial sums of 6e38 leave nothing known of the margins that they are part of."""
+    a, y = torch.ones(1, 3), torch.tensor([2])
+    weight = torch.tensor([[3e38, 3e38, -3e38], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    with w2s_fast.backend(backend):
+        z = w2s_fast.margin_logits(a, a, weight, None, y, rounding="sound", spread=1e-6)
+    assert z[0].tolist()[0] == torch.inf and bool((z[0, 1:].abs() < 1e-4).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_affine_is_batch_norm(backend):
     lower, upper = a_box(6, 4, 5, 5)
     clean, norm = random(6, 4, 5, 5, seed=5) * 3 + 2, torch.nn.BatchNorm2d(4).double()
@@ -447,6 +474,11 @@ ERRORS = [
     (lambda: w2s_fast.interval_conv2d(IMAGE, IMAGE, FILTER, dilation=3), ValueError, "a must be at least as large"),
     (lambda: w2s_fast.margin_logits(X, X, W, None, Y + 4), ValueError, "y must be in [0, 4), got 4."),
     (lambda: w2s_fast.margin_logits(X, X, W, None, Y.float()), TypeError, "y must be int64 or int32"),
+    (lambda: w2s_fast.relu_rows(X, X, X), ValueError, "lower must be of shape (3,), got (2, 3)."),
+    (lambda: w2s_fast.relu_rows(X[0], X, X), ValueError, "a must be of shape [M, B, ...], got (3,)."),
+    (lambda: w2s_fast.relu_rows(X[None], X, X[:1]), ValueError, "upper must be of the shape of lower (2, 3)"),
+    (lambda: w2s_fast.relu_rows(X[None], X.double(), X), TypeError, "must be of the dtype"),
+    (lambda: w2s_fast.margin_logits(X, X, W, None, Y, spread=2.0), ValueError, "spread must be"),
     (lambda: w2s_fast.margin_cross_entropy(X, X, W, None, Y[:1]), ValueError, "y must be of shape (2,), got (1,)."),
     (lambda: w2s_fast.interval_affine(X, X, X[0], X[0, :2]), ValueError, "shift must be of shape [3], got (2,)."),
     (lambda: w2s_fast.interval_affine(X[0], X[0], X[0], X[0]), ValueError, "lower must be of shape [B, C, ...]"),
