@@ -229,9 +229,12 @@ inline void chunk_outer(const A* g, int64_t rows, int64_t ld, int64_t columns, c
           const V x = V::set(g[t]);
           for (int u = 0; u < U; ++u) sum[u] = V::fma(x, V::load(h + t * pitch + c0 + c + u * V::W), sum[u]);
         }
-        for (int u = 0; u < U; ++u) sum[u].store(part + c + u * V::W);
+        const bool whole = dtype == own_dtype<A> && c + U * V::W <= n;
+        A* there = whole ? reinterpret_cast<A*>(to) + c : part + c;
+        for (int u = 0; u < U; ++u) sum[u].store(there + u * V::W);
       }
-      narrow(part, n, dtype, to);
+      const int done = dtype == own_dtype<A> ? n / (U * V::W) * (U * V::W) : 0;
+      narrow(part + done, n - done, dtype, to + done * bytes_of(dtype));
       to += n * bytes_of(dtype);
     }
 }
