@@ -38,7 +38,7 @@ def _without_compile(chosen: Settings) -> Settings:
 
 
 def planned(count: int, seed: int, ops: tuple[str, ...], path: Path, compiled: int) -> list[Call]:
-    """The calls that ``path`` lacks results of: all of them, or those of torch.compile, which the first ``compiled`` want.
+    """The calls that ``path`` lacks results of, be it only those of torch.compile, which the first ``compiled`` want.
     Raises ValueError for an op without a domain or a file of others'."""
     asked = list(calls(count, seed, ops))
     if not path.exists():
@@ -92,12 +92,13 @@ def held(rows: Sequence[Row]) -> bool | None:
     return None if fastest is None else (fastest.ratio_low or 0.0) >= LEAST
 
 
-def share(groups: Sequence[Sequence[Row]], kinds: Iterable[str] = ()) -> str:
+def share(groups: Sequence[Sequence[Row]], kinds: Sequence[str] = ()) -> str:
     """``"91.0%: in 91 of 100 calls"`` nobody of these kinds, or nobody at all, is faster."""
-    wanted = set(kinds)
-    verdicts = [held([row for row in rows if row.provider == OURS or not wanted or row.kind in wanted]) for rows in groups]
+    wanted = {OURS, *kinds}
+    verdicts = [held([row for row in rows if not kinds or row.kind in wanted]) for rows in groups]
     judged = [verdict for verdict in verdicts if verdict is not None]
-    return f"{sum(judged) / len(judged):.1%}: in {sum(judged)} of {len(judged)} calls" if judged else "none: in 0 of 0 calls"
+    part = f"{sum(judged) / len(judged):.1%}" if judged else "none"
+    return f"{part}: in {sum(judged)} of {len(judged)} calls"
 
 
 def losses(groups: Iterable[Sequence[Row]]) -> list[Sequence[Row]]:

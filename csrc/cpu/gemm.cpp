@@ -54,6 +54,7 @@ namespace {
 
 constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;
 constexpr int64_t DOTS = 8;  // rows of the shorter side
+constexpr int64_t READ_ONCE = 4, LINE = 64;  // rows whose product waits for memory; bytes that come at a time
 
 template <class A>
 struct Product {
@@ -137,6 +138,10 @@ struct Product {
           if (columns < width) {
             pack_columns(p * width, k0, depth, width, tail);
             right = tail, ldb = width;
+          } else if (M <= READ_ONCE) {  // no prefetcher follows so many rows, and little work hides the wait
+            for (int64_t k = 0; k < depth; ++k)
+              for (int64_t ahead = 4 * width; ahead < 5 * width; ahead += LINE / int64_t(sizeof(A)))
+                __builtin_prefetch(right + k * ldb + ahead);
           }
           for (int64_t t = 0; t < tiles; ++t)
             W2S_DISPATCH_AS(A, run_tile<A>)(height, depth, left + t * apart + k0 * height, height, 1, right, ldb,

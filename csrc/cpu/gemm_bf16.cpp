@@ -4,8 +4,8 @@
 //
 // Packing the large operand costs as much as two dozen rows of products, so for fewer rows it is read where it lies: rows of
 // W times rows along a shared depth (z = W h^T: up to 8 as sums along it, up to SOME as the vector, with words of W
-// broadcast), or up to FEW rows of coefficients times rows of W (dh = dz W). Zen 4, 1024 x 1024, us of 16 rows: 164 and 184
-// (torch.mm 220 and 240), and 164 at the rate of its dot instruction.
+// broadcast, of which up to FEW_COLUMNS by whole tiles), or up to FEW rows of coefficients times rows of W (dh = dz W).
+// Zen 4, 1024 x 1024, us of 16 rows: 164 and 184 (torch.mm 220 and 240), and 164 at the rate of its dot instruction.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -35,6 +35,8 @@ constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;  // depth in words
 constexpr int64_t AHEAD = 32;                              // rows asked for beforehand: no prefetcher follows them
 constexpr int64_t DOTS = 8;                                 // rows for which sums along the depth are quickest
 constexpr int64_t SOME = 256;                               // rows for which no more than they are packed
+constexpr int64_t VECTOR = 16, FEW_COLUMNS = 128;           // between them by tiles that read the other operand where it lies
+constexpr int IN_PLACE = 12;                                // rows of such a tile
 
 W2S_TARGET_BEGIN(W2S_DOT)
 
@@ -159,6 +161,48 @@ void run_tile(int height, int64_t depth, const uint32_t* a, const uint32_t* b, i
     case 12: return tile<12>(depth, a, b, rows, columns, c, add);
     default: return tile<14>(depth, a, b, rows, columns, c, add);
   }
+}
+
+// The same for rows of a where they lie, their depth in one piece: a word is taken from memory as it is multiplied.
+void tile_in_place(int64_t depth, const uint16_t* a, int64_t a_down, const uint32_t* b, int64_t columns, Target<float> c, bool add) {
+  __m512 sum[IN_PLACE][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < IN_PLACE; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+  const char* quarter[IN_PLACE / 4];  // four rows from each: addresses that need no register of their own
+  const int64_t down = 2 * a_down;
+#pragma GCC unroll 3
+  for (int q = 0; q < IN_PLACE / 4; ++q) quarter[q] = reinterpret_cast<const char*>(a + 4 * q * a_down);
+  for (int64_t k = 0; k < depth; ++k) {
+    const __m512bh left = (__m512bh)_mm512_loadu_si512(b + k * WIDTH), right = (__m512bh)_mm512_loadu_si512(b + k * WIDTH + 16);
+#pragma GCC unroll 3
+    for (int q = 0; q < IN_PLACE / 4; ++q) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        int word;
+        std::memcpy(&word, quarter[q] + i * down, 4);
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(word);
+        sum[4 * q + i][0] = _mm512_dpbf16_ps(sum[4 * q + i][0], x, left);
+        sum[4 * q + i][1] = _mm512_dpbf16_ps(sum[4 * q + i][1], x, right);
+      }
+      quarter[q] += 4;
+    }
+  }
+  if (c.across == 1 && columns == WIDTH) {
+#pragma GCC unroll 12
+    for (int i = 0; i < IN_PLACE; ++i) {
+      float* p = c.data + i * c.down;
+      _mm512_storeu_ps(p, add ? _mm512_add_ps(_mm512_loadu_ps(p), sum[i][0]) : sum[i][0]);
+      _mm512_storeu_ps(p + 16, add ? _mm512_add_ps(_mm512_loadu_ps(p + 16), sum[i][1]) : sum[i][1]);
+    }
+    return;
+  }
+  float lanes[IN_PLACE][WIDTH];
+#pragma GCC unroll 12
+  for (int i = 0; i < IN_PLACE; ++i) {
+    _mm512_storeu_ps(&lanes[i][0], sum[i][0]);
+    _mm512_storeu_ps(&lanes[i][16], sum[i][1]);
+  }
+  scatter(&lanes[0][0], IN_PLACE, columns, c, add);
 }
 
 const uint16_t* padded(const uint16_t* from, int64_t count, uint16_t* to) {
@@ -318,9 +362,13 @@ const uint16_t* at(const Operand& x, int64_t i, int64_t j) {
   return static_cast<const uint16_t*>(x.data) + i * x.down + j * x.across;
 }
 
+// Whole words along the depth, and few columns to pay for packing by: a stays where it is.
+bool stays(const Operand& a, const Operand& b) { return a.across == 1 && a.columns % 2 == 0 && b.columns <= FEW_COLUMNS; }
+
 void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
   const int64_t M = a.rows, N = b.columns, K = a.columns;
-  const int height = int(pieces(pieces(M, pieces(M, HEIGHT)), 2) * 2);
+  const bool in_place = stays(a, b);
+  const int height = in_place ? IN_PLACE : int(pieces(pieces(M, pieces(M, HEIGHT)), 2) * 2);
   const int64_t tiles = pieces(M, height), workers = threads();
   const int64_t cuts = pieces(K, 2 * DEPTH), depth0 = 2 * pieces(pieces(K, cuts), 2);  // even
   const int64_t blocks = std::min(tiles, pieces(pieces(tiles, std::max<int64_t>(1, ROWS / height)), workers) * workers);
@@ -335,15 +383,21 @@ void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
       });
       parallel_items(blocks, 1, [&](int64_t block) {
         const int64_t t0 = block * tiles / blocks, t1 = (block + 1) * tiles / blocks;
-        uint32_t* left = scratch_of<uint32_t>(1, (t1 - t0) * height * words + 64);
-        for (int64_t t = t0; t < t1; ++t)
+        const int64_t packed = in_place ? std::max(t0, std::min(t1, M / height)) : t0;  // tiles before it are whole
+        uint32_t* left = scratch_of<uint32_t>(1, (t1 - packed) * height * words + 64) - (packed - t0) * height * words;
+        for (int64_t t = packed; t < t1; ++t)
           pack_words(at(a, t * height, k0), a.across, a.down, depth, std::min<int64_t>(height, M - t * height), height,
                      left + (t - t0) * height * words);
         for (int64_t p = 0; p < panels; ++p)
-          for (int64_t t = t0; t < t1; ++t)
-            run_tile(height, words, left + (t - t0) * height * words, right + p * WIDTH * words,
-                     std::min<int64_t>(height, M - t * height), std::min<int64_t>(WIDTH, columns - p * WIDTH),
-                     {c.data + t * height * c.down + (j0 + p * WIDTH) * c.across, c.down, c.across}, add || k0 > 0);
+          for (int64_t t = t0; t < t1; ++t) {
+            const int64_t wide = std::min<int64_t>(WIDTH, columns - p * WIDTH);
+            const Target<float> to{c.data + t * height * c.down + (j0 + p * WIDTH) * c.across, c.down, c.across};
+            const uint32_t* panel = right + p * WIDTH * words;
+            if (t < packed) tile_in_place(words, at(a, t * height, k0), a.down, panel, wide, to, add || k0 > 0);
+            else
+              run_tile(height, words, left + (t - t0) * height * words, panel, std::min<int64_t>(height, M - t * height), wide, to,
+                       add || k0 > 0);
+          }
       });
     }
   }
@@ -378,6 +432,12 @@ void few_lines(const Operand& a, const Operand& b, Target<float> c, bool add) {
   });
 }
 
+// c [rows, some] = a b, rows of a in one piece; a tile stores rows of c
+void some_rows(const Operand& a, const Operand& b, Target<float> c, bool add) {
+  if (b.columns > VECTOR && c.across == 1 && stays(a, b)) product(a, b, c, add);
+  else few_lines(a, b.t(), c, add);
+}
+
 // c [few, columns] = a b, rows of b and of c in one piece. A thread owns columns, and walks down b in blocks that stay in L1.
 void few_rows(const Operand& a, const Operand& b, Target<float> c, bool add) {
   const int64_t words = pieces(a.columns, 2), share_columns = round_up(pieces(b.columns, threads()), 32);
@@ -410,8 +470,8 @@ void gemm_bf16(const Operand& a, const Operand& b, Target<float> c, bool add) {
     if (b.columns <= a.rows) return few_dots(a, b.t(), c, add);
     return few_dots(b.t(), a, {c.data, c.across, c.down}, add);
   }
-  if (a.across == 1 && b.columns <= std::min(SOME, a.rows)) return few_lines(a, b.t(), c, add);
-  if (b.down == 1 && a.rows <= SOME) return few_lines(b.t(), a, {c.data, c.across, c.down}, add);
+  if (a.across == 1 && b.columns <= std::min(SOME, a.rows)) return some_rows(a, b, c, add);
+  if (b.down == 1 && a.rows <= SOME) return some_rows(b.t(), a.t(), {c.data, c.across, c.down}, add);
   if (a.rows <= FEW && b.across == 1 && c.across == 1) return few_rows(a, b, c, add);
   if (c.across == 1) product(a, b, c, add);
   else product(b.t(), a.t(), {c.data, c.across, c.down}, add);

@@ -12,6 +12,7 @@
 namespace w2s {
 namespace linear {
 
+constexpr int64_t OUTER = 8;        // tokens whose dW is a sum of outer products, faster than a product that packs
 constexpr int64_t STRIP = 1 << 18;  // elements of dW that are made in the accumulating type before they are narrowed
 
 struct Need {  // which gradients; of the lists a bit a model
@@ -141,7 +142,10 @@ struct Gradients {
         const Target<A> to{raw + r0 * e.width + e.offset[size_t(i)], e.width, 1};
         multiply(dz.t(), e.dots ? e.head16(i) : e.W(i).operand(), to, e.v0 > 0);
       }
-      if (needs_head(i)) head_product(i, r0, rows, dz, first_block, last_block);
+      if (needs_head(i)) {
+        if (first_block && last_block && rows <= OUTER) head_outer(i, r0, rows, g, ld);
+        else head_product(i, r0, rows, dz, first_block, last_block);
+      }
       const A* c = coef(i) + r0;
       if (need.biases >> i & 1)
         e.chunks([&](int64_t, int64_t v, int64_t k) {
@@ -159,12 +163,30 @@ struct Gradients {
     return {dz16, Dtype::bf16, e.nv, rows, ld, 1};
   }
 
+  // the rows as the heads' gradients take them: with their coefficients
+  Operand rows_of(int i, int64_t r0, int64_t rows) const {
+    if (scaled16) return e.narrow_rows(scaled16, i, r0, rows);
+    return e.dots && scaled.empty() ? e.hidden16(i, r0, rows) : e.H(i, r0, rows).operand();
+  }
+
+  // dW of all rows there are, written once: no product is worth packing for
+  void head_outer(int i, int64_t r0, int64_t rows, const A* g, int64_t ld) {
+    const int64_t d = e.D[size_t(i)], pitch = round_up(d, 64);
+    const Operand h = rows_of(i, r0, rows);
+    std::vector<A> wide_rows(size_t(rows * pitch + 64));
+    for (int64_t t = 0; t < rows; ++t)
+      kernels<ConvertKernels, A>().widen(static_cast<const char*>(h.data) + t * h.down * bytes_of(h.dtype), h.dtype, d, &wide_rows[size_t(t * pitch)]);
+    const Rows to(dheads[size_t(i)]);
+    char* out = static_cast<char*>(dheads[size_t(i)].data_ptr()) + e.v0 * d * to.bytes;
+    e.chunks([&](int64_t, int64_t v, int64_t k) {
+      kernels<TileKernels, A>().outer(g + v * ld, k, ld, rows, wide_rows.data(), pitch, d, to.dtype, out + v * d * to.bytes);
+    });
+  }
+
   void head_product(int i, int64_t r0, int64_t rows, const Operand& dz, bool first_block, bool last_block) {
     const int64_t d = e.D[size_t(i)];
     Tensor& out = dheads[size_t(i)];
-    const Operand h = scaled16                     ? e.narrow_rows(scaled16, i, r0, rows)
-                      : e.dots && scaled.empty() ? e.hidden16(i, r0, rows)
-                                                 : e.H(i, r0, rows).operand();
+    const Operand h = rows_of(i, r0, rows);
     if (!wide[size_t(i)]) return multiply(dz, h, Target<A>{static_cast<A*>(out.data_ptr()) + e.v0 * d, d, 1}, !first_block);
     const Rows narrow_rows(out);
     for (int64_t v0 = 0; v0 < e.nv; v0 += height) {

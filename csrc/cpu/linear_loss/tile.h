@@ -22,6 +22,7 @@ struct TileKernels {
   void (*slope)(A* out, const A* g, const A* s, int64_t rows, int64_t ld, A cap);
   void (*dot)(const A* g, const A* s, const A* bias, int64_t rows, int64_t ld, A* out);
   void (*rows)(const A* g, int64_t rows, int64_t ld, int64_t columns, const A* coef, A* out);
+  void (*outer)(const A* g, int64_t rows, int64_t ld, int64_t columns, const A* h, int64_t pitch, int64_t depth, Dtype dtype, void* out);
 };
 
 }  // namespace w2s

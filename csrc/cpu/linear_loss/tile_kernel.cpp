@@ -212,8 +212,35 @@ inline void chunk_rows(const A* g, int64_t rows, int64_t ld, int64_t columns, co
   }
 }
 
+// out[v, :] = sum_t g_vt h[t, :] for a few tokens; rows of h lie a padded pitch apart, those of out next to each other
+template <class A>
+inline void chunk_outer(const A* g, int64_t rows, int64_t ld, int64_t columns, const A* h, int64_t pitch, int64_t depth, Dtype dtype, void* out) {
+  using V = Vec<A>;
+  constexpr int U = 64 / V::W > 4 ? 4 : 64 / V::W;
+  A part[TILE];
+  char* to = static_cast<char*>(out);
+  for (int64_t v = 0; v < rows; ++v, g += ld)
+    for (int64_t c0 = 0; c0 < depth; c0 += TILE) {
+      const int n = int(std::min<int64_t>(TILE, depth - c0));
+      for (int c = 0; c < padded(n); c += U * V::W) {
+        V sum[U];
+        for (int u = 0; u < U; ++u) sum[u] = V::set(g[0]) * V::load(h + c0 + c + u * V::W);
+        for (int64_t t = 1; t < columns; ++t) {
+          const V x = V::set(g[t]);
+          for (int u = 0; u < U; ++u) sum[u] = V::fma(x, V::load(h + t * pitch + c0 + c + u * V::W), sum[u]);
+        }
+        const bool whole = dtype == own_dtype<A> && c + U * V::W <= n;
+        A* there = whole ? reinterpret_cast<A*>(to) + c : part + c;
+        for (int u = 0; u < U; ++u) sum[u].store(there + u * V::W);
+      }
+      const int done = dtype == own_dtype<A> ? n / (U * V::W) * (U * V::W) : 0;
+      narrow(part + done, n - done, dtype, to + done * bytes_of(dtype));
+      to += n * bytes_of(dtype);
+    }
+}
+
 W2S_KERNELS(TileKernels, chunk_max<Real>, chunk_exp<Real>, chunk_stats<Real>, chunk_spread<Real>, merge_chunks<Real>,
             chunk_grad<Real>, chunk_grad_more<Real>, chunk_bias<Real>, chunk_cap<Real>, chunk_add<Real>,
-            chunk_slope<Real>, chunk_dot<Real>, chunk_rows<Real>)
+            chunk_slope<Real>, chunk_dot<Real>, chunk_rows<Real>, chunk_outer<Real>)
 
 #include "cpu/target_end.h"

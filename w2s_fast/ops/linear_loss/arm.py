@@ -66,15 +66,19 @@ def arm_loss(
             f"shapes {tuple(rejected_logps.shape)} and {tuple(chosen_logps.shape)}",
         )
     checks.same_device(op, [("chosen_logps", chosen_logps), ("rejected_logps", rejected_logps)])
-    wide = torch.promote_types(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype), torch.float32)
-    chosen, rejected = beta * chosen_logps.to(wide), beta * rejected_logps.to(wide)
-    # a few operators are all there is: each that the settings leave out is seen
-    u = rejected - chosen if gamma == 0 else rejected - chosen + gamma
+    chosen, rejected = chosen_logps, rejected_logps
+    # a few operators are all there is: each that is left out is seen
+    if chosen.dtype != torch.float32 or rejected.dtype != torch.float32:
+        wide = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
+        chosen, rejected = chosen.to(wide), rejected.to(wide)
+    u = beta * (rejected - chosen)
+    if gamma:
+        u = u + gamma
     rows = softplus(u, threshold=_EXACT)
     if eps:
         rows = (1 - eps) * rows + eps * softplus(-u, threshold=_EXACT)
     loss = rows.mean() if rows.numel() else rows.sum()
-    return ArmLoss(loss, chosen.detach(), rejected.detach())
+    return ArmLoss(loss, beta * chosen.detach(), beta * rejected.detach())
 
 
 def linear_arm_loss(

@@ -25,7 +25,7 @@ def _fake(given: Fusion, out_dtype: torch.dtype, need_lse: bool) -> tuple[Tensor
 
 
 def _saves(call: Call) -> str:
-    """Nothing, where the gradient of every tensor is a multiple of that of z: no weights to learn, one shape and dtype, and
+    """Nothing, where every tensor's gradient is a multiple of that of z: no weights to learn, one shape and dtype, and
     no token of z = -inf, which on a CPU a look at z tells."""
     given, fused = call.given, call.out.fused
     settled = given.weights is None and given.temperature is None and not given.plausible and not call.need_lse

@@ -93,8 +93,8 @@ def input_gradients(call: Call, dz: Tensor) -> dict[str, Any]:
 
 
 def _input_gradient(like: Any, dz: Tensor, scale: float | Tensor, sign: float = 1.0) -> Tensor:
-    """sign scale dz in the dtype and full width of ``like``; columns past the vocabulary get zero. One that was not kept
-    is like dz."""
+    """sign scale dz in the dtype and full width of ``like``; columns past the vocabulary get zero. What was not kept is
+    like dz."""
     if isinstance(scale, Tensor):
         result = dz * (scale.unsqueeze(1) * sign)
     else:

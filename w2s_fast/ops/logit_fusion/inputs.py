@@ -79,7 +79,7 @@ def _plain(base: Any, experts: Any, anti: Any) -> Logits | None:
             return None
         if t.stride(1) != 1:
             return None
-    return Logits(base, experts, small, shape[1], shape[:1])
+    return Logits(base, experts, small, shape[1], shape[:1])  # type: ignore[arg-type]
 
 
 def logits(
