@@ -89,15 +89,24 @@ def _compact(row: Row) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """What the hardware calls itself."""
+    """What the hardware calls itself; a CPU's name without a number (a hypervisor's) with family and model, as "AMD EPYC"
+    is a Zen 4 and a Zen 5."""
     if device == "cuda":
         return torch.cuda.get_device_name()
+    facts = cpu_facts()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    hidden = not re.search(r"\d", name) and "cpu family" in facts
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if hidden else name
+
+
+def cpu_facts() -> dict[str, str]:
+    """What Linux says of the first core, ``{"model name": "AMD EPYC", "cpu family": "26", ...}``; empty elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        text = ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        return {}
+    pairs = (line.split(":", 1) for line in text.split("\n\n", 1)[0].splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def caches() -> dict[str, str]:
@@ -112,14 +121,11 @@ def caches() -> dict[str, str]:
 def machine(device: str) -> dict[str, Any]:
     """The hardware of a run: the CPU's model (family, model and stepping tell apart what has one name), its caches,
     the cores that this process may use and the vector instructions that ours found."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
+    facts = cpu_facts()
     found: dict[str, Any] = {"device": device_name(device), "cpu": device_name("cpu")}
     for name in ("cpu family", "model", "stepping"):
-        if value := re.search(rf"^{name}\s*:\s*(\d+)", text, re.MULTILINE):
-            found[name.replace("cpu ", "")] = int(value[1])
+        if name in facts:
+            found[name.replace("cpu ", "")] = int(facts[name])
     found["caches"] = caches()
     found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if probes.available():
@@ -128,7 +134,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def slug(device: str, threads: int) -> str:
-    """File name for the device: ``cpu-amd-epyc-2t``, ``nvidia-h200``."""
+    """File name for the device: ``cpu-amd-epyc-family-26-model-2-2t``, ``nvidia-h200``."""
     name = re.sub(r"\((r|tm)\)|processor|cpu|\d+-core|@.*", " ", device_name(device).lower())
     name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     return name if device == "cuda" else f"cpu-{name}-{threads}t"
