@@ -54,3 +54,50 @@ def test_contains_other_evaluations(op: str, relu: bool, form: str):
     width = (most - least).amax()
     for outer, inner in ((least - low.double(), most), (high.double() - most, least)):
         assert bool((outer >= 0).all()) and float(outer.max()) < 1e-3 * float(width), inner.shape
+
+
+@interpreted
+@pytest.mark.parametrize("form", ["lu", "cr"])
+def test_margins_of_other_evaluations(form: str):
+    """``D x + spread ((|W_k| + |W_y|) |x| + |b_k| + |b_y|)`` at the larger |x| is hardly less, at either end no more."""
+    g = torch.Generator().manual_seed(0)
+    center, radius = random(g, 5, 70, dtype=torch.float32), random(g, 5, 70, dtype=torch.float32).abs() * 0.1
+    weight, bias = random(g, 6, 70, dtype=torch.float32), random(g, 6, dtype=torch.float32) * 100
+    y = torch.tensor([0, 5, 2, 2, 1])
+    lower, upper = center.double() - radius.double(), center.double() + radius.double()
+    if form == "lu":
+        lower, upper = lower.float().double(), upper.float().double()
+    given = (lower.float(), upper.float()) if form == "lu" else (center, radius)
+    with w2s_fast.backend("triton"):
+        z = w2s_fast.margin_logits(*given, weight, bias, y, form=form, rounding="sound", spread=SPREAD).double()
+    w, b = weight.double(), bias.double()
+    each, size = w - w[y][:, None], SPREAD * (w.abs() + w[y].abs()[:, None])
+    step = b - b[y][:, None] + SPREAD * (b.abs() + b[y].abs()[:, None])
+    largest = torch.maximum(lower.abs(), upper.abs())
+    exact, most = (
+        torch.maximum(*(each * x[:, None] + size * s[:, None] for x, s in zip((lower, upper), ends, strict=True))).sum(2)
+        + step
+        for ends in ((lower.abs(), upper.abs()), (largest, largest))
+    )
+    other = torch.arange(6) != y[:, None]
+    assert bool((z >= exact)[other].all()) and bool((z - most < 1e-4 * most.abs() + 1e-3)[other].all())
+    assert not bool(z[~other].any())
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_through_a_relu(dtype: torch.dtype):
+    """Rows, what they add and all gradients are the reference's, over more columns than a program takes."""
+    g = torch.Generator().manual_seed(0)
+    a, lower = random(g, 3, 2, 1100, dtype=dtype), random(g, 2, 1100, dtype=dtype)
+    upper = (lower.float() + torch.rand(lower.shape, generator=g) * 2).to(dtype)
+    found = []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (a, lower, upper)]
+        with w2s_fast.backend(backend):
+            rows, total = w2s_fast.relu_rows(*leaves)
+            grads = torch.autograd.grad((rows, total), leaves, (a * 0.5, total.detach().cos()))
+        found.append((rows, total, *grads))
+    for ours, theirs in zip(*found, strict=True):
+        near = 1e-2 if dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(ours, theirs, rtol=near, atol=near * float(theirs.detach().abs().max()))
