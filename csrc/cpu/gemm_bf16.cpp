@@ -31,8 +31,6 @@ namespace {
 constexpr int HEIGHT = 14, WIDTH = 32;                     // a register tile: 28 of 32 registers
 constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;  // depth in words
 constexpr int64_t AHEAD = 32;                              // rows asked for beforehand: no prefetcher follows them
-constexpr int64_t FEW_COLUMNS = 128;                       // that packing the rows does not pay for
-constexpr int IN_PLACE = 12;                               // rows of a tile that reads them where they lie
 constexpr int64_t DOTS = 8, STRIPS = 12;                    // rows for which the other operand is read where it lies
 
 W2S_TARGET_BEGIN(W2S_DOT)
@@ -160,48 +158,6 @@ void run_tile(int height, int64_t depth, const uint32_t* a, const uint32_t* b, i
   }
 }
 
-// The same for rows of a where they lie, their depth in one piece: a word is taken from memory as it is multiplied.
-void tile_in_place(int64_t depth, const uint16_t* a, int64_t a_down, const uint32_t* b, int64_t columns, Target<float> c, bool add) {
-  __m512 sum[IN_PLACE][2];
-#pragma GCC unroll 12
-  for (int i = 0; i < IN_PLACE; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-  const char* quarter[IN_PLACE / 4];  // four rows from each: addresses that need no register of their own
-  const int64_t down = 2 * a_down;
-#pragma GCC unroll 3
-  for (int q = 0; q < IN_PLACE / 4; ++q) quarter[q] = reinterpret_cast<const char*>(a + 4 * q * a_down);
-  for (int64_t k = 0; k < depth; ++k) {
-    const __m512bh left = (__m512bh)_mm512_loadu_si512(b + k * WIDTH), right = (__m512bh)_mm512_loadu_si512(b + k * WIDTH + 16);
-#pragma GCC unroll 3
-    for (int q = 0; q < IN_PLACE / 4; ++q) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        int word;
-        std::memcpy(&word, quarter[q] + i * down, 4);
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(word);
-        sum[4 * q + i][0] = _mm512_dpbf16_ps(sum[4 * q + i][0], x, left);
-        sum[4 * q + i][1] = _mm512_dpbf16_ps(sum[4 * q + i][1], x, right);
-      }
-      quarter[q] += 4;
-    }
-  }
-  if (c.across == 1 && columns == WIDTH) {
-#pragma GCC unroll 12
-    for (int i = 0; i < IN_PLACE; ++i) {
-      float* p = c.data + i * c.down;
-      _mm512_storeu_ps(p, add ? _mm512_add_ps(_mm512_loadu_ps(p), sum[i][0]) : sum[i][0]);
-      _mm512_storeu_ps(p + 16, add ? _mm512_add_ps(_mm512_loadu_ps(p + 16), sum[i][1]) : sum[i][1]);
-    }
-    return;
-  }
-  float lanes[IN_PLACE][WIDTH];
-#pragma GCC unroll 12
-  for (int i = 0; i < IN_PLACE; ++i) {
-    _mm512_storeu_ps(&lanes[i][0], sum[i][0]);
-    _mm512_storeu_ps(&lanes[i][16], sum[i][1]);
-  }
-  scatter(&lanes[0][0], IN_PLACE, columns, c, add);
-}
-
 const uint16_t* padded(const uint16_t* from, int64_t count, uint16_t* to) {
   std::memcpy(to, from, size_t(count) * 2);
   return to;
@@ -311,9 +267,7 @@ const uint16_t* at(const Operand& x, int64_t i, int64_t j) {
 
 void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
   const int64_t M = a.rows, N = b.columns, K = a.columns;
-  // whole words along the depth, and few columns to pay for packing by: a stays where it is
-  const bool in_place = a.across == 1 && K % 2 == 0 && N <= FEW_COLUMNS;
-  const int height = in_place ? IN_PLACE : int(pieces(pieces(M, pieces(M, HEIGHT)), 2) * 2);
+  const int height = int(pieces(pieces(M, pieces(M, HEIGHT)), 2) * 2);
   const int64_t tiles = pieces(M, height), workers = threads();
   const int64_t cuts = pieces(K, 2 * DEPTH), depth0 = 2 * pieces(pieces(K, cuts), 2);  // even
   const int64_t blocks = std::min(tiles, pieces(pieces(tiles, std::max<int64_t>(1, ROWS / height)), workers) * workers);
@@ -328,21 +282,15 @@ void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
       });
       parallel_items(blocks, 1, [&](int64_t block) {
         const int64_t t0 = block * tiles / blocks, t1 = (block + 1) * tiles / blocks;
-        const int64_t packed = in_place ? std::max(t0, std::min(t1, M / height)) : t0;  // tiles before it are whole
-        uint32_t* left = scratch_of<uint32_t>(1, (t1 - packed) * height * words + 64) - (packed - t0) * height * words;
-        for (int64_t t = packed; t < t1; ++t)
+        uint32_t* left = scratch_of<uint32_t>(1, (t1 - t0) * height * words + 64);
+        for (int64_t t = t0; t < t1; ++t)
           pack_words(at(a, t * height, k0), a.across, a.down, depth, std::min<int64_t>(height, M - t * height), height,
                      left + (t - t0) * height * words);
         for (int64_t p = 0; p < panels; ++p)
-          for (int64_t t = t0; t < t1; ++t) {
-            const int64_t wide = std::min<int64_t>(WIDTH, columns - p * WIDTH);
-            const Target<float> to{c.data + t * height * c.down + (j0 + p * WIDTH) * c.across, c.down, c.across};
-            const uint32_t* panel = right + p * WIDTH * words;
-            if (t < packed) tile_in_place(words, at(a, t * height, k0), a.down, panel, wide, to, add || k0 > 0);
-            else
-              run_tile(height, words, left + (t - t0) * height * words, panel, std::min<int64_t>(height, M - t * height), wide, to,
-                       add || k0 > 0);
-          }
+          for (int64_t t = t0; t < t1; ++t)
+            run_tile(height, words, left + (t - t0) * height * words, right + p * WIDTH * words,
+                     std::min<int64_t>(height, M - t * height), std::min<int64_t>(WIDTH, columns - p * WIDTH),
+                     {c.data + t * height * c.down + (j0 + p * WIDTH) * c.across, c.down, c.across}, add || k0 > 0);
       });
     }
   }
