@@ -30,7 +30,8 @@ _KEPT_EVERY = 2.0
 
 def settings(given: Settings) -> Settings:
     """How a call is timed: shorter than a benchmark case, on inputs that were just written, as calls are every day."""
-    return replace(given, window=0.004, warm_up=0.008, budget=0.5, rotation=16 << 20, memory=False)
+    rounds = min(given.rounds, 11)
+    return replace(given, rounds=rounds, window=0.004, warm_up=0.008, budget=0.3, rotation=16 << 20, memory=False)
 
 
 def _without_compile(chosen: Settings) -> Settings:

@@ -89,7 +89,7 @@ def _compact(row: Row) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """What the hardware calls itself; a CPU's name without a number (a hypervisor's) with family and model, as "AMD EPYC"
+    """What the hardware calls itself; a CPU name without a number (a hypervisor gave it) with family and model: "AMD EPYC"
     is a Zen 4 and a Zen 5."""
     if device == "cuda":
         return torch.cuda.get_device_name()

@@ -198,7 +198,7 @@ def bench(
     cases: Annotated[int, typer.Option(min=1, help="With --guarantee: how many calls.")] = 1000,
     compiled: Annotated[
         int, typer.Option(min=0, help="With --guarantee: in how many of them torch.compile is asked, seconds each.")
-    ] = 60,
+    ] = 40,
     seed: Annotated[int, typer.Option(help="With --guarantee: the calls' seed.")] = 0,
     compare: Annotated[
         tuple[Path, Path] | None,
