@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,5 +60,5 @@ def vandermonde_log(c: Tensor, x: Tensor, length: int) -> Tensor:
         checks.fail(NAME, "c", f"of shape (..., {', '.join(map(str, x.shape))})", tuple(c.shape))
     checks.same_device(NAME, [("c", c), ("x", x)])
     checks.integer(NAME, "length", length, low=1)
-    found: Tensor = VANDERMONDE_LOG(c.reshape(-1, *x.shape), x, length)
+    found: Tensor = VANDERMONDE_LOG(c.reshape(math.prod(c.shape[:-3]), *x.shape), x, length)
     return found.reshape(*c.shape[:-2], length)

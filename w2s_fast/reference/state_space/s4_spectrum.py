@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import accumulate_dtype
-from .cauchy_sym import Fractions, fractions
+from .cauchy import Fractions, fractions
 from .pairs import Complex, pair
 
 

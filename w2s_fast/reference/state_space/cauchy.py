@@ -1,4 +1,4 @@
-"""Sums of poles and their conjugates, and their gradient."""
+"""Sums over poles and their conjugates, and their adjoint."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..numerics import accumulate_dtype
-from .pairs import Complex, pair
-
-
-class CauchyGradients(NamedTuple):
-    """Each like its argument."""
-
-    dv: Tensor
-    dw: Tensor
+from .pairs import Complex
 
 
 class Fractions(NamedTuple):
@@ -47,22 +39,3 @@ def fractions(z: Complex, w: Complex, dtype: torch.dtype) -> tuple[Fractions, Fr
     a, b = p.square() - q.square(), p2.square() - q2.square()
     once = Fractions(p + p2, p - p2, q + q2, q - q2)
     return once, Fractions(a + b, a - b, 2 * (p * q + p2 * q2), 2 * (p * q - p2 * q2))
-
-
-def cauchy_sym(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
-    """``sum_n v_n / (z_l - w_n) + conj(v_n) / (z_l - conj(w_n))``, complex ``[H, R, L, 2]``.
-
-    v complex ``[H, R, M, 2]``, z ``[L, 2]``, w ``[H, M, 2]``. Sums in float32, float64 if v is.
-    """
-    acc = accumulate_dtype(v)
-    once, _ = fractions(pair(z), pair(w), acc)
-    return torch.stack(once.rows(pair(v, acc)), -1)
-
-
-def cauchy_sym_backward(grad: Tensor, v: Tensor, z: Tensor, w: Tensor) -> CauchyGradients:
-    """Of grad ``[H, R, L, 2]``, in the same arithmetic; none of z."""
-    acc = accumulate_dtype(v)
-    once, square = fractions(pair(z), pair(w), acc)
-    g = pair(grad, acc)
-    through = pair(v).conj.times(square.adjoint(g).to(torch.float64)).summed(1)
-    return CauchyGradients(once.adjoint(g).like(v), through.like(w))
