@@ -5,19 +5,19 @@
 //   Re c += v_r (p + P) + v_i (q - Q),  Im c += v_i (p - P) - v_r (q + Q)
 //
 // The fractions stay two: one over a common denominator loses digits. Of each pair of poles w is the upper one, so that f
-// cancels nothing; d and e are differences of numbers in two parts, so that a node next to a pole has its digits. Sums are in
+// cancels nothing; e is a difference of numbers in two parts, so that a node next to a pole has its digits. Sums are in
 // the accumulating type. Nodes lie in lanes, one vector at a time: with weights taken from memory as they are multiplied, 30
 // instructions a vector and pole of four rows, and what a Zen 5 core issues is what it waits for.
 
-// Nodes z = x + i y up to a multiple of PAD; no x: all lie on the imaginary axis. The second parts are what is left of the first.
+// Nodes z = i y up to a multiple of PAD, in two parts: the second is what is left of the first.
 template <class A>
 struct Nodes {
-  const A *x, *x_left, *y, *y_left;
+  const A *y, *y_left;
 };
 
-// A table's numbers of a pole: w_r, |w_i|, what is left of both, w_r^2, and the sign of w_i; of each row's weight behind them s
-// v_r, v_i, s v_i, -v_r, where s is d on the imaginary axis, which is the pole's own, and 1 in the plane.
-enum Pole { RE, RE_LEFT, IM, IM_LEFT, SQUARE, SIGN, POLE };
+// A table's numbers of a pole: d = -w_r, its square, |w_i|, what is left of it, and the sign of w_i; behind them of each row's
+// weight d v_r, v_i, d v_i, -v_r.
+enum Pole { SIDE, SQUARE, IM, IM_LEFT, SIGN, POLE };
 template <int ROWS>
 constexpr int64_t STEP = POLE + 4 * ROWS;
 
@@ -28,46 +28,40 @@ W2S_INLINE void two_parts(double x, A* first, A* left) {
 
 template <class A>
 W2S_INLINE void put_pole(A* pole, double re, double im) {
-  two_parts(re, pole + RE, pole + RE_LEFT), two_parts(std::abs(im), pole + IM, pole + IM_LEFT);
-  pole[SQUARE] = A(re * re), pole[SIGN] = im < 0 ? A(-1) : A(1);
+  two_parts(std::abs(im), pole + IM, pole + IM_LEFT);
+  pole[SIDE] = A(-re), pole[SQUARE] = A(re * re), pole[SIGN] = im < 0 ? A(-1) : A(1);
 }
 
-template <bool PLANE, class A>
+template <class A>
 W2S_INLINE void put_weight(A* pole, int row, double re, double im) {
   A* to = pole + POLE + 4 * row;
-  const double side = double(pole[SIGN]) * im, scale = PLANE ? 1.0 : -double(pole[RE]);
-  to[0] = A(scale * re), to[1] = A(side), to[2] = A(scale * side), to[3] = A(-re);
+  const double up = double(pole[SIGN]) * im, d = double(pole[SIDE]);
+  to[0] = A(d * re), to[1] = A(up), to[2] = A(d * up), to[3] = A(-re);
 }
 
 // Of V::W nodes at i and a pole.
-template <class A, bool PLANE>
+template <class V>
 struct Fractions {
-  using V = Vec<A>;
-  V d, a, b, q, Q;
+  V a, b, q, Q;
+  template <class A>
   W2S_INLINE Fractions(const Nodes<A>& z, int64_t i, const A* pole) {
     const V y = V::load(z.y + i), e = (y - V::set(pole[IM])) + (V::load(z.y_left + i) - V::set(pole[IM_LEFT])), f = y + V::set(pole[IM]);
-    V square = V::set(pole[SQUARE]);
-    if constexpr (PLANE) {
-      d = (V::load(z.x + i) - V::set(pole[RE])) + (V::load(z.x_left + i) - V::set(pole[RE_LEFT]));
-      square = d * d;
-    } else d = V::set(-pole[RE]);
+    const V square = V::set(pole[SQUARE]);
     a = V::set(1) / V::fma(e, e, square), b = V::set(1) / V::fma(f, f, square);
     q = e * a, Q = f * b;
   }
 };
 
 // re and im [ROWS, ld] at nodes [0, count), a multiple of PAD; the first row's weights are real where REAL says so
-template <class A, int ROWS, bool PLANE, bool REAL = false>
+template <class A, int ROWS, bool REAL = false>
 inline void cauchy_sums(const Nodes<A>& z, int64_t count, const A* poles, int64_t M, A* re, A* im, int64_t ld) {
   using V = Vec<A>;
   for (int64_t i = 0; i < count; i += V::W) {
     V real[ROWS], imag[ROWS];
     for (int r = 0; r < ROWS; ++r) real[r] = imag[r] = V::set(0);
     for (const A *pole = poles, *end = poles + M * STEP<ROWS>; pole < end; pole += STEP<ROWS>) {
-      const Fractions<A, PLANE> f(z, i, pole);
-      V sum_p = f.a + f.b, less_p = f.a - f.b;
-      if constexpr (PLANE) sum_p = f.d * sum_p, less_p = f.d * less_p;
-      const V sum_q = f.q + f.Q, less_q = f.q - f.Q;
+      const Fractions<V> f(z, i, pole);
+      const V sum_p = f.a + f.b, less_p = f.a - f.b, sum_q = f.q + f.Q, less_q = f.q - f.Q;
       for (int r = 0; r < ROWS; ++r) {
         const A* weight = pole + POLE + 4 * r;
         real[r] = V::fma(sum_p, V::set(weight[0]), real[r]), imag[r] = V::fma(sum_q, V::set(weight[3]), imag[r]);
@@ -82,19 +76,20 @@ inline void cauchy_sums(const Nodes<A>& z, int64_t count, const A* poles, int64_
 // With g the gradients of the rows, dv_n = sum_l g conj(1 / (z - w)) + conj(g) / (z - conj(w)), and
 // dw_n = sum_rows conj(v_n) sum_l g conj(1 / (z - w))^2 + conj(g) / (z - conj(w))^2: += to dv [M, ROWS, 2] and dw [M, 2].
 // Behind the last node g is 0.
-template <class A, int ROWS, bool PLANE, bool REAL = false>
+template <class A, int ROWS, bool REAL = false>
 inline void cauchy_adjoint(const Nodes<A>& z, int64_t count, const A* poles, int64_t M, const A* re, const A* im, int64_t ld, double* dv,
                            double* dw) {
   using V = Vec<A>;
   const V zero = V::set(0);
   for (int64_t n = 0; n < M; ++n) {
     const A* pole = poles + n * STEP<ROWS>;
+    const V d = V::set(pole[SIDE]);
     V sum[ROWS][4];  // of dv, and of the squares
     for (int r = 0; r < ROWS; ++r)
       for (int k = 0; k < 4; ++k) sum[r][k] = zero;
     for (int64_t i = 0; i < count; i += V::W) {
-      const Fractions<A, PLANE> f(z, i, pole);
-      const V p = f.d * f.a, P = f.d * f.b, sum_p = p + P, less_p = p - P, minus_q = zero - (f.q + f.Q), less_q = f.q - f.Q;
+      const Fractions<V> f(z, i, pole);
+      const V p = d * f.a, P = d * f.b, sum_p = p + P, less_p = p - P, minus_q = zero - (f.q + f.Q), less_q = f.q - f.Q;
       // of (p + i q)^2 and (P - i Q)^2
       const V k = (p - f.q) * (p + f.q), K = (P - f.Q) * (P + f.Q), j = (p + p) * f.q, J = (P + P) * f.Q;
       const V square_p = k + K, apart_p = k - K, minus_j = zero - (j + J), apart_q = j - J;

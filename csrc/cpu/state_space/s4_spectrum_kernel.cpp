@@ -37,7 +37,7 @@ struct Feature {
   // the table of a channel: of four rows for the first, of two for others
   A* table(int64_t channel) const { return poles + (channel ? STEP<4> + (channel - 1) * STEP<2> : 0) * M; }
   const double* c(int64_t channel) const { return call.c + (channel * call.H + h) * M * 2; }
-  Nodes<A> nodes(int64_t from) const { return {nullptr, nullptr, y + from, y_left + from}; }
+  Nodes<A> nodes(int64_t from) const { return {y + from, y_left + from}; }
 
   Feature(const SpectrumCall& call, int64_t h)
       : call(call), h(h), M(call.M), padded(round_up(call.nodes(), PAD)), a(call.a + h * M * 2), b(call.b + h * M * 2), p(call.p + h * M * 2),
@@ -51,19 +51,19 @@ struct Feature {
         put_pole(pole, dt * a[2 * n], dt * a[2 * n + 1]);
         const Number weight = at(c(channel), n) * dt, bc = at(b, n) * weight, pc = at(p, n) * weight;
         if (channel) {
-          put_weight<false>(pole, 0, bc.re, bc.im), put_weight<false>(pole, 1, pc.re, pc.im);
+          put_weight(pole, 0, bc.re, bc.im), put_weight(pole, 1, pc.re, pc.im);
           continue;
         }
         const Number pp = at(p, n) * at(p, n).conj() * dt, bp = at(b, n) * at(p, n).conj() * dt;
-        put_weight<false>(pole, PP, pp.re, 0), put_weight<false>(pole, BP, bp.re, bp.im);
-        put_weight<false>(pole, BC, bc.re, bc.im), put_weight<false>(pole, PC, pc.re, pc.im);
+        put_weight(pole, PP, pp.re, 0), put_weight(pole, BP, bp.re, bp.im);
+        put_weight(pole, BC, bc.re, bc.im), put_weight(pole, PC, pc.re, pc.im);
       }
   }
 
   // rows PP, BP, then BC and PC of a channel, at `count` nodes
   void sums(int64_t channel, int64_t from, int64_t count, A* re, A* im) const {
-    if (!channel) cauchy_sums<A, 4, false, true>(nodes(from), count, table(0), M, re, im, NODES);
-    else cauchy_sums<A, 2, false>(nodes(from), count, table(channel), M, re + BC * NODES, im + BC * NODES, NODES);
+    if (!channel) cauchy_sums<A, 4, true>(nodes(from), count, table(0), M, re, im, NODES);
+    else cauchy_sums<A, 2>(nodes(from), count, table(channel), M, re + BC * NODES, im + BC * NODES, NODES);
   }
 
   A* row(A* out, int64_t channel) const { return out + (channel * call.H + h) * call.columns() * 2; }
@@ -152,8 +152,8 @@ inline void backward(const SpectrumCall& call, int64_t h, const SpectrumGradient
       }
       const Nodes<A> z = f.nodes(from);
       if (channel)
-        cauchy_adjoint<A, 2, false>(z, whole, f.table(channel), M, gr + BC * NODES, gi + BC * NODES, NODES, others + (channel - 1) * 4 * M, dw);
-      else cauchy_adjoint<A, 4, false, true>(z, whole, f.table(0), M, gr, gi, NODES, first, dw);
+        cauchy_adjoint<A, 2>(z, whole, f.table(channel), M, gr + BC * NODES, gi + BC * NODES, NODES, others + (channel - 1) * 4 * M, dw);
+      else cauchy_adjoint<A, 4, true>(z, whole, f.table(0), M, gr, gi, NODES, first, dw);
     }
   }
   if (call.length % 2 == 0)
