@@ -89,8 +89,8 @@ def _compact(row: Row) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """What the hardware calls itself; a CPU name without a number (a hypervisor gave it) with family and model: "AMD EPYC"
-    is a Zen 4 and a Zen 5."""
+    """What the hardware calls itself. A CPU whose name has no number, as under a hypervisor, also by family and model:
+    "AMD EPYC" is a Zen 4 and a Zen 5."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     facts = cpu_facts()

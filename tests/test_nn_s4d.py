@@ -7,7 +7,7 @@ import torch
 
 from w2s_fast.nn import S4D
 from w2s_fast.nn.s4d import S4DKernel
-from w2s_fast.nn.state_space import Complex, expanded, expm1_over, tables
+from w2s_fast.nn.state_space import Complex, expm1_over
 
 
 def layer(h: int = 3, n: int = 8, dtype: torch.dtype = torch.float64, **more) -> S4D:
@@ -153,8 +153,3 @@ def test_one_graph_and_export_with_any_length():
         v = torch.randn(2, 2, n)
         for a, b in zip(program.module()(v, state), made(v, state), strict=True):
             torch.testing.assert_close(a, b)
-
-
-def test_a_sum_shorter_than_a_block():
-    k = Complex(torch.ones(1, 1), torch.zeros(1, 1))
-    assert expanded(k, tables(Complex(-k.re, k.im), 3, torch.float32), 3).shape == (1, 3)

@@ -62,8 +62,10 @@ from .ops.sparse_lowrank.linear import sparse_lowrank_linear, sparse_lowrank_mat
 from .ops.sparse_lowrank.masks import nm_mask, topk_mask
 from .ops.sparse_lowrank.products import sddmm, spmm
 from .ops.sparse_lowrank.support import SparseSupport, random_support
+from .ops.state_space.s4_spectrum import s4_spectrum
 from .ops.state_space.s4d_conv import Convolved, s4d_conv
 from .ops.state_space.s4d_step import Stepped, s4d_step
+from .ops.state_space.vandermonde_log import vandermonde_log
 
 __version__ = "0.1.0"
 
@@ -156,6 +158,7 @@ __all__ = [
     "random_support",
     "reflect",
     "relu_rows",
+    "s4_spectrum",
     "s4d_conv",
     "s4d_step",
     "sddmm",
@@ -165,6 +168,7 @@ __all__ = [
     "spmm",
     "tightness_rows",
     "topk_mask",
+    "vandermonde_log",
     "w2s_confidence_loss",
     "w2sd_sample",
 ]

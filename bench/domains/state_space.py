@@ -8,6 +8,7 @@ from torch import Tensor
 import w2s_fast
 
 from ..cases.s4d_conv import by_fft
+from ..cases.state_space_kernels import plain_spectrum, plain_sums
 from ..domain import Domain, Random, Sizes
 
 
@@ -35,7 +36,39 @@ def _step(u: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor) 
     return y.to(u.dtype), torch.view_as_real(after)
 
 
+def _spectrum_inputs(random: Random, sizes: Sizes) -> tuple[object, ...]:
+    h, m = sizes["H"], sizes["M"]
+    turns = 1.5 * torch.arange(m, device=random.uniform(1).device).expand(h, m) ** 1.9 + 0.26
+    a = torch.stack((-0.5 - 0.1 * random.uniform(h, m), -turns), -1).double()
+    dt = (random.uniform(h) * -4.6 - 2.3).exp().double()
+    pairs = [torch.randn(h, m, 2, generator=random.generator, device=a.device).double() for _ in range(2)]
+    c = torch.randn(1, h, m, 2, generator=random.generator, device=a.device)
+    return (a, *pairs, c, dt, sizes["L"])
+
+
+def _sums_inputs(random: Random, sizes: Sizes) -> tuple[object, ...]:
+    h, m = sizes["H"], sizes["M"]
+    step = (random.uniform(h, 1) * -4.6 - 2.3).exp()
+    turns = torch.arange(m, device=step.device).expand(h, m) * torch.pi
+    x = torch.stack((-0.5 * step.expand(h, m), turns * step), -1).double()
+    return torch.randn(h, m, 2, generator=random.generator, device=step.device), x, sizes["L"]
+
+
 DOMAINS = [
+    Domain(
+        "s4_spectrum", {"H": (8, 512), "L": (32, 8192), "M": (2, 64)}, _spectrum_inputs,
+        ways=lambda sizes: {"ours": w2s_fast.s4_spectrum, "eager": plain_spectrum},
+        flops=lambda sizes: 17.0 * sizes["H"] * sizes["L"] * sizes["M"],
+        elements=lambda sizes: 0.5 * sizes["H"] * sizes["L"] * sizes["M"],
+        trained=(0, 1, 2, 3, 4), dtypes=(torch.float32,),
+    ),
+    Domain(
+        "vandermonde_log", {"H": (8, 512), "L": (32, 8192), "M": (2, 64)}, _sums_inputs,
+        ways=lambda sizes: {"ours": w2s_fast.vandermonde_log, "eager": plain_sums},
+        flops=lambda sizes: 4.0 * sizes["H"] * sizes["L"] * sizes["M"],
+        elements=lambda sizes: float(sizes["H"] * max(sizes["L"], 128 * sizes["M"])),
+        trained=(0, 1), dtypes=(torch.float32,),
+    ),
     Domain(
         "s4d_conv", {"B": (1, 32), "H": (8, 512), "L": (32, 8192), "M": (2, 64)}, _inputs,
         ways=lambda sizes: {"ours": lambda *given: w2s_fast.s4d_conv(*given).y, "eager": by_fft},

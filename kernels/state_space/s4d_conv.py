@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..common import AotCase, Meta, cdiv, dtype, launch, next_power
+from .numbers import keep_pair, pair, power, rounded
 
 #: Positions of a chunk, samples of a program, and states of a block of tables.
 T, SAMPLES, BLOCK = 32, 16, 32
@@ -22,49 +23,9 @@ MOST = 32
 
 
 @triton.jit
-def _turn(x):
-    """cos and sin of 2 pi x of float64 x, by Taylor sums of a quarter of the angle."""
-    a = (x - tl.floor(x + 0.5)) * 1.5707963267948966
-    s = a * a
-    c = s * -1.5619206968586226e-16 + 4.779477332387385e-14
-    c = c * s - 1.1470745597729725e-11
-    c = c * s + 2.08767569878681e-09
-    c = c * s - 2.755731922398589e-07
-    c = c * s + 2.48015873015873e-05
-    c = c * s - 0.001388888888888889
-    c = c * s + 0.041666666666666664
-    c = (c * s - 0.5) * s + 1.0
-    q = s * -8.22063524662433e-18 + 2.8114572543455206e-15
-    q = q * s - 7.647163731819816e-13
-    q = q * s + 1.6059043836821613e-10
-    q = q * s - 2.505210838544172e-08
-    q = q * s + 2.7557319223985893e-06
-    q = q * s - 0.0001984126984126984
-    q = q * s + 0.008333333333333333
-    q = (q * s - 0.16666666666666666) * s * a + a
-    c, q = c * c - q * q, 2.0 * c * q
-    return c * c - q * q, 2.0 * c * q
-
-
-@triton.jit
-def _power(re, im, at):
-    """``e^{z at}`` of z with its imaginary part in turns."""
-    size = tl.exp(re * at)
-    c, s = _turn(im * at)
-    return size * c, size * s
-
-
-@triton.jit
-def _pair(p, h, n, M):
-    """Complex numbers n of ``[H, M, 2]`` in float64, 0 past the last."""
-    at = p + (h * M + n) * 2
-    return tl.load(at, mask=n < M, other=0.0).to(tl.float64), tl.load(at + 1, mask=n < M, other=0.0).to(tl.float64)
-
-
-@triton.jit
 def _factor(z, h, n, M):
     """Real part of z, and the imaginary one in turns."""
-    re, im = _pair(z, h, n, M)
+    re, im = pair(z, h, n, M)
     return re, im * 0.15915494309189535
 
 
@@ -82,15 +43,15 @@ def _tables_kernel(
         for n0 in range(0, MP, BLOCK):
             n = n0 + tl.arange(0, BLOCK)
             zr, zi = _factor(z, h, n, M)
-            br, bi = _pair(b, h, n, M)
-            cr, ci = _pair(c, h, n, M)
-            pr, pi = _power(zr[None, :], zi[None, :], at)
+            br, bi = pair(b, h, n, M)
+            cr, ci = pair(c, h, n, M)
+            pr, pi = power(zr[None, :], zi[None, :], at)
             xr, xi = br[None, :] * pr - bi[None, :] * pi, br[None, :] * pi + bi[None, :] * pr
             tap += tl.sum(cr[None, :] * xr - ci[None, :] * xi, 1)
             to = into + (h * 2 * T + T - 1 - j[:, None]) * MP + n[None, :]
             tl.store(to, xr.to(tl.float32))
             tl.store(to + T * MP, xi.to(tl.float32))
-            pr, pi = _power(zr[None, :], zi[None, :], at + 1.0)
+            pr, pi = power(zr[None, :], zi[None, :], at + 1.0)
             to = out + (h * 2 * T + j[:, None]) * MP + n[None, :]
             tl.store(to, (2.0 * (cr[None, :] * pr - ci[None, :] * pi)).to(tl.float32))
             tl.store(to + T * MP, (-2.0 * (cr[None, :] * pi + ci[None, :] * pr)).to(tl.float32))
@@ -100,7 +61,7 @@ def _tables_kernel(
         n = n0 + tl.arange(0, BLOCK)
         zr, zi = _factor(z, h, n, M)
         for which in tl.static_range(2):
-            re, im = _power(zr, zi, T if which == 0 else last)
+            re, im = power(zr, zi, T if which == 0 else last)
             to = step + (h * 2 + which) * 4 * MP + n
             tl.store(to, re.to(tl.float32))
             tl.store(to + MP, im.to(tl.float32))
@@ -294,22 +255,6 @@ def _against(gr, gi, pr, pi):
 
 
 @triton.jit
-def _rounded(x, to):
-    """float64 x in the dtype that ``to`` points at, narrow ones by way of float32."""
-    if to.dtype.element_ty == tl.float64:
-        return x
-    else:
-        return x.to(tl.float32).to(to.dtype.element_ty)
-
-
-@triton.jit
-def _keep_pair(to, h, n, M, re, im):
-    at = to + (h * M + n) * 2
-    tl.store(at, _rounded(re, to), mask=n < M)
-    tl.store(at + 1, _rounded(im, to), mask=n < M)
-
-
-@triton.jit
 def _chain_kernel(
     z, b, c, dtable, dinto, dout, dstep, dz, db, dc, dd, H, last, M, programs,
     T: tl.constexpr, MP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -319,8 +264,8 @@ def _chain_kernel(
     h, n0 = pid // (MP // BLOCK), pid % (MP // BLOCK) * BLOCK
     n, i = n0 + tl.arange(0, BLOCK), tl.arange(0, T)
     zr, zi = _factor(z, h, n, M)
-    br, bi = _pair(b, h, n, M)
-    cr, ci = _pair(c, h, n, M)
+    br, bi = pair(b, h, n, M)
+    cr, ci = pair(c, h, n, M)
     wr, wi = cr * br - ci * bi, cr * bi + ci * br
     none = tl.zeros((BLOCK,), tl.float64)
     z_re, z_im, b_re, b_im, c_re, c_im = none, none, none, none, none, none
@@ -340,9 +285,9 @@ def _chain_kernel(
             er += tl.load(at).to(tl.float64)
             ei += tl.load(at + T * MP).to(tl.float64)
         if n0 == 0:
-            tl.store(dd + h + j * 0, _rounded(tap, dd), mask=j == 0)
+            tl.store(dd + h + j * 0, rounded(tap, dd), mask=j == 0)
         at = j[:, None].to(tl.float64)
-        pr, pi = _power(zr[None, :], zi[None, :], at)
+        pr, pi = power(zr[None, :], zi[None, :], at)
         k0r, k0i = 2.0 * tap[:, None] * pr, -2.0 * tap[:, None] * pi
         vr, vi = _against(er, ei, pr, pi)
         mr, mi = _against(tl.sum(k0r, 0), tl.sum(k0i, 0), br, bi)
@@ -357,7 +302,7 @@ def _chain_kernel(
         mr, mi = _against(tl.sum(at * vr, 0), tl.sum(at * vi, 0), br, bi)
         z_re += mr
         z_im += mi
-        pr, pi = _power(zr[None, :], zi[None, :], at + 1.0)
+        pr, pi = power(zr[None, :], zi[None, :], at + 1.0)
         vr, vi = _against(2.0 * gr, -2.0 * gi, pr, pi)
         c_re += tl.sum(vr, 0)
         c_im += tl.sum(vi, 0)
@@ -371,13 +316,13 @@ def _chain_kernel(
             sr += tl.load(at).to(tl.float64) + tl.load(at + MP).to(tl.float64)
             si += tl.load(at + 2 * MP).to(tl.float64) - tl.load(at + 3 * MP).to(tl.float64)
         count = T if which == 0 else last
-        pr, pi = _power(zr, zi, count)
+        pr, pi = power(zr, zi, count)
         mr, mi = _against(sr, si, pr, pi)
         z_re += count * mr
         z_im += count * mi
-    _keep_pair(dz, h, n, M, z_re, z_im)
-    _keep_pair(db, h, n, M, b_re, b_im)
-    _keep_pair(dc, h, n, M, c_re, c_im)
+    keep_pair(dz, h, n, M, z_re, z_im)
+    keep_pair(db, h, n, M, b_re, b_im)
+    keep_pair(dc, h, n, M, c_re, c_im)
 
 
 class _Tables:

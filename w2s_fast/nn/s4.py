@@ -3,7 +3,7 @@
 ``x' = A x + B u``, ``y = C x + D u`` with ``A = diag(Lambda) - P P*``, at first HiPPO-LegS, held by the bilinear rule
 for steps Delta: ``x_l = Abar x_{l-1} + Bbar u_l``, ``Abar = (1 - Delta A / 2)^-1 (1 + Delta A / 2)``, ``Bbar = (1 -
 Delta A / 2)^-1 Delta B``. Training convolves with the kernel ``C Abar^l Bbar``, whose spectrum is four Cauchy sums
-(`state_space.s4_spectrum`) of ``C (1 - Abar^n)``: that is the parameter C, once it is made for a length n. Decoding is
+(`w2s_fast.s4_spectrum`) of ``C (1 - Abar^n)``: that is the parameter C, once it is made for a length n. Decoding is
 the recurrence, linear in the number of states. All is real arithmetic but the FFTs, so that torch.compile sees one
 graph.
 """
@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from .state_space import BLOCK, Complex, both, s4_spectrum
+from ..ops.state_space.s4_spectrum import s4_spectrum
+from .state_space import Complex, both
 from .state_space_layer import StateSpaceLayer
 
 OP = "nn.S4"
+BLOCK = 64
 
 
 def legs(states: int) -> tuple[Complex, Complex, Complex]:
@@ -213,8 +215,8 @@ class S4Kernel(nn.Module):
         dtype = torch.promote_types(self.C.dtype, torch.float32)
         dt, poles, b, p, _ = self.continuous()
         c, length = self._made_for(L)
-        spectrum = s4_spectrum(poles, b, p, c, dt, length, dtype)
-        found = torch.fft.irfft(torch.complex(*spectrum), n=length)
+        spectrum = s4_spectrum(*(torch.stack(part, -1) for part in (poles, b, p, c.to(dtype))), dt, length)
+        found = torch.fft.irfft(torch.view_as_complex(spectrum), n=length)
         return F.pad(found, (0, 1))[..., :L]  # always cut: a traced graph that need not would serve one length
 
 

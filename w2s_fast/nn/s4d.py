@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..ops.state_space.s4d_conv import s4d_conv
 from ..ops.state_space.s4d_step import s4d_step
-from .state_space import Complex, exp, expm1_over, vandermonde_log
+from ..ops.state_space.vandermonde_log import vandermonde_log
+from .state_space import Complex, exp, expm1_over
 from .state_space_layer import StateSpaceLayer
 
 
@@ -63,7 +64,7 @@ class S4DKernel(nn.Module):
         """``K`` ``[H, L]`` in the dtype of the parameters."""
         z, b, c = self.discrete()
         dtype = torch.promote_types(self.C.dtype, torch.float32)
-        return vandermonde_log(c.times(b).to(dtype), z, L)
+        return vandermonde_log(torch.stack(c.times(b), -1).to(dtype), torch.stack(z, -1), L)
 
 
 class S4D(StateSpaceLayer):

@@ -1,22 +1,12 @@
 #include "cpu/state_space/s4d_conv.h"
 
-#include "cpu/convert.h"
-#include "cpu/tensors.h"
+#include "cpu/state_space/values.h"
 
 // A feature is an item of work: its tables serve all samples, and its sums have one order. Floor: u read and y written once.
 namespace w2s {
 namespace {
 
 constexpr int64_t WORK = 64;  // multiply-adds that weigh as much as one element of other kernels
-
-// The numbers of a contiguous tensor.
-std::vector<double> values(const Tensor& t) {
-  std::vector<double> found(size_t(round_up(t.numel(), 16)));
-  kernels<ConvertKernels, double>().widen(t.data_ptr(), dtype_of(t), t.numel(), found.data());
-  found.resize(size_t(t.numel()));
-  return found;
-}
-std::vector<double> values(const std::optional<Tensor>& t) { return t ? values(*t) : std::vector<double>(); }
 
 struct Parameters {
   std::vector<double> z, b, c, d, state;

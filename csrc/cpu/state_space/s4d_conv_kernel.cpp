@@ -12,67 +12,9 @@
 
 #include "cpu/target_begin.h"
 
+#include "cpu/state_space/powers_kernel.h"
+
 constexpr int64_t CHUNK = 32, CHUNKS = 64;  // positions of a chunk, and chunks of a product
-
-// c = a b (+ c) for rows ROWS and columns VECTORS
-template <class A, int ROWS, int VECTORS>
-W2S_INLINE void block(const A* a, int64_t down, int64_t across, int64_t depth, const A* b, int64_t ldb, A* c, int64_t ldc, bool add) {
-  using V = Vec<A>;
-  V sum[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) sum[r][v] = add ? V::load(c + r * ldc + v * V::W) : V::set(0);
-  for (int64_t k = 0; k < depth; ++k) {
-    V row[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) row[v] = V::load(b + k * ldb + v * V::W);
-    for (int r = 0; r < ROWS; ++r) {
-      const V one = V::set(a[r * down + k * across]);
-      for (int v = 0; v < VECTORS; ++v) sum[r][v] = V::fma(one, row[v], sum[r][v]);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) sum[r][v].store(c + r * ldc + v * V::W);
-}
-
-template <class A>
-struct Left {  // a matrix by its strides
-  const A* data;
-  int64_t rows, depth, down, across;
-};
-
-template <class A, int VECTORS>
-inline void panel(const Left<A>& a, const A* b, int64_t ldb, A* c, int64_t ldc, bool add) {
-  int64_t r = 0;
-  const auto run = [&]<int ROWS>() {
-    for (; r + ROWS <= a.rows; r += ROWS)
-      block<A, ROWS, VECTORS>(a.data + r * a.down, a.down, a.across, a.depth, b, ldb, c + r * ldc, ldc, add);
-  };
-  run.template operator()<6>(), run.template operator()<4>(), run.template operator()<2>(), run.template operator()<1>();
-}
-
-// c [a.rows, columns] = a b (+ c); columns are a multiple of the vector
-template <class A>
-inline void product(const Left<A>& a, const A* b, int64_t ldb, int64_t columns, A* c, int64_t ldc, bool add) {
-  constexpr int64_t W = Vec<A>::W;
-  constexpr int WIDE = W == 16 ? 4 : 2;
-  int64_t j = 0;
-  const auto run = [&]<int VECTORS>() {
-    for (; j + VECTORS * W <= columns; j += VECTORS * W) panel<A, VECTORS>(a, b + j, ldb, c + j, ldc, add);
-  };
-  run.template operator()<WIDE>();
-  if constexpr (WIDE == 4) run.template operator()<2>();
-  run.template operator()<1>();
-}
-
-struct Powers {  // e^{z j}, [T + 1, M] each
-  double *re, *im;
-  int64_t M;
-};
-
-// numbers below the smallest normal one would cost a hundred times their arithmetic
-template <class A>
-W2S_INLINE A normal(double x) {
-  return std::abs(x) < double(std::numeric_limits<A>::min()) ? A(0) : A(x);
-}
 
 // Tables of one feature; ld numbers a row of states, 2 M rounded up.
 template <class A>
@@ -92,17 +34,7 @@ inline Space<A> space(const SpaceCall& call, int64_t h) {
              tables + T * T + T * ld};
   const double* z = call.z + h * M * 2;
   double *re = s.p.re, *im = s.p.im, *tap = power + 2 * (T + 1) * M;
-  for (int64_t n = 0; n < M; ++n) {
-    const double size = std::exp(z[2 * n]);
-    re[n] = 1, im[n] = 0;
-    re[M + n] = size * std::cos(z[2 * n + 1]), im[M + n] = size * std::sin(z[2 * n + 1]);
-  }
-  for (int64_t j = 2; j <= T; ++j)
-    for (int64_t n = 0; n < M; ++n) {
-      const double a = re[(j - 1) * M + n], b = im[(j - 1) * M + n];
-      re[j * M + n] = a * re[M + n] - b * im[M + n];
-      im[j * M + n] = a * im[M + n] + b * re[M + n];
-    }
+  powers(z, M, T + 1, re, im);
   for (int64_t j = 0; j < T; ++j) {
     double sum = 0;
     A* row = s.in + (T - 1 - j) * ld;

@@ -1,0 +1,155 @@
+"""The kernels of S4 and S4D: against real arithmetic that torch.compile makes one loop of, and the published way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import w2s_fast
+
+from ..case import Case, Provider, compiled, eager, formulation
+from ..domain import graded, near
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _times(a: Pair, b: Pair) -> Pair:
+    return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+
+
+def _turn(length: int, like: Tensor) -> Tensor:
+    at = torch.arange((length + 1) // 2, device=like.device, dtype=torch.float64)
+    return (2 * (at * (math.pi / length)).tan()).to(like.dtype)
+
+
+def _with_last(k: Tensor, last: Tensor, length: int) -> Tensor:
+    """The limit at the last node of an even length."""
+    if length % 2:
+        return k
+    return torch.cat((k, torch.stack((last, torch.zeros_like(last)), -1)[..., None, :]), -2)
+
+
+def plain_spectrum(a: Tensor, b: Tensor, p: Tensor, c: Tensor, dt: Tensor, length: int) -> Tensor:
+    """The best plain form: real arithmetic in c's dtype with the reciprocals shared, which Inductor makes one loop of."""
+    ar, ai, br, bi, pr, pi = (x for t in (a, b, p) for x in t.to(c.dtype).unbind(-1))
+    step, y = dt.to(c.dtype)[:, None], _turn(length, c)
+    beta, under, gamma = (step * br, step * bi), (step * pr, step * pi), (c[..., 0], c[..., 1])
+    d, w = -(step * ar)[:, None], (step * ai)[:, None]
+    e, f = y[:, None] - w, y[:, None] + w
+    one, two = 1 / (d * d + e * e), 1 / (d * d + f * f)
+    sums = d * (one + two), d * (one - two), e * one + f * two, e * one - f * two
+
+    def row(v: Pair) -> Pair:
+        re, im = v[0][..., None, :], v[1][..., None, :]
+        return (re * sums[0] + im * sums[3]).sum(-1), (im * sums[1] - re * sums[2]).sum(-1)
+
+    weights = _times(beta, gamma)
+    bc, bp, pc, pp = (row(v) for v in (weights, _times(beta, (pr, -pi)), _times(under, gamma), _times(under, (pr, -pi))))
+    size = (1 + pp[0]).square() + pp[1].square()
+    k = _times(_times(bp, pc), ((1 + pp[0]) / size, -pp[1] / size))
+    k = bc[0] - k[0], bc[1] - k[1]
+    found = torch.stack((k[0] - y / 2 * k[1], k[1] + y / 2 * k[0]), -1)
+    return _with_last(found, weights[0].sum(-1), length)
+
+
+def published_spectrum(a: Tensor, b: Tensor, p: Tensor, c: Tensor, dt: Tensor, length: int) -> Tensor:
+    """As the layer computes it without an extension: a complex ``[rows, H, 2 M, nodes]`` matrix of all fractions."""
+    a, b, p, gamma = (torch.view_as_complex(t.to(c.dtype).contiguous()) for t in (a, b, p, c))
+    step = dt.to(c.dtype)[:, None]
+    z = 1j * _turn(length, c)
+    v = torch.cat((b * gamma, (b * p.conj())[None], p * gamma, (p * p.conj())[None])) * step
+    v, w = torch.cat((v, v.conj()), -1), torch.cat((a, a.conj()), -1) * step
+    bc, bp, pc, pp = (v[..., None] / (z - w[..., None])).sum(-2).split((len(gamma), 1, len(gamma), 1))
+    k = (bc - bp * pc / (1 + pp)) * (1 + z / 2)
+    return _with_last(torch.view_as_real(k), (b * gamma * step).real.sum(-1), length)
+
+
+def _spectrum_inputs(h: int, m: int, length: int) -> Callable[..., tuple[Any, ...]]:
+    def make(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        dt = (torch.rand(h, generator=generator, device=device) * 4.6 - 6.9).exp().double()
+        turns = 1.5 * torch.arange(m, device=device).expand(h, m) ** 1.9 + 0.26  # as far and as close as those of LegS
+        a = torch.stack((torch.full_like(turns, -0.5), -turns), -1).double()
+        return a, normal(h, m, 2).double(), normal(h, m, 2).double(), normal(1, h, m, 2), dt, length
+
+    return make
+
+
+def plain_sums(c: Tensor, x: Tensor, length: int) -> Tensor:
+    """The best plain form: one real product of two small tables a feature."""
+    count, xr, xi = (length + 63) // 64, x[..., 0].double(), x[..., 1].double()
+
+    def powers(many: int, step: int) -> Pair:
+        at = torch.arange(many, device=x.device, dtype=torch.float64) * step
+        size, turn = (xr[..., None] * at).exp(), xi[..., None] * at
+        return (size * turn.cos()).to(c.dtype), (size * turn.sin()).to(c.dtype)
+
+    re, im = _times((c[..., 0, None], c[..., 1, None]), powers(count, 64))
+    return (2 * torch.cat((re, -im), -2).mT @ torch.cat(powers(64, 1), -2)).flatten(-2)[..., :length]
+
+
+def published_sums(c: Tensor, x: Tensor, length: int) -> Tensor:
+    """As the layer computes it: all powers of all states as one complex tensor."""
+    logs, weights = torch.view_as_complex(x.to(c.dtype)), torch.view_as_complex(c)
+    powers = (logs[..., None] * torch.arange(length, device=x.device)).exp()
+    return 2 * torch.einsum("hn,hnl->hl", weights, powers).real
+
+
+def _sums_inputs(h: int, m: int, length: int) -> Callable[..., tuple[Any, ...]]:
+    def make(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
+        step = (torch.rand(h, 1, generator=generator, device=device) * 4.6 - 6.9).exp()
+        turns = torch.arange(m, device=device).expand(h, m) * torch.pi
+        x = torch.stack((-0.5 * step.expand(h, m), turns * step), -1).double()
+        return torch.randn(h, m, 2, generator=generator, device=device), x, length
+
+    return make
+
+
+def _case(
+    op: str, ways: tuple[Callable[..., Tensor], ...], inputs: Callable[..., Any], length: int, gradient: bool, slow: bool,
+    flops: float, targets: dict[str, float], prediction: str,
+) -> Case:  # fmt: skip
+    h, m = 256, 32
+    places = ((0, 1, 2, 3, 4) if op == "s4_spectrum" else (0, 1)) if gradient else ()
+    ours, plain, official = (graded(way, places) for way in ways)
+    providers = {"eager": eager(plain), "compile": Provider("compile", lambda: graded(compiled(ways[1]).make(), places))}
+    if not slow:
+        providers["formulation"] = formulation(official)
+    return Case(
+        op=op, name=f"H{h}-L{length}-M{m}-fp32{'-fwdbwd' if gradient else ''}", dtype="float32",
+        shape={"H": h, "L": length, "M": m}, bytes=4.0 * h * length, flops=flops * h * length * m * (3 if gradient else 1),
+        prediction=prediction, inputs=inputs(h, m, length), ours=ours, reference=plain, providers=providers,
+        targets={name: goal for name, goal in targets.items() if name in providers}, compare=near(1e-3),
+        mode="fwdbwd" if gradient else "fwd",
+    )  # fmt: skip
+
+
+def cases(device: str) -> list[Case]:
+    """A layer of 256 features and 64 states at the lengths of its paper."""
+    del device
+    spectrum = w2s_fast.s4_spectrum, plain_spectrum, published_spectrum
+    sums = w2s_fast.vandermonde_log, plain_sums, published_sums
+    one = (
+        "30 vector operations for 16 pairs of node and pole with both reciprocals shared by four rows: 2.3 times the "
+        "compiled loop, 90 times the published way. AMD EPYC, one 512-bit multiply-add a cycle, one thread: the loop "
+        "takes 26 cycles for 16 pairs, of which multiplications and divisions fill 25"
+    )
+    two = (
+        "4 M operations a result from L1 and no angle a result: 4 times the best plain form at L 1024, whose tables are "
+        "angles; no more beyond, where its product is what takes its time: its 8 times are of the form with an angle a "
+        "result"
+    )
+    return [
+        *(_case("s4_spectrum", spectrum, _spectrum_inputs, n, False, n > 1024, 17.0,
+                {"compile": 2.3, "formulation": 90.0}, one) for n in (1024, 4096, 16384)),
+        _case("s4_spectrum", spectrum, _spectrum_inputs, 1024, True, False, 17.0, {}, one),
+        *(_case("vandermonde_log", sums, _sums_inputs, n, False, n > 1024, 4.0,
+                {"compile": 4.0, "formulation": 150.0}, two) for n in (1024, 4096, 16384)),
+        _case("vandermonde_log", sums, _sums_inputs, 1024, True, False, 4.0, {}, two),
+    ]  # fmt: skip
