@@ -15,16 +15,18 @@ namespace {
 // Shapes that differ in what limits them: few rows (the other operand is read once) with either layout of that operand,
 // rows that fill a quarter of a vector at most (transposed, they are the vector in our product) and a single one (which the
 // library reads the matrix for as fast as memory gives it), many rows over a short depth (writing c), so many rows that
-// packing the other operand is still felt, and the rest.
-enum Class { few_rows, few_columns, fewest_columns, one_column, shallow, some, deep, CLASSES };
+// packing the other operand is still felt, and the rest: with the depth of the first operand contiguous, or its rows
+// (gradients: dz^T W), which have to be turned.
+enum Class { few_rows, few_columns, fewest_columns, one_column, shallow, some, deep, deep_turned, CLASSES };
 constexpr const char* NAMES[CLASSES] = {"product-few-rows", "product-few-rows-transposed", "product-fewest-rows-transposed",
-                                        "product-one-row-transposed", "product-shallow", "product-some-rows", "product-deep"};
+                                        "product-one-row-transposed", "product-shallow", "product-some-rows", "product-deep",
+                                        "product-deep-turned"};
 constexpr int64_t FEWEST = 4, SOME = 256;
 constexpr double SMALL = 1 << 18;  // products below this many multiply-adds are ours: the library's call costs more
 
-Class class_of(int64_t M, int64_t N, int64_t K, bool transposed) {
+Class class_of(int64_t M, int64_t N, int64_t K, bool transposed, bool first_turned) {
   if (M <= FEW) return !transposed ? few_rows : M == 1 ? one_column : M <= FEWEST ? fewest_columns : few_columns;
-  return K <= 256 || N <= FEW ? shallow : M <= SOME ? some : deep;
+  return K <= 256 || N <= FEW ? shallow : first_turned ? deep_turned : M <= SOME ? some : deep;
 }
 
 bool plain(int64_t rows, int64_t columns, int64_t down, int64_t across) {  // a matrix as BLAS takes it
@@ -49,13 +51,13 @@ void run(const Operand& a, const Operand& b, Target<float> c, float alpha, bool 
 
 // Both products of one class, on sizes that take about a millisecond.
 Choice& choice(int k) {
-  static Choice choices[CLASSES] = {Choice(NAMES[0]), Choice(NAMES[1]), Choice(NAMES[2]), Choice(NAMES[3]), Choice(NAMES[4]), Choice(NAMES[5]), Choice(NAMES[6])};
-  struct Shape { int64_t M, N, K; bool transposed; };
-  constexpr Shape shapes[CLASSES] = {{8, 2048, 1024, false}, {8, 2048, 1024, true}, {2, 2048, 1024, true}, {1, 2048, 1024, true}, {512, 1024, 128, true}, {64, 1024, 1024, true}, {512, 512, 1024, true}};
+  static Choice choices[CLASSES] = {Choice(NAMES[0]), Choice(NAMES[1]), Choice(NAMES[2]), Choice(NAMES[3]), Choice(NAMES[4]), Choice(NAMES[5]), Choice(NAMES[6]), Choice(NAMES[7])};
+  struct Shape { int64_t M, N, K; bool transposed, first_turned = false; };
+  constexpr Shape shapes[CLASSES] = {{8, 2048, 1024, false}, {8, 2048, 1024, true}, {2, 2048, 1024, true}, {1, 2048, 1024, true}, {512, 1024, 128, true}, {64, 1024, 1024, true}, {512, 512, 1024, true}, {256, 256, 2048, false, true}};
   const Shape& s = shapes[k];
   choices[k].settle([&](auto&& race) {
     std::vector<float> a(size_t(s.M * s.K), 0.5f), b(size_t(s.N * s.K), 0.25f), c(size_t(s.M * s.N));
-    const Operand left{a.data(), Dtype::f32, s.M, s.K, s.K, 1};
+    const Operand left = s.first_turned ? Operand{a.data(), Dtype::f32, s.M, s.K, 1, s.M} : Operand{a.data(), Dtype::f32, s.M, s.K, s.K, 1};
     const Operand right = s.transposed ? Operand{b.data(), Dtype::f32, s.K, s.N, 1, s.K} : Operand{b.data(), Dtype::f32, s.K, s.N, s.N, 1};
     const Target<float> to{c.data(), s.N, 1};
     race(2.0 * double(s.M) * double(s.N) * double(s.K), [&] { gemm_own(left, right, to, 1.0f, false); },
@@ -64,12 +66,14 @@ Choice& choice(int k) {
   return choices[k];
 }
 
+bool takes(int64_t rows, int64_t columns, int64_t depth, bool transposed, bool first_turned) {
+  if (double(rows) * double(columns) * double(depth) < SMALL || !library_allowed()) return false;
+  return library_forced() || choice(class_of(rows, columns, depth, transposed, first_turned)).library_is_faster();
+}
+
 }  // namespace
 
-bool library_takes(int64_t rows, int64_t columns, int64_t depth, bool transposed) {
-  if (double(rows) * double(columns) * double(depth) < SMALL || !library_allowed()) return false;
-  return library_forced() || choice(class_of(rows, columns, depth, transposed)).library_is_faster();
-}
+bool library_takes(int64_t rows, int64_t columns, int64_t depth, bool transposed) { return takes(rows, columns, depth, transposed, false); }
 
 bool gemm_library(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) {
   const int64_t M = a.rows, N = b.columns, K = a.columns;
@@ -79,7 +83,8 @@ bool gemm_library(const Operand& a, const Operand& b, Target<float> c, float alp
   const bool turned = a.across == 1 && b.down == 1 && N < M && N <= FEW;
   if (turned && !library_takes(N, M, K, true)) return false;
   // c stored by columns: it is b^T a^T that is computed
-  if (!turned && !(c.across == 1 ? library_takes(M, N, K, b.down == 1) : library_takes(N, M, K, a.across == 1))) return false;
+  if (!turned && !(c.across == 1 ? takes(M, N, K, b.down == 1, a.across != 1) : takes(N, M, K, a.across == 1, b.down != 1)))
+    return false;
   run(a, b, c, alpha, add);
   return true;
 }

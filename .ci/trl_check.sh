@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# TRL's own trainer tests without and with `use_fused_logprobs`: each must end alike. Not a step of .ci/run: it installs half
+# a gigabyte, and wants TRL's tests, which no package of TRL holds.
+#   TRL_TESTS=checkout/tests bash .ci/trl_check.sh [FOLDER] [PYTEST ARGUMENTS]     FOLDER keeps the environment
+# TRL=trl==1.15.0 takes the other end of the supported range, whose functions run in Triton only: without the swap most of
+# its tests fail on a CPU, so there OFF=trl==1.16.0 runs without it. What they load from the hub is made by trl_stand_ins.py;
+# tests of images, vLLM and accelerators are left out. A test of another version than TRL's may fail, alike in both runs.
+tests=$(realpath "${TRL_TESTS:?the folder tests of a checkout of TRL}")
+. "$(dirname "$0")/beside.sh"
+trl=${TRL:-trl==1.16.0} source=$PWD
+
+if [ ! -x "$python" ]; then
+  beside trl "torch" "$trl" "${PEFT:-peft}" psutil pillow
+  "$python" .ci/trl_stand_ins.py "$folder/hub"
+fi
+export HF_HUB_OFFLINE=1 HF_HOME=$folder/hf TOKENIZERS_PARALLELISM=false
+folder=$(realpath "$folder")
+run() {  # SWAP, its name, and further arguments of pytest: 1 where tests fail, which is what is compared
+  (cd "$folder/hub" && W2S_FAST_SWAP=$1 PYTHONPATH=$source:$source/.ci "$folder/bin/python" -W ignore -m pytest -q --tb=no \
+    -p no:cacheprovider -p trl_stand_ins -c /dev/null --rootdir "$(dirname "$tests")" --junitxml "$folder/$2.xml" \
+    -k "not VLM and not Vision and not Slow and not vllm" "${@:3}") || [ $? -eq 1 ]
+}
+files=(); for one in sft dpo kto rloo grpo; do files+=("$tests/test_${one}_trainer.py"); done
+for way in 0:off 1:on; do
+  run "${way%:*}" "${way#*:}" "${files[@]}" "$@"
+done
+"$python" .ci/trl_stand_ins.py --compare "$folder/off.xml" "$folder/on.xml"
