@@ -16,7 +16,7 @@ from .merged import FusedMissLinear, FusedRandLoraLinear
 
 with checks.extra("peft"):
     from peft import LoraConfig
-    from peft.import_utils import is_bnb_4bit_available
+    from peft.import_utils import is_bnb_4bit_available, is_torchao_available
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 __all__ = [
@@ -36,12 +36,15 @@ OURS = {theirs: ours for ours, theirs in PEFTS.items()}
 
 
 def _know_quantised() -> None:
-    """Add the class for bitsandbytes' layers, which PEFT defines where that is installed, once a model has them."""
-    if "peft.tuners.lora.bnb" not in sys.modules or not is_bnb_4bit_available():
-        return
-    from .quantised import FusedLoraLinear4bit, Linear4bit
+    """Add the classes for the layers of bitsandbytes and torchao, once something has loaded those."""
+    if "peft.tuners.lora.bnb" in sys.modules and is_bnb_4bit_available():
+        from .quantised import FusedLoraLinear4bit, Linear4bit
 
-    PEFTS[FusedLoraLinear4bit], OURS[Linear4bit] = Linear4bit, FusedLoraLinear4bit
+        PEFTS[FusedLoraLinear4bit], OURS[Linear4bit] = Linear4bit, FusedLoraLinear4bit
+    if "torchao" in sys.modules and is_torchao_available():
+        from .torchao import FusedTorchaoLoraLinear, TorchaoLoraLinear
+
+        PEFTS[FusedTorchaoLoraLinear], OURS[TorchaoLoraLinear] = TorchaoLoraLinear, FusedTorchaoLoraLinear
 
 
 def _unfit(layer: Any) -> str:

@@ -94,8 +94,10 @@ def unfit(layer: Any) -> str:
 
 
 def quantised(base: Any) -> bool:
-    """Whether a base is bitsandbytes' 4-bit layer, whose product and weight the library makes."""
+    """Whether a base is bitsandbytes' 4-bit layer or has torchao's weight: the library makes its product and weight."""
     kind = type(base)
+    if kind is nn.Linear:
+        return type(base.weight).__module__.startswith("torchao.")
     return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
@@ -339,7 +341,8 @@ def _squares(layer: Any) -> Tensor:
     base = layer.base_layer
     if torch.compiler.is_compiling():
         return _weight(base).double().square().sum(1)
-    key = (base.weight.data_ptr(), base.weight._version, base.weight.dtype)
+    place = id(base.weight) if quantised(base) else base.weight.data_ptr()  # torchao's weights have no address
+    key = (place, base.weight._version, base.weight.dtype)
     found = layer.__dict__.get("_w2s_fast_squares")
     if found is None or found[0] != key:
         blocks = _weight(base).detach().split(BLOCK)
