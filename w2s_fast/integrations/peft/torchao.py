@@ -10,4 +10,4 @@ with checks.extra("peft"):
 
 
 class FusedTorchaoLoraLinear(Fused, TorchaoLoraLinear):  # type: ignore[misc]
-    """PEFT's ``lora.torchao.TorchaoLoraLinear``; DoRA's norm comes from the factors, the weight only where they changed."""
+    """PEFT's ``lora.torchao.TorchaoLoraLinear``; DoRA's norm asks for the weight only where factors changed."""
