@@ -398,6 +398,42 @@ def test_four_bit_norms_follow_the_factors_and_merging():
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ("lora", "dora", "lora-dropout", "dora-dropout"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_torchaos_int8_bases_give_pefts_results(variant, dtype):
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 96, dtype=dtype), nn.Linear(96, 5, dtype=dtype))
+    narrow = quantization.Int8WeightOnlyConfig()
+    quantization.quantize_(base, narrow)
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=3, lora_alpha=5, **VARIANTS[variant]))
+    disturb(model)
+    layer, x, tight = model.base_model.model[0], data(70, 64, dtype=dtype), 1e-5 if dtype is torch.float32 else 3e-2
+    layer.get_apply_tensor_subclass = lambda: narrow  # transformers gives it
+    for training in (True, False):
+        model.train(training)
+        theirs = outcome(model, x)
+        with use_fused_adapters(model) as handle:
+            assert not handle.left
+            for _ in range(2):
+                ours = outcome(model, x)
+                for key, value in theirs.items():
+                    assert ours[key].dtype == value.dtype
+                    assert float((ours[key].double() - value.double()).norm() / value.double().norm()) < tight, key
+            assert set(handle.status().values()) == {"fused"}
+        assert type(layer).__name__ == "TorchaoLoraLinear"
+    use_fused_adapters(model)
+    before = model(x).detach()
+    if "dora" not in variant:  # PEFT merges a DoRA over torchao's weights as if it were LoRA
+        model.merge_adapter()
+        assert float((model(x).detach() - before).norm() / before.norm()) < 3e-2  # int8 again
+        model.unmerge_adapter()
+    layer.lora_B["default"].weight.data *= 2
+    ours = outcome(model, x)["y"]
+    handle.remove()
+    assert float((ours - outcome(model, x)["y"]).double().norm() / ours.double().norm()) < tight
+
+
 def test_other_quantised_bases_stay_pefts():
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
@@ -514,8 +550,11 @@ def test_miss_and_vera_stay_pefts():
 @torch.no_grad()
 def test_a_batch_of_several_adapters(dtype):
     model = adapted("lora", dtype)
-    model.add_adapter("other", config("rslora", r=5))
-    model.to(dtype) if dtype is torch.float64 else None
+    other = config("rslora")
+    other.r = 5
+    model.add_adapter("other", other)
+    if dtype is torch.float64:
+        model.double()
     disturb(model)
     model.eval()
     plain, handle = copy.deepcopy(model), use_fused_adapters(model)

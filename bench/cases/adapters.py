@@ -1,4 +1,13 @@
-"""Forward and backward of one adapted layer: PEFT's LoRA and DoRA with our forward against PEFT's own."""
+"""One adapted layer, PEFT's with our forward against PEFT's own: forward and backward of LoRA, DoRA, BAT and RandLoRA,
+and decoding for several adapters in one batch.
+
+Bounds. LoRA's forward and backward are 4 N O I operations, and W A^T of DoRA's norm 2 r O I more, which nothing saves
+once an optimizer has moved A: r / 2 N of LoRA's own time, half of it at 16 rows, so 1.15 times LoRA is within reach
+from about 100 rows on. Where the library's product runs at the machine's peak, as on Zen 4 (100 GFLOP/s of float32 a
+core, ours 101), PEFT's LoRA is within a few percent of the floor from 512 rows on, and its DoRA within 1.2 to 1.35:
+1.2x and 2x are then out of reach; BAT (3 N + 2 r products of O I) and RandLoRA (7 N against 3 N + 2 d) keep 1.33 and
+1.75 at most.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +92,9 @@ def _case(dora: bool, rows: int, inside: int, outside: int, dtype: torch.dtype, 
         prediction="LoRA: one op, whose float32 product runs at twice the library's rate on AMD: 1.9x; in bfloat16 the "
         "passes that are saved: 1.3x; level where rows are few. DoRA: no identity through the factors, no dense norm "
         "and its gradient: 2x, and 1.15 times LoRA's time where the products dominate. Two Zen 5 cores: LoRA 1.55, 1.9 "
-        "and 2.0 in float32 at 16, 512 and 2048 rows, 1.4 and 1.6 in bfloat16 at 512 and 2048; DoRA 2 to 3",
+        "and 2.0 in float32 at 16, 512 and 2048 rows, 1.4 and 1.6 in bfloat16 at 512 and 2048; DoRA 2 to 3. One Zen 4 "
+        "core, whose library is at the peak: LoRA 1 to 1.2, in bfloat16 1.1 at 1 and 16 rows; DoRA 3.5 to 9 times "
+        "PEFT's at 1 and 16 rows, 1.3 to 1.5 from 512 on",
         inputs=inputs, ours=_Layer(dora, True), reference=_Layer(dora, False), providers=providers, targets=targets,
         compare=close,
     )  # fmt: skip
@@ -141,9 +152,70 @@ def _whole_case(kind: str, rows: int, side: int, target: float) -> Case:
         flops=6.0 * rows * side * side + (4.0 * side**3 if kind == "randlora" else 4.0 * side * side * 64),
         prediction="BAT: two passes over the weight instead of six, 1.5x where rows are few. RandLoRA: 3 + 2 d / N "
         "products of the layer's size instead of 7: 1.75x at N = 2 d, level at d / 2; more where our product is faster "
-        "than the library's (two Zen 5 cores: BAT 1.8 to 2, RandLoRA 2.7 at 2048 rows)",
+        "than the library's (two Zen 5 cores: BAT 1.8 to 2, RandLoRA 2.7 at 2048 rows; one Zen 4 core: BAT 1.1, "
+        "RandLoRA 2.1 at 16 rows, whose scales go into the input, 1.05 at 512 and 1.9 at 2048)",
         inputs=inputs, ours=_Whole(kind, True), reference=_Whole(kind, False),
         providers={"peft": peer(lambda: _Whole(kind, False))}, targets={"peft": target}, compare=close,
+    )  # fmt: skip
+
+
+class _Mixed:
+    """One LoRA layer with an adapter a row, evaluated."""
+
+    def __init__(self, fused: bool) -> None:
+        self.fused, self.made = fused, {}  # type: ignore[var-annotated]
+
+    def _make(self, weight: Tensor, A: Tensor, B: Tensor) -> nn.Module:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise Unavailable("peft is not installed") from error
+        from w2s_fast.integrations.peft import use_fused_adapters
+
+        config = LoraConfig(target_modules=["0"], r=RANK, lora_alpha=ALPHA)
+        base = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype))
+        model = get_peft_model(base.to(weight.device), config, adapter_name="0")
+        for i in range(1, len(A)):
+            model.add_adapter(str(i), config)
+        layer = model.base_model.model[0].eval()
+        layer.base_layer.weight.data = weight.clone()
+        for i, (a, b) in enumerate(zip(A, B, strict=True)):
+            layer.lora_A[str(i)].weight.data, layer.lora_B[str(i)].weight.data = a.clone(), b.clone()
+        if self.fused:
+            use_fused_adapters(model)
+        found: nn.Module = layer
+        return found
+
+    def __call__(self, x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        if id(x) not in self.made:
+            self.made[id(x)] = (x, self._make(weight, A, B))
+        with torch.no_grad():
+            y: Tensor = self.made[id(x)][1](x, adapter_names=[str(i) for i in range(len(x))])
+        return y
+
+
+def _mixed_case(rows: int, side: int, dtype: torch.dtype) -> Case:
+    def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        A, B = draw(rows, RANK, side) / side**0.5, 0.1 * draw(rows, side, RANK)
+        return draw(rows, 1, side).to(dtype), (draw(side, side) / side**0.5).to(dtype), A, B
+
+    def close(actual: Any, expected: Any) -> float:
+        allowed = 1e-4 if dtype is torch.float32 else 3e-2
+        return float((actual.double() - expected).norm() / expected.norm()) / allowed
+
+    size = torch.empty((), dtype=dtype).element_size()
+    return Case(
+        op="integrations.peft", name=f"mixed-N{rows}-{side}x{side}-{SHORT[dtype]}", dtype=str(dtype)[6:],
+        shape={"N": rows, "out": side, "in": side, "r": RANK}, mode="fwd",
+        bytes=size * (side * side + 2 * rows * side) + 4 * 2 * rows * RANK * side,
+        flops=2.0 * rows * side * side + 4.0 * rows * RANK * side,
+        prediction="PEFT takes the rows out, multiplies twice and puts them back for each adapter; ours multiplies all "
+        "rows by all factors and keeps what is a row's own: 1.3x (one Zen 4 core: 1.4, in bfloat16 1.6)",
+        inputs=inputs, ours=_Mixed(True), reference=_Mixed(False), providers={"peft": peer(lambda: _Mixed(False))},
+        targets={"peft": 1.2}, compare=close,
     )  # fmt: skip
 
 
@@ -151,7 +223,8 @@ def cases(device: str) -> list[Case]:
     """The same cases on every device."""
     f, b = torch.float32, torch.bfloat16
     small = [_case(dora, rows, 1024, 1024, dtype, hot=rows == 512) for dora in (False, True) for dtype in (f, b)
-             for rows in (16, 512, 2048)]  # fmt: skip
+             for rows in (1, 16, 512, 2048)]  # fmt: skip
     whole = [_whole_case("bat", 512, 1024, 1.5), _whole_case("bat", 2048, 1024, 1.5),
-             _whole_case("randlora", 2048, 1024, 2.0)]  # fmt: skip
-    return [*small, *(_case(dora, 512, 2048, 2048, f) for dora in (False, True)), *whole]
+             *(_whole_case("randlora", rows, 1024, 2.0) for rows in (16, 512, 2048))]  # fmt: skip
+    mixed = [_mixed_case(8, 1024, dtype) for dtype in (f, b)]
+    return [*small, *(_case(dora, 512, 2048, 2048, f) for dora in (False, True)), *whole, *mixed]

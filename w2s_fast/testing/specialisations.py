@@ -40,6 +40,8 @@ CAPTURE_AWARE = ("linear_loss.packing", "linear_loss.preference")
 SPILLS: dict[tuple[str, str], int] = {
     # three teachers of short rows: 128 threads keep every teacher's block; one word of a thread
     ("linear_kd", "_row_kernel"): 16,
+    # all integers multiples of 16: one word of a thread, 0 otherwise
+    ("topk_mask", "_mask_kernel"): 4,
     # float32 heads of 256: rows of q, dO and dQ in registers; 0 up to 128
     **{(op, "_dq_kernel"): 320 for op in ("compressed_attention_backward", "kv_compressed_attention_backward")},
     # float32 where rows are not aligned: a word or two, which the assembler prefers to the next step of registers

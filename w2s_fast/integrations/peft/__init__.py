@@ -16,7 +16,7 @@ from .merged import FusedMissLinear, FusedRandLoraLinear
 
 with checks.extra("peft"):
     from peft import LoraConfig
-    from peft.import_utils import is_bnb_4bit_available
+    from peft.import_utils import is_bnb_4bit_available, is_torchao_available
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 __all__ = [
@@ -36,12 +36,15 @@ OURS = {theirs: ours for ours, theirs in PEFTS.items()}
 
 
 def _know_quantised() -> None:
-    """Add the class for bitsandbytes' layers, which PEFT defines where that is installed, once a model has them."""
-    if "peft.tuners.lora.bnb" not in sys.modules or not is_bnb_4bit_available():
-        return
-    from .quantised import FusedLoraLinear4bit, Linear4bit
+    """Add the classes for the layers of bitsandbytes and torchao, once something has loaded those."""
+    if "peft.tuners.lora.bnb" in sys.modules and is_bnb_4bit_available():
+        from .quantised import FusedLoraLinear4bit, Linear4bit
 
-    PEFTS[FusedLoraLinear4bit], OURS[Linear4bit] = Linear4bit, FusedLoraLinear4bit
+        PEFTS[FusedLoraLinear4bit], OURS[Linear4bit] = Linear4bit, FusedLoraLinear4bit
+    if "torchao" in sys.modules and is_torchao_available():
+        from .torchao import FusedTorchaoLoraLinear, TorchaoLoraLinear
+
+        PEFTS[FusedTorchaoLoraLinear], OURS[TorchaoLoraLinear] = TorchaoLoraLinear, FusedTorchaoLoraLinear
 
 
 def _unfit(layer: Any) -> str:
@@ -93,19 +96,22 @@ def use_fused_adapters(model: nn.Module) -> FusedAdapters:
 
     at ``2 O I r`` operations; PEFT pushes an identity through A and B, adds the result to the weight and
     differentiates it. Parameters, names, state dicts, ``merge``, ``unmerge``, ``set_adapter``, ``disable_adapter`` and
-    several active adapters are PEFT's. Results differ by rounding: of 16-bit norms ours are float32's.
+    several active adapters are PEFT's. Results differ by rounding: sums of 16-bit norms are float32's.
 
     BAT (MiSS with ``init_weights="bat"``): ``W + W_pq Bone_p + Bone_p`` by one batched product on the weight as it
     lies, where PEFT copies and permutes it. RandLoRA: its factors are together as large as the weight, so where
     ``N (D + d) > D d`` (N rows, D and d the weight's sides) they are multiplied into it first: one product in the
-    place of three, forward and backward. MiSS itself and VeRA stay PEFT's.
+    place of three, forward and backward. Of at most 16 rows on a CPU its scales go into the input, and no factor as
+    large as the weight is made. MiSS itself and VeRA stay PEFT's.
 
-    On a CPU base, adapter and gain are one op, `lora_linear`. Over bitsandbytes' 4-bit weights (alone, and as PEFT's
-    ``lora.bnb.Linear4bit``) the product and the weight are the library's; DoRA's norm asks for the weight where the
-    factors have changed, and no identity goes through them.
+    On a CPU base, adapter and gain are one op, `lora_linear`, and so are W A^T and B A A^T of the norm, for which A is
+    taken in the weight's dtype. A batch of several adapters (``adapter_names``) without gradients, of at most 64 rows,
+    multiplies by the factors of all at once; they are kept stacked until one of them changes. Over bitsandbytes' 4-bit
+    weights (alone, and as PEFT's ``lora.bnb.Linear4bit``) and torchao's int8 weights the product and the weight are the
+    library's; DoRA's norm asks for the weight where the factors have changed, and no identity goes through them.
 
     Not served, with the reason in ``left`` or `FusedAdapters.status`: other quantised bases, embeddings, convolutions,
-    Conv1D, other variants (aLoRA, Arrow, ...), ``lora_bias``, ``adapter_names`` of mixed batches, parts with hooks
+    Conv1D, other variants (aLoRA, Arrow, ...), ``lora_bias``, larger batches of several adapters, parts with hooks
     (FSDP units of single factors). They run PEFT's own forward.
 
     |W|^2 is kept by layer until the weight's version changes, PEFT merges, or an adapter is added, and on a CPU the

@@ -94,8 +94,10 @@ def unfit(layer: Any) -> str:
 
 
 def quantised(base: Any) -> bool:
-    """Whether a base is bitsandbytes' 4-bit layer, whose product and weight the library makes."""
+    """Whether a base is bitsandbytes' 4-bit layer or has torchao's weight: the library makes its product and weight."""
     kind = type(base)
+    if kind is nn.Linear:
+        return type(base.weight).__module__.startswith("torchao.")
     return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
@@ -150,8 +152,9 @@ def _why_not_mixed(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> str:
         return "not in plain calls on a CPU"
     if x.numel() > MIXED * x.shape[-1]:
         return "many rows"
-    names = [name for name in dict.fromkeys(kwargs["adapter_names"]) if name in layer.lora_A]
-    if len({t.dtype for name in names for t in _factors(layer, name)}) > 1 or any(n in layer.lora_variant for n in names):
+    names = _known(layer, kwargs["adapter_names"])
+    dtypes = {t.dtype for name in names for t in _factors(layer, name)}
+    if len(dtypes) > 1 or not layer.lora_variant.keys().isdisjoint(names):
         return "adapters of several dtypes, or variants"
     return unfit(layer) or _parts_unfit(layer, names)
 
@@ -160,29 +163,36 @@ def _mixed(layer: Any, x: Tensor, adapter_names: list[str]) -> Tensor:
     """Rows of several adapters: one product with the factors of all, in which a row keeps what is its own adapter's."""
     layer._check_forward_args(x, adapter_names=adapter_names)
     base = layer._modules["base_layer"]
-    names = [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
     result = product(x, base.weight, base.bias)
+    names = _known(layer, adapter_names)
     if not names:
         return result
-    A, B, owner = _stacked(layer, names)
-    place = {name: i for i, name in enumerate(names)}
-    own = owner == torch.tensor([place.get(name, -1) for name in adapter_names]).unsqueeze(1)
+    A, B, own = _stacked(layer, names, adapter_names)
     hidden = F.linear(x.to(A.dtype), A)
     hidden *= own.view(len(own), *(1,) * (x.ndim - 2), -1)
-    return result + (hidden @ B).to(result.dtype)
+    return result.add_((hidden @ B).to(result.dtype))
 
 
-def _stacked(layer: Any, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """A of the adapters ``[n r, I]``, scale B ``[n r, O]`` and the adapter of each rank, kept until one changes."""
-    factors = [_factors(layer, name) for name in names]
-    key = [(name, layer.scaling[name], *((id(t), t.data_ptr(), t._version) for t in pair))
-           for name, pair in zip(names, factors, strict=True)]  # fmt: skip
+def _known(layer: Any, adapter_names: list[str]) -> list[str]:
+    known = layer._modules["lora_A"]._modules
+    return [name for name in dict.fromkeys(adapter_names) if name in known]
+
+
+def _stacked(layer: Any, names: list[str], adapter_names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """A of the adapters ``[n r, I]``, scale B ``[n r, O]`` and which ranks are a row's own, kept until one changes."""
+    factors, scaling = [_factors(layer, name) for name in names], layer.scaling
+    key = [tuple(adapter_names), *(
+        (scaling[name], id(a), a.data_ptr(), a._version, id(b), b.data_ptr(), b._version)
+        for name, (a, b) in zip(names, factors, strict=True)
+    )]  # fmt: skip
     found = layer.__dict__.get("_w2s_fast_stacked")
     if found is None or found[0] != key:
         A = torch.cat([a for a, _ in factors])
-        B = torch.cat([b.t() * layer.scaling[name] for name, (_, b) in zip(names, factors, strict=True)])
+        B = torch.cat([b.t() * scaling[name] for name, (_, b) in zip(names, factors, strict=True)])
         owner = torch.arange(len(names)).repeat_interleave(torch.tensor([len(a) for a, _ in factors]))
-        found = layer.__dict__["_w2s_fast_stacked"] = (key, (A, B, owner))
+        place = {name: i for i, name in enumerate(names)}
+        own = owner == torch.tensor([place.get(name, -1) for name in adapter_names]).unsqueeze(1)
+        found = layer.__dict__["_w2s_fast_stacked"] = (key, (A, B, own.to(A.dtype)))
     kept: tuple[Tensor, Tensor, Tensor] = found[1]
     return kept
 
@@ -339,7 +349,8 @@ def _squares(layer: Any) -> Tensor:
     base = layer.base_layer
     if torch.compiler.is_compiling():
         return _weight(base).double().square().sum(1)
-    key = (base.weight.data_ptr(), base.weight._version, base.weight.dtype)
+    place = id(base.weight) if quantised(base) else base.weight.data_ptr()  # torchao's weights have no address
+    key = (place, base.weight._version, base.weight.dtype)
     found = layer.__dict__.get("_w2s_fast_squares")
     if found is None or found[0] != key:
         blocks = _weight(base).detach().split(BLOCK)

@@ -62,12 +62,12 @@ def bat_weight(weight: Tensor, block: Tensor) -> Tensor:
     return (made + block.unsqueeze(2)).view(weight.shape)
 
 
-#: Rows up to which RandLoRA's gamma goes into the input, ``[N, n, d]`` numbers in the place of the factor's ``[r, n, d]``.
+#: Rows up to which the gamma goes into the input: ``[N, n, d]`` numbers in the place of a factor's ``[r, n, d]``.
 FEW = 16
 
 
 class FusedRandLoraLinear(PeftRandLoraLinear):  # type: ignore[misc]
-    """PEFT's ``randlora.Linear``; of many rows the factors go into the weight first, of few its scales into the input."""
+    """PEFT's ``randlora.Linear``; of many rows its factors go into the weight, of few its scales into the input."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
@@ -139,9 +139,11 @@ class FusedRandLoraLinear(PeftRandLoraLinear):  # type: ignore[misc]
         (r, d), n, count = A.shape, len(gam), len(rows)
         if d == self.in_features:
             inner = (rows.unsqueeze(1) * gam).view(count * n, d) @ A.t()
-            return (inner.view(count, n, r).transpose(1, 2) * lam).reshape(count, r * n) @ B.t()
+            hidden: Tensor = inner.view(count, n, r).transpose(1, 2) * lam
+            return hidden.reshape(count, r * n) @ B.t()
         inner = ((rows @ B).view(count, r, n) * lam).transpose(1, 2).reshape(count * n, r) @ A
-        return (inner.view(count, n, d) * gam).sum(1)
+        parts: Tensor = inner.view(count, n, d) * gam
+        return parts.sum(1)
 
 
 class _Scaled(torch.autograd.Function):

@@ -11,7 +11,7 @@ from ... import autocast, extension
 from ...library import OPS
 from ...ops.adapters.lora_linear import lora_linear
 
-#: Rows from which `lora_linear` wins, by bytes of an element. A single float32 row reads the weight, as the library does.
+#: Rows from which `lora_linear` wins, by bytes of an element. One float32 row reads the weight, as the library does.
 ROWS = {4: 2, 8: 2, 2: 1}
 
 
