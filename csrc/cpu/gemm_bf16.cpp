@@ -35,7 +35,8 @@ constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;  // depth in words
 constexpr int64_t AHEAD = 32;                              // rows asked for beforehand: no prefetcher follows them
 constexpr int64_t DOTS = 8;                                 // rows for which sums along the depth are quickest
 constexpr int64_t SOME = 256;                               // rows for which no more than they are packed
-constexpr int64_t VECTOR = 16, FEW_COLUMNS = 128;           // between them by tiles that read the other operand where it lies
+constexpr int64_t VECTOR = 16, FEW_COLUMNS = 128;           // between them by tiles that read the other operand where it lies,
+constexpr int64_t SHALLOW = 256;                            // and up to SOME columns of such a depth
 constexpr int IN_PLACE = 12;                                // rows of such a tile
 
 W2S_TARGET_BEGIN(W2S_DOT)
@@ -163,6 +164,12 @@ void run_tile(int height, int64_t depth, const uint32_t* a, const uint32_t* b, i
   }
 }
 
+// p[j] = sum[j] or p[j] += sum[j] for the columns that there are, at most 16
+[[gnu::always_inline]] inline void put(float* p, int64_t columns, __m512 sum, bool add) {
+  const __mmask16 there = __mmask16((1u << std::clamp<int64_t>(columns, 0, 16)) - 1);
+  _mm512_mask_storeu_ps(p, there, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(there, p), sum) : sum);
+}
+
 // The same for rows of a where they lie, their depth in one piece: a word is taken from memory as it is multiplied.
 void tile_in_place(int64_t depth, const uint16_t* a, int64_t a_down, const uint32_t* b, int64_t columns, Target<float> c, bool add) {
   __m512 sum[IN_PLACE][2];
@@ -187,13 +194,11 @@ void tile_in_place(int64_t depth, const uint16_t* a, int64_t a_down, const uint3
       quarter[q] += 4;
     }
   }
-  if (c.across == 1 && columns == WIDTH) {
+  if (c.across == 1) {
 #pragma GCC unroll 12
-    for (int i = 0; i < IN_PLACE; ++i) {
-      float* p = c.data + i * c.down;
-      _mm512_storeu_ps(p, add ? _mm512_add_ps(_mm512_loadu_ps(p), sum[i][0]) : sum[i][0]);
-      _mm512_storeu_ps(p + 16, add ? _mm512_add_ps(_mm512_loadu_ps(p + 16), sum[i][1]) : sum[i][1]);
-    }
+    for (int i = 0; i < IN_PLACE; ++i)
+#pragma GCC unroll 2
+      for (int n = 0; n < 2; ++n) put(c.data + i * c.down + 16 * n, columns - 16 * n, sum[i][n], add);
     return;
   }
   float lanes[IN_PLACE][WIDTH];
@@ -298,11 +303,17 @@ void lines(int64_t depth, const uint16_t* a, int64_t a_down, int64_t rows, const
         _mm512_store_ps(lanes[i] + 16 * n, _mm512_dpbf16_ps(_mm512_load_ps(lanes[i] + 16 * n), (__m512bh)_mm512_set1_epi32(int(x)),
                                                             (__m512bh)_mm512_loadu_si512(b + w * width + 16 * n)));
     }
-  for (int64_t j = 0; j < columns; ++j)
-    for (int64_t i = 0; i < std::min(LINES, rows); ++i) {
-      float& p = c.data[i * c.down + j * c.across];
-      p = add ? p + lanes[i][j] : lanes[i][j];
-    }
+  const int64_t lines = std::min(LINES, rows);
+  if (c.across != 1) {
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t i = 0; i < lines; ++i) {
+        float& p = c.data[i * c.down + j * c.across];
+        p = add ? p + lanes[i][j] : lanes[i][j];
+      }
+    return;
+  }
+  for (int64_t i = 0; i < lines; ++i)
+    for (int n = 0; n < NV; ++n) put(c.data + i * c.down + 16 * n, columns - 16 * n, _mm512_load_ps(lanes[i] + 16 * n), add);
 }
 
 // c[i, 0 .. 32) += words of a, `step` apart, times rows of b, two a step
@@ -363,7 +374,9 @@ const uint16_t* at(const Operand& x, int64_t i, int64_t j) {
 }
 
 // Whole words along the depth, and few columns to pay for packing by: a stays where it is.
-bool stays(const Operand& a, const Operand& b) { return a.across == 1 && a.columns % 2 == 0 && b.columns <= FEW_COLUMNS; }
+bool stays(const Operand& a, const Operand& b) {
+  return a.across == 1 && a.columns % 2 == 0 && b.columns <= (a.columns <= SHALLOW ? SOME : FEW_COLUMNS);
+}
 
 void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
   const int64_t M = a.rows, N = b.columns, K = a.columns;
