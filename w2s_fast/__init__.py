@@ -57,7 +57,7 @@ from .ops.mixture.gated_mixed_ce import gated_mixed_ce
 from .ops.optimizers.projected_step import projected_step
 from .ops.prototypes.class_stats import ClassStats, class_stats
 from .ops.prototypes.prototype_distance import Nearest, prototype_distance
-from .ops.routing.moe_route import moe_route
+from .ops.routing.moe_route import Route, Routed, moe_route
 from .ops.sparse_lowrank.linear import sparse_lowrank_linear, sparse_lowrank_materialize
 from .ops.sparse_lowrank.masks import nm_mask, topk_mask
 from .ops.sparse_lowrank.products import sddmm, spmm
@@ -98,6 +98,8 @@ __all__ = [
     "FusedStats",
     "MarginLoss",
     "Nearest",
+    "Route",
+    "Routed",
     "SampleOutput",
     "SparseSupport",
     "Stepped",
