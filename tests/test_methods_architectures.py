@@ -22,8 +22,9 @@ from w2s_fast.methods.graphs import mowst
 from w2s_fast.methods.hypernetworks import mip
 from w2s_fast.methods.meta import gpicl
 from w2s_fast.methods.state_spaces import s4
-from w2s_fast.nn import hyper_linear, mip_encode
+from w2s_fast.nn import S4D, hyper_linear, mip_encode
 from w2s_fast.nn import mip as parametrized
+from w2s_fast.testing import foreign
 from w2s_fast.testing.processes import in_two
 
 
@@ -207,6 +208,46 @@ def test_mowst_is_better_than_either_expert(form):
         mowst.train(nn.Linear(3, 3), data, recipe=steps)
 
 
+class Pictures(nn.Module):
+    """A picture classifier of transformers as the weak expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = foreign.resnet(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x).logits
+
+
+class Spread(Averaged):
+    """The strong expert on pictures laid flat."""
+
+    def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(1), edge_index)
+
+
+def test_mowst_takes_a_model_of_transformers_and_a_graph_of_pictures():
+    torch.manual_seed(0)
+    data = graph(60)
+    data.x = torch.kron(data.x[:, None, None, :], torch.ones(1, 1, 6, 2))  # pictures [n, 1, 6, 6]
+    model = mowst.Mowst(Pictures(), Spread(36, 3))
+    losses = mowst.train(model, data, recipe=Recipe(4, 1e-3, clip=None, schedule="constant"), rounds=1).losses
+    assert len(losses) == 12 and all(math.isfinite(loss) for loss in losses)
+    torch.testing.assert_close(model(data).sum(1), torch.ones(60))
+
+
+def test_mip_makes_the_weights_of_a_resnet_of_transformers():
+    torch.manual_seed(0)
+    main = foreign.resnet(3)
+    model = parametrized(hyper(size(main)), main)
+    x = torch.randn(8, 1, 8, 8)
+    y = torch.randint(3, (8,))
+    loss = lambda out, batch, gamma: F.cross_entropy(out.logits, batch[1])  # noqa: E731
+    recipe = Recipe(10, 3e-3, batch=8, schedule="constant")
+    losses = mip.train(model, main, TensorDataset(x, y), recipe=recipe, loss=loss).losses
+    assert len(losses) == 10 and losses[-1] < losses[0]
+
+
 # learning in context
 
 
@@ -293,6 +334,37 @@ def test_s4_remembers_the_first_position_and_decodes_step_by_step(layer):
         s4.SequenceModel(2, 2, pool="max")
     with pytest.raises(ValueError, match="layer must be one of 's4d', 's4', got 's5'"):
         s4.SequenceModel(2, 2, layer="s5")
+
+
+class Mixer(nn.Module):
+    """A state space where a block of GPT-2 has its attention."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = S4D(width, d_state=16, transposed=False)
+
+    def forward(self, hidden: torch.Tensor, *_, **__) -> tuple[torch.Tensor, None]:
+        return self.layer(hidden)[0], None
+
+
+def test_s4_in_the_place_of_gpt2_s_attention():
+    torch.manual_seed(0)
+    model = foreign.gpt2(9, width=16, dropout=0.0)
+    for block in model.transformer.h:
+        block.attn = Mixer(16)
+    ids = torch.randint(9, (16, 24))
+    ids[:, -1] = ids[:, 0]  # the last is the first
+    optimizer, losses = s4.adamw(model, 0.0)(model.parameters(), 1e-2), []
+    for _ in range(60):
+        loss = F.cross_entropy(model(ids).logits[:, -2], ids[:, -1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    other = ids.clone()
+    other[:, 12:] = torch.randint(9, (16, 12))
+    torch.testing.assert_close(model(other).logits[:, :12], model(ids).logits[:, :12])  # the past alone
 
 
 def _sharded(where=ALONE) -> list[float]:

@@ -68,4 +68,5 @@ def hyper_linear(x: Tensor, h: Tensor, weight: Tensor, theta0: Tensor, bias: Ten
 def _several_rows(x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
     """Of samples whose weights are made at a time."""
     w = F.linear(h, weight).unflatten(1, (-1, x.shape[2]))
-    return x @ w.mT
+    y: Tensor = x @ w.mT
+    return y

@@ -4,6 +4,9 @@
 query, key and value, norms and a head. Against a new head alone on the frozen network. Accuracy with the task known,
 and, by the least entropy over noisy copies, the share of right task names ("named") and of right classes. "moved": the
 largest change of an earlier task's outputs. Rates are chosen on dev.
+
+Found: all but the names of tasks; those are right in 46 %, where five seeds resolve 9 points from the 45 asked for
+(chance 20).
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@ Convolutions 16, 32, pooling, 64, mean over places; cosine logits with scale 16,
 about. Afterwards the encoder is frozen and classes are the means of their features. Arms: cross-entropy alone, with
 the supervised contrastive loss, and with a fixed simplex frame of ten classes too. The rate of each is chosen on dev
 by the accuracy over all ten classes.
+
+Found: over 15 seeds SupCon gives 0.3 points over all classes and takes 1.4 on the new ones, where these test pictures
+resolve 1.9 and 3.8 points: the 1.5 and 3 asked for are neither shown nor excluded by much. The frame takes 1.9
+(resolved 2.5).
 """
 
 from __future__ import annotations

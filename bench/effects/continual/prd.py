@@ -4,6 +4,9 @@ Encoder MLP 64-256-64, projector 64-64-32, views with noise of 0.1, 25 epochs a 
 over all tasks in the end, and class-incremental accuracy beside. Arms: the method, the same without distillation, and
 a head a task on the features, trained by cross-entropy. The rate of each arm is chosen on dev, with gamma for the
 method.
+
+Found: 97.0 % after all five tasks, where five seeds resolve 2.7 points, so that the level asked for is just met and not
+shown; 15 points over training without distillation and 6 over heads are.
 """
 
 from __future__ import annotations

@@ -5,6 +5,10 @@ unrelated, with a word that means nothing; "one" names one right digit and no pl
 scenes of unseen pictures: the place of a digit by four texts (chance 0.25), a digit by a bare word, a linear probe from
 the picture's vector to what stands in place 0, and one from each place's features ("dense"). Rates are chosen on dev by
 the sum of the zero-shot scores.
+
+Found: places are transferred, and the probe gains. The dense probe gains 1.0 point where 1.1 are resolved: a patch
+holds a whole digit, which leaves it little to gain. Naming by a bare word loses 6 points to captions of one word
+(resolved 1.4): the prompt is none of those that full captions train.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ A tile is a digit as 24 principal components of the training pictures. One to fo
 0 to 4 near the bag's level l, drawn with weights exp(-|d - l|), value d / 4; the others are digits 5 to 9. The weak
 label is the mean value of the relevant tiles, with noise of 0.05; asked without noise on bags of unseen pictures. Tile
 scorer 24-32-1 with gated attention of 32 against the mean of the scores; rates chosen on dev for each.
+
+Found: attention over the mean (12 points, resolved 3) and its AUC; its own 58 % are 6 points over the 52 asked for, and
+five seeds resolve 7.
 """
 
 from __future__ import annotations
