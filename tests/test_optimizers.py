@@ -329,7 +329,7 @@ def test_projected_groups_of_a_model():
         (lambda p: GaLore([p], rank=0), "rank must be >= 1"),
         (lambda p: GaLore([p], rank=2, proj_type="full"), "proj_type must be one of"),
         (lambda p: GaLore([p], rank=2, projection="qr"), "projection must be one of"),
-        (lambda p: GaLore([p], state_bits=4), "state_bits must be one of"),
+        (lambda p: GaLore([p], state_bits=4), "state_bits must be 8 or 32"),
         (lambda p: Fira([{"params": [p], "rank": 2, "alpha": 1.0}]), "alpha of a group must be named scale"),
         (lambda p: Fira([p], rank=2, limit=0.5), "limit must be"),
         (lambda p: Fira([p], rank=2, scaling="row"), "scaling must be one of"),

@@ -23,7 +23,7 @@ SMALLEST = 4096  # numbers of a tensor that is worth it, as in bitsandbytes
 class _Code(NamedTuple):
     """256 values in ascending order, the middles between them and infinity, and where a float's upper half begins.
 
-    A search for each number takes 20 times as long as ``first``: the code of the least float32 with those upper 16 bits.
+    ``first`` is the code of the least float32 with those 16 bits; a search for each number takes 20 times as long.
     The floats that share them lie closer together than two middles, so that at most one is between.
     """
 
