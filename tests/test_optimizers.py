@@ -226,7 +226,7 @@ def test_eight_bit_codes_are_the_nearest_of_a_block(signed):
     codes, scale = eight_bits.quantize(x, signed)
     found = eight_bits.dequantize(codes, scale, signed)
     assert codes.dtype == torch.uint8 and codes.shape == found.shape == x.shape and scale.shape == (3,)
-    values = eight_bits._code(signed, x.device)[0]
+    values = eight_bits._code(signed, x.device).values
     assert values.shape == (256,) and values.unique().numel() == 256 and 0 in values and values.max() == 1
     assert signed == bool((values < 0).any())
     of_block = scale.repeat_interleave(256)[:600]
@@ -235,11 +235,18 @@ def test_eight_bit_codes_are_the_nearest_of_a_block(signed):
     torch.testing.assert_close(error, nearest, rtol=0, atol=1e-6)
     assert torch.equal(eight_bits.dequantize(*eight_bits.quantize(torch.zeros(5), signed), signed), torch.zeros(5))
 
+    code = eight_bits._code(signed, x.device)  # at the middles, a float below and above
+    middles = code.middles[:-1]
+    many = torch.cat([middles, middles.nextafter(torch.tensor(-9.0)), middles.nextafter(torch.tensor(9.0)), -middles])
+    many = nn.functional.pad(many.clamp(0.0 if signed is False else -1.0, 1.0), (0, -many.numel() % 255)).view(-1, 255)
+    many = nn.functional.pad(many, (0, 1), value=1.0)  # a block's largest
+    assert torch.equal(eight_bits.quantize(many, signed)[0].int(), torch.bucketize(many, middles, out_int32=True))
+
 
 def test_eight_bit_codes_are_those_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     for signed in (True, False):
-        ours = eight_bits._code(signed, torch.device("cpu"))[0]
+        ours = eight_bits._code(signed, torch.device("cpu")).values
         torch.testing.assert_close(ours, functional.create_dynamic_map(signed))
 
 
@@ -322,7 +329,7 @@ def test_projected_groups_of_a_model():
         (lambda p: GaLore([p], rank=0), "rank must be >= 1"),
         (lambda p: GaLore([p], rank=2, proj_type="full"), "proj_type must be one of"),
         (lambda p: GaLore([p], rank=2, projection="qr"), "projection must be one of"),
-        (lambda p: GaLore([p], state_bits=4), "state_bits must be one of"),
+        (lambda p: GaLore([p], state_bits=4), "state_bits must be 8 or 32"),
         (lambda p: Fira([{"params": [p], "rank": 2, "alpha": 1.0}]), "alpha of a group must be named scale"),
         (lambda p: Fira([p], rank=2, limit=0.5), "limit must be"),
         (lambda p: Fira([p], rank=2, scaling="row"), "scaling must be one of"),

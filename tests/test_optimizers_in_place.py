@@ -157,7 +157,7 @@ def sharded_projections(rank: int) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
-    for name, (kind, settings) in SHARDED.items():
+    for kind, settings in SHARDED.values():
         if "state_bits" in settings:  # a block a number, since a process's blocks are its own: exact in float32
             eight_bits.SMALLEST = eight_bits.BLOCK = 1
         close = {"rtol": 1e-9, "atol": 1e-9} if eight_bits.BLOCK > 1 else {"rtol": 1e-4, "atol": 1e-5}

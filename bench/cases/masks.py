@@ -119,7 +119,8 @@ def _layer_case(rows: int, side: int, density: float, dtype: torch.dtype = torch
     wide = dtype == torch.float32
     kept = round(density * side * side)
     return Case(
-        op="nn.sparsify", name=f"{density:.0%}-N{rows}-{side}x{side}-{'fp32' if wide else 'bf16'}", dtype=str(dtype)[6:],
+        op="nn.sparsify", name=f"{density:.0%}-N{rows}-{side}x{side}-{'fp32' if wide else 'bf16'}",
+        dtype=str(dtype)[6:],
         shape={"N": rows, "side": side}, bytes=(dtype.itemsize + 2) * kept + 2 * dtype.itemsize * rows * side,
         flops=2.0 * rows * kept, hot=rows == 1 and wide,
         prediction="six bytes a value that is left against four a weight: 2.7x at a quarter where memory bounds it; in "

@@ -100,14 +100,19 @@ def _step_case(name: str, width: int, rank: int, dtype: torch.dtype, hot: bool) 
         prediction="GaLore: both make two products; ours adds the second to the weight, the official form makes four "
         "passes behind it: 1.5x. Fira: two products instead of three and four passes instead of 21: 3x. Measured at "
         "1024 (AMD EPYC, Zen 5, 2 threads, where our product runs at twice the library's rate): 1.8x and 2.9x; at 4096 "
-        "with a rank of 64 passes count for more: 4.3x and 9.6x",
+        "with a rank of 64 passes count for more: 4.3x and 9.6x. GaLore at 1024 cannot reach 3x: the products are "
+        "1.07 GFLOP, 2.05 of its 3.08 ms there at the peak of 525 GFLOP/s, a third of the official 5.76 ms is 1.92. On "
+        "a Zen 4 both products run at one rate and 90 % of the official step are products: 1.04x; a profile of ours "
+        "has 86 % in the product's inner loop, 10 % in packing, 1 % in the moments. What was tried: panels of p "
+        "through scratch (Fira 15 ms, one thread), the product added to p in place (12.5), and for a bfloat16 p "
+        "bfloat16 operands of the second product (GaLore 12.4 to 9.6)",
         inputs=inputs, ours=_Ours(kind), reference=_Official(official),
         providers={
             "official": formulation(_Official(official)),
             "compile": _compiled(official),
         },
         rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-5,
-        targets={"official": 3.0, "compile": 1.0} if name == "Fira" else {"compile": 1.0},
+        targets={"official": 3.0, "compile": 1.0},
     )  # fmt: skip
 
 

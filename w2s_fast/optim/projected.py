@@ -141,7 +141,8 @@ class GaLore(AdamFamily):
         super().__init__(params, defaults)
 
     def _check(self, group: Mapping[str, Any]) -> None:
-        checks.choice(self._op, "state_bits", group["state_bits"], BITS)
+        if group["state_bits"] not in BITS:
+            checks.fail(self._op, "state_bits", "8 or 32", group["state_bits"])
         if group["rank"] is None:
             return
         checks.integer(self._op, "rank", group["rank"], low=1)
@@ -166,10 +167,10 @@ class GaLore(AdamFamily):
         own = [local(p) if bits == 8 else p for p in parameters]
         grads = [local(p.grad) if bits == 8 else p.grad for p in parameters]  # type: ignore[arg-type]
         states = [self.state[p] for p in parameters]
-        moments = [[_moment(state, name, p) for state, p in zip(states, own, strict=True)] for name in MOMENTS]
-        update_(own, grads, *moments, step, group["betas"], group["eps"] / root, lr * keep,  # type: ignore[arg-type]
+        first, second = ([_moment(state, name, p) for state, p in zip(states, own, strict=True)] for name in MOMENTS)
+        update_(own, grads, first, second, step, group["betas"], group["eps"] / root, lr * keep,  # type: ignore[arg-type]
                 group["weight_decay"] / keep if keep else 0.0)  # fmt: skip
-        for name, found in zip(MOMENTS, moments, strict=True):
+        for name, found in zip(MOMENTS, (first, second), strict=True):
             for state, value in zip(states, found, strict=True):
                 eight_bits.store(state, name, value, bits)
 

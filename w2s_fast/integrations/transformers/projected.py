@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
 
@@ -56,7 +56,7 @@ def projected_optimizer(
     return kind, {"params": groups, **shared}
 
 
-def _matrices(target: Any, model: nn.Module) -> dict[int, nn.Parameter]:
+def _matrices(target: Any, model: nn.Module) -> dict[int, Tensor]:
     """Weights of the linear layers that ``optim_target_modules`` names, by id."""
     if not isinstance(target, (str, list, tuple)):
         checks.fail(OP, "optim_target_modules", "names, a pattern, or 'all-linear'", repr(target))
