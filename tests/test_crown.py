@@ -272,7 +272,8 @@ def test_the_way_through_a_convolution(stride, padding, dilation, groups):
 def test_gradients_under_autocast():
     """Of the way back as of intervals: the same in float32."""
     torch.manual_seed(0)
-    model, x, y = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3)), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    x, y = torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
     found = []
     for lowered in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=lowered):

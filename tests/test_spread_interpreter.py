@@ -59,7 +59,7 @@ def test_contains_other_evaluations(op: str, relu: bool, form: str):
 @interpreted
 @pytest.mark.parametrize("form", ["lu", "cr"])
 def test_margins_of_other_evaluations(form: str):
-    """``D x + spread ((|W_k| + |W_y|) |x| + |b_k| + |b_y|)`` at the larger |x| is hardly less, at either end no more."""
+    """No less than ``D x + spread ((|W_k| + |W_y|) |x| + |b_k| + |b_y|)`` at an end, hardly more at the larger |x|."""
     g = torch.Generator().manual_seed(0)
     center, radius = random(g, 5, 70, dtype=torch.float32), random(g, 5, 70, dtype=torch.float32).abs() * 0.1
     weight, bias = random(g, 6, 70, dtype=torch.float32), random(g, 6, dtype=torch.float32) * 100
@@ -74,11 +74,12 @@ def test_margins_of_other_evaluations(form: str):
     each, size = w - w[y][:, None], SPREAD * (w.abs() + w[y].abs()[:, None])
     step = b - b[y][:, None] + SPREAD * (b.abs() + b[y].abs()[:, None])
     largest = torch.maximum(lower.abs(), upper.abs())
-    exact, most = (
-        torch.maximum(*(each * x[:, None] + size * s[:, None] for x, s in zip((lower, upper), ends, strict=True))).sum(2)
-        + step
-        for ends in ((lower.abs(), upper.abs()), (largest, largest))
-    )
+
+    def margins(*sizes: Tensor) -> Tensor:
+        ends = [each * x[:, None] + size * s[:, None] for x, s in zip((lower, upper), sizes, strict=True)]
+        return torch.maximum(*ends).sum(2) + step
+
+    exact, most = margins(lower.abs(), upper.abs()), margins(largest, largest)
     other = torch.arange(6) != y[:, None]
     assert bool((z >= exact)[other].all()) and bool((z - most < 1e-4 * most.abs() + 1e-3)[other].all())
     assert not bool(z[~other].any())

@@ -141,7 +141,8 @@ def _holds_margins(args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Any)
 
     def margins(*sizes: Tensor) -> Tensor:
         ends = [each * x.unsqueeze(1) + most * s.unsqueeze(1) for x, s in zip((lower, upper), sizes, strict=True)]
-        return (torch.maximum(*ends).sum(-1) + step).scatter(1, y.unsqueeze(1), 0.0)
+        found: Tensor = (torch.maximum(*ends).sum(-1) + step).scatter(1, y.unsqueeze(1), 0.0)
+        return found
 
     largest = torch.maximum(lower.abs(), upper.abs())
     exact, most_said = margins(lower.abs(), upper.abs()), margins(largest, largest)
