@@ -1,4 +1,4 @@
-"""s4_spectrum and vandermonde_log: recurrences, gradients in float64, digits over long sequences, poles next to nodes."""
+"""s4_spectrum and vandermonde_log: dense matrices, gradients in float64, digits in float32, poles next to nodes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """s4_spectrum on a GPU: four Cauchy sums of one feature and channel at NODES nodes, Woodbury's identity in registers.
 
 Poles, weights and nodes are made in float64; distances are differences of numbers in two float32 parts, sums are in
-float32. Backward: the gradients of the sums at each node, ``[H, 2 + 2 C, 2, nodes]``; the sums over nodes of each row and
-pole; and from those the parameters' gradients, in float64. Floor: 34 operations and 2 reciprocals a node and pole; the
-result is written once.
+float32. Backward: the gradients of the sums at each node, ``[H, 2 + 2 C, 2, nodes]``; the sums over nodes of each row
+and pole; and from those the parameters' gradients, in float64. Floor: 34 operations and 2 reciprocals a node and pole;
+the result is written once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ PP, BP, BC, PC = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr
 
 
 @triton.jit
-def _nodes(l, length):
+def _nodes(at, length):
     """``y`` of nodes i y in two float32 parts."""
-    c, s = turn(l.to(tl.float64) / (2.0 * length))
+    c, s = turn(at.to(tl.float64) / (2.0 * length))
     y = 2.0 * s / c
     first = y.to(tl.float32)
     return first, (y - first.to(tl.float64)).to(tl.float32)
@@ -101,10 +101,10 @@ def _forward_kernel(
     columns = length // 2 + 1
     blocks = tl.cdiv(columns, NODES)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    l = tl.program_id(0) % blocks * NODES + tl.arange(0, NODES)
+    at = tl.program_id(0) % blocks * NODES + tl.arange(0, NODES)
     h, nodes = row % H, (length + 1) // 2
     step = tl.load(dt + h).to(tl.float64)
-    y, y_left = _nodes(tl.minimum(l, nodes - 1), length)
+    y, y_left = _nodes(tl.minimum(at, nodes - 1), length)
     ppr, ppi, bpr, bpi, bcr, bci, pcr, pci = _sums(y, y_left, a, b, p, c, h, row, M, step, NODES, POLES)
     tr, ti = _over(bpr, bpi, ppr, ppi)
     kr, ki = bcr - (tr * pcr - ti * pci), bci - (tr * pci + ti * pcr)
@@ -114,9 +114,9 @@ def _forward_kernel(
         n = n0 + tl.arange(0, POLES)
         vr, _ = _weight(b, p, c, h, row, n, M, step, BC)
         last += tl.sum(vr, 0).to(tl.float32)
-    to = out + (row * columns + l) * 2
-    tl.store(to, tl.where(l < nodes, kr - half * ki, last), mask=l < columns)
-    tl.store(to + 1, tl.where(l < nodes, ki + half * kr, 0.0), mask=l < columns)
+    to = out + (row * columns + at) * 2
+    tl.store(to, tl.where(at < nodes, kr - half * ki, last), mask=at < columns)
+    tl.store(to + 1, tl.where(at < nodes, ki + half * kr, 0.0), mask=at < columns)
 
 
 @triton.jit
@@ -127,12 +127,12 @@ def _nodes_kernel(
     nodes, columns = (length + 1) // 2, length // 2 + 1
     blocks = tl.cdiv(nodes, NODES)
     h = (tl.program_id(0) // blocks).to(tl.int64)
-    l = tl.program_id(0) % blocks * NODES + tl.arange(0, NODES)
-    live = l < nodes
+    at = tl.program_id(0) % blocks * NODES + tl.arange(0, NODES)
+    live = at < nodes
     step = tl.load(dt + h).to(tl.float64)
-    y, y_left = _nodes(tl.minimum(l, nodes - 1), length)
+    y, y_left = _nodes(tl.minimum(at, nodes - 1), length)
     half = y / 2.0
-    to = rows + h * (2 + 2 * C) * 2 * nodes + l
+    to = rows + h * (2 + 2 * C) * 2 * nodes + at
     zero = tl.zeros((NODES,), tl.float32)
     ppr, ppi, bpr, bpi = zero, zero, zero, zero
     for k in range(C):
@@ -140,8 +140,8 @@ def _nodes_kernel(
         ur, ui, xr, xi, _, _, wr, wi = _sums(y, y_left, a, b, p, c, h, row, M, step, NODES, POLES)
         xr, xi = _over(xr, xi, ur, ui)
         wr, wi = _over(wr, wi, ur, ui)
-        br = tl.load(grad + (row * columns + l) * 2, mask=live, other=0.0)
-        bi = tl.load(grad + (row * columns + l) * 2 + 1, mask=live, other=0.0)
+        br = tl.load(grad + (row * columns + at) * 2, mask=live, other=0.0)
+        bi = tl.load(grad + (row * columns + at) * 2 + 1, mask=live, other=0.0)
         gr, gi = br + half * bi, bi - half * br
         sr, si = -(xr * gr + xi * gi), -(xr * gi - xi * gr)
         bpr, bpi = bpr - (wr * gr + wi * gi), bpi - (wr * gi - wi * gr)
@@ -170,10 +170,10 @@ def _poles_kernel(
     zero = tl.zeros((POLES,), tl.float64)
     vr, vi, tr, ti = zero, zero, zero, zero
     for l0 in range(0, nodes, NODES):
-        l = l0 + tl.arange(0, NODES)
-        y, y_left = _nodes(tl.minimum(l, nodes - 1), length)
-        gr = tl.load(rows + row * 2 * nodes + l, mask=l < nodes, other=0.0)[None, :]
-        gi = tl.load(rows + (row * 2 + 1) * nodes + l, mask=l < nodes, other=0.0)[None, :]
+        at = l0 + tl.arange(0, NODES)
+        y, y_left = _nodes(tl.minimum(at, nodes - 1), length)
+        gr = tl.load(rows + row * 2 * nodes + at, mask=at < nodes, other=0.0)[None, :]
+        gi = tl.load(rows + (row * 2 + 1) * nodes + at, mask=at < nodes, other=0.0)[None, :]
         p, P, q, Q = _fractions(y, y_left, a, h, n, M, step)
         vr += tl.sum(gr * (p + P) - gi * (q + Q), 1).to(tl.float64)
         vi += tl.sum(gr * (q - Q) + gi * (p - P), 1).to(tl.float64)

@@ -1,8 +1,8 @@
 """vandermonde_log on a GPU: ``e^{x (R q + r)} = e^{x R q} e^{x r}``, products of small tables.
 
-A program has ROWS rows q of one feature and channel: two tables of float64 powers, of ROWS and of R positions, give ROWS R
-results, 4 M operations each. Backward, a program has BLOCK poles of a feature and channel and goes over the rows of the
-gradient. Floor: 4 M operations a result; it is written once.
+A program has ROWS rows q of one feature and channel: two tables of float64 powers, of ROWS and of R positions, give
+ROWS R results, 4 M operations each. Backward, a program has BLOCK poles of a feature and channel and goes over the rows
+of the gradient. Floor: 4 M operations a result; it is written once.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def launch_vandermonde_log_backward(grad: Any, c: Any, x: Any, length: int) -> t
     dc, dx = c.new_empty(c.shape), x.new_empty(x.shape)
     parts, poles = c.new_empty(c.shape, dtype=dtype(c, "float64")), cdiv(states, BLOCK)
     launch(
-        _backward_kernel, channels * features * poles, c, grad, c, x, dc, parts, features, states, length, poles, R=SHORT,
-        ROWS=ROWS, BLOCK=BLOCK,
+        _backward_kernel, channels * features * poles, c, grad, c, x, dc, parts, features, states, length, poles,
+        R=SHORT, ROWS=ROWS, BLOCK=BLOCK,
     )  # fmt: skip
     count = features * states * 2
     launch(_channels_kernel, cdiv(count, 256), c, parts, dx, count, channels, BLOCK=256)
@@ -144,4 +144,7 @@ def aot_cases() -> list[AotCase]:
         launch_vandermonde_log(c, x, length)
         launch_vandermonde_log_backward(Meta((2, 256, length), "float32"), c, x, length)
 
-    return [AotCase("fp32-L4096", lambda: run("float32", 4096)), AotCase("bf16-L1000", lambda: run("bfloat16", 1000))]
+    return [
+        AotCase("fp32-L4096", lambda: run("float32", 4096)),
+        AotCase("bf16-L1000", lambda: run("bfloat16", 1000)),
+    ]

@@ -215,7 +215,8 @@ class S4Kernel(nn.Module):
         dtype = torch.promote_types(self.C.dtype, torch.float32)
         dt, poles, b, p, _ = self.continuous()
         c, length = self._made_for(L)
-        spectrum = s4_spectrum(*(torch.stack(part, -1) for part in (poles, b, p, c.to(dtype))), dt, length)
+        given = [torch.stack(part, -1) for part in (poles, b, p, c.to(dtype))]
+        spectrum = s4_spectrum(given[0], given[1], given[2], given[3], dt, length)
         found = torch.fft.irfft(torch.view_as_complex(spectrum), n=length)
         return F.pad(found, (0, 1))[..., :L]  # always cut: a traced graph that need not would serve one length
 

@@ -30,9 +30,9 @@ def s4_spectrum(a: Tensor, b: Tensor, p: Tensor, c: Tensor, dt: Tensor, length: 
 
     ``torch.fft.irfft(torch.view_as_complex(s4_spectrum(...)), n=length)`` is the kernel ``C Abar^l Bbar`` of the
     bilinear rule with steps dt, if c is ``C (1 - Abar^length)``. At the nodes ``z_l = 2 i tan(pi l / length)``, with
-    sums ``r_v = sum_n v_n / (z - dt a_n) + conj(v_n) / (z - dt conj(a_n))`` of the weights v named: ``(r_bc - r_bp r_pc
-    / (1 + r_pp)) (1 + z / 2)`` for ``bc = dt b c``, ``bp = dt b conj(p)``, ``pc = dt p c``, ``pp = dt |p|^2``; its limit
-    ``sum_n Re dt b_n c_n`` at the last node of an even length.
+    sums ``r_v = sum_n v_n / (z - dt a_n) + conj(v_n) / (z - dt conj(a_n))`` of the weights v named: ``(r_bc - r_bp
+    r_pc / (1 + r_pp)) (1 + z / 2)`` for ``bc = dt b c``, ``bp = dt b conj(p)``, ``pc = dt p c``, ``pp = dt |p|^2``;
+    its limit ``sum_n Re dt b_n c_n`` at the last node of an even length.
 
     Args:
         a: ``[H, M, 2]``, real and imaginary part of the poles, one of each conjugate pair. float32, bfloat16, float16
@@ -45,9 +45,9 @@ def s4_spectrum(a: Tensor, b: Tensor, p: Tensor, c: Tensor, dt: Tensor, length: 
         length: positions of the kernel, at least 2; any.
 
     Returns:
-        ``[C, H, length // 2 + 1, 2]`` in float32 (float64 if c is), as `torch.view_as_complex` takes it. Differentiable,
-        once, in every tensor argument. Memory: the result, and some tiles of a thread. A node on a pole gives what is
-        not finite.
+        ``[C, H, length // 2 + 1, 2]`` in float32 (float64 if c is), as `torch.view_as_complex` takes it.
+        Differentiable, once, in every tensor argument. Memory: the result, and some tiles of a
+        thread. A node on a pole gives what is not finite.
 
     Raises:
         ValueError, TypeError: naming the argument.

@@ -35,8 +35,8 @@ def vandermonde_log(c: Tensor, x: Tensor, length: int) -> Tensor:
 
     Args:
         c: ``[..., H, M, 2]``, real and imaginary part of the weights; float32, bfloat16, float16 or float64.
-        x: ``[H, M, 2]``, logarithms of the numbers whose powers are summed, in any of these dtypes; in float64 they keep
-            the phase of many turns.
+        x: ``[H, M, 2]``, logarithms of the numbers whose powers are summed, in any of these dtypes; in float64 they
+            keep the phase of many turns.
         length: at least 1; any.
 
     Returns:

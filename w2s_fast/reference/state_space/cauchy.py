@@ -11,8 +11,8 @@ from .pairs import Complex
 
 
 class Fractions(NamedTuple):
-    """``p - i q = 1 / (z - w)`` and ``P - i Q = 1 / (z - conj(w))`` of nodes ``[L]`` and poles ``[H, M]``, as their sums
-    and differences ``[H, M, L]``: every row of weights takes these."""
+    """``p - i q = 1 / (z - w)`` and ``P - i Q = 1 / (z - conj(w))`` of nodes ``[L]`` and poles ``[H, M]``, as their
+    sums and differences ``[H, M, L]``: every row of weights takes these."""
 
     sum_p: Tensor
     less_p: Tensor

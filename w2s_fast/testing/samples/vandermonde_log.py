@@ -12,9 +12,7 @@ from . import Make, Sample
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _sums(
-    shape: tuple[int, ...], length: int, layout: str = "plain", double: bool = False
-) -> Callable[[Make], Inputs]:
+def _sums(shape: tuple[int, ...], length: int, layout: str = "plain", double: bool = False) -> Callable[[Make], Inputs]:
     """Powers that last and that fade; x in float64 where `double`."""
 
     def make(m: Make) -> Inputs:
