@@ -4,8 +4,7 @@
 #   TRL_TESTS=checkout/tests bash .ci/trl_check.sh [FOLDER] [PYTEST ARGUMENTS]     FOLDER keeps the environment
 # For TRL 1.16: without the swap the functions of 1.15 run in Triton only, so on a CPU there is nothing to compare with. What
 # the tests load from the hub is made by trl_stand_ins.py; those that want more of it fail, alike in both runs, as do tests of
-# another version than TRL's;
-# those of images, vLLM and accelerators are left out.
+# another version than TRL's. Those of images, vLLM and accelerators are left out.
 tests=$(realpath "${TRL_TESTS:?the folder tests of a checkout of TRL}")
 . "$(dirname "$0")/beside.sh"
 trl=${TRL:-trl==1.16.0} source=$PWD
