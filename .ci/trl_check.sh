@@ -2,9 +2,9 @@
 # TRL's own trainer tests without and with `use_fused_logprobs`: each must end alike. Not a step of .ci/run: it installs half
 # a gigabyte, and wants TRL's tests, which no package of TRL holds.
 #   TRL_TESTS=checkout/tests bash .ci/trl_check.sh [FOLDER] [PYTEST ARGUMENTS]     FOLDER keeps the environment
-# TRL=trl==1.15.0 takes the other end of the supported range, whose functions run in Triton only: without the swap most of
-# its tests fail on a CPU, so there OFF=trl==1.16.0 runs without it. What they load from the hub is made by trl_stand_ins.py;
-# tests of images, vLLM and accelerators are left out. A test of another version than TRL's may fail, alike in both runs.
+# For TRL 1.16: without the swap the functions of 1.15 run in Triton only, so on a CPU there is nothing to compare with. What
+# the tests load from the hub is made by trl_stand_ins.py; those that want more of it fail, alike in both runs, as do tests of
+# another version than TRL's. Those of images, vLLM and accelerators are left out.
 tests=$(realpath "${TRL_TESTS:?the folder tests of a checkout of TRL}")
 . "$(dirname "$0")/beside.sh"
 trl=${TRL:-trl==1.16.0} source=$PWD
