@@ -7,7 +7,7 @@
 // The fractions stay two: one over a common denominator loses digits. Of each pair of poles w is the upper one, so that f
 // cancels nothing; e is a difference of numbers in two parts, so that a node next to a pole has its digits. Sums are in
 // the accumulating type. Nodes lie in lanes, one vector at a time: with weights taken from memory as they are multiplied, 30
-// instructions a vector and pole of four rows, and what a Zen 5 core issues is what it waits for.
+// instructions a vector and pole of four rows, and what a Zen 4 core issues is what it waits for.
 
 // Nodes z = i y up to a multiple of PAD, in two parts: the second is what is left of the first.
 template <class A>
