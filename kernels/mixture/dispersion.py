@@ -47,12 +47,12 @@ def _dispersion_kernel(x, stride, rows, classes, log_classes, o_out, ROWS: tl.co
 
 @triton.jit
 def _dispersion_backward_kernel(
-    grad, x, stride, rows, classes, log_classes, o_dx, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    grad, x, stride, rows, classes, k, log_classes, o_dx, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     row, live = program_rows(rows, ROWS)
     top = largest(x, None, stride, 0, None, row, live, classes, ROWS, BLOCK)
     total, square, mean = _moments(x, stride, top, row, live, classes, ROWS, BLOCK)
-    first = tl.load(grad + 2 * row, mask=live, other=0.0) * (2.0 / (1.0 - 1.0 / classes))
+    first = tl.load(grad + 2 * row, mask=live, other=0.0) * k
     second = tl.load(grad + 2 * row + 1, mask=live, other=0.0) / log_classes
     for start in range(0, classes, BLOCK):
         cols, inside = place(row, live, start, classes, BLOCK)
@@ -78,7 +78,7 @@ def launch_dispersion_backward(grad: Any, logits: Any) -> Any:
     rows, classes = logits.shape
     dlogits, tile = logits.new_empty(logits.shape), tile_of(classes)
     launch(_dispersion_backward_kernel, cdiv(rows, tile["ROWS"]), logits, grad, logits, logits.stride(0), rows, classes,
-           math.log(classes), dlogits, **tile)  # fmt: skip
+           2.0 / (1.0 - 1.0 / classes), math.log(classes), dlogits, **tile)  # fmt: skip
     return dlogits
 
 
