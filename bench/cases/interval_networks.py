@@ -325,7 +325,7 @@ def _rows_case(rows: int, batch: int, columns: int, target: float) -> Case:
         shape={"M": rows, "B": batch, "N": columns},
         bytes=4.0 * (5 * entries + 6 * batch * columns),
         flops=15.0 * entries,
-        # Measured (one thread of an AMD EPYC, Zen 5): 35 ms forward, 19 of them fresh pages for 38 MB, and 46 back.
+        # Measured (one thread of an AMD EPYC, Zen 4): 35 ms forward, 19 of them fresh pages for 38 MB, and 46 back.
         prediction="memory: rows read and written once, twice read and once written backward; eager makes some 27 "
         "passes, each to fresh pages",
         inputs=inputs,
