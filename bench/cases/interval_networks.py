@@ -159,10 +159,6 @@ def _network_case(device: str, batch: int, norm: bool, targets: dict[str, float]
         bounded = w2s_fast.nn.bound(model)
         return lambda x, y: bounded.margins(x, y, eps)
 
-    def deployed(model: nn.Module) -> Callable[..., Tensor]:
-        bounded = w2s_fast.nn.bound(model)
-        return lambda x, y: bounded.margins(x, y, eps, "deployed")
-
     def lirpa() -> Callable[..., Any]:
         from w2s_fast.testing.peers import auto_lirpa
 
@@ -208,7 +204,6 @@ def _network_case(device: str, batch: int, norm: bool, targets: dict[str, float]
             "eager": Provider("eager", lambda: step(by_hand)),
             "compile": Provider("compile", lambda: torch.compile(step(by_hand), dynamic=False)),
             "auto_LiRPA": peer(lirpa),
-            **({} if norm else {"deployed rounding": Provider("eager", lambda: step(deployed))}),
             "plain step": yardstick(lambda: step(forward), lambda: step(forward, double=True)),
         },
         compare=compare,
@@ -330,7 +325,7 @@ def _rows_case(rows: int, batch: int, columns: int, target: float) -> Case:
         shape={"M": rows, "B": batch, "N": columns},
         bytes=4.0 * (5 * entries + 6 * batch * columns),
         flops=15.0 * entries,
-        # Measured (one thread of an AMD EPYC, Zen 5): 35 ms forward, 19 of them fresh pages for 38 MB, and 46 back.
+        # Measured (one thread of an AMD EPYC, Zen 4): 35 ms forward, 19 of them fresh pages for 38 MB, and 46 back.
         prediction="memory: rows read and written once, twice read and once written backward; eager makes some 27 "
         "passes, each to fresh pages",
         inputs=inputs,
