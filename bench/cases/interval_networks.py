@@ -164,7 +164,7 @@ def _network_case(device: str, batch: int, norm: bool, targets: dict[str, float]
         return lambda x, y: bounded.margins(x, y, eps, "deployed")
 
     def wider(actual: Any, exact: Any) -> float:
-        """Deployed margins contain what float32 may lose: a hundredth of the largest gradient."""
+        """Deployed margins contain what float32 may lose, here up to a fiftieth of a gradient."""
         return compare(actual, exact) / 10
 
     def lirpa() -> Callable[..., Any]:
