@@ -222,7 +222,7 @@ def _verify_case(sizes: tuple[int, ...], dead: float, rounding: Any, target: flo
         bytes=4.0 * read,
         flops=4.0 * read,
         prediction="each weight of a unit that is not dead read once, where eager reads and writes all of W and |W|. "
-        "Measured (one thread of an AMD EPYC, Zen 4): sound 11 times eager, deployed 10.5; deployed takes 1.07 times "
+        "Measured (one thread of an AMD EPYC, Zen 5): sound 11 times eager, deployed 10.5; deployed takes 1.07 times "
         "fast, 1.22 before margins took what their logits may be off by",
         inputs=lambda generator, device: (
             torch.rand(1, sizes[0], generator=generator, device=device),

@@ -155,7 +155,7 @@ def _case(name: str, method: Method, target: float) -> Case:
         flops=12.0 * BATCH * count,
         prediction="the same products as the library's, without its copies of weights and its node by node graph. "
         "Measured (2 threads of an AMD EPYC, Zen 5): by IBP the CNN 2.4 times as fast, the ResNet 2.0, the "
-        "DenseNet 1.9, the ViT 1.3. CROWN-IBP's step (one Zen 4 thread) is 9 plain ones for the CNN, 10 for the ResNet: its "
+        "DenseNet 1.9, the ViT 1.3. On a Zen 4 CROWN-IBP's step is 9 plain ones for the CNN, 10 for the ResNet: its "
         "products are the library's convolutions and ours, a ReLU's rows take 5 to 7 hundredths",
         inputs=lambda generator, device: (
             torch.rand(BATCH, 3, SIZE, SIZE, generator=generator, device=device),

@@ -159,6 +159,14 @@ def _network_case(device: str, batch: int, norm: bool, targets: dict[str, float]
         bounded = w2s_fast.nn.bound(model)
         return lambda x, y: bounded.margins(x, y, eps)
 
+    def deployed(model: nn.Module) -> Callable[..., Tensor]:
+        bounded = w2s_fast.nn.bound(model)
+        return lambda x, y: bounded.margins(x, y, eps, "deployed")
+
+    def wider(actual: Any, exact: Any) -> float:
+        """Deployed margins contain what float32 may lose, here up to a fiftieth of a gradient."""
+        return compare(actual, exact) / 10
+
     def lirpa() -> Callable[..., Any]:
         from w2s_fast.testing.peers import auto_lirpa
 
@@ -204,6 +212,7 @@ def _network_case(device: str, batch: int, norm: bool, targets: dict[str, float]
             "eager": Provider("eager", lambda: step(by_hand)),
             "compile": Provider("compile", lambda: torch.compile(step(by_hand), dynamic=False)),
             "auto_LiRPA": peer(lirpa),
+            **({} if norm else {"deployed rounding": Provider("eager", lambda: step(deployed), wider)}),
             "plain step": yardstick(lambda: step(forward), lambda: step(forward, double=True)),
         },
         compare=compare,
