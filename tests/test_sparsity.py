@@ -206,3 +206,57 @@ def test_sparsify_takes_what_it_is_asked_to():
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     half = sparsify(model.bfloat16())
     assert half.layers and model["mlp"](torch.ones(2, 24).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(40, 64), (33, 130), (1, 7), (17, 1000)])
+def test_dense_supports_decode_by_bits(dtype, shape):
+    """As the dense layer does, up to the order of sums, and as by gathers where x is infinite behind no value."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape) * (torch.rand(shape) < 0.3)
+    weight[0, -1] = 1.0  # the last column, and with one row the last value
+    weight[shape[0] // 2 :: 5] = 0.0  # rows without a value
+    weight[0, -1] = 1.0
+    layer = nn.Sequential(nn.Linear(shape[1], shape[0]))
+    layer[0].weight = nn.Parameter(weight.to(dtype))
+    layer[0].bias = nn.Parameter(torch.randn(shape[0]).to(dtype))
+    wanted = layer[0].weight.detach().double(), layer[0].bias.detach().double()
+    sparsify(layer, sparsity=0.0)
+    support = layer[0].support
+    by_bits, by_gathers = support._decoding, support._decoding._replace(plan=[])
+    assert (len(by_bits.plan) == 1) == (support.nnz >= weight.numel() / 8)
+    for rows in (1, 2, 3, 5, 8):
+        x = torch.randn(rows, shape[1]).to(dtype)
+        with torch.no_grad():
+            found = layer(x)
+            exact = x.double() @ wanted[0].t() + wanted[1]
+            size = exact.abs().max() * torch.finfo(dtype).eps
+            assert (found.double() - exact).abs().max() <= 4 * size
+            x[:, (weight == 0).all(0)] = torch.inf  # reaches nobody
+            x[0, 0] = torch.inf  # reaches the rows with a value there
+            found = layer(x)
+            support._decoding = by_gathers
+            other = layer(x)
+            support._decoding = by_bits
+        torch.testing.assert_close(found, other, rtol=0, atol=float(8 * size), equal_nan=True)
+
+
+def test_bits_of_a_support_follow_its_buffers():
+    """A copy has them, and another content that is loaded makes them anew."""
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        layer = nn.Sequential(nn.Linear(70, 9, bias=False))
+        mask = torch.zeros(9 * 70, dtype=torch.bool)
+        mask[torch.randperm(9 * 70)[:300]] = True
+        layer[0].weight.data *= mask.view(9, 70)
+        dense = layer[0].weight.detach().clone()
+        sparsify(layer, sparsity=0.0)
+        made.append((layer, dense))
+    (first, _), (second, dense) = made
+    x = torch.randn(2, 70)
+    first.load_state_dict(second.state_dict())
+    with torch.no_grad():
+        for model in (second, copy.deepcopy(second), first):
+            assert len(model[0].support._decoding.plan) == 1
+            torch.testing.assert_close(model(x), x @ dense.t(), rtol=0, atol=1e-5)

@@ -205,6 +205,7 @@ struct VectorExtension {
     }
     return n;
   }
+  static constexpr bool EXPANDS = false;  // expand and load_lanes are there
   template <class I>
   static W2S_INLINE VectorExtension gather(const T* p, const I* index) {
     VectorExtension r;

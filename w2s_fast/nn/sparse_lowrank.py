@@ -169,7 +169,7 @@ class ModelSize(NamedTuple):
     """What a model holds while it is trained with Adam.
 
     parameters: their number; weight_bytes: theirs; index_bytes: of the sparse supports; plan_bytes: the kernels'
-    walking order of csr supports, on a CPU only; optimizer_bytes: two moments in the parameters' dtypes.
+    walking orders of csr supports, on a CPU only; optimizer_bytes: two moments in the parameters' dtypes.
     """
 
     parameters: int
@@ -188,7 +188,7 @@ def model_size(model: nn.Module) -> ModelSize:
         sum(p.numel() for p in weights),
         weight_bytes,
         sum(s.index_bytes for s in supports),
-        sum(t.nbytes for s in supports if s.layout != "flat64" for t in s.arguments("model_size").plan),
+        sum(t.nbytes for s in supports if s.layout != "flat64" for t in s.walks()),
         2 * sum(p.nbytes for p in weights if p.requires_grad),
     )
 

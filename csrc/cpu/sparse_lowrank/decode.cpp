@@ -31,7 +31,7 @@ const A* decode(const Pattern& s, const Operand& x, const Operand& a, const Oper
   A* xs = scratch_of<A>(X, tokens * I + 64);
   for (int t = 0; t < given; ++t)
     kernels<DecodeKernels, A>().pack(x.part(t, 1).data, x.dtype, I, 1, 1, I, I, xs + t * I);
-  std::fill(xs + given * I, xs + tokens * I, A(0));
+  std::fill(xs + given * I, xs + tokens * I + 64, A(0));
   A* hidden = h && given == tokens ? h : scratch_of<A>(H, tokens * r + 64);
   A* y = scratch_of<A>(Y, tokens * O + 64);
   const int64_t threads = w2s::threads();

@@ -112,6 +112,60 @@ inline void csr_rows(const Pattern& s, const I* column, const void* values, Dtyp
   }
 }
 
+// Whether all n are finite, and what follows them up to a whole vector
+template <class A>
+inline bool finite(const A* x, int64_t n) {
+  using V = Vec<A>;
+  V sum = V::set(0);
+  for (int64_t i = 0; i < n; i += V::W) sum = V::fma(V::load(x + i), V::set(0), sum);
+  return sum.sum() == A(0);
+}
+
+// The same where a row's columns are bits: its values are read in order and spread to their lanes, without a gather. An
+// infinity of x times a lane without a value must not become NaN: x that holds one is read under the mask.
+template <class A, int T, bool OWN, bool MASKED>
+inline void bit_rows(const Pattern& s, const void* values, Dtype dtype, int64_t begin, int64_t end, const A* x, A* y, int64_t ld) {
+  using V = Vec<A>;
+  constexpr int CHAINS = T <= 2 ? 2 : 1, PARTS = 64 / V::W;
+  const int64_t words = pieces(s.columns, 64);
+  A lanes[T * V::W * V::W] = {};
+  for (int64_t first = begin; first < end; first += V::W) {
+    const int64_t rows = end - first < V::W ? end - first : V::W;
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint64_t* word = s.bits + (first + r) * words;
+      int64_t k = s.row_ptr[first + r];
+      V sum[T][CHAINS];
+      for (int t = 0; t < T; ++t)
+        for (int c = 0; c < CHAINS; ++c) sum[t][c] = V::set(0);
+      const auto walk = [&](const auto& next) __attribute__((always_inline)) {
+        for (int64_t w = 0; w < words; ++w) {
+          const A* p = x + w * 64;
+#pragma GCC unroll 4
+          for (int j = 0; j < PARTS; ++j) {
+            const uint32_t there = uint32_t(word[w] >> (j * V::W)) & ((1u << V::W) - 1);
+            const V v = V::expand(next(), there);
+            k += __builtin_popcount(there);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+              const A* at = p + t * s.columns + j * V::W;
+              sum[t][j % CHAINS] = V::fma(v, MASKED ? V::load_lanes(at, there) : V::load(at), sum[t][j % CHAINS]);
+            }
+          }
+        }
+      };
+      const bool whole = s.row_ptr[first + r + 1] + V::W <= s.nnz;  // no load reaches behind the values
+      if (T == 1 && whole && !OWN && dtype == Dtype::bf16) walk([&] { return weights_at<A, OWN>(values, Dtype::bf16, k); });
+      else if (whole) walk([&] { return weights_at<A, OWN>(values, dtype, k); });
+      else walk([&] { return first_weights<A, OWN>(values, dtype, k, int(std::min<int64_t>(V::W, s.nnz - k))); });
+      for (int t = 0; t < T; ++t) {
+        for (int c = 1; c < CHAINS; ++c) sum[t][0] = sum[t][0] + sum[t][c];
+        sum[t][0].store(lanes + (t * V::W + r) * V::W);
+      }
+    }
+    put_rows<A, T>(lanes, rows, A(1), true, y + first, ld);
+  }
+}
+
 // The same for a balanced support: the rows' values in one block follow each other, so vectors run across rows.
 // part: q x (end - begin) partial sums, one a place in the row's block
 template <class A, bool OWN>
@@ -138,6 +192,10 @@ inline void balanced_rows(const Pattern& s, const void* values, Dtype dtype, int
 
 template <class A, int T, bool OWN>
 inline void sparse_rows(const Pattern& s, const void* values, Dtype dtype, int64_t begin, int64_t end, const A* x, A* part, A* y, int64_t ld) {
+  if constexpr (Vec<A>::EXPANDS)
+    if (s.bits)
+      return finite(x, T * s.columns) ? bit_rows<A, T, OWN, false>(s, values, dtype, begin, end, x, y, ld)
+                                      : bit_rows<A, T, OWN, true>(s, values, dtype, begin, end, x, y, ld);
   if (s.bytes) {
     for (int t = 0; t < T; ++t) balanced_rows<A, OWN>(s, values, dtype, begin, end, x + t * s.columns, part, y + t * ld);
   } else if (s.narrow) {

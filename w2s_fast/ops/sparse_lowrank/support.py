@@ -28,8 +28,9 @@ class SparseSupport(nn.Module):
     so that its index tensors are buffers: they move with ``.to(device)`` and stand in ``state_dict()``, the columns of
     csr16 as bytes (uint8 [2 K]), since collective operations and pickle know no uint16; a state dict with uint16 [K]
     loads too. On a CPU a csr support also holds a walking order for the kernels (5.5 bytes a value, not in the state
-    dict), which is made anew where an eager call finds a buffer replaced or written to (by DistributedDataParallel,
-    say). torch.compile sees the index as it is when it traces.
+    dict) and, from a density of an eighth on, its positions as bits (an eighth of a byte a position), which are made
+    anew where an eager call finds a buffer replaced or written to (by DistributedDataParallel, say). torch.compile sees
+    the index as it is when it traces.
 
     Args:
         shape: (O, I) of the matrix.
@@ -189,20 +190,26 @@ class SparseSupport(nn.Module):
             self._renew()
         return self._arguments
 
+    def walks(self) -> list[Tensor]:
+        """What the kernels walk by besides the index, on a CPU."""
+        return [*self.arguments("SparseSupport.walks").plan, *self._decoding.plan]
+
     def _blocks(self) -> tuple[int, int]:
         return self.block, self.per_block
 
-    def _collect(self, walk: Sequence[Tensor]) -> None:
+    def _collect(self, walk: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
         # kept as a tuple: looking up four buffers of a module costs a small call a microsecond
         self._arguments = Support(self.row_ptr, self.cols, walk, *self.shape, self.block, self.per_block)
-        # few tokens are walked row by row: five tensors less to pass
-        self._decoding = self._arguments._replace(plan=[])
+        # few tokens are walked row by row: no five tensors to pass
+        self._decoding = self._arguments._replace(plan=bits)
 
     def _make_plan(self) -> None:
         on_cpu = self.cols.device.type == "cpu"
         walks = self.layout in ("csr16", "csr32") and on_cpu and self.nnz > 0
         self._content = _content(self.cols, self.row_ptr) if on_cpu else ()
-        self._collect(plan.build(self.row_ptr, self.cols, *self.shape) if walks else [])
+        dense = walks and self.nnz >= plan.DENSE * self.shape[0] * self.shape[1]
+        index = (self.row_ptr, self.cols, *self.shape)
+        self._collect(plan.build(*index) if walks else [], plan.bits(*index) if dense else [])
         # the first call looks at the content: dist.broadcast writes without a trace
         self._seen = (self.row_ptr, self.row_ptr, -2, -2)
 
@@ -218,7 +225,7 @@ class SparseSupport(nn.Module):
         self._buffers["cols"] = _stored(self.layout, self.cols)
         on_cpu = self.cols.device.type == "cpu"
         if on_cpu and self._content == _content(self.cols, self.row_ptr):
-            self._collect(self._arguments.plan)
+            self._collect(self._arguments.plan, self._decoding.plan)
         else:
             _check_form(self)
             if on_cpu:  # a GPU would have to be waited for
@@ -239,10 +246,10 @@ class SparseSupport(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> SparseSupport:
         before = self.cols.device
         super()._apply(fn, recurse)
-        self._collect(self._arguments.plan)
+        self._collect(self._arguments.plan, self._decoding.plan)
         if self.cols.device != before:
             # from the meta device the content comes later, by load_state_dict, which makes the order
-            self._make_plan() if before.type != "meta" else self._collect([])
+            self._make_plan() if before.type != "meta" else self._collect([], [])
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
