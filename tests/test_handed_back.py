@@ -33,7 +33,7 @@ def test_logits_that_forward_leaves_are_among_them():
 
 def test_without_the_check_it_is_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gradients.Gradient, "_check", lambda *_: None)
-    sample = next(s for s in all_samples() if s.id == "fuse_logits-k1" or s.op == "fuse_logits")
+    sample = next(s for s in all_samples() if s.op == "fused_log_softmax")
     assert handed_back.check_hooks(sample, torch.float32) != []
 
 

@@ -36,13 +36,15 @@ def state_of(rows, columns, rank, right, dtype=torch.float32):
     return p, grad, basis, torch.randn(shape, generator=draw), torch.rand(shape, generator=draw) + 0.1
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
 @pytest.mark.parametrize("right", (True, False))
 @pytest.mark.parametrize("outside", ("none", "column"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("decay", (0.0, 0.1))
 def test_panels_and_places(right, outside, dtype, decay):
-    """More rows than a panel has: in place and not are the same bits, within twice eager's error of float64.
+    """More rows than a panel has: in place and not are the same bits, within twice eager's error of float64, by our
+    products (the library's round as it makes them).
 
     Without decay p begins at 0, so that the step is what is rounded.
     """

@@ -94,6 +94,7 @@ def finish_into(z: Any, h: Any, b: Any, scale: float, gain: Any, bias: Any, y: A
     count, outputs = y.shape
     # float32 factors keep float32: tensor cores take halves only where both sides are the dtype of y
     half = not str(y.dtype).endswith("float32") and str(h.dtype) == str(b.dtype) == str(y.dtype)
+    half = half and getattr(getattr(y, "device", None), "type", "") != "cpu"  # the interpreter's dot takes float32 only
     dot = tl.float32 if not half else tl.bfloat16 if str(y.dtype).endswith("bfloat16") else tl.float16
     options = {"BLOCK_N": 64, "BLOCK_O": 64 if half else 32, "BLOCK_K": 16, "num_warps": 8 if half else 4}
     tiles = cdiv(outputs, options["BLOCK_O"])

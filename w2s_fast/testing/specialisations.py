@@ -42,6 +42,10 @@ SPILLS: dict[tuple[str, str], int] = {
     ("linear_kd", "_row_kernel"): 16,
     # all integers multiples of 16: one word of a thread, 0 otherwise
     ("topk_mask", "_mask_kernel"): 4,
+    # float16 tensors of unaligned sizes: 1024 threads have 64 registers each
+    ("ict_loss", "_tile_sum_kernel"): 32,
+    # top-p of float16 under Triton 3.6: one or two words of a thread, 0 under 3.7
+    ("fused_sample", "_weigh_kernel"): 8,
     # float32 heads of 256: rows of q, dO and dQ in registers; 0 up to 128
     **{(op, "_dq_kernel"): 320 for op in ("compressed_attention_backward", "kv_compressed_attention_backward")},
     # float32 where rows are not aligned: a word or two, which the assembler prefers to the next step of registers
