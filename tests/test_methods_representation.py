@@ -621,6 +621,21 @@ def test_weakstil_finds_the_tiles_that_count():
         weakstil.bags_of([torch.zeros(0, 3)])
 
 
+def test_weakstil_finds_tiles_behind_a_frozen_body():
+    """Bags of images as a ResNet of transformers sees them; one of the first class decides."""
+    order = torch.randperm(240, generator=DRAW)
+    images, y = (t[order] for t in corners(240, seed=3).tensors)
+    body = Body(foreign.resnet(4).eval())
+    with torch.no_grad():
+        rows = F.normalize(body(images), dim=1) * 4
+    items = [(rows[i : i + 3], float((y[i : i + 3] == 0).any())) for i in range(0, 240, 3)]
+    model = weakstil.WeakStil(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)), 16, hidden=8)
+    losses = weakstil.train(model, items, recipe=Recipe(150, 1e-2, batch=20)).losses
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    bags, target = weakstil.collate(items)
+    assert ((model(bags).bags > 0.5) == (target > 0.5)).float().mean() > 0.85
+
+
 class Words(nn.Module):
     """A tower of texts: GPT-2's last hidden state of the last token."""
 
