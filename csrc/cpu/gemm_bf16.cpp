@@ -103,21 +103,50 @@ void pack_words(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int6
     }
 }
 
-void scatter(const float* lanes, int64_t rows, int64_t columns, Target<float> c, bool add) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* from = lanes + i * WIDTH;
-    float* to = c.data + i * c.down;
-    for (int64_t j = 0; j < columns; j += c.across == 1 ? 16 : 1) {
-      if (c.across == 1) {
-        const __mmask16 mask = __mmask16((1u << std::min<int64_t>(columns - j, 16)) - 1);
-        const __m512 x = _mm512_loadu_ps(from + j);
-        _mm512_mask_storeu_ps(to + j, mask, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to + j), x) : x);
-      } else {
-        float& p = to[j * c.across];
-        p = add ? p + from[j] : from[j];
-      }
-    }
+// p[j] = sum[j] or p[j] += sum[j] for the columns that there are, at most 16
+[[gnu::always_inline]] inline void put(float* p, int64_t columns, __m512 sum, bool add) {
+  const __mmask16 there = __mmask16((1u << std::clamp<int64_t>(columns, 0, 16)) - 1);
+  _mm512_mask_storeu_ps(p, there, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(there, p), sum) : sum);
+}
+
+// c (+)= lanes, rows `width` apart
+void scatter(const float* lanes, int64_t width, int64_t rows, int64_t columns, Target<float> c, bool add) {
+  if (c.across == 1) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; j += 16) put(c.data + i * c.down + j, columns - j, _mm512_loadu_ps(lanes + i * width + j), add);
+    return;
   }
+  for (int64_t j = 0; j < columns; ++j)  // c is mostly stored by columns then
+    for (int64_t i = 0; i < rows; ++i) {
+      float& p = c.data[i * c.down + j * c.across];
+      p = add ? p + lanes[i * width + j] : lanes[i * width + j];
+    }
+}
+
+// c (+)= the sums of a register tile
+template <int M>
+[[gnu::always_inline]] inline void store(const __m512 (&sum)[M][2], int64_t rows, int64_t columns, Target<float> c, bool add) {
+  if (c.across == 1 && rows == M) {
+#pragma GCC unroll 14
+    for (int i = 0; i < M; ++i) {
+      put(c.data + i * c.down, columns, sum[i][0], add);
+      put(c.data + i * c.down + 16, columns - 16, sum[i][1], add);
+    }
+    return;
+  }
+  float lanes[M][WIDTH];
+#pragma GCC unroll 14
+  for (int i = 0; i < M; ++i) {
+    _mm512_storeu_ps(&lanes[i][0], sum[i][0]);
+    _mm512_storeu_ps(&lanes[i][16], sum[i][1]);
+  }
+  scatter(&lanes[0][0], WIDTH, rows, columns, c, add);
+}
+
+[[gnu::always_inline]] inline __m512bh word(const void* x) {  // two neighbours, in every lane
+  int both;
+  std::memcpy(&both, x, sizeof both);
+  return (__m512bh)_mm512_set1_epi32(both);
 }
 
 template <int M>
@@ -134,22 +163,7 @@ void tile(int64_t depth, const uint32_t* a, const uint32_t* b, int64_t rows, int
       sum[i][1] = _mm512_dpbf16_ps(sum[i][1], x, right);
     }
   }
-  if (c.across == 1 && rows == M && columns == WIDTH) {
-#pragma GCC unroll 14
-    for (int i = 0; i < M; ++i) {
-      float* p = c.data + i * c.down;
-      _mm512_storeu_ps(p, add ? _mm512_add_ps(_mm512_loadu_ps(p), sum[i][0]) : sum[i][0]);
-      _mm512_storeu_ps(p + 16, add ? _mm512_add_ps(_mm512_loadu_ps(p + 16), sum[i][1]) : sum[i][1]);
-    }
-    return;
-  }
-  float lanes[M][WIDTH];
-#pragma GCC unroll 14
-  for (int i = 0; i < M; ++i) {
-    _mm512_storeu_ps(&lanes[i][0], sum[i][0]);
-    _mm512_storeu_ps(&lanes[i][16], sum[i][1]);
-  }
-  scatter(&lanes[0][0], rows, columns, c, add);
+  store(sum, rows, columns, c, add);
 }
 
 void run_tile(int height, int64_t depth, const uint32_t* a, const uint32_t* b, int64_t rows, int64_t columns, Target<float> c, bool add) {
@@ -162,12 +176,6 @@ void run_tile(int height, int64_t depth, const uint32_t* a, const uint32_t* b, i
     case 12: return tile<12>(depth, a, b, rows, columns, c, add);
     default: return tile<14>(depth, a, b, rows, columns, c, add);
   }
-}
-
-// p[j] = sum[j] or p[j] += sum[j] for the columns that there are, at most 16
-[[gnu::always_inline]] inline void put(float* p, int64_t columns, __m512 sum, bool add) {
-  const __mmask16 there = __mmask16((1u << std::clamp<int64_t>(columns, 0, 16)) - 1);
-  _mm512_mask_storeu_ps(p, there, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(there, p), sum) : sum);
 }
 
 // The same for rows of a where they lie, their depth in one piece: a word is taken from memory as it is multiplied.
@@ -185,29 +193,14 @@ void tile_in_place(int64_t depth, const uint16_t* a, int64_t a_down, const uint3
     for (int q = 0; q < IN_PLACE / 4; ++q) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        int word;
-        std::memcpy(&word, quarter[q] + i * down, 4);
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(word);
+        const __m512bh x = word(quarter[q] + i * down);
         sum[4 * q + i][0] = _mm512_dpbf16_ps(sum[4 * q + i][0], x, left);
         sum[4 * q + i][1] = _mm512_dpbf16_ps(sum[4 * q + i][1], x, right);
       }
       quarter[q] += 4;
     }
   }
-  if (c.across == 1) {
-#pragma GCC unroll 12
-    for (int i = 0; i < IN_PLACE; ++i)
-#pragma GCC unroll 2
-      for (int n = 0; n < 2; ++n) put(c.data + i * c.down + 16 * n, columns - 16 * n, sum[i][n], add);
-    return;
-  }
-  float lanes[IN_PLACE][WIDTH];
-#pragma GCC unroll 12
-  for (int i = 0; i < IN_PLACE; ++i) {
-    _mm512_storeu_ps(&lanes[i][0], sum[i][0]);
-    _mm512_storeu_ps(&lanes[i][16], sum[i][1]);
-  }
-  scatter(&lanes[0][0], IN_PLACE, columns, c, add);
+  store(sum, IN_PLACE, columns, c, add);
 }
 
 const uint16_t* padded(const uint16_t* from, int64_t count, uint16_t* to) {
@@ -260,12 +253,6 @@ void dots(int64_t depth, const uint16_t* a, int64_t a_down, int64_t rows, const 
     }
 }
 
-[[gnu::always_inline]] inline __m512bh word(const uint16_t* x) {  // two neighbours, in every lane
-  int both;
-  std::memcpy(&both, x, sizeof both);
-  return (__m512bh)_mm512_set1_epi32(both);
-}
-
 constexpr int64_t LINES = 8;  // rows of W at a time: a set of L1 holds no more where they lie a power of two apart
 
 // c[i, j] of 8 rows of a, read a word at a time where they lie, and the 16 NV columns of packed b.
@@ -303,17 +290,7 @@ void lines(int64_t depth, const uint16_t* a, int64_t a_down, int64_t rows, const
         _mm512_store_ps(lanes[i] + 16 * n, _mm512_dpbf16_ps(_mm512_load_ps(lanes[i] + 16 * n), (__m512bh)_mm512_set1_epi32(int(x)),
                                                             (__m512bh)_mm512_loadu_si512(b + w * width + 16 * n)));
     }
-  const int64_t lines = std::min(LINES, rows);
-  if (c.across != 1) {
-    for (int64_t j = 0; j < columns; ++j)
-      for (int64_t i = 0; i < lines; ++i) {
-        float& p = c.data[i * c.down + j * c.across];
-        p = add ? p + lanes[i][j] : lanes[i][j];
-      }
-    return;
-  }
-  for (int64_t i = 0; i < lines; ++i)
-    for (int n = 0; n < NV; ++n) put(c.data + i * c.down + 16 * n, columns - 16 * n, _mm512_load_ps(lanes[i] + 16 * n), add);
+  scatter(&lanes[0][0], width, std::min(LINES, rows), columns, c, add);
 }
 
 // c[i, 0 .. 32) += words of a, `step` apart, times rows of b, two a step
