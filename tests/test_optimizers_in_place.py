@@ -199,7 +199,8 @@ def test_masked_optimizers_under_fsdp2_step_as_on_whole_parameters(tmp_path):
     in_two(sharded, tmp_path)
 
 
-def test_a_trainer_takes_them_in_the_place_of_galore_torch(tmp_path):
+def llama_and_its_training(tmp_path, **options):
+    """A small model of transformers, its first parameters, and arguments and data of two steps."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
@@ -210,46 +211,44 @@ def test_a_trainer_takes_them_in_the_place_of_galore_torch(tmp_path):
     rows = [{"input_ids": list(range(i, i + 8)), "labels": list(range(i, i + 8))} for i in range(8)]
     args = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
-        save_strategy="no", disable_tqdm=True,
+        save_strategy="no", disable_tqdm=True, **options,
     )  # fmt: skip
-    optimizer = Fira(projected_groups(model, rank=4), lr=1e-2)
-    trainer = transformers.Trainer(model=model, args=args, train_dataset=rows, optimizers=(optimizer, None))
-    trainer.train()
+    return model, start, {"model": model, "args": args, "train_dataset": rows}
+
+
+def check_trained(model, start, optimizer):
     assert all(not torch.equal(p, start[name]) for name, p in model.named_parameters())
     weight = model.model.layers[0].mlp.up_proj.weight
     assert optimizer.state[weight]["exp_avg"].shape == (24, 4) and optimizer.state[weight]["step"] == 2
+
+
+def test_a_trainer_takes_them_in_the_place_of_galore_torch(tmp_path):
+    model, start, training = llama_and_its_training(tmp_path)
+    from transformers import Trainer
+
+    optimizer = Fira(projected_groups(model, rank=4), lr=1e-2)
+    Trainer(**training, optimizers=(optimizer, None)).train()
+    check_trained(model, start, optimizer)
 
 
 @pytest.mark.parametrize("optim", ("galore_adamw", "galore_adamw_8bit", "galore_adamw_layerwise"))
 def test_a_trainer_with_arguments_for_galore_torch(optim, tmp_path):
     """``optim="galore_adamw"`` on our optimizers by one argument of the Trainer."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    model, start, training = llama_and_its_training(
+        tmp_path, optim=optim, optim_target_modules=["attn", "mlp"], optim_args="rank=4, update_proj_gap=50"
+    )
+    from transformers import Trainer
+
     from w2s_fast.integrations.transformers import projected_optimizer
 
-    config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                                      num_attention_heads=2, max_position_embeddings=32)  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    rows = [{"input_ids": list(range(i, i + 8)), "labels": list(range(i, i + 8))} for i in range(8)]
-    args = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
-        save_strategy="no", disable_tqdm=True, optim=optim, optim_target_modules=["attn", "mlp"],
-        optim_args="rank=4, update_proj_gap=50",
-    )  # fmt: skip
-    trainer = transformers.Trainer(
-        model=model, args=args, train_dataset=rows, optimizer_cls_and_kwargs=projected_optimizer(args, model, Fira)
-    )  # fmt: skip
+    trainer = Trainer(**training, optimizer_cls_and_kwargs=projected_optimizer(training["args"], model, Fira))
     trainer.train()
-    assert all(not torch.equal(p, start[name]) for name, p in model.named_parameters())
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    check_trained(model, start, optimizer)
     assert type(optimizer) is (InBackward if optim.endswith("layerwise") else Fira)
     settings = optimizer.param_groups[0]
     bits = 8 if "8bit" in optim else 32
     assert (settings["rank"], settings["update_proj_gap"], settings["state_bits"]) == (4, 50, bits)
-    weight = model.model.layers[0].mlp.up_proj.weight
-    assert optimizer.state[weight]["exp_avg"].shape == (24, 4) and optimizer.state[weight]["step"] == 2
 
 
 @pytest.mark.parametrize(
