@@ -32,7 +32,7 @@ HOT = (
 
 def reports(folder: Path = RESULTS) -> list[Report]:
     """The committed results, in the order of their file names."""
-    others = ("effects", "guarantee-", "bounds-")
+    others = ("effects", "guarantee-", "bounds-", "products-")
     return [Report.load(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith(others)]
 
 
