@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ... import checks
-from .modulation import MODULATE, Vector, both_tokens, vector
+from ...calibration import or_plain
+from .modulation import MODULATE, Vector, both_tokens, normed, over_tokens, vector
 
 
+def _plain(x: Tensor, y: Tensor, gate: Vector | None, shift: Vector, scale: Vector, *, eps: float = 1e-6) -> Any:
+    if isinstance(gate, (tuple, list)) or isinstance(shift, (tuple, list)):
+        return NotImplemented
+    added = x + y if gate is None else torch.addcmul(x, over_tokens(gate), y)
+    h = normed(added, shift, scale, eps)
+    return NotImplemented if h is NotImplemented else (added, h)
+
+
+@or_plain(_plain)
 def gate_residual_adaln(
     x: Tensor, y: Tensor, gate: Vector | None, shift: Vector, scale: Vector, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autocast, checks
@@ -121,6 +123,18 @@ def both_tokens(op: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
             checks.fail(op, "y", f"of the dtype of x ({x.dtype})", y.dtype, error=TypeError)
         x, y = found
     return x, y
+
+
+def over_tokens(value: Tensor) -> Tensor:
+    """A modulation vector with a dimension for tokens."""
+    return value if value.ndim == 3 else value.unsqueeze(1)
+
+
+def normed(x: Tensor, shift: Tensor, scale: Vector, eps: float) -> Any:
+    """adaln_modulate as one writes it in PyTorch; NotImplemented for a pair."""
+    if isinstance(scale, (tuple, list)):
+        return NotImplemented
+    return torch.addcmul(over_tokens(shift), F.layer_norm(x, x.shape[-1:], eps=eps), 1 + over_tokens(scale))
 
 
 def vector(op: str, name: str, value: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:

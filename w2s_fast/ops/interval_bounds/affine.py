@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import affine as reference
@@ -117,6 +118,14 @@ def interval_affine(
     return low, high
 
 
+def _plain_stats(x: Tensor) -> Any:
+    if x.dtype not in (torch.float32, torch.float64):
+        return NotImplemented
+    variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+    return mean, variance
+
+
+@or_plain(_plain_stats)
 def interval_batchnorm_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of clean activations, for the batch-norm of a box (arXiv 2103.17268).
 
