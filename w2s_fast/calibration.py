@@ -71,16 +71,15 @@ class Unusual(Exception):
     """An argument that no two calls are compared by."""
 
 
-def _part(value: Any) -> Any:
+def _part(value: Any, graded: bool) -> Any:
+    """What is looked at of an argument that is no tensor by itself."""
     kind = type(value)
     if kind in PLAIN:
-        if not value.is_cpu:
-            raise Unusual
-        return value.shape, value.dtype, value.requires_grad, value.is_contiguous()
+        return (value.shape, value.dtype, value.requires_grad) if graded else (value.shape, value.dtype)
     if kind is float or kind is int or kind is bool or kind is str or kind is torch.dtype or value is None:
         return kind, value
     if kind is list or kind is tuple:
-        return tuple([_part(v) for v in value])
+        return tuple([_part(v, graded) for v in value])
     described = getattr(kind, "looks_like", None)
     if described is None:
         raise Unusual
@@ -88,21 +87,29 @@ def _part(value: Any) -> Any:
 
 
 def exactly(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """All that two calls have in common which take the same way.
+    """All that two calls have in common which take the same way. A tensor's device is that of the first, or the plain
+    way's error.
 
     Raises:
-        Unusual: for arguments that are neither plain CPU tensors nor options.
+        Unusual: for arguments that are neither plain tensors nor options.
     """
     # as quick as it can be: a call of some microseconds waits for it
-    found: list[Any] = [_is_grad_enabled()]
-    for value in args:
-        if type(value) is Tensor and value.is_cpu:
-            found += (value.shape, value.dtype, value.requires_grad, value.is_contiguous())
-        else:
-            found.append(_part(value))
-    if kwargs:
-        for name, value in kwargs.items():
-            found += (name, _part(value))
+    graded = _is_grad_enabled()
+    found: list[Any] = [graded]
+    if graded:
+        for value in args:
+            if type(value) is Tensor:
+                found += (value.shape, value.dtype, value.requires_grad)
+            else:
+                found.append(_part(value, True))
+    else:
+        for value in args:
+            if type(value) is Tensor:
+                found += (value.shape, value.dtype)
+            else:
+                found.append(_part(value, False))
+    for name in kwargs:
+        found += (name, _part(kwargs[name], graded))
     return tuple(found)
 
 
@@ -157,6 +164,16 @@ def usual() -> bool:
     )
 
 
+def on_cpu(args: tuple[Any, ...]) -> bool:
+    """Whether the first tensor among them lies on a CPU."""
+    for value in args:
+        if type(value) in PLAIN:
+            return bool(value.is_cpu)
+        if value.__class__ is list or value.__class__ is tuple:
+            return on_cpu(tuple(value))
+    return False
+
+
 class Routes:
     """The two ways of one public function, and which of them each kind of call takes."""
 
@@ -182,7 +199,8 @@ class Routes:
     def call(self, key: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call whose way is not known yet: it is ours, and looks at its arguments."""
         found = self.function(*args, **kwargs)
-        plain = self.faster(args, kwargs)
+        tensors = _tensors(args, kwargs)
+        plain = self.faster(args, kwargs) if tensors and all(t.is_cpu for t in tensors) else None
         if plain is not None:
             if len(self.known) >= _REMEMBERED:
                 self.known.clear()
@@ -321,17 +339,15 @@ def or_plain(plain: Callable[..., Any], holds: Callable[..., float] | None = Non
                 way = known.get(key)
             except (Unusual, TypeError):
                 return function(*args, **kwargs)
-            if way is False and dispatch.STATE != "explain":
-                return function(*args, **kwargs)
-            if not usual():
-                return routes.explained(args, kwargs) if dispatch.STATE == "explain" else function(*args, **kwargs)
-            if way is None:
-                return routes.call(key, args, kwargs)
-            try:
-                found = plain(*args, **kwargs)
-            except (RuntimeError, IndexError, ValueError, TypeError):
-                found = NotImplemented
-            return function(*args, **kwargs) if found is NotImplemented else found
+            if way and usual() and on_cpu(args):
+                try:
+                    found = plain(*args, **kwargs)
+                except (RuntimeError, IndexError, ValueError, TypeError):
+                    found = NotImplemented
+                return function(*args, **kwargs) if found is NotImplemented else found
+            if dispatch.STATE == "explain":
+                return routes.explained(args, kwargs)
+            return routes.call(key, args, kwargs) if way is None and usual() else function(*args, **kwargs)
 
         call.routes = routes  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]

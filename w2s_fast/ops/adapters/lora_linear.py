@@ -69,10 +69,18 @@ BACKWARD = define(
 )
 
 
-def _eager(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Any:
-    if x.ndim == 2 and x.dtype == weight.dtype == A.dtype == B.dtype and A.shape[0]:
+def _eager(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None, scale: float = 1.0, *,
+    gain: Tensor | None = None,
+) -> Any:  # fmt: skip
+    if x.ndim != 2 or not x.dtype == weight.dtype == A.dtype == B.dtype or not A.shape[0]:
+        return NotImplemented
+    if gain is None:
         return torch.addmm(F.linear(x, weight, bias), x @ A.t(), B.t(), alpha=scale)
-    return NotImplemented
+    if gain.dtype != x.dtype:
+        return NotImplemented
+    y = torch.addmm(F.linear(x, weight), x @ A.t(), B.t(), alpha=scale)
+    return y * gain if bias is None else torch.addcmul(bias, y, gain)
 
 
 @or_plain(_eager)
