@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import logging
 import math
@@ -62,55 +63,57 @@ _compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = _C._are_functorch_transforms_active
 _hooks = _C._autograd._top_saved_tensors_default_hooks
-_dispatch_modes, _function_mode = _C._len_torch_dispatch_stack, _C._is_torch_function_mode_enabled
-_autocast, _deterministic = torch.is_autocast_enabled, torch.are_deterministic_algorithms_enabled
-_traced = _C._is_tracing
+_function_mode = _C._is_torch_function_mode_enabled
+_dispatch_modes, _traced = _C._len_torch_dispatch_stack, _C._is_tracing
+_autocast, _deterministic = _C._is_any_autocast_enabled, torch.are_deterministic_algorithms_enabled
 
 
 class Unusual(Exception):
-    """An argument that no two calls are compared by."""
+    """Raised for an argument that no two calls are compared by."""
 
 
-def _part(value: Any, graded: bool) -> Any:
-    """What is looked at of an argument that is no tensor by itself."""
+def part(value: Any) -> Any:
+    """What is looked at of an argument that need not be a tensor."""
     kind = type(value)
     if kind in PLAIN:
-        return (value.shape, value.dtype, value.requires_grad) if graded else (value.shape, value.dtype)
+        return value.shape, value.dtype, value.requires_grad
     if kind is float or kind is int or kind is bool or kind is str or kind is torch.dtype or value is None:
         return kind, value
     if kind is list or kind is tuple:
-        return tuple([_part(v, graded) for v in value])
+        return tuple([part(v) for v in value])
     described = getattr(kind, "looks_like", None)
     if described is None:
         raise Unusual
     return described(value)
 
 
-def exactly(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """All that two calls have in common which take the same way. A tensor's device is that of the first, or the plain
-    way's error.
+def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the arguments of ``function``: all that two calls have in common which take the same way.
 
-    Raises:
-        Unusual: for arguments that are neither plain tensors nor options.
+    It is made of the type hints, as a call of some microseconds waits for it. AttributeError or `Unusual` where an
+    argument is not what its hint says, or neither a tensor nor an option; where the first tensor is not on a CPU, None.
     """
-    # as quick as it can be: a call of some microseconds waits for it
-    graded = _is_grad_enabled()
-    found: list[Any] = [graded]
-    if graded:
-        for value in args:
-            if type(value) is Tensor:
-                found += (value.shape, value.dtype, value.requires_grad)
-            else:
-                found.append(_part(value, True))
-    else:
-        for value in args:
-            if type(value) is Tensor:
-                found += (value.shape, value.dtype)
-            else:
-                found.append(_part(value, False))
-    for name in kwargs:
-        found += (name, _part(kwargs[name], graded))
-    return tuple(found)
+    names: list[str] = []
+    asked: list[str] = []
+    first, parameters = "", inspect.signature(function).parameters
+    for name, parameter in parameters.items():
+        star = "*, " if parameter.kind is parameter.KEYWORD_ONLY and not any("*" in n for n in names) else ""
+        default = "" if parameter.default is parameter.empty else f"=D[{len(asked)}]"
+        names.append(f"{star}{name}{default}")
+        if parameter.annotation == "Tensor":
+            asked.append(f"{name}.shape, {name}.dtype, {name}.requires_grad")
+            first = first or f"{name}.is_cpu"
+        elif default and parameter.kind is parameter.KEYWORD_ONLY:
+            asked.append(f"None if {name} is D[{len(asked)}] else P({name})")
+        elif "Tensor" in str(parameter.annotation) or "Vector" in str(parameter.annotation):
+            asked.append(f"({name}.shape, {name}.dtype, {name}.requires_grad) if type({name}) is T else P({name})")
+        else:
+            asked.append(f"P({name})")
+    defaults = [parameter.default for parameter in parameters.values()]
+    source = f"lambda {', '.join(names)}: (G(), {', '.join(asked)})" + (f" if {first} else None" if first else "")
+    scope = {"D": defaults, "P": part, "G": _is_grad_enabled, "T": Tensor, "type": type, "__builtins__": {}}
+    made: Callable[..., Any] = eval(source, scope)
+    return made
 
 
 def _rounded(size: int) -> int:
@@ -149,29 +152,17 @@ def _graded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return _is_grad_enabled() and any(t.requires_grad for t in _tensors(args, kwargs))
 
 
-def usual() -> bool:
+def alone() -> bool:
     """Whether nobody looks on for whom the way that is taken makes a difference."""
     return not (
         dispatch.STATE != "auto"
         or _transforms_active()
         or _dispatch_modes()
-        or _function_mode()
         or _traced()
         or _deterministic()
-        or _autocast("cpu")
+        or _autocast()
         or _hooks(False) is not None
-        or forward_ad._current_level >= 0
     )
-
-
-def on_cpu(args: tuple[Any, ...]) -> bool:
-    """Whether the first tensor among them lies on a CPU."""
-    for value in args:
-        if type(value) in PLAIN:
-            return bool(value.is_cpu)
-        if value.__class__ is list or value.__class__ is tuple:
-            return on_cpu(tuple(value))
-    return False
 
 
 class Routes:
@@ -327,7 +318,7 @@ def or_plain(plain: Callable[..., Any], holds: Callable[..., float] | None = Non
 
     def decorate(function: Function) -> Function:
         routes = Routes(function, plain, holds)
-        known = routes.known
+        known, exact = routes.known, exactly(function)
         ROUTES[routes.name] = routes
 
         @functools.wraps(function)
@@ -335,11 +326,11 @@ def or_plain(plain: Callable[..., Any], holds: Callable[..., float] | None = Non
             if _compiling() or SETTING == "off":
                 return function(*args, **kwargs)
             try:
-                key = exactly(args, kwargs)
+                key = exact(*args, **kwargs)
                 way = known.get(key)
-            except (Unusual, TypeError):
+            except (Unusual, AttributeError, TypeError):
                 return function(*args, **kwargs)
-            if way and usual() and on_cpu(args):
+            if way and alone():
                 try:
                     found = plain(*args, **kwargs)
                 except (RuntimeError, IndexError, ValueError, TypeError):
@@ -347,7 +338,9 @@ def or_plain(plain: Callable[..., Any], holds: Callable[..., float] | None = Non
                 return function(*args, **kwargs) if found is NotImplemented else found
             if dispatch.STATE == "explain":
                 return routes.explained(args, kwargs)
-            return routes.call(key, args, kwargs) if way is None and usual() else function(*args, **kwargs)
+            if way is None and key is not None and alone() and not _function_mode() and forward_ad._current_level < 0:
+                return routes.call(key, args, kwargs)
+            return function(*args, **kwargs)
 
         call.routes = routes  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]

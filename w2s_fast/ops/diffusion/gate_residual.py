@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...calibration import or_plain
 from ..output import copy_out
-from .modulation import MODULATE, Vector, both_tokens, over_tokens, vector
+from .modulation import MODULATE, Vector, added, both_tokens, over_tokens, vector
 
 
 def _plain(x: Tensor, y: Tensor, gate: Vector | None = None) -> Any:
     if gate is None:
         return x + y
-    return NotImplemented if isinstance(gate, (tuple, list)) else torch.addcmul(x, over_tokens(gate), y)
+    return NotImplemented if isinstance(gate, (tuple, list)) else added(x, over_tokens(gate), y)
 
 
 @or_plain(_plain)

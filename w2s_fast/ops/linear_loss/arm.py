@@ -39,15 +39,19 @@ def _loss(
     if chosen.dtype != torch.float32 or rejected.dtype != torch.float32:
         wide = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
         chosen, rejected = chosen.to(wide), rejected.to(wide)
-    better, worse = chosen * beta, rejected * beta
-    u = worse - better
+    if chosen.requires_grad or rejected.requires_grad:
+        better, worse = chosen.detach() * beta, rejected.detach() * beta
+        u = (rejected - chosen) * beta
+    else:
+        better, worse = chosen * beta, rejected * beta
+        u = worse - better
     if gamma:
         u = u + gamma
     rows = softplus(u, threshold=_EXACT)
     if label_smoothing:
         rows = (1 - label_smoothing) * rows + label_smoothing * softplus(-u, threshold=_EXACT)
     loss = rows.mean() if rows.numel() else rows.sum()
-    return ArmLoss(loss, better.detach(), worse.detach()) if loss.requires_grad else ArmLoss(loss, better, worse)
+    return ArmLoss(loss, better, worse)
 
 
 @or_plain(_loss)

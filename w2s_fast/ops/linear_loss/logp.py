@@ -66,8 +66,11 @@ def _plain(
     h: Tensor, W: Tensor, target: Tensor, *, bias: Tensor | None = None, normalize: Normalize = "none",
     grad: Grad = "auto",
 ) -> Any:  # fmt: skip
-    if grad != "auto" or int(target.min()) < 0 or target.ndim == 0:
+    if grad not in ("auto", "none") or int(target.min()) < 0 or target.ndim == 0:
         return NotImplemented
+    if grad == "none" and torch.is_grad_enabled():
+        with torch.no_grad():
+            return _plain(h, W, target, bias=bias, normalize=normalize, grad=grad)
     z = wide_logits(h, W, bias).flatten(0, -2)
     logp = -F.cross_entropy(z, target.reshape(-1).long(), reduction="none")
     if normalize == "none":
