@@ -69,6 +69,18 @@ INTERVAL_BATCHNORM_STATS_BACKWARD = define(
 )
 
 
+def _plain(
+    lower: Tensor, upper: Tensor, scale: Tensor, shift: Tensor, *, act: str | None = None, rounding: str = "fast"
+) -> Any:
+    if rounding != "fast":
+        return NotImplemented
+    column = (-1, *[1] * (lower.ndim - 2))
+    s, r = scale.reshape(column), (upper - lower) * 0.5
+    m, r = (lower + r) * s + shift.reshape(column), r * s.abs()
+    return ((m - r).relu(), (m + r).relu()) if act else (m - r, m + r)
+
+
+@or_plain(_plain)
 def interval_affine(
     lower: Tensor,
     upper: Tensor,
