@@ -185,7 +185,8 @@ _CALLS = {"token_outputs": 0, "divergence": 0}
 
 def pytest_sessionstart(session: Any) -> None:
     files = {file.resolve() for one in session.config.args for file in (Path(one.split("::")[0]),) if file.is_file()}
-    _complete(sorted(files | {file.parent / "testing_utils.py" for file in files if file.parent.name == "tests"}))
+    shared = {part / "testing_utils.py" for file in files for part in file.parents if part.name == "tests"}
+    _complete(sorted(files | shared))
     if os.environ.get("W2S_FAST_SWAP") != "1":
         return
     from w2s_fast.integrations.trl import logprobs
