@@ -24,4 +24,4 @@ files=(); for one in sft dpo kto rloo grpo; do files+=("$tests/test_${one}_train
 for way in 0:off 1:on; do
   run "${way%:*}" "${way#*:}" "${files[@]}" "$@"
 done
-"$python" .ci/trl_stand_ins.py --compare "$folder/off.xml" "$folder/on.xml"
+"$python" .ci/outcomes.py "$folder/off.xml" "$folder/on.xml"
