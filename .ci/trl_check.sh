@@ -16,14 +16,15 @@ if [ ! -x "$python" ]; then
 fi
 export HF_HUB_OFFLINE=1 HF_HOME=$folder/hf TOKENIZERS_PARALLELISM=false
 folder=$(realpath "$folder")
+rm -rf "$folder/tests" && cp -r "$tests" "$folder/tests"  # beside the checkout's own trl they would import that
 run() {  # SWAP, the file of results, and further arguments of pytest: 1 where tests fail, which is what is compared
   (cd "$folder/hub" && W2S_FAST_SWAP=$1 PYTHONPATH=$source:$source/.ci "$folder/bin/python" -W ignore -m pytest -q --tb=no \
-    -p no:cacheprovider -p trl_stand_ins -c /dev/null --rootdir "$(dirname "$tests")" --junitxml "$2" \
+    -p no:cacheprovider -p trl_stand_ins -c /dev/null --rootdir "$folder" --junitxml "$2" \
     -k "not VLM and not Vision and not Slow and not vllm" "${@:3}") || [ $? -eq 1 ]
 }
 alike=0
 for one in ${TRL_FILES:-sft dpo kto rloo grpo experimental/gkd experimental/gold experimental/gmpo}; do
-  file=$tests/${one%"${one##*/}"}test_${one##*/}_trainer.py results=$folder/${one##*/}
+  file=$folder/tests/${one%"${one##*/}"}test_${one##*/}_trainer.py results=$folder/${one##*/}
   echo "== $one"
   run 0 "$results.off.xml" "$file" "$@"
   run 1 "$results.on.xml" "$file" "$@"
