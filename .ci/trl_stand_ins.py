@@ -162,6 +162,9 @@ _CALLS = {"token_outputs": 0, "divergence": 0}
 
 
 def pytest_sessionstart(session: Any) -> None:
+    import trl
+
+    assert Path(trl.__file__).is_relative_to(sys.prefix), f"the tests import {trl.__file__}, not what is installed"
     files = {file.resolve() for one in session.config.args for file in (Path(one.split("::")[0]),) if file.is_file()}
     shared = {part / "testing_utils.py" for file in files for part in file.parents if part.name == "tests"}
     _complete(sorted(files | shared))
