@@ -3,20 +3,37 @@
 #include "cpu/log_kernel.h"
 #include "cpu/pack_kernel.h"
 
-#ifndef GROUPS_AHEAD
-#define GROUPS_AHEAD 2
+constexpr int64_t GROUPS_AHEAD = 2;  // of memory that is fetched
+
+#if W2S_COPY == 512
+// Columns c to c + 3 of 16 rows. The rows come into lanes as they are loaded, which two ports do; shuffles across lanes, which
+// one port alone does, were 64 for 16 columns of any number that is used and are 8 for 4.
+W2S_INLINE void four_columns(const void* const (&row)[16], int64_t c, Vec<float> (&column)[4]) {
+  __m512 t[4];
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const auto at = [&](int i) { return _mm_loadu_ps(static_cast<const float*>(row[i]) + c); };
+    t[k] = _mm512_insertf32x4(_mm512_castps128_ps512(at(k)), at(4 + k), 1);
+    t[k] = _mm512_insertf32x4(_mm512_insertf32x4(t[k], at(8 + k), 2), at(12 + k), 3);
+  }
+  const __m512 a = _mm512_unpacklo_ps(t[0], t[1]), b = _mm512_unpackhi_ps(t[0], t[1]);
+  const __m512 e = _mm512_unpacklo_ps(t[2], t[3]), f = _mm512_unpackhi_ps(t[2], t[3]);
+  column[0].v = _mm512_shuffle_ps(a, e, 0x44), column[1].v = _mm512_shuffle_ps(a, e, 0xee);
+  column[2].v = _mm512_shuffle_ps(b, f, 0x44), column[3].v = _mm512_shuffle_ps(b, f, 0xee);
+}
 #endif
+
 // W rows at a time, transposed: element c of row i is at z[c W + i].
 template <class A>
 struct LaneRows {
   using V = Vec<A>;
   static constexpr int W = V::W;
-  int64_t C;
+  int64_t n, C;  // rows in all
   std::vector<A> memory, buffer;
   const char* ahead = nullptr;  // what a later group reads, `line` bytes a class: fetched while this one is computed
   int64_t line = 0;
 
-  explicit LaneRows(int64_t C) : C(C), memory(size_t(C * W)), buffer(size_t(C * W + PAD)) {}
+  LaneRows(int64_t n, int64_t C) : n(n), C(C), memory(size_t(C * W)), buffer(size_t(C * W + PAD)) {}
   W2S_INLINE A* z() { return memory.data(); }
 
   // rows [first, first + count) of a tensor, the last of them in what lanes are left; returns the largest of each (NaN
@@ -28,9 +45,25 @@ struct LaneRows {
     ahead = static_cast<const char*>(row[0]) + GROUPS_AHEAD * C * line;
     V top = V::set(-infinity<A>);
     int64_t c = 0;
+#if W2S_COPY == 512
+    // up to three numbers behind a row are loaded too: they are another row's
+    if (from.dtype == Dtype::f32 && count == W && (C % 4 == 0 || (first + W < n && from.stride >= int64_t(4 * C)))) {
+      for (; c < C; c += 4) {
+        V column[4];
+        four_columns(row, c, column);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          if (c + j == C) break;
+          column[j].store(z() + (c + j) * W);
+          top = V::max(column[j], top);
+        }
+      }
+      return top;
+    }
+#endif
     for (; c + W <= C; c += W) square(row, from.dtype, c, W, top, [](auto... at) { return load_any<A>(at...); });
-    const int n = int(C - c);
-    if (n) square(row, from.dtype, c, n, top, [n](auto... at) { return first_as<A>(at..., n); });
+    const int rest = int(C - c);
+    if (rest) square(row, from.dtype, c, rest, top, [rest](auto... at) { return first_as<A>(at..., rest); });
     return top;
   }
 
@@ -130,7 +163,7 @@ template <class A, class F>
 inline void each_group(int64_t n, int64_t C, const F& work) {
   constexpr int W = Vec<A>::W;
   parallel_ranges(pieces(n, W), grain_of(C * W), [&](int64_t begin, int64_t end) {
-    LaneRows<A> rows(C), others(C);
+    LaneRows<A> rows(n, C), others(n, C);
     for (int64_t g = begin; g < end; ++g) work(rows, others, g * W, int(std::min<int64_t>(W, n - g * W)));
   });
 }
