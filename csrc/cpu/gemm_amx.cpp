@@ -1,10 +1,14 @@
 // The product of two bfloat16 matrices on the tile unit (AMX): 16 x 16 sums of 32 products an instruction, in float32.
 //
 // Two by two tiles of c are 32 x 32; each step of 32 along the depth loads two tiles of a, two of b, and multiplies four
-// times (64 cycles of the unit, 32 of loads). Packed a: [32 rows][depth] with rows of 64 bytes; packed b: words of two
-// neighbours along the depth, [depth / 2][32 columns]. Sums order: depth alone, so no number of threads changes a bit.
-// Subnormal operands and results count as 0 (the unit's own arithmetic). Measured on one core of a Xeon with AMX: 10 to
-// 15 times the float32 product.
+// times (64 cycles of the unit, 32 of loads). Rows of a whose depth lies in one piece are loaded where they are; else a is
+// packed, [32 rows][depth] with rows of 64 bytes. b is packed as words of two neighbours along the depth,
+// [depth / 2][32 columns], squares of it turned where its depth lies in one piece. Which operand is `a` is a matter of what
+// that costs: few rows h times W^T are W h^T, with W in place and h packed, whose tiles are turned as they are stored.
+//
+// Sums are in pieces of DEPTH, whose order depends on the shapes alone, so no number of threads changes a bit. Subnormal
+// operands and results count as 0 (the unit's own arithmetic). Measured on one core of a Xeon with AMX: 10 to 15 times the
+// float32 product.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -29,8 +33,13 @@ namespace w2s {
 #if W2S_HAS_AMX
 namespace {
 
-constexpr int64_t BLOCK = 32, STEP = 32;            // rows and columns of a block of c; depth of a tile
-constexpr int64_t DEPTH = 512, ROWS = 256, COLUMNS = 2048;
+constexpr int64_t BLOCK = 32, STEP = 32;  // rows and columns of a block of c; depth of a tile
+constexpr int64_t DEPTH = 512;            // of a sum: a block's operands, 32 KiB each, come from L1 and L2
+constexpr int64_t PACKED = 1 << 19;       // elements of b that are packed at a time: half of L2
+constexpr int64_t DEEP = 2048;            // depth that is packed at a time
+constexpr int64_t TILES = 4, MOST = 4096;  // blocks of rows of one piece of work; rows that are packed at a time
+constexpr int64_t FEW_ROWS = 128;         // rows for which every thread packs its own columns of b, next to using them
+constexpr int64_t GROUP = 8;              // panels of b packed side by side, so that lines of a row come in a row
 constexpr int64_t LINE = 64;
 
 W2S_TARGET_BEGIN(W2S_AVX512 ",amx-tile,amx-bf16")
@@ -95,121 +104,247 @@ void word_square(const uint16_t* src, int64_t sk, int64_t sj, int64_t n, int64_t
   if ((sk == 1) != row_a_column) avx512::Float::transpose(square);
 }
 
-// Lines of both layouts lie one below the other, which hardware does not follow: the ones AHEAD steps on are asked for.
-constexpr int64_t AHEAD = 4;
-void ask(const uint16_t* src, int64_t sk, int64_t sj, int64_t k) {
-  const uint16_t* p = src + (k + AHEAD * STEP) * sk;
-  if (sk == 1) {
-    for (int64_t j = 0; j < BLOCK; ++j) __builtin_prefetch(p + j * sj);
-  } else if (sj == 1) {
-    for (int64_t i = 0; i < STEP; ++i) __builtin_prefetch(p + i * sk);
-  }
-}
-
-// Packed for the unit, a step of the depth after another. Rows of a: dst[j][k], a line each; columns of b: dst[w][j], a word
+// One step of the depth of BLOCK rows of a, dst[j][k], a line each; or of columns of b: dst[w][j], a word
 // (x[2w, j], x[2w + 1, j]) each. What is not there is 0.
-void pack(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int64_t count, bool rows, uint16_t* dst) {
-  const int64_t down = rows ? STEP : 2 * BLOCK, across = rows ? 16 * STEP : 2 * 16;  // of a square, and of its halves
-  for (int64_t k = 0; k < depth; k += STEP, dst += BLOCK * STEP) {
-    ask(src, sk, sj, k);
-    for (int64_t half = 0; half < 2; ++half) {
-      avx512::Float square[16];
-      word_square(src + k * sk + 16 * half * sj, sk, sj, std::clamp<int64_t>(count - 16 * half, 0, 16), std::min(STEP, depth - k), rows, square);
-      for (int64_t i = 0; i < 16; ++i) square[i].store(reinterpret_cast<float*>(dst + half * across + i * down));
+void pack_step(const uint16_t* src, int64_t sk, int64_t sj, int64_t left, int64_t count, bool rows, uint16_t* dst) {
+  if (!rows && sj == 1 && count >= BLOCK && left >= STEP) {
+    const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i low = _mm512_add_epi32(_mm512_or_si512(even, _mm512_slli_epi32(even, 16)), _mm512_set1_epi32(0x00200000));
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x00100010));  // j, 32 + j of the second half
+    for (int64_t w = 0; w < STEP / 2; ++w, src += 2 * sk, dst += 2 * BLOCK) {
+      __builtin_prefetch(src + STEP * sk);
+      __builtin_prefetch(src + (STEP + 1) * sk);
+      const __m512i x = _mm512_loadu_si512(src), y = _mm512_loadu_si512(src + sk);
+      _mm512_store_si512(dst, _mm512_permutex2var_epi16(x, low, y));
+      _mm512_store_si512(dst + BLOCK, _mm512_permutex2var_epi16(x, high, y));
     }
+    return;
+  }
+  const int64_t down = rows ? STEP : 2 * BLOCK, across = rows ? 16 * STEP : 2 * 16;  // of a square, and of its halves
+  for (int64_t half = 0; half < 2; ++half) {
+    if (sk == 1)  // lines one below the other, which hardware does not follow
+      for (int64_t j = 0; j < 16; ++j) __builtin_prefetch(src + 4 * STEP + (16 * half + j) * sj);
+    avx512::Float square[16];
+    word_square(src + 16 * half * sj, sk, sj, std::clamp<int64_t>(count - 16 * half, 0, 16), left, rows, square);
+    for (int64_t i = 0; i < 16; ++i) square[i].store(reinterpret_cast<float*>(dst + half * across + i * down));
   }
 }
 
-// c (+)= a b for a block of 32 x 32, of which rows x columns are stored
-void block(int64_t steps, const uint16_t* a, const uint16_t* b, int64_t rows, int64_t columns, Target<float> c, bool add) {
-  const bool direct = c.across == 1 && rows == BLOCK && columns == BLOCK;
-  const int64_t stride = c.down * int64_t(sizeof(float));
-  float* low = c.data + 16 * c.down;
+// Rows of a block as its tiles load them: `steps` of the depth where they lie, and one more, padded, if `rest` is there.
+struct Left {
+  const uint16_t* data;
+  int64_t down, step, steps;  // from row to row and from step to step, in elements
+  const uint16_t* rest;
+};
+
+template <int I, int J>
+[[gnu::always_inline]] inline void multiply_step(const uint16_t* a, int64_t down, const uint16_t* b) {
+  _tile_loadd(4, a, down * 2);
+  _tile_loadd(6, b, 2 * LINE);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (J == 2) {
+    _tile_loadd(7, b + 32, 2 * LINE);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  if constexpr (I == 2) {
+    _tile_loadd(5, a + 16 * down, down * 2);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (J == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// sums to columns of c (c.down == 1)
+void put_turned(const float* sum, int64_t rows, int64_t columns, Target<float> c, bool add) {
+  for (int64_t i = 0; i < rows; i += 16)
+    for (int64_t j = 0; j < columns; j += 16) {
+      avx512::Float square[16];
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < 16; ++k) square[k].v = _mm512_load_ps(sum + (i + k) * BLOCK + j);
+      avx512::Float::transpose(square);
+      const __mmask16 mask = first(rows - i);
+      float* p = c.data + i + j * c.across;
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < 16; ++k, p += c.across)
+        if (j + k < columns) _mm512_mask_storeu_ps(p, mask, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, p), square[k].v) : square[k].v);
+    }
+}
+
+void put(const float* sum, int64_t rows, int64_t columns, Target<float> c, bool add) {
+  if (c.across == 1) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; j += 16) {
+        const __mmask16 mask = first(columns - j);
+        float* p = c.data + i * c.down + j;
+        const __m512 x = _mm512_load_ps(sum + i * BLOCK + j);
+        _mm512_mask_storeu_ps(p, mask, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, p), x) : x);
+      }
+    return;
+  }
+  if (c.down == 1) return put_turned(sum, rows, columns, c, add);
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t i = 0; i < rows; ++i) {
+      float& p = c.data[i * c.down + j * c.across];
+      p = add ? p + sum[i * BLOCK + j] : sum[i * BLOCK + j];
+    }
+}
+
+// c (+)= a b for I x J tiles, of which rows x columns are stored. next: where the following block's sums will go, asked for
+// while this one multiplies (or null). What comes is in registers: a value that went through memory would wait there until
+// the sums of the block before had been written.
+template <int I, int J>
+void block(const Left& left, const uint16_t* b, int64_t rows, int64_t columns, float* c, int64_t c_down, int64_t c_across, bool add,
+           const float* next, const uint16_t* next_a) {
+  const bool direct = c_across == 1 && rows == 16 * I && columns == 16 * J;
+  alignas(64) float sum[BLOCK][BLOCK];
+  float* to = direct ? c : &sum[0][0];
+  const int64_t down = direct ? c_down : BLOCK, stride = down * int64_t(sizeof(float));
   if (direct && add) {
-    _tile_loadd(0, c.data, stride);
-    _tile_loadd(1, c.data + 16, stride);
-    _tile_loadd(2, low, stride);
-    _tile_loadd(3, low + 16, stride);
+    _tile_loadd(0, to, stride);
+    if constexpr (J == 2) _tile_loadd(1, to + 16, stride);
+    if constexpr (I == 2) _tile_loadd(2, to + 16 * down, stride);
+    if constexpr (I == 2 && J == 2) _tile_loadd(3, to + 16 * down + 16, stride);
   } else {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t s = 0; s < steps; ++s, a += BLOCK * STEP, b += BLOCK * STEP) {
-    _tile_loadd(4, a, LINE);
-    _tile_loadd(6, b, 2 * LINE);
-    _tile_loadd(7, b + 32, 2 * LINE);
-    _tile_loadd(5, a + 16 * STEP, LINE);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  if (direct) {
-    _tile_stored(0, c.data, stride);
-    _tile_stored(1, c.data + 16, stride);
-    _tile_stored(2, low, stride);
-    _tile_stored(3, low + 16, stride);
-    return;
-  }
-  alignas(64) float sum[BLOCK][BLOCK];
-  _tile_stored(0, &sum[0][0], 2 * LINE);
-  _tile_stored(1, &sum[0][16], 2 * LINE);
-  _tile_stored(2, &sum[16][0], 2 * LINE);
-  _tile_stored(3, &sum[16][16], 2 * LINE);
-  if (c.across == 1) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; j += 16) {
-        const __mmask16 mask = first(columns - j);
-        float* p = c.data + i * c.down + j;
-        const __m512 x = _mm512_load_ps(&sum[i][j]);
-        _mm512_mask_storeu_ps(p, mask, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, p), x) : x);
+  const uint16_t* a = left.data;
+  const int64_t steps = left.steps, a_down = left.down, a_step = left.step;
+  for (int64_t s = 0; s < steps; ++s, a += a_step, b += BLOCK * STEP) {
+    if (next && s < BLOCK / 4)
+      for (int64_t i = 0; i < 4; ++i, next += c_down) {
+        __builtin_prefetch(next, 1);
+        __builtin_prefetch(next + 16, 1);
       }
-    return;
-  }
-  for (int64_t j = 0; j < columns; ++j)
-    for (int64_t i = 0; i < rows; ++i) {
-      float& p = c.data[i * c.down + j * c.across];
-      p = add ? p + sum[i][j] : sum[i][j];
+    if (next_a) {
+      const uint16_t* line = next_a + s * STEP;
+      for (int64_t i = 0; i < BLOCK; ++i, line += a_down) __builtin_prefetch(line, 0, 2);
     }
+    multiply_step<I, J>(a, a_down, b);
+  }
+  if (left.rest) multiply_step<I, J>(left.rest, STEP, b);
+  _tile_stored(0, to, stride);
+  if constexpr (J == 2) _tile_stored(1, to + 16, stride);
+  if constexpr (I == 2) _tile_stored(2, to + 16 * down, stride);
+  if constexpr (I == 2 && J == 2) _tile_stored(3, to + 16 * down + 16, stride);
+  if (!direct) put(&sum[0][0], rows, columns, {c, c_down, c_across}, add);
 }
 
 const uint16_t* at(const Operand& x, int64_t i, int64_t j) {
   return static_cast<const uint16_t*>(x.data) + i * x.down + j * x.across;
 }
 
-void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
-  const int64_t M = a.rows, N = b.columns, K = a.columns;
-  const int64_t workers = threads();
-  const int64_t tiles = pieces(M, BLOCK), cuts = pieces(K, DEPTH), depth0 = pieces(pieces(K, cuts), STEP) * STEP;
-  const int64_t blocks = std::min(tiles, pieces(pieces(tiles, ROWS / BLOCK), workers) * workers);
-  uint16_t* right = scratch_of<uint16_t>(0, depth0 * std::min(pieces(N, BLOCK) * BLOCK, COLUMNS));
-  for (int64_t j0 = 0; j0 < N; j0 += COLUMNS) {
-    const int64_t columns = std::min(COLUMNS, N - j0), panels = pieces(columns, BLOCK);
-    const int64_t groups = blocks >= workers ? 1 : std::min(panels, pieces(workers, blocks));
-    for (int64_t k0 = 0; k0 < K; k0 += depth0) {
-      const int64_t depth = std::min(depth0, K - k0), steps = pieces(depth, STEP), size = steps * STEP * BLOCK;
-      parallel_items(panels, 1, [&](int64_t p) {
-        pack(at(b, k0, j0 + p * BLOCK), b.down, b.across, depth, std::min(BLOCK, columns - p * BLOCK), false, right + p * size);
-      });
-      parallel_items(blocks * groups, 1, [&](int64_t item) {
-        const int64_t share = item / groups, group = item % groups;
-        const int64_t t0 = share * tiles / blocks, t1 = (share + 1) * tiles / blocks;
-        const int64_t p0 = group * panels / groups, p1 = (group + 1) * panels / groups;
-        uint16_t* left = scratch_of<uint16_t>(1, (t1 - t0) * size);
-        for (int64_t t = t0; t < t1; ++t)
-          pack(at(a, t * BLOCK, k0), a.across, a.down, depth, std::min(BLOCK, M - t * BLOCK), true, left + (t - t0) * size);
-        const Unit unit;
-        for (int64_t p = p0; p < p1; ++p)
-          for (int64_t t = t0; t < t1; ++t)
-            block(steps, left + (t - t0) * size, right + p * size, std::min(BLOCK, M - t * BLOCK),
-                  std::min(BLOCK, columns - p * BLOCK),
-                  {c.data + t * BLOCK * c.down + (j0 + p * BLOCK) * c.across, c.down, c.across}, add || k0 > 0);
-      });
-    }
+// c (+)= a b. A block of work has rows [row, row + rows) of at most TILES blocks.
+struct Product {
+  const Operand& a;
+  const Operand& b;
+  Target<float> c;
+  bool add;
+
+  bool in_place() const { return a.across == 1; }
+
+  // `count` columns of b from j on, a step of the depth after another; panels `pitch` apart
+  void pack_columns(int64_t j, int64_t count, int64_t k0, int64_t depth, int64_t pitch, uint16_t* to) const {
+    for (int64_t k = 0; k < depth; k += STEP)
+      for (int64_t p = 0; p < count; p += BLOCK)
+        pack_step(at(b, k0 + k, j + p), b.down, b.across, std::min(STEP, depth - k), std::min(BLOCK, count - p), false,
+                  to + p / BLOCK * pitch + k * BLOCK);
   }
-}
+  void pack_rows(int64_t i, int64_t count, int64_t k0, int64_t depth, uint16_t* to) const {
+    for (int64_t k = 0; k < depth; k += STEP)
+      pack_step(at(a, i, k0 + k), a.across, a.down, std::min(STEP, depth - k), count, true, to + k * BLOCK);
+  }
+  // the same where they lie; what has to be padded goes to `spare`
+  Left rows_of(int64_t i, int64_t count, int64_t k0, int64_t depth, uint16_t* spare) const {
+    if (count % 16) {
+      pack_rows(i, count, k0, depth, spare);
+      return {spare, STEP, BLOCK * STEP, pieces(depth, STEP), nullptr};
+    }
+    const int64_t whole = depth / STEP, rest = depth % STEP;
+    if (rest) pack_step(at(a, i, k0 + whole * STEP), 1, a.down, rest, count, true, spare);
+    return {at(a, i, k0), a.down, STEP, whole, rest ? spare : nullptr};
+  }
+
+  // Rows [i, end) times columns [j, last) over [k0, k0 + depth): packed rows (or null) and columns are `height` and `pitch` apart.
+  void multiply(int64_t i, int64_t end, int64_t j, int64_t last, int64_t k0, int64_t depth, const uint16_t* left, int64_t height,
+                const uint16_t* right, int64_t pitch) const {
+    Left lines[TILES];
+    uint16_t* spare = left ? nullptr : scratch_of<uint16_t>(1, BLOCK * DEPTH + TILES * BLOCK * STEP);
+    for (int64_t t = 0; i + t * BLOCK < end; ++t) {
+      const int64_t row = i + t * BLOCK;
+      if (left) lines[t] = {left + t * height, STEP, BLOCK * STEP, pieces(depth, STEP), nullptr};
+      else lines[t] = rows_of(row, std::min(BLOCK, end - row), k0, depth, spare + t * BLOCK * STEP);  // the last may be longer
+    }
+    const Unit unit;
+    for (int64_t p = j; p < last; p += BLOCK, right += pitch)
+      for (int64_t t = 0; i + t * BLOCK < end; ++t) {
+        const int64_t row = i + t * BLOCK, rows = std::min(BLOCK, end - row), columns = std::min(BLOCK, last - p);
+        float* to = c.data + row * c.down + p * c.across;
+        const float* next = c.across != 1 ? nullptr : row + 2 * BLOCK <= end ? to + BLOCK * c.down : t > 0 && p + 2 * BLOCK <= last ? c.data + i * c.down + (p + BLOCK) * c.across : nullptr;
+        const auto run = rows <= 16 ? columns <= 16 ? block<1, 1> : block<1, 2> : columns <= 16 ? block<2, 1> : block<2, 2>;
+        const uint16_t* next_a = !left && p == j && row + 2 * BLOCK <= end ? at(a, row + BLOCK, k0) : nullptr;
+        run(lines[t], right, rows, columns, to, c.down, c.across, add || k0 > 0, next, next_a);
+      }
+  }
+
+  // Few rows: every thread packs its own columns of b, a group of panels and a piece of the depth at a time.
+  void few() const {
+    const int64_t M = a.rows, N = b.columns, K = a.columns, cut = cut_of(K), height = round_up(K, STEP) * BLOCK, tiles = pieces(M, BLOCK);
+    uint16_t* left = in_place() ? nullptr : scratch_of<uint16_t>(1, tiles * height);
+    if (left) parallel_items(tiles, 1, [&](int64_t t) { pack_rows(t * BLOCK, std::min(BLOCK, M - t * BLOCK), 0, K, left + t * height); });
+    parallel_items(pieces(N, GROUP * BLOCK), 1, [&](int64_t group) {
+      const int64_t j = group * GROUP * BLOCK, last = std::min(N, j + GROUP * BLOCK), pitch = cut * BLOCK;
+      uint16_t* right = scratch_of<uint16_t>(0, GROUP * pitch);
+      for (int64_t k = 0; k < K; k += cut) {
+        const int64_t depth = std::min(cut, K - k);
+        pack_columns(j, last - j, k, depth, pitch, right);
+        multiply(0, M, j, last, k, depth, left ? left + k * BLOCK : nullptr, height, right, pitch);
+      }
+    });
+  }
+
+  // Both operands packed (a where it has to be) in parts that stay in L2, for all threads; a block of rows is one's work.
+  void many() const {
+    const int64_t M = a.rows, N = b.columns, K = a.columns, cut = cut_of(K), workers = threads();
+    const int64_t deep = std::min(round_up(K, cut), DEEP / cut * cut);
+    const int64_t columns = std::max(PACKED / deep / BLOCK, GROUP) * BLOCK, most = in_place() ? M : MOST;
+    for (int64_t i0 = 0; i0 < M; i0 += most)
+      for (int64_t k0 = 0; k0 < K; k0 += deep) {
+        const int64_t rows = std::min(most, M - i0), depth = std::min(deep, K - k0), tiles = pieces(rows, BLOCK);
+        const int64_t pitch = round_up(depth, STEP) * BLOCK;
+        uint16_t* left = in_place() ? nullptr : scratch_of<uint16_t>(1, tiles * pitch);
+        for (int64_t j0 = 0; j0 < N; j0 += columns) {
+          const int64_t last = std::min(N, j0 + columns), panels = pieces(last - j0, BLOCK), to_pack = left && j0 == 0 ? tiles : 0;
+          uint16_t* right = scratch_of<uint16_t>(0, panels * pitch);
+          parallel_items(to_pack + pieces(panels, GROUP), 1, [&](int64_t item) {
+            if (item < to_pack) return pack_rows(i0 + item * BLOCK, std::min(BLOCK, rows - item * BLOCK), k0, depth, left + item * pitch);
+            const int64_t p = (item - to_pack) * GROUP, j = j0 + p * BLOCK;
+            pack_columns(j, std::min(GROUP * BLOCK, last - j), k0, depth, pitch, right + p * pitch);
+          });
+          const int64_t blocks = std::min(tiles, pieces(pieces(tiles, TILES), workers) * workers);
+          const int64_t groups = blocks >= workers ? 1 : std::min(panels, pieces(workers, blocks));
+          parallel_items(blocks * groups, 1, [&](int64_t item) {
+            const int64_t share = item / groups, group = item % groups, t = share * tiles / blocks, p = group * panels / groups;
+            const int64_t i = i0 + t * BLOCK, end = std::min(i0 + rows, i0 + (share + 1) * tiles / blocks * BLOCK);
+            const int64_t j = j0 + p * BLOCK, until = std::min(last, j0 + (group + 1) * panels / groups * BLOCK);
+            for (int64_t k = 0; k < depth; k += cut)
+              multiply(i, end, j, until, k0 + k, std::min(cut, depth - k), left ? left + t * pitch + k * BLOCK : nullptr, pitch,
+                       right + p * pitch + k * BLOCK, pitch);
+          });
+        }
+      }
+  }
+
+  static int64_t cut_of(int64_t K) { return round_up(pieces(K, pieces(K, DEPTH)), STEP); }
+
+  // What packing costs, and storing tiles turned, in tenths of a cycle.
+  double cost() const {
+    const double M = double(a.rows), N = double(b.columns), K = double(a.columns);
+    return (in_place() ? 0 : 3) * M * K + (b.across == 1 ? 1 : 2) * N * K + (c.across == 1 ? 0 : 5) * M * N * double(pieces(a.columns, DEPTH));
+  }
+  void run() const { a.rows <= FEW_ROWS ? few() : many(); }
+};
 
 W2S_TARGET_END
 
@@ -236,8 +371,9 @@ bool has_amx() {
 }
 
 void gemm_amx(const Operand& a, const Operand& b, Target<float> c, bool add) {
-  if (c.across == 1) product(a, b, c, add);
-  else product(b.t(), a.t(), {c.data, c.across, c.down}, add);
+  const Operand x = b.t(), y = a.t();
+  const Product straight{a, b, c, add}, turned{x, y, {c.data, c.across, c.down}, add};
+  (straight.cost() <= turned.cost() ? straight : turned).run();
 }
 
 #else

@@ -33,6 +33,7 @@ namespace {
 constexpr int HEIGHT = 14, WIDTH = 32;                     // a register tile: 28 of 32 registers
 constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;  // depth in words
 constexpr int64_t AHEAD = 32;                              // rows asked for beforehand: no prefetcher follows them
+constexpr int64_t FEWEST = 2;                               // rows for which the tile unit (AMX) is no quicker
 constexpr int64_t DOTS = 8;                                 // rows for which sums along the depth are quickest
 constexpr int64_t SOME = 256;                               // rows for which no more than they are packed
 constexpr int64_t VECTOR = 16, FEW_COLUMNS = 128;           // between them by tiles that read the other operand where it lies,
@@ -455,8 +456,10 @@ bool has_bf16_dot() {
 
 void gemm_bf16(const Operand& a, const Operand& b, Target<float> c, bool add) {
   if (a.rows == 0 || b.columns == 0 || a.columns == 0) return gemm(a, b, c, 1.0f, add);
-  if (has_amx()) return gemm_amx(a, b, c, add);
-  if (a.across == 1 && b.down == 1 && std::min(a.rows, b.columns) <= DOTS) {
+  // beside a row or two, the tile unit waits for rows of the other operand that the dots read one after another
+  const int64_t least = std::min(a.rows, b.columns);
+  if (has_amx() && least > FEWEST) return gemm_amx(a, b, c, add);
+  if (a.across == 1 && b.down == 1 && least <= DOTS) {
     if (b.columns <= a.rows) return few_dots(a, b.t(), c, add);
     return few_dots(b.t(), a, {c.data, c.across, c.down}, add);
   }

@@ -9,8 +9,28 @@
 #include "cpu/gemm.h"
 #include "cpu/tensors.h"
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
 namespace w2s {
 namespace {
+
+// The BLAS that torch.mm itself calls, or null. Called as it is, it costs nothing beside its product, where torch.mm's way
+// through tensors and the dispatcher takes as long as a product of 100 x 100 (7 us of a Xeon).
+using Sgemm = void (*)(const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*,
+                       const float*, const int*, const float*, float*, const int*);
+Sgemm blas() {
+#if defined(__linux__)
+  static const auto found = [] {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch ? reinterpret_cast<Sgemm>(dlsym(torch, "sgemm_")) : nullptr;
+  }();
+  return found;
+#else
+  return nullptr;
+#endif
+}
 
 // Shapes that differ in what limits them: few rows (the other operand is read once) with either layout of that operand,
 // rows that fill a quarter of a vector at most (transposed, they are the vector in our product) and a single one (which the
@@ -39,7 +59,22 @@ Tensor view(const void* data, int64_t rows, int64_t columns, int64_t down, int64
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
 }
 
+// BLAS stores by columns: there, what is c is c^T = b^T a^T.
+bool run_blas(Sgemm gemm, const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) {
+  if (c.across != 1) return run_blas(gemm, b.t(), a.t(), {c.data, c.across, c.down}, alpha, add);
+  const auto fits = [](int64_t n) { return n < (int64_t(1) << 31); };
+  const auto pitch = [](const Operand& x) { return x.across == 1 ? std::max(x.down, x.columns) : std::max(x.across, x.rows); };
+  if (!fits(a.rows) || !fits(b.columns) || !fits(a.columns) || !fits(pitch(a)) || !fits(pitch(b)) || !fits(c.down)) return false;
+  const int M = int(a.rows), N = int(b.columns), K = int(a.columns), of_a = int(pitch(a)), of_b = int(pitch(b));
+  const int of_c = int(std::max<int64_t>(c.down, N));
+  const float before = add ? 1.0f : 0.0f;
+  gemm(b.across == 1 ? "N" : "T", a.across == 1 ? "N" : "T", &N, &M, &K, &alpha, static_cast<const float*>(b.data), &of_b,
+       static_cast<const float*>(a.data), &of_a, &before, c.data, &of_c);
+  return true;
+}
+
 void run(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) {
+  if (const Sgemm gemm = blas(); gemm && run_blas(gemm, a, b, c, alpha, add)) return;
   const Tensor x = view(a.data, a.rows, a.columns, a.down, a.across), y = view(b.data, b.rows, b.columns, b.down, b.across);
   const Tensor out = view(c.data, a.rows, b.columns, c.down, c.across);
   if (!add && alpha == 1) {
