@@ -19,6 +19,7 @@ from w2s_fast.integrations.peft import (
     register_fused_adapters,
     use_fused_adapters,
 )
+from w2s_fast.integrations.peft.merged import bat_rows, bat_weight
 from w2s_fast.testing.processes import in_two
 
 VARIANTS = {
@@ -570,6 +571,17 @@ def test_bat_and_randlora_are_pefts(kind, tmp_path):
     handle.remove()
     assert {type(m) for m in model.modules()} == {type(m) for m in plain.modules()}
     model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("rows", (0, 1, 4))
+def test_bat_of_few_rows_is_its_weights(rows):
+    weight, block, grad = data(24, 16), data(3, 8, 8).requires_grad_(), data(rows, 24)
+    x = data(rows, 16).requires_grad_()
+    found, expected = bat_rows(x, weight, block), x @ bat_weight(weight, block).t()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    wanted = [x, block]
+    ours, theirs = (torch.autograd.grad(y, wanted, grad) for y in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", (3, 20, 40), ids=("scales in the input", "scaled factors", "factors in the weight"))
