@@ -33,6 +33,7 @@ constexpr int64_t PACKED = 1 << 19;       // elements of b that are packed at a 
 constexpr int64_t DEEP = 2048;            // depth that is packed at a time
 constexpr int64_t TILES = 4, MOST = 4096;  // blocks of rows of one piece of work; rows that are packed at a time
 constexpr int64_t FEW_ROWS = 128;         // rows for which every thread packs its own columns of b, next to using them
+static_assert(FEW_ROWS <= TILES * BLOCK);
 constexpr int64_t GROUP = 8;              // panels of b packed side by side, so that lines of a row come in a row
 
 W2S_TARGET_BEGIN(W2S_AVX512 ",amx-tile,amx-bf16")
@@ -173,7 +174,7 @@ void put(const float* sum, int64_t rows, int64_t columns, Target<float> c, bool 
 }
 
 // c (+)= a b for I x J tiles, of which rows x columns are stored. next: where the following block's sums will go, asked for
-// while this one multiplies (or null). What comes is in registers: a value that went through memory would wait there until
+// while this one multiplies (or null), and next_a its rows of a where they lie. What comes is in registers: a value that went through memory would wait there until
 // the sums of the block before had been written.
 template <int I, int J>
 void block(const Left& left, const uint16_t* b, int64_t rows, int64_t columns, float* c, int64_t c_down, int64_t c_across, bool add,
@@ -265,7 +266,9 @@ struct Product {
       for (int64_t t = 0; i + t * BLOCK < end; ++t) {
         const int64_t row = i + t * BLOCK, rows = std::min(BLOCK, end - row), columns = std::min(BLOCK, last - p);
         float* to = c.data + row * c.down + p * c.across;
-        const float* next = c.across != 1 ? nullptr : row + 2 * BLOCK <= end ? to + BLOCK * c.down : t > 0 && p + 2 * BLOCK <= last ? c.data + i * c.down + (p + BLOCK) * c.across : nullptr;
+        const float* next = nullptr;  // whole blocks alone: the one below, or the first of the next columns
+        if (c.across == 1 && row + 2 * BLOCK <= end) next = to + BLOCK * c.down;
+        else if (c.across == 1 && t > 0 && p + 2 * BLOCK <= last) next = c.data + i * c.down + p + BLOCK;
         const auto run = rows <= 16 ? columns <= 16 ? block<1, 1> : block<1, 2> : columns <= 16 ? block<2, 1> : block<2, 2>;
         const uint16_t* next_a = !left && p == j && row + 2 * BLOCK <= end ? at(a, row + BLOCK, k0) : nullptr;
         run(lines[t], right, rows, columns, to, c.down, c.across, add || k0 > 0, next, next_a);
