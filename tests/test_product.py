@@ -117,7 +117,7 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys)
     products.main()
     both = json.loads(out.read_text(encoding="utf-8"))["products"]
     assert len(both) == 12 and all(both[name] == row for name, row in first.items())
-    assert "bfloat16 square         TN 9 x 5 x 7" in capsys.readouterr().out
+    assert "bfloat16 square      TN 9 x 5 x 7" in capsys.readouterr().out
     made = products.Cell("square", 9, 5, 7, "bfloat16", "TT").operands()
     assert [(t.shape, t.stride()) for t in made] == [((9, 7), (1, 9)), ((7, 5), (1, 7))]
 
