@@ -7,6 +7,19 @@ from about 100 rows on. Where the library's product runs at the machine's peak, 
 core, ours 101), PEFT's LoRA is within a few percent of the floor from 512 rows on, and its DoRA within 1.2 to 1.35:
 1.2x and 2x are then out of reach; BAT (3 N + 2 r products of O I) and RandLoRA (7 N against 3 N + 2 d) keep 1.33 and
 1.75 at most.
+
+Two threads of a Xeon with AMX, whose library multiplies float32 at 180 GFLOP/s a core and bfloat16 at 1,100 to 1,400
+(ours 140 and 850): LoRA of float32 0.91 to 1.0 of PEFT's at 1 and 16 rows, 1.05 to 1.07 at 512, 1.13 at 2048, and
+never slower than compile; of bfloat16 0.6 to 1.0, 0.66 of compile at 2048 rows, where the tile product and packing
+are 60 % of a profile. DoRA 3.6 to 4.1 times PEFT's at 1 and 16 rows, 1.7 and 1.5 of float32 and 2.4 and 2.1 of
+bfloat16 at 512 and 2048; of LoRA's speed 0.39 to 0.53, 0.88 and 1.01, 0.75 and 0.91. BAT 5.6 and 2.3 at 1 and 16 rows
+of 1024 (34 and 2.7 of 4096), whose block goes into the input there; 1.1 (1.4 and 1.2) from 512 on. RandLoRA 2.5, 1.4,
+1.0, 1.74.
+
+What was weighed for DoRA's W A^T and not built: W A^T by increments (Adam's step of A is no product of few rows, so
+nothing of the last W A^T remains); A stacked under x, so that one product reads W once (two products of 16 rows take
+0.78 ms of one core, one of 32 rows 0.53: 0.25 of the 2.0 ms at 16 rows, still 0.6 of LoRA's speed); W A^T in bfloat16
+for a float32 layer (an error of 2^-9 of what the adapter adds, beyond twice eager's).
 """
 
 from __future__ import annotations
@@ -171,6 +184,14 @@ class _Whole:
             return (y.detach(), *torch.autograd.grad(y, [x, *wanted], grad))
 
 
+def _whole_flops(kind: str, rows: int, side: int) -> float:
+    """The cheaper of the adapter in the weight and the factors by themselves; MiSS has no product of its own size."""
+    merged = {"miss": 0.0, "bat": 4.0 * 64, "randlora": 4.0 * side}[kind]
+    apart = {"miss": 0.0, "bat": 4.0, "randlora": 8.0}[kind]
+    layer = 4.0 if kind == "miss" else 6.0
+    return side * side * min(layer * rows + merged, (layer + apart) * rows)
+
+
 def _whole_case(kind: str, rows: int, side: int) -> Case:
     def inputs(generator: torch.Generator, device: torch.device) -> tuple[Any, ...]:
         x, grad, weight = (torch.randn(n, side, generator=generator, device=device) for n in (rows, rows, side))
@@ -182,7 +203,7 @@ def _whole_case(kind: str, rows: int, side: int) -> Case:
     return Case(
         op="integrations.peft", name=f"{kind}-N{rows}-{side}x{side}-fp32", dtype="float32",
         shape={"N": rows, "out": side, "in": side}, mode="fwdbwd", bytes=4 * (4 * rows * side + 2 * side * side),
-        flops=6.0 * rows * side * side + (4.0 * side**3 if kind == "randlora" else 4.0 * side * side * 64),
+        flops=_whole_flops(kind, rows, side),
         prediction="BAT: two passes over the weight instead of six, 1.5x where rows are few. RandLoRA: 3 + 2 d / N "
         "products of the layer's size instead of 7: 1.75x at N = 2 d, level at d / 2; more where our product is faster "
         "than the library's (two Zen 5 cores: BAT 1.8 to 2, RandLoRA 2.7 at 2048 rows; one Zen 4 core: BAT 1.1, "
