@@ -2,7 +2,7 @@
 
 ``python .ci/trl_stand_ins.py FOLDER`` writes them; with FOLDER as the working directory the names are paths, so neither
 TRL nor its tests are changed. ``-p trl_stand_ins`` gives pytest what `.ci/trl_check.sh` needs: with ``W2S_FAST_SWAP=1``
-the tests run under `use_fused_logprobs`. ``--compare OFF ON`` reads two junit files: each test must have ended alike.
+the tests run under `use_fused_logprobs`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 HUB = "trl-internal-testing"
 SIZES = {
@@ -137,27 +136,6 @@ def write(folder: Path) -> None:
     (zen / "README.md").write_text("\n".join([*card, "---", ""]), encoding="utf-8")
 
 
-def _outcomes(file: str) -> dict[str, str]:
-    found = {}
-    for case in ElementTree.parse(file).iter("testcase"):
-        kinds = {part.tag for part in case}
-        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        found[f"{case.get('classname')}::{case.get('name')}"] = outcome
-    return found
-
-
-def compare(off: str, on: str) -> int:
-    """1 if a test has another outcome under the swap, or none passed."""
-    without, swapped = _outcomes(off), _outcomes(on)
-    for label, found in (("without", without), ("with", swapped)):
-        counts = {kind: list(found.values()).count(kind) for kind in ("passed", "failed", "skipped")}
-        print(f"{label} the swap: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
-    differ = [name for name in sorted({*without, *swapped}) if without.get(name) != swapped.get(name)]
-    for name in differ:
-        print(f"  {name}: {without.get(name)} without, {swapped.get(name)} with")
-    return int(bool(differ) or "passed" not in swapped.values())
-
-
 def _absent(name: str) -> Any:
     def absent(*args: Any, **kwargs: Any) -> Any:
         if name.split(".")[-1].startswith("is_"):
@@ -184,8 +162,12 @@ _CALLS = {"token_outputs": 0, "divergence": 0}
 
 
 def pytest_sessionstart(session: Any) -> None:
+    import trl
+
+    assert Path(trl.__file__).is_relative_to(sys.prefix), f"the tests import {trl.__file__}, not what is installed"
     files = {file.resolve() for one in session.config.args for file in (Path(one.split("::")[0]),) if file.is_file()}
-    _complete(sorted(files | {file.parent / "testing_utils.py" for file in files if file.parent.name == "tests"}))
+    shared = {part / "testing_utils.py" for file in files for part in file.parents if part.name == "tests"}
+    _complete(sorted(files | shared))
     if os.environ.get("W2S_FAST_SWAP") != "1":
         return
     from w2s_fast.integrations.trl import logprobs
@@ -207,6 +189,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--compare":
-        sys.exit(compare(*sys.argv[2:4]))
     write(Path(sys.argv[1]))

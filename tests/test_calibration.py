@@ -1,193 +1,387 @@
-"""`auto` takes plain PyTorch where a calibration found it faster: the lookup, the file, and what stays as it was."""
+"""`auto` takes plain PyTorch where it was found faster: how that is found, its bounds, and what stays as it was."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
+import random
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from w2s_fast.bench import calibrate
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from w2s_fast.bench import calibrate, domain
 
 import w2s_fast
 from w2s_fast import calibration, extension, info
-from w2s_fast.calibration import Point, Regions, Table
-from w2s_fast.library import OPS
+from w2s_fast.calibration import Routes, Table
 
 BUILT = pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
-LOGITS = "float32 [float32] [float32] None [1.0] 1.0 None 1.0 0 0.0 size torch.float32 False"
-
-
-def _flat(rows: int, width: int, weight: float = 1.0, cut: int = 0) -> tuple:
-    z = torch.zeros(rows, width)
-    return z, [z], [z], None, [weight], 1.0, None, 1.0, cut, 0.0, width, torch.float32, False
-
-
-def test_a_call_is_its_rows_its_elements_and_its_options():
-    assert calibration.size(_flat(3, 100)) == (3, 900)
-    assert calibration.size((None, 2, torch.zeros(7))) == (1, 7)
-    assert calibration.key(_flat(3, 100)) == calibration.key(_flat(4, 99)) == LOGITS
-    different = [_flat(3, 100, weight=0.5), _flat(3, 100, cut=2), (torch.zeros(1).double(), *_flat(3, 100)[1:])]
-    assert len({calibration.key(flat) for flat in [_flat(3, 100), *different]}) == 4
-
-
-def test_the_nearest_two_decide():
-    key = calibration.key(_flat(1, 100))
-    slow = [Point(key, 1, 9, 0.5), Point(key, 1, 10, 0.6), Point(key, 1, 16, 2.0), Point(key, 8, 16, 3.0)]
-    regions = Regions(slow)
-    assert regions.plain(_flat(1, 100)) and regions.plain(_flat(1, 170))
-    assert not regions.plain(_flat(1, 20_000)) and not regions.plain(_flat(100, 200))
-    assert not regions.plain(_flat(1, 100, cut=2)), "a filter is another call"
-    alone = Regions([slow[0], *slow[2:]])
-    assert not alone.plain(_flat(1, 100)), "one point may have met a busy moment"
-    far = Regions(slow[:2])
-    assert far.plain(_flat(1, 1300)) and not far.plain(_flat(1, 2800)), "not beyond four times the largest"
-
-
-def test_deterministic_algorithms_are_ours():
-    key = calibration.key(_flat(1, 100))
-    regions = Regions([Point(key, 1, 9, 0.5)] * 2)
-    assert regions.plain(_flat(1, 100))
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert not regions.plain(_flat(1, 100))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def test_the_file_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    path = tmp_path / "table.json"
-    kept = Table({"fuse_logits": [Point("k", 1, 9, 0.5)], "kd_loss": [Point("k", 1, 9, 1.5)]}, {"logit_fusion"})
-    kept.save(path)
-    assert Table.load(path) == kept and json.loads(path.read_text())["machine"]["torch"] == torch.__version__
-    lines = calibration.lines(kept)
-    assert lines == ["fuse_logits: in 1 of 1 calls, of 2^9 to 2^9 elements, down to 0.50 of our time"]
-    path.write_text("{}")
-    assert Table.load(path) == Table({}, set()) and "is no calibration" in caplog.text
-    assert Table.load(tmp_path / "none.json") == Table({}, set())
 
 
 @pytest.fixture
-def plain_fuse(monkeypatch: pytest.MonkeyPatch):
-    """fuse_logits is faster in plain PyTorch on small calls; says how often that was taken."""
-    op, taken = OPS["fuse_logits"], []
-    base = torch.randn(2, 50)
-    recorded = []
-    with calibrate._recording(recorded):
-        w2s_fast.fuse_logits(base, [base], base)
-    key = calibration.key(recorded[0][1])
-    monkeypatch.setattr(op, "regions", Regions([Point(key, 2, 9, 0.5), Point(key, 1, 9, 0.5)]))
-    original = op.reference
-    monkeypatch.setattr(op, "reference", lambda *args: (taken.append(1), original(*args))[1])
-    return taken
-
-
-@BUILT
-def test_auto_takes_plain_pytorch_where_it_is_faster(plain_fuse: list):
-    generator = torch.Generator().manual_seed(0)
-    base, expert, anti = (torch.randn(2, 50, generator=generator) for _ in range(3))
-    with w2s_fast.backend("reference"):
-        expected = w2s_fast.fuse_logits(base, [expert], anti)
-    del plain_fuse[:]
-    assert torch.equal(w2s_fast.fuse_logits(base, [expert], anti), expected) and len(plain_fuse) == 1
-    with w2s_fast.backend("cpp"):
-        w2s_fast.fuse_logits(base, [expert], anti)
-    assert len(plain_fuse) == 1, "who asks for a backend gets it"
-    wide = torch.randn(64, 5000)
-    w2s_fast.fuse_logits(wide, [wide], wide)
-    assert len(plain_fuse) == 1, "large calls are the kernel's"
-
-
-@BUILT
-def test_gradients_are_the_same(plain_fuse: list):
-    generator = torch.Generator().manual_seed(0)
-    base, expert, anti = (torch.randn(2, 50, generator=generator, requires_grad=True) for _ in range(3))
-
-    def grads() -> tuple:
-        return torch.autograd.grad(w2s_fast.fuse_logits(base, [expert], anti).square().sum(), (base, expert, anti))
-
-    found = grads()
-    assert len(plain_fuse) == 1
-    with w2s_fast.backend("cpp"):
-        expected = grads()
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    (grad,) = torch.autograd.grad(w2s_fast.fuse_logits(base, [expert]).square().sum(), base, create_graph=True)
-    with pytest.raises(NotImplementedError, match="double backward"):
-        grad.sum().backward()
-
-
-@BUILT
-def test_explain_and_compile(plain_fuse: list):
-    base = torch.randn(2, 50)
-    found = w2s_fast.explain(w2s_fast.fuse_logits, base, [base], base)
-    assert found.backend == "reference" and "plain PyTorch is faster here" in dict(found.rejected)["cpp"]
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda z: w2s_fast.fuse_logits(z, [z], z), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(base), w2s_fast.fuse_logits(base, [base], base))
-
-
-def test_tests_do_not_calibrate():
-    assert calibration.SETTING == "off" and calibration.table() == Table({}, set())
-    assert all(calibration.regions(op) is None for op in OPS.values())
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """As a user's process begins: nothing known, nothing kept; afterwards everything is as it was."""
     monkeypatch.setenv("W2S_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(calibration, "SETTING", "auto")
-    monkeypatch.setattr(calibration, "_TABLE", None)
     calibration.forget()
     yield tmp_path
     calibration.forget()
 
 
+@pytest.fixture
+def raced(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
+    """Sets what every race finds; returns a list that grows with each."""
+
+    def to(ratio: float) -> list[int]:
+        races: list[int] = []
+
+        def race(ours: Callable[[], Any], plain: Callable[[], Any]) -> float:
+            ours(), plain()
+            races.append(1)
+            return ratio
+
+        monkeypatch.setattr(calibration, "race", race)
+        return races
+
+    return to
+
+
+class Ways:
+    """A function with two ways that counts how often each was taken; the plain one's values tell."""
+
+    def __init__(self, holds: Callable[..., float] | None = None) -> None:
+        self.taken: list[str] = []
+
+        def plain(x: Tensor, factor: float = 1.0) -> Any:
+            self.taken.append("plain")
+            return NotImplemented if factor == 2 else x * factor + 1
+
+        @calibration.or_plain(plain, holds)
+        def twice(x: Tensor, factor: float = 1.0, *, more: bool = False) -> Tensor:
+            if factor < 0:
+                raise ValueError("factor")
+            self.taken.append("ours")
+            return x * factor
+
+        self.call = twice
+        del calibration.ROUTES["twice"]
+        self.routes: Routes = twice.routes  # type: ignore[attr-defined]
+
+    def of(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The ways of one call."""
+        del self.taken[:]
+        self.call(*args, **kwargs)
+        return self.taken[:]
+
+    def gives(self, x: Tensor) -> str:
+        """The way whose values a call returns."""
+        return "ours" if torch.equal(self.call(x), x) else "plain"
+
+    def settle(self, *args: Any, **kwargs: Any) -> None:
+        """A first call, which is timed."""
+        self.call(*args, **kwargs)
+
+
 @BUILT
-def test_a_first_call_calibrates_its_family_and_keeps_it(fresh: Path, monkeypatch: pytest.MonkeyPatch):
-    measured = []
-    x = torch.randn(1, 4, 32)
-    recorded = []
-    with monkeypatch.context() as patch, calibrate._recording(recorded):
-        patch.setattr(calibration, "SETTING", "off")
-        w2s_fast.gate_residual(x, x, x[:, :1])
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_all_calls_of_a_process_go_one_way(fresh: Path, raced: Any, ratio: float):
+    """The first, which is timed, returns what the later ones do, or equal arguments would give other bits."""
+    races, ways, x = raced(ratio), Ways(), torch.ones(3)
+    way = "plain" if ratio < 1 else "ours"
+    assert ways.gives(x) == way and len(races) == 1
+    assert ways.of(x) == [way] == ways.of(torch.zeros(3)) and len(races) == 1
+    assert ways.gives(torch.ones(2, 3)) == way and ways.taken.count("ours") > (way == "ours"), "new arguments are looked at"
+
+
+@BUILT
+def test_the_slower_way_is_not_taken(fresh: Path, raced: Any):
+    for size, ratio in enumerate((0.98, 1.0, 3.0, math.inf)):
+        races, ways, x = raced(ratio), Ways(), torch.ones(1 + size)
+        ways.settle(x)
+        assert len(races) == 1 and ways.of(x) == ["ours"]
+
+
+@BUILT
+def test_calls_that_look_alike_are_timed_once(fresh: Path, raced: Any):
+    races, ways = raced(0.5), Ways()
+    ways.settle(torch.ones(1000))
+    assert len(races) == 1
+    assert ways.of(torch.ones(1010)) == ["ours", "plain"], "ours looks at arguments of another size"
+    assert ways.of(torch.ones(1010)) == ["plain"] and len(races) == 1
+    for other in (torch.ones(1300), torch.ones(1000).double(), torch.ones(1000, requires_grad=True)):
+        before = len(races)
+        ways.settle(other)
+        assert len(races) == before + 1
+    ways.settle(torch.ones(1000), 0.5)
+    assert len(races) == 5, "another option"
+
+
+def test_sizes_are_rounded_to_a_quarter_of_an_octave():
+    kinds = [calibration.kind_of((torch.empty(n),), {}) for n in range(1, 4097)]
+    assert len(set(kinds[:8])) == 8 and len(set(kinds)) < 48
+    assert calibration.kind_of((torch.empty(64, 100),), {}) != calibration.kind_of((torch.empty(100, 64),), {})
+    found = calibration.kind_of((1, 0.7, [torch.empty(3)]), {"b": None, "a": True})
+    assert found == "plain 1 number (float32[3]) a=True b=None"
+
+
+@BUILT
+def test_an_error_is_ours_and_a_declined_call_too(fresh: Path, raced: Any):
+    raced(0.5)
+    ways, x = Ways(), torch.ones(3)
+    for _ in range(4):
+        with pytest.raises(ValueError, match="factor"):
+            ways.call(x, -1.0)
+    ways.settle(x, 2.0)
+    assert ways.of(x, 2.0) == ["ours"], "the plain way declines"
+    ways.settle(x, 3.0, more=True)
+    assert ways.of(x, 3.0, more=True) == ["ours"], "the plain way has no such option"
+
+
+@BUILT
+def test_memory_is_bounded(fresh: Path, raced: Any):
+    races = raced(0.5)
+    for held, fits in ((calibration.ROOM, True), (calibration.ROOM + 1, False)):
+        ways = Ways(lambda x, held=held: float(held))
+        x = torch.ones(3 + fits)
+        del ways.taken[:]
+        ways.settle(x)
+        assert ("plain" in ways.taken) == fits == bool(races), "the plain way was not even tried"
+        assert ways.of(x) == (["plain"] if fits else ["ours"])
+        del races[:]
+    given = Ways(lambda x: 4.0 * x.numel() / 4)
+    large = torch.empty(1, dtype=torch.float32).expand(64 << 20)
+    assert given.routes.fits((large,), {}) and not Ways(lambda x: 65.0 * (1 << 20)).routes.fits((large,), {})
+
+
+def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    """Under a clock of our own: a way takes what it says, and no race outlasts its bounds."""
+    now = [0.0]
+    monkeypatch.setattr(calibration, "clock", lambda: now[0])
+    calls: list[int] = []
+
+    def taking(seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            now[0] += seconds
+            calls.append(1)
+
+        return run
+
+    for ours, plain in ((1e-5, 5e-6), (1e-3, 1e-3), (0.02, 0.03), (1.0, 0.9), (1e-4, 10.0)):
+        now[0] = 0.0
+        del calls[:]
+        assert calibration.race(taking(ours), taking(plain)) == pytest.approx(plain / ours)
+        times = 2.01 if ours + plain > calibration.LONG else 3.01
+        assert now[0] <= max(2.5 * calibration.SECONDS, times * (ours + plain))
+    assert len(calls) <= 400
+
+
+@BUILT
+def test_nobody_times_inside_a_timing_or_beside_one(fresh: Path, raced: Any, monkeypatch: pytest.MonkeyPatch):
+    races, ways, x = raced(0.5), Ways(), torch.ones(3)
+    with calibration._LOCK:
+        other = threading.Thread(target=ways.call, args=(x,))
+        other.start()
+        other.join(10)
+    assert not other.is_alive() and not races
+    ways.call(x)
+    assert len(races) == 1
+
+
+@BUILT
+def test_the_generator_is_left_alone(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    def plain(x: Tensor) -> Tensor:
+        return x + torch.rand(x.shape)
+
+    @calibration.or_plain(plain)
+    def noisy(x: Tensor) -> Tensor:
+        return x + torch.rand(x.shape)
+
+    del calibration.ROUTES["noisy"]
+    x = torch.zeros(4)
+    torch.manual_seed(0)
+    expected = [torch.rand(4) for _ in range(3)]
+    torch.manual_seed(0)
+    for value in expected:
+        assert torch.equal(noisy(x), value)
+
+
+@BUILT
+def test_who_looks_on_gets_ours(fresh: Path, raced: Any):
+    races, ways, x = raced(0.5), Ways(), torch.ones(3)
+    ways.settle(x)
+    assert ways.of(x) == ["plain"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert ways.of(x) == ["ours"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with w2s_fast.backend("cpp"):
+        assert ways.of(x) == ["ours"]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert ways.of(x) == ["ours"], "a checkpoint counts what is saved"
+    with torch.autocast("cpu"):
+        assert ways.of(x) == ["ours"]
+    del ways.taken[:]
+    torch.func.vmap(ways.call)(torch.ones(2, 3))
+    torch.func.grad(lambda t: ways.call(t).sum())(x)
+    torch.compile(ways.call, backend="eager")(x)
+    torch._dynamo.reset()
+    torch.jit.trace(ways.call, x, check_trace=False)
+    assert set(ways.taken) == {"ours"} and len(races) == 1
+    assert ways.of(x) == ["plain"]
+
+
+@BUILT
+def test_off_and_a_file(fresh: Path, raced: Any, monkeypatch: pytest.MonkeyPatch):
+    races, ways, x = raced(0.5), Ways(), torch.ones(3)
+    ways.settle(x)
+    monkeypatch.setattr(calibration, "SETTING", "off")
+    assert ways.of(x) == ["ours"]
+    file = fresh / "table.jsonl"
+    kind = calibration.kind_of((torch.ones(7),), {})
+    Table({("twice", kind): 0.5}).save(file)
+    monkeypatch.setattr(calibration, "SETTING", str(file))
     calibration.forget()
-    key, (rows, elements) = calibration.key(recorded[0][1]), calibration.size(recorded[0][1])
-    points = [Point(key, rows.bit_length(), elements.bit_length(), 0.5)] * 2
+    before, others = file.read_text(), Ways()
+    assert others.of(torch.ones(7)) == ["ours", "plain"] and others.of(torch.ones(7)) == ["plain"]
+    others.settle(torch.ones(9))
+    assert others.of(torch.ones(9)) == ["ours"] and len(races) == 1, "nothing is timed"
+    assert file.read_text() == before
 
-    def measure(family: str) -> dict:
-        measured.append(family)
-        return {"modulate": points}
 
-    monkeypatch.setattr(calibrate, "measure", measure)
-    assert w2s_fast.explain(w2s_fast.gate_residual, x, x, x[:, :1]).backend == "cpp", "nothing is measured to explain"
+@BUILT
+def test_another_process_knows_what_was_found(fresh: Path, raced: Any):
+    races, ways, x = raced(0.5), Ways(), torch.ones(3)
+    ways.settle(x)
+    (file,) = fresh.glob("calibration-*.jsonl")
+    head, line = file.read_text().splitlines()
+    assert json.loads(head)["machine"]["torch"] == torch.__version__
+    assert json.loads(line) == ["twice", "plain float32[3]", 0.5]
+    calibration.forget()
+    other = Ways()
+    assert other.gives(x) == "plain" and other.of(x) == ["plain"] and len(races) == 1
+    assert calibration.lines(calibration.table()) == ["twice: in 1 of 1 kinds of calls, down to 0.50"]
+    assert dict(info.calibrated())["kinds of calls timed"] == "1"
+
+
+def test_a_file_that_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "table.jsonl"
+    path.write_text("{}")
+    assert Table.load(path, kept=True).file is None and "is no calibration" in caplog.text
+    assert Table.load(tmp_path / "none.jsonl").ratios == {}
+    endless = Table({("f", "kind"): math.inf})
+    endless.save(path)
+    assert Table.load(path).ratios == endless.ratios
+
+
+def test_a_folder_that_cannot_be_written(fresh: Path, raced: Any, monkeypatch: pytest.MonkeyPatch):
+    blocked = fresh / "file"
+    blocked.write_text("")
+    table = Table(file=blocked / "below.jsonl")
+    table.put("f", "kind", 0.5)
+    assert table.get("f", "kind") == 0.5 and table.file is None
+
+
+@BUILT
+def test_explain_says_what_was_chosen(fresh: Path, raced: Any):
+    races, x = raced(0.5), torch.randn(1, 4, 32)
+    assert w2s_fast.explain(w2s_fast.gate_residual, x, x, x[:, :1]).backend == "cpp" and not races
     for _ in range(2):
         w2s_fast.gate_residual(x, x, x[:, :1])
-    assert measured == ["diffusion"]
-    assert w2s_fast.explain(w2s_fast.gate_residual, x, x, x[:, :1]).backend == "reference"
-    assert isinstance(OPS["modulate"].regions, Regions) and dict(info.calibrated())["families"] == "diffusion"
-    w2s_fast.qk_norm(x, x)
-    assert OPS["qk_norm"].regions is None and measured == ["diffusion"], "its family was calibrated"
-    (kept,) = fresh.glob("calibration-*.json")
-    assert Table.load(kept) == Table({"modulate": points}, {"diffusion"})
-    monkeypatch.setattr(calibration, "_TABLE", None)  # another process
-    calibration.forget()
-    w2s_fast.gate_residual(x, x, x[:, :1])
-    assert measured == ["diffusion"] and isinstance(OPS["modulate"].regions, Regions)
+    found = w2s_fast.explain(w2s_fast.gate_residual, x, x, x[:, :1])
+    assert len(races) == 1 and found.backend == "reference"
+    assert "plain PyTorch takes 0.50 of its time" in dict(found.rejected)["cpp"]
 
 
 @BUILT
-def test_both_ways_are_timed(monkeypatch: pytest.MonkeyPatch):
-    """The real measurement, of one op's smallest calls."""
-    family = importlib.import_module("w2s_fast.bench.domains.diffusion")
-    (domain,) = (d for d in family.DOMAINS if d.op == "gate_residual")
-    monkeypatch.setattr(family, "DOMAINS", [replace(domain, sizes={"B": (1, 1), "N": (1, 4), "C": (32, 64)})])
+def test_checkpointing_counts_alike(fresh: Path, raced: Any):
+    raced(0.5)
+    x = torch.randn(1, 4, 32, requires_grad=True)
+    for _ in range(3):
+        w2s_fast.gate_residual(x, x, x[:, :1])
+    found = torch.utils.checkpoint.checkpoint(lambda t: w2s_fast.gate_residual(t, t, t[:, :1]), x, use_reentrant=False)
+    found.sum().backward()
+    assert x.grad is not None
+
+
+def test_tests_do_not_calibrate():
+    assert calibration.SETTING == "off" and calibration.table().ratios == {}
+
+
+def _small(op: str, number: int, dtype: torch.dtype, gradient: bool) -> domain.Call:
+    found = domain.domains()[op]
+    sizes = {name: (low, min(high, 2 * low + 24)) for name, (low, high) in found.sizes.items()}
+    return replace(replace(found, sizes=sizes).draw(random.Random(number), number), dtype=dtype, gradient=gradient)
+
+
+def _both(routes: Routes, args: Any, kwargs: Any, graded: bool) -> list[list[Tensor]]:
+    found = []
+    for way in (routes.function, routes.plain):
+        given, named = calibration._own(args, kwargs)
+        results = tree_leaves(way(*given, **named))
+        if graded:
+            made = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
+            leaves = [t for t in calibration._tensors(given, named) if t.requires_grad]
+            upstream = [torch.arange(t.numel()).cos().reshape(t.shape).to(t) for t in made]
+            results = [*results, *torch.autograd.grad(made, leaves, upstream, allow_unused=True)]
+        found.append([t.detach() for t in results if isinstance(t, Tensor)])
+    return found
+
+
+@BUILT
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("op", sorted(calibration.ROUTES))
+def test_both_ways_are_one_function(op: str, gradient: bool, monkeypatch: pytest.MonkeyPatch):
+    """Values and gradients of the everyday calls that the plain way serves; it serves some of them."""
+    routes, everyday = calibration.ROUTES[op], domain.domains()[op]
+    if gradient and not everyday.trained:
+        pytest.skip("no gradient")
+    seen: list[Any] = []
+    monkeypatch.setattr(calibration, "SETTING", "none.jsonl")
+    calibration.forget()
+
+    def watched(key: Any, args: Any, kwargs: Any) -> Any:
+        seen.append((args, kwargs))
+        return routes.function(*args, **kwargs)
+
+    monkeypatch.setattr(routes, "call", watched)
+    served = 0
+    for dtype in everyday.dtypes:
+        for number in range(3):
+            call = _small(op, number, dtype, gradient)
+            inputs = call.inputs(torch.Generator().manual_seed(number), torch.device("cpu"))
+            del seen[:]
+            call.ways()["ours"](*inputs)
+            args, kwargs = seen[0]
+            if routes.plain(*args, **kwargs) is NotImplemented:
+                continue
+            served += 1
+            ours, plain = _both(routes, args, kwargs, gradient)
+            tolerance = 2 * everyday.allowed[dtype != torch.float32]
+            assert len(ours) == len(plain)
+            for a, b in zip(ours, plain, strict=True):
+                assert a.dtype == b.dtype and a.shape == b.shape
+            assert domain.near(tolerance)(plain, ours) <= 1.0, call.name
+    assert served
+
+
+@BUILT
+def test_calibrating_times_a_family(fresh: Path, raced: Any, monkeypatch: pytest.MonkeyPatch):
+    races, family = raced(0.5), importlib.import_module("w2s_fast.bench.domains.diffusion")
+    (one,) = (d for d in family.DOMAINS if d.op == "gate_residual")
+    monkeypatch.setattr(family, "DOMAINS", [replace(one, sizes={"B": (1, 1), "N": (1, 4), "C": (32, 64)})])
     monkeypatch.setattr(calibrate, "DRAWS", 1)
-    found = calibrate.measure("diffusion")
-    assert set(found) == {"modulate", "modulate_backward"} and [len(points) for points in found.values()] == [2, 2]
-    assert all(point.ratio > 0 and point.elements < 12 for points in found.values() for point in points)
+    said: list[str] = []
+    table = calibration.calibrate(["diffusion"], said.append)
+    assert said == ["diffusion"] and len(races) == len(table.ratios) == 2
+    assert {name for name, _ in table.ratios} == {"gate_residual"}
 
 
 def test_off_has_nothing_to_calibrate():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -25,6 +26,10 @@ KINDS = {
     "masked": lambda p: MaskedAdamW(p, lr=0.1, masks=halves(p)),
     "ast": lambda p: ASTAdamW(p, lr=0.1, decay=0.3, masks=halves(p)),
     "sst": lambda p: SSTAdam(p, lr=0.1),
+    "sst-vectors": lambda p: SSTAdam(p, lr=0.1, kind="vectors", warmup=3),
+    "masked-8-bit": lambda p: MaskedAdamW(p, lr=0.1, masks=halves(p), state_bits=8),
+    "ast-8-bit": lambda p: ASTAdamW(p, lr=0.1, decay=0.3, masks=halves(p), state_bits=8),
+    "sst-8-bit": lambda p: SSTAdam(p, lr=0.1, kind="vectors", state_bits=8),
 }
 
 
@@ -78,8 +83,9 @@ def test_parameters_of_other_layouts_take_the_same_step(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_updates_in_the_backward_pass_are_the_whole_step(kind):
+def test_updates_in_the_backward_pass_are_the_whole_step(kind, monkeypatch):
     """GaLore's layer-wise updates, under a schedule; each side goes on from the other's state dict."""
+    monkeypatch.setattr(eight_bits, "SMALLEST", 1)
     torch.manual_seed(0)
     whole = nn.Sequential(nn.Linear(7, 6, bias=False), nn.Tanh(), nn.Linear(6, 5, bias=False))
     model, x = copy.deepcopy(whole), torch.randn(4, 7)
@@ -105,6 +111,36 @@ def test_updates_in_the_backward_pass_are_the_whole_step(kind):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_what_else_optimizers_have_is_called_on_those_inside():
+    """Vectors that begin anew and masks that are renewed, in the backward pass as in whole steps."""
+    torch.manual_seed(0)
+    x, start = torch.randn(4, 6), torch.linalg.qr(torch.randn(6, 6))[0]
+    masks = [torch.rand(6, 6) < 0.5 for _ in range(2)]
+    layers = [nn.Linear(6, 6, bias=False) for _ in range(4)]
+    for layer in layers:
+        layer.weight.data.copy_(start)
+    spectral = [
+        SSTAdam(layers[0].parameters(), lr=0.1, kind="vectors", warmup=2),
+        InBackward(layers[1].parameters(), lambda groups: SSTAdam(groups, lr=0.1, kind="vectors", warmup=2)),
+    ]
+    masked = [MaskedAdamW(layers[2].parameters(), lr=0.1),
+              InBackward(layers[3].parameters(), lambda groups: MaskedAdamW(groups, lr=0.1))]  # fmt: skip
+    for step in range(4):
+        if step == 2:
+            spectral[0].restart()
+            spectral[1].inner[layers[1].weight].restart()
+            assert [o.state_dict()["state"].get(0, {}) for o in spectral] == [{}, {}]
+        masked[0].set_mask(layers[2].weight, masks[step // 2])
+        masked[1].inner[layers[3].weight].set_mask(layers[3].weight, masks[step // 2])
+        for layer, optimizer in zip(layers, spectral + masked, strict=True):
+            layer(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(layers[0].weight, layers[1].weight) and torch.equal(layers[2].weight, layers[3].weight)
+    assert torch.equal(masked[1].state_dict()["state"][0]["mask"], masks[1])
+    assert not torch.equal(layers[0].weight.detach(), start) and not torch.equal(layers[2].weight.detach(), start)
+
+
 def test_updates_in_the_backward_pass_keep_groups_apart():
     slow, fast = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     groups = [{"params": slow.weight, "lr": 0.0, "rank": 2}, {"params": list(fast.parameters())}]
@@ -128,8 +164,9 @@ def sharded(rank: int) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     masks = [torch.arange(p.numel()).view(p.shape) % 3 > 0 for p in whole.parameters()]
     start = [p.detach().clone() for p in whole.parameters()]
-    for kind in (MaskedAdamW, ASTAdamW):
-        optimizers = [kind(m.parameters(), lr=0.1, masks=dict(zip(m.parameters(), masks, strict=True)))
+    for kind, bits in itertools.product((MaskedAdamW, ASTAdamW), (32, 8)):
+        close = precise(bits)
+        optimizers = [kind(m.parameters(), lr=0.1, masks=dict(zip(m.parameters(), masks, strict=True)), state_bits=bits)
                       for m in (whole, model)]  # fmt: skip
         for _ in range(3):
             for m, optimizer in zip((whole, model), optimizers, strict=True):
@@ -138,8 +175,55 @@ def sharded(rank: int) -> None:
                 optimizer.step()
         for ours, theirs, mask, first in zip(model.parameters(), whole.parameters(), masks, start, strict=True):
             found = ours.full_tensor()
-            torch.testing.assert_close(found, theirs)
+            torch.testing.assert_close(found, theirs, **close)
             assert kind is ASTAdamW or torch.equal(found[~mask], first[~mask])
+            assert (optimizers[1].state[ours]["exp_avg"].dtype == torch.uint8) == (bits == 8)
+        optimizers[0].load_state_dict(optimizers[0].state_dict())
+        optimizers[1].load_state_dict(optimizers[1].state_dict())
+        if kind is MaskedAdamW:  # another begins where this one ends
+            start = [p.detach().clone() for p in whole.parameters()]
+
+
+def sharded_vectors(rank: int) -> None:
+    """Columns of unit length over the rows of both processes, values that stay positive, a restart."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from w2s_fast.methods.adapters.sst import SSTLinear, optimizer
+
+    mesh = init_device_mesh("cpu", (2,))
+    for bits in (32, 8):
+        close = precise(bits)
+        torch.manual_seed(0)
+        whole = nn.Sequential(SSTLinear(nn.Linear(6, 7), 3), nn.Tanh(), SSTLinear(nn.Linear(7, 5), 2)).double()
+        model, x = copy.deepcopy(whole), torch.randn(4, 6).double()
+        fully_shard(model, mesh=mesh)
+        of_both = [optimizer(m, 0.3, warmup=2) for m in (whole, model)]
+        for one in of_both:
+            for group in one.param_groups:
+                group["state_bits"] = bits
+        for step in range(5):
+            for m, one in zip((whole, model), of_both, strict=True):
+                if step == 3:
+                    one.restart()
+                one.zero_grad()
+                m(x).square().sum().backward()
+                one.step()
+        for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs, **close)
+        lengths = model[0].U.full_tensor().norm(dim=0)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths))
+        state = of_both[1].state[model[0].U]
+        assert (state["exp_avg"].dtype == torch.uint8) == (bits == 8) and state["step"] == 2
+        again = optimizer(model, 0.3, warmup=2)
+        again.load_state_dict(of_both[1].state_dict())
+        again.step()
+
+
+def precise(bits: int) -> dict[str, float]:
+    """How close both come. At 8 bits a block is a number, since a process's blocks are its own: exact in float32."""
+    eight_bits.SMALLEST, eight_bits.BLOCK = (1, 1) if bits == 8 else (4096, 256)
+    return {"rtol": 1e-4, "atol": 1e-5} if bits == 8 else {"rtol": 1e-5, "atol": 1e-6}
 
 
 #: Settings of the projected optimizers on sharded matrices.
@@ -160,9 +244,8 @@ def sharded_projections(rank: int) -> None:
 
     mesh = init_device_mesh("cpu", (2,))
     for kind, settings in SHARDED.values():
-        if "state_bits" in settings:  # a block a number, since a process's blocks are its own: exact in float32
-            eight_bits.SMALLEST = eight_bits.BLOCK = 1
-        close = {"rtol": 1e-9, "atol": 1e-9} if eight_bits.BLOCK > 1 else {"rtol": 1e-4, "atol": 1e-5}
+        close = precise(settings.get("state_bits", 32))
+        close = {"rtol": 1e-9, "atol": 1e-9} if eight_bits.BLOCK > 1 else close
         torch.manual_seed(0)
         whole = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 1)).double()
         model, x = copy.deepcopy(whole), torch.randn(4, 6).double()
@@ -197,6 +280,11 @@ def test_projected_optimizers_under_fsdp2_step_as_on_whole_matrices(tmp_path):
 @pytest.mark.slow(20)
 def test_masked_optimizers_under_fsdp2_step_as_on_whole_parameters(tmp_path):
     in_two(sharded, tmp_path)
+
+
+@pytest.mark.slow(20)
+def test_spectral_vectors_under_fsdp2_step_as_on_whole_matrices(tmp_path):
+    in_two(sharded_vectors, tmp_path)
 
 
 def llama_and_its_training(tmp_path, **options):

@@ -19,6 +19,7 @@ from w2s_fast.integrations.peft import (
     register_fused_adapters,
     use_fused_adapters,
 )
+from w2s_fast.integrations.peft.merged import bat_rows, bat_weight
 from w2s_fast.testing.processes import in_two
 
 VARIANTS = {
@@ -347,103 +348,176 @@ def test_registration_leaves_what_is_not_served_to_peft():
         register_fused_adapters(VeraConfig(target_modules=["0"]))
 
 
-def four_bit(variant, loaded, dtype=torch.float32):
-    """A model on 4-bit weights; ``loaded``: as transformers loads one, for which PEFT has a class of its own."""
+def loaded_as(bits, variant, loaded, dtype=torch.float32):
+    """A model on bitsandbytes' weights; ``loaded``: as transformers loads it, for which PEFT has a class of its own."""
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    layer = bnb.nn.Linear4bit(64, 96, compute_dtype=dtype, quant_type="nf4")
+    if bits == 4:
+        layer = bnb.nn.Linear4bit(64, 96, compute_dtype=dtype, quant_type="nf4")
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=False)
     base = nn.Sequential(layer, nn.Linear(96, 5, dtype=dtype))
-    base.is_loaded_in_4bit = loaded
+    setattr(base, f"is_loaded_in_{bits}bit", loaded)
     settings = LoraConfig(target_modules=["0"], r=3, lora_alpha=5, **VARIANTS[variant])
     model = get_peft_model(base.to("cpu"), settings)
     disturb(model)
     return model
 
 
-@pytest.mark.parametrize("loaded", (False, True), ids=("alone", "as transformers loads"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("variant", ("lora", "rslora", "dora", "lora-dropout", "dora-dropout"))
-def test_four_bit_bases_give_pefts_results(variant, dtype, loaded):
-    model = four_bit(variant, loaded, dtype)
-    name, x = type(model.base_model.model[0]).__name__, data(70, 64, dtype=dtype)
-    assert name == ("Linear4bit" if loaded else "Linear")
-    keys = model.state_dict().keys()
+def distance(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def check_quantised(make, x):
+    """PEFT's results of a model in training and not, and at the second call, where a norm is known.
+
+    PEFT's are those of another model each: its DoRA over 8 bits has no second forward on a CPU.
+    """
+    model, tight = make(), 1e-5 if x.dtype is torch.float32 else 3e-2
+    layer, keys = model.base_model.model[0], model.state_dict().keys()
+    kind = type(layer)
     for training in (True, False):
         model.train(training)
-        theirs = outcome(model, x)
-        with use_fused_adapters(model) as handle:
-            for _ in range(2):
-                ours = outcome(model, x)
-                tight = 1e-5 if dtype is torch.float32 else 3e-2
-                for key, value in theirs.items():
-                    assert ours[key].dtype == value.dtype
-                    assert float((ours[key].double() - value.double()).norm() / value.double().norm()) < tight, key
-            assert set(handle.status().values()) == {"fused"} and model.state_dict().keys() == keys
-        assert type(model.base_model.model[0]).__name__ == name
-
-
-def test_four_bit_norms_follow_the_factors_and_merging():
-    model, plain = four_bit("dora", True), four_bit("dora", True)  # in training: evaluation repacks the weights
-    use_fused_adapters(model)
-    x = data(6, 64, dtype=torch.float32)
-    for factor in ("lora_A", "lora_B"):
-        for m in (model, plain):
-            getattr(m.base_model.model[0], factor)["default"].weight.data *= 1.7
-        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
-    for m in (model, plain):
-        m.merge_adapter()
-    torch.testing.assert_close(model(x), plain(x))
-    for m in (model, plain):
-        m.unmerge_adapter()
-    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("variant", ("lora", "dora", "lora-dropout", "dora-dropout"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_torchaos_int8_bases_give_pefts_results(variant, dtype):
-    quantization = pytest.importorskip("torchao.quantization")
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(64, 96, dtype=dtype), nn.Linear(96, 5, dtype=dtype))
-    narrow = quantization.Int8WeightOnlyConfig()
-    quantization.quantize_(base, narrow)
-    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=3, lora_alpha=5, **VARIANTS[variant]))
-    disturb(model)
-    layer, x, tight = model.base_model.model[0], data(70, 64, dtype=dtype), 1e-5 if dtype is torch.float32 else 3e-2
-    layer.get_apply_tensor_subclass = lambda: narrow  # transformers gives it
-    for training in (True, False):
-        model.train(training)
-        theirs = outcome(model, x)
+        theirs = outcome(make().train(training), x)
         with use_fused_adapters(model) as handle:
             assert not handle.left
             for _ in range(2):
                 ours = outcome(model, x)
                 for key, value in theirs.items():
                     assert ours[key].dtype == value.dtype
-                    assert float((ours[key].double() - value.double()).norm() / value.double().norm()) < tight, key
-            assert set(handle.status().values()) == {"fused"}
-        assert type(layer).__name__ == "TorchaoLoraLinear"
+                    assert distance(ours[key], value) < tight, key
+            assert set(handle.status().values()) == {"fused"} and model.state_dict().keys() == keys
+        assert type(layer) is kind
+
+
+BITS = pytest.mark.parametrize("bits", (4, 8), ids=("4 bits", "8 bits"))
+
+
+@BITS
+@pytest.mark.parametrize("loaded", (False, True), ids=("alone", "as transformers loads"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("variant", ("lora", "rslora", "dora", "lora-dropout", "dora-dropout"))
+def test_bitsandbytes_bases_give_pefts_results(bits, variant, dtype, loaded):
+    name = {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
+    assert type(loaded_as(bits, variant, loaded).base_model.model[0]).__name__ == (name if loaded else "Linear")
+    check_quantised(lambda: loaded_as(bits, variant, loaded, dtype), data(70, 64, dtype=dtype))
+
+
+@BITS
+def test_quantised_norms_follow_the_factors_and_merging(bits):
+    model = loaded_as(bits, "dora", True)  # in training: evaluation repacks the weights
     use_fused_adapters(model)
+    x = data(6, 64, dtype=torch.float32)
+
+    def scaled(m, times):
+        for factor in ("lora_A", "lora_B"):
+            getattr(m.base_model.model[0], factor)["default"].weight.data *= times
+        return m
+
+    model(x)
+    for times in (1.7, 1.7**2):
+        plain = scaled(loaded_as(bits, "dora", True), times)  # whose one forward it is
+        torch.testing.assert_close(scaled(model, 1.7)(x), plain(x), rtol=1e-4, atol=1e-5)
+    plain, before = scaled(loaded_as(bits, "dora", True), 1.7**2), model(x).detach()
+    for m in (model, plain):
+        m.merge_adapter()
+    torch.testing.assert_close(model(x), plain(x))
+    for m in (model, plain):
+        m.unmerge_adapter()
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert distance(model(x), before) < 0.2, "codes of other weights than before"
+
+
+def test_squares_of_an_eight_bit_weight_are_kept(monkeypatch):
+    model, asked = loaded_as(8, "dora", True), []
+    from w2s_fast.integrations.peft import lora
+
+    own = lora._weight
+    monkeypatch.setattr(lora, "_weight", lambda base: asked.append(base) or own(base))
+    use_fused_adapters(model)
+    x = data(6, 64, dtype=torch.float32)
+    model(x)
+    assert len(asked) == 2, "for the squares and for the product with A"
+    model(x)
+    assert len(asked) == 2
+    model.base_model.model[0].lora_B["default"].weight.data *= 2
+    model(x)
+    assert len(asked) == 3, "for the product alone"
+
+
+@BITS
+def test_several_adapters_and_state_dicts_over_quantised_bases(bits, tmp_path):
+    model = loaded_as(bits, "lora", True)
+    model.add_adapter("more", LoraConfig(target_modules=["0"], r=2, use_dora=True))
+    disturb(model)
+    x = data(6, 64, dtype=torch.float32)
+    plain = copy.deepcopy(model)
+    use_fused_adapters(model)
+    for name in ("default", "more"):
+        for m in (model, plain):
+            m.set_adapter(name)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(model(x), loaded_as(bits, "lora", True)(x))
+    model.save_pretrained(str(tmp_path))
+    again, plain = (loaded_as(bits, "rslora", True) for _ in range(2))
+    use_fused_adapters(again)
+    for m in (again, plain):
+        m.load_adapter(str(tmp_path / "more"), "more")
+        m.set_adapter("more")
+        m.train()  # evaluation repacks 4-bit weights in bfloat16
+    use_fused_adapters(again)
+    torch.testing.assert_close(again(x), plain(x), rtol=1e-4, atol=1e-5)
+    saved, loaded = (m.state_dict() for m in (model, again))
+    named = [name for name in saved if ".more." in name]
+    assert len(named) == 3 and all(torch.equal(saved[name], loaded[name]) for name in named)
+
+
+TORCHAO = {
+    "int8": lambda q: q.Int8WeightOnlyConfig(),
+    "int8 activations": lambda q: q.Int8DynamicActivationInt8WeightConfig(),
+    "int4": lambda q: q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32)),
+}
+
+
+@pytest.mark.parametrize("width", TORCHAO)
+@pytest.mark.parametrize("variant", ("lora", "dora", "lora-dropout", "dora-dropout"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")
+def test_torchaos_bases_give_pefts_results(variant, dtype, width):
+    quantization = pytest.importorskip("torchao.quantization")
+    narrow = TORCHAO[width](quantization)
+
+    def make():
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(64, 96, dtype=dtype), nn.Linear(96, 5, dtype=dtype))
+        quantization.quantize_(base[0], narrow)
+        model = get_peft_model(base, LoraConfig(target_modules=["0"], r=3, lora_alpha=5, **VARIANTS[variant]))
+        disturb(model)
+        model.base_model.model[0].get_apply_tensor_subclass = lambda: narrow  # transformers gives it
+        return model
+
+    x = data(70, 64, dtype=dtype)
+    check_quantised(make, x)
+    model = make().eval()
+    layer, handle = model.base_model.model[0], use_fused_adapters(model)
     before = model(x).detach()
     if "dora" not in variant:  # PEFT merges a DoRA over torchao's weights as if it were LoRA
         model.merge_adapter()
-        assert float((model(x).detach() - before).norm() / before.norm()) < 3e-2  # int8 again
+        assert distance(model(x).detach(), before) < (0.2 if width == "int4" else 3e-2)  # in codes again
         model.unmerge_adapter()
     layer.lora_B["default"].weight.data *= 2
     ours = outcome(model, x)["y"]
     handle.remove()
-    assert float((ours - outcome(model, x)["y"]).double().norm() / ours.double().norm()) < tight
+    assert distance(ours, outcome(model, x)["y"]) < (1e-5 if dtype is torch.float32 else 3e-2)
 
 
-def test_other_quantised_bases_stay_pefts():
+def test_eight_bit_layers_that_train_stay_pefts():
+    """Their weights are no codes before the first forward."""
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    base = nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)).to("cpu")
-    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=2))
-    x = torch.randn(2, 64)
-    expected = model(x)
+    model = get_peft_model(nn.Sequential(bnb.nn.Linear8bitLt(64, 64)), LoraConfig(target_modules=["0"], r=2))
     handle = use_fused_adapters(model)
     assert handle.layers == [] and "Linear8bitLt" in handle.left["base_model.model.0"]
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
 class Even(nn.Module):
@@ -501,6 +575,17 @@ def test_bat_and_randlora_are_pefts(kind, tmp_path):
     handle.remove()
     assert {type(m) for m in model.modules()} == {type(m) for m in plain.modules()}
     model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("rows", (0, 1, 4))
+def test_bat_of_few_rows_is_its_weights(rows):
+    weight, block, grad = data(24, 16), data(3, 8, 8).requires_grad_(), data(rows, 24)
+    x = data(rows, 16).requires_grad_()
+    found, expected = bat_rows(x, weight, block), x @ bat_weight(weight, block).t()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    wanted = [x, block]
+    ours, theirs = (torch.autograd.grad(y, wanted, grad) for y in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", (3, 20, 40), ids=("scales in the input", "scaled factors", "factors in the weight"))

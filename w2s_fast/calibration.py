@@ -1,164 +1,419 @@
 """Where plain PyTorch is faster than our kernel on this machine, so that `auto` can take the faster way on a CPU.
 
-A calibration times both ways of every dispatcher op on a few small calls (`bench.calibrate`), a second or two a family
-of ops. It runs at the first eager call of a family, or by `w2s-fast calibrate`, and is kept in the user's cache folder
-for this machine, number of threads and build. A call is then looked up by its size: rows of its first tensor, elements
-of all. It goes to plain PyTorch only where the nearest calibrated calls did better there by a tenth, at no more than
-four times the size of the largest of them, and with the same options. Our kernel serves everything else, and what
-torch.compile makes a graph of. An op that lost nowhere pays one comparison a call, one that did some microseconds.
+A public function with `or_plain` has a second way: what one writes without it for everyday options, with PyTorch's own
+gradient. Both are timed on the caller's own arguments, once for all calls that look alike, at the first of them: a
+call with its gradient is forward and backward. That call already returns what the faster way does, so that the same
+arguments give the same bits for as long as a process lives, and between processes that share what was found. Calls look alike where options and dtypes are the same and every size
+lies within a fifth. What was found is kept in the user's cache folder for this machine, number of threads and build.
+
+Bounds: timing takes at most `SECONDS`, or three calls of each way, two where these are `LONG`; the plain way is not even tried where it would hold
+a tensor beyond a quarter of what the call was given (`ROOM`), so that an op's promise of memory stands.
+
+Ours serves: other devices, subclasses of tensors; under torch.compile, torch.export,
+torch.jit.trace, `torch.func`, dispatch modes, autocast, hooks on saved tensors (checkpointing counts what is saved) and
+`torch.use_deterministic_algorithms(True)`; and where the plain way declines (NotImplemented) or raises, so that errors
+are ours. Of the first call with some arguments ours looks at them, which the plain way does not, whatever is returned.
 
 ``W2S_FAST_CALIBRATION``: ``auto``; ``off``: our kernel always; or a file that `w2s-fast calibrate --out` wrote, used as
-it is. `torch.use_deterministic_algorithms(True)` takes our kernel everywhere.
+it is.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
+import inspect
 import json
 import logging
+import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map
 
-from . import extension, files, probes
+from . import dispatch, extension, files, probes
 from .files import write_text
-
-if TYPE_CHECKING:
-    from .library import Op
+from .signature import PLAIN
 
 _LOG = logging.getLogger("w2s_fast")
 #: plain PyTorch must take at most this share of our time, or our kernel serves
-CLEARLY = 0.9
-#: how far beyond the largest calibrated call, in powers of two of its elements, one is still believed
-BEYOND = 2
+CLEARLY = 0.97
+#: and below this share of it, nothing is timed any further
+PLAINLY = 1.4
+#: what timing one kind of call may take, unless three calls of each way take longer
+SECONDS = 0.02
+#: a call of both ways beyond this, which is worth one more
+LONG = 0.1
+#: bytes that the plain way may hold whatever it was given, and the most of all
+ROOM, MOST = 1 << 20, 64 << 20
 #: an integer beyond this is a size, up to it an option
 _OPTION = 16
+#: kinds of calls that are remembered by their exact arguments
+_REMEMBERED = 4096
 
 SETTING: str = os.environ.get("W2S_FAST_CALIBRATION", "auto")
 
-
-class Point(NamedTuple):
-    """One calibrated call: what it looked like, and the time of plain PyTorch over ours."""
-
-    key: str
-    rows: float
-    elements: float
-    ratio: float
-
-
-def size(flat: Sequence[Any]) -> tuple[int, int]:
-    """(rows of the first tensor, elements of all tensors) of a call's arguments."""
-    rows = elements = 0
-    for value in flat:
-        for t in (value,) if isinstance(value, Tensor) else value if isinstance(value, (list, tuple)) else ():
-            if isinstance(t, Tensor):
-                count = t.numel()
-                elements += count
-                rows = rows or (count // t.shape[-1] if t.ndim and t.shape[-1] else 1)
-    return rows, elements
+Function = TypeVar("Function", bound=Callable[..., Any])
+_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_transforms_active = _C._are_functorch_transforms_active
+_hooks = _C._autograd._top_saved_tensors_default_hooks
+_function_mode = _C._is_torch_function_mode_enabled
+_dispatch_modes, _traced = _C._len_torch_dispatch_stack, _C._is_tracing
+_autocast, _deterministic = _C._is_any_autocast_enabled, torch.are_deterministic_algorithms_enabled
 
 
-def key(flat: Sequence[Any]) -> str:
-    """What has to be the same for two calls to be compared: dtypes, which tensors there are, options."""
-    return " ".join(map(_option, flat))
+class Unusual(Exception):
+    """Raised for an argument that no two calls are compared by."""
 
 
-def _option(value: Any) -> str:
+def part(value: Any) -> Any:
+    """What is looked at of an argument that need not be a tensor."""
+    kind = type(value)
+    if kind in PLAIN:
+        return value.shape, value.dtype, value.requires_grad
+    if kind is float or kind is int or kind is bool or kind is str or kind is torch.dtype or value is None:
+        return kind, value
+    if kind is list or kind is tuple:
+        return tuple([part(v) for v in value])
+    described = getattr(kind, "looks_like", None)
+    if described is None:
+        raise Unusual
+    return described(value)
+
+
+def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the arguments of ``function``: all that two calls have in common which take the same way.
+
+    It is made of the type hints, as a call of some microseconds waits for it. AttributeError or `Unusual` where an
+    argument is not what its hint says, or neither a tensor nor an option; where the first tensor is not on a CPU, None.
+    """
+    names: list[str] = []
+    asked: list[str] = []
+    first, parameters = "", inspect.signature(function).parameters
+    for name, parameter in parameters.items():
+        star = "*, " if parameter.kind is parameter.KEYWORD_ONLY and not any("*" in n for n in names) else ""
+        default = "" if parameter.default is parameter.empty else f"=D[{len(asked)}]"
+        names.append(f"{star}{name}{default}")
+        if parameter.annotation == "Tensor":
+            asked.append(f"{name}.shape, {name}.dtype, {name}.requires_grad")
+            first = first or f"{name}.is_cpu"
+        elif default and parameter.kind is parameter.KEYWORD_ONLY:
+            asked.append(f"None if {name} is D[{len(asked)}] else P({name})")
+        elif "Tensor" in str(parameter.annotation) or "Vector" in str(parameter.annotation):
+            asked.append(f"({name}.shape, {name}.dtype, {name}.requires_grad) if type({name}) is T else P({name})")
+        else:
+            asked.append(f"P({name})")
+    defaults = [parameter.default for parameter in parameters.values()]
+    source = f"lambda {', '.join(names)}: (G(), {', '.join(asked)})" + (f" if {first} else None" if first else "")
+    scope = {"D": defaults, "P": part, "G": _is_grad_enabled, "T": Tensor, "type": type, "__builtins__": {}}
+    made: Callable[..., Any] = eval(source, scope)
+    return made
+
+
+def _rounded(size: int) -> int:
+    """A size up to 8 as it is, beyond to a quarter of an octave."""
+    return size if size <= 8 else round(4 * math.log2(size))
+
+
+def _like(value: Any) -> str:
     if isinstance(value, Tensor):
-        return str(value.dtype)[6:]
+        sizes = "x".join(str(_rounded(n)) for n in value.shape)
+        marks = ("g" if value.requires_grad else "") + ("" if value.is_contiguous() else "s")
+        return f"{str(value.dtype)[6:]}[{sizes}]{marks}"
     if isinstance(value, (list, tuple)):
-        return f"[{' '.join(map(_option, value))}]"
+        return f"({' '.join(map(_like, value))})"
     if isinstance(value, bool) or value is None:
         return str(value)
     if isinstance(value, int):
-        return str(value) if abs(value) <= _OPTION else "size"
+        return str(value) if abs(value) <= _OPTION else f"~{_rounded(abs(value))}"
     if isinstance(value, float):
         return str(value) if value in (0.0, 1.0) else "number"
-    return str(value)
+    described = getattr(type(value), "looks_like", None)
+    return str(value) if described is None else str(described(value))
 
 
-class Regions:
-    """The calibrated calls of one op, of which some were faster in plain PyTorch."""
+def kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """How calls that look alike are called in a file."""
+    words = [*map(_like, args), *(f"{name}={_like(kwargs[name])}" for name in sorted(kwargs))]
+    return " ".join(["grad" if _graded(args, kwargs) else "plain", *words])
 
-    def __init__(self, points: Iterable[Point]) -> None:
-        self._points: dict[str, list[Point]] = {}
-        for point in points:
-            self._points.setdefault(point.key, []).append(point)
-        self._known: dict[tuple[Any, ...], bool] = {}
 
-    def plain(self, flat: Sequence[Any], op: Op | None = None) -> bool:
-        """Whether plain PyTorch serves these arguments, on a CPU, faster."""
-        rows, elements = size(flat)
-        bucket = (rows.bit_length(), elements.bit_length(), key(flat))
-        found = self._known.get(bucket)
-        if found is None:
-            found = self._known[bucket] = self._nearest(*bucket)
-        return found and on_cpu(flat) and not torch.are_deterministic_algorithms_enabled()
+def _tensors(*values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
 
-    def _nearest(self, rows: int, elements: int, key: str) -> bool:
-        points = self._points.get(key, ())
-        if not points or elements > max(point.elements for point in points) + BEYOND:
+
+def _graded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return _is_grad_enabled() and any(t.requires_grad for t in _tensors(args, kwargs))
+
+
+def alone() -> bool:
+    """Whether nobody looks on for whom the way that is taken makes a difference."""
+    return not (
+        dispatch.STATE != "auto"
+        or _transforms_active()
+        or _dispatch_modes()
+        or _traced()
+        or _deterministic()
+        or _autocast()
+        or _hooks(False) is not None
+    )
+
+
+class Routes:
+    """The two ways of one public function, and which of them each kind of call takes."""
+
+    def __init__(
+        self, function: Callable[..., Any], plain: Callable[..., Any], holds: Callable[..., float] | None
+    ) -> None:
+        self.name, self.function, self.plain, self.holds = function.__name__, function, plain, holds
+        #: whether plain PyTorch is taken, by exact arguments
+        self.known: dict[tuple[Any, ...], bool] = {}
+
+    def faster(self, args: tuple[Any, ...], kwargs: dict[str, Any], measure: bool = True) -> bool | None:
+        """Whether plain PyTorch is faster in such a call; None where it was not timed and is not to be."""
+        kind = kind_of(args, kwargs)
+        ratio = table().get(self.name, kind)
+        if ratio is None and measure:
+            ratio = self._timed(kind, args, kwargs)
+        return None if ratio is None else ratio < CLEARLY
+
+    def call(self, key: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call whose way is not known yet: ours looks at its arguments, and what later calls give is returned."""
+        found = self.function(*args, **kwargs)
+        tensors = _tensors(args, kwargs)
+        plain = self.faster(args, kwargs) if tensors and all(t.is_cpu for t in tensors) else None
+        if plain is not None:
+            if len(self.known) >= _REMEMBERED:
+                self.known.clear()
+            self.known[key] = plain
+        other = self.by_plain(args, kwargs) if plain else NotImplemented
+        return found if other is NotImplemented else other
+
+    def by_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the plain way returns, NotImplemented where it does not serve."""
+        try:
+            return self.plain(*args, **kwargs)
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return NotImplemented
+
+    def explained(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `explain` hears: ours says which of our backends serves, unless plain PyTorch is known to be faster."""
+        try:
+            return self.function(*args, **kwargs)
+        except dispatch.Explained as found:
+            said = found.explanation
+            if said.backend != "cpp" or not self.faster(args, kwargs, measure=False):
+                raise
+            ratio = table().get(self.name, kind_of(args, kwargs))
+            why = f"plain PyTorch takes {ratio:.2f} of its time here, as measured on this machine ({path()})"
+            others = tuple((name, reason) for name, reason in said.rejected if name != "reference")
+            raise dispatch.Explained(dispatch.Explanation(said.op, "reference", (("cpp", why), *others))) from None
+
+    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the plain way holds no more than it may."""
+        if self.holds is None:
+            return True
+        try:
+            held = self.holds(*args, **kwargs)
+        except Exception:  # options that the plain way does not have
             return False
-        ordered = sorted(points, key=lambda p: (p.rows - rows) ** 2 + (p.elements - elements) ** 2)
-        # the two nearest must agree: one point alone may have met a busy moment
-        return all(point.ratio < CLEARLY for point in ordered[:2])
+        given = sum(t.numel() * t.element_size() for t in _tensors(args, kwargs))
+        return held <= min(max(ROOM, given / 4), MOST)
+
+    def _timed(self, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+        """Time of plain PyTorch over ours; None where somebody else is timing, or it must not be done now."""
+        if SETTING != "auto" or extension.ERROR is not None or _C._autograd._profiler_enabled():
+            return None
+        if not _LOCK.acquire(blocking=False):
+            return None
+        global _RUNNING
+        try:
+            if _RUNNING:
+                return None
+            _RUNNING, state = True, torch.random.get_rng_state()
+            try:
+                ratio = self._ratio(args, kwargs) if self.fits(args, kwargs) else math.inf
+            finally:
+                _RUNNING = False
+                torch.random.set_rng_state(state)
+            table().put(self.name, kind, ratio)
+            _LOG.debug("w2s_fast.%s: plain PyTorch takes %.2f of our time: %s", self.name, ratio, kind)
+            return ratio
+        finally:
+            _LOCK.release()
+
+    def _ratio(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        given, named = _own(args, kwargs)
+        graded = _graded(given, named)
+        try:
+            if self.plain(*given, **named) is NotImplemented:
+                return math.inf
+        except Exception:  # options that the plain way does not have
+            return math.inf
+        ways = [_runner(way, given, named, graded) for way in (self.function, self.plain)]
+        return race(*ways)
 
 
-class Unknown:
-    """Stands for the regions of an op that was not called yet on a CPU."""
+def _own(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The arguments as leaves of a graph of their own."""
 
-    def plain(self, flat: Sequence[Any], op: Op) -> bool:
-        """Find the op's regions, then ask them."""
-        if not on_cpu(flat):
-            return False
-        op.regions = regions(op)
-        _FOUND.append(op)
-        return op.regions is not None and op.regions.plain(flat)
+    def own(value: Any) -> Any:
+        return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    return tree_map(own, args), tree_map(own, kwargs)
 
 
-UNKNOWN = Unknown()
-#: The ops whose regions were looked up.
-_FOUND: list[Op] = []
+def _runner(way: Callable[..., Any], args: Any, kwargs: Any, graded: bool) -> Callable[[], Any]:
+    if not graded:
+        return lambda: way(*args, **kwargs)
+    leaves = [t for t in _tensors(args, kwargs) if t.requires_grad]
+    upstream: list[Tensor] = []
+
+    def run() -> Any:
+        made = [t for t in tree_leaves(way(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+        if not upstream:
+            upstream.extend(torch.ones_like(t) for t in made)
+        return torch.autograd.grad(made, leaves, upstream, allow_unused=True) if made else None
+
+    return run
 
 
-def on_cpu(flat: Sequence[Any]) -> bool:
-    """Whether the first tensor of a call lies on a CPU."""
-    for value in flat:
-        first = value[0] if isinstance(value, (list, tuple)) and value else value
-        if isinstance(first, Tensor):
-            return first.is_cpu
-    return False
+clock = time.perf_counter
 
 
-class Table(NamedTuple):
-    """What a file holds: points by op, and the families that were calibrated."""
+def _time(run: Callable[[], Any], calls: int) -> float:
+    start = clock()
+    for _ in range(calls):
+        run()
+    return (clock() - start) / calls
 
-    points: dict[str, list[Point]]
-    families: set[str]
+
+def race(ours: Callable[[], Any], plain: Callable[[], Any]) -> float:
+    """Time of ``plain`` over that of ``ours``: the best of interleaved rounds within `SECONDS`, or of two."""
+    long = _time(ours, 1) + _time(plain, 1) > LONG  # and what is made once
+    best = [_time(ours, 1), _time(plain, 1)]
+    if long:
+        return best[1] / best[0]
+    counts = [max(1, min(int(SECONDS / 20 / max(t, 1e-7)), 100)) for t in best]
+    spent = 0.0
+    for _ in range(9):
+        for i, run in enumerate((ours, plain)):
+            taken = _time(run, counts[i])
+            best[i] = min(best[i], taken)
+            spent += taken * counts[i]
+        if best[1] > PLAINLY * best[0] or spent > SECONDS:
+            break
+    return best[1] / best[0]
+
+
+def or_plain(plain: Callable[..., Any], holds: Callable[..., float] | None = None) -> Callable[[Function], Function]:
+    """Give a public function its plain way.
+
+    Args:
+        plain: takes what the function takes, or less: an option that it lacks is ours. Arguments were looked at before.
+            It returns what the function returns, with PyTorch's own gradient, or NotImplemented where values want more
+            than it does.
+        holds: bytes of the largest tensor that it makes, of the same arguments; None: no more than it is given.
+    """
+
+    def decorate(function: Function) -> Function:
+        routes = Routes(function, plain, holds)
+        known, exact, by_plain = routes.known, exactly(function), routes.by_plain
+        ROUTES[routes.name] = routes
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if _compiling() or SETTING == "off":
+                return function(*args, **kwargs)
+            try:
+                key = exact(*args, **kwargs)
+                way = known.get(key)
+            except (Unusual, AttributeError, TypeError):
+                return function(*args, **kwargs)
+            if way and alone():
+                found = by_plain(args, kwargs)
+                return function(*args, **kwargs) if found is NotImplemented else found
+            if dispatch.STATE == "explain":
+                return routes.explained(args, kwargs)
+            if way is None and key is not None and alone() and not _function_mode() and forward_ad._current_level < 0:
+                return routes.call(key, args, kwargs)
+            return function(*args, **kwargs)
+
+        call.routes = routes  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+#: Every function with two ways, by name.
+ROUTES: dict[str, Routes] = {}
+
+
+class Table:
+    """What a file holds: time of plain PyTorch over ours, by function and kind of call."""
+
+    def __init__(self, ratios: dict[tuple[str, str], float] | None = None, file: Path | None = None) -> None:
+        self.ratios = {} if ratios is None else ratios
+        #: where new ratios are added; None: nowhere
+        self.file = file
+
+    def get(self, name: str, kind: str) -> float | None:
+        """The ratio of a kind of call, if it was timed."""
+        return self.ratios.get((name, kind))
+
+    def put(self, name: str, kind: str, ratio: float) -> None:
+        """Remember a ratio, and keep it in the file, if that can be written."""
+        self.ratios[name, kind] = ratio = round(ratio, 3)
+        if self.file is None:
+            return
+        try:
+            if not self.file.exists():
+                write_text(self.file, json.dumps({"machine": machine()}) + "\n")
+            with self.file.open("a", encoding="utf-8") as file:  # a line at a time: processes may share the file
+                file.write(_line(name, kind, ratio))
+        except OSError as error:
+            _LOG.info("w2s_fast: the calibration is not kept: %s", error)
+            self.file = None
 
     @classmethod
-    def load(cls, path: Path) -> Table:
-        """Read what `save` wrote; an empty table if there is no file, or none that can be read."""
+    def load(cls, path: Path, kept: bool = False) -> Table:
+        """Read what `put` and `save` wrote; an empty table if there is no file, or none that can be read.
+
+        Args:
+            kept: whether what is found later is added to the file.
+        """
+        found: dict[tuple[str, str], float] = {}
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return cls({op: [Point(*p) for p in points] for op, points in data["ops"].items()}, set(data["families"]))
+            head, *lines = path.read_text(encoding="utf-8").splitlines()
+            if "machine" not in json.loads(head):
+                raise ValueError("no machine in its first line")
+            for line in lines:
+                name, kind, ratio = json.loads(line)
+                found[str(name), str(kind)] = float("inf") if ratio is None else float(ratio)
         except FileNotFoundError:
-            return cls({}, set())
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            _LOG.warning("w2s_fast: %s is no calibration (%s); our kernels serve every call", path, error)
-            return cls({}, set())
+            pass
+        except (OSError, ValueError, TypeError) as error:
+            _LOG.warning("w2s_fast: %s is no calibration (%s)", path, error)
+            kept = False  # whatever it is, it stays as it is
+        return cls(found, path if kept else None)
 
     def save(self, path: Path) -> None:
-        """Write the table, an op a line."""
-        lines = (f"  {json.dumps(op)}: {json.dumps(points)}" for op, points in sorted(self.points.items()))
-        head = json.dumps({"machine": machine(), "families": sorted(self.families)}, indent=1)
-        write_text(path, head[:-2] + ',\n "ops": {\n' + ",\n".join(lines) + "\n }\n}\n")
+        """Write the table."""
+        lines = [_line(name, kind, ratio) for (name, kind), ratio in sorted(self.ratios.items())]
+        write_text(path, json.dumps({"machine": machine()}) + "\n" + "".join(lines))
+
+
+def _line(name: str, kind: str, ratio: float) -> str:
+    return json.dumps([name, kind, ratio if math.isfinite(ratio) else None]) + "\n"
 
 
 def machine() -> dict[str, Any]:
@@ -172,6 +427,7 @@ def machine() -> dict[str, Any]:
         "build": {name: facts.get(name) for name in ("compiler", "flags")},
         "isa": os.environ.get("W2S_FAST_CPU"),
         "kernels": None if extension.PATH is None else os.stat(extension.PATH).st_size,
+        "ways": 1,  # raised when a plain way changes
     }
 
 
@@ -180,90 +436,52 @@ def path() -> Path:
     if SETTING not in ("auto", "off"):
         return Path(SETTING).expanduser()
     name = hashlib.sha256(json.dumps(machine(), sort_keys=True).encode()).hexdigest()[:16]
-    return files.cache_dir() / f"calibration-{name}.json"
+    return files.cache_dir() / f"calibration-{name}.jsonl"
 
 
 def lines(table: Table) -> list[str]:
-    """An op a line: in how many of the calibrated calls plain PyTorch was faster, and how large they were."""
+    """A function a line: of how many kinds of calls plain PyTorch is faster, and by how much."""
     found = []
-    for op, points in sorted(table.points.items()):
-        faster = [point for point in points if point.ratio < CLEARLY]
+    for name in sorted({name for name, _ in table.ratios}):
+        ratios = [ratio for (other, _), ratio in table.ratios.items() if other == name]
+        faster = [ratio for ratio in ratios if ratio < CLEARLY]
         if faster:
-            least = min(point.ratio for point in faster)
-            sizes = sorted(int(point.elements) for point in faster)
-            found.append(
-                f"{op}: in {len(faster)} of {len(points)} calls, of 2^{sizes[0]} to 2^{sizes[-1]} elements, down to "
-                f"{least:.2f} of our time"
-            )
+            found.append(f"{name}: in {len(faster)} of {len(ratios)} kinds of calls, down to {min(faster):.2f}")
     return found or ["nowhere"]
 
 
 _TABLE: Table | None = None
-_LOCK = threading.RLock()
+_LOCK = threading.Lock()
 _RUNNING = False
 
 
 def table() -> Table:
-    """The table of this machine as far as it is known, measuring nothing."""
+    """What is known of this machine."""
     global _TABLE
     if _TABLE is None:
-        _TABLE = Table({}, set()) if SETTING == "off" else Table.load(path())
+        _TABLE = Table() if SETTING == "off" else Table.load(path(), kept=SETTING == "auto")
     return _TABLE
 
 
-def regions(op: Op, measure: bool = True) -> Regions | None:
-    """Where plain PyTorch serves ``op`` faster; None if nowhere. Calibrates the op's family if that was not done."""
-    if SETTING == "off" or extension.ERROR is not None or not op.has_cpp():
-        return None
-    with _LOCK:
-        known = table()
-        family = op.reference.__module__.split(".")[-2]
-        if family not in known.families and measure and SETTING == "auto" and not _RUNNING:
-            calibrate([family])
-        points = known.points.get(op.name, [])
-    return Regions(points) if any(point.ratio < CLEARLY for point in points) else None
-
-
-def slower(op: Op, flat: Sequence[Any]) -> str | None:
-    """The reason that `auto` does not take the C++ kernel of ``op`` for a call, as far as it is known; or None."""
-    found = regions(op, measure=False) if isinstance(op.regions, Unknown) else op.regions
-    if found is None or not found.plain(flat):
-        return None
-    return f"plain PyTorch is faster here, by the calibration of this machine ({path()})"
-
-
 def calibrate(families: Iterable[str] | None = None, step: Callable[[str], None] = lambda what: None) -> Table:
-    """Time the ops of these families, or of all, and keep what was found in `path`, if that can be written.
+    """Time everyday calls of these families of ops, or of all, and keep what was found in `path`.
 
     Args:
         step: hears the family that begins.
     """
-    global _RUNNING
     if SETTING == "off" or extension.ERROR is not None:
         why = extension.ERROR or "W2S_FAST_CALIBRATION=off"
         raise ValueError(f"calibrate: {why}: there are no two ways to choose from")
     measure: Any = importlib.import_module("w2s_fast.bench.calibrate")  # above this module, and needed once a machine
-    with _LOCK:
-        known = table()
-        _RUNNING = True
-        try:
-            for family in measure.families() if families is None else families:
-                step(family)
-                _LOG.info("w2s_fast: calibrating %s for this machine, once", family)
-                with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # instead of the caller's
-                    known.points.update(measure.measure(family))
-                known.families.add(family)
-        finally:
-            _RUNNING = False
-        try:
-            known.save(path())
-        except OSError as error:
-            _LOG.info("w2s_fast: the calibration is not kept: %s", error)
-    forget()
-    return known
+    for family in measure.families() if families is None else families:
+        step(family)
+        measure.measure(family)
+    return table()
 
 
 def forget() -> None:
-    """Every op looks its regions up again at its next call."""
-    while _FOUND:
-        _FOUND.pop().regions = UNKNOWN
+    """Look the table up again, and every call's way."""
+    global _TABLE
+    _TABLE = None
+    for routes in ROUTES.values():
+        routes.known.clear()

@@ -151,7 +151,7 @@ def calibrate(
         Path | None, typer.Option("--out", help="Also write the table here, for W2S_FAST_CALIBRATION elsewhere.")
     ] = None,
 ) -> None:
-    """Find out, in a few seconds, where plain PyTorch is faster than our kernels on this machine; `auto` goes by it."""
+    """Time everyday calls against plain PyTorch on this machine, ahead of the first of yours; `auto` goes by it."""
     from . import calibration
 
     if to is not None:

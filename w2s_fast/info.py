@@ -103,13 +103,13 @@ def environment() -> list[tuple[str, str]]:
 
 
 def calibrated() -> list[tuple[str, str]]:
-    """What `auto` knows of this machine, and which ops go to plain PyTorch in some regions of shapes."""
+    """What `auto` knows of this machine, and of how many kinds of calls plain PyTorch is the faster way."""
     from . import calibration
 
     if calibration.SETTING == "off":
         return [("state", "off: our kernels serve every call that they can")]
     known = calibration.table()
-    found = [("file", str(calibration.path())), ("families", ", ".join(sorted(known.families)) or "none yet")]
+    found = [("file", str(calibration.path())), ("kinds of calls timed", str(len(known.ratios)))]
     return found + [("plain PyTorch", line) for line in calibration.lines(known)]
 
 

@@ -23,7 +23,7 @@ from torch import _C, Tensor
 from torch._library import simple_registry
 from torch.autograd import forward_ad
 
-from . import calibration, dispatch, extension, transforms
+from . import dispatch, extension, transforms
 from .gradients import Call, Gradient, Names, attached
 from .signature import Signature
 
@@ -43,6 +43,7 @@ _autocast_off = _C._DisableAutocast
 
 #: Every op, by name, in the order of definition.
 OPS: dict[str, Op] = {}
+
 
 def _tensors(flat: Sequence[Any]) -> list[Tensor]:
     found: list[Tensor] = []
@@ -152,8 +153,6 @@ class Op:
         self._auto: Any = None
         self._forced: Any = None
         self._on_cpu: Any = None
-        #: where plain PyTorch serves calls on a CPU faster than the C++ kernel; None: nowhere
-        self.regions: calibration.Regions | calibration.Unknown | None = calibration.UNKNOWN
         self._make = None if signature.made is None else signature.made._make
         #: one value a result as the reference returns them: by name, or the value of the only one
         self.named: Callable[[Sequence[Any]], Any] = self._make or itemgetter(0)
@@ -212,22 +211,16 @@ class Op:
             return transforms.call(self, backend, flat)
         # past the dispatcher's autograd kernel, which would cost a small call as much as the op
         if not (_is_grad_enabled() and self.wants_grad(*flat)):
-            if backend == "auto" and self.regions is None:  # what `_serve` does, a small call's time less
-                return self.kernel(flat)
-            return self._serve(backend, flat)
+            return self.kernel(flat) if backend == "auto" else self._on(backend, flat)
         _set_grad_enabled(False)
         try:
-            found = self._serve(backend, flat)
+            found = self.kernel(flat) if backend == "auto" else self._on(backend, flat)
         finally:
             _set_grad_enabled(True)
         return attached(self.gradient, backend, flat, found)
 
-    def _serve(self, backend: str, flat: tuple[Any, ...]) -> Any:
-        """The results without gradients; what `auto` is, a calibration of this machine has a say in."""
-        if backend == "auto":
-            if self.regions is not None and self.regions.plain(flat, self):
-                return self.plain(flat)
-            return self.kernel(flat)
+    def _on(self, backend: str, flat: tuple[Any, ...]) -> Any:
+        """The results of one backend, without gradients."""
         with _below_autograd():
             return self._forced(*flat, backend)
 
@@ -242,11 +235,6 @@ class Op:
             return self._on_cpu(_CPU, *flat)
         with _below_autograd():
             return self._auto(*flat)
-
-    def plain(self, flat: tuple[Any, ...]) -> Any:
-        """The reference, without gradients."""
-        with _below_autograd(), _autocast_off():
-            return self.defined(*flat)
 
     def _autograd(self, forced: bool) -> Callable[..., Any]:
         """The dispatcher's autograd kernel: what `run` does, for a call that does not come from there."""
@@ -300,10 +288,9 @@ class Op:
         """The backend that `auto` takes for these arguments and the reasons against the others."""
         device = _first_tensor(flat).device.type
         order = {"cpu": ("cpp", "reference", "triton", "cuda"), "cuda": ("cuda", "triton", "reference", "cpp")}
-        slower = calibration.slower(self, flat) if device == "cpu" else None
         chosen, rejected = "", []
         for name in order.get(device, ("reference", "cpp", "triton", "cuda")):
-            reason = self.why_not(name, flat) or self._opt_in(name) or (slower if name == "cpp" else None)
+            reason = self.why_not(name, flat) or self._opt_in(name)
             if reason is None and not chosen:
                 chosen = name
             else:

@@ -13,19 +13,13 @@
 
 #include <algorithm>
 
+#include "cpu/amx.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
 
-#if W2S_X86 && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
-#define W2S_HAS_AMX 1
+#if W2S_HAS_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#else
-#define W2S_HAS_AMX 0
 #endif
 
 namespace w2s {
@@ -33,7 +27,7 @@ namespace w2s {
 #if W2S_HAS_AMX
 namespace {
 
-constexpr int64_t BLOCK = 32, STEP = 32;  // rows and columns of a block of c; depth of a tile
+using amx::BLOCK, amx::STEP, amx::LINE, amx::Unit;
 constexpr int64_t DEPTH = 512;            // of a sum: a block's operands, 32 KiB each, come from L1 and L2
 constexpr int64_t PACKED = 1 << 19;       // elements of b that are packed at a time: half of L2
 constexpr int64_t DEEP = 2048;            // depth that is packed at a time
@@ -41,7 +35,6 @@ constexpr int64_t TILES = 4, MOST = 4096;  // blocks of rows of one piece of wor
 constexpr int64_t FEW_ROWS = 128;         // rows for which every thread packs its own columns of b, next to using them
 static_assert(FEW_ROWS <= TILES * BLOCK);
 constexpr int64_t GROUP = 8;              // panels of b packed side by side, so that lines of a row come in a row
-constexpr int64_t LINE = 64;
 
 W2S_TARGET_BEGIN(W2S_AVX512 ",amx-tile,amx-bf16")
 
@@ -52,15 +45,6 @@ struct alignas(64) Shape {
   Shape() {
     for (int t = 0; t < 8; ++t) bytes[t] = 64, rows[t] = 16;
   }
-};
-
-// The unit stays set up while one thread works on its share.
-struct Unit {
-  Unit() {
-    static const Shape shape;
-    _tile_loadconfig(&shape);
-  }
-  ~Unit() { _tile_release(); }
 };
 
 __mmask16 first(int64_t n) { return __mmask16((1u << std::clamp<int64_t>(n, 0, 16)) - 1); }
@@ -349,6 +333,12 @@ struct Product {
   void run() const { a.rows <= FEW_ROWS ? few() : many(); }
 };
 
+void set_up() {
+  static const Shape shape;
+  _tile_loadconfig(&shape);
+}
+void give_back() { _tile_release(); }
+
 W2S_TARGET_END
 
 // The system gives the unit's registers to a process that asks.
@@ -364,6 +354,19 @@ bool cpu_has_amx() {
 }
 
 }  // namespace
+
+namespace amx {
+
+Unit::Unit() { set_up(); }
+Unit::~Unit() { give_back(); }
+void pack_rows(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int64_t count, uint16_t* dst) {
+  for (int64_t k = 0; k < depth; k += STEP) pack_step(src + k * sk, sk, sj, std::min(STEP, depth - k), count, true, dst + k * BLOCK);
+}
+void pack_columns(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int64_t count, uint16_t* dst) {
+  for (int64_t k = 0; k < depth; k += STEP) pack_step(src + k * sk, sk, sj, std::min(STEP, depth - k), count, false, dst + k * BLOCK);
+}
+
+}  // namespace amx
 
 bool has_amx() {
   static const bool found = [] {

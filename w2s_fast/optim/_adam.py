@@ -1,9 +1,9 @@
-"""What the optimizers of this package share: Adam's direction, the state's dtypes, the loop over groups."""
+"""What the optimizers of this package share: Adam's direction, the state and its dtypes, the loop over groups."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,19 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from .. import checks
+from . import _eight_bits as eight_bits
+from ._sharded import local
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Step(NamedTuple):
+    """What a step of some parameters reads and writes."""
+
+    parameters: list[Tensor]
+    grads: list[Tensor]
+    exp_avg: list[Tensor]
+    exp_avg_sq: list[Tensor]
 
 
 def direction(
@@ -58,6 +71,8 @@ class AdamFamily(Optimizer):
         checks.number(self._op, "lr", float(given["lr"]), low=0.0)
         checks.number(self._op, "eps", given["eps"], low=0.0)
         checks.number(self._op, "weight_decay", given["weight_decay"], low=0.0)
+        if given["state_bits"] not in eight_bits.BITS:
+            checks.fail(self._op, "state_bits", "8 or 32", given["state_bits"])
         for beta in given["betas"]:
             if not 0.0 <= beta < 1.0:
                 checks.fail(self._op, "betas", "two numbers in [0, 1)", given["betas"])
@@ -92,13 +107,20 @@ class AdamFamily(Optimizer):
         """Step number ``step`` of parameters that have a gradient."""
         raise NotImplementedError
 
-    def _moments(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """First and second moments, of the parameters' shapes and dtypes."""
-        for p in parameters:
-            state = self.state[p]
-            if "exp_avg" not in state:
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        return [self.state[p]["exp_avg"] for p in parameters], [self.state[p]["exp_avg_sq"] for p in parameters]
+    def _load(self, group: Mapping[str, Any], parameters: Sequence[Tensor]) -> Step:
+        """Parameters with gradients and moments, of their shapes and dtypes; at 8 bits this process's parts of them."""
+        narrow = group["state_bits"] == 8
+        own = [local(p) if narrow else p for p in parameters]
+        grads = [local(p.grad) if narrow else p.grad for p in parameters]  # type: ignore[arg-type]
+        pairs = list(zip(own, (self.state[p] for p in parameters), strict=True))
+        first, second = ([_moment(state, name, p) for p, state in pairs] for name in MOMENTS)
+        return Step(own, grads, first, second)  # type: ignore[arg-type]
+
+    def _store(self, group: Mapping[str, Any], parameters: Sequence[Tensor], step: Step) -> None:
+        """Keep the moments of what `_load` gave."""
+        for name, values in zip(MOMENTS, step[2:], strict=True):
+            for p, value in zip(parameters, values, strict=True):
+                eight_bits.store(self.state[p], name, value, group["state_bits"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From ``state_dict()``; the state keeps its dtypes (torch would cast it to those of the parameters)."""
@@ -108,3 +130,7 @@ class AdamFamily(Optimizer):
                 for name, value in state_dict["state"].get(index, {}).items():
                     if isinstance(value, Tensor) and self.state[p][name].dtype != value.dtype:
                         self.state[p][name] = value.detach().to(p.device, copy=True)
+
+
+def _moment(state: dict[str, Any], name: str, p: Tensor) -> Tensor:
+    return eight_bits.load(state, name, lambda: torch.zeros_like(p)).to(p.dtype)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BITS = (8, 32)  # of a number of the state
 BLOCK, DECADES = 256, 7
 SMALLEST = 4096  # numbers of a tensor that is worth it, as in bitsandbytes
 

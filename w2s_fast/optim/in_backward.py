@@ -19,8 +19,9 @@ class InBackward(Optimizer):
 
     What GaLore (arXiv 2403.03507) calls layer-wise updates. Schedules see one optimizer: its groups' settings are those
     of every step, and its state dict is that of ``make(params)``, so that either loads the other's. `step` does
-    nothing. Gradients can be neither accumulated over micro-batches, nor clipped by their common norm, nor averaged by
-    DDP.
+    nothing; what else an optimizer has (`MaskedAdamW.set_mask`, `SSTAdam.restart`) is called on those of ``inner``, by
+    parameter. Gradients can be neither accumulated over micro-batches, nor clipped by their common norm, nor averaged
+    by DDP.
 
     Args:
         params: parameters or groups.
@@ -54,6 +55,7 @@ class InBackward(Optimizer):
         if not made:
             checks.fail(OP, "params", "at least one parameter that requires a gradient", "none")
         super().__init__(made, {})
+        #: The optimizer of each parameter.
         self.inner = inner
         for p, optimizer in inner.items():
             self.state[p] = optimizer.state[p]
@@ -76,6 +78,12 @@ class InBackward(Optimizer):
             return None
         with torch.enable_grad():
             return closure()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of one optimizer over the same groups."""
+        for p, optimizer in self.inner.items():  # whose state may have been begun anew
+            self.state[p] = optimizer.state[p]
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From `state_dict`, of this or of one optimizer over the same groups."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ._adam import AdamFamily, direction, update_
+from ._sharded import local
 
 
 class _WithMasks(AdamFamily):
@@ -47,6 +48,11 @@ class _WithMasks(AdamFamily):
         found: Tensor | None = self.state[parameter].get("mask")
         return found
 
+    def _masks(self, group: Mapping[str, Any], parameters: list[Tensor]) -> list[Tensor | None]:
+        """The masks of what `_load` gives."""
+        found = [self.mask(p) for p in parameters]
+        return [local(m) if m is not None and group["state_bits"] == 8 else m for m in found]
+
     def _split(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         masked = [p for p in parameters if "mask" in self.state[p]]
         return masked, [p for p in parameters if "mask" not in self.state[p]]
@@ -65,6 +71,7 @@ class MaskedAdamW(_WithMasks):
         lr, betas, eps, weight_decay: as torch's AdamW.
         masks: boolean masks by parameter, of its shape; parameters without one take plain AdamW. `set_mask` changes
             them; they are part of the state dict.
+        state_bits: 32, or 8: the moments in 8 bits, see `GaLore`.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -82,24 +89,25 @@ class MaskedAdamW(_WithMasks):
 
     def __init__(
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, *, masks: Mapping[Tensor, Tensor] | None = None,
+        weight_decay: float = 1e-2, *, masks: Mapping[Tensor, Tensor] | None = None, state_bits: int = 32,
     ) -> None:  # fmt: skip
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, masks)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state_bits": state_bits}
+        super().__init__(params, defaults, masks)
 
     def _update(self, group: dict[str, Any], step: int, parameters: list[Tensor]) -> None:
         masked, plain = self._split(parameters)
         lr, decay = float(group["lr"]), group["weight_decay"]
-        moments = self._moments(plain)
-        update_(plain, [p.grad for p in plain], *moments, step, group["betas"], group["eps"], lr, decay)  # type: ignore[misc]
-        if not masked:
-            return
-        masks = [self.state[p]["mask"] for p in masked]
-        grads = [torch.where(m, p.grad, 0.0) for p, m in zip(masked, masks, strict=True)]  # type: ignore[arg-type]
-        step_of = direction(grads, *self._moments(masked), step, group["betas"], group["eps"])
-        for p, m, found in zip(masked, masks, step_of, strict=True):
+        own = self._load(group, plain)
+        update_(*own, step, group["betas"], group["eps"], lr, decay)
+        self._store(group, plain, own)
+        own, masks = self._load(group, masked), self._masks(group, masked)
+        grads = [torch.where(m, g, 0.0) for g, m in zip(own.grads, masks, strict=True)]  # type: ignore[arg-type]
+        step_of = direction(grads, own.exp_avg, own.exp_avg_sq, step, group["betas"], group["eps"])
+        for p, m, found in zip(own.parameters, masks, step_of, strict=True):
             if decay:
                 found.add_(p, alpha=decay)
-            p.copy_(torch.where(m, p.sub(found, alpha=lr), p))
+            p.copy_(torch.where(m, p.sub(found, alpha=lr), p))  # type: ignore[arg-type]
+        self._store(group, masked, own)
 
 
 class ASTAdamW(_WithMasks):
@@ -124,6 +132,7 @@ class ASTAdamW(_WithMasks):
         masks: boolean masks by parameter; parameters without one have no decay of pruned weights. `set_mask` renews.
         decay: lambda's largest value.
         ramp: steps until it is reached (the paper's: 10,000).
+        state_bits: 32, or 8: the moments in 8 bits, see `GaLore`.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -132,9 +141,10 @@ class ASTAdamW(_WithMasks):
     def __init__(
         self, params: Any, lr: float = 2e-4, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
         weight_decay: float = 0.1, *, masks: Mapping[Tensor, Tensor] | None = None, decay: float = 6e-5,
-        ramp: int = 10_000,
+        ramp: int = 10_000, state_bits: int = 32,
     ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay": decay, "ramp": ramp}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay": decay, "ramp": ramp,
+                    "state_bits": state_bits}  # fmt: skip
         super().__init__(params, defaults, masks)
 
     def _check(self, group: Mapping[str, Any]) -> None:
@@ -144,13 +154,13 @@ class ASTAdamW(_WithMasks):
     def _update(self, group: dict[str, Any], step: int, parameters: list[Tensor]) -> None:
         lr, (b1, b2) = float(group["lr"]), group["betas"]
         strength = group["decay"] * min(1.0, step / group["ramp"])
-        first, second = self._moments(parameters)
-        torch._foreach_lerp_(first, [p.grad for p in parameters], 1 - b1)  # type: ignore[misc]
+        own = self._load(group, parameters)
+        weights, grads, first, second = own
+        torch._foreach_lerp_(first, grads, 1 - b1)
         if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         moved = list(first)
-        for i, p in enumerate(parameters):
-            mask = self.mask(p)
+        for i, (p, mask) in enumerate(zip(weights, self._masks(group, parameters), strict=True)):
             if mask is not None and strength:
                 moved[i] = torch.where(mask, first[i], torch.add(first[i], p, alpha=strength))
         torch._foreach_mul_(second, b2)
@@ -158,4 +168,5 @@ class ASTAdamW(_WithMasks):
         below = torch._foreach_sqrt(second)
         torch._foreach_div_(below, (1 - b2**step) ** 0.5)
         torch._foreach_add_(below, group["eps"])
-        torch._foreach_addcdiv_(parameters, moved, below, -lr / (1 - b1**step))
+        torch._foreach_addcdiv_(weights, moved, below, -lr / (1 - b1**step))
+        self._store(group, parameters, own)

@@ -14,13 +14,11 @@ from ..data._hash import key_of
 from ..ops.optimizers.projected_step import rule_of, step_in_place
 from ..reference.optimizers.projected_step import Rule, step_of_rows
 from . import _eight_bits as eight_bits
-from ._adam import AdamFamily, update_
+from ._adam import MOMENTS, AdamFamily, update_
 from ._sharded import Rows, local, whole
 
 SIDES = ("std", "reverse_std", "left", "right")
 PROJECTIONS = ("svd", "random")
-BITS = (8, 32)
-MOMENTS = ("exp_avg", "exp_avg_sq")
 OVERSAMPLING, POWER_ITERATIONS = 8, 2
 
 
@@ -141,8 +139,6 @@ class GaLore(AdamFamily):
         super().__init__(params, defaults)
 
     def _check(self, group: Mapping[str, Any]) -> None:
-        if group["state_bits"] not in BITS:
-            checks.fail(self._op, "state_bits", "8 or 32", group["state_bits"])
         if group["rank"] is None:
             return
         checks.integer(self._op, "rank", group["rank"], low=1)
@@ -162,17 +158,11 @@ class GaLore(AdamFamily):
 
     def _plain(self, group: Mapping[str, Any], step: int, parameters: list[Tensor]) -> None:
         """torch adds eps after the correction and decays before the step: the same step, written for its kernel."""
-        lr, bits = float(group["lr"]), group["state_bits"]
+        lr, own = float(group["lr"]), self._load(group, parameters)
         root, keep = math.sqrt(1 - group["betas"][1] ** step), 1 - lr * group["weight_decay"]
-        own = [local(p) if bits == 8 else p for p in parameters]
-        grads = [local(p.grad) if bits == 8 else p.grad for p in parameters]  # type: ignore[arg-type]
-        states = [self.state[p] for p in parameters]
-        first, second = ([_moment(state, name, p) for state, p in zip(states, own, strict=True)] for name in MOMENTS)
-        update_(own, grads, first, second, step, group["betas"], group["eps"] / root, lr * keep,  # type: ignore[arg-type]
+        update_(*own, step, group["betas"], group["eps"] / root, lr * keep,
                 group["weight_decay"] / keep if keep else 0.0)  # fmt: skip
-        for name, found in zip(MOMENTS, (first, second), strict=True):
-            for state, value in zip(states, found, strict=True):
-                eight_bits.store(state, name, value, bits)
+        self._store(group, parameters, own)
 
     def _projected(self, group: dict[str, Any], step: int, p: Tensor) -> None:
         rows = Rows(self._op, p) if hasattr(p, "to_local") else None
@@ -214,10 +204,6 @@ class GaLore(AdamFamily):
             found = projector(whole(p.grad), group["rank"], right=right, projection=group["projection"], seed=seed)
             state["projector"] = found if rows is None else rows.same(found) if right else rows.cut(found)
         return local(state["projector"]), right
-
-
-def _moment(state: dict[str, Any], name: str, p: Tensor) -> Tensor:
-    return eight_bits.load(state, name, lambda: torch.zeros_like(p)).to(p.dtype)
 
 
 def _step_of_rows(

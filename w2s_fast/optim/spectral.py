@@ -27,6 +27,7 @@ class SSTAdam(AdamFamily):
         lr, betas, eps, weight_decay: as torch's AdamW; no decay by default.
         kind: of groups without one of their own.
         warmup: steps of the vectors' warm-up behind a restart; 0: none.
+        state_bits: 32, or 8: the moments in 8 bits, see `GaLore`.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -44,9 +45,10 @@ class SSTAdam(AdamFamily):
 
     def __init__(
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, *, kind: str = "plain", warmup: int = 0,
+        weight_decay: float = 0.0, *, kind: str = "plain", warmup: int = 0, state_bits: int = 32,
     ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "kind": kind, "warmup": warmup}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "kind": kind, "warmup": warmup,
+                    "state_bits": state_bits}  # fmt: skip
         super().__init__(params, defaults)
 
     def _check(self, group: Mapping[str, Any]) -> None:
@@ -64,11 +66,12 @@ class SSTAdam(AdamFamily):
         lr = float(group["lr"])
         if group["kind"] == "vectors" and step < group["warmup"]:
             lr *= step / group["warmup"]
-        grads = [p.grad for p in parameters]
-        moments = self._moments(parameters)
-        update_(parameters, grads, *moments, step, group["betas"], group["eps"], lr, group["weight_decay"])  # type: ignore[arg-type]
+        own = self._load(group, parameters)
+        update_(*own, step, group["betas"], group["eps"], lr, group["weight_decay"])
+        self._store(group, parameters, own)
         if group["kind"] == "values":
             torch._foreach_clamp_min_(parameters, 0.0)
         elif group["kind"] == "vectors":
             for p in parameters:
-                p.div_(torch.linalg.vector_norm(p, dim=0, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny))
+                length = torch.linalg.vector_norm(p, dim=0, keepdim=True)
+                p.div_(length.clamp_min(torch.finfo(p.dtype).tiny))  # in place it has no rule for sharded rows

@@ -49,11 +49,15 @@ def make(kind: str = "llama", seed: int = 0) -> Any:
     return made
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words apart by spaces."""
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+def tokenizer(of_bytes: bool = False) -> PreTrainedTokenizerFast:
+    """Words apart by spaces (`of_bytes`: in the alphabet of GPT-2's bytes); a chat is its messages one by one."""
+    own, space = WORDS[:2], "\u0120" if of_bytes else ""
+    names = [*own, *(space + word for word in WORDS[2:])]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel() if of_bytes else pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    made.chat_template = "{% for one in messages %}{{ one['content'] }}{% endfor %}"
+    return made
 
 
 def sums() -> list[tuple[str, str]]:

@@ -18,7 +18,8 @@ W2S_INLINE Sums<V> moments(LaneRows<A>& rows, V top) {
   Total<V> sum, square, product;
   rows.each(
       [&](V z, A*) {
-        const V d = below(z, top), e = vexp(d);
+        V d;
+        const V e = exp_below(z, top, d);
         sum.part = sum.part + e;
         square.part = V::fma(e, e, square.part);
         product.part = V::fma(d, e, product.part);
@@ -31,20 +32,21 @@ template <class A>
 inline void dispersion_as(const Dispersion& s) {
   using V = Vec<A>;
   A* out = static_cast<A*>(s.out.data);
-  const A even = A(1) / A(s.C);
-  const A log_classes = A(std::log(double(s.C)));
+  const A even = A(1) / A(s.C), span = A(1 / (1 - 1 / double(s.C))), one_log = A(1 / std::log(double(s.C)));
   each_group<A>(s.n, s.C, [&](LaneRows<A>& rows, LaneRows<A>&, int64_t first, int count) {
     const V top = rows.read(s.logits, first, count);
     const Sums<V> of = moments(rows, top);
-    A log_sum[V::W], variance[V::W], mean[V::W];
+    A log_sum[V::W], pair[2][V::W];
     of.sum.store(log_sum);
     log_row(log_sum, V::W);
-    ((of.square / (of.sum * of.sum) - V::set(even)) / V::set(1 - even)).store(variance);
-    (of.product / of.sum).store(mean);
-    for (int i = 0; i < count; ++i) {
-      out[2 * (first + i)] = variance[i];
-      out[2 * (first + i) + 1] = A(1) - (log_sum[i] - mean[i]) / log_classes;
-    }
+    const V inverse = V::set(1) / of.sum, share = of.square * inverse * inverse, mean = of.product * inverse;
+    ((share - V::set(even)) * V::set(span)).store(pair[0]);
+    V::fma(mean - V::load(log_sum), V::set(one_log), V::set(1)).store(pair[1]);
+    A* to = out + 2 * first;
+    if (count == V::W)
+      for (int i = 0; i < V::W; ++i) to[2 * i] = pair[0][i], to[2 * i + 1] = pair[1][i];
+    else
+      for (int i = 0; i < count; ++i) to[2 * i] = pair[0][i], to[2 * i + 1] = pair[1][i];
   });
 }
 
@@ -63,7 +65,8 @@ inline void dispersion_backward_as(const Dispersion& s) {
     const Sums<V> of = moments(rows, top);
     const V zero = V::set(0), inverse = V::set(1) / of.sum, square = of.square / of.sum, mean = of.product / of.sum;
     rows.each([&](V z, A* at) {
-      const V d = below(z, top), e = vexp(d);
+      V d;
+      const V e = exp_below(z, top, d);
       const V slope = V::fma(first_slope * inverse, e - square, second_slope * (d - mean));
       // 0 where e is, unless the row has a NaN
       V::fma(zero, inverse, V::select(V::eq(e, zero), zero, e * inverse * slope)).store(at);

@@ -41,7 +41,8 @@ W2S_INLINE V exp_sum(LaneRows<A>& rows, V top, const F& f, const G& block) {
   Total<V> sum;
   rows.each(
       [&](V z, A* at) {
-        const V e = vexp(z - top);
+        V d;
+        const V e = exp_below(z, top, d);
         sum.part = sum.part + e;
         f(e);
         if (STORE) e.store(at);

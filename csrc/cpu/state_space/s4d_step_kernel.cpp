@@ -28,8 +28,9 @@ inline void rows(const StepCall<A>& call, int64_t begin, int64_t end) {
   A turn[V::W], own[V::W], one[V::W];
   for (int i = 0; i < V::W; ++i) turn[i] = i % 2 ? A(1) : A(-1), own[i] = -turn[i];
   const V minus_plus = V::load(turn), plus_minus = V::load(own);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t at = row % call.H * N;
+  int64_t feature = begin % call.H;  // counted, not divided: a division a row was a fifth of the time at 64 numbers a row
+  for (int64_t row = begin; row < end; ++row, feature = feature + 1 == call.H ? 0 : feature + 1) {
+    const int64_t at = feature * N;
     const A *a = call.a + at, *b = call.b + at, *c = call.c + at, *before = call.state + row * N;
     A* after = call.after + row * N;
     const V u = V::set(call.u[row]);
@@ -50,7 +51,7 @@ inline void rows(const StepCall<A>& call, int64_t begin, int64_t end) {
       std::fill(one + left, one + V::W, A(0));  // where 0 times an infinity may stand
       sum = V::fma(V::load_first(c + n, left) * plus_minus, V::load(one), sum);
     }
-    call.y[row] = 2 * sum.sum() + call.d[row % call.H] * call.u[row];
+    call.y[row] = 2 * sum.sum() + call.d[feature] * call.u[row];
   }
 }
 

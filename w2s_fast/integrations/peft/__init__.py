@@ -38,9 +38,10 @@ OURS = {theirs: ours for ours, theirs in PEFTS.items()}
 def _know_quantised() -> None:
     """Add the classes for the layers of bitsandbytes and torchao, once something has loaded those."""
     if "peft.tuners.lora.bnb" in sys.modules and is_bnb_4bit_available():
-        from .quantised import FusedLoraLinear4bit, Linear4bit
+        from .quantised import FusedLoraLinear4bit, FusedLoraLinear8bit, Linear4bit, Linear8bitLt
 
         PEFTS[FusedLoraLinear4bit], OURS[Linear4bit] = Linear4bit, FusedLoraLinear4bit
+        PEFTS[FusedLoraLinear8bit], OURS[Linear8bitLt] = Linear8bitLt, FusedLoraLinear8bit
     if "torchao" in sys.modules and is_torchao_available():
         from .torchao import FusedTorchaoLoraLinear, TorchaoLoraLinear
 
@@ -107,8 +108,9 @@ def use_fused_adapters(model: nn.Module) -> FusedAdapters:
     On a CPU base, adapter and gain are one op, `lora_linear`, and so are W A^T and B A A^T of the norm, for which A is
     taken in the weight's dtype. A batch of several adapters (``adapter_names``) without gradients, of at most 64 rows,
     multiplies by the factors of all at once; they are kept stacked until one of them changes. Over bitsandbytes' 4-bit
-    weights (alone, and as PEFT's ``lora.bnb.Linear4bit``) and torchao's int8 weights the product and the weight are the
-    library's; DoRA's norm asks for the weight where the factors have changed, and no identity goes through them.
+    and 8-bit weights (alone, and as PEFT's ``lora.bnb.Linear4bit`` and ``Linear8bitLt``) and those of torchao the
+    product and the weight are the library's; DoRA's norm asks for the weight where the factors have changed, and no
+    identity goes through them.
 
     Not served, with the reason in ``left`` or `FusedAdapters.status`: other quantised bases, embeddings, convolutions,
     Conv1D, other variants (aLoRA, Arrow, ...), ``lora_bias``, larger batches of several adapters, parts with hooks

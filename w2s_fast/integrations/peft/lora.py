@@ -94,11 +94,13 @@ def unfit(layer: Any) -> str:
 
 
 def quantised(base: Any) -> bool:
-    """Whether a base is bitsandbytes' 4-bit layer or has torchao's weight: the library makes its product and weight."""
+    """Whether a base is bitsandbytes' layer of codes or has torchao's weight: the library makes product and weight."""
     kind = type(base)
     if kind is nn.Linear:
         return type(base.weight).__module__.startswith("torchao.")
-    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
+    if not kind.__module__.startswith("bitsandbytes."):
+        return False
+    return kind.__name__ == "Linear4bit" or (kind.__name__ == "Linear8bitLt" and base.weight.dtype == torch.int8)
 
 
 def unfit_lora(layer: Any) -> str:
@@ -338,10 +340,12 @@ def _weight(base: Any) -> Tensor:
     if not quantised(base):
         plain: Tensor = base.weight
         return plain
-    from peft.utils.integrations import dequantize_module_weight
+    from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 
-    found: Tensor = dequantize_module_weight(base).detach()
-    return found
+    # for a whole module PEFT 0.21 makes an 8-bit weight a parameter without scales, which the next call then misses
+    eight = type(base).__name__ == "Linear8bitLt"
+    found: Tensor = dequantize_bnb_weight(base.weight, base.state) if eight else dequantize_module_weight(base)
+    return found.detach()
 
 
 def _squares(layer: Any) -> Tensor:

@@ -26,6 +26,8 @@ with checks.extra("trl"):
     import trl
     from packaging.version import Version
 
+    from . import jsd
+
 OP = "integrations.trl.use_fused_logprobs"
 #: The versions of TRL whose functions these are, from the first up to (not with) the second.
 SUPPORTED = ("1.15.0", "1.17.0")
@@ -225,6 +227,8 @@ def _replace(old: Any, new: Any) -> None:
 #: (TRL's function, ours), and (module, its own test of a device), while a swap holds; it holds for the whole process
 _SWAPPED: list[tuple[Any, Any]] = []
 _COMPACTING: list[tuple[Any, Any]] = []
+#: (trainer, name, its own function) of those that make logits
+_TRAINERS: list[tuple[Any, str, Any]] = []
 
 
 def _swap() -> None:
@@ -237,6 +241,11 @@ def _swap() -> None:
         if hasattr(module, "_use_triton"):  # 1.15 leaves prompt and padding out everywhere
             _COMPACTING.append((module, module._use_triton))
             module._use_triton = _or_cpu(module._use_triton)
+    for trainer in jsd.trainers():
+        step, loss = (vars(trainer)[name] for name in ("compute_loss", "generalized_jsd_loss"))
+        _TRAINERS.extend([(trainer, "compute_loss", step), (trainer, "generalized_jsd_loss", loss)])
+        trainer.compute_loss = jsd.promising(step)
+        trainer.generalized_jsd_loss = staticmethod(jsd.fused(loss.__func__, divergence))
 
 
 def _or_cpu(own: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
@@ -260,8 +269,10 @@ class FusedLogprobs:
             _replace(new, own)
         for module, own in _COMPACTING:
             module._use_triton = own
-        _SWAPPED.clear()
-        _COMPACTING.clear()
+        for trainer, name, own in _TRAINERS:
+            setattr(trainer, name, own)
+        for kept in (_SWAPPED, _COMPACTING, _TRAINERS):
+            kept.clear()
 
     def __enter__(self) -> FusedLogprobs:
         return self
@@ -279,9 +290,12 @@ def use_fused_logprobs() -> FusedLogprobs:
     probabilities, mean logit, top-1 match. Prompt and padding tokens are left out on a CPU too. Trainers made before or
     after the call are served alike.
 
-    Left to TRL's own functions, call by call: tensors on another device than a CPU, a head that DeepSpeed ZeRO-3
-    shards, logit scales <= 0; of the divergence also softcaps and scales that differ between student and teacher.
-    Trainers that form the logits themselves (`trl.experimental`: GKD, ORPO, CPO) have no such function.
+    The GKD and GOLD trainers of `trl.experimental` make the logits of student and teacher; under the swap a training
+    step of theirs takes the same divergence from the hidden states of the tokens that count.
+
+    Left to TRL's own functions, call by call: tensors on another device than a CPU, a head that DeepSpeed ZeRO-3 or
+    FSDP shards, logit scales <= 0; of the divergence also softcaps and scales that differ between student and teacher,
+    and GOLD across tokenizers. Other trainers that make logits (`trl.experimental`: ORPO, CPO) have no such function.
 
     Returns:
         A handle with ``undo()``; also a context manager. Inside a swap another call changes nothing.

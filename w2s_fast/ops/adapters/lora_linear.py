@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autocast, checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.adapters import lora_linear as reference
@@ -66,6 +69,21 @@ BACKWARD = define(
 )
 
 
+def _eager(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None, scale: float = 1.0, *,
+    gain: Tensor | None = None,
+) -> Any:  # fmt: skip
+    if x.ndim != 2 or not x.dtype == weight.dtype == A.dtype == B.dtype or not A.shape[0]:
+        return NotImplemented
+    if gain is None:
+        return torch.addmm(F.linear(x, weight, bias), x @ A.t(), B.t(), alpha=scale)
+    if gain.dtype != x.dtype:
+        return NotImplemented
+    y = torch.addmm(F.linear(x, weight), x @ A.t(), B.t(), alpha=scale)
+    return y * gain if bias is None else torch.addcmul(bias, y, gain)
+
+
+@or_plain(_eager)
 def lora_linear(
     x: Tensor,
     weight: Tensor,

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ..output import copy_out
-from .modulation import MODULATE, Vector, tokens, vector
+from .modulation import MODULATE, Vector, normed, tokens, vector
 
 
+def _plain(x: Tensor, shift: Vector, scale: Vector, *, eps: float = 1e-6) -> Any:
+    return NotImplemented if isinstance(shift, (tuple, list)) else normed(x, shift, scale, eps)
+
+
+@or_plain(_plain)
 def adaln_modulate(
     x: Tensor, shift: Vector, scale: Vector, *, eps: float = 1e-6, out: Tensor | None = None
 ) -> Tensor:

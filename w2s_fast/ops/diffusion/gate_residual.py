@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from ...calibration import or_plain
 from ..output import copy_out
-from .modulation import MODULATE, Vector, both_tokens, vector
+from .modulation import MODULATE, Vector, added, both_tokens, over_tokens, vector
 
 
+def _plain(x: Tensor, y: Tensor, gate: Vector | None = None) -> Any:
+    if gate is None:
+        return x + y
+    return NotImplemented if isinstance(gate, (tuple, list)) else added(x, over_tokens(gate), y)
+
+
+@or_plain(_plain)
 def gate_residual(x: Tensor, y: Tensor, gate: Vector | None = None, *, out: Tensor | None = None) -> Tensor:
     """``x + gate y``: the residual of an attention or an MLP, gated by the conditioning (arXiv 2212.09748).
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ... import checks
-from .modulation import MODULATE, Vector, both_tokens, vector
+from ...calibration import or_plain
+from .modulation import MODULATE, Vector, added, both_tokens, normed, over_tokens, vector
 
 
+def _plain(x: Tensor, y: Tensor, gate: Vector | None, shift: Vector, scale: Vector, *, eps: float = 1e-6) -> Any:
+    if isinstance(gate, (tuple, list)) or isinstance(shift, (tuple, list)):
+        return NotImplemented
+    x = x + y if gate is None else added(x, over_tokens(gate), y)
+    h = normed(x, shift, scale, eps)
+    return NotImplemented if h is NotImplemented else (x, h)
+
+
+@or_plain(_plain)
 def gate_residual_adaln(
     x: Tensor, y: Tensor, gate: Vector | None, shift: Vector, scale: Vector, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
@@ -38,5 +50,5 @@ def gate_residual_adaln(
     x, y = both_tokens(op, x, y)
     gates = (None, None) if gate is None else vector(op, "gate", gate, x)
     vectors = (*gates, *vector(op, "shift", shift, x), *vector(op, "scale", scale, x))
-    added, h, _ = MODULATE(x, y, *vectors, checks.number(op, "eps", eps, low=0.0))
-    return added, h
+    found, h, _ = MODULATE(x, y, *vectors, checks.number(op, "eps", eps, low=0.0))
+    return found, h

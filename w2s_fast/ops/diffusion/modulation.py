@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autocast, checks
@@ -12,6 +14,8 @@ from ...library import Kernel, define
 from ...reference.diffusion import modulation as reference
 from ...reference.numerics import accumulate_dtype
 from ..layout import unit_stride
+
+_any_requires_grad = torch._C._any_requires_grad
 
 #: A modulation vector: (B, C), (B, 1, C), (1, 1, C), or one a token, (B, N, C) or (1, N, C); or a pair (table row (C,),
 #: such a vector) that is added up.
@@ -121,6 +125,23 @@ def both_tokens(op: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
             checks.fail(op, "y", f"of the dtype of x ({x.dtype})", y.dtype, error=TypeError)
         x, y = found
     return x, y
+
+
+def over_tokens(value: Tensor) -> Tensor:
+    """A modulation vector with a dimension for tokens."""
+    return value if value.ndim == 3 else value.unsqueeze(1)
+
+
+def added(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """``x + y z``: in one pass, whose backward would take more of them."""
+    return x + y * z if torch.is_grad_enabled() and _any_requires_grad(x, y, z) else torch.addcmul(x, y, z)
+
+
+def normed(x: Tensor, shift: Tensor, scale: Vector, eps: float) -> Any:
+    """adaln_modulate as one writes it in PyTorch; NotImplemented for a pair."""
+    if isinstance(scale, (tuple, list)):
+        return NotImplemented
+    return added(over_tokens(shift), F.layer_norm(x, x.shape[-1:], eps=eps), 1 + over_tokens(scale))
 
 
 def vector(op: str, name: str, value: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:

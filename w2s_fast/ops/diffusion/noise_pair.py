@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from .ddim_step import DDIM_STEP
 from .pseudo_huber_loss import as_rows, per_sample, same_samples
 
 
+def _plain(x: Tensor, z: Tensor, sigma_t: Tensor | float, sigma_s: Tensor | float) -> Any:
+    def at(sigma: Tensor | float) -> Tensor:
+        if not isinstance(sigma, Tensor):
+            return torch.add(x, z, alpha=sigma)
+        return torch.addcmul(x, z, sigma.to(x.dtype).view(-1, *[1] * (x.ndim - 1)))
+
+    return (at(sigma_t), at(sigma_s)) if x.dtype == z.dtype else NotImplemented
+
+
+@or_plain(_plain)
 def noise_pair(x: Tensor, z: Tensor, sigma_t: Tensor | float, sigma_s: Tensor | float) -> tuple[Tensor, Tensor]:
     """The same noise at two levels, ``(x + sigma_t z, x + sigma_s z)``: inputs of a consistency model's two passes.
 

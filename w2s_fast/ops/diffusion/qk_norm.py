@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.diffusion import qk_norm as reference
@@ -80,6 +82,16 @@ def _parameter(op: str, name: str, value: Any, x: Tensor) -> Tensor | None:
     return value.contiguous().unsqueeze(0)  # type: ignore[no-any-return]
 
 
+def _plain(
+    q: Tensor, k: Tensor, q_weight: Tensor | None = None, q_bias: Tensor | None = None, k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None, *, per_head: bool = False, kind: str = "layer", eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    if kind != "layer" or (q.ndim == 4 and not per_head) or (k.ndim == 4 and not per_head):
+        return NotImplemented
+    return F.layer_norm(q, q.shape[-1:], q_weight, q_bias, eps), F.layer_norm(k, k.shape[-1:], k_weight, k_bias, eps)
+
+
+@or_plain(_plain)
 def qk_norm(
     q: Tensor,
     k: Tensor,

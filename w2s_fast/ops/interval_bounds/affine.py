@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import affine as reference
@@ -68,6 +69,18 @@ INTERVAL_BATCHNORM_STATS_BACKWARD = define(
 )
 
 
+def _plain(
+    lower: Tensor, upper: Tensor, scale: Tensor, shift: Tensor, *, act: str | None = None, rounding: str = "fast"
+) -> Any:
+    if rounding != "fast":
+        return NotImplemented
+    column = (-1, *[1] * (lower.ndim - 2))
+    s, r = scale.reshape(column), (upper - lower) * 0.5
+    m, r = (lower + r) * s + shift.reshape(column), r * s.abs()
+    return ((m - r).relu(), (m + r).relu()) if act else (m - r, m + r)
+
+
+@or_plain(_plain)
 def interval_affine(
     lower: Tensor,
     upper: Tensor,
@@ -117,6 +130,14 @@ def interval_affine(
     return low, high
 
 
+def _plain_stats(x: Tensor) -> Any:
+    if x.dtype not in (torch.float32, torch.float64):
+        return NotImplemented
+    variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+    return mean, variance
+
+
+@or_plain(_plain_stats)
 def interval_batchnorm_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of clean activations, for the batch-norm of a box (arXiv 2103.17268).
 

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autocast, checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import conv as reference
 from ...reference.interval_bounds.arguments import Box, Convolution
+from ...reference.interval_bounds.boxes import center_radius
 from .affine import interval_affine
 from .inputs import COMPUTES, FORMS, ROUNDINGS, Compute, Form, Rounding, alike, box, outward_center
 from .linear import fake_layer_gradients, layer_backward, saved
@@ -89,6 +91,20 @@ def _filter(op: str, a: Tensor, weight: Any, groups: int, **vectors: Any) -> Non
                 checks.fail(op, name, f"of shape [{weight.shape[0]}]", tuple(vector.shape))
 
 
+def _plain(
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1, groups: int = 1, act: str | None = None,
+    form: str = "lu", out_form: str | None = None, rounding: str = "fast",
+) -> Any:  # fmt: skip
+    if rounding != "fast" or form != "lu" or out_form not in (None, "lu"):
+        return NotImplemented
+    m, r = center_radius(a, b)
+    m = F.conv2d(m, weight, bias, stride, padding, dilation, groups)
+    r = F.conv2d(r, weight.abs(), None, stride, padding, dilation, groups)
+    return ((m - r).relu(), (m + r).relu()) if act else (m - r, m + r)
+
+
+@or_plain(_plain)
 def interval_conv2d(
     a: Tensor,
     b: Tensor,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks, dispatch
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import linear as reference
 from ...reference.interval_bounds.arguments import Box
+from ...reference.interval_bounds.boxes import center_radius
 from .inputs import COMPUTES, FORMS, ROUNDINGS, Compute, Form, Rounding, alike, box, layer, outward_center, rows
 
 
@@ -70,6 +73,18 @@ INTERVAL_LINEAR_BACKWARD = define(
 )
 
 
+def _plain(
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None, *, act: str | None = None, form: str = "lu",
+    out_form: str | None = None, rounding: str = "fast",
+) -> Any:  # fmt: skip
+    if rounding != "fast" or form != "lu" or out_form not in (None, "lu"):
+        return NotImplemented
+    m, r = center_radius(a, b)
+    m, r = F.linear(m, weight, bias), F.linear(r, weight.abs())
+    return ((m - r).relu(), (m + r).relu()) if act else (m - r, m + r)
+
+
+@or_plain(_plain)
 def interval_linear(
     a: Tensor,
     b: Tensor,

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from .inputs import alike
 from .linear import interval_linear
 
 
+def _plain(
+    weights: Sequence[Tensor], patterns: Sequence[Tensor | None] | None, rows: Tensor, radius: float = 1.0
+) -> Any:
+    if isinstance(radius, Tensor):
+        return NotImplemented
+    optimal, layerwise = rows, rows.abs()
+    for i in reversed(range(len(weights))):
+        weight, mask = weights[i], None if patterns is None else patterns[i]
+        if mask is not None:
+            keep = mask.unsqueeze(-2).to(rows.dtype)
+            optimal, layerwise = optimal * keep, layerwise * keep
+        optimal, layerwise = optimal @ weight, layerwise @ weight.abs()
+    ends = [(part.sum(-1) * radius).clamp_min(1e-8) for part in (optimal.abs(), layerwise)]
+    return ends[0] / ends[1]
+
+
+@or_plain(_plain)
 def tightness_rows(
     weights: Sequence[Tensor], patterns: Sequence[Tensor | None] | None, rows: Tensor, radius: float | Tensor = 1.0
 ) -> Tensor:

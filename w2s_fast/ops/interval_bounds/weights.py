@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.interval_bounds import weights as reference
@@ -57,6 +59,18 @@ def _stepped(y: Tensor, known: Tensor, end: float) -> Tensor:
     return torch.where(known, y + torch.where(known, step, 0.0), end)
 
 
+def _plain(
+    x: Triple, weight: Triple, bias: Triple | None = None, *, mode: str = "nonneg", rounding: str = "fast"
+) -> Any:
+    if mode != "nonneg" or rounding != "fast" or bias is not None:
+        return NotImplemented
+    (lower, middle, upper), (w_lower, w_middle, w_upper) = x, weight
+    low = F.linear(lower, w_lower.clamp_min(0)) + F.linear(upper, w_lower.clamp_max(0))
+    high = F.linear(upper, w_upper.clamp_min(0)) + F.linear(lower, w_upper.clamp_max(0))
+    return low, F.linear(middle, w_middle), high
+
+
+@or_plain(_plain)
 def interval_linear_iw(
     x: Triple,
     weight: Triple,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autocast, checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.kv_compressed_attention import compressed_attention as reference
@@ -93,6 +95,14 @@ def log_sum(softmax: Tensor) -> Tensor:
     return softmax[0] + softmax[1].log()
 
 
+def _plain(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, layout: str = "bnhd") -> Any:
+    if layout != "bnhd":
+        return NotImplemented
+    found = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return found.transpose(1, 2).contiguous()
+
+
+@or_plain(_plain)
 def compressed_attention(
     q: Tensor,
     k: Tensor,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import cross_entropy, softplus
 
 from ... import checks
-from .inputs import linear, targets
+from ...calibration import or_plain
+from .inputs import linear, logit_bytes, targets, wide_logits
 from .logprobs import logprobs
 
 _EXACT = 40  # beyond it log(1 + exp(x)) is x in float64 too
@@ -29,6 +30,31 @@ def _settings(op: str, beta: float, gamma: float, label_smoothing: float) -> tup
     return beta, checks.number(op, "gamma", gamma), label_smoothing
 
 
+def _loss(
+    chosen_logps: Tensor, rejected_logps: Tensor, beta: float, gamma: float = 0.0, label_smoothing: float = 0.0
+) -> ArmLoss:
+    """`arm_loss` of arguments that are known to be right."""
+    chosen, rejected = chosen_logps, rejected_logps
+    # a few operators are all there is: each that is left out is seen
+    if chosen.dtype != torch.float32 or rejected.dtype != torch.float32:
+        wide = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
+        chosen, rejected = chosen.to(wide), rejected.to(wide)
+    if chosen.requires_grad or rejected.requires_grad:
+        better, worse = chosen.detach() * beta, rejected.detach() * beta
+        u = (rejected - chosen) * beta
+    else:
+        better, worse = chosen * beta, rejected * beta
+        u = worse - better
+    if gamma:
+        u = u + gamma
+    rows = softplus(u, threshold=_EXACT)
+    if label_smoothing:
+        rows = (1 - label_smoothing) * rows + label_smoothing * softplus(-u, threshold=_EXACT)
+    loss = rows.mean() if rows.numel() else rows.sum()
+    return ArmLoss(loss, better, worse)
+
+
+@or_plain(_loss)
 def arm_loss(
     chosen_logps: Tensor, rejected_logps: Tensor, beta: float, gamma: float = 0.0, label_smoothing: float = 0.0
 ) -> ArmLoss:
@@ -66,21 +92,27 @@ def arm_loss(
             f"shapes {tuple(rejected_logps.shape)} and {tuple(chosen_logps.shape)}",
         )
     checks.same_device(op, [("chosen_logps", chosen_logps), ("rejected_logps", rejected_logps)])
-    chosen, rejected = chosen_logps, rejected_logps
-    # a few operators are all there is: each that is left out is seen
-    if chosen.dtype != torch.float32 or rejected.dtype != torch.float32:
-        wide = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
-        chosen, rejected = chosen.to(wide), rejected.to(wide)
-    u = beta * (rejected - chosen)
-    if gamma:
-        u = u + gamma
-    rows = softplus(u, threshold=_EXACT)
-    if eps:
-        rows = (1 - eps) * rows + eps * softplus(-u, threshold=_EXACT)
-    loss = rows.mean() if rows.numel() else rows.sum()
-    return ArmLoss(loss, beta * chosen.detach(), beta * rejected.detach())
+    return _loss(chosen_logps, rejected_logps, beta, gamma, eps)
 
 
+def _plain(
+    hidden: Tensor, lm_head: Tensor, labels: Tensor, beta: float, gamma: float = 0.0, label_smoothing: float = 0.0,
+    *, bias: Tensor | None = None,
+) -> Any:  # fmt: skip
+    scored = labels[:, 1:]
+    if int(scored.min()) < 0:
+        return NotImplemented
+    z = wide_logits(hidden[:, :-1], lm_head, bias).flatten(0, -2)
+    logp = -cross_entropy(z, scored.reshape(-1).long(), reduction="none").reshape(scored.shape).sum(1)
+    pairs = labels.shape[0] // 2
+    return _loss(logp[:pairs], logp[pairs:], beta, gamma, label_smoothing)
+
+
+def _logits(hidden: Tensor, lm_head: Tensor, *_: Any, **options: Any) -> float:
+    return logit_bytes(hidden, lm_head)
+
+
+@or_plain(_plain, _logits)
 def linear_arm_loss(
     hidden: Tensor,
     lm_head: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, dispatch, extension, transforms
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.linear_loss import confidence as reference
@@ -138,6 +139,18 @@ def _threshold(op: str, logits: Tensor, balance: str, threshold: Any) -> Tensor 
     return threshold.detach().to(dtype).reshape(-1)
 
 
+def _plain_threshold(logits: Tensor, soft_labels: Tensor, *, balance: Balance = "weak_prior") -> Any:
+    if balance != "weak_prior" or logits.ndim != 2 or logits.shape[1] == 2:
+        return NotImplemented
+    low, high = soft_labels.aminmax()
+    if not (low.item() >= 0 and high.item() <= 1):
+        return NotImplemented
+    logits, wide = logits.detach(), accumulate_dtype(logits)
+    guess = logits.softmax(-1, dtype=wide).mean(0).clamp_min_(2.0**-126)
+    return guess.div_(soft_labels.detach().mean(0, dtype=wide)).log_()
+
+
+@or_plain(_plain_threshold)
 def confidence_threshold(logits: Tensor, soft_labels: Tensor, *, balance: Balance = "weak_prior") -> Tensor:
     """The threshold that `w2s_confidence_loss` chooses in a whole batch, for a batch whose loss is taken in parts.
 

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...reference.linear_loss.arguments import Target
 from .ce import cross_entropy
-from .inputs import Weights, linear, needs, targets
+from .inputs import Weights, fused_logits, linear, logit_bytes, needs, targets
 from .logprobs import logprobs
 
 
+def _plain(
+    hiddens: Sequence[Tensor], lm_heads: Sequence[Tensor], target: Tensor, weights: Weights | None = None, *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Any:  # fmt: skip
+    if int(target.min()) < 0:
+        return NotImplemented
+    z = fused_logits(hiddens, lm_heads, weights)
+    if z is NotImplemented:
+        return z
+    loss = F.cross_entropy(z.flatten(0, -2), target.reshape(-1).long(), reduction=reduction)
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _logits(hiddens: Sequence[Tensor], lm_heads: Sequence[Tensor], *_: Any, **options: Any) -> float:
+    return logit_bytes(hiddens[0], lm_heads[0])
+
+
+@or_plain(_plain, _logits)
 def linear_fusion_cross_entropy(
     hiddens: Sequence[Tensor],
     lm_heads: Sequence[Tensor],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autocast, checks
@@ -189,3 +190,26 @@ def targets(
             )
     rows: Tensor = target.reshape(-1).to(torch.int64).contiguous()
     return rows
+
+
+def logit_bytes(h: Tensor, head: Tensor) -> float:
+    """Bytes of the logits in float32 that the ops do without."""
+    return 4.0 * (h.numel() // max(h.shape[-1], 1)) * head.shape[0]
+
+
+def wide_logits(h: Tensor, head: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Logits as one writes them in PyTorch: a product in the dtype of the head, the loss in float32."""
+    z = F.linear(h, head, bias)
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def fused_logits(hiddens: Sequence[Tensor], heads: Sequence[Tensor], weights: Any) -> Any:
+    """Logits of several models of one vocabulary, their weights numbers; NotImplemented for others."""
+    if isinstance(weights, Tensor) or any(head.shape[0] != heads[0].shape[0] for head in heads):
+        return NotImplemented
+    shares = [1.0] * len(heads) if weights is None else weights
+    z = wide_logits(hiddens[0], heads[0])
+    z = z if shares[0] == 1 else z * shares[0]
+    for h, head, share in zip(hiddens[1:], heads[1:], shares[1:], strict=True):
+        z = torch.add(z, wide_logits(h, head), alpha=share)
+    return z

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
@@ -104,6 +107,28 @@ def _entries(logits: Tensor, given: Distillation) -> Tensor:
     return found * given.coef_kd.unsqueeze(1)
 
 
+def _plain(
+    logits: Tensor, teachers: Sequence[Teacher], *, kind: Kind = "fkl", tau: float = 1.0, tau_scale: bool = True,
+    reduction: Reduction = "batchmean",
+) -> Any:  # fmt: skip
+    if kind != "fkl" or reduction != "batchmean" or len(teachers) != 1 or teachers[0][0] != "logits":
+        return NotImplemented
+    return plain_fkl(logits, teachers[0][1], tau, tau_scale)
+
+
+def plain_fkl(z: Tensor, teacher: Tensor, tau: float, tau_scale: bool) -> Any:
+    """The loss as one writes it in PyTorch, and no outputs; NotImplemented where a class is impossible."""
+    dtype = accumulate_dtype(z, [teacher])
+    p, q = ((t.flatten(0, -2).to(dtype) / tau).log_softmax(-1) for t in (z, teacher.detach()))
+    if p.shape != q.shape:
+        return NotImplemented
+    loss = F.kl_div(p, q, log_target=True, reduction="batchmean")
+    if not math.isfinite(loss.item()):
+        return NotImplemented
+    return (loss * (tau * tau) if tau_scale else loss), {}
+
+
+@or_plain(_plain)
 def kd_loss(
     logits: Tensor,
     teachers: Sequence[Teacher],

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autocast, checks
+from ...calibration import or_plain
 from ...reference.linear_loss.arguments import Linear, Target
 from ..layout import separate_rows
 from .ce import cross_entropy
-from .inputs import needs, single, targets
+from .inputs import logit_bytes, needs, single, targets, wide_logits
 from .logp import token_weights
 from .logprobs import logprobs
 
@@ -126,6 +128,22 @@ def _row_weights(
     return w / checks.number(OP, "denominator", denominator, low=0.0, open_low=True)
 
 
+def _plain(
+    h: Tensor, W: Tensor, target: Tensor | None = None, *, bias: Tensor | None = None, label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Any:  # fmt: skip
+    if target is None or int(target.min()) < 0:
+        return NotImplemented
+    z = wide_logits(h, W, bias).flatten(0, -2)
+    loss = F.cross_entropy(z, target.reshape(-1).long(), label_smoothing=label_smoothing, reduction=reduction)
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _logits(h: Tensor, W: Tensor, *_: Any, **options: Any) -> float:
+    return logit_bytes(h, W)
+
+
+@or_plain(_plain, _logits)
 def linear_ce(
     h: Tensor,
     W: Tensor,

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autocast, checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.linear_loss import distillation as reference
@@ -15,7 +18,8 @@ from ...reference.linear_loss.arguments import Distillation
 from ...transforms import wants_grad
 from ..layout import separate_rows
 from ..stored import scaled
-from .kd import SAVED, of_coefficients, of_loss_alone, upstream
+from .inputs import logit_bytes
+from .kd import SAVED, of_coefficients, of_loss_alone, plain_fkl, upstream
 from .teachers import (
     Kind,
     Reduction,
@@ -69,6 +73,25 @@ LINEAR_KD = define(
 )
 
 
+def _plain(
+    hidden: Tensor, lm_head: Tensor, teachers: Sequence[Teacher], *, kind: Kind = "fkl", tau: float = 1.0,
+    bias: Tensor | None = None, tau_scale: bool = True, reduction: Reduction = "batchmean",
+) -> Any:  # fmt: skip
+    if kind != "fkl" or reduction != "batchmean" or len(teachers) != 1 or teachers[0][0] not in ("logits", "linear"):
+        return NotImplemented
+    if teachers[0][0] == "linear":
+        with torch.no_grad():
+            teacher = F.linear(*teachers[0][1:])
+    else:
+        teacher = teachers[0][1]
+    return plain_fkl(F.linear(hidden, lm_head, bias), teacher, tau, tau_scale)
+
+
+def _logits(hidden: Tensor, lm_head: Tensor, *_: Any, **options: Any) -> float:
+    return logit_bytes(hidden, lm_head)
+
+
+@or_plain(_plain, _logits)
 def linear_kd(
     hidden: Tensor,
     lm_head: Tensor,

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...reference.linear_loss import preference as reference
 from ...reference.linear_loss.arguments import Compared, Linear, Terms, Tokens
 from ...reference.linear_loss.preference import AVERAGED, PAIRED, SMOOTHED, UNPAIRED, UNREFERENCED, Sequences, Term
 from ...transforms import wants_grad
-from .inputs import need_of, needs, single, targets
+from .inputs import logit_bytes, need_of, needs, single, targets, wide_logits
 from .logp import linear_logp, segments, token_counts, token_weights
 from .preference import LINEAR_PREFERENCE
 
@@ -186,6 +188,41 @@ def _ids(batch: torch.Size, given: Linear, segment_ids: Any, cu_seqlens: Any, nu
     return torch.bucketize(tokens, cu_seqlens[1:].long().contiguous(), right=True), cu_seqlens.shape[0] - 1
 
 
+def _plain(
+    h: Tensor, W: Tensor, target: Tensor, pair_index: Tensor | None = None, *, kind: Any, beta: float = 0.1,
+    ref_h: Tensor | None = None, ref_W: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """DPO of sequences of one length, against a reference model's hidden states."""
+    if kind != "dpo" or pair_index is None or ref_h is None or h.ndim != 3:
+        return NotImplemented
+    if int(target.min()) < 0 or int(pair_index.min()) < 0:
+        return NotImplemented
+    ids = target.reshape(-1).long()
+
+    def sums(rows: Tensor, head: Tensor) -> Tensor:
+        z = wide_logits(rows, head).flatten(0, -2)
+        return -F.cross_entropy(z, ids, reduction="none").reshape(target.shape).sum(1)
+
+    with torch.no_grad():
+        ref = sums(ref_h, W if ref_W is None else ref_W)
+    x = sums(h, W)
+    first, second = pair_index.unbind(1)
+    reward = beta * (x - ref)
+    chosen, rejected = reward[first], reward[second]
+    loss = -F.logsigmoid(chosen - rejected).mean()
+    x, chosen, rejected = x.detach(), chosen.detach(), rejected.detach()
+    margin = chosen - rejected
+    return loss, {
+        "logp": x, "ref_logp": ref, "empty": ids.new_zeros(()), "reward_chosen": chosen, "reward_rejected": rejected,
+        "margin": margin, "accuracy": (margin > 0).to(x.dtype).mean(),
+    }  # fmt: skip
+
+
+def _logits(h: Tensor, W: Tensor, *_: Any, **options: Any) -> float:
+    return logit_bytes(h, W)
+
+
+@or_plain(_plain, _logits)
 def linear_preference(
     h: Tensor,
     W: Tensor,

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...reference.linear_loss.arguments import Linear, Target
 from ...transforms import wants_grad
 from .ce import cross_entropy
-from .inputs import needs, single, targets
+from .inputs import logit_bytes, needs, single, targets, wide_logits
 from .logprobs import LINEAR_FUSION_LOGPROBS, logprobs
 
 Normalize = Literal["none", "sum", "mean"]
@@ -60,6 +62,28 @@ def segment_sums(values: Tensor, ids: Tensor | None, count: int) -> Tensor:
     return values.new_zeros(count).index_add(0, ids, values)
 
 
+def _plain(
+    h: Tensor, W: Tensor, target: Tensor, *, bias: Tensor | None = None, normalize: Normalize = "none",
+    grad: Grad = "auto",
+) -> Any:  # fmt: skip
+    if grad not in ("auto", "none") or int(target.min()) < 0 or target.ndim == 0:
+        return NotImplemented
+    if grad == "none" and torch.is_grad_enabled():
+        with torch.no_grad():
+            return _plain(h, W, target, bias=bias, normalize=normalize, grad=grad)
+    z = wide_logits(h, W, bias).flatten(0, -2)
+    logp = -F.cross_entropy(z, target.reshape(-1).long(), reduction="none")
+    if normalize == "none":
+        return logp.reshape(target.shape)
+    rows = logp.reshape(target.shape[:-1].numel(), target.shape[-1])
+    return rows.sum(1) if normalize == "sum" else rows.mean(1)
+
+
+def _logits(h: Tensor, W: Tensor, *_: Any, **options: Any) -> float:
+    return logit_bytes(h, W)
+
+
+@or_plain(_plain, _logits)
 def linear_logp(
     h: Tensor,
     W: Tensor,

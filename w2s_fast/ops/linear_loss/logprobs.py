@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.linear_loss import fusion as reference
 from ...reference.linear_loss.arguments import Coefficients, Linear, Need
 from .gradient import LINEAR_LOSS_BACKWARD, by_name, wanted
-from .inputs import Weights, keeps_logits, kept_shape, linear, need_of, targets
+from .inputs import Weights, fused_logits, keeps_logits, kept_shape, linear, logit_bytes, need_of, targets
 
 
 def _fake(
@@ -97,6 +98,23 @@ def logprobs(given: Linear, target: Tensor, ignore_index: int) -> tuple[Tensor, 
     return found.logp, found.lse
 
 
+def _plain(
+    hiddens: Sequence[Tensor], lm_heads: Sequence[Tensor], target: Tensor, weights: Weights | None = None
+) -> Any:
+    if int(target.min()) < 0:
+        return NotImplemented
+    z = fused_logits(hiddens, lm_heads, weights)
+    if z is NotImplemented:
+        return z
+    lse = z.logsumexp(-1)
+    return z.gather(-1, target.long().unsqueeze(-1)).squeeze(-1) - lse, lse
+
+
+def _logits(hiddens: Sequence[Tensor], lm_heads: Sequence[Tensor], *_: Any, **options: Any) -> float:
+    return logit_bytes(hiddens[0], lm_heads[0])
+
+
+@or_plain(_plain, _logits)
 def linear_fusion_logprobs(
     hiddens: Sequence[Tensor],
     lm_heads: Sequence[Tensor],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...gradients import NOT_KEPT, Call
 from ...library import Kernel, define
 from ...reference.logit_fusion import fuse as reference
@@ -60,6 +61,28 @@ Weights = float | Sequence[float] | Tensor
 Plausible = tuple[Literal["min_p", "top_p"], float]
 
 
+def plain_fused(base: Tensor, experts: Any, anti: Any, weights: Any) -> Any:
+    """The fused logits as one writes them in PyTorch, in float32; NotImplemented where a token is impossible."""
+    if not isinstance(weights, float) or not isinstance(experts, (list, tuple)):
+        return NotImplemented
+    anti = [anti] if isinstance(anti, Tensor) else anti
+    if len(anti) not in (1, len(experts)) or anti[0].ndim != base.ndim:
+        return NotImplemented
+    wide = torch.promote_types(base.dtype, torch.float32)
+    z = base if base.dtype == wide else base.to(wide)
+    for k, expert in enumerate(experts):
+        against = anti[k if len(anti) > 1 else 0]
+        if expert.shape != base.shape or against.shape != base.shape or expert.dtype != against.dtype:
+            return NotImplemented
+        z = torch.add(z, expert.to(wide) - against.to(wide), alpha=weights)
+    return z if float(z.detach().amin()) > -math.inf else NotImplemented
+
+
+def _plain(base: Tensor, experts: Any, anti: Any, weights: Any = 1.0) -> Any:
+    z = plain_fused(base, experts, anti, weights)
+    return z if z is NotImplemented else z.to(base.dtype)
+
+
 @overload
 def fuse_logits(
     base: Tensor,
@@ -90,6 +113,7 @@ def fuse_logits(
     return_lse: Literal[True],
     strict_vocab: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@or_plain(_plain)
 def fuse_logits(
     base: Tensor,
     experts: Tensor | Sequence[Tensor],

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.logit_fusion import log_softmax as reference
 from ...reference.logit_fusion.arguments import Fusion
-from .fuse import Plausible, Weights
+from .fuse import Plausible, Weights, plain_fused
 from .gradient import TENSORS, fusion_gradients
 from .inputs import accumulate_dtype, fusion, unflatten
 
@@ -38,6 +39,12 @@ FUSED_LOG_SOFTMAX = define(
 )
 
 
+def _plain(base: Tensor, experts: Any, anti: Any, weights: Any = 1.0) -> Any:
+    z = plain_fused(base, experts, anti, weights)
+    return z if z is NotImplemented else z.log_softmax(-1)
+
+
+@or_plain(_plain)
 def fused_log_softmax(
     base: Tensor,
     experts: Tensor | Sequence[Tensor],

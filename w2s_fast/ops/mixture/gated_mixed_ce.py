@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.mixture import gated_mixed_ce as reference
@@ -51,6 +53,20 @@ GATED_MIXED_CE = define(
 )
 
 
+def _plain(
+    a: Tensor, b: Tensor, target: Tensor, gate: Tensor, *, mix: Mix = "losses", reduction: Reduction = "mean"
+) -> Any:
+    if not a.dtype == b.dtype == gate.dtype == torch.float32 or int(target.min()) < 0:
+        return NotImplemented
+    if mix == "logits":
+        g = gate.unsqueeze(1)
+        return F.cross_entropy(g * a + (1 - g) * b, target, reduction=reduction)
+    first, second = (F.cross_entropy(z, target, reduction="none") for z in (a, b))
+    rows = gate * first + (1 - gate) * second
+    return rows.mean() if reduction == "mean" else rows.sum()
+
+
+@or_plain(_plain)
 def gated_mixed_ce(
     a: Tensor, b: Tensor, target: Tensor, gate: Tensor, *, mix: Mix = "losses", ignore_index: int = -100,
     reduction: Reduction = "mean",
