@@ -100,7 +100,8 @@ def use_fused_adapters(model: nn.Module) -> FusedAdapters:
     several active adapters are PEFT's. Results differ by rounding: sums of 16-bit norms are float32's.
 
     BAT (MiSS with ``init_weights="bat"``): ``W + W_pq Bone_p + Bone_p`` by one batched product on the weight as it
-    lies, where PEFT copies and permutes it. RandLoRA: its factors are together as large as the weight, so where
+    lies, where PEFT copies and permutes it; of few rows on a CPU the block goes into the input, and no such weight is
+    made. RandLoRA: its factors are together as large as the weight, so where
     ``N (D + d) > D d`` (N rows, D and d the weight's sides) they are multiplied into it first: one product in the
     place of three, forward and backward. Of at most 16 rows on a CPU its scales go into the input, and no factor as
     large as the weight is made. MiSS itself and VeRA stay PEFT's.
