@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from outcomes import outcomes
 
 SIZES = {
@@ -50,6 +51,7 @@ def write(folder: Path) -> None:
 _CALLS = {"fused": 0, "PEFT's": 0}
 
 
+@pytest.hookimpl(trylast=True)  # of those that -k has left
 def pytest_collection_modifyitems(items: list[Any]) -> None:
     items[:] = items[:: int(os.environ.get("W2S_FAST_EVERY", "1"))]
     if "W2S_FAST_FAILED" in os.environ:

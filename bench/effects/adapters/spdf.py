@@ -25,7 +25,6 @@ from ..adapted import LENGTH
 from ..protocol import Choice, Claim, choose
 
 SPARSITY, STEPS, TUNING, EMBEDDING = 0.75, 400, 100, 3e-3
-SEEDS = range(10)
 FIRST, SECOND = (1e-2, 3e-2), (3e-3, 1e-2, 3e-2)  # rates of pre-training's matrices, and of fine-tuning
 ARMS = {"dense": 0.0, "sparse, dense tuning": SPARSITY, "sparse, sparse tuning": SPARSITY}
 CLAIMS = [
