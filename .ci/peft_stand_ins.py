@@ -1,8 +1,9 @@
 """What PEFT's own tests of language models load from the hub, made here: tiny random models under the same names.
 
-``python .ci/peft_stand_ins.py FOLDER`` writes them; with FOLDER as the working directory the names are paths, so neither
-PEFT nor its tests are changed. ``-p peft_stand_ins`` gives pytest what `.ci/peft_check.sh` needs: with
+``python .ci/peft_stand_ins.py FOLDER`` writes them; with FOLDER as the working directory the names are paths, so
+neither PEFT nor its tests are changed. ``-p peft_stand_ins`` gives pytest what `.ci/peft_check.sh` needs: with
 ``W2S_FAST_SWAP=1`` every layer that PEFT makes gets `use_fused_adapters`, also for rows too few to gain anything.
+``W2S_FAST_EVERY=8`` takes every eighth test; ``W2S_FAST_FAILED=file`` those that failed by a junit file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from outcomes import outcomes
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1000, "pad_token_id": 0,
@@ -45,6 +48,15 @@ def write(folder: Path) -> None:
 
 
 _CALLS = {"fused": 0, "PEFT's": 0}
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    items[:] = items[:: int(os.environ.get("W2S_FAST_EVERY", "1"))]
+    if "W2S_FAST_FAILED" in os.environ:
+        failed = {
+            name.split("::")[-1] for name, how in outcomes(os.environ["W2S_FAST_FAILED"]).items() if how == "failed"
+        }
+        items[:] = [item for item in items if item.name in failed]
 
 
 def pytest_sessionstart(session: Any) -> None:

@@ -1,9 +1,10 @@
 """Rates of our product by class of shapes: ``python -m w2s_fast.bench.products``, torch.mm beside it.
 
-``c = a b`` as the ops take it on this machine (``W2S_FAST_GEMM``: the faster of our product and the library's, by class):
-float32, and bfloat16 operands with float32 sums, where torch.mm gives bfloat16. Operands lie by rows (N) or by columns (T);
-a gradient's dz^T h is TN, dz W is NN, h W^T is NT. Rounds of both are interleaved, and a ratio is the median over rounds,
-above 1 where ours is faster. A call of either includes its way through the dispatcher, which is most of it at 64^3.
+``c = a b`` as the ops take it on this machine (``W2S_FAST_GEMM``: the faster of our product and the library's, by
+class): float32, and bfloat16 operands with float32 sums, where torch.mm writes half as much, in bfloat16. Operands lie
+by rows (N) or by columns (T); a gradient's dz^T h is TN, dz W is NN, h W^T is NT. Rounds of both are interleaved, and a
+ratio is the median over rounds, above 1 where ours is faster. A call of either includes its way through the dispatcher,
+which is most of it at 64^3.
 
 Every cell is written as it is done: the same command goes on where it was stopped, ``--again`` measures anew.
 """
@@ -98,13 +99,13 @@ def line(found: dict[str, Any], floor: float) -> str:
     """A row of the table; one below ``floor`` is marked."""
     shape = f"{found['rows']} x {found['columns']} x {found['depth']}"
     mark = "  <" if found["ratio"][0] < floor else ""
-    ours, theirs, ratio = found["ours"], found["torch.mm"], found["ratio"][0]
-    return f"{found['dtype']:<9}{found['kind']:<12}{found['layout']} {shape:<20}{ours:>8.1f}{theirs:>10.1f}{ratio:>8.2f}{mark}"
+    rates = f"{found['ours']:>8.1f}{found['torch.mm']:>10.1f}{found['ratio'][0]:>8.2f}"
+    return f"{found['dtype']:<9}{found['kind']:<12}{found['layout']} {shape:<20}{rates}{mark}"
 
 
 def table(rows: list[dict[str, Any]], floor: float) -> Iterator[str]:
-    """Lines: every product, and each class's worst."""
-    yield f"{'dtype':<9}{'class':<12}   {'rows x columns x depth':<20}{'ours':>6}{'torch.mm':>10}{'ratio':>8}  (GFLOP/s)"
+    """Lines: every product, and how many are below ``floor``."""
+    yield f"{'dtype':<9}{'class':<15}{'rows x columns x depth':<22}{'ours':>6}{'torch.mm':>10}{'ratio':>8}  (GFLOP/s)"
     for found in rows:
         yield line(found, floor)
     low = [found for found in rows if found["ratio"][0] < floor]

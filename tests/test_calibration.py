@@ -54,14 +54,14 @@ def raced(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
 
 
 class Ways:
-    """A function with two ways that counts how often each was taken."""
+    """A function with two ways that counts how often each was taken; the plain one's values tell."""
 
     def __init__(self, holds: Callable[..., float] | None = None) -> None:
         self.taken: list[str] = []
 
         def plain(x: Tensor, factor: float = 1.0) -> Any:
             self.taken.append("plain")
-            return NotImplemented if factor == 2 else x * factor
+            return NotImplemented if factor == 2 else x * factor + 1
 
         @calibration.or_plain(plain, holds)
         def twice(x: Tensor, factor: float = 1.0, *, more: bool = False) -> Tensor:
@@ -80,20 +80,24 @@ class Ways:
         self.call(*args, **kwargs)
         return self.taken[:]
 
+    def gives(self, x: Tensor) -> str:
+        """The way whose values a call returns."""
+        return "ours" if torch.equal(self.call(x), x) else "plain"
+
     def settle(self, *args: Any, **kwargs: Any) -> None:
-        """Two calls: the second is timed."""
-        for _ in range(2):
-            self.call(*args, **kwargs)
+        """A first call, which is timed."""
+        self.call(*args, **kwargs)
 
 
 @BUILT
-def test_the_faster_way_is_taken_from_the_third_call_on(fresh: Path, raced: Any):
-    races, ways, x = raced(0.5), Ways(), torch.ones(3)
-    assert ways.of(x) == ["ours"] and not races, "what comes once is not timed"
-    ways.call(x)
-    assert len(races) == 1
-    assert ways.of(x) == ["plain"] == ways.of(torch.zeros(3)) and len(races) == 1
-    assert ways.of(torch.ones(2, 3)) == ["ours"], "other arguments are looked at first"
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_all_calls_of_a_process_go_one_way(fresh: Path, raced: Any, ratio: float):
+    """The first, which is timed, returns what the later ones do, or equal arguments would give other bits."""
+    races, ways, x = raced(ratio), Ways(), torch.ones(3)
+    way = "plain" if ratio < 1 else "ours"
+    assert ways.gives(x) == way and len(races) == 1
+    assert ways.of(x) == [way] == ways.of(torch.zeros(3)) and len(races) == 1
+    assert ways.gives(torch.ones(2, 3)) == way and ways.taken.count("ours") > (way == "ours"), "new arguments are looked at"
 
 
 @BUILT
@@ -109,7 +113,8 @@ def test_calls_that_look_alike_are_timed_once(fresh: Path, raced: Any):
     races, ways = raced(0.5), Ways()
     ways.settle(torch.ones(1000))
     assert len(races) == 1
-    assert ways.of(torch.ones(1010)) == ["ours"] and ways.of(torch.ones(1010)) == ["plain"] and len(races) == 1
+    assert ways.of(torch.ones(1010)) == ["ours", "plain"], "ours looks at arguments of another size"
+    assert ways.of(torch.ones(1010)) == ["plain"] and len(races) == 1
     for other in (torch.ones(1300), torch.ones(1000).double(), torch.ones(1000, requires_grad=True)):
         before = len(races)
         ways.settle(other)
@@ -168,18 +173,18 @@ def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch):
 
         return run
 
-    for ours, plain in ((1e-5, 5e-6), (1e-3, 1e-3), (1.0, 0.9), (1e-4, 10.0)):
+    for ours, plain in ((1e-5, 5e-6), (1e-3, 1e-3), (0.02, 0.03), (1.0, 0.9), (1e-4, 10.0)):
         now[0] = 0.0
         del calls[:]
         assert calibration.race(taking(ours), taking(plain)) == pytest.approx(plain / ours)
-        assert now[0] <= max(2.5 * calibration.SECONDS, 3.01 * (ours + plain))
+        times = 2.01 if ours + plain > calibration.LONG else 3.01
+        assert now[0] <= max(2.5 * calibration.SECONDS, times * (ours + plain))
     assert len(calls) <= 400
 
 
 @BUILT
 def test_nobody_times_inside_a_timing_or_beside_one(fresh: Path, raced: Any, monkeypatch: pytest.MonkeyPatch):
     races, ways, x = raced(0.5), Ways(), torch.ones(3)
-    ways.call(x)
     with calibration._LOCK:
         other = threading.Thread(target=ways.call, args=(x,))
         other.start()
@@ -245,7 +250,7 @@ def test_off_and_a_file(fresh: Path, raced: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(calibration, "SETTING", str(file))
     calibration.forget()
     before, others = file.read_text(), Ways()
-    assert others.of(torch.ones(7)) == ["ours"] and others.of(torch.ones(7)) == ["plain"]
+    assert others.of(torch.ones(7)) == ["ours", "plain"] and others.of(torch.ones(7)) == ["plain"]
     others.settle(torch.ones(9))
     assert others.of(torch.ones(9)) == ["ours"] and len(races) == 1, "nothing is timed"
     assert file.read_text() == before
@@ -261,7 +266,7 @@ def test_another_process_knows_what_was_found(fresh: Path, raced: Any):
     assert json.loads(line) == ["twice", "plain float32[3]", 0.5]
     calibration.forget()
     other = Ways()
-    assert other.of(x) == ["ours"] and other.of(x) == ["plain"] and len(races) == 1
+    assert other.gives(x) == "plain" and other.of(x) == ["plain"] and len(races) == 1
     assert calibration.lines(calibration.table()) == ["twice: in 1 of 1 kinds of calls, down to 0.50"]
     assert dict(info.calibrated())["kinds of calls timed"] == "1"
 

@@ -119,8 +119,10 @@ def test_what_else_optimizers_have_is_called_on_those_inside():
     layers = [nn.Linear(6, 6, bias=False) for _ in range(4)]
     for layer in layers:
         layer.weight.data.copy_(start)
-    spectral = [SSTAdam(layers[0].parameters(), lr=0.1, kind="vectors", warmup=2),
-                InBackward(layers[1].parameters(), lambda groups: SSTAdam(groups, lr=0.1, kind="vectors", warmup=2))]
+    spectral = [
+        SSTAdam(layers[0].parameters(), lr=0.1, kind="vectors", warmup=2),
+        InBackward(layers[1].parameters(), lambda groups: SSTAdam(groups, lr=0.1, kind="vectors", warmup=2)),
+    ]
     masked = [MaskedAdamW(layers[2].parameters(), lr=0.1),
               InBackward(layers[3].parameters(), lambda groups: MaskedAdamW(groups, lr=0.1))]  # fmt: skip
     for step in range(4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_against_float64(case) -> None:
 
 
 @pytest.mark.parametrize("way", ["own", "machine's bfloat16"])
-@pytest.mark.parametrize("rows, columns", [(300, 170), (6, 170), (1, 300), (300, 5), (12, 1100), (300, 8)])
+@pytest.mark.parametrize("rows, columns", [(300, 170), (6, 170), (1, 300), (300, 5), (12, 1100), (300, 8), (130, 560)])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_any_number_of_threads_gives_the_same_bits(way: str, rows: int, columns: int, layout: str) -> None:
     dtype = torch.bfloat16 if way != "own" else torch.float32
@@ -100,6 +101,25 @@ def test_beside_the_librarys_own_bfloat16() -> None:
         torch.ops.w2s_fast.product(a, b, c, False, WAYS["machine's bfloat16"])
         assert torch.allclose(theirs.double(), exact, rtol=2e-2, atol=0.2)
         assert torch.allclose(c.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys) -> None:
+    from w2s_fast.bench import products
+
+    monkeypatch.setattr(products, "SHAPES", {"square": ((8, 8, 8), (9, 5, 7))})
+    out, threads = tmp_path / "products.json", str(torch.get_num_threads())
+    given = ["products", "--out", str(out), "--threads", threads, "--rounds", "3", "--seconds", "0.001"]
+    monkeypatch.setattr(sys, "argv", [*given, "--kind", "square", "--dtype", "float32"])
+    products.main()
+    first = json.loads(out.read_text(encoding="utf-8"))["products"]
+    assert len(first) == 6 and all(row["ours"] > 0 and row["torch.mm"] > 0 for row in first.values())
+    monkeypatch.setattr(sys, "argv", [*given, "--kind", "square"])
+    products.main()
+    both = json.loads(out.read_text(encoding="utf-8"))["products"]
+    assert len(both) == 12 and all(both[name] == row for name, row in first.items())
+    assert "bfloat16 square      TN 9 x 5 x 7" in capsys.readouterr().out
+    made = products.Cell("square", 9, 5, 7, "bfloat16", "TT").operands()
+    assert [(t.shape, t.stride()) for t in made] == [((9, 7), (1, 9)), ((7, 5), (1, 7))]
 
 
 PROGRAM = """

@@ -1,17 +1,18 @@
 """Where plain PyTorch is faster than our kernel on this machine, so that `auto` can take the faster way on a CPU.
 
 A public function with `or_plain` has a second way: what one writes without it for everyday options, with PyTorch's own
-gradient. Both are timed on the caller's own arguments, once for all calls that look alike, at the second of them: a
-call with its gradient is forward and backward. Calls look alike where options and dtypes are the same and every size
+gradient. Both are timed on the caller's own arguments, once for all calls that look alike, at the first of them: a
+call with its gradient is forward and backward. That call already returns what the faster way does, so that the same
+arguments give the same bits for as long as a process lives, and between processes that share what was found. Calls look alike where options and dtypes are the same and every size
 lies within a fifth. What was found is kept in the user's cache folder for this machine, number of threads and build.
 
-Bounds: timing takes at most `SECONDS`, or three calls of each way; the plain way is not even tried where it would hold
+Bounds: timing takes at most `SECONDS`, or three calls of each way, two where these are `LONG`; the plain way is not even tried where it would hold
 a tensor beyond a quarter of what the call was given (`ROOM`), so that an op's promise of memory stands.
 
-Ours serves: every call before it was timed; other devices, subclasses of tensors; under torch.compile, torch.export,
+Ours serves: other devices, subclasses of tensors; under torch.compile, torch.export,
 torch.jit.trace, `torch.func`, dispatch modes, autocast, hooks on saved tensors (checkpointing counts what is saved) and
 `torch.use_deterministic_algorithms(True)`; and where the plain way declines (NotImplemented) or raises, so that errors
-are ours. The first call with some arguments is always ours: it looks at them, which the plain way does not.
+are ours. Of the first call with some arguments ours looks at them, which the plain way does not, whatever is returned.
 
 ``W2S_FAST_CALIBRATION``: ``auto``; ``off``: our kernel always; or a file that `w2s-fast calibrate --out` wrote, used as
 it is.
@@ -49,6 +50,8 @@ CLEARLY = 0.97
 PLAINLY = 1.4
 #: what timing one kind of call may take, unless three calls of each way take longer
 SECONDS = 0.02
+#: a call of both ways beyond this, which is worth one more
+LONG = 0.1
 #: bytes that the plain way may hold whatever it was given, and the most of all
 ROOM, MOST = 1 << 20, 64 << 20
 #: an integer beyond this is a size, up to it an option
@@ -174,21 +177,17 @@ class Routes:
         self.name, self.function, self.plain, self.holds = function.__name__, function, plain, holds
         #: whether plain PyTorch is taken, by exact arguments
         self.known: dict[tuple[Any, ...], bool] = {}
-        self._seen: set[str] = set()
 
     def faster(self, args: tuple[Any, ...], kwargs: dict[str, Any], measure: bool = True) -> bool | None:
         """Whether plain PyTorch is faster in such a call; None where it was not timed and is not to be."""
         kind = kind_of(args, kwargs)
         ratio = table().get(self.name, kind)
         if ratio is None and measure:
-            if kind not in self._seen:  # what comes once is not worth the time
-                self._seen.add(kind)
-                return None
             ratio = self._timed(kind, args, kwargs)
         return None if ratio is None else ratio < CLEARLY
 
     def call(self, key: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call whose way is not known yet: it is ours, and looks at its arguments."""
+        """A call whose way is not known yet: ours looks at its arguments, and what later calls give is returned."""
         found = self.function(*args, **kwargs)
         tensors = _tensors(args, kwargs)
         plain = self.faster(args, kwargs) if tensors and all(t.is_cpu for t in tensors) else None
@@ -196,7 +195,15 @@ class Routes:
             if len(self.known) >= _REMEMBERED:
                 self.known.clear()
             self.known[key] = plain
-        return found
+        other = self.by_plain(args, kwargs) if plain else NotImplemented
+        return found if other is NotImplemented else other
+
+    def by_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the plain way returns, NotImplemented where it does not serve."""
+        try:
+            return self.plain(*args, **kwargs)
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return NotImplemented
 
     def explained(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `explain` hears: ours says which of our backends serves, unless plain PyTorch is known to be faster."""
@@ -292,8 +299,10 @@ def _time(run: Callable[[], Any], calls: int) -> float:
 
 def race(ours: Callable[[], Any], plain: Callable[[], Any]) -> float:
     """Time of ``plain`` over that of ``ours``: the best of interleaved rounds within `SECONDS`, or of two."""
-    ours(), plain()  # what is made once
+    long = _time(ours, 1) + _time(plain, 1) > LONG  # and what is made once
     best = [_time(ours, 1), _time(plain, 1)]
+    if long:
+        return best[1] / best[0]
     counts = [max(1, min(int(SECONDS / 20 / max(t, 1e-7)), 100)) for t in best]
     spent = 0.0
     for _ in range(9):
@@ -318,7 +327,7 @@ def or_plain(plain: Callable[..., Any], holds: Callable[..., float] | None = Non
 
     def decorate(function: Function) -> Function:
         routes = Routes(function, plain, holds)
-        known, exact = routes.known, exactly(function)
+        known, exact, by_plain = routes.known, exactly(function), routes.by_plain
         ROUTES[routes.name] = routes
 
         @functools.wraps(function)
@@ -331,10 +340,7 @@ def or_plain(plain: Callable[..., Any], holds: Callable[..., float] | None = Non
             except (Unusual, AttributeError, TypeError):
                 return function(*args, **kwargs)
             if way and alone():
-                try:
-                    found = plain(*args, **kwargs)
-                except (RuntimeError, IndexError, ValueError, TypeError):
-                    found = NotImplemented
+                found = by_plain(args, kwargs)
                 return function(*args, **kwargs) if found is NotImplemented else found
             if dispatch.STATE == "explain":
                 return routes.explained(args, kwargs)
@@ -479,4 +485,3 @@ def forget() -> None:
     _TABLE = None
     for routes in ROUTES.values():
         routes.known.clear()
-        routes._seen.clear()

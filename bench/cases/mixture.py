@@ -1,12 +1,19 @@
 """`dispersion` and `gated_mixed_ce` against the steps of the released code, plain PyTorch and torch.compile of it.
 
-Both are bound by arithmetic, not by memory, on a CPU whose vectors of 512 bits go in halves (Zen 4, family 25 model
-17): the 17 instructions of an exp with its three sums take 56 % of the dispersion's time, an instruction a cycle, and
-turning squares of 16 rows (64 shuffles) most of the rest. torch.compile's exp is as wide: 2.5 and 2.0 times its speed
-were measured, and 3.5 is out of reach without a cheaper exp. At 90,941 x 40 the tensors of eager's cross-entropies
-stay in an L3 of 32 MiB, hence 2.0 times its speed there and 6.9 times at 196,615 x 47. Measured on the way: gradients
-in a call of their own, which reads again (1.8 times the time), a scalar log a row (1.5 times at two classes), no
-prefetch of the next rows (1.5 times past L3).
+The dispersion is bound by arithmetic where its logits are in a cache: an exp of 11 operations and three sums on two
+ports, 10 of the 19 cycles that 16 numbers took on a Xeon (family 6 model 167), a quarter of it turning rows into lanes.
+Designs tried there, 90,941 x 40, one thread, logits in L3, torch.compile 3.84 ms: vexp of 17 operations 1.27 ms; the
+shorter exp 1.15; rows that come into lanes as they are loaded instead of 64 shuffles a square 1.00, 3.8 times
+torch.compile (0.51 for 0.68 ms at two classes). With logits in no cache reading them is the floor (a plain sum of them
+takes 1.0 to 1.3 ms): 1.9 ms with the next group fetched in one go, 1.54 with the group after next fetched while a group
+is computed, 1.26 to 1.36 with the twelfth on its way into L2 too, so 3.5 times torch.compile (4.66) is what is left at
+most there; with two threads, which share the memory, less. No gain: four groups ahead instead of two, fewer divisions
+behind the sums.
+
+AMD EPYC (Zen 4, family 25 model 17), with the exp of 17 operations: 2.5 and 2.0 times torch.compile. At 90,941 x 40 the
+tensors of eager's cross-entropies stay in an L3 of 32 MiB, hence 2.0 times its speed there and 6.9 times at 196,615 x
+47. Measured on the way: gradients in a call of their own, which reads again (1.8 times the time), a scalar log a row
+(1.5 times at two classes), no prefetch of the next rows (1.5 times past L3).
 """
 
 from __future__ import annotations

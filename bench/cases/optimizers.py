@@ -26,16 +26,17 @@ class _Ours:
     """One optimizer step."""
 
     def __init__(self, kind: type[GaLore]) -> None:
-        self.kind, self.made = kind, {}  # type: ignore[var-annotated]
+        self.kind, self.made, self.calls = kind, {}, 0  # type: ignore[var-annotated]
 
-    def __call__(self, p: Tensor, grad: Tensor, basis: Tensor, M: Tensor, V: Tensor, norm: Tensor) -> Tensor:
-        if id(p) not in self.made or self.made[id(p)][3] < FRESH:
+    def __call__(self, p: Tensor, grad: Tensor, basis: Tensor, M: Tensor, V: Tensor, norm: Tensor, draw: int) -> Tensor:
+        self.calls += 1
+        if draw not in self.made or self.calls <= FRESH:
             own = torch.nn.Parameter(p.clone())
             optimizer = self.kind([own], RATE, rank=basis.shape[1], update_proj_gap=10**9)
             optimizer.state[own] = {"step": STEP - 1, "projector": basis, "exp_avg": M.clone(), "exp_avg_sq": V.clone(),
                                     "norm": norm.clone()}  # fmt: skip
-            self.made[id(p)] = (p, own, optimizer, self.made.get(id(p), (0,))[-1] + 1)
-        _, own, optimizer, _ = self.made[id(p)]
+            self.made[draw] = own, optimizer
+        own, optimizer = self.made[draw]
         own.grad = grad
         optimizer.step()
         return own.detach()
@@ -45,13 +46,13 @@ class _Official:
     """The official code's order of operations: every matrix of the formulas is formed."""
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self.function, self.made = function, {}  # type: ignore[var-annotated]
+        self.function, self.made, self.calls = function, {}, 0  # type: ignore[var-annotated]
 
-    def __call__(self, p: Tensor, grad: Tensor, basis: Tensor, M: Tensor, V: Tensor, norm: Tensor) -> Tensor:
-        if id(p) not in self.made or self.made[id(p)][5] < FRESH:
-            calls = self.made.get(id(p), (0,))[-1] + 1
-            self.made[id(p)] = (p, p.clone(), M.clone(), V.clone(), norm.clone(), calls)
-        _, own, M, V, norm, _ = self.made[id(p)]
+    def __call__(self, p: Tensor, grad: Tensor, basis: Tensor, M: Tensor, V: Tensor, norm: Tensor, draw: int) -> Tensor:
+        self.calls += 1
+        if draw not in self.made or self.calls <= FRESH:
+            self.made[draw] = p.clone(), M.clone(), V.clone(), norm.clone()
+        own, M, V, norm = self.made[draw]
         self.function(own, grad, basis, M, V, norm)
         return own
 
@@ -90,7 +91,9 @@ def _step_case(name: str, width: int, rank: int, dtype: torch.dtype, hot: bool) 
 
         grad, basis = draw(width, width), torch.linalg.qr(draw(width, rank))[0]
         low, p = grad @ basis, draw(width, width).to(dtype)
-        return p, grad.to(dtype), basis, 0.3 * low, 0.01 * low.square() + 1e-4, draw(1)[0].abs() * width + 1.0
+        name = int(torch.randint(1 << 30, (1,), generator=generator, device=device))  # that copies of a draw keep
+        norm = draw(1)[0].abs() * width + 1.0
+        return p, grad.to(dtype), basis, 0.3 * low, 0.01 * low.square() + 1e-4, norm, name
 
     passes = 3 if name == "GaLore" else 4
     return Case(
@@ -105,7 +108,10 @@ def _step_case(name: str, width: int, rank: int, dtype: torch.dtype, hot: bool) 
         "a Zen 4 both products run at one rate and 90 % of the official step are products: 1.04x; a profile of ours "
         "has 86 % in the product's inner loop, 10 % in packing, 1 % in the moments. What was tried: panels of p "
         "through scratch (Fira 15 ms, one thread), the product added to p in place (12.5), and for a bfloat16 p "
-        "bfloat16 operands of the second product (GaLore 12.4 to 9.6)",
+        "bfloat16 operands of the second product (GaLore 12.4 to 9.6). Xeon with AMX, 2 "
+        "threads: Fira 1.66 and 1.77 in float32 at 1024 and 2048, 5.2 at 4096; GaLore 1.06, 1.04 and 5.0, against "
+        "compile 0.93 and 0.87 at 1024 and 2048. Its library makes 370 GFLOP/s, so the two products alone, 2.9 and 23 "
+        "ms, bound Fira by 2.9 and 2.55 and GaLore by 1.6 and 1.4",
         inputs=inputs, ours=_Ours(kind), reference=_Official(official),
         providers={
             "official": formulation(_Official(official)),
@@ -151,7 +157,7 @@ def _projector_case(width: int, rank: int) -> Case:
 
 def cases(device: str) -> list[Case]:
     """The same cases on every device."""
-    sizes = ((1024, 256), (4096, 64))
+    sizes = ((1024, 256), (2048, 512), (4096, 64))
     steps = [_step_case(name, width, rank, dtype, width == 1024 and dtype == torch.float32)
              for name in ("Fira", "GaLore") for width, rank in sizes for dtype in SHORT]  # fmt: skip
     return [*steps, _projector_case(1024, 128)]

@@ -115,6 +115,12 @@ def _ce(
         # turns squares of words as it packs them, where it gathered them one by one; 48 MiB that keep the logits of
         # most rows that dW has no room for: 1.03 (float32 and bfloat16), as touching fresh memory costs nearly the half
         # product it saves; the same memory in large pages: 1.13 in calls back to back, 0.8 between other providers.
+        # On a Xeon with AMX (family 6 model 167; one thread, CPU time beside other work, D 512) bfloat16 takes more
+        # than its three products: their time is 0.85 of ours at V 32k and T 16 or 128, 0.90 at V 8k and T 1024, 0.44
+        # to 0.59 at V 2k. The unit does 3.8 TFLOP/s from registers, 2.7 on operands from L2, but 0.45 on those from
+        # L3, which is where float32 tiles of up to 8 MiB lie, probably the bound at large V. Of the kernels' time at
+        # V 2k, T 128 half is the product's blocks, a sixth packing and a sixth narrowing dW; Python takes as long as
+        # they do. Not tried: tiles that stay in L2, h packed once a call, dW narrowed as its blocks are stored.
         prediction="three products over the rows that count at our product's rate (AVX-512, where torch.mm runs AVX2 "
         "code on AMD: half of three torch.mm), a sixth more where T > D, as dW's memory keeps the logits of D rows, "
         "and a tenth of row work; eager adds passes over [T, V] to torch.mm's products: twice as fast",

@@ -13,19 +13,13 @@
 
 #include <algorithm>
 
+#include "cpu/amx.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
 
-#if W2S_X86 && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
-#define W2S_HAS_AMX 1
+#if W2S_HAS_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#else
-#define W2S_HAS_AMX 0
 #endif
 
 namespace w2s {
@@ -33,14 +27,14 @@ namespace w2s {
 #if W2S_HAS_AMX
 namespace {
 
-constexpr int64_t BLOCK = 32, STEP = 32;  // rows and columns of a block of c; depth of a tile
+using amx::BLOCK, amx::STEP, amx::LINE, amx::Unit;
 constexpr int64_t DEPTH = 512;            // of a sum: a block's operands, 32 KiB each, come from L1 and L2
 constexpr int64_t PACKED = 1 << 19;       // elements of b that are packed at a time: half of L2
 constexpr int64_t DEEP = 2048;            // depth that is packed at a time
 constexpr int64_t TILES = 4, MOST = 4096;  // blocks of rows of one piece of work; rows that are packed at a time
 constexpr int64_t FEW_ROWS = 128;         // rows for which every thread packs its own columns of b, next to using them
+static_assert(FEW_ROWS <= TILES * BLOCK);
 constexpr int64_t GROUP = 8;              // panels of b packed side by side, so that lines of a row come in a row
-constexpr int64_t LINE = 64;
 
 W2S_TARGET_BEGIN(W2S_AVX512 ",amx-tile,amx-bf16")
 
@@ -51,15 +45,6 @@ struct alignas(64) Shape {
   Shape() {
     for (int t = 0; t < 8; ++t) bytes[t] = 64, rows[t] = 16;
   }
-};
-
-// The unit stays set up while one thread works on its share.
-struct Unit {
-  Unit() {
-    static const Shape shape;
-    _tile_loadconfig(&shape);
-  }
-  ~Unit() { _tile_release(); }
 };
 
 __mmask16 first(int64_t n) { return __mmask16((1u << std::clamp<int64_t>(n, 0, 16)) - 1); }
@@ -189,7 +174,7 @@ void put(const float* sum, int64_t rows, int64_t columns, Target<float> c, bool 
 }
 
 // c (+)= a b for I x J tiles, of which rows x columns are stored. next: where the following block's sums will go, asked for
-// while this one multiplies (or null). What comes is in registers: a value that went through memory would wait there until
+// while this one multiplies (or null), and next_a its rows of a where they lie. What comes is in registers: a value that went through memory would wait there until
 // the sums of the block before had been written.
 template <int I, int J>
 void block(const Left& left, const uint16_t* b, int64_t rows, int64_t columns, float* c, int64_t c_down, int64_t c_across, bool add,
@@ -281,7 +266,9 @@ struct Product {
       for (int64_t t = 0; i + t * BLOCK < end; ++t) {
         const int64_t row = i + t * BLOCK, rows = std::min(BLOCK, end - row), columns = std::min(BLOCK, last - p);
         float* to = c.data + row * c.down + p * c.across;
-        const float* next = c.across != 1 ? nullptr : row + 2 * BLOCK <= end ? to + BLOCK * c.down : t > 0 && p + 2 * BLOCK <= last ? c.data + i * c.down + (p + BLOCK) * c.across : nullptr;
+        const float* next = nullptr;  // whole blocks alone: the one below, or the first of the next columns
+        if (c.across == 1 && row + 2 * BLOCK <= end) next = to + BLOCK * c.down;
+        else if (c.across == 1 && t > 0 && p + 2 * BLOCK <= last) next = c.data + i * c.down + p + BLOCK;
         const auto run = rows <= 16 ? columns <= 16 ? block<1, 1> : block<1, 2> : columns <= 16 ? block<2, 1> : block<2, 2>;
         const uint16_t* next_a = !left && p == j && row + 2 * BLOCK <= end ? at(a, row + BLOCK, k0) : nullptr;
         run(lines[t], right, rows, columns, to, c.down, c.across, add || k0 > 0, next, next_a);
@@ -346,6 +333,12 @@ struct Product {
   void run() const { a.rows <= FEW_ROWS ? few() : many(); }
 };
 
+void set_up() {
+  static const Shape shape;
+  _tile_loadconfig(&shape);
+}
+void give_back() { _tile_release(); }
+
 W2S_TARGET_END
 
 // The system gives the unit's registers to a process that asks.
@@ -361,6 +354,19 @@ bool cpu_has_amx() {
 }
 
 }  // namespace
+
+namespace amx {
+
+Unit::Unit() { set_up(); }
+Unit::~Unit() { give_back(); }
+void pack_rows(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int64_t count, uint16_t* dst) {
+  for (int64_t k = 0; k < depth; k += STEP) pack_step(src + k * sk, sk, sj, std::min(STEP, depth - k), count, true, dst + k * BLOCK);
+}
+void pack_columns(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int64_t count, uint16_t* dst) {
+  for (int64_t k = 0; k < depth; k += STEP) pack_step(src + k * sk, sk, sj, std::min(STEP, depth - k), count, false, dst + k * BLOCK);
+}
+
+}  // namespace amx
 
 bool has_amx() {
   static const bool found = [] {

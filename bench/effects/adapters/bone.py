@@ -16,7 +16,8 @@ from .. import adapted
 from ..adapted import LENGTH, Arm, Plan
 from ..protocol import Claim
 
-RANK, LORA_RANK, STEPS, RATES = 16, 9, 80, (1e-3, 3e-3, 1e-2)
+RANK, LORA_RANK, STEPS, RATES = 16, 9, 80, (3e-3, 1e-2, 3e-2)
+SEEDS = range(10)
 CLAIMS = [
     Claim("MiSS beats LoRA", "loss", "MiSS", "LoRA", 0.0, "lower"),
     Claim("BAT beats LoRA", "loss", "BAT", "LoRA", 0.0, "lower"),

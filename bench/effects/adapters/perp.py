@@ -17,7 +17,8 @@ from .. import adapted
 from ..adapted import LENGTH, RANK, Arm, Plan
 from ..protocol import Choice, Claim
 
-SPARSITY, STEPS, RATES = 0.7, 80, (3e-3, 1e-2, 3e-2)
+SPARSITY, STEPS, RATES = 0.7, 80, (3e-3, 1e-2, 3e-2, 1e-1)
+SEEDS = range(10)
 CLAIMS = [
     Claim("norms alone recover 45 % of what full retraining does", "recovered", "norms", 0.45),
     Claim("with biases 60 %", "recovered", "biases", 0.6),

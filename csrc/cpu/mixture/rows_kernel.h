@@ -3,7 +3,7 @@
 #include "cpu/log_kernel.h"
 #include "cpu/pack_kernel.h"
 
-constexpr int64_t GROUPS_AHEAD = 2;  // of memory that is fetched
+constexpr int64_t SOON = 2, LATER = 12;  // groups whose memory is fetched, into L1 and into L2
 
 #if W2S_COPY == 512
 // Columns c to c + 3 of 16 rows. The rows come into lanes as they are loaded, which two ports do; shuffles across lanes, which
@@ -30,7 +30,7 @@ struct LaneRows {
   static constexpr int W = V::W;
   int64_t n, C;  // rows in all
   std::vector<A> memory, buffer;
-  const char* ahead = nullptr;  // what a later group reads, `line` bytes a class: fetched while this one is computed
+  const char *ahead = nullptr, *further = nullptr;  // what later groups read, `line` bytes a class: fetched meanwhile
   int64_t line = 0;
 
   LaneRows(int64_t n, int64_t C) : n(n), C(C), memory(size_t(C * W)), buffer(size_t(C * W + PAD)) {}
@@ -42,7 +42,8 @@ struct LaneRows {
     const void* row[W];
     for (int i = 0; i < W; ++i) row[i] = from.at(first + std::min(i, count - 1), 0);
     line = W * bytes_of(from.dtype);
-    ahead = static_cast<const char*>(row[0]) + GROUPS_AHEAD * C * line;
+    ahead = static_cast<const char*>(row[0]) + SOON * C * line;
+    further = C >= W ? ahead + (LATER - SOON) * C * line : ahead;  // a few classes are a page in no time
     V top = V::set(-infinity<A>);
     int64_t c = 0;
 #if W2S_COPY == 512
@@ -96,7 +97,7 @@ struct LaneRows {
   W2S_INLINE void each(const F& f, const G& block) {
     for (int64_t c = 0; c < C;) {
       for (const int64_t end = std::min(c + 16, C); c < end; ++c) {
-        __builtin_prefetch(ahead + c * line);
+        __builtin_prefetch(ahead + c * line), __builtin_prefetch(further + c * line, 0, 2);
         f(V::load(z() + c * W), z() + c * W);
       }
       block();

@@ -113,9 +113,12 @@ struct Powers {  // e^{z j}, [T + 1, M] each
   int64_t M;
 };
 
-// numbers below the smallest normal one would cost a hundred times their arithmetic
+// numbers below the smallest normal one would cost a hundred times their arithmetic. By bits: of a comparison of doubles GCC
+// makes a jump, which keeps loops of this from being vectors
 template <class A>
 W2S_INLINE A normal(double x) {
-  const double kept = std::abs(x) < double(std::numeric_limits<A>::min()) ? 0.0 : x;  // a choice of doubles: loops of it are vectors
-  return A(kept);
+  constexpr uint64_t least = __builtin_bit_cast(uint64_t, double(std::numeric_limits<A>::min()));
+  const uint64_t bits = __builtin_bit_cast(uint64_t, x);
+  const uint64_t keep = -uint64_t((bits & 0x7fffffffffffffff) >= least);
+  return A(__builtin_bit_cast(double, bits & keep));
 }

@@ -33,10 +33,15 @@ class FusedMissLinear(PeftMissLinear):  # type: ignore[misc]
             own: Tensor = super().forward(x, *args, **kwargs)
             return own
         weight = self.base_layer.weight
-        for name in self.active_adapters:
-            if name in self.miss_block:
-                weight = bat_weight(weight, self.miss_block[name])
+        blocks = [self.miss_block[name] for name in self.active_adapters if name in self.miss_block]
         rows = self._cast_input_dtype(x, weight.dtype)
+        if len(blocks) == 1 and _few_rows(rows, blocks[0]):
+            flat = rows.reshape(-1, rows.shape[-1])
+            update = bat_rows(flat, weight, blocks[0])
+            update = update if self.base_layer.bias is None else update + self.base_layer.bias
+            return update.view(*x.shape[:-1], update.shape[-1]).to(x.dtype)
+        for block in blocks:
+            weight = bat_weight(weight, block)
         return product(rows, weight, self.base_layer.bias).to(x.dtype)
 
     def _reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -60,6 +65,24 @@ def bat_weight(weight: Tensor, block: Tensor) -> Tensor:
     rows = weight.reshape(groups, -1, r)
     made = torch.baddbmm(rows, rows, block).view(groups, r, -1, r)
     return (made + block.unsqueeze(2)).view(weight.shape)
+
+
+def _few_rows(rows: Tensor, block: Tensor) -> bool:
+    """Whether BAT's factors go to the input: 10 N products of the layer's size with gradients, not 6 N + 4 r."""
+    few = rows.numel() // max(1, rows.shape[-1]) <= block.shape[1] // 4
+    return few and rows.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def bat_rows(rows: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+    """``rows bat_weight(weight, block)^T`` without that weight: its block-row p applied to ``x_q + x_q B_p^T``."""
+    groups, r, _ = block.shape
+    count, inside = rows.shape
+    pieces = rows.view(count * (inside // r), r)
+    turned = (pieces @ block.view(groups * r, r).t()).view(count, inside // r, groups, r)
+    moved = turned.permute(2, 0, 1, 3).reshape(groups, count, inside) + rows
+    summed = rows.view(count, inside // r, r).sum(1).expand(groups, count, r)
+    made = torch.baddbmm(summed @ block.transpose(1, 2), moved, weight.view(groups, r, inside).transpose(1, 2))
+    return made.transpose(0, 1).reshape(count, groups * r)
 
 
 #: Rows up to which the gamma goes into the input: ``[N, n, d]`` numbers in the place of a factor's ``[r, n, d]``.
