@@ -41,8 +41,8 @@ CODES = {
     torch.float64: 7, torch.bool: 11, torch.bfloat16: 15, torch.uint16: 27, torch.uint32: 28, torch.uint64: 29,
 }  # fmt: skip
 DTYPES = {code: dtype for dtype, code in CODES.items()}
-#: they write into an argument, for the tests of the dense product alone
-LEFT_OUT = ("product", "product_rates")
+#: they write into an argument: for the tests of the dense product alone, and a step in place beside projected_step
+LEFT_OUT = ("product", "product_rates", "projected_step_")
 
 
 def built() -> Path:
