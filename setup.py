@@ -50,7 +50,10 @@ FLAGS += [f"-ffile-prefix-map={HERE}=."]
 LEVEL, WIDE = ["-O2", "-fpeel-loops", "-fvect-cost-model=dynamic"], ["-O1"]
 # hosts hand rows to kernels and keep only small loops over what a row gives: -O2 takes 1.4 times as long to compile.
 # Not those that are the product: at -O1 the sums of a tile go through memory three times
-PRODUCTS = tuple(f"csrc/cpu/{name}.cpp" for name in ("gemm", "gemm_amx", "gemm_bf16", "kv_compressed_attention/attention_amx"))
+PRODUCTS = (
+    *(f"csrc/cpu/{name}.cpp" for name in ("gemm", "gemm_amx", "gemm_bf16")),
+    "csrc/cpu/kv_compressed_attention/attention_amx.cpp",
+)
 HOST = ["-O1", "-ftree-loop-vectorize", "-fpeel-loops", "-fvect-cost-model=dynamic", "-Wno-maybe-uninitialized"]
 # where another level contracts other products and sums, so that results would differ in their last bit
 EXACT = ["-O3"]

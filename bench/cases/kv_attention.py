@@ -6,13 +6,14 @@ Findings (2 threads of an AMD EPYC, one interleaved run each; ratios peer / ours
 built. - exp in base 2 with log2(e) folded into Q saved two operations a score and was given up: the backward has to
   meet the forward's rounding, which it does where S - max is formed in one base and the maximum and the sum are kept
   apart.
-- bfloat16 on the tile unit (AMX; a Xeon, family 6 model 167, whose library's attention uses it too): the forward is 1.6 of
-  SDPA (1.9 asked). Bound, one thread, 4096 x 1024: 1.44 million products of two tiles at 4.5 ns are 6.5 ms, 4.2 million
-  vectors of scores at 11 operations 6.8. Measured 28 ms: tiles 13, exponentials 10, packing, rows' ends and first touches
-  of the output 5.5: the two units hardly run beside each other, and tiles pay for their loads and stores (6.2 ns a product
-  where nothing else is done, 9 here). Lost: exponentials of 32 queries in turns with the tiles of 32 others, by whole
-  products (29.7 ms) and by steps of 32 (33.3); blocks of 64 and 256 keys (29.9 and 30.9; of 128 28.8); a reference that
-  follows the maximum of every block (33). A subnormal power took a hundred times as long as another.
+- bfloat16 on the tile unit (AMX; a Xeon, family 6 model 167, whose library's attention uses it too): the forward is
+  1.6 of SDPA (1.9 asked). Bound, one thread, 4096 x 1024: 1.44 million products of two tiles at 4.5 ns are 6.5 ms,
+  4.2 million vectors of scores at 11 operations 6.8. Measured 28 ms: tiles 13, exponentials 10, packing, rows' ends
+  and first touches of the output 5.5: the two units hardly run beside each other, and tiles pay for their loads and
+  stores (6.2 ns a product where nothing else is done, 9 here). Lost: exponentials of 32 queries in turns with the
+  tiles of 32 others, by whole products (29.7 ms) and by steps of 32 (33.3); blocks of 64 and 256 keys (29.9 and 30.9;
+  of 128 28.8); a reference that follows the maximum of every block (33). A subnormal power took a hundred times as
+  long as another.
 - kv_compress, forward and backward in float32: page faults of the fresh 56 MB gradient took 12 of 22 ms, and unmapping
   it 4. Every provider pays them: glibc maps more than 32 MiB anew each time. Tried: huge pages (1.5 ms where there are
   any, 20 to 50 where the kernel compacts memory first), populating in advance (9.3 instead of 11 ms, 16 with one
