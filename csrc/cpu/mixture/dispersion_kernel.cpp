@@ -32,16 +32,18 @@ template <class A>
 inline void dispersion_as(const Dispersion& s) {
   using V = Vec<A>;
   A* out = static_cast<A*>(s.out.data);
-  const A even = A(1) / A(s.C), log_classes = A(std::log(double(s.C)));
+  const A even = A(1) / A(s.C);
+  A log_classes[V::W];  // by the logarithm that rows take: uniform ones give 0 exactly
+  V::set(A(s.C)).store(log_classes);
+  log_row(log_classes, V::W);
   each_group<A>(s.n, s.C, [&](LaneRows<A>& rows, LaneRows<A>&, int64_t first, int count) {
     const V top = rows.read(s.logits, first, count);
     const Sums<V> of = moments(rows, top);
     A log_sum[V::W], pair[2][V::W];
     of.sum.store(log_sum);
     log_row(log_sum, V::W);
-    // divisions, not products with inverses: uniform rows give 0 exactly
     ((of.square / (of.sum * of.sum) - V::set(even)) / V::set(1 - even)).store(pair[0]);
-    (V::set(1) - (V::load(log_sum) - of.product / of.sum) / V::set(log_classes)).store(pair[1]);
+    (V::set(1) - (V::load(log_sum) - of.product / of.sum) / V::load(log_classes)).store(pair[1]);
     A* to = out + 2 * first;
     if (count == V::W)
       for (int i = 0; i < V::W; ++i) to[2 * i] = pair[0][i], to[2 * i + 1] = pair[1][i];
