@@ -97,7 +97,8 @@ def test_all_calls_of_a_process_go_one_way(fresh: Path, raced: Any, ratio: float
     way = "plain" if ratio < 1 else "ours"
     assert ways.gives(x) == way and len(races) == 1
     assert ways.of(x) == [way] == ways.of(torch.zeros(3)) and len(races) == 1
-    assert ways.gives(torch.ones(2, 3)) == way and ways.taken.count("ours") > (way == "ours"), "new arguments are looked at"
+    assert ways.gives(torch.ones(2, 3)) == way
+    assert ways.taken.count("ours") > (way == "ours"), "new arguments are looked at"
 
 
 @BUILT

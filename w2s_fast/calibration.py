@@ -3,14 +3,16 @@
 A public function with `or_plain` has a second way: what one writes without it for everyday options, with PyTorch's own
 gradient. Both are timed on the caller's own arguments, once for all calls that look alike, at the first of them: a
 call with its gradient is forward and backward. That call already returns what the faster way does, so that the same
-arguments give the same bits for as long as a process lives, and between processes that share what was found. Calls look alike where options and dtypes are the same and every size
-lies within a fifth. What was found is kept in the user's cache folder for this machine, number of threads and build.
+arguments give the same bits for as long as a process lives, and between processes that share what was found. Calls
+look alike where options and dtypes are the same and every size lies within a fifth. What was found is kept in the
+user's cache folder for this machine, number of threads and build.
 
-Bounds: timing takes at most `SECONDS`, or three calls of each way, two where these are `LONG`; the plain way is not even tried where it would hold
-a tensor beyond a quarter of what the call was given (`ROOM`), so that an op's promise of memory stands.
+Bounds: timing takes at most `SECONDS`, or three calls of each way, two where these are `LONG`; the plain way is not
+even tried where it would hold a tensor beyond a quarter of what the call was given (`ROOM`), so that an op's promise
+of memory stands.
 
-Ours serves: other devices, subclasses of tensors; under torch.compile, torch.export,
-torch.jit.trace, `torch.func`, dispatch modes, autocast, hooks on saved tensors (checkpointing counts what is saved) and
+Ours serves: other devices, subclasses of tensors; under torch.compile, torch.export, torch.jit.trace, `torch.func`,
+dispatch modes, autocast, hooks on saved tensors (checkpointing counts what is saved) and
 `torch.use_deterministic_algorithms(True)`; and where the plain way declines (NotImplemented) or raises, so that errors
 are ours. Of the first call with some arguments ours looks at them, which the plain way does not, whatever is returned.
 
