@@ -148,7 +148,10 @@ def table(report: Report) -> str:
 def conditions(report: Report) -> str:
     """Against whom, and on what: a sentence."""
     others = sorted({row.provider for row in report.rows if row.provider != OURS and row.ratio is not None})
-    runs = ", ".join(sorted({f"{run['commit']} ({tables.hardware(run)})" for run in report.runs}))
+    first: dict[str, dict[str, object]] = {}
+    for run in report.runs:  # pieces of one run differ in their load alone
+        first.setdefault(run["commit"], run)
+    runs = ", ".join(f"{commit} ({tables.hardware(run)})" for commit, run in sorted(first.items()))
     return f"Against {' and '.join(others)}, at {runs}, {report.runs[-1]['threads']} threads."
 
 

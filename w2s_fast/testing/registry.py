@@ -24,6 +24,7 @@ def ops_of(function: Callable[..., Any], seen: set[Any] | None = None) -> dict[s
     if function in seen or not inspect.isfunction(function):
         return found
     seen.add(function)
+    function = inspect.unwrap(function)
     for name in _names(function.__code__):
         value = function.__globals__.get(name)
         if isinstance(value, Op):
