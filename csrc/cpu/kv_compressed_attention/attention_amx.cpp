@@ -3,8 +3,8 @@
 //
 // Both products are two by two tiles. S comes with a query's keys next to each other: after the exponential two vectors
 // of it are one of P in bfloat16, which lies where S did and is the left side of P V as it stands. K and V are packed once
-// a head. Exponentials are of base 2, to 1e-4 of their size: P is rounded to bfloat16, 4e-3 of it. The sum of P is of what
-// was rounded.
+// a head. Exponentials are of base 2, to 2e-7 of their size, and summed before they are rounded to bfloat16: the sums are
+// what the log-sum-exp is made of, which a caller may ask for.
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -107,9 +107,11 @@ W2S_INLINE void tiles(int64_t given, const uint16_t* a, int64_t down, int64_t a_
 W2S_INLINE __m512 power(__m512 y) {
   const __m512 x = _mm512_max_ps(_mm512_set1_ps(-100.0f), y);
   const __m512 r = _mm512_reduce_ps(x, 1);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.07802452f), r, _mm512_set1_ps(0.22606718f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69583352f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.99992522f));
+  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.00187757646f), r, _mm512_set1_ps(0.00898934063f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.0558263175f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.240153611f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.693153083f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.99999994f));
   return _mm512_scalef_ps(p, x);
 }
 
@@ -129,7 +131,6 @@ template <int64_t known>
 void exponentials(Block& x, int64_t given, float factor, int64_t D, int64_t ld) {
   const int64_t n = known ? known : given;
   const __m512 f = _mm512_set1_ps(factor);
-  const __m512bh one = (__m512bh)_mm512_set1_epi16(0x3f80);
   for (int64_t i = 0; i < BLOCK; ++i) {
     float* s = x.s + i * LD;
     __m512 high = _mm512_max_ps(_mm512_load_ps(s), _mm512_load_ps(s + 16));
@@ -140,9 +141,9 @@ void exponentials(Block& x, int64_t given, float factor, int64_t D, int64_t ld) 
 #pragma GCC unroll 4
     for (int64_t j = 0; j < n; j += 32) {
       const __m512 low = power(_mm512_fmadd_ps(_mm512_load_ps(s + j), f, shift));
-      const __m512bh both = _mm512_cvtne2ps_pbh(power(_mm512_fmadd_ps(_mm512_load_ps(s + j + 16), f, shift)), low);
-      sum = _mm512_dpbf16_ps(sum, both, one);
-      _mm512_storeu_si512(reinterpret_cast<uint16_t*>(s) + j, (__m512i)both);
+      const __m512 high = power(_mm512_fmadd_ps(_mm512_load_ps(s + j + 16), f, shift));
+      sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+      _mm512_storeu_si512(reinterpret_cast<uint16_t*>(s) + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
     _mm512_store_ps(x.sums + 16 * i, sum);
   }

@@ -169,9 +169,9 @@ W2S_INLINE void choose(int n, int k, Room<A>& room) {
 // weights of the chosen: what stands there, divided by its sum (and `more`) if `share`
 template <class A>
 W2S_INLINE void take(const A* from, const int32_t* order, int k, bool share, A more, A factor, A* weights) {
-  A sum = more;
-  for (int j = 0; j < k; ++j) sum += weights[j] = from[order[j]];
-  const A scale = share ? A(1) / sum : factor;
+  double sum = double(more);  // one number after another: of many, single precision would lose a digit
+  for (int j = 0; j < k; ++j) sum += double(weights[j] = from[order[j]]);
+  const A scale = share ? A(1 / sum) : factor;
   for (int j = 0; j < k; ++j) weights[j] *= scale;
 }
 
