@@ -2,9 +2,10 @@
 
 On an Intel Xeon (family 6 model 167; two threads, quiet) the plain draw is 2.2 to 2.6 of the compiled inverse CDF (3
 asked), 24 to 26 of multinomial (30), top-p 33 to 36 of the sort (50). Profile of the plain draw, one thread, logits in
-L3: forming z, which waits for its three streams, 65 %, exponentials 35 %; 0.98 ms, 1.62 from memory. Lost: asking for
-the next tile's lines while this one's exponentials run (1.63 and 1.59 against 1.61; dynamic_fusion_weights 7 to 13 %
-slower by asking for the next segment): the fill buffers bound both. Top-p takes as long again for its candidates.
+L3: forming z, which waits for its three streams, 65 %, exponentials 35 %; 0.98 ms, 1.62 from memory. Lost (CPU time,
+beside other work): asking for the next tile's lines while this one's exponentials run (1.59 and 1.68 ms against 1.70
+and 1.63; dynamic_fusion_weights 3.31 and 3.58 against 3.18 and 3.05 by asking for the next segment). Top-p takes as
+long again for its candidates.
 """
 
 from __future__ import annotations
