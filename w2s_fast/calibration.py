@@ -41,7 +41,7 @@ from torch import _C, Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import dispatch, extension, files, probes
+from . import dispatch, extension, files, probes, replay
 from .files import write_text
 from .signature import PLAIN
 
@@ -70,6 +70,7 @@ _transforms_active = _C._are_functorch_transforms_active
 _hooks = _C._autograd._top_saved_tensors_default_hooks
 _function_mode = _C._is_torch_function_mode_enabled
 _dispatch_modes, _traced = _C._len_torch_dispatch_stack, _C._is_tracing
+_profiled = _C._autograd._profiler_enabled
 _autocast, _deterministic = _C._is_any_autocast_enabled, torch.are_deterministic_algorithms_enabled
 
 
@@ -174,29 +175,38 @@ class Routes:
     """The two ways of one public function, and which of them each kind of call takes."""
 
     def __init__(
-        self, function: Callable[..., Any], plain: Callable[..., Any], holds: Callable[..., float] | None
-    ) -> None:
+        self, function: Callable[..., Any], plain: Callable[..., Any], holds: Callable[..., float] | None,
+        replayed: bool,
+    ) -> None:  # fmt: skip
         self.name, self.function, self.plain, self.holds = function.__name__, function, plain, holds
-        #: whether plain PyTorch is taken, by exact arguments
-        self.known: dict[tuple[Any, ...], bool] = {}
+        self.replayed = replayed
+        #: by exact arguments: whether plain PyTorch is taken, or our way without the checks that they passed
+        self.known: dict[tuple[Any, ...], bool | replay.Replay] = {}
 
-    def faster(self, args: tuple[Any, ...], kwargs: dict[str, Any], measure: bool = True) -> bool | None:
-        """Whether plain PyTorch is faster in such a call; None where it was not timed and is not to be."""
+    def faster(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], measure: bool = True, ours: replay.Replay | None = None
+    ) -> bool | None:
+        """Whether plain PyTorch is faster in such a call; None where it was not timed and is not to be. ``ours``: our
+        way, if not the function."""
         kind = kind_of(args, kwargs)
         ratio = table().get(self.name, kind)
         if ratio is None and measure:
-            ratio = self._timed(kind, args, kwargs)
+            ratio = self._timed(kind, ours or self.function, args, kwargs)
         return None if ratio is None else ratio < CLEARLY
 
     def call(self, key: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call whose way is not known yet: ours looks at its arguments, and what later calls give is returned."""
-        found = self.function(*args, **kwargs)
+        short: replay.Replay | None = None
+        if self.replayed and not _graded(args, kwargs):
+            found, short = replay.record(self.function, args, kwargs)
+        else:
+            found = self.function(*args, **kwargs)
         tensors = _tensors(args, kwargs)
-        plain = self.faster(args, kwargs) if tensors and all(t.is_cpu for t in tensors) else None
+        plain = self.faster(args, kwargs, ours=short) if tensors and all(t.is_cpu for t in tensors) else None
         if plain is not None:
             if len(self.known) >= _REMEMBERED:
                 self.known.clear()
-            self.known[key] = plain
+            self.known[key] = plain or short or False
         other = self.by_plain(args, kwargs) if plain else NotImplemented
         return found if other is NotImplemented else other
 
@@ -231,9 +241,11 @@ class Routes:
         given = sum(t.numel() * t.element_size() for t in _tensors(args, kwargs))
         return held <= min(max(ROOM, given / 4), MOST)
 
-    def _timed(self, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    def _timed(
+        self, kind: str, ours: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> float | None:
         """Time of plain PyTorch over ours; None where somebody else is timing, or it must not be done now."""
-        if SETTING != "auto" or extension.ERROR is not None or _C._autograd._profiler_enabled():
+        if SETTING != "auto" or extension.ERROR is not None or _profiled():
             return None
         if not _LOCK.acquire(blocking=False):
             return None
@@ -243,7 +255,7 @@ class Routes:
                 return None
             _RUNNING, state = True, torch.random.get_rng_state()
             try:
-                ratio = self._ratio(args, kwargs) if self.fits(args, kwargs) else math.inf
+                ratio = self._ratio(ours, args, kwargs) if self.fits(args, kwargs) else math.inf
             finally:
                 _RUNNING = False
                 torch.random.set_rng_state(state)
@@ -253,7 +265,7 @@ class Routes:
         finally:
             _LOCK.release()
 
-    def _ratio(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    def _ratio(self, ours: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         given, named = _own(args, kwargs)
         graded = _graded(given, named)
         try:
@@ -261,7 +273,7 @@ class Routes:
                 return math.inf
         except Exception:  # options that the plain way does not have
             return math.inf
-        ways = [_runner(way, given, named, graded) for way in (self.function, self.plain)]
+        ways = [_runner(way, given, named, graded) for way in (ours, self.plain)]
         return race(*ways)
 
 
@@ -317,7 +329,9 @@ def race(ours: Callable[[], Any], plain: Callable[[], Any]) -> float:
     return best[1] / best[0]
 
 
-def or_plain(plain: Callable[..., Any], holds: Callable[..., float] | None = None) -> Callable[[Function], Function]:
+def or_plain(
+    plain: Callable[..., Any], holds: Callable[..., float] | None = None, *, replayed: bool = False
+) -> Callable[[Function], Function]:
     """Give a public function its plain way.
 
     Args:
@@ -325,10 +339,12 @@ def or_plain(plain: Callable[..., Any], holds: Callable[..., float] | None = Non
             It returns what the function returns, with PyTorch's own gradient, or NotImplemented where values want more
             than it does.
         holds: bytes of the largest tensor that it makes, of the same arguments; None: no more than it is given.
+        replayed: the function looks at shapes, dtypes and options alone, never at values, so that a call without a
+            gradient that is like one before may go straight to its kernel (`replay`).
     """
 
     def decorate(function: Function) -> Function:
-        routes = Routes(function, plain, holds)
+        routes = Routes(function, plain, holds, replayed)
         known, exact, by_plain = routes.known, exactly(function), routes.by_plain
         ROUTES[routes.name] = routes
 
@@ -342,8 +358,13 @@ def or_plain(plain: Callable[..., Any], holds: Callable[..., float] | None = Non
             except (Unusual, AttributeError, TypeError):
                 return function(*args, **kwargs)
             if way and alone():
-                found = by_plain(args, kwargs)
-                return function(*args, **kwargs) if found is NotImplemented else found
+                if way is True:
+                    found = by_plain(args, kwargs)
+                    return function(*args, **kwargs) if found is NotImplemented else found
+                if not (_function_mode() or _profiled()) and forward_ad._current_level < 0:
+                    found = way(*args, **kwargs)
+                    if found is not None:
+                        return found
             if dispatch.STATE == "explain":
                 return routes.explained(args, kwargs)
             if way is None and key is not None and alone() and not _function_mode() and forward_ad._current_level < 0:

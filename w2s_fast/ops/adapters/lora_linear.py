@@ -83,7 +83,7 @@ def _eager(
     return y * gain if bias is None else torch.addcmul(bias, y, gain)
 
 
-@or_plain(_eager)
+@or_plain(_eager, replayed=True)
 def lora_linear(
     x: Tensor,
     weight: Tensor,

@@ -16,7 +16,7 @@ def _plain(x: Tensor, shift: Vector, scale: Vector, *, eps: float = 1e-6) -> Any
     return NotImplemented if isinstance(shift, (tuple, list)) else normed(x, shift, scale, eps)
 
 
-@or_plain(_plain)
+@or_plain(_plain, replayed=True)
 def adaln_modulate(
     x: Tensor, shift: Vector, scale: Vector, *, eps: float = 1e-6, out: Tensor | None = None
 ) -> Tensor:

@@ -17,7 +17,7 @@ def _plain(x: Tensor, y: Tensor, gate: Vector | None = None) -> Any:
     return NotImplemented if isinstance(gate, (tuple, list)) else added(x, over_tokens(gate), y)
 
 
-@or_plain(_plain)
+@or_plain(_plain, replayed=True)
 def gate_residual(x: Tensor, y: Tensor, gate: Vector | None = None, *, out: Tensor | None = None) -> Tensor:
     """``x + gate y``: the residual of an attention or an MLP, gated by the conditioning (arXiv 2212.09748).
 

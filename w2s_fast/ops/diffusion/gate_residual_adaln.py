@@ -19,7 +19,7 @@ def _plain(x: Tensor, y: Tensor, gate: Vector | None, shift: Vector, scale: Vect
     return NotImplemented if h is NotImplemented else (x, h)
 
 
-@or_plain(_plain)
+@or_plain(_plain, replayed=True)
 def gate_residual_adaln(
     x: Tensor, y: Tensor, gate: Vector | None, shift: Vector, scale: Vector, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ def _plain(
     return ((m - r).relu(), (m + r).relu()) if act else (m - r, m + r)
 
 
-@or_plain(_plain)
+@or_plain(_plain, replayed=True)
 def interval_affine(
     lower: Tensor,
     upper: Tensor,
@@ -137,7 +137,7 @@ def _plain_stats(x: Tensor) -> Any:
     return mean, variance
 
 
-@or_plain(_plain_stats)
+@or_plain(_plain_stats, replayed=True)
 def interval_batchnorm_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of clean activations, for the batch-norm of a box (arXiv 2103.17268).
 

@@ -104,7 +104,7 @@ def _plain(
     return ((m - r).relu(), (m + r).relu()) if act else (m - r, m + r)
 
 
-@or_plain(_plain)
+@or_plain(_plain, replayed=True)
 def interval_conv2d(
     a: Tensor,
     b: Tensor,

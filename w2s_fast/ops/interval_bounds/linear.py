@@ -84,7 +84,7 @@ def _plain(
     return ((m - r).relu(), (m + r).relu()) if act else (m - r, m + r)
 
 
-@or_plain(_plain)
+@or_plain(_plain, replayed=True)
 def interval_linear(
     a: Tensor,
     b: Tensor,

@@ -70,7 +70,7 @@ def _plain(
     return low, F.linear(middle, w_middle), high
 
 
-@or_plain(_plain)
+@or_plain(_plain, replayed=True)
 def interval_linear_iw(
     x: Triple,
     weight: Triple,

@@ -102,7 +102,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, layou
     return found.transpose(1, 2).contiguous()
 
 
-@or_plain(_plain)
+@or_plain(_plain, replayed=True)
 def compressed_attention(
     q: Tensor,
     k: Tensor,

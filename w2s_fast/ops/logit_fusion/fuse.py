@@ -113,7 +113,7 @@ def fuse_logits(
     return_lse: Literal[True],
     strict_vocab: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
-@or_plain(_plain)
+@or_plain(_plain, replayed=True)
 def fuse_logits(
     base: Tensor,
     experts: Tensor | Sequence[Tensor],

@@ -44,7 +44,7 @@ def _plain(base: Tensor, experts: Any, anti: Any, weights: Any = 1.0) -> Any:
     return z if z is NotImplemented else z.log_softmax(-1)
 
 
-@or_plain(_plain)
+@or_plain(_plain, replayed=True)
 def fused_log_softmax(
     base: Tensor,
     experts: Tensor | Sequence[Tensor],

@@ -1,0 +1,147 @@
+"""A call that was seen before goes straight to its kernel: with the same results, and not where it would differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import w2s_fast
+from w2s_fast import calibration, extension, replay
+from w2s_fast.library import Op
+from w2s_fast.testing.samples import all_samples
+
+pytestmark = pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
+REPLAYED = sorted(name for name, routes in calibration.ROUTES.items() if routes.replayed)
+
+
+@pytest.fixture(autouse=True)
+def ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """As in a user's process in which our kernels are always faster."""
+    monkeypatch.setenv("W2S_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "SETTING", "auto")
+    monkeypatch.setattr(calibration, "race", lambda ours, plain: 2.0)
+    calibration.forget()
+    yield
+    calibration.forget()
+
+
+def replays(name: str) -> list[replay.Replay]:
+    """Those that are known of a function."""
+    return [way for way in calibration.ROUTES[name].known.values() if callable(way)]
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Whether two results have the same bits and layout."""
+    a, b = tree_leaves(found), tree_leaves(expected)
+    return type(found) is type(expected) and len(a) == len(b) and all(
+        x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride()
+        and torch.equal(torch.nan_to_num(x, 7.0), torch.nan_to_num(y, 7.0))
+        for x, y in zip(a, b, strict=True)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_every_sample_gives_the_same_twice_and_with_other_values(name: str):
+    function, inner = getattr(w2s_fast, name), calibration.ROUTES[name].function
+    kept = 0
+    for sample in all_samples():
+        if sample.op != name:
+            continue
+        for dtype in sample.dtypes:
+            for seed in (0, 1, 0):
+                args, kwargs = sample.inputs(dtype, seed=seed)
+                assert same(function(*args, **kwargs), inner(*args, **kwargs)), f"{sample.id}, {dtype}, seed {seed}"
+        kept = max(kept, len(replays(name)))
+    assert kept, "none of its samples has a replay"
+
+
+def fused() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    base, expert, anti = (torch.randn(2, 16, generator=generator) for _ in range(3))
+    w2s_fast.fuse_logits(base, [expert], anti)
+    assert len(replays("fuse_logits")) == 1
+    return base, expert, anti
+
+
+def test_it_is_taken_and_looks_at_nothing_twice(monkeypatch: pytest.MonkeyPatch):
+    base, expert, anti = fused()
+    monkeypatch.setattr(Op, "run", lambda *_: pytest.fail("the op's own way was taken"))
+    torch.testing.assert_close(w2s_fast.fuse_logits(expert, [base], anti), expert + base - anti)
+
+
+def test_tensors_that_are_not_plain_go_the_long_way():
+    base, expert, anti = fused()
+    known = replays("fuse_logits")[0]
+
+    class Mine(Tensor):
+        pass
+
+    apart = torch.zeros(16, 2).t().copy_(base)
+    for odd in (apart, torch._neg_view(base), base.as_subclass(Mine), torch._efficientzerotensor((2, 16))):
+        assert known(odd, [expert], anti) is None and known(base, [odd], anti) is None
+        plain = odd + expert - anti
+        torch.testing.assert_close(w2s_fast.fuse_logits(odd, [expert], anti), plain.as_subclass(type(odd)))
+
+
+def test_one_tensor_twice_is_not_written_down():
+    """Or a later call of two would read the first twice."""
+    x = torch.randn(1, 3, 8)
+    w2s_fast.gate_residual(x, x)
+    assert not replays("gate_residual")
+    y = torch.randn(1, 3, 8)
+    torch.testing.assert_close(w2s_fast.gate_residual(x, y), x + y)
+    torch.testing.assert_close(w2s_fast.gate_residual(y, x[:, :3]), x + y)
+
+
+def test_a_gradient_has_none():
+    base, expert, anti = fused()
+    base.requires_grad_()
+    for _ in range(3):
+        found = w2s_fast.fuse_logits(base, [expert], anti)
+        assert torch.equal(torch.autograd.grad(found.sum(), base)[0], torch.ones_like(base))
+    assert len(replays("fuse_logits")) == 1
+    with torch.no_grad():
+        assert not w2s_fast.fuse_logits(base, [expert], anti).requires_grad
+
+
+def test_who_looks_on_sees_the_op():
+    base, expert, anti = fused()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        w2s_fast.fuse_logits(base, [expert], anti)
+    assert any("w2s_fast::fuse_logits" in event.name for event in seen.events())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(base, torch.ones_like(base))
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            w2s_fast.fuse_logits(dual, [expert], anti)
+    found = torch.func.vmap(lambda x: w2s_fast.fuse_logits(x, [expert[0]], anti[0]))(base)
+    torch.testing.assert_close(found, base + expert[0] - anti[0])
+
+
+def test_an_error_stays_one():
+    base, expert, anti = fused()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="vocab_size"):
+            w2s_fast.fuse_logits(base, [expert[:, :8]], anti, strict_vocab=True)
+        with pytest.raises(TypeError, match="experts"):
+            w2s_fast.fuse_logits(base, [expert.long()], anti)
+
+
+def test_what_is_made_is_new():
+    base, expert, anti = fused()
+    first, second = (w2s_fast.fuse_logits(base, [expert], anti) for _ in range(2))
+    before = second.clone()
+    first.zero_()
+    assert torch.equal(second, before)
+
+
+def test_inputs_are_left_alone():
+    args = fused()
+    copies = tree_map_only(Tensor, torch.clone, args)
+    w2s_fast.fuse_logits(args[0], [args[1]], args[2])
+    assert all(map(torch.equal, args, copies))
