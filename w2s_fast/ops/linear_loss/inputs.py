@@ -198,8 +198,8 @@ def logit_bytes(h: Tensor, head: Tensor) -> float:
 
 
 def wide_logits(h: Tensor, head: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Logits as one writes them in PyTorch: a product in the dtype of the head, the loss in float32."""
-    z = F.linear(h, head, bias)
+    """Logits ``[T, V]`` as one writes them in PyTorch: a product in the dtype of the head, the loss in float32."""
+    z = F.linear(h if h.ndim <= 2 else h.flatten(0, -2), head, bias)  # bfloat16 rows of a matrix take a shorter way
     return z if z.dtype == torch.float64 else z.float()
 
 
