@@ -61,7 +61,7 @@ class Ways:
 
         def plain(x: Tensor, factor: float = 1.0) -> Any:
             self.taken.append("plain")
-            return NotImplemented if factor == 2 else x * factor + 1
+            return NotImplemented if factor == 2 else x * factor * 1.0001
 
         @calibration.or_plain(plain, holds)
         def twice(x: Tensor, factor: float = 1.0, *, more: bool = False) -> Tensor:
@@ -107,6 +107,40 @@ def test_the_slower_way_is_not_taken(fresh: Path, raced: Any):
         races, ways, x = raced(ratio), Ways(), torch.ones(1 + size)
         ways.settle(x)
         assert len(races) == 1 and ways.of(x) == ["ours"]
+
+
+@BUILT
+@pytest.mark.parametrize(
+    "other", [torch.Tensor.double, lambda t: t * 1.01, lambda t: t[None], lambda t: (t,), lambda t: t / 0]
+)
+def test_a_way_that_returns_something_else_is_not_taken(fresh: Path, raced: Any, other: Any):
+    @calibration.or_plain(lambda x: other(x))
+    def same(x: Tensor) -> Tensor:
+        return x * 1
+
+    del calibration.ROUTES["same"]
+    raced(0.5)
+    x = torch.ones(3)
+    for _ in range(3):
+        assert torch.equal(same(x), x)
+
+
+def test_what_agrees():
+    x = torch.tensor([1.0, -2.0, math.inf, math.nan])
+    assert calibration.agree((x, {"a": 1}), (x * (1 + 1e-5), {"a": 1}))
+    for other in (x.bfloat16(), x.nan_to_num(), x + torch.tensor([0.01, 0, 0, 0]), -x):
+        assert not calibration.agree(x, other)
+    assert not calibration.agree({"a": x}, {"b": x}) and not calibration.agree((x, x), (x,))
+    assert calibration.agree(x.bfloat16(), (x * 1.004).bfloat16())
+
+
+@BUILT
+def test_wide_experts_stay_wide(fresh: Path, raced: Any):
+    """The plain way counted in the dtype of the base."""
+    raced(0.5)
+    base, expert = torch.randn(3, 7), torch.randn(3, 7).double()
+    for _ in range(2):
+        assert w2s_fast.fused_log_softmax(base, [expert], base).dtype == torch.float64
 
 
 @BUILT

@@ -9,7 +9,7 @@ user's cache folder for this machine, number of threads and build.
 
 Bounds: timing takes at most `SECONDS`, or three calls of each way, two where these are `LONG`; the plain way is not
 even tried where it would hold a tensor beyond a quarter of what the call was given (`ROOM`), so that an op's promise
-of memory stands.
+of memory stands. And it is not taken where it returned something else than ours (`agree`).
 
 Ours serves: other devices, subclasses of tensors; under torch.compile, torch.export, torch.jit.trace, `torch.func`,
 dispatch modes, autocast, hooks on saved tensors (checkpointing counts what is saved) and
@@ -56,6 +56,8 @@ SECONDS = 0.02
 LONG = 0.1
 #: bytes that the plain way may hold whatever it was given, and the most of all
 ROOM, MOST = 1 << 20, 64 << 20
+#: what the two ways may differ by, as a share of the result's size
+_ROUNDING = {torch.bfloat16: 4e-2, torch.float16: 5e-3}
 #: an integer beyond this is a size, up to it an option
 _OPTION = 16
 #: kinds of calls that are remembered by their exact arguments
@@ -269,12 +271,33 @@ class Routes:
         given, named = _own(args, kwargs)
         graded = _graded(given, named)
         try:
-            if self.plain(*given, **named) is NotImplemented:
-                return math.inf
+            found = self.plain(*given, **named)
         except Exception:  # options that the plain way does not have
+            return math.inf
+        if found is NotImplemented or not agree(ours(*given, **named), found):
             return math.inf
         ways = [_runner(way, given, named, graded) for way in (ours, self.plain)]
         return race(*ways)
+
+
+def agree(ours: Any, plain: Any) -> bool:
+    """Whether the plain way returned what ours does: types, shapes, dtypes, what is finite, values to its rounding."""
+    if isinstance(ours, Tensor):
+        if not isinstance(plain, Tensor) or ours.shape != plain.shape or ours.dtype != plain.dtype:
+            return False
+        with torch.no_grad():
+            a, b = ours.double(), plain.double()
+            known = a.isfinite()
+            odd, other = a[~known].nan_to_num(7.0), b[~known].nan_to_num(7.0)
+            if not torch.equal(known, b.isfinite()) or not torch.equal(odd, other):
+                return False
+            error, size = (a - b)[known].norm(), a[known].norm()
+            return bool(error <= _ROUNDING.get(ours.dtype, 1e-3) * size + 1e-5 * math.sqrt(max(a.numel(), 1)))
+    if isinstance(ours, (list, tuple)):
+        return type(ours) is type(plain) and len(ours) == len(plain) and all(map(agree, ours, plain))
+    if isinstance(ours, dict):
+        return isinstance(plain, dict) and ours.keys() == plain.keys() and all(agree(ours[k], plain[k]) for k in ours)
+    return bool(ours == plain)
 
 
 def _own(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

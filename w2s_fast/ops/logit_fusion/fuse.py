@@ -69,6 +69,8 @@ def plain_fused(base: Tensor, experts: Any, anti: Any, weights: Any) -> Any:
     if len(anti) not in (1, len(experts)) or anti[0].ndim != base.ndim:
         return NotImplemented
     wide = torch.promote_types(base.dtype, torch.float32)
+    if any(torch.promote_types(t.dtype, wide) != wide for t in (*experts, *anti)):
+        return NotImplemented
     z = base if base.dtype == wide else base.to(wide)
     for k, expert in enumerate(experts):
         against = anti[k if len(anti) > 1 else 0]
