@@ -19,6 +19,7 @@ struct Backward {
   std::optional<Tensor> h;
   Need need;
   int64_t N, r, O, I;
+  bool low;
   Output<A> dx, da, db;
   Tensor walked;  // dv in walking order
   double ds = 0;
@@ -26,6 +27,7 @@ struct Backward {
   Backward(const Pattern& s, const Tensor& g, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& values, double scale,
            const std::optional<Tensor>& h, Need need)
       : s(s), g(g), x(x), a(a), b(b), values(values), scale(scale), h(h), need(need), N(x.size(0)), r(a.size(0)), O(s.rows), I(s.columns),
+        low(all_low<A>({dtype_of(g), dtype_of(x), dtype_of(a), dtype_of(b), dtype_of(values)})),
         dx(x, shape(need.x, N, I)), da(a, shape(need.A, r, I)), db(b, shape(need.B, O, r)) {
     walked = torch::stable::new_zeros(x, {need.values ? s.nnz : 0}, scalar_type<A>);
   }
@@ -45,18 +47,18 @@ struct Backward {
     Tensor keep_t, keep_h;
     if (need.x || need.A || need.scale) {
       keep_t = fresh(x, {N, r}, scalar_type<A>);
-      gemm(left, operand(b), Target<A>{static_cast<A*>(keep_t.data_ptr()), r, 1}, A(1), false);
+      product(left, operand(b), Target<A>{static_cast<A*>(keep_t.data_ptr()), r, 1}, 1, false, low);
     }
     if (need.B || need.scale) {
       if (h) keep_h = *h;
       else {
         keep_h = fresh(x, {N, r}, scalar_type<A>);
-        gemm(right, operand(a).t(), Target<A>{static_cast<A*>(keep_h.data_ptr()), r, 1}, A(1), false);
+        product(right, operand(a).t(), Target<A>{static_cast<A*>(keep_h.data_ptr()), r, 1}, 1, false, low);
       }
     }
-    if (need.x) gemm(operand(keep_t), operand(a), Target<A>{dx.sums, I, 1}, A(scale), false);
-    if (need.A) gemm(operand(keep_t).t(), right, Target<A>{da.sums, I, 1}, A(scale), false);
-    if (need.B) gemm(left.t(), operand(keep_h), Target<A>{db.sums, r, 1}, A(scale), false);
+    if (need.x) product(operand(keep_t), operand(a), Target<A>{dx.sums, I, 1}, scale, false, low);
+    if (need.A) product(operand(keep_t).t(), right, Target<A>{da.sums, I, 1}, scale, false, low);
+    if (need.B) product(left.t(), operand(keep_h), Target<A>{db.sums, r, 1}, scale, false, low);
     if (need.scale) ds = dot(static_cast<A*>(keep_t.data_ptr()), static_cast<A*>(keep_h.data_ptr()), N * r);
     if (s.nnz && (need.x || need.values))
       multiply_back<A>(s, left, right, v.data, need.x ? dx.sums : nullptr, I, true, dv());
@@ -69,7 +71,7 @@ struct Backward {
     const int64_t panel = std::min(TILE, O);
     Tensor keep = fresh(x, {std::max<int64_t>(panel * I, 1)}, scalar_type<A>);
     A* w = static_cast<A*>(keep.data_ptr());
-    const Operand left = operand(g), right = operand(x), low = operand(a), high = operand(b);
+    const Operand left = operand(g), right = operand(x), inner = operand(a), high = operand(b);
     std::vector<A> through(size_t(panel * r));
     if (need.x) std::fill(dx.sums, dx.sums + N * I, A(0));
     if (need.A) std::fill(da.sums, da.sums + r * I, A(0));
@@ -80,15 +82,15 @@ struct Backward {
       own.columns = count;
       const Operand made{w, own_dtype<A>, count, I, I, 1};
       if (need.x) {
-        form_rows<A>(s, low, high, scale, values, row, count, w);
-        gemm(own, made, Target<A>{dx.sums, I, 1}, A(1), true);
+        form_rows<A>(s, inner, high, scale, values, row, count, w);
+        product(own, made, Target<A>{dx.sums, I, 1}, 1, true, low);
       }
       if (!(need.A || need.B || need.values || need.scale)) continue;
-      gemm(own.t(), right, Target<A>{w, I, 1}, A(1), false);
+      product(own.t(), right, Target<A>{w, I, 1}, 1, false, low);
       if (need.values) pick(row, count, w);
-      if (need.A) gemm(high.part(row, count).t(), made, Target<A>{da.sums, I, 1}, A(scale), true);
+      if (need.A) product(high.part(row, count).t(), made, Target<A>{da.sums, I, 1}, scale, true, low);
       if (!(need.B || need.scale)) continue;
-      gemm(made, low.t(), Target<A>{through.data(), r, 1}, A(1), false);
+      product(made, inner.t(), Target<A>{through.data(), r, 1}, 1, false, low);
       finish_b(row, count, through.data());
     }
   }

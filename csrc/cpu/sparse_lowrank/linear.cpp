@@ -24,9 +24,10 @@ template <class A>
 void factored(const Pattern& s, const Operand& x, const Operand& a, const Operand& b, double scale, const A* values,
               const std::vector<A>& bias, A* h, A* y) {
   const int64_t r = a.rows, O = s.rows;
-  gemm(x, a.t(), Target<A>{h, r, 1}, A(1), false);
+  const bool low = all_low<A>({x.dtype, a.dtype, b.dtype});
+  product(x, a.t(), Target<A>{h, r, 1}, 1, false, low);
   const Operand left{h, own_dtype<A>, x.rows, r, r, 1};
-  gemm(left, b.t(), Target<A>{y, O, 1}, A(scale), false);
+  product(left, b.t(), Target<A>{y, O, 1}, scale, false, low);
   if (s.nnz) return multiply<A>(s, x, values, bias.empty() ? nullptr : bias.data(), y, O, true);
   add_bias(bias, x.rows, y);
 }
@@ -35,6 +36,7 @@ template <class A>
 Tensor materialized(const Pattern& s, const Tensor& x, const Operand& a, const Operand& b, double scale, const Tensor& values,
                     const std::vector<A>& bias) {
   const int64_t N = x.size(0), panel = std::min(TILE, s.rows);
+  const bool low = all_low<A>({dtype_of(x), a.dtype, b.dtype, dtype_of(values)});
   Output<A> y(x, {N, s.rows});
   Tensor keep = fresh(x, {std::max<int64_t>(panel * s.columns, 1)}, scalar_type<A>);
   A* w = static_cast<A*>(keep.data_ptr());
@@ -42,7 +44,7 @@ Tensor materialized(const Pattern& s, const Tensor& x, const Operand& a, const O
     const int64_t count = std::min(panel, s.rows - row);
     form_rows<A>(s, a, b, scale, values, row, count, w);
     const Operand right{w, own_dtype<A>, s.columns, count, 1, s.columns};
-    gemm(operand(x), right, Target<A>{y.sums + row, s.rows, 1}, A(1), false);
+    product(operand(x), right, Target<A>{y.sums + row, s.rows, 1}, 1, false, low);
   }
   add_bias(bias, N, y.sums);
   y.store();

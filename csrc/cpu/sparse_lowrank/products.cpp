@@ -6,6 +6,11 @@
 // own. Floor: 2 N K FLOPs a product; limits on the way are the loads of xT from L1 (one a multiply-add) and the turning.
 #include "cpu/sparse_lowrank/products.h"
 
+#include <memory>
+
+#include "cpu/convert.h"
+#include "cpu/parallel.h"
+
 namespace w2s::sparse {
 
 namespace {
@@ -138,9 +143,49 @@ void multiply_back(const Pattern& s, const Operand& g, const Operand& x, const A
   });
 }
 
+// A matrix in bfloat16: where it lies, or rounded, with a factor of it.
+struct Low {
+  Operand x;
+  std::unique_ptr<uint16_t[]> memory;
+  Low(const Operand& from, double& scale) : x(from) {
+    if (from.dtype == Dtype::bf16) return;
+    memory.reset(new uint16_t[size_t(from.rows * from.columns)]);
+    const float* numbers = static_cast<const float*>(from.data);
+    const int64_t count = from.rows * from.columns;
+    const float factor = float(scale);
+    parallel_ranges(count, 1 << 14, [&](int64_t begin, int64_t end) {
+      kernels<ConvertKernels, float>().narrow_scaled(numbers + begin, end - begin, factor, Dtype::bf16, memory.get() + begin);
+    });
+    scale = 1, x.data = memory.get(), x.dtype = Dtype::bf16;
+  }
+};
+
+// Whether all elements lie in one piece, in either order.
+bool dense(const Operand& x) {
+  return (x.across == 1 && (x.down == x.columns || x.rows == 1)) || (x.down == 1 && (x.across == x.rows || x.columns == 1));
+}
+
+template <class A>
+void product(const Operand& a, const Operand& b, Target<A> c, double scale, bool add, bool low) {
+  if constexpr (sizeof(A) == 4) {
+    const auto fits = [](const Operand& x) { return x.dtype == Dtype::bf16 || (x.dtype == Dtype::f32 && dense(x)); };
+    const bool summed = a.dtype != Dtype::bf16 || b.dtype != Dtype::bf16;  // one that takes the factor as it is rounded
+    if (low && fits(a) && fits(b) && (summed || scale == 1 || !add) && a.rows && a.columns && b.columns) {
+      const Low left(a, scale), right(b, scale);
+      gemm_bf16(left.x, right.x, c, add);
+      if (scale == 1) return;
+      parallel_items(a.rows, 16, [&](int64_t i) {
+        for (int64_t j = 0; j < b.columns; ++j) c.data[i * c.down + j * c.across] *= float(scale);
+      });
+      return;
+    }
+  }
+  gemm(a, b, c, A(scale), add);
+}
+
 template <class A>
 void form_rows(const Pattern& s, const Operand& a, const Operand& b, double scale, const Tensor& values, int64_t row, int64_t count, A* w) {
-  gemm(b.part(row, count), a, Target<A>{w, s.columns, 1}, A(scale), false);
+  product(b.part(row, count), a, Target<A>{w, s.columns, 1}, scale, false, all_low<A>({a.dtype, b.dtype}));
   const Dtype dtype = dtype_of(values);
   const void* p = values.data_ptr();
   parallel_items(count, 16, [&](int64_t i) {
@@ -153,6 +198,7 @@ void form_rows(const Pattern& s, const Operand& a, const Operand& b, double scal
   template void multiply<A>(const Pattern&, const Operand&, const A*, const A*, A*, int64_t, bool);                              \
   template void multiply_back<A>(const Pattern&, const Operand&, const Operand&, const A*, A*, int64_t, bool, A*);               \
   template void store_values<A>(const Pattern&, const A*, const Tensor&);                                                         \
+  template void product<A>(const Operand&, const Operand&, Target<A>, double, bool, bool);                                         \
   template void form_rows<A>(const Pattern&, const Operand&, const Operand&, double, const Tensor&, int64_t, int64_t, A*);
 W2S_INSTANTIATE(float)
 W2S_INSTANTIATE(double)

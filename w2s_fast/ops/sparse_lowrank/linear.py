@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ... import autocast, checks
+from ... import autocast, checks, probes
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.sparse_lowrank import linear as reference
@@ -97,13 +98,29 @@ def _factors(op: str, A: Any, B: Any, values: Any, support: Any, scale: Any) -> 
     return support.arguments(op), None, checks.number(op, "scale", scale)
 
 
+#: of the sparse kernels on a CPU, as a share of the dense product's in float32
+SPARSE_RATE = 0.3
+
+
+@functools.cache
+def _sparse_rate(dtype: torch.dtype) -> float:
+    """The same beside the dense product of ``dtype``, which a CPU's own bfloat16 instructions make faster: twice with
+    dots, six times with tiles (and W's passes in float32)."""
+    if dtype != torch.bfloat16 or not probes.available():
+        return SPARSE_RATE
+    features = probes.cpu_features()
+    return SPARSE_RATE / (6 if features.get("amx_bf16") else 2 if features.get("avx512bf16") else 1)
+
+
 def materializes(
-    mode: str, device: str, n: int | torch.SymInt, rows: int, columns: int, rank: int, nnz: int, half: bool = True
-) -> bool:
+    mode: str, device: str, n: int | torch.SymInt, rows: int, columns: int, rank: int, nnz: int, half: bool = True,
+    rate: float = SPARSE_RATE,
+) -> bool:  # fmt: skip
     """Whether W is formed: what ``mode`` says, and for ``"auto"`` what costs less.
 
     In units of one dense product 2 n O I, forward: materialize 1 + r / n, factored r (I + O) / (O I) + density / e,
-    with e the rate of the sparse kernels over that of the dense product: 0.3 on a CPU. On a GPU see `_gpu_rows`. For a
+    with e, ``rate``, the rate of the sparse kernels over that of the dense product: on a CPU 0.3 in float32, less where
+    it multiplies bfloat16 (`_sparse_rate`). On a GPU see `_gpu_rows`. For a
     number of rows that a graph leaves open (torch.export with a dynamic batch) it is what many rows want.
     """
     if mode != "auto":
@@ -112,7 +129,7 @@ def materializes(
         least = _gpu_rows(rows, columns, rank, nnz, half) if rank else None
     else:
         size = max(rows * columns, 1)
-        gain = rank * (rows + columns) / size + nnz / size / 0.3 - 1
+        gain = rank * (rows + columns) / size + nnz / size / rate - 1
         least = max(FEW + 1, math.floor(rank / gain) + 1) if gain > 0 else None
     if least is None:
         return False
@@ -205,7 +222,7 @@ def sparse_lowrank_linear(
     flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), given.columns)
     dense = materializes(
         mode, kind, flat.shape[0], given.rows, given.columns, A.shape[0], values.shape[0],
-        x.element_size() == 2,
+        x.element_size() == 2, _sparse_rate(x.dtype) if kind == "cpu" else SPARSE_RATE,
     )  # fmt: skip
     if kind == "cpu" and not torch.is_grad_enabled():
         few = flat.shape[0] <= DECODE
