@@ -36,11 +36,11 @@ def _moments(x, stride, top, row, live, classes, ROWS: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def _dispersion_kernel(x, stride, rows, classes, log_classes, o_out, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _dispersion_kernel(x, stride, rows, classes, o_out, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, live = program_rows(rows, ROWS)
     top = largest(x, None, stride, 0, None, row, live, classes, ROWS, BLOCK)
     total, square, mean = _moments(x, stride, top, row, live, classes, ROWS, BLOCK)
-    even = 1.0 / classes
+    even, log_classes = 1.0 / classes, tl.log(classes.to(tl.float32))  # a uniform row's own log, or it would not give 0
     tl.store(o_out + 2 * row, (square / total - even) / (1.0 - even), mask=live)
     tl.store(o_out + 2 * row + 1, 1.0 - (tl.log(total) - mean) / log_classes, mask=live)
 
@@ -68,8 +68,8 @@ def launch_dispersion(logits: Any) -> Any:
     """Arguments of `dispersion` -> the result."""
     rows, classes = logits.shape
     out, tile = logits.new_empty((rows, 2), dtype=dtype(logits, "float32")), tile_of(classes)
-    launch(_dispersion_kernel, cdiv(rows, tile["ROWS"]), logits, logits, logits.stride(0), rows, classes,
-           math.log(classes), out, **tile)  # fmt: skip
+    launch(_dispersion_kernel, cdiv(rows, tile["ROWS"]), logits, logits, logits.stride(0), rows, classes, out,
+           **tile)  # fmt: skip
     return out
 
 

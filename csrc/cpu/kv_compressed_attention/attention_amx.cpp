@@ -131,17 +131,19 @@ template <int64_t known>
 void exponentials(Block& x, int64_t given, float factor, int64_t D, int64_t ld) {
   const int64_t n = known ? known : given;
   const __m512 f = _mm512_set1_ps(factor);
+  // subtracted first: the largest score gives exactly 1, of scores of any size, and the backward's powers are these
+  const auto above = [&](const float* at, __m512 top) { return _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(at), top), f); };
   for (int64_t i = 0; i < BLOCK; ++i) {
     float* s = x.s + i * LD;
     __m512 high = _mm512_max_ps(_mm512_load_ps(s), _mm512_load_ps(s + 16));
     for (int64_t j = 32; j < n; j += 32) high = _mm512_max_ps(high, _mm512_max_ps(_mm512_load_ps(s + j), _mm512_load_ps(s + j + 16)));
     if (_mm512_cmp_ps_mask(high, _mm512_set1_ps(x.limit[i]), _CMP_GT_OQ)) move_reference(x, i, high, factor, D, ld);
-    const __m512 shift = _mm512_set1_ps(-x.top[i] * factor);
+    const __m512 top = _mm512_set1_ps(x.top[i]);
     __m512 sum = _mm512_load_ps(x.sums + 16 * i);
 #pragma GCC unroll 4
     for (int64_t j = 0; j < n; j += 32) {
-      const __m512 low = power(_mm512_fmadd_ps(_mm512_load_ps(s + j), f, shift));
-      const __m512 high = power(_mm512_fmadd_ps(_mm512_load_ps(s + j + 16), f, shift));
+      const __m512 low = power(above(s + j, top));
+      const __m512 high = power(above(s + j + 16, top));
       sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
       _mm512_storeu_si512(reinterpret_cast<uint16_t*>(s) + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }

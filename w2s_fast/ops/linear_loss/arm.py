@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
-from ... import checks
+from ... import checks, transforms
 from ...calibration import or_plain
 from .inputs import linear, logit_bytes, targets, wide_logits
 from .logprobs import logprobs
@@ -39,7 +39,7 @@ def _loss(
     if chosen.dtype != torch.float32 or rejected.dtype != torch.float32:
         wide = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
         chosen, rejected = chosen.to(wide), rejected.to(wide)
-    if chosen.requires_grad or rejected.requires_grad:
+    if chosen.requires_grad or rejected.requires_grad or transforms.active():
         better, worse = chosen.detach() * beta, rejected.detach() * beta
         u = (rejected - chosen) * beta
     else:
