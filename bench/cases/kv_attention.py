@@ -9,7 +9,8 @@ built. - exp in base 2 with log2(e) folded into Q saved two operations a score a
 - bfloat16 on the tile unit (AMX; a Xeon, family 6 model 167, whose library's attention uses it too): the forward is
   1.36 of SDPA (1.9 asked); with powers to 1e-4, summed as they are rounded, it was 1.6, and the log-sum-exp that
   callers may ask for was off by 1e-3. Of that faster form: bound, one thread, 4096 x 1024: 1.44 million
-  products of two tiles at 4.5 ns are 6.5 ms, 4.2 million vectors of scores at 11 operations 6.8. Measured 28 ms: tiles 13, exponentials 10, packing, rows' ends
+  products of two tiles at 4.5 ns are 6.5 ms, 4.2 million vectors of scores at 11 operations 6.8.
+  Measured 28 ms: tiles 13, exponentials 10, packing, rows' ends
   and first touches of the output 5.5: the two units hardly run beside each other, and tiles pay for their loads and
   stores (6.2 ns a product where nothing else is done, 9 here). Lost: exponentials of 32 queries in turns with the
   tiles of 32 others, by whole products (29.7 ms) and by steps of 32 (33.3); blocks of 64 and 256 keys (29.9 and 30.9;
