@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,24 @@ def test_what_is_made_is_new():
 
 
 def test_inputs_are_left_alone():
-    args = fused()
-    copies = tree_map_only(Tensor, torch.clone, args)
-    w2s_fast.fuse_logits(args[0], [args[1]], args[2])
-    assert all(map(torch.equal, args, copies))
+    base, expert, anti = given = fused()
+    copies = tree_map_only(Tensor, torch.clone, given)
+    w2s_fast.fuse_logits(base, [expert], anti)
+    assert all(map(torch.equal, given, copies))
+
+
+def test_a_function_that_calls_another():
+    """Both are seen for the first time: the layer's record waited for its own end."""
+    x, weight, scale, shift = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3), torch.rand(3), torch.rand(3)
+    found: list[Any] = []
+
+    def call() -> None:
+        options = {"rounding": "sound", "bn_scale": scale, "bn_shift": shift}
+        found.append(w2s_fast.interval_conv2d(x, x + 1, weight, **options))
+
+    for _ in range(2):
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert same(*found) and not replays("interval_conv2d")

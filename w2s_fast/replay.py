@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .library import _CPU, Op
-from .signature import PLAIN
+from .signature import ALONE, PLAIN
 
 Replay = Callable[..., Any]
-_PLAINLY = "type({0}) in PLAIN and {0}.is_cpu and {0}.is_contiguous() and not {0}.is_neg() and {0}.data_ptr() != 0"
-
-
-_LOCK = threading.Lock()
+_PLAINLY = ALONE + " and {0}.is_contiguous()"
+#: one thread records at a time; a function that is recorded may call another that is
+_LOCK = threading.RLock()
 
 
 class _Recorded(NamedTuple):
@@ -37,15 +36,16 @@ class _Recorded(NamedTuple):
 @contextmanager
 def _recording() -> Iterator[list[_Recorded]]:
     """The calls of kernels inside that this thread makes."""
-    me, calls, original = threading.get_ident(), list[_Recorded](), Op.kernel
-
-    def kernel(self: Op, flat: tuple[Any, ...]) -> Any:
-        made = original(self, flat)
-        if threading.get_ident() == me:
-            calls.append(_Recorded(self, flat, made))
-        return made
-
+    me, calls = threading.get_ident(), list[_Recorded]()
     with _LOCK:
+        original = Op.kernel
+
+        def kernel(self: Op, flat: tuple[Any, ...]) -> Any:
+            made = original(self, flat)
+            if threading.get_ident() == me:
+                calls.append(_Recorded(self, flat, made))
+            return made
+
         Op.kernel = kernel  # type: ignore[method-assign]
         try:
             yield calls
@@ -147,6 +147,6 @@ def _written(
     writer.scope["run"] = call.op._on_cpu
     plain = " and ".join(_PLAINLY.format(place) for place in dict.fromkeys(writer.used))
     called = f"run(CPU, {', '.join(map(str, values))})"
-    body = result.replace("r", called, 1) if result == "r" else f"[{result} for r in ({called},)][0]"
+    body = called if result == "r" else f"[{result} for r in ({called},)][0]"
     replay: Replay = eval(f"lambda {writer.head()}: {body} if {plain} else None", writer.scope)
     return replay

@@ -110,7 +110,7 @@ class Signature:
         """A function of the flat arguments: whether all tensors are plain ones on a CPU, nobody's subclasses or views
         that still have to be negated, nor zeros without memory, so that PyTorch's dispatcher can only find the CPU's
         kernel. RuntimeError where one has no memory of its own, as `torch.func` wraps them."""
-        one = "(type({0}) in PLAIN and {0}.is_cpu and not {0}.is_neg() and {0}.data_ptr() != 0)"
+        one = f"({ALONE})"
         every = f"not [t for t in {{0}} if not {one.format('t')}]"
         return self._every(one, f"({{0}} is None or {one})", every, " and ")
 
@@ -122,6 +122,8 @@ class Signature:
 
 #: The types of tensors that are no one's own.
 PLAIN = frozenset((Tensor, Parameter))
+#: Whether a tensor ``{0}`` is a plain one on a CPU, as `Signature.alone` says; for code with PLAIN and type in scope.
+ALONE = "type({0}) in PLAIN and {0}.is_cpu and not {0}.is_neg() and {0}.data_ptr() != 0"
 
 
 def _argument(name: str, hint: str) -> Argument:

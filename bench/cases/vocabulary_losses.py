@@ -119,8 +119,8 @@ def _ce(
         # than its three products: their time is 0.85 of ours at V 32k and T 16 or 128, 0.90 at V 8k and T 1024, 0.44
         # to 0.59 at V 2k. The unit does 3.8 TFLOP/s from registers, 2.7 on operands from L2, but 0.45 on those from
         # L3, which is where float32 tiles of up to 8 MiB lie, probably the bound at large V. Of the kernels' time at
-        # V 2k, T 128 half is the product's blocks, a sixth packing and a sixth narrowing dW; Python takes as long as
-        # they do. Not tried: tiles that stay in L2, h packed once a call, dW narrowed as its blocks are stored.
+        # V 2k, T 128 half is the product's blocks, a sixth packing and a sixth narrowing dW.
+        # Not tried: tiles that stay in L2, h packed once a call, dW narrowed as its blocks are stored.
         prediction="three products over the rows that count at our product's rate (AVX-512, where torch.mm runs AVX2 "
         "code on AMD: half of three torch.mm), a sixth more where T > D, as dW's memory keeps the logits of D rows, "
         "and a tenth of row work; eager adds passes over [T, V] to torch.mm's products: twice as fast",

@@ -83,7 +83,7 @@ struct Contrast {
 
   explicit Contrast(const ContrastiveCall& call)
       : call(call), memory{call.x, {}}, x(matrix(call.x)), y(call.y ? matrix(*call.y) : x), M(x.rows), N(y.rows), D(x.columns),
-        self(!call.y), dots(by_dots<A>(x.dtype, y.dtype)), rows(M),
+        self(!call.y), dots(by_dots<A>({x.dtype, y.dtype})), rows(M),
         columns(N), own(size_t(M)), positives(size_t(M)), dx(memory, call.x, call.need_x, rows),
         dy(memory, call.y ? *call.y : call.x, call.need_y && call.y, columns) {
     ld = round_up(columns.size, 16);

@@ -30,7 +30,7 @@ struct Head {
       : V(vocab), D(hidden.size(1)), M(int64_t(index.size())) {
     W = matrix(head).part(0, V);
     const Rows from(hidden);
-    if (by_dots<A>(W.dtype, from.dtype)) {
+    if (by_dots<A>({W.dtype, from.dtype})) {
       uint16_t* to = reinterpret_cast<uint16_t*>(memory.get<float>((M * D + 1) / 2));
       parallel_items(M, 16, [&](int64_t m) { std::memcpy(to + m * D, from.at(index[size_t(m)], 0), size_t(D) * 2); });
       h16 = to;

@@ -27,7 +27,7 @@ struct Backward {
   Backward(const Pattern& s, const Tensor& g, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& values, double scale,
            const std::optional<Tensor>& h, Need need)
       : s(s), g(g), x(x), a(a), b(b), values(values), scale(scale), h(h), need(need), N(x.size(0)), r(a.size(0)), O(s.rows), I(s.columns),
-        low(all_low<A>({dtype_of(g), dtype_of(x), dtype_of(a), dtype_of(b), dtype_of(values)})),
+        low(by_dots<A>({dtype_of(g), dtype_of(x), dtype_of(a), dtype_of(b), dtype_of(values)})),
         dx(x, shape(need.x, N, I)), da(a, shape(need.A, r, I)), db(b, shape(need.B, O, r)) {
     walked = torch::stable::new_zeros(x, {need.values ? s.nnz : 0}, scalar_type<A>);
   }

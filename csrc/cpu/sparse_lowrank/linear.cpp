@@ -24,7 +24,7 @@ template <class A>
 void factored(const Pattern& s, const Operand& x, const Operand& a, const Operand& b, double scale, const A* values,
               const std::vector<A>& bias, A* h, A* y) {
   const int64_t r = a.rows, O = s.rows;
-  const bool low = all_low<A>({x.dtype, a.dtype, b.dtype});
+  const bool low = by_dots<A>({x.dtype, a.dtype, b.dtype});
   product(x, a.t(), Target<A>{h, r, 1}, 1, false, low);
   const Operand left{h, own_dtype<A>, x.rows, r, r, 1};
   product(left, b.t(), Target<A>{y, O, 1}, scale, false, low);
@@ -36,7 +36,7 @@ template <class A>
 Tensor materialized(const Pattern& s, const Tensor& x, const Operand& a, const Operand& b, double scale, const Tensor& values,
                     const std::vector<A>& bias) {
   const int64_t N = x.size(0), panel = std::min(TILE, s.rows);
-  const bool low = all_low<A>({dtype_of(x), a.dtype, b.dtype, dtype_of(values)});
+  const bool low = by_dots<A>({dtype_of(x), a.dtype, b.dtype, dtype_of(values)});
   Output<A> y(x, {N, s.rows});
   Tensor keep = fresh(x, {std::max<int64_t>(panel * s.columns, 1)}, scalar_type<A>);
   A* w = static_cast<A*>(keep.data_ptr());

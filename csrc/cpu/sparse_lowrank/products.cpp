@@ -185,7 +185,7 @@ void product(const Operand& a, const Operand& b, Target<A> c, double scale, bool
 
 template <class A>
 void form_rows(const Pattern& s, const Operand& a, const Operand& b, double scale, const Tensor& values, int64_t row, int64_t count, A* w) {
-  product(b.part(row, count), a, Target<A>{w, s.columns, 1}, scale, false, all_low<A>({a.dtype, b.dtype}));
+  product(b.part(row, count), a, Target<A>{w, s.columns, 1}, scale, false, by_dots<A>({a.dtype, b.dtype}));
   const Dtype dtype = dtype_of(values);
   const void* p = values.data_ptr();
   parallel_items(count, 16, [&](int64_t i) {

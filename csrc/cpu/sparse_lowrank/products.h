@@ -1,10 +1,7 @@
 // Sparse products on plain matrices of A (float or double), for the ops of the family.
 #pragma once
 
-#include <algorithm>
-#include <initializer_list>
-
-#include "cpu/gemm.h"
+#include "cpu/products.h"
 #include "cpu/sparse_lowrank/support.h"
 
 namespace w2s::sparse {
@@ -29,15 +26,10 @@ void multiply_back(const Pattern& s, const Operand& g, const Operand& x, const A
 template <class A>
 void store_values(const Pattern& s, const A* walked, const Tensor& out);
 
-// c (+)= scale a b. `low`: everything that was given is bfloat16 and the machine multiplies that; then what was summed on
+// c (+)= scale a b. `low`: `by_dots` of everything that was given; then what was summed on
 // the way is rounded to it first, as it is in PyTorch.
 template <class A>
 void product(const Operand& a, const Operand& b, Target<A> c, double scale, bool add, bool low);
-
-template <class A>
-inline bool all_low(std::initializer_list<Dtype> given) {
-  return sizeof(A) == 4 && has_bf16_dot() && std::all_of(given.begin(), given.end(), [](Dtype d) { return d == Dtype::bf16; });
-}
 
 // Rows [row, row + count) of W = scale B A + S into w [count, I]; the sparse values join while the panel is in cache.
 template <class A>
