@@ -53,6 +53,8 @@ void* scratch(int slot, int64_t bytes) {
 namespace {
 
 constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;
+constexpr int64_t SHALLOW = 128, NEAR = 1 << 18;  // a depth at which writing c is what takes time: along its rows then, beside bytes of
+                                                  // packed b that stay in L2
 constexpr int64_t DOTS = 8;  // rows of the shorter side
 constexpr int64_t READ_ONCE = 4, LINE = 64;  // rows whose product waits for memory; bytes that come at a time
 
@@ -93,9 +95,11 @@ struct Product {
     const int64_t cuts = pieces(K, DEPTH), depth0 = pieces(K, cuts);
     const int64_t per_block = std::max<int64_t>(1, ROWS / height);
     const int64_t blocks = std::min(tiles, pieces(pieces(tiles, per_block), workers) * workers);
-    A* right = scratch_of<A>(0, depth0 * std::min(pieces(N, width) * width, COLUMNS) + 64);
-    for (int64_t j0 = 0; j0 < N; j0 += COLUMNS) {
-      const int64_t columns = std::min(COLUMNS, N - j0), panels = pieces(columns, width);
+    const bool along = K <= SHALLOW;
+    const int64_t wide = along ? std::clamp(NEAR / int64_t(sizeof(A)) / K / width * width, int64_t(width), COLUMNS) : COLUMNS;
+    A* right = scratch_of<A>(0, depth0 * std::min(pieces(N, width) * width, wide) + 64);
+    for (int64_t j0 = 0; j0 < N; j0 += wide) {
+      const int64_t columns = std::min(wide, N - j0), panels = pieces(columns, width);
       // with few row blocks the columns are shared out as well
       const int64_t groups = blocks >= workers ? 1 : std::min(panels, pieces(workers, blocks));
       for (int64_t k0 = 0; k0 < K; k0 += depth0) {
@@ -108,11 +112,15 @@ struct Product {
           const int64_t p0 = group * panels / groups, p1 = (group + 1) * panels / groups;
           A* left = scratch_of<A>(1, (t1 - t0) * height * depth + 64);
           pack_rows(t0 * height, t1 - t0, height, k0, depth, left);
-          for (int64_t p = p0; p < p1; ++p)
-            for (int64_t t = t0; t < t1; ++t)
-              W2S_DISPATCH_AS(A, run_tile<A>)(height, depth, left + (t - t0) * height * depth, height, 1, right + p * width * depth,
-                                        width, std::min<int64_t>(height, M - t * height),
-                                        std::min<int64_t>(width, columns - p * width), out(t * height, j0 + p * width), alpha, adds);
+          const auto one = [&](int64_t t, int64_t p) {
+            W2S_DISPATCH_AS(A, run_tile<A>)(height, depth, left + (t - t0) * height * depth, height, 1, right + p * width * depth, width,
+                                            std::min<int64_t>(height, M - t * height), std::min<int64_t>(width, columns - p * width),
+                                            out(t * height, j0 + p * width), alpha, adds);
+          };
+          for (int64_t t = t0; along && t < t1; ++t)
+            for (int64_t p = p0; p < p1; ++p) one(t, p);
+          for (int64_t p = p0; !along && p < p1; ++p)
+            for (int64_t t = t0; t < t1; ++t) one(t, p);
         });
       }
     }

@@ -38,6 +38,7 @@ constexpr int64_t DOTS = 8;                                 // rows for which su
 constexpr int64_t SOME = 256;                               // rows for which no more than they are packed
 constexpr int64_t VECTOR = 16, FEW_COLUMNS = 128;           // between them by tiles that read the other operand where it lies,
 constexpr int64_t SHALLOW = 256;                            // and up to SOME columns of such a depth
+constexpr int64_t ALONG = 256, NEAR = 1 << 18;             // a depth at which it is c that takes time; bytes of b in L2
 constexpr int IN_PLACE = 12;                                // rows of such a tile
 
 W2S_TARGET_BEGIN(W2S_DOT)
@@ -363,9 +364,11 @@ void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
   const int64_t tiles = pieces(M, height), workers = threads();
   const int64_t cuts = pieces(K, 2 * DEPTH), depth0 = 2 * pieces(pieces(K, cuts), 2);  // even
   const int64_t blocks = std::min(tiles, pieces(pieces(tiles, std::max<int64_t>(1, ROWS / height)), workers) * workers);
-  uint32_t* right = scratch_of<uint32_t>(0, depth0 / 2 * std::min(pieces(N, WIDTH) * WIDTH, COLUMNS) + 64);
-  for (int64_t j0 = 0; j0 < N; j0 += COLUMNS) {
-    const int64_t columns = std::min(COLUMNS, N - j0), panels = pieces(columns, WIDTH);
+  const bool along = K <= ALONG;  // what takes time is writing c: along its rows then
+  const int64_t most = along ? std::clamp(NEAR / 2 / K / WIDTH * WIDTH, int64_t(WIDTH), COLUMNS) : COLUMNS;
+  uint32_t* right = scratch_of<uint32_t>(0, depth0 / 2 * std::min(pieces(N, WIDTH) * WIDTH, most) + 64);
+  for (int64_t j0 = 0; j0 < N; j0 += most) {
+    const int64_t columns = std::min(most, N - j0), panels = pieces(columns, WIDTH);
     for (int64_t k0 = 0; k0 < K; k0 += depth0) {
       const int64_t depth = std::min(depth0, K - k0), words = pieces(depth, 2);
       parallel_items(panels, 1, [&](int64_t p) {
@@ -379,16 +382,19 @@ void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
         for (int64_t t = packed; t < t1; ++t)
           pack_words(at(a, t * height, k0), a.across, a.down, depth, std::min<int64_t>(height, M - t * height), height,
                      left + (t - t0) * height * words);
-        for (int64_t p = 0; p < panels; ++p)
-          for (int64_t t = t0; t < t1; ++t) {
-            const int64_t wide = std::min<int64_t>(WIDTH, columns - p * WIDTH);
-            const Target<float> to{c.data + t * height * c.down + (j0 + p * WIDTH) * c.across, c.down, c.across};
-            const uint32_t* panel = right + p * WIDTH * words;
-            if (t < packed) tile_in_place(words, at(a, t * height, k0), a.down, panel, wide, to, add || k0 > 0);
-            else
-              run_tile(height, words, left + (t - t0) * height * words, panel, std::min<int64_t>(height, M - t * height), wide, to,
-                       add || k0 > 0);
-          }
+        const auto one = [&](int64_t t, int64_t p) {
+          const int64_t wide = std::min<int64_t>(WIDTH, columns - p * WIDTH);
+          const Target<float> to{c.data + t * height * c.down + (j0 + p * WIDTH) * c.across, c.down, c.across};
+          const uint32_t* panel = right + p * WIDTH * words;
+          if (t < packed) tile_in_place(words, at(a, t * height, k0), a.down, panel, wide, to, add || k0 > 0);
+          else
+            run_tile(height, words, left + (t - t0) * height * words, panel, std::min<int64_t>(height, M - t * height), wide, to,
+                     add || k0 > 0);
+        };
+        for (int64_t t = t0; along && t < t1; ++t)
+          for (int64_t p = 0; p < panels; ++p) one(t, p);
+        for (int64_t p = 0; !along && p < panels; ++p)
+          for (int64_t t = t0; t < t1; ++t) one(t, p);
       });
     }
   }
