@@ -10,13 +10,8 @@
 #include <new>
 
 #include "cpu/gemm.h"
+#include "cpu/gemm_tile.h"
 #include "cpu/parallel.h"
-
-namespace w2s {
-struct Tile {
-  int rows, columns;
-};
-}  // namespace w2s
 
 #define W2S_KERNEL "cpu/gemm_kernel.h"
 #include "cpu/for_each_target.h"

@@ -1,5 +1,9 @@
-// projected_step: R from a product, moments and sums in one pass over R, then panels of p: p = keep p - rate phi G, to which a
-// product adds while the panel is in cache. A p of another dtype than the product's takes it from scratch.
+// projected_step, in one of two orders. By tiles (P on the right, p of the accumulating type): P is packed once for both
+// products; rows of G go through R, moments and, of GaLore, the product with P^T, whose tiles are written to p as they come
+// from registers, keep p - rate phi G with them. Of Fira the second product is a second round, as the limiter stands between.
+// By whole matrices: R from a product, moments and sums in one pass over R, then panels of p: p = keep p - rate phi G, to
+// which a product adds while the panel is in cache; a p of another dtype than the product's takes it from scratch. That one
+// serves where the library's products are faster on this machine.
 //
 // 4 m n r FLOPs, and G read twice (once more for its sums of squares, in cache), p read and written once. A bfloat16 p
 // rounds what the second product adds, so that one takes bfloat16 operands where the machine multiplies those faster.
@@ -8,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/choice.h"
 #include "cpu/convert.h"
 #include "cpu/gemm.h"
 #include "cpu/tensors.h"
@@ -23,6 +28,7 @@ struct Rule {
 };
 
 constexpr int64_t PANEL = 2 << 20, ROWS = 256;  // bytes of a panel of p, but of that many rows: a product packs P for each
+constexpr int64_t DEPTH = 384, ROWS_OF_BLOCK = 168;  // of a tiled step: what a piece packs stays in L2
 constexpr int64_t COLUMNS = 256;    // of an item, where sums are over rows
 
 Operand operand(const Tensor& t) { return {t.data_ptr(), dtype_of(t), t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
@@ -137,16 +143,63 @@ struct Step {
     }
   }
 
-  double run(const Tensor& exp_avg, const Tensor& exp_avg_sq, const std::optional<Tensor>& previous) {
+  // Each item's rows go through both products, where nothing of all rows stands between them.
+  double tiled(const std::optional<Tensor>& previous) {
+    const Tile shape = kernel.shape();
+    const int64_t depth = piece(n), back_depth = piece(r);
+    A* const low = memory.get<A>(m * r);
+    A* const forth = memory.get<A>(n * round_up(r, shape.columns));
+    A* const back = memory.get<A>(r * round_up(n, shape.columns));
+    s.low = low, s.psi = rule.outside ? memory.get<A>(m * r) : low;
+    Tiled<A> t{Rows(p), Rows(grad), static_cast<const A*>(basis.data_ptr()), forth, back, basis.stride(0), basis.stride(1), m, n, r,
+               depth, back_depth, low, s.psi, rule.outside ? of_grad.data() : nullptr, nullptr, A(rule.keep), A(rule.rate), A(rule.outside ? -rule.rate : -rule.rate * rule.scale)};
+    packed(t, false, n, r, depth, shape.columns, forth);
+    packed(t, true, r, n, back_depth, shape.columns, back);
+    const int64_t tiles = pieces(m, shape.rows), workers = threads(), per_block = std::max<int64_t>(1, ROWS_OF_BLOCK / shape.rows);
+    const int64_t blocks = std::min(tiles, pieces(pieces(tiles, per_block), workers) * workers);
+    const auto each = [&](const auto& work) {
+      parallel_items(blocks, grain_of(pieces(m, blocks) * n), [&](int64_t i) {
+        const int64_t top = i * tiles / blocks * shape.rows, bottom = std::min(m, (i + 1) * tiles / blocks * shape.rows);
+        work(top, bottom, scratch_of<A>(1, round_up(bottom - top, shape.rows) * std::max(depth, back_depth) + 64));
+      });
+    };
+    each([&](int64_t top, int64_t bottom, A* left) {
+      kernel.project(t, top, bottom, left);
+      kernel.moments(s, {top, bottom, 0, r});
+      if (!rule.outside) kernel.apply(t, top, bottom, left);
+    });
+    if (!rule.outside) return 0;
+    const double size = factors(previous);
+    t.phi = phi.data();
+    each([&](int64_t top, int64_t bottom, A* left) {
+      kernel.inside(s, phi.data(), A(rule.scale), {top, bottom, 0, r});
+      kernel.apply(t, top, bottom, left);
+    });
+    return size;
+  }
+
+  static int64_t piece(int64_t depth) { return pieces(depth, pieces(depth, DEPTH)); }
+
+  // P or P^T, [depth, columns], in panels of pieces of the depth
+  void packed(const Tiled<A>& t, bool turned, int64_t depth, int64_t columns, int64_t piece, int64_t width, A* to) {
+    const int64_t panels = pieces(columns, width), cuts = pieces(depth, piece);
+    parallel_items(panels * cuts, grain_of(piece * width), [&](int64_t i) {
+      const int64_t k0 = i / panels * piece, panel = i % panels;
+      kernel.pack(t, turned, k0, panel, to + k0 * panels * width + panel * width * std::min(piece, depth - k0));
+    });
+  }
+
+  double run(const Tensor& exp_avg, const Tensor& exp_avg_sq, const std::optional<Tensor>& previous, bool by_tiles) {
     const size_t sums = size_t(rule.right ? rows : columns);
     of_psi.assign(sums, 0), of_low.assign(sums, 0), of_grad.assign(sums, 0);
-    project();
     s.first = static_cast<A*>(exp_avg.data_ptr()), s.second = static_cast<A*>(exp_avg_sq.data_ptr());
-    s.psi = memory.get<A>(rows * columns);
     s.columns = columns, s.by_row = rule.right;
     s.beta1 = A(rule.beta1), s.rest1 = A(1 - rule.beta1), s.beta2 = A(rule.beta2), s.rest2 = A(1 - rule.beta2);
     s.eps = A(rule.eps);
     s.sum_psi = of_psi.data(), s.sum_low = of_low.data();
+    if (by_tiles && rule.right && dtype_of(p) == own_dtype<A> && m > 0 && n > 0 && r > 0) return tiled(previous);
+    project();
+    s.psi = memory.get<A>(rows * columns);
     blocks(0, rows, columns, rule.right, [&](const Block& b) { kernel.moments(s, b); });
     double size = 0;
     if (rule.outside) {
@@ -157,6 +210,27 @@ struct Step {
     return size;
   }
 };
+
+Tensor filled(const Tensor& like, int64_t rows, int64_t columns, float value) {
+  Tensor made = fresh(like, {rows, columns}, ScalarType::Float);
+  std::fill_n(static_cast<float*>(made.data_ptr()), made.numel(), value);
+  return made;
+}
+
+// Whether a step by tiles is faster here than products of whole matrices, which may be the library's.
+bool tiles_are_faster(const Tensor& like) {
+  if (!library_allowed()) return true;
+  static Choice choice("projected-step");
+  choice.settle([&](auto&& race) {
+    constexpr int64_t side = 768, rank = 192;
+    const Tensor p = filled(like, side, side, 0.5f), grad = filled(like, side, side, 0.25f), basis = filled(like, side, rank, 0.01f);
+    const Tensor first = filled(like, side, rank, 0.01f), second = filled(like, side, rank, 0.01f);
+    const Rule rule{0.9, 0.999, 1e-6, 1e-3, 1, 0.25, 0, true, 0};
+    const auto run = [&](bool by_tiles) { Step<float>{p, grad, basis, rule, side, side, rank, side, rank}.run(first, second, {}, by_tiles); };
+    race(4.0 * side * side * rank, [&] { run(true); }, [&] { run(false); });
+  });
+  return !library_forced() && !choice.library_is_faster();
+}
 
 // Changes p and the moments in place; returns |S|, of no elements without anything outside.
 Tensor projected_step_(Strided p, Strided grad, Tensor basis, Strided exp_avg, Strided exp_avg_sq, std::optional<Tensor> previous,
@@ -171,7 +245,7 @@ Tensor projected_step_(Strided p, Strided grad, Tensor basis, Strided exp_avg, S
   Tensor norm = fresh(basis, rule.outside ? std::vector<int64_t>{} : std::vector<int64_t>{0});
   with_type(is_double(p), [&](auto type) {
     using A = decltype(type);
-    const double size = Step<A>{p, grad, basis, rule, m, n, r, rows, columns}.run(exp_avg, exp_avg_sq, previous);
+    const double size = Step<A>{p, grad, basis, rule, m, n, r, rows, columns}.run(exp_avg, exp_avg_sq, previous, sizeof(A) == 8 || tiles_are_faster(basis));
     if (rule.outside) *static_cast<A*>(norm.data_ptr()) = A(size);
   });
   return norm;

@@ -7,6 +7,7 @@
 
 #include "cpu/target_begin.h"
 
+#include "cpu/gemm_kernel.h"
 #include "cpu/tiles_kernel.h"
 
 constexpr int64_t TOGETHER = 256;  // rows whose squares are added in the accumulating type, then in double
@@ -148,6 +149,90 @@ inline void update_as(const Update<A>& s, const Block& b) {
   });
 }
 
-W2S_KERNELS(ProjectedKernels, moments_as<Real>, squares_as<Real>, inside_as<Real>, update_as<Real>)
+// `columns` of P, or of P^T, as they are multiplied with
+template <class A>
+inline void pack_as(const Tiled<A>& s, bool back, int64_t k0, int64_t panel, A* to) {
+  constexpr int64_t width = tile_columns<A>;
+  const int64_t first = panel * width, columns = std::min(width, (back ? s.n : s.r) - first);
+  const int64_t depth = back ? std::min(s.back_depth, s.r - k0) : std::min(s.depth, s.n - k0);
+  const int64_t down = back ? s.across : s.down, across = back ? s.down : s.across;
+  pack<A>(s.basis + k0 * down + first * across, own_dtype<A>, down, across, depth, columns, width, to);
+}
+
+template <class A>
+inline void project_as(const Tiled<A>& s, int64_t top, int64_t bottom, A* left) {
+  constexpr int64_t height = tile_rows<A>, width = tile_columns<A>;
+  const int64_t tiles = (bottom - top + height - 1) / height, panels = (s.r + width - 1) / width;
+  for (int64_t k0 = 0; k0 < s.n; k0 += s.depth) {
+    const int64_t depth = std::min(s.depth, s.n - k0);
+    const int64_t down = s.grad.stride / s.grad.bytes;
+    for (int64_t t = 0; t < tiles; ++t)
+      pack<A>(s.grad.at(top + t * height, k0), s.grad.dtype, 1, down, depth, std::min(height, bottom - top - t * height), height,
+              left + t * height * depth);
+    if (s.squares) squares_as<A>(s.grad, true, s.squares, {top, bottom, k0, k0 + depth});
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t t = 0; t < tiles; ++t)
+        tile<A, tile_rows<A>>(depth, left + t * height * depth, height, 1, s.forth + k0 * panels * width + p * width * depth, width,
+                              std::min(height, bottom - top - t * height), std::min(width, s.r - p * width),
+                              Target<A>{s.low + (top + t * height) * s.r + p * width, s.r, 1}, A(1), k0 > 0);
+  }
+}
+
+// The epilogue of a tile of p, whose lines were asked for when the tile before began.
+template <class A, int M>
+W2S_INLINE void put_step(const Vec<A> (&sum)[M][2], const Tiled<A>& s, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                         bool first) {
+  using V = Vec<A>;
+  const bool outside = first && s.phi;
+  const A keep = first ? s.keep : A(1);
+  A lanes[2 * V::W], wide[TILE];
+  for (int i = 0; i < M; ++i) {
+    if (i >= rows) return;
+    A* p = static_cast<A*>(s.p.at(row + i, column));
+    const A factor = outside ? -s.rate * s.phi[row + i] : A(0);
+    const A* g = outside ? read_tile(s.grad, row + i, column, int(columns), wide) : nullptr;
+    if (columns == 2 * V::W) {
+      for (int v = 0; v < 2; ++v) {
+        V x = V::fma(V::set(keep), V::load(p + v * V::W), V::set(s.alpha) * sum[i][v]);
+        if (outside) x = V::fma(V::set(factor), V::load(g + v * V::W), x);
+        x.store(p + v * V::W);
+      }
+      continue;
+    }
+    for (int v = 0; v < 2; ++v) sum[i][v].store(lanes + v * V::W);
+    for (int64_t j = 0; j < columns; ++j) p[j] = keep * p[j] + s.alpha * lanes[j] + (outside ? factor * g[j] : A(0));
+  }
+}
+
+template <class A>
+inline void apply_as(const Tiled<A>& s, int64_t top, int64_t bottom, A* left) {
+  constexpr int64_t height = tile_rows<A>, width = tile_columns<A>, LINE = 64 / int64_t(sizeof(A));
+  const int64_t tiles = (bottom - top + height - 1) / height, panels = (s.n + width - 1) / width;
+  for (int64_t k0 = 0; k0 < s.r; k0 += s.back_depth) {
+    const int64_t depth = std::min(s.back_depth, s.r - k0);
+    for (int64_t t = 0; t < tiles; ++t)
+      pack<A>(s.psi + (top + t * height) * s.r + k0, own_dtype<A>, 1, s.r, depth, std::min(height, bottom - top - t * height), height,
+              left + t * height * depth);
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t t = 0; t < tiles; ++t) {
+        const bool last = t + 1 == tiles;
+        const int64_t next = last ? top : top + (t + 1) * height, column = (last ? p + 1 : p) * width;
+        if (column < s.n)
+          for (int64_t i = next; i < std::min(next + height, bottom); ++i)
+            for (int64_t c = column; c < std::min(column + width, s.n); c += LINE) {
+              __builtin_prefetch(s.p.at(i, c), 1);
+              if (s.phi && k0 == 0) __builtin_prefetch(s.grad.at(i, c));
+            }
+        Vec<A> sum[tile_rows<A>][2];
+        accumulate<A, tile_rows<A>, 2>(depth, left + t * height * depth, height, 1,
+                                       s.back + k0 * panels * width + p * width * depth, width, sum);
+        put_step<A, tile_rows<A>>(sum, s, top + t * height, std::min(height, bottom - top - t * height), p * width,
+                                  std::min(width, s.n - p * width), k0 == 0);
+      }
+  }
+}
+
+W2S_KERNELS(ProjectedKernels, moments_as<Real>, squares_as<Real>, inside_as<Real>, update_as<Real>, tile_shape<Real>, pack_as<Real>,
+            project_as<Real>, apply_as<Real>)
 
 #include "cpu/target_end.h"
