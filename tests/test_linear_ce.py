@@ -394,17 +394,40 @@ def test_never_tokens_times_vocabulary(op, trainable, reduction):
 
 @needs_cpp
 @pytest.mark.parametrize("rows", [256, 310, 420])
+@pytest.mark.parametrize("biased", [None, "trained", "masks a chunk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_logits_in_and_beside_the_gradient_of_the_head(rows, dtype):
+def test_logits_in_and_beside_the_gradient_of_the_head(rows, biased, dtype):
     """Logits of 128 rows lie in dW and of as many beside it; what is left of them is computed again."""
-    h, w, bias, target = leaves(*inputs(rows, 1500, 128, dtype=dtype)[:3]) + [inputs(rows, 1500, ignored=3)[3]]
-    (loss := w2s_fast.linear_ce(h, w, target, bias=bias)).backward()
-    exact = leaves(*(t.double() for t in (h, w, bias)))
-    (plain := F.cross_entropy(F.linear(*exact), target)).backward()
+    h, w, bias, _ = inputs(rows, 1500, 128, dtype=dtype)
+    target = inputs(rows, 1200, ignored=3)[3] + 300
+    target[target < 300] = -100
+    bias[:300] = -math.inf if biased == "masks a chunk" else 1
+    given = leaves(h, w, bias) if biased == "trained" else leaves(h, w)
+    offset = given[2] if biased == "trained" else bias if biased else None
+    (loss := w2s_fast.linear_ce(given[0], given[1], target, bias=offset)).backward()
+    exact = leaves(*(t.double() for t in given))
+    wide = exact[2] if biased == "trained" else bias.double() if biased else None
+    (plain := F.cross_entropy(F.linear(exact[0], exact[1], wide), target)).backward()
     near = {"rtol": 2e-2, "atol": 2e-4} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-7}
     torch.testing.assert_close(loss.double(), plain, rtol=1e-5, atol=0)
-    for found, wanted in zip((h, w, bias), exact, strict=True):
+    for found, wanted in zip(given, exact, strict=True):
         torch.testing.assert_close(found.grad.double(), wanted.grad, **near)
+
+
+@needs_cpp
+def test_kept_logits_cost_bfloat16_no_accuracy():
+    """Rows sure of their target, large logits: at most twice eager's own error."""
+    h, w, _, target = inputs(256, 1500, 128, dtype=torch.float64)
+    h = h + 3 * w[target]
+    given = leaves(h.bfloat16(), w.bfloat16() * 2)
+    plain = leaves(*given)
+    exact = leaves(*(t.double() for t in given))
+    w2s_fast.linear_ce(*given, target).backward()
+    F.cross_entropy(F.linear(*plain).float(), target).backward()
+    F.cross_entropy(F.linear(*exact), target).backward()
+    for ours, theirs, true in zip(given, plain, exact, strict=True):
+        errors = [float((t.grad.double() - true.grad).norm()) for t in (ours, theirs)]
+        assert errors[0] <= 2 * errors[1], errors
 
 
 @needs_cpp

@@ -31,20 +31,20 @@ Sgemm blas() {
 #endif
 }
 
-// Shapes that differ in what limits them: few rows (the other operand is read once) with either layout of that operand,
-// rows that fill a quarter of a vector at most (transposed, they are the vector in our product) and a single one (which the
+// Shapes that differ in what limits them: few rows (the other operand is read once, or for some tens packed to be read
+// again) with either layout of that operand, rows that fill a quarter of a vector at most (transposed, they are the vector in our product) and a single one (which the
 // library reads the matrix for as fast as memory gives it), many rows over a short depth (writing c), so many rows that
 // packing the other operand is still felt, and the rest: with the depth of the first operand contiguous, or its rows
 // (gradients: dz^T W), which have to be turned.
-enum Class { few_rows, few_columns, fewest_columns, one_column, shallow, some, deep, deep_turned, CLASSES };
-constexpr const char* NAMES[CLASSES] = {"product-few-rows", "product-few-rows-transposed", "product-fewest-rows-transposed",
-                                        "product-one-row-transposed", "product-shallow", "product-some-rows", "product-deep",
-                                        "product-deep-turned"};
-constexpr int64_t FEWEST = 4, SOME = 256;
+enum Class { few_rows, tens_of_rows, few_columns, fewest_columns, one_column, shallow, some, deep, deep_turned, CLASSES };
+constexpr const char* NAMES[CLASSES] = {"product-few-rows", "product-tens-of-rows", "product-few-rows-transposed",
+                                        "product-fewest-rows-transposed", "product-one-row-transposed", "product-shallow",
+                                        "product-some-rows", "product-deep", "product-deep-turned"};
+constexpr int64_t FEWEST = 4, TENS = 24, SOME = 256;
 constexpr double SMALL = 1 << 18;  // products below this many multiply-adds are ours: the library's call costs more
 
 Class class_of(int64_t M, int64_t N, int64_t K, bool transposed, bool first_turned) {
-  if (M <= FEW) return !transposed ? few_rows : M == 1 ? one_column : M <= FEWEST ? fewest_columns : few_columns;
+  if (M <= FEW) return !transposed ? M < TENS ? few_rows : tens_of_rows : M == 1 ? one_column : M <= FEWEST ? fewest_columns : few_columns;
   return K <= 256 || N <= FEW ? shallow : first_turned ? deep_turned : M <= SOME ? some : deep;
 }
 
@@ -85,9 +85,9 @@ void run(const Operand& a, const Operand& b, Target<float> c, float alpha, bool 
 
 // Both products of one class, on sizes that take about a millisecond.
 Choice& choice(int k) {
-  static Choice choices[CLASSES] = {Choice(NAMES[0]), Choice(NAMES[1]), Choice(NAMES[2]), Choice(NAMES[3]), Choice(NAMES[4]), Choice(NAMES[5]), Choice(NAMES[6]), Choice(NAMES[7])};
+  static Choice choices[CLASSES] = {Choice(NAMES[0]), Choice(NAMES[1]), Choice(NAMES[2]), Choice(NAMES[3]), Choice(NAMES[4]), Choice(NAMES[5]), Choice(NAMES[6]), Choice(NAMES[7]), Choice(NAMES[8])};
   struct Shape { int64_t M, N, K; bool transposed, first_turned = false; };
-  constexpr Shape shapes[CLASSES] = {{8, 2048, 1024, false}, {8, 2048, 1024, true}, {2, 2048, 1024, true}, {1, 2048, 1024, true}, {512, 1024, 128, true}, {64, 1024, 1024, true}, {512, 512, 1024, true}, {256, 256, 2048, false, true}};
+  constexpr Shape shapes[CLASSES] = {{8, 2048, 1024, false}, {FEW, 2048, 1024, false}, {8, 2048, 1024, true}, {2, 2048, 1024, true}, {1, 2048, 1024, true}, {512, 1024, 128, true}, {64, 1024, 1024, true}, {512, 512, 1024, true}, {256, 256, 2048, false, true}};
   const Shape& s = shapes[k];
   choices[k].settle([&](auto&& race) {
     std::vector<float> a(size_t(s.M * s.K), 0.5f), b(size_t(s.N * s.K), 0.25f), c(size_t(s.M * s.N));

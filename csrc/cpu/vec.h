@@ -241,6 +241,12 @@ struct VectorExtension {
     for (int i = 0; i < N; ++i) r.v[i] = T(half_to_float(p[i]));
     return r;
   }
+  W2S_INLINE void store_bf16(uint16_t* p) const {
+    for (int i = 0; i < N; ++i) p[i] = float_to_bf16(float(v[i]));
+  }
+  W2S_INLINE void store_f16(uint16_t* p) const {
+    for (int i = 0; i < N; ++i) p[i] = float_to_half(float(v[i]));
+  }
 };
 
 }  // namespace w2s

@@ -118,6 +118,15 @@ struct Float {
   static W2S_INLINE Float load_f16(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
+  W2S_INLINE void store_bf16(uint16_t* p) const {  // to nearest even, NaN stays NaN
+    const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i near = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i whole = _mm512_mask_blend_epi32(nan(*this).m, near, _mm512_or_si512(bits, _mm512_set1_epi32(0x400000)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(whole, 16)));
+  }
+  W2S_INLINE void store_f16(uint16_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
 };
 
 }  // namespace w2s::avx512
@@ -238,6 +247,14 @@ struct Float {
   }
   static W2S_INLINE Float load_f16(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  W2S_INLINE void store_bf16(uint16_t* p) const {
+    float lane[W];
+    store(lane);
+    for (int i = 0; i < W; ++i) p[i] = float_to_bf16(lane[i]);
+  }
+  W2S_INLINE void store_f16(uint16_t* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 };
 

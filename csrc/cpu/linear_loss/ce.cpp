@@ -27,7 +27,7 @@ Loss run(Engine<A>& e, const LinearArguments& linear, Need need, SoftTarget<A> t
   Statistics<A> s(e, nullptr);
   s.want(wanted.entropy, wanted.best);
   Agreement<A> at(e, target);
-  first_sweep(e, g, groups, keep, [&](int64_t r0, int64_t rows, A* z, int64_t ld) {
+  first_sweep(e, g, groups, keep, s, [&](int64_t r0, int64_t rows, A* z, int64_t ld) {
     s.add(r0, rows, z, ld);
     at.add(r0, rows, z, ld);
   });

@@ -3,9 +3,10 @@
 //
 // A loss whose coefficients are known beforehand (mean, sum) needs lse before the first gradient tile. Rather than compute
 // the logits twice, the first sweep leaves them in the memory of dW: tile for tile the [tile, D_i] elements of a gradient
-// that is not written yet hold [tile, <= D_i] logits, half as many where they are bfloat16. The second sweep takes a tile
-// out, then writes the gradient there. Rows beyond lie in memory of the call's own, at most as much again as dW is and at most
-// SPARE; what has no room there either is computed again.
+// that is not written yet hold [tile, <= D_i] logits. The second sweep takes a tile out, then writes the gradient there. Where
+// bfloat16 is multiplied as it is, what is kept is the distance from the largest of CHUNK logits in float16, an error of at
+// most 2^-12 of it: less than the rounding of dz. Rows beyond lie in memory of the call's own, at most as much again as dW is
+// and at most SPARE; what has no room there either is computed again.
 #pragma once
 
 #include "cpu/linear_loss/soft_target.h"
@@ -39,6 +40,10 @@ inline int64_t widest(const std::vector<std::vector<Segment>>& groups) {
   return rows;
 }
 
+// Whether what is kept of logits is float16.
+template <class A>
+inline bool keeps_halves(const Engine<A>& e) { return e.dots && !e.cap; }
+
 template <class A>
 struct Gradients {
   Engine<A>& e;
@@ -50,6 +55,8 @@ struct Gradients {
   std::vector<double> dw;             // [Mp, n]: sum_v dz (b_i, or the capped logit)
   std::vector<std::vector<A>> dbias;  // [V]
   A *raw = nullptr, *z = nullptr, *slope = nullptr;  // raw: sum_v dz_tv W_i,v, [M, width]
+  bool halves = false;                // logits are kept as differences from `tops`, [chunks, Mp], in float16
+  std::vector<A> tops;
   A* spare = nullptr;                 // the logits of the segment that lies beside dW, [V, rows up to a multiple of 16]
   const A* kept = nullptr;            // the logits of all rows [V, Mp], where forward left them
   uint16_t* dz16 = nullptr;           // with dots: a tile of dz in bfloat16
@@ -81,7 +88,9 @@ struct Gradients {
     const int64_t columns = widest<A>(of), groups = int64_t(of.size());
     for (const auto& group : of)
       for (const Segment& part : group)
-        if (part.stash == BESIDE) spare = e.memory(e.V * round_up(part.rows, 16));
+        if (part.stash == BESIDE) spare = e.memory(e.V * round_up(part.rows, 16) / (keeps_halves(e) ? 2 : 1));
+    halves = keeps_halves(e) && of.size() == 1 && of[0].front().stash != NOWHERE;
+    if (halves) tops.assign(size_t(pieces(e.V, CHUNK) * e.Mp), A(0));
     int64_t shared = 0, widest_head = 1;
     for (int i = 0; i < e.n; ++i) {
       if (needs_head(i) && e.narrower(i)) shared += e.D[size_t(i)];
@@ -108,10 +117,47 @@ struct Gradients {
     zeros.assign(size_t(columns), A(0));
   }
 
-  A* stash(const Segment& s) const {  // of the current tile
-    if (s.stash == BESIDE) return spare + e.v0 * round_up(s.rows, 16);
+  // of the current tile: logits, or with `halves` what chunk_keep leaves of them
+  template <class T = A>
+  T* stash(const Segment& s) const {
+    if (s.stash == BESIDE) return reinterpret_cast<T*>(spare) + e.v0 * round_up(s.rows, 16);
     const Tensor& of = dheads[size_t(s.stash)];
-    return reinterpret_cast<A*>(static_cast<char*>(of.data_ptr()) + e.v0 * e.D[size_t(s.stash)] * bytes_of(dtype_of(of)));
+    return reinterpret_cast<T*>(static_cast<char*>(of.data_ptr()) + e.v0 * e.D[size_t(s.stash)] * bytes_of(dtype_of(of)));
+  }
+
+  A* tops_of(int64_t v, int64_t r0) { return &tops[size_t((e.v0 + v) / CHUNK * e.Mp + r0)]; }
+
+  // the current tile's logits of a segment, where `found` are the maxima of its chunks
+  void put(const Segment& s, const A* in, int64_t ld, const std::vector<A>& found) {
+    uint16_t* to = stash<uint16_t>(s);
+    e.chunks([&](int64_t c, int64_t v, int64_t k) {
+      std::copy_n(&found[size_t(c * ld)], s.rows, tops_of(v, s.r0));
+      kernels<TileKernels, A>().keep(in + v * ld, k, ld, &found[size_t(c * ld)], to + v * ld);
+    });
+  }
+
+  // Whether dz goes to bfloat16 straight from what was kept: a target a row, and nobody else who reads it.
+  bool straight(const std::vector<Segment>& segments) const {
+    const bool many = segments.back().r0 + segments.back().rows - segments.front().r0 > OUTER;
+    return many && halves && segments.back().stash != NOWHERE && q.K == 1 && q.d.empty() && q.r.empty() && c.empty() && !need.weights &&
+           !need.biases;
+  }
+  void form_straight(const std::vector<Segment>& segments, int64_t ld) {
+    for (const Segment& s : segments) {
+      const int64_t own = round_up(s.rows, 16);
+      uint16_t* out = dz16 + (s.r0 - segments.front().r0);
+      const uint16_t* in = stash<uint16_t>(s);
+      e.chunks([&](int64_t, int64_t v, int64_t k) {
+        kernels<TileKernels, A>().grad_kept(in + v * own, own, out + v * ld, ld, k, own, tops_of(v, s.r0), &lse[size_t(s.r0)],
+                                            &b[size_t(s.r0)]);
+      });
+      q.inside(e, s.r0, s.rows, [&](int64_t i, int64_t v, int64_t t) {
+        const double top = double(tops_of(v, s.r0)[t]), whole = double(lse[size_t(s.r0 + t)]);
+        const double z = double(half_to_float(in[v * own + t])) + (std::isinf(top) && top < 0 ? 0 : top);
+        const double p = std::exp(z - (std::isinf(whole) && whole < 0 ? 0 : whole));
+        out[v * ld + t] = float_to_bf16(float(double(b[size_t(s.r0 + t)]) * p + double(q.a[size_t(i)])));
+      });
+    }
   }
 
   // z of the current tile becomes dz
@@ -124,6 +170,12 @@ struct Gradients {
         softmax_part(s.r0, kept + e.v0 * e.Mp + s.r0, e.Mp, out, ld, own_ld);
       } else if (s.stash == NOWHERE) {
         e.logits(s.r0, s.rows, out, ld, capped.data());
+        softmax_part(s.r0, out, ld, out, ld, own_ld);
+      } else if (halves) {
+        const uint16_t* in = stash<uint16_t>(s);
+        e.chunks([&](int64_t, int64_t v, int64_t k) {
+          kernels<TileKernels, A>().back(in + v * own_ld, own_ld, out + v * ld, ld, k, own_ld, tops_of(v, s.r0));
+        });
         softmax_part(s.r0, out, ld, out, ld, own_ld);
       } else {
         softmax_part(s.r0, stash(s), own_ld, out, ld, own_ld);
@@ -146,7 +198,7 @@ struct Gradients {
   }
 
   // the products of a tile of dz, for rows [r0, r0 + rows)
-  void spend(int64_t r0, int64_t rows, int64_t ld, bool first_block, bool last_block) {
+  void spend(int64_t r0, int64_t rows, int64_t ld, bool first_block, bool last_block, bool formed) {
     Operand dz{};
     for (int i = 0; i < e.n; ++i) {
       A* g = z;
@@ -156,7 +208,8 @@ struct Gradients {
           kernels<TileKernels, A>().slope(slope + v * ld, z + v * ld, capped[size_t(i)] + v * ld, k, ld, e.cap);
         });
       }
-      if (i == 0 || e.cap) dz = e.dots ? narrowed(g, rows, ld) : Matrix<A>{g, e.nv, rows, ld, 1}.operand();
+      if (formed) dz = {dz16, Dtype::bf16, e.nv, rows, ld, 1};
+      else if (i == 0 || e.cap) dz = e.dots ? narrowed(g, rows, ld) : Matrix<A>{g, e.nv, rows, ld, 1}.operand();
       if (needs_raw(i)) {
         const Target<A> to{raw + r0 * e.width + e.offset[size_t(i)], e.width, 1};
         multiply(dz.t(), e.dots ? e.head16(i) : e.W(i).operand(), to, e.v0 > 0);
@@ -291,9 +344,11 @@ struct Gradients {
       for (size_t k = 0; k < groups.size(); ++k) {
         const Segment &head = groups[k].front(), &tail = groups[k].back();
         const int64_t rows = tail.r0 + tail.rows - head.r0, ld = round_up(rows, 16);
-        form(groups[k], ld);
+        const bool formed = straight(groups[k]);
+        if (formed) form_straight(groups[k], ld);
+        else form(groups[k], ld);
         if (!scaled.empty()) e.h = scaled.data();
-        spend(head.r0, rows, ld, k == 0, k + 1 == groups.size());
+        spend(head.r0, rows, ld, k == 0, k + 1 == groups.size(), formed);
         e.h = plain;
       }
     }
@@ -312,15 +367,16 @@ inline std::vector<std::vector<Segment>> blocks(const Engine<A>& e) {
 template <class A>
 inline std::vector<std::vector<Segment>> stashed(const Engine<A>& e, Need need) {
   std::vector<Segment> group;
+  const int64_t bytes = keeps_halves(e) ? 2 : int64_t(sizeof(A));
   int64_t r0 = 0;
   for (int i = 0; i < e.n && r0 < e.M && !e.cap; ++i) {
-    const int64_t floats = e.D[size_t(i)] * bytes_of(e.head[size_t(i)].dtype) / int64_t(sizeof(A));
+    const int64_t floats = e.D[size_t(i)] * bytes_of(e.head[size_t(i)].dtype) / bytes;
     const int64_t rows = std::min(floats / 16 * 16, e.M - r0);
     if (!(need.heads >> i & 1) || rows == 0) continue;
     group.push_back({r0, rows, i});
     r0 += rows;
   }
-  const int64_t row = e.V * int64_t(sizeof(A)), beside = std::min({SPARE / row / 16 * 16, r0, e.M - r0});
+  const int64_t row = e.V * bytes, beside = std::min({SPARE / row / 16 * 16, r0, e.M - r0});
   if (beside >= WORTH_SPARE) {
     group.push_back({r0, beside, BESIDE});
     r0 += beside;
@@ -330,17 +386,19 @@ inline std::vector<std::vector<Segment>> stashed(const Engine<A>& e, Need need) 
   return {group};
 }
 
-// The first sweep: `look(r0, rows, z, ld)` sees every tile of logits, which stay where the second finds them, or in `keep`.
+// The first sweep: `look(r0, rows, z, ld)` adds every tile of logits to `s`, which stay where the second finds them, or in `keep`.
 template <class A, class F>
-inline void first_sweep(Engine<A>& e, Gradients<A>& g, const std::vector<std::vector<Segment>>& groups, A* keep, const F& look) {
+inline void first_sweep(Engine<A>& e, Gradients<A>& g, const std::vector<std::vector<Segment>>& groups, A* keep, const Statistics<A>& s,
+                        const F& look) {
   for (int64_t v = 0; v < e.V && e.M > 0; v += e.tile) {
     e.load(v);
     for (const auto& group : groups)
       for (const Segment& part : group) {
         const int64_t ld = round_up(part.rows, 16);
-        A* z = keep ? keep + v * e.Mp : part.stash == NOWHERE ? g.z : g.stash(part);
+        A* z = keep ? keep + v * e.Mp : part.stash == NOWHERE || g.halves ? g.z : g.stash(part);
         e.logits(part.r0, part.rows, z, ld, g.capped.data());
         look(part.r0, part.rows, z, ld);
+        if (!keep && g.halves && part.stash != NOWHERE) g.put(part, z, ld, s.tops);
       }
   }
 }

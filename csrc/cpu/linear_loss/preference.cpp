@@ -125,7 +125,7 @@ Loss run(Engine<A>& e, const LinearArguments& linear, Need need, const std::vect
   Statistics<A> s(e, tokens[0].target);
   const bool apart = tokens.size() > 1;
   std::vector<A> second(size_t(apart ? e.Mp : 0));
-  first_sweep(e, g, groups, static_cast<A*>(nullptr), [&](int64_t r0, int64_t rows, A* z, int64_t ld) {
+  first_sweep(e, g, groups, static_cast<A*>(nullptr), s, [&](int64_t r0, int64_t rows, A* z, int64_t ld) {
     s.add(r0, rows, z, ld);
     for (int64_t m = r0; apart && m < r0 + rows; ++m) {
       const int64_t v = tokens[1].target[e.index[size_t(m)]] - e.v0;

@@ -16,6 +16,10 @@ struct TileKernels {
   void (*grad)(const A* z, int64_t ldz, A* out, int64_t ldo, int64_t rows, int64_t columns, const A* lse, const A* coef);
   void (*grad_more)(const A* z, int64_t ldz, A* out, int64_t ldo, int64_t rows, int64_t columns, const A* lse, const A* coef,
                     const A* log_coef, const A* all, const A* weight);
+  void (*keep)(const A* z, int64_t rows, int64_t ld, const A* top, uint16_t* out);
+  void (*back)(const uint16_t* kept, int64_t ldk, A* out, int64_t ldo, int64_t rows, int64_t columns, const A* top);
+  void (*grad_kept)(const uint16_t* kept, int64_t ldk, uint16_t* out, int64_t ldo, int64_t rows, int64_t columns, const A* top, const A* lse,
+                    const A* coef);
   void (*bias)(A* z, int64_t rows, int64_t ld, int64_t columns, const A* bias, const A* coef);
   void (*cap)(A* s, int64_t rows, int64_t ld, const A* bias, A cap);
   void (*add)(A* z, int64_t ldz, const A* s, int64_t lds, int64_t rows, int64_t columns, const A* coef, bool first);

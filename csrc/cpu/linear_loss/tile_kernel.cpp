@@ -121,6 +121,41 @@ inline void chunk_grad_more(const A* z, int64_t ldz, A* out, int64_t ldo, int64_
     }
 }
 
+// -infinity counts as 0
+template <class A>
+W2S_INLINE Vec<A> finite_or_0(const A* p) {
+  const Vec<A> x = Vec<A>::load(p);
+  return Vec<A>::select(Vec<A>::gt(x, Vec<A>::set(-infinity<A>)), x, Vec<A>::set(0));
+}
+
+// z - top in float16: what is near the largest of a chunk, which is what a softmax sees, keeps 11 bits and more
+template <class A>
+inline void chunk_keep(const A* z, int64_t rows, int64_t ld, const A* top, uint16_t* out) {
+  using V = Vec<A>;
+  for (int64_t v = 0; v < rows; ++v)
+    for (int64_t t = 0; t < ld; t += V::W) (V::load(z + v * ld + t) - finite_or_0(top + t)).store_f16(out + v * ld + t);
+}
+
+// out = z from what chunk_keep left
+template <class A>
+inline void chunk_back(const uint16_t* kept, int64_t ldk, A* out, int64_t ldo, int64_t rows, int64_t columns, const A* top) {
+  using V = Vec<A>;
+  for (int64_t v = 0; v < rows; ++v)
+    for (int64_t t = 0; t < columns; t += V::W) (V::load_f16(kept + v * ldk + t) + finite_or_0(top + t)).store(out + v * ldo + t);
+}
+
+// out = coef exp(z - lse) in bfloat16, z from what chunk_keep left
+template <class A>
+inline void chunk_grad_kept(const uint16_t* kept, int64_t ldk, uint16_t* out, int64_t ldo, int64_t rows, int64_t columns, const A* top,
+                            const A* lse, const A* coef) {
+  using V = Vec<A>;
+  for (int64_t v = 0; v < rows; ++v)
+    for (int64_t t = 0; t < columns; t += V::W) {
+      const V z = V::load_f16(kept + v * ldk + t) + finite_or_0(top + t);
+      (V::load(coef + t) * vexp(z - finite_or_0(lse + t))).store_bf16(out + v * ldo + t);
+    }
+}
+
 // z += bias_v coef_t over `columns` tokens
 template <class A>
 inline void chunk_bias(A* z, int64_t rows, int64_t ld, int64_t columns, const A* bias, const A* coef) {
@@ -240,7 +275,7 @@ inline void chunk_outer(const A* g, int64_t rows, int64_t ld, int64_t columns, c
 }
 
 W2S_KERNELS(TileKernels, chunk_max<Real>, chunk_exp<Real>, chunk_stats<Real>, chunk_spread<Real>, merge_chunks<Real>,
-            chunk_grad<Real>, chunk_grad_more<Real>, chunk_bias<Real>, chunk_cap<Real>, chunk_add<Real>,
+            chunk_grad<Real>, chunk_grad_more<Real>, chunk_keep<Real>, chunk_back<Real>, chunk_grad_kept<Real>, chunk_bias<Real>, chunk_cap<Real>, chunk_add<Real>,
             chunk_slope<Real>, chunk_dot<Real>, chunk_rows<Real>, chunk_outer<Real>)
 
 #include "cpu/target_end.h"
