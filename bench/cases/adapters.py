@@ -10,11 +10,30 @@ core, ours 101), PEFT's LoRA is within a few percent of the floor from 512 rows 
 
 Two threads of a Xeon with AMX, whose library multiplies float32 at 180 GFLOP/s a core and bfloat16 at 1,100 to 1,400
 (ours 140 and 850): LoRA of float32 0.91 to 1.0 of PEFT's at 1 and 16 rows, 1.05 to 1.07 at 512, 1.13 at 2048, and
-never slower than compile; of bfloat16 0.6 to 1.0, 0.66 of compile at 2048 rows, where the tile product and packing
-are 60 % of a profile. DoRA 3.6 to 4.1 times PEFT's at 1 and 16 rows, 1.7 and 1.5 of float32 and 2.4 and 2.1 of
-bfloat16 at 512 and 2048; of LoRA's speed 0.39 to 0.53, 0.88 and 1.01, 0.75 and 0.91. BAT 5.6 and 2.3 at 1 and 16 rows
-of 1024 (34 and 2.7 of 4096), whose block goes into the input there; 1.1 (1.4 and 1.2) from 512 on. RandLoRA 2.5, 1.4,
-1.0, 1.74.
+never slower than compile; of bfloat16 0.6 to 1.0, 0.66 of compile at 2048 rows, where the tile product and packing are
+60 % of a profile. DoRA 3.6 to 4.1 times PEFT's at 1 and 16 rows, 1.7 and 1.5 of float32 and 2.4 and 2.1 of bfloat16 at
+512 and 2048; of LoRA's speed 0.39 to 0.53, 0.88 and 1.01, 0.75 and 0.91. BAT 5.6 and 2.3 at 1 and 16 rows of 1024 (34
+and 2.7 of 4096), whose block goes into the input there; 1.1 (1.4 and 1.2) from 512 on. RandLoRA 2.5, 1.4, 1.0, 1.74.
+
+Two threads of a Zen 4, quiet (1024 x 1024 at 1, 16, 512 and 2048 rows; `base`, the layer without its adapter, is the
+bound that a row prints): LoRA of float32 1.07, 1.26, 1.12, 1.08 of PEFT's where base would be 1.5, 1.4, 1.3, 1.25, of
+bfloat16 1.02, 1.12, 1.05, 0.96 (quartiles 0.94 to 1.17) where it would be 2.0, 1.9, 1.5, 1.5; compile 0.96 (float32 at
+2048 rows) to 1.4. DoRA 7.2, 6.4, 1.22, 1.09 and 3.7, 3.7, 1.64, 1.68; LoRA's time over DoRA's 0.40, 0.88, 0.87, 1.08
+and 0.46, 0.64, 0.98, 1.02. BAT 9.2, 2.4, 1.20, 1.06 (base alone 2.1 and 1.7 from 512 on, of which dW is a third
+product). RandLoRA 4.5, 2.3, 1.21, 1.62. A way that loses is not taken: `lora_linear`, BAT and RandLoRA race PEFT's own
+way, LoRA's and DoRA's also in its dtypes and behind dropouts.
+
+Designs for many rows, one thread of that Zen 4, CPU time beside other work. bfloat16 LoRA, sums of our product kept in
+float32, factors as a product, gain and rounding as passes: 15.3 and 58.5 ms at 512 and 2048 rows; the library's
+product, rounded, then factors, gain, bias and rounding in one pass: 14.0 to 14.5 and 54.1 (kept). The factors' tile of
+four rows by four vectors, inlined, was spilled: 2.3 ms of 2048 rows, of eight by two as a function 1.4; its products
+are 0.75. Left in 24.6 ms forward are h = A x^T (1.0: x is widened for 16 rows) and first touches of y. Weighed and not
+built: the factors in the weight each step saves the two thin products behind x W^T and g W (4 N r (I + O) of 12) for 2
+r O I and a copy of W: 1 to 2 % of float32 at 2048 rows, and in bfloat16 the sum would be rounded to the weight's
+steps; one product over [W; A] wants them next to each other, a copy of W a step; A as two bfloat16 parts for h is
+2^-17 off, beyond twice eager's for dB, as three as slow as widening x. RandLoRA at 512 rows: factors apart 7 N, in the
+weight 3 N + 2 d (both 7 d / 2), weight for y and dx with the scales from (g second)^T x 4 N + d: 6 d / 2, from 1.05 to
+1.21 (kept). BAT: block to the input 10 N; dB without dW as sum of (g_p W_pq)^T x_q is two products in dW's place.
 
 What was weighed for DoRA's W A^T and not built: W A^T by increments (Adam's step of A is no product of few rows, so
 nothing of the last W A^T remains); A stacked under x, so that one product reads W once (two products of 16 rows take
