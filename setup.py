@@ -1,9 +1,10 @@
-"""Builds w2s_fast: `_ops` (kernels, torch's stable ABI) and `_C` (pybind11: build facts and machine probes).
+"""Builds w2s_fast: `_ops` (kernels, torch's stable ABI), `_C` (pybind11: build facts and machine probes) and `_call`
+(calls that were seen before, in torch's own interfaces: loaded beside the torch of the build alone).
 
     python setup.py build_ext --inplace     what `make build` runs: compiles what changed, objects are in build/cpp
 
 W2S_FAST_BUILD=auto (default) compiles what this machine can and never fails for want of a compiler;
-require makes a missing piece an error; skip compiles nothing; abi3 is require without w2s_fast._C, which one Python
+require makes a missing piece an error; skip compiles nothing; abi3 is require without _C and _call, which one Python
 alone loads, for a wheel that serves Python 3.10 and later (.ci/wheels.sh). W2S_FAST_TARGETS=all (default) has every
 instruction set that is chosen from at run time; native only this machine's. TORCH_CUDA_ARCH_LIST chooses the CUDA
 targets.
@@ -164,9 +165,7 @@ def compile_cpu(
     ``level``: optimisation; ``wide``: that of float64's kernels; ``beside``: what is made at the same time.
     """
     command = [compiler() or "c++", *FLAGS, *options, "-Icsrc", f"-DW2S_TARGETS={targets}"]
-    headers = torch_folder() / "include"
-    include = (headers, headers / "torch" / "csrc" / "api" / "include")
-    torch = [*(f"-isystem{path}" for path in include), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    torch = [*torch_headers(), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     host = HOST if level is LEVEL else level
     hosts = Precompiled.of(folder / "host.h", "cpu/tensors.h", [*command, *host, *torch])
     # one for each level: functions after a header's target pragmas take the level that it was compiled at
@@ -229,6 +228,11 @@ def torch_libraries() -> list[str]:
     return [f"-L{torch_folder() / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
+def torch_headers() -> list[str]:
+    headers = torch_folder() / "include"
+    return [f"-isystem{path}" for path in (headers, headers / "torch" / "csrc" / "api" / "include")]
+
+
 def cuda_sources(torch: dict[str, str | None]) -> list[str]:
     if torch.get("cuda") is None or torch.get("hip") is not None:
         return []
@@ -289,7 +293,7 @@ def extensions() -> tuple[list[Extension], type | None]:
             import pybind11
 
             module = Extension("w2s_fast._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()])
-            modules.append(module)
+            modules += [module, Extension("w2s_fast._call", ["csrc/call.cpp"])]
         except ImportError:
             skip("pybind11 is not importable in the build environment, so w2s_fast._C is left out")
     base: type = BuildExtension if cuda else build_ext
@@ -327,6 +331,11 @@ def extensions() -> tuple[list[Extension], type | None]:
             probes = [*command, "-O3", "-c", "csrc/probes.cpp"]
             return [Step(folder / "module.o", binding), Step(folder / "probes.o", probes)]
 
+        def calls(self) -> Step:
+            """The object of `_call`."""
+            include = [*torch_headers(), f"-isystem{sysconfig.get_path('include')}"]
+            return Step(folder / "call.o", [compiler() or "c++", *FLAGS, "-O2", *include, "-c", "csrc/call.cpp"])
+
         def build_extension(self, extension: Extension) -> None:
             target = self.get_ext_fullpath(extension.name)
             if extension.name.endswith("._C"):
@@ -334,7 +343,12 @@ def extensions() -> tuple[list[Extension], type | None]:
                 for step in steps:
                     step.run()
                 return link([step.target for step in steps], target, ["-pthread"])
+            if extension.name.endswith("._call"):
+                step = self.calls()
+                step.run()
+                return link([step.target], target, [*torch_libraries(), "-ltorch_python"])
             beside = [step for other in self.extensions if other.name.endswith("._C") for step in self.module(other)]
+            beside += [self.calls() for other in self.extensions if other.name.endswith("._call")]
             objects, self.compiled = compile_cpu(folder / str(targets), targets, beside=beside)
             self.objects = len(objects)
             if not cuda:

@@ -392,6 +392,33 @@ def test_never_tokens_times_vocabulary(op, trainable, reduction):
     assert peak - outputs < 0.15 * rows * vocab * 4, f"{(peak - outputs) / (rows * vocab * 4):.3f} of a [T, V] tensor"
 
 
+@needs_cpp
+@pytest.mark.parametrize("rows", [256, 310, 420])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_logits_in_and_beside_the_gradient_of_the_head(rows, dtype):
+    """Logits of 128 rows lie in dW and of as many beside it; what is left of them is computed again."""
+    h, w, bias, target = leaves(*inputs(rows, 1500, 128, dtype=dtype)[:3]) + [inputs(rows, 1500, ignored=3)[3]]
+    (loss := w2s_fast.linear_ce(h, w, target, bias=bias)).backward()
+    exact = leaves(*(t.double() for t in (h, w, bias)))
+    (plain := F.cross_entropy(F.linear(*exact), target)).backward()
+    near = {"rtol": 2e-2, "atol": 2e-4} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-7}
+    torch.testing.assert_close(loss.double(), plain, rtol=1e-5, atol=0)
+    for found, wanted in zip((h, w, bias), exact, strict=True):
+        torch.testing.assert_close(found.grad.double(), wanted.grad, **near)
+
+
+@needs_cpp
+def test_logits_beside_the_gradient_take_no_more_than_it():
+    from w2s_fast.bench.memory import peak_bytes
+
+    h, w, _, target = inputs(400, 6000, 160, dtype=torch.float32)
+    h, w = leaves(h, w)
+    peak = peak_bytes(lambda: torch.autograd.grad(w2s_fast.linear_ce(h, w, target), (h, w)), (), torch.device("cpu"))
+    if peak is None:
+        pytest.skip("this torch's profiler reports no allocations")
+    assert peak < 2 * w.numel() * 4 + 0.15 * 400 * 6000 * 4 + 4 * h.numel() * 4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows, vocab, width", [(129, 1000, 64), (7, 2049, 1601), (601, 301, 33), (1, 5, 1)])
 def test_narrow_types_are_as_good_as_plain_pytorch(dtype, rows, vocab, width):

@@ -588,13 +588,16 @@ def test_bat_of_few_rows_is_its_weights(rows):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rows", (3, 20, 40), ids=("scales in the input", "scaled factors", "factors in the weight"))
+@pytest.mark.parametrize(
+    "rows", (3, 20, 40, 90),
+    ids=("scales in the input", "scaled factors", "factors in the weight", "and the whole gradient"),
+)
 @pytest.mark.parametrize("wide", (True, False), ids=("expands", "narrows"))
 @pytest.mark.parametrize("dropout", (0.0, 0.5))
 def test_every_way_of_randlora(rows, wide, dropout):
     torch.manual_seed(0)
-    name, width = ("up", 30) if wide else ("down", 40)
-    net = nn.ModuleDict({"up": nn.Linear(30, 40), "down": nn.Linear(40, 30)})
+    name, width = ("up", 60) if wide else ("down", 80)
+    net = nn.ModuleDict({"up": nn.Linear(60, 80), "down": nn.Linear(80, 60)})
     model = get_peft_model(net, RandLoraConfig(target_modules=[name], r=7, randlora_dropout=dropout)).double()
     for part in model.parameters():
         if part.requires_grad:

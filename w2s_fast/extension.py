@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import importlib
 import json
 import os
 import warnings
@@ -33,6 +34,16 @@ def _load() -> None:
         ERROR = _text("w2s_fast_refusal")
     except Exception as error:  # a broken binary must not break `import w2s_fast`; the reason is kept
         ERROR = f"the C++ extension does not load: {error}"
+
+
+def _calls() -> Any:
+    """The class that remembers calls (csrc/call.cpp), where it was built, and for this torch; otherwise None."""
+    if ERROR is not None or build_facts().get("torch") != torch.__version__:
+        return None
+    try:
+        return importlib.import_module(f"{__package__}._call").Calls
+    except ImportError:  # Python does the same, more slowly
+        return None
 
 
 def _text(function: str) -> str | None:
@@ -76,3 +87,5 @@ def build_facts() -> dict[str, Any]:
 
 
 _load()
+#: makes the memory of one function's calls (`calibration.or_plain`), or None
+CALLS: Any = _calls()

@@ -27,6 +27,43 @@ _PLAINLY = ALONE + " and {0}.is_contiguous()"
 _LOCK = threading.RLock()
 
 
+class Place(NamedTuple):
+    """A tensor among the arguments: the parameter, its number in a list or -1, and the shape that it is seen in."""
+
+    name: str
+    item: int
+    shape: tuple[int, ...] | None
+
+
+class Seen(NamedTuple):
+    """A replay in the form that `extension.CALLS` takes: an op, and what it is given.
+
+    values: a `Place`, a list of them, or a constant in a tuple of its own; results: of each result that is returned its
+    number and the shape that it is given, or None; many: whether a tuple of them is returned.
+    """
+
+    op: str
+    values: list[Any]
+    results: list[tuple[int, tuple[int, ...] | None]]
+    many: bool
+
+    def placed(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The same for calls that spell their arguments as this one; None where that leaves a tensor out."""
+        order = {name: i for i, name in enumerate((*names[: len(args)], *kwargs))}
+
+        def at(place: Place) -> tuple[int, int, tuple[int, ...] | None]:
+            return order[place.name], place.item, place.shape
+
+        try:
+            values = [
+                at(v) if isinstance(v, Place) else [at(place) for place in v] if isinstance(v, list) else v
+                for v in self.values
+            ]
+        except KeyError:
+            return None
+        return self.op, values, self.results, self.many
+
+
 class _Recorded(NamedTuple):
     op: Op
     flat: tuple[Any, ...]
@@ -67,16 +104,16 @@ class _Writer:
         self.scope: dict[str, Any] = {"PLAIN": PLAIN, "type": type, "CPU": _CPU, "__builtins__": {}}
         self.used: list[str] = []
         self.parameters = inspect.signature(function).parameters
-        self._places: list[tuple[str, Tensor]] = []
+        self._places: list[tuple[str, int, Tensor]] = []
         for name, value in inspect.signature(function).bind(*args, **kwargs).arguments.items():
             if isinstance(value, Tensor):
-                self._places.append((name, value))
+                self._places.append((name, -1, value))
             elif isinstance(value, (list, tuple)):
-                self._places += [(f"{name}[{i}]", t) for i, t in enumerate(value) if isinstance(t, Tensor)]
+                self._places += [(name, i, t) for i, t in enumerate(value) if isinstance(t, Tensor)]
 
     def ambiguous(self) -> bool:
         """Whether one piece of memory is two arguments here: which of them the op got cannot be told."""
-        starts = [t.data_ptr() for _, t in self._places]
+        starts = [t.data_ptr() for *_, t in self._places]
         return len(set(starts)) < len(starts)
 
     def head(self) -> str:
@@ -96,21 +133,30 @@ class _Writer:
         self.scope[name] = value
         return name
 
-    def value(self, value: Any) -> str | None:
-        """An argument of the op; None if it holds a tensor that is no argument of the function."""
+    def value(self, value: Any) -> Any:
+        """An argument of the op, as in `Seen`; None if it holds a tensor that is no argument of the function."""
         if isinstance(value, Tensor):
-            return self._tensor(value)
+            return self._place(value)
         if isinstance(value, (list, tuple)) and any(isinstance(t, Tensor) for t in value):
-            parts = [self.value(t) for t in value]
-            return None if None in parts else f"[{', '.join(map(str, parts))}]"
-        return self.constant(value)
+            places = [self._place(t) for t in value]
+            return None if None in places else places
+        return (value,)
 
-    def _tensor(self, t: Tensor) -> str | None:
-        for place, given in self._places:
-            if _one(given, t):
-                self.used.append(place)
-                return place if given.shape == t.shape else f"{place}.view({self.constant(t.shape)})"
+    def _place(self, t: Any) -> Place | None:
+        for name, item, given in self._places:
+            if isinstance(t, Tensor) and _one(given, t):
+                return Place(name, item, None if given.shape == t.shape else tuple(t.shape))
         return None
+
+    def written(self, value: Any) -> str:
+        """Such an argument as an expression."""
+        if isinstance(value, list):
+            return f"[{', '.join(map(self.written, value))}]"
+        if not isinstance(value, Place):
+            return self.constant(value[0])
+        place = value.name if value.item < 0 else f"{value.name}[{value.item}]"
+        self.used.append(place)
+        return place if value.shape is None else f"{place}.view({self.constant(value.shape)})"
 
 
 def _one(a: Tensor, b: Tensor) -> bool:
@@ -119,18 +165,17 @@ def _one(a: Tensor, b: Tensor) -> bool:
     return same and a.is_contiguous() and b.is_contiguous()
 
 
-def _result(made: Sequence[Any], found: Any, writer: _Writer) -> str | None:
-    """What the function returned as an expression of the op's results ``r``."""
-    if isinstance(found, Tensor):
+def _results(made: Sequence[Any], found: Any) -> list[tuple[int, tuple[int, ...] | None]] | None:
+    """What the function returned, a tensor or a tuple of them, as results of the op and the shapes that they get."""
+    results = []
+    for one in found if type(found) is tuple else (found,):
         for i, t in enumerate(made):
-            if isinstance(t, Tensor) and _one(t, found):
-                which = "r" if len(made) == 1 else f"r[{i}]"
-                return which if t.shape == found.shape else f"{which}.view({writer.constant(found.shape)})"
-        return None
-    if type(found) is tuple and found:
-        parts = [_result(made, t, writer) for t in found]
-        return None if None in parts else f"({', '.join(map(str, parts))},)"
-    return None
+            if isinstance(t, Tensor) and isinstance(one, Tensor) and _one(t, one):
+                results.append((i, None if t.shape == one.shape else tuple(one.shape)))
+                break
+        else:
+            return None
+    return results or None
 
 
 def _written(
@@ -141,12 +186,22 @@ def _written(
         return None
     values = [writer.value(value) for value in call.flat]
     made = list(call.made) if isinstance(call.made, (list, tuple)) else [call.made]
-    result = _result(made, found, writer)
-    if None in values or result is None or not writer.used:
+    results = _results(made, found)
+    if any(value is None for value in values) or results is None:
         return None
+    arguments = [writer.written(value) for value in values]
+    if not writer.used:
+        return None
+    several, many = len(made) > 1, type(found) is tuple
+    shown = [
+        ("r" if not several else f"r[{i}]") + ("" if shape is None else f".view({writer.constant(shape)})")
+        for i, shape in results
+    ]
     writer.scope["run"] = call.op._on_cpu
     plain = " and ".join(_PLAINLY.format(place) for place in dict.fromkeys(writer.used))
-    called = f"run(CPU, {', '.join(map(str, values))})"
+    called = f"run(CPU, {', '.join(arguments)})"
+    result = f"({', '.join(shown)},)" if many else shown[0]
     body = called if result == "r" else f"[{result} for r in ({called},)][0]"
     replay: Replay = eval(f"lambda {writer.head()}: {body} if {plain} else None", writer.scope)
+    replay.seen = Seen(f"w2s_fast::{call.op.name}", values, results, many)  # type: ignore[attr-defined]
     return replay

@@ -42,6 +42,15 @@ def _name(generator: torch.Generator, device: torch.device) -> int:
     return int(torch.randint(1 << 30, (1,), generator=generator, device=device))
 
 
+def _base(x: Tensor, grad: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """The layer without an adapter, x W^T and g W: PEFT's ratio over this one's bounds what any adapter can gain."""
+    return x @ weight.t(), grad @ weight
+
+
+def _bound() -> Provider:
+    return yardstick(lambda: _base)
+
+
 class _Layer:
     """One PEFT layer a draw, made at the first call with it: (output, gradients of x, A, B and the magnitude)."""
 
@@ -118,7 +127,7 @@ def _case(dora: bool, rows: int, inside: int, outside: int, dtype: torch.dtype, 
 
     name = "dora" if dora else "lora"
     other: Callable[..., Any] = _Layer(False, False)
-    providers = {"peft": peer(lambda: _Layer(dora, False))}
+    providers = {"peft": peer(lambda: _Layer(dora, False)), "base": _bound()}
     targets = {"peft": 1.2}
     if not dora and inside == 1024:  # compiling takes seconds a case
         providers["compile"] = Provider("compile", _compiled_lora)
@@ -186,8 +195,10 @@ class _Whole:
 
 def _whole_flops(kind: str, rows: int, side: int) -> float:
     """The cheaper of the adapter in the weight and the factors by themselves; MiSS has no product of its own size."""
-    merged = {"miss": 0.0, "bat": 4.0 * 64, "randlora": 4.0 * side}[kind]
-    apart = {"miss": 0.0, "bat": 4.0, "randlora": 8.0}[kind]
+    if kind == "randlora":  # forming the weight and the scales' gradient from (g B)^T x, from B^T (g^T x), or apart
+        return side * side * min(8.0 * rows + 2.0 * side, 6.0 * rows + 4.0 * side, 14.0 * rows)
+    merged = {"miss": 0.0, "bat": 4.0 * 64}[kind]
+    apart = {"miss": 0.0, "bat": 4.0}[kind]
     layer = 4.0 if kind == "miss" else 6.0
     return side * side * min(layer * rows + merged, (layer + apart) * rows)
 
@@ -209,7 +220,7 @@ def _whole_case(kind: str, rows: int, side: int) -> Case:
         "than the library's (two Zen 5 cores: BAT 1.8 to 2, RandLoRA 2.7 at 2048 rows; one Zen 4 core: BAT 1.1, "
         "RandLoRA 2.1 at 16 rows, whose scales go into the input, 1.05 at 512 and 1.9 at 2048)",
         inputs=inputs, ours=_Whole(kind, True), reference=_Whole(kind, False),
-        providers={"peft": peer(lambda: _Whole(kind, False))},
+        providers={"peft": peer(lambda: _Whole(kind, False)), "base": _bound()},
         targets={"peft": TARGETS[kind]} if kind in TARGETS else {}, compare=close,
     )  # fmt: skip
 
@@ -280,7 +291,8 @@ def cases(device: str) -> list[Case]:
     f, b = torch.float32, torch.bfloat16
     layers = [_case(dora, rows, side, side, dtype, hot=rows == 512 and side == 1024) for dora in (False, True)
               for dtype in (f, b) for side in (1024, 2048, 4096) for rows in (1, 16, 512, 2048)]  # fmt: skip
-    sides = {"miss": (1024,), "bat": (1024, 4096), "randlora": (1024,)}
-    whole = [_whole_case(kind, rows, side) for kind in sides for side in sides[kind] for rows in (1, 16, 512, 2048)]
+    kinds = {"miss": 512, "bat": 2048, "randlora": 512}  # rows up to which 4096 is measured: seconds a call beyond
+    whole = [_whole_case(kind, rows, side) for kind, most in kinds.items() for side in (1024, 4096)
+             for rows in (1, 16, 512, 2048) if side == 1024 or rows <= most]  # fmt: skip
     mixed = [_mixed_case(8, 1024, dtype) for dtype in (f, b)]
     return [*layers, *whole, _whole_case("randlora", 2048, 2048), *mixed]

@@ -52,10 +52,10 @@ bool plain(int64_t rows, int64_t columns, int64_t down, int64_t across) {  // a 
   return (across == 1 && down >= std::max<int64_t>(columns, 1)) || (down == 1 && across >= std::max<int64_t>(rows, 1));
 }
 
-Tensor view(const void* data, int64_t rows, int64_t columns, int64_t down, int64_t across) {
+Tensor view(const void* data, int64_t rows, int64_t columns, int64_t down, int64_t across, ScalarType type = ScalarType::Float) {
   const int64_t sizes[2] = {rows, columns}, strides[2] = {down, across};
   return torch::stable::from_blob(const_cast<void*>(data), {sizes, 2}, {strides, 2},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), type);
 }
 
 // BLAS stores by columns: there, what is c is c^T = b^T a^T.
@@ -105,7 +105,37 @@ bool takes(int64_t rows, int64_t columns, int64_t depth, bool transposed, bool f
   return library_forced() || choice(class_of(rows, columns, depth, transposed, first_turned)).library_is_faster();
 }
 
+void run_bf16(const Operand& a, const Operand& b, void* c) {
+  const auto seen = [](const Operand& x) { return view(x.data, x.rows, x.columns, x.down, x.across, ScalarType::BFloat16); };
+  const Tensor x = seen(a), y = seen(b), out = view(c, a.rows, b.columns, b.columns, 1, ScalarType::BFloat16);
+  library_call(aoti_torch_cpu_mm_out(out.get(), x.get(), y.get()));
+}
+
+// Few rows are ours: they are read where they lie. The rest in two classes, as of float32.
+Choice& choice_bf16(int64_t rows) {
+  static Choice choices[2] = {Choice("product-bf16-some-rows"), Choice("product-bf16")};
+  const bool many = rows > SOME;
+  choices[many].settle([&](auto&& race) {
+    const int64_t M = many ? 512 : 64, N = many ? 512 : 1024, K = 1024;
+    std::vector<uint16_t> a(size_t(M * K), 0x3f00), b(size_t(N * K), 0x3e80), c(size_t(M * N));  // 0.5, 0.25
+    std::vector<float> sums(size_t(M * N));
+    const Operand left{a.data(), Dtype::bf16, M, K, K, 1}, right{b.data(), Dtype::bf16, K, N, 1, K};
+    race(2.0 * double(M) * double(N) * double(K), [&] { gemm_bf16(left, right, {sums.data(), N, 1}, false); },
+         [&] { run_bf16(left, right, c.data()); });
+  });
+  return choices[many];
+}
+
 }  // namespace
+
+bool gemm_library_bf16(const Operand& a, const Operand& b, void* c) {
+  const int64_t M = a.rows, N = b.columns, K = a.columns;
+  if (a.dtype != Dtype::bf16 || b.dtype != Dtype::bf16 || M <= FEW || !has_bf16_dot() || !library_allowed()) return false;
+  if (double(M) * double(N) * double(K) < SMALL || !plain(M, K, a.down, a.across) || !plain(K, N, b.down, b.across)) return false;
+  if (!library_forced() && !choice_bf16(M).library_is_faster()) return false;
+  run_bf16(a, b, c);
+  return true;
+}
 
 bool library_takes(int64_t rows, int64_t columns, int64_t depth, bool transposed) { return takes(rows, columns, depth, transposed, false); }
 

@@ -40,7 +40,7 @@ def _dispersion_kernel(x, stride, rows, classes, o_out, ROWS: tl.constexpr, BLOC
     row, live = program_rows(rows, ROWS)
     top = largest(x, None, stride, 0, None, row, live, classes, ROWS, BLOCK)
     total, square, mean = _moments(x, stride, top, row, live, classes, ROWS, BLOCK)
-    even, log_classes = 1.0 / classes, tl.log(classes.to(tl.float32))  # a uniform row's own log, or it would not give 0
+    even, log_classes = 1.0 / classes, tl.log(tl.cast(classes, tl.float32))  # a uniform row's own, or it gives no 0
     tl.store(o_out + 2 * row, (square / total - even) / (1.0 - even), mask=live)
     tl.store(o_out + 2 * row + 1, 1.0 - (tl.log(total) - mean) / log_classes, mask=live)
 

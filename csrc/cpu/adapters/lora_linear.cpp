@@ -5,6 +5,7 @@
 // Floor: 2 N O I FLOPs forward and 2 N O I backward (W frozen), 10 N r (I + O) for the adapter; weights, x and y once.
 #include "cpu/adapters/lora_linear.h"
 
+#include "cpu/convert.h"
 #include "cpu/output.h"
 #include "cpu/products.h"
 
@@ -13,24 +14,64 @@ namespace {
 
 constexpr int64_t CHUNK = 512;
 
-// work(first row, rows, sums [rows, columns]) for chunks of a result's rows, whose sums are then rounded into it.
-template <class A, class F>
-void by_chunks(const Tensor& out, const F& work) {
-  const int64_t N = out.size(0), columns = out.size(1);
-  const bool own = is_own<A>(out);
-  const int64_t chunk = own ? std::max<int64_t>(N, 1) : CHUNK;
-  CallMemory memory{out, {}};
-  A* sums = own ? static_cast<A*>(out.data_ptr()) : memory.get<A>(std::min(chunk, N) * columns);
-  for (int64_t n = 0; n < N; n += chunk) {
-    const int64_t rows = std::min(chunk, N - n);
-    work(n, rows, sums);
-    if (!own) narrow_into(sums, rows * columns, out, n * columns);
-  }
-}
-
 template <class A>
 Operand across(const A* h, int64_t r, int64_t N, int64_t first, int64_t rows) {  // rows of h^T
   return {h + first, own_dtype<A>, rows, r, 1, N};
+}
+
+// factor times m [r, columns], or m^T [columns, r], in panels as LoraFinish takes them
+template <class A>
+const A* panels(CallMemory& memory, const Tensor& m, bool turned, A factor) {
+  const int64_t r = m.size(turned ? 1 : 0), columns = m.size(turned ? 0 : 1);
+  const Rows rows(m);
+  A* found = memory.get<A>(round_up(columns, LORA_PANEL) * r);
+  const auto at = [&](int64_t k, int64_t c) { return found + (c / LORA_PANEL * r + k) * LORA_PANEL + c % LORA_PANEL; };
+  if (r && columns % LORA_PANEL) std::fill(at(0, columns / LORA_PANEL * LORA_PANEL), found + round_up(columns, LORA_PANEL) * r, A(0));
+  if (turned) {
+    std::vector<A> line(size_t(r), A(0));
+    for (int64_t c = 0; c < columns; ++c) {
+      kernels<ConvertKernels, A>().widen_scaled(rows.at(c, 0), rows.dtype, r, factor, line.data());
+      for (int64_t k = 0; k < r; ++k) *at(k, c) = line[size_t(k)];
+    }
+  } else {
+    for (int64_t k = 0; k < r; ++k)
+      for (int64_t c = 0; c < columns; c += LORA_PANEL)
+        kernels<ConvertKernels, A>().widen_scaled(rows.at(k, c), rows.dtype, std::min(LORA_PANEL, columns - c), factor, at(k, c));
+  }
+  return found;
+}
+
+// out [N, columns] = gain (a b + h^T low) + bias, low the factor times m or m^T; what the gain multiplies in `kept` as well,
+// unless that is empty. h [r, N]. Of few rows the low product goes by the same way as a b, of many it joins the last pass.
+template <class A>
+void sum_into(const Tensor& out, const Tensor& kept, const Operand& a, const Operand& b, const A* h, const Tensor& m, bool turned, A factor,
+              const A* gain, const A* bias) {
+  const int64_t N = out.size(0), columns = out.size(1), r = m.size(turned ? 1 : 0);
+  const bool own = is_own<A>(out), keep = kept.numel() > 0, few = N <= FEW, pass = gain || bias;
+  const Tensor& base = keep ? kept : out;
+  CallMemory memory{out, {}};
+  const A* low = few || !r ? nullptr : panels(memory, m, turned, factor);
+  const auto finish = [&](Rows sums, int64_t first, int64_t rows) {
+    const auto part = [&](const Tensor& t) {
+      Rows found(t);
+      found.data += first * found.stride;
+      return found;
+    };
+    if (low || pass || keep || !own)
+      kernels<LoraKernels, A>().finish({rows, columns, low ? r : 0, sums, gain, bias, h + first, N, low, part(out), keep ? part(kept) : Rows()});
+  };
+  if (!own && !few && gemm_library_bf16(a, b, base.data_ptr())) return finish(Rows(base), 0, N);
+  const int64_t chunk = own ? std::max<int64_t>(N, 1) : CHUNK;
+  A* sums = own ? static_cast<A*>(base.data_ptr()) : memory.get<A>(std::min(chunk, N) * columns);
+  for (int64_t n = 0; n < N; n += chunk) {
+    const int64_t rows = std::min(chunk, N - n);
+    const Target<A> to{sums, columns, 1};
+    multiply(a.part(n, rows), b, to);
+    if (!low) gemm(across(h, r, N, n, rows), turned ? matrix(m).t() : matrix(m), to, factor, true);
+    Rows from;
+    from.data = reinterpret_cast<char*>(sums), from.stride = columns * int64_t(sizeof(A)), from.bytes = sizeof(A), from.dtype = own_dtype<A>;
+    finish(from, n, rows);
+  }
 }
 
 using Optional = std::optional<Tensor>;
@@ -46,25 +87,7 @@ Three forward_as(const Tensor& x, const OptionalRows& dropped, const Tensor& wei
   A* hidden = static_cast<A*>(h.data_ptr());
   gemm(matrix(a), matrix(dropped ? static_cast<const Tensor&>(*dropped) : x).t(), Target<A>{hidden, N, 1}, A(1), false);
   const std::vector<A> factors = widened<A>(gain), shift = widened<A>(bias);
-  const bool own = is_own<A>(y), plain = own && !gain && !bias;
-  const int64_t chunk = own ? std::max<int64_t>(N, 1) : CHUNK;
-  CallMemory memory{x, {}};
-  A* sums = own ? static_cast<A*>((need_z ? z : y).data_ptr()) : memory.get<A>(std::min(chunk, N) * O);
-  for (int64_t n = 0; n < N; n += chunk) {
-    const int64_t rows = std::min(chunk, N - n);
-    const Target<A> to{sums, O, 1};
-    multiply(matrix(x).part(n, rows), matrix(weight).t(), to);
-    gemm(across(hidden, r, N, n, rows), matrix(b).t(), to, A(scale), true);
-    if (plain) continue;
-    const auto part = [&](const Tensor& t) {
-      Rows found(t);
-      found.data += n * found.stride;
-      return found;
-    };
-    const LoraFinish s{rows, O, sums, gain ? factors.data() : nullptr, bias ? shift.data() : nullptr, part(y),
-                       need_z && !own ? part(z) : Rows()};
-    kernels<LoraKernels, A>().finish(s);
-  }
+  sum_into(y, z, matrix(x), matrix(weight).t(), hidden, b, true, A(scale), gain ? factors.data() : nullptr, bias ? shift.data() : nullptr);
   return {y, z, need_h ? h : fresh(x, {0}, scalar_type<A>)};
 }
 
@@ -114,10 +137,8 @@ Six backward_as(const Tensor& grad, const Tensor& x, const OptionalRows& dropped
   Tensor dx = none, ddropped = none, dweight = none, da = none, db = none;
   if (need.x) {
     dx = fresh(x, {N, I});
-    by_chunks<A>(dx, [&](int64_t n, int64_t rows, A* sums) {
-      multiply(g.part(n, rows), matrix(weight), Target<A>{sums, I, 1});
-      if (!dropped) gemm(across(t, r, N, n, rows), matrix(a), Target<A>{sums, I, 1}, A(scale), true);
-    });
+    const Tensor no_factor = fresh(a, {0, I});  // behind a dropout the factors' part is not x's
+    sum_into<A>(dx, none, g, matrix(weight), t, dropped ? no_factor : a, false, A(scale), nullptr, nullptr);
   }
   if (need.dropped) ddropped = rounded<A>(low_input, N, I, across(t, r, N, 0, N), matrix(a), scale);
   if (need.weight) {

@@ -6,12 +6,18 @@
 
 namespace w2s {
 
-// y = gain z + bias of rows whose z has been summed; without a gain 1, without a bias 0. gain and bias: of the sums' type.
+// y = gain z + bias of z = sums + h^T low, where z's first part has been summed; without a gain 1, without a bias 0. gain, bias,
+// h and low: of the sums' type.
 struct LoraFinish {
-  int64_t N, O;
-  const void *sums, *gain, *bias;
-  Rows y, z;  // z: where the sums are kept as well, rounded; without memory where nobody wants them
+  int64_t N, O, r;
+  Rows sums;
+  const void *gain, *bias;
+  const void* h;    // [r, N], its rows `pitch` apart
+  int64_t pitch;
+  const void* low;  // panels of LORA_PANEL columns, [r, LORA_PANEL] each, zeros behind the last column; r = 0: no memory
+  Rows y, z;        // z: where z is kept as well, rounded; without memory where nobody wants it
 };
+constexpr int64_t LORA_PANEL = 256;  // columns: a panel of 16 rows and those of z stay in L1
 
 // g = gain grad, rounded, and sums[o] of grad z over the rows, where z is.
 struct LoraGain {

@@ -7,6 +7,10 @@
 
 #include "cpu/tiles_kernel.h"
 
+constexpr int BLOCK = 32;  // rows of an item
+template <class A>
+constexpr int ABREAST = Vec<A>::W * sizeof(A) == 64 ? 8 : 4;  // rows of a register tile of two vectors
+
 // gain, bias: from this tile on, or null
 template <class A>
 W2S_INLINE void finish_tile(const A* z, int n, const A* gain, const A* bias, A* y) {
@@ -23,15 +27,56 @@ W2S_INLINE void finish_tile(const A* z, int n, const A* gain, const A* bias, A* 
   }
 }
 
+// z[i, :] += sum over k of h[i, k] low[k, :] for ABREAST rows of LORA_PANEL columns, of which `n` are wanted
+template <class A>
+[[gnu::noinline]] void add_low(A* z, const A* h, const A* low, int64_t r, int n) {  // inlined, its sums would be spilled
+  using V = Vec<A>;
+  constexpr int M = ABREAST<A>, STEP = 2 * V::W;
+  for (int c = 0; c < n; c += STEP) {
+    V sum[M][2];
+    for (int i = 0; i < M; ++i) sum[i][0] = sum[i][1] = V::set(0);
+    for (int64_t k = 0; k < r; ++k) {
+      const V first = V::load(low + k * LORA_PANEL + c), second = V::load(low + k * LORA_PANEL + c + V::W);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) {
+        const V factor = V::set(h[i * r + k]);
+        sum[i][0] = V::fma(factor, first, sum[i][0]);
+        sum[i][1] = V::fma(factor, second, sum[i][1]);
+      }
+    }
+    for (int i = 0; i < M; ++i) {
+      A* at = z + i * LORA_PANEL + c;
+      (V::load(at) + sum[i][0]).store(at);
+      (V::load(at + V::W) + sum[i][1]).store(at + V::W);
+    }
+  }
+}
+
 template <class A>
 inline void finish_as(const LoraFinish& s) {
-  const A *sums = static_cast<const A*>(s.sums), *gain = static_cast<const A*>(s.gain), *bias = static_cast<const A*>(s.bias);
-  each_tile(s.N, s.O, [&](int64_t row, int64_t c, int n) {
-    A wide_y[TILE];
-    const A* z = sums + row * s.O + c;
-    if (s.z.data) narrow(z, n, s.z.dtype, s.z.at(row, c));
-    write_tile(s.y, row, c, n, wide_y,
-               [&](A* y) { finish_tile(z, n, gain ? gain + c : nullptr, bias ? bias + c : nullptr, y); });
+  const A *gain = static_cast<const A*>(s.gain), *bias = static_cast<const A*>(s.bias), *low = static_cast<const A*>(s.low);
+  const int64_t r = s.r;
+  parallel_items(pieces(s.N, BLOCK), grain_of(BLOCK * s.O), [&](int64_t item) {
+    const int64_t first = item * BLOCK, last = std::min(s.N, first + BLOCK);
+    std::vector<A> hidden(size_t(BLOCK * r), A(0));  // [BLOCK, r], zeros behind the last row
+    for (int64_t k = 0; k < r; ++k)
+      for (int64_t row = first; row < last; ++row) hidden[size_t((row - first) * r + k)] = static_cast<const A*>(s.h)[k * s.pitch + row];
+    A z[ABREAST<A> * LORA_PANEL] = {}, y[LORA_PANEL];
+    for (int64_t c = 0; c < s.O; c += LORA_PANEL) {
+      const int n = int(std::min<int64_t>(LORA_PANEL, s.O - c));
+      const A *of_gain = gain ? gain + c : nullptr, *of_bias = bias ? bias + c : nullptr;
+      for (int64_t group = first; group < last; group += ABREAST<A>) {
+        const int rows = int(std::min<int64_t>(ABREAST<A>, last - group));
+        for (int i = 0; i < rows; ++i) widen(s.sums.at(group + i, c), s.sums.dtype, n, A(0), z + i * LORA_PANEL);
+        if (r) add_low(z, hidden.data() + (group - first) * r, low + c * r, r, n);
+        for (int i = 0; i < rows; ++i) {
+          const A* sums = z + i * LORA_PANEL;
+          if (s.z.data) narrow(sums, n, s.z.dtype, s.z.at(group + i, c));
+          if (gain || bias) write_tile(s.y, group + i, c, n, y, [&](A* to) { finish_tile(sums, n, of_gain, of_bias, to); });
+          else narrow(sums, n, s.y.dtype, s.y.at(group + i, c));
+        }
+      }
+    }
   });
 }
 

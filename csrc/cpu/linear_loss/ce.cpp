@@ -23,7 +23,7 @@ Loss run(Engine<A>& e, const LinearArguments& linear, Need need, SoftTarget<A> t
   const auto groups = any ? stashed(e, need) : blocks(e);
   Tensor kept = kept_logits(e, wanted.kept);
   A* keep = wanted.kept ? static_cast<A*>(kept.data_ptr()) : nullptr;
-  g.plan(widest<A>(groups), groups.size());
+  g.plan(groups);
   Statistics<A> s(e, nullptr);
   s.want(wanted.entropy, wanted.best);
   Agreement<A> at(e, target);

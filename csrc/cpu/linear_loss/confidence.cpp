@@ -33,12 +33,17 @@ Tensor make(const Call& call, std::vector<int64_t> shape) {
   return fresh(call.logits, shape, scalar_type<A>);
 }
 
-// The loss from its parts, in their order whatever the threads; an error for a label off [0, 1].
+// An error for a label off [0, 1]: `outside` is one, or NaN.
+void refuse(double outside) {
+  check(std::isnan(outside), [&] { return "soft_labels must be in [0, 1], got " + std::to_string(outside) + "."; });
+}
+
+// The loss from its parts, in their order whatever the threads.
 template <class A>
 Tensor total(const Call& call, const std::vector<ConfidenceResult>& parts) {
   double sum = 0;
   for (const ConfidenceResult& part : parts) {
-    check(std::isnan(part.outside), [&] { return "soft_labels must be in [0, 1], got " + std::to_string(part.outside) + "."; });
+    refuse(part.outside);
     sum += part.loss;
   }
   Tensor loss = make<A>(call, {});
@@ -90,6 +95,7 @@ Three two_classes(const Call& call) {
   const int64_t B = call.B(), blocks = (B + PAIRS - 1) / PAIRS;
   const bool single = call.logits.dim() == 1;
   ConfidencePairs pairs{Rows(call.logits), Rows(call.labels), single};
+  if (!call.loss) refuse(kernels<ConfidenceKernels, A>().outside(pairs.w, 0, B, single ? 1 : 2));
   A line = 0;
   Tensor made = make<A>(call, {call.guesses() && !call.given ? 1 : 0});
   if (call.guesses()) {
@@ -117,18 +123,13 @@ void prior_shifts(const Rows& z, const Rows& w, int64_t B, int64_t V, A* shift) 
   const int64_t width = kd_width(V), wanted = std::clamp<int64_t>(B / 16, 1, 64);
   const int64_t size = (B + wanted - 1) / wanted, groups = (B + size - 1) / size;
   std::vector<A> sums(size_t(groups * 2 * width), A(0));
-  parallel_items(groups, 1, [&](int64_t g) {
+  std::vector<double> outside(size_t(groups), NOT_A_NUMBER);
+  parallel_items(groups, std::max<int64_t>(1, 8192 / (size * V)), [&](int64_t g) {
     A* own = sums.data() + g * 2 * width;
-    kernels<ConfidenceKernels, A>().columns(z, w, g * size, std::min(B, (g + 1) * size), V, own, own + width, scratch_of<A>(2, 2 * width));
+    outside[size_t(g)] = kernels<ConfidenceKernels, A>().columns(z, w, g * size, std::min(B, (g + 1) * size), V, own, own + width, scratch_of<A>(2, 2 * width));
   });
-  for (int64_t c = 0; c < V; ++c) {
-    double p = 0, weak = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-      p += double(sums[size_t(g * 2 * width + c)]);
-      weak += double(sums[size_t((g * 2 + 1) * width + c)]);
-    }
-    shift[c] = std::log(A(std::max(p / double(B), LEAST_MEAN) / (weak / double(B))));
-  }
+  for (double found : outside) refuse(found);
+  kernels<ConfidenceKernels, A>().shifts(sums.data(), groups, width, V, B, LEAST_MEAN, shift);
 }
 
 template <class A>
@@ -141,6 +142,8 @@ Three many_classes(const Call& call) {
     std::copy(given.begin(), given.end(), shift.begin());
   } else if (call.guesses() && call.balance == WEAK_PRIOR && B) {
     prior_shifts<A>(z, w, B, V, shift.data());
+  } else if (!call.loss) {
+    refuse(kernels<ConfidenceKernels, A>().outside(w, 0, B, V));
   }
   Tensor made = to_tensor<A>(call, shift.data(), call.guesses() && !call.given ? V : 0);
   Tensor grad = fresh(call.logits, call.mixture.gradient ? std::vector<int64_t>{B, V} : std::vector<int64_t>{0});

@@ -37,7 +37,12 @@ struct ConfidenceKernels {
   double (*pair_scores)(const ConfidencePairs& s, int64_t first, int n, A* p0);
   ConfidenceResult (*pair_rows)(const Mixture& m, const ConfidencePairs& s, int64_t first, int n, double line, void* out,
                                 Dtype type);
-  void (*columns)(const Rows& z, const Rows& w, int64_t first, int64_t end, int64_t V, A* p_sum, A* w_sum, A* buffers);
+  // returns what `outside` does
+  double (*columns)(const Rows& z, const Rows& w, int64_t first, int64_t end, int64_t V, A* p_sum, A* w_sum, A* buffers);
+  // the first soft label off [0, 1] in rows [first, end), otherwise NaN
+  double (*outside)(const Rows& w, int64_t first, int64_t end, int64_t V);
+  // log(max(mean p, least) / mean w) of `groups` pairs of sums, each of `width`
+  void (*shifts)(const A* sums, int64_t groups, int64_t width, int64_t V, int64_t B, double least, A* shift);
   ConfidenceResult (*row)(const Mixture& m, const ConfidenceRow& row, A* buffers, void* out, Dtype type);
 };
 

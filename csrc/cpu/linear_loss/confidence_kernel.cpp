@@ -23,19 +23,64 @@ W2S_INLINE double softmax_row(const RowSource& z, int64_t V, A* x, A* e) {
   return sum[0];
 }
 
+template <class A>
+inline double first_outside(const RowSource& w, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = double(scalar_as<A>(w.data, w.dtype, i));
+    if (x < 0 || x > 1) return x;
+  }
+  return std::numeric_limits<double>::quiet_NaN();
+}
+
+template <class A>
+inline double labels_outside(const Rows& w, int64_t first, int64_t end, int64_t V) {
+  for (int64_t r = first; r < end; ++r) {
+    const double found = first_outside<A>({w.at(r, 0), w.dtype, nullptr}, V);
+    if (found == found) return found;
+  }
+  return std::numeric_limits<double>::quiet_NaN();
+}
+
 // Sums of p and of w over rows [first, end), each [padded(V)]
 template <class A>
-inline void confidence_columns(const Rows& z, const Rows& w, int64_t first, int64_t end, int64_t V, A* p_sum, A* w_sum, A* buffers) {
+inline double confidence_columns(const Rows& z, const Rows& w, int64_t first, int64_t end, int64_t V, A* p_sum, A* w_sum, A* buffers) {
   using T = Vec<A>;
   const int64_t n = padded(int(V));
   A *x = buffers, *e = x + kd_width(V);
+  const T one = T::set(1), zero = T::set(0);
+  T off = zero;  // how far the farthest label is off [0, 1]; NaN does not count
   for (int64_t r = first; r < end; ++r) {
     const T scale = T::set(A(1 / softmax_row<A>({z.at(r, 0), z.dtype, nullptr}, V, x, e)));
     widen<A>(w.at(r, 0), w.dtype, int(V), A(0), x);
     for (int64_t i = 0; i < n; i += T::W) {
       T::fma(T::load(e + i), scale, T::load(p_sum + i)).store(p_sum + i);
-      (T::load(w_sum + i) + T::load(x + i)).store(w_sum + i);
+      const T label = T::load(x + i);
+      off = T::max(T::max(zero - label, label - one), off);
+      (T::load(w_sum + i) + label).store(w_sum + i);
     }
+  }
+  return off.top() > 0 ? labels_outside<A>(w, first, end, V) : std::numeric_limits<double>::quiet_NaN();
+}
+
+template <class A>
+inline void prior_shift(const A* sums, int64_t groups, int64_t width, int64_t V, int64_t B, double least, A* shift) {
+  constexpr int64_t PIECE = 256;
+  for (int64_t first = 0; first < V; first += PIECE) {
+    const int64_t n = V - first < PIECE ? V - first : PIECE;
+    double p[PIECE] = {}, weak[PIECE] = {};
+    for (int64_t g = 0; g < groups; ++g) {
+      const A* own = sums + g * 2 * width + first;
+      for (int64_t c = 0; c < n; ++c) p[c] += double(own[c]), weak[c] += double(own[width + c]);
+    }
+    A ratio[PIECE];
+    for (int64_t c = 0; c < PIECE; ++c) {
+      const double mean = p[c] / double(B);
+      ratio[c] = c < n ? A((mean > least || mean != mean ? mean : least) / (weak[c] / double(B))) : A(1);
+    }
+    A logs[PIECE];
+    std::memcpy(logs, ratio, sizeof logs);
+    log_row(logs, PIECE);
+    for (int64_t c = 0; c < n; ++c) shift[first + c] = ratio[c] == infinity<A> ? infinity<A> : logs[c];
   }
 }
 
@@ -53,15 +98,6 @@ W2S_INLINE int64_t guess_row(const A* x, const A* shift, int64_t V) {
     if (at < V) return at;  // beyond it lies what fills the last vector
   }
   return 0;  // a row of NaN
-}
-
-template <class A>
-inline double first_outside(const RowSource& w, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const double x = double(scalar_as<A>(w.data, w.dtype, i));
-    if (x < 0 || x > 1) return x;
-  }
-  return std::numeric_limits<double>::quiet_NaN();
 }
 
 // w becomes p^beta w^alpha up to the factor that `sum` returns, 0 where all are; returns sum of w log p
@@ -264,6 +300,7 @@ inline ConfidenceResult pair_rows(const Mixture& m, const ConfidencePairs& s, in
   return found;
 }
 
-W2S_KERNELS(ConfidenceKernels, pair_scores<Real>, pair_rows<Real>, confidence_columns<Real>, confidence_row<Real>)
+W2S_KERNELS(ConfidenceKernels, pair_scores<Real>, pair_rows<Real>, confidence_columns<Real>, labels_outside<Real>, prior_shift<Real>,
+            confidence_row<Real>)
 
 #include "cpu/target_end.h"

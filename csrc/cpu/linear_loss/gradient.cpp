@@ -23,7 +23,7 @@ Lists run(Engine<A>& e, const LinearArguments& linear, Need need, const Coeffici
   g.q = SoftTarget<A>(e, c.ids, c.coef_ids, c.coef_all, c.dense, c.coef_dense, c.classes);
   g.kept = found_logits(e, kept);
   const auto groups = blocks(e);
-  g.plan(widest<A>(groups), groups.size());
+  g.plan(groups);
   g.sweep(groups);
   return {g.dhiddens, g.dheads, g.dbiases, g.dweights};
 }

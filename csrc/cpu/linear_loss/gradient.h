@@ -4,7 +4,8 @@
 // A loss whose coefficients are known beforehand (mean, sum) needs lse before the first gradient tile. Rather than compute
 // the logits twice, the first sweep leaves them in the memory of dW: tile for tile the [tile, D_i] elements of a gradient
 // that is not written yet hold [tile, <= D_i] logits, half as many where they are bfloat16. The second sweep takes a tile
-// out, then writes the gradient there. Rows beyond are computed again.
+// out, then writes the gradient there. Rows beyond lie in memory of the call's own, at most as much again as dW is and at most
+// SPARE; what has no room there either is computed again.
 #pragma once
 
 #include "cpu/linear_loss/soft_target.h"
@@ -21,10 +22,22 @@ struct Need {  // which gradients; of the lists a bit a model
   static constexpr int arguments = 4;
 };
 
-struct Segment {  // rows [r0, r0 + rows), and the model whose dW keeps their logits (-1: none)
+constexpr int64_t SPARE = 64 << 20;   // bytes of logits beside dW
+constexpr int64_t WORTH_SPARE = 128;  // rows, fewer of which are computed again in no more time than fresh memory takes
+
+constexpr int NOWHERE = -1, BESIDE = -2;  // in place of a model: logits that are computed again; in memory of their own
+
+struct Segment {  // rows [r0, r0 + rows), and the model whose dW keeps their logits
   int64_t r0, rows;
   int stash;
 };
+
+template <class A>
+inline int64_t widest(const std::vector<std::vector<Segment>>& groups) {
+  int64_t rows = 16;
+  for (const auto& g : groups) rows = std::max(rows, round_up(g.back().r0 + g.back().rows - g.front().r0, 16));
+  return rows;
+}
 
 template <class A>
 struct Gradients {
@@ -37,6 +50,7 @@ struct Gradients {
   std::vector<double> dw;             // [Mp, n]: sum_v dz (b_i, or the capped logit)
   std::vector<std::vector<A>> dbias;  // [V]
   A *raw = nullptr, *z = nullptr, *slope = nullptr;  // raw: sum_v dz_tv W_i,v, [M, width]
+  A* spare = nullptr;                 // the logits of the segment that lies beside dW, [V, rows up to a multiple of 16]
   const A* kept = nullptr;            // the logits of all rows [V, Mp], where forward left them
   uint16_t* dz16 = nullptr;           // with dots: a tile of dz in bfloat16
   const uint16_t* scaled16 = nullptr; // with coefficients that are not 1: the rows times them, [M, width]
@@ -63,7 +77,11 @@ struct Gradients {
   bool needs_head(int i) const { return need.heads >> i & 1; }
 
   // One group of rows makes a narrower dW a strip after another, which stays in cache; several add to a whole tile.
-  void plan(int64_t columns, size_t groups) {
+  void plan(const std::vector<std::vector<Segment>>& of) {
+    const int64_t columns = widest<A>(of), groups = int64_t(of.size());
+    for (const auto& group : of)
+      for (const Segment& part : group)
+        if (part.stash == BESIDE) spare = e.memory(e.V * round_up(part.rows, 16));
     int64_t shared = 0, widest_head = 1;
     for (int i = 0; i < e.n; ++i) {
       if (needs_head(i) && e.narrower(i)) shared += e.D[size_t(i)];
@@ -91,6 +109,7 @@ struct Gradients {
   }
 
   A* stash(const Segment& s) const {  // of the current tile
+    if (s.stash == BESIDE) return spare + e.v0 * round_up(s.rows, 16);
     const Tensor& of = dheads[size_t(s.stash)];
     return reinterpret_cast<A*>(static_cast<char*>(of.data_ptr()) + e.v0 * e.D[size_t(s.stash)] * bytes_of(dtype_of(of)));
   }
@@ -103,7 +122,7 @@ struct Gradients {
       const int64_t own_ld = round_up(s.rows, 16);
       if (kept) {
         softmax_part(s.r0, kept + e.v0 * e.Mp + s.r0, e.Mp, out, ld, own_ld);
-      } else if (s.stash < 0) {
+      } else if (s.stash == NOWHERE) {
         e.logits(s.r0, s.rows, out, ld, capped.data());
         softmax_part(s.r0, out, ld, out, ld, own_ld);
       } else {
@@ -285,11 +304,11 @@ struct Gradients {
 template <class A>
 inline std::vector<std::vector<Segment>> blocks(const Engine<A>& e) {
   std::vector<std::vector<Segment>> groups;
-  for (int64_t r0 = 0; r0 < e.M; r0 += e.block()) groups.push_back({{r0, std::min(e.block(), e.M - r0), -1}});
+  for (int64_t r0 = 0; r0 < e.M; r0 += e.block()) groups.push_back({{r0, std::min(e.block(), e.M - r0), NOWHERE}});
   return groups;
 }
 
-// One group of all rows, as many as fit with a stash; or blocks, where most would not fit.
+// One group of all rows, as many as fit in dW or beside it; or blocks, where most would not fit.
 template <class A>
 inline std::vector<std::vector<Segment>> stashed(const Engine<A>& e, Need need) {
   std::vector<Segment> group;
@@ -301,16 +320,14 @@ inline std::vector<std::vector<Segment>> stashed(const Engine<A>& e, Need need) 
     group.push_back({r0, rows, i});
     r0 += rows;
   }
+  const int64_t row = e.V * int64_t(sizeof(A)), beside = std::min({SPARE / row / 16 * 16, r0, e.M - r0});
+  if (beside >= WORTH_SPARE) {
+    group.push_back({r0, beside, BESIDE});
+    r0 += beside;
+  }
   if (2 * r0 < e.M || e.M == 0) return blocks(e);
-  if (r0 < e.M) group.push_back({r0, e.M - r0, -1});
+  if (r0 < e.M) group.push_back({r0, e.M - r0, NOWHERE});
   return {group};
-}
-
-template <class A>
-inline int64_t widest(const std::vector<std::vector<Segment>>& groups) {
-  int64_t rows = 16;
-  for (const auto& g : groups) rows = std::max(rows, round_up(g.back().r0 + g.back().rows - g.front().r0, 16));
-  return rows;
 }
 
 // The first sweep: `look(r0, rows, z, ld)` sees every tile of logits, which stay where the second finds them, or in `keep`.
@@ -321,7 +338,7 @@ inline void first_sweep(Engine<A>& e, Gradients<A>& g, const std::vector<std::ve
     for (const auto& group : groups)
       for (const Segment& part : group) {
         const int64_t ld = round_up(part.rows, 16);
-        A* z = keep ? keep + v * e.Mp : part.stash < 0 ? g.z : g.stash(part);
+        A* z = keep ? keep + v * e.Mp : part.stash == NOWHERE ? g.z : g.stash(part);
         e.logits(part.r0, part.rows, z, ld, g.capped.data());
         look(part.r0, part.rows, z, ld);
       }

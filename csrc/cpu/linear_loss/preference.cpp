@@ -121,7 +121,7 @@ Loss run(Engine<A>& e, const LinearArguments& linear, Need need, const std::vect
          const int64_t* sequence, Sequences& all, const std::vector<Term>& terms, const Optional& pairs, double scale) {
   Gradients<A> g(e, linear, need);
   const auto groups = stashed(e, need);
-  g.plan(widest<A>(groups), groups.size());
+  g.plan(groups);
   Statistics<A> s(e, tokens[0].target);
   const bool apart = tokens.size() > 1;
   std::vector<A> second(size_t(apart ? e.Mp : 0));

@@ -28,29 +28,35 @@ struct Space {
 template <class A>
 inline Space<A> space(const SpaceCall& call, int64_t h) {
   const int64_t M = call.M, T = std::min(CHUNK, round_up(call.L, PAD)), ld = round_up(2 * M, PAD);
-  double* power = scratch_of<double>(2, 2 * (T + 1) * M + T);
-  A* tables = scratch_of<A>(3, T * T + T * ld + 2 * M * T);
+  double* power = scratch_of<double>(2, 2 * (T + 1) * M + T + 5 * M);
+  A* tables = scratch_of<A>(3, T * T + T * ld + 2 * M * T + 2 * T + 2 * M);
   Space<A> s{M, T, ld, {power, power + (T + 1) * M, M}, call.b + h * M * 2, call.c + h * M * 2, tables, tables + T * T,
              tables + T * T + T * ld};
   const double* z = call.z + h * M * 2;
-  double *re = s.p.re, *im = s.p.im, *tap = power + 2 * (T + 1) * M;
+  double *re = s.p.re, *im = s.p.im, *tap = power + 2 * (T + 1) * M, *br = tap + T, *bi = br + M, *cr = bi + M, *ci = cr + M;
+  double* part = ci + M;
+  A *slide = s.out + 2 * M * T, *turned = slide + 2 * T;
   powers(z, M, T + 1, re, im);
-  for (int64_t j = 0; j < T; ++j) {
-    double sum = 0;
-    A* row = s.in + (T - 1 - j) * ld;
+  for (int64_t n = 0; n < M; ++n) br[n] = s.b[2 * n], bi[n] = s.b[2 * n + 1], cr[n] = s.c[2 * n], ci[n] = s.c[2 * n + 1];
+  for (int64_t j = 0; j < T; ++j) {  // loops over the states alone, without a sum: they are vectors
+    const double *pr = re + j * M, *pi = im + j * M, *qr = pr + M, *qi = pi + M;
+    A *row = s.in + (T - 1 - j) * ld, *to = turned + M;
     for (int64_t n = 0; n < M; ++n) {
-      const double pr = re[j * M + n], pi = im[j * M + n], br = s.b[2 * n], bi = s.b[2 * n + 1], cr = s.c[2 * n], ci = s.c[2 * n + 1];
-      const double xr = br * pr - bi * pi, xi = br * pi + bi * pr;
+      const double xr = br[n] * pr[n] - bi[n] * pi[n], xi = br[n] * pi[n] + bi[n] * pr[n];
       row[n] = normal<A>(xr), row[M + n] = normal<A>(xi);
-      sum += cr * xr - ci * xi;
-      const double qr = re[(j + 1) * M + n], qi = im[(j + 1) * M + n];
-      s.out[n * T + j] = normal<A>(2 * (cr * qr - ci * qi)), s.out[(M + n) * T + j] = normal<A>(-2 * (cr * qi + ci * qr));
+      part[n] = cr[n] * xr - ci[n] * xi;
     }
+    for (int64_t n = 0; n < M; ++n) {
+      turned[n] = normal<A>(2 * (cr[n] * qr[n] - ci[n] * qi[n])), to[n] = normal<A>(-2 * (cr[n] * qi[n] + ci[n] * qr[n]));
+    }
+    double sum = 0;
+    for (int64_t n = 0; n < M; ++n) sum += part[n];
+    for (int64_t n = 0; n < 2 * M; ++n) s.out[n * T + j] = turned[n];
     for (int64_t n = 2 * M; n < ld; ++n) row[n] = 0;
     tap[j] = 2 * sum + (j ? 0.0 : call.d[h]);
   }
-  for (int64_t j = 0; j < T; ++j)
-    for (int64_t i = 0; i < T; ++i) s.kernel[j * T + i] = i < j ? A(0) : normal<A>(tap[i - j]);
+  for (int64_t j = 0; j < T; ++j) slide[j] = 0, slide[T + j] = normal<A>(tap[j]);
+  for (int64_t j = 0; j < T; ++j) std::memcpy(s.kernel + j * T, slide + T - j, size_t(T) * sizeof(A));
   return s;
 }
 

@@ -71,16 +71,22 @@ BACKWARD = define(
 
 def _eager(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None, scale: float = 1.0, *,
-    gain: Tensor | None = None,
+    dropped: Tensor | None = None, gain: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    if x.ndim != 2 or not x.dtype == weight.dtype == A.dtype == B.dtype or not A.shape[0]:
+    """As PEFT's layers do it: the factors in their own dtype, which may be wider than the weight's."""
+    dtype = A.dtype
+    if x.ndim != 2 or x.dtype != weight.dtype or dtype != B.dtype or torch.promote_types(x.dtype, dtype) != dtype:
         return NotImplemented
-    if gain is None:
-        return torch.addmm(F.linear(x, weight, bias), x @ A.t(), B.t(), alpha=scale)
-    if gain.dtype != x.dtype:
+    if not A.shape[0]:
+        return F.linear(x, weight, bias) if gain is None and dtype == x.dtype else NotImplemented
+    if gain is not None and torch.promote_types(gain.dtype, dtype) != dtype:
         return NotImplemented
-    y = torch.addmm(F.linear(x, weight), x @ A.t(), B.t(), alpha=scale)
-    return y * gain if bias is None else torch.addcmul(bias, y, gain)
+    low = F.linear((x if dropped is None else dropped).to(dtype), A)
+    base = F.linear(x, weight, bias if gain is None else None).to(dtype)
+    y = torch.addmm(base, low, B.t(), alpha=scale)
+    if gain is not None:
+        y = y * gain if bias is None else torch.addcmul(bias.to(dtype), y, gain.to(dtype))
+    return y.to(x.dtype)
 
 
 @or_plain(_eager, replayed=True)

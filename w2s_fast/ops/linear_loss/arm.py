@@ -14,6 +14,7 @@ from .inputs import linear, logit_bytes, targets, wide_logits
 from .logprobs import logprobs
 
 _EXACT = 40  # beyond it log(1 + exp(x)) is x in float64 too
+_EVERYDAY = (1e-6, 1e6)  # where dividing by beta and multiplying by it again neither overflows nor vanishes
 
 
 class ArmLoss(NamedTuple):
@@ -36,15 +37,15 @@ def _loss(
     """`arm_loss` of arguments that are known to be right."""
     chosen, rejected = chosen_logps, rejected_logps
     # a few operators are all there is: each that is left out is seen
-    if chosen.dtype != torch.float32 or rejected.dtype != torch.float32:
+    if chosen.dtype is not torch.float32 or rejected.dtype is not torch.float32:
         wide = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
         chosen, rejected = chosen.to(wide), rejected.to(wide)
-    if chosen.requires_grad or rejected.requires_grad or transforms.active():
-        better, worse = chosen.detach() * beta, rejected.detach() * beta
-        u = (rejected - chosen) * beta
-    else:
-        better, worse = chosen * beta, rejected * beta
-        u = worse - better
+    graded = chosen.requires_grad or rejected.requires_grad or transforms.active()
+    better, worse = (chosen.detach() * beta, rejected.detach() * beta) if graded else (chosen * beta, rejected * beta)
+    if graded and not gamma and not label_smoothing and _EVERYDAY[0] < beta < _EVERYDAY[1] and chosen.numel():
+        # softplus multiplies by beta itself, and divides by it
+        return ArmLoss(softplus(rejected - chosen, beta, _EXACT).mean() * beta, better, worse)
+    u = (rejected - chosen) * beta if graded else worse - better
     if gamma:
         u = u + gamma
     rows = softplus(u, threshold=_EXACT)

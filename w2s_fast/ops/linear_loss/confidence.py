@@ -150,7 +150,7 @@ def _plain_threshold(logits: Tensor, soft_labels: Tensor, *, balance: Balance = 
     return guess.div_(soft_labels.detach().mean(0, dtype=wide)).log_()
 
 
-@or_plain(_plain_threshold)
+@or_plain(_plain_threshold, replayed=True)
 def confidence_threshold(logits: Tensor, soft_labels: Tensor, *, balance: Balance = "weak_prior") -> Tensor:
     """The threshold that `w2s_confidence_loss` chooses in a whole batch, for a batch whose loss is taken in parts.
 
@@ -179,11 +179,17 @@ def confidence_threshold(logits: Tensor, soft_labels: Tensor, *, balance: Balanc
     checks.choice(op, "balance", balance, BALANCES)
     z, weak = _inputs(op, logits, soft_labels)
     _threshold(op, z, balance, None)
-    if checks.readable(z):
+    settings = (False, 1.0, 1.0, 1.0, BALANCES.index(balance), None, False, False)
+    if not checks.readable(z):
+        found: reference.Confidence = W2S_CONFIDENCE_LOSS(z.detach(), weak, *settings)
+        return found.threshold_made
+    if extension.ERROR is not None or dispatch.STATE not in ("auto", "cpp", "explain"):
         _outside(op, weak)
-    found: reference.Confidence = W2S_CONFIDENCE_LOSS(
-        z.detach(), weak, False, 1.0, 1.0, 1.0, BALANCES.index(balance), None, False, False
-    )
+    try:
+        found = W2S_CONFIDENCE_LOSS(z.detach(), weak, *settings)
+    except RuntimeError:  # the C++ kernel looks at the labels while it reads them
+        _outside(op, weak)
+        raise
     return found.threshold_made
 
 

@@ -119,10 +119,11 @@ def _plain(
 def plain_fkl(z: Tensor, teacher: Tensor, tau: float, tau_scale: bool) -> Any:
     """The loss as one writes it in PyTorch, and no outputs; NotImplemented where a class is impossible."""
     dtype = accumulate_dtype(z, [teacher])
-    p, q = ((t.flatten(0, -2).to(dtype) / tau).log_softmax(-1) for t in (z, teacher.detach()))
-    if p.shape != q.shape:
+    if z.shape != teacher.shape:
         return NotImplemented
-    loss = F.kl_div(p, q, log_target=True, reduction="batchmean")
+    z, t = (x if x.ndim == 2 else x.flatten(0, -2) for x in (z, teacher.detach()))
+    p, q = ((x if x.dtype is dtype else x.to(dtype)) / tau for x in (z, t))
+    loss = F.kl_div(p.log_softmax(-1), q.softmax(-1), reduction="batchmean")
     if not math.isfinite(loss.item()):
         return NotImplemented
     return (loss * (tau * tau) if tau_scale else loss), {}

@@ -72,7 +72,7 @@ def _plain(
         with torch.no_grad():
             return _plain(h, W, target, bias=bias, normalize=normalize, grad=grad)
     z = wide_logits(h, W, bias).flatten(0, -2)
-    logp = -F.cross_entropy(z, target.reshape(-1).long(), reduction="none")
+    logp = z.log_softmax(-1).gather(1, target.reshape(-1, 1).long()).squeeze(1)
     if normalize == "none":
         return logp.reshape(target.shape)
     rows = logp.reshape(target.shape[:-1].numel(), target.shape[-1])

@@ -106,8 +106,10 @@ def _plain(
     z = fused_logits(hiddens, lm_heads, weights)
     if z is NotImplemented:
         return z
-    lse = z.logsumexp(-1)
-    return z.gather(-1, target.long().unsqueeze(-1)).squeeze(-1) - lse, lse
+    index = target.long().unsqueeze(-1)
+    # torch.logsumexp takes several passes, log_softmax one
+    logp = z.log_softmax(-1).gather(-1, index).squeeze(-1)
+    return logp, z.gather(-1, index).squeeze(-1) - logp
 
 
 def _logits(hiddens: Sequence[Tensor], lm_heads: Sequence[Tensor], *_: Any, **options: Any) -> float:

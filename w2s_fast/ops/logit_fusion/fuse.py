@@ -62,22 +62,26 @@ Plausible = tuple[Literal["min_p", "top_p"], float]
 
 
 def plain_fused(base: Tensor, experts: Any, anti: Any, weights: Any) -> Any:
-    """The fused logits as one writes them in PyTorch, in float32; NotImplemented where a token is impossible."""
+    """The fused logits as one writes them in PyTorch, in float32; NotImplemented where a token is impossible: where the
+    sum of all is not finite, which takes half the time of a look for the least."""
     if not isinstance(weights, float) or not isinstance(experts, (list, tuple)):
         return NotImplemented
-    anti = [anti] if isinstance(anti, Tensor) else anti
-    if len(anti) not in (1, len(experts)) or anti[0].ndim != base.ndim:
+    anti, shape, dtype = [anti] if isinstance(anti, Tensor) else anti, base.shape, base.dtype
+    if len(anti) not in (1, len(experts)):
         return NotImplemented
-    wide = torch.promote_types(base.dtype, torch.float32)
-    if any(torch.promote_types(t.dtype, wide) != wide for t in (*experts, *anti)):
-        return NotImplemented
-    z = base if base.dtype == wide else base.to(wide)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    z = base if dtype is wide else base.to(wide)
     for k, expert in enumerate(experts):
         against = anti[k if len(anti) > 1 else 0]
-        if expert.shape != base.shape or against.shape != base.shape or expert.dtype != against.dtype:
+        if expert.shape != shape or against.shape != shape or expert.dtype is not against.dtype:
             return NotImplemented
-        z = torch.add(z, expert.to(wide) - against.to(wide), alpha=weights)
-    return z if float(z.detach().amin()) > -math.inf else NotImplemented
+        if expert.dtype is not wide:
+            if expert.dtype is torch.float64:
+                return NotImplemented
+            expert, against = expert.to(wide), against.to(wide)
+        z = z + (expert - against) if weights == 1.0 else torch.add(z, expert - against, alpha=weights)
+    # of values without their history: the sum is nobody's result
+    return z if math.isfinite(z.detach().sum().item()) else NotImplemented
 
 
 def _plain(base: Tensor, experts: Any, anti: Any, weights: Any = 1.0) -> Any:

@@ -67,11 +67,15 @@ def _extreme(m: Make) -> Inputs:
     return (x * 50 + 100, A, B, values * 30, support), kwargs
 
 
-def _poisoned(m: Make) -> Inputs:
-    """A NaN in one row of x stays there, an infinity too."""
-    (x, A, B, values, support), kwargs = _linear(70, 96, 160, 8, 0.2)(m)
-    x[3, 5], x[64, 7] = float("nan"), float("inf")
-    return (x, A, B, values, support), kwargs
+def _poisoned(mode: str) -> Callable[[Make], Inputs]:
+    """A NaN in one row of x stays there, an infinity too; what that comes to (inf - inf) is the way's, which is named."""
+
+    def make(m: Make) -> Inputs:
+        (x, A, B, values, support), kwargs = _linear(70, 96, 160, 8, 0.2, mode=mode)(m)
+        x[3, 5], x[64, 7] = float("nan"), float("inf")
+        return (x, A, B, values, support), kwargs
+
+    return make
 
 
 LINEAR: dict[str, Callable[[Make], Inputs]] = {
@@ -134,7 +138,10 @@ def _materialize(rows: int, columns: int, rank: int, density: float, layout: str
 
 SAMPLES: list[Sample] = [
     *(Sample("sparse_lowrank_linear", name, make) for name, make in LINEAR.items()),
-    Sample("sparse_lowrank_linear", "nan", _poisoned, grad=False),
+    *(
+        Sample("sparse_lowrank_linear", f"nan-{mode}", _poisoned(mode), grad=False)
+        for mode in ("factored", "materialize")
+    ),
     Sample("sparse_lowrank_materialize", "csr", _materialize(300, 131, 16, 0.05, scale=0.5)),
     Sample("sparse_lowrank_materialize", "balanced", _materialize(77, 389, 40, 0.03, "balanced")),
     Sample("sparse_lowrank_materialize", "float32", _materialize(33, 70, 5, 0.1, out_dtype=torch.float32)),
