@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,13 +51,15 @@ def state_of(rows, columns, rank, right, dtype=torch.float32):
 @pytest.mark.parametrize("outside", ("none", "column"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("decay", (0.0, 0.1))
-def test_panels_and_places(right, outside, dtype, decay):
-    """More rows than a panel has: in place and not are the same bits, within twice eager's error of float64, by our
-    products (the library's round as it makes them).
+@pytest.mark.parametrize("shape", ((300, 2100, 3), (31, 801, 401)), ids=str)
+def test_panels_and_places(right, outside, dtype, decay, shape):
+    """More rows than a panel has, and depths in several pieces: in place and not are the same bits, within twice
+    eager's error of float64, by our products (the library's round as it makes them).
 
     Without decay p begins at 0, so that the step is what is rounded.
     """
-    p, grad, basis, first, second = state_of(300, 2100, 3, right, dtype)
+    rows, columns = shape[:2] if right or shape[0] == 300 else shape[1::-1]
+    p, grad, basis, first, second = state_of(rows, columns, shape[2], right, dtype)
     p.mul_(decay > 0)
     before, rule = torch.tensor(1.0), rule_of(3, 0.1, (0.9, 0.999), 1e-6, decay, 0.25, right, outside, 1.01)
     given = (p, grad, basis, first, second, before)
@@ -65,6 +71,34 @@ def test_panels_and_places(right, outside, dtype, decay):
     norm = step_in_place(p, grad, basis, first, second, before, rule)
     for t, new in zip((p, first, second, norm), ours, strict=True):
         assert torch.equal(t, new)
+
+
+ORDERS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_optimizers_in_place import PROJECTED_STEP, rule_of, state_of
+for outside in ("none", "column", "matrix"):
+    given = (*state_of(200, 500, 390, True), torch.tensor(1.0))
+    wide = tuple(t.double() for t in given)
+    rule = rule_of(3, 0.1, (0.9, 0.999), 1e-6, 0.1, 0.25, True, outside, 1.01)
+    ours, exact = PROJECTED_STEP.on("cpp")(*given, rule), PROJECTED_STEP.on("reference")(*wide, rule)
+    for a, r in zip(ours, exact, strict=True):
+        assert torch.allclose(a.double(), r, rtol=1e-5, atol=2e-6), float((a - r).abs().max())
+    torch.set_num_threads(1)
+    again = PROJECTED_STEP.on("cpp")(*given, rule)
+    torch.set_num_threads(2)
+    assert sys.argv[2] != "own" or all(map(torch.equal, ours, again))
+"""
+
+
+@pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
+@pytest.mark.parametrize("products", ("own", "library"))
+def test_both_orders_are_the_step(products):
+    """By tiles, whose bits do not depend on the number of threads, and by products of whole matrices."""
+    env = {**os.environ, "W2S_FAST_GEMM": products}
+    command = [sys.executable, "-c", ORDERS, str(Path(__file__).parent), products]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("kind", ("galore", "fira"))

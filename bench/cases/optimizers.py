@@ -105,13 +105,18 @@ def _step_case(name: str, width: int, rank: int, dtype: torch.dtype, hot: bool) 
         "1024 (AMD EPYC, Zen 5, 2 threads, where our product runs at twice the library's rate): 1.8x and 2.9x; at 4096 "
         "with a rank of 64 passes count for more: 4.3x and 9.6x. GaLore at 1024 cannot reach 3x: the products are "
         "1.07 GFLOP, 2.05 of its 3.08 ms there at the peak of 525 GFLOP/s, a third of the official 5.76 ms is 1.92. On "
-        "a Zen 4 both products run at one rate and 90 % of the official step are products: 1.04x; a profile of ours "
-        "has 86 % in the product's inner loop, 10 % in packing, 1 % in the moments. What was tried: panels of p "
-        "through scratch (Fira 15 ms, one thread), the product added to p in place (12.5), and for a bfloat16 p "
-        "bfloat16 operands of the second product (GaLore 12.4 to 9.6). Xeon with AMX, 2 "
+        "a Zen 4 (peak 229 GFLOP/s, 2 threads) the two products alone bound GaLore by 1.4 at 1024 (4.7 of the official "
+        "6.7 ms), 1.4 at 2048 and 3.4 at 4096, Fira by 2.3, 2.4 and 10. By tiles GaLore at 1024 was to take 5.4 ms (P "
+        "packed once, p written from registers). Measured, quiet: Fira 1.64, 1.87 and 5.9 (bfloat16 2.1, 2.2, 8.3), "
+        "GaLore 1.03, 1.1 and 2.5 (1.33, 1.46, 3.5); against compile GaLore 0.97 to 1.0 at 1024 and 1.03 at 2048, "
+        "where whole matrices had 0.94 at 1024, and 1.18 and more elsewhere. 91 % of a step are products, "
+        "at 200 GFLOP/s, 8 % packing, 1 % the moments. What was tried: panels of p through scratch (Fira 15 ms, one "
+        "thread), the product added to p in place (12.5), for a bfloat16 p bfloat16 operands of the second product "
+        "(GaLore 12.4 to 9.6); by tiles: depths of 128, 192, 256 for 384 and half the rows (same or slower), the next "
+        "rows and moments asked for during products (same). Xeon with AMX, 2 "
         "threads: Fira 1.66 and 1.77 in float32 at 1024 and 2048, 5.2 at 4096; GaLore 1.06, 1.04 and 5.0, against "
         "compile 0.93 and 0.87 at 1024 and 2048. Its library makes 370 GFLOP/s, so the two products alone, 2.9 and 23 "
-        "ms, bound Fira by 2.9 and 2.55 and GaLore by 1.6 and 1.4",
+        "ms, bound Fira by 2.9 and 2.55 and GaLore by 1.6 and 1.4; whole matrices are kept where they are faster",
         inputs=inputs, ours=_Ours(kind), reference=_Official(official),
         providers={
             "official": formulation(_Official(official)),
