@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from dataclasses import replace
@@ -353,3 +354,12 @@ def test_ours_is_labelled_with_what_auto_takes(monkeypatch: pytest.MonkeyPatch):
     found = dispatch.Explanation("x", "triton", rejected)
     monkeypatch.setattr(dispatch, "explain", lambda *_: found)
     assert harness.serving_backend(case, inputs, "cuda") == ("triton", [("cuda", "opt-in: not measured yet")])
+
+
+def test_whole_models_of_architectures():
+    architectures = importlib.import_module("w2s_fast.bench.architectures")
+    lines = list(architectures.generation(0, 1, 1, 2))
+    assert len(lines) == 4 and "S4D, 2 layers" in lines[1] and "MB kept" in lines[1]
+    lines = list(architectures.routing("Mixtral", 16, 2))
+    losses = [line.split("loss ")[1].split(",")[0] for line in lines[1:]]
+    assert len(losses) == 2 and losses[0] == losses[1]

@@ -185,6 +185,10 @@ def test_learngene_is_a_line_and_expands():
         assert torch.equal(gene.at(0.75)[name], torch.add(p, step[name], alpha=0.75))
     ids = torch.tensor([[3, 5, 7, 9]])
     gene(input_ids=ids).logits.square().sum().backward()
+    for depth in (3, 4):
+        for at, layer in enumerate(gene.expand(depth).model.layers):
+            for name, p in gene.base.named_parameters():
+                assert torch.equal(layer.get_parameter(name), torch.add(p, step[name], alpha=at / depth))
     same = gene.expand(4)
     same(input_ids=ids).logits.square().sum().backward()
     for name, p in gene.base.named_parameters():
@@ -253,6 +257,12 @@ def test_sub_networks_share_their_leading_part():
     grad = model.vit.layers[0].mlp.fc1.weight.grad
     assert grad[:24].abs().sum() > 0 and not grad[24:].any() and model.vit.layers[2].mlp.fc1.weight.grad is None
     torch.testing.assert_close(subnet.own()(x).logits, subnet(x).logits)
+    data = TensorDataset(torch.rand(8, 1, 8, 8), torch.arange(8) % 3)
+    before = model.vit.layers[0].mlp.fc1.weight.detach().clone()
+    recipe = Recipe(6, 1e-3, batch=4)
+    losses = delayed_shrinking.train(model, data, recipe=recipe, smaller=[small], delay=0.5, ramp=0.2).losses
+    moved = (model.vit.layers[0].mlp.fc1.weight != before).any(1)
+    assert len(losses) == 6 and losses[-1] > losses[0] + 0.5 and moved.all()  # the sub-network's loss has joined
     mlp = widths(8, 8)
     before = mlp(x)
     delayed_shrinking.sort_channels([mlp[1]], mlp[3])

@@ -119,6 +119,25 @@ def test_sums_of_powers(backend, length, shape):
 
 
 @both
+def test_states_that_fade_are_left_out_unseen(backend):
+    """At different positions, in no order, of two channels; what is not a number never fades."""
+    x = torch.tensor([[-0.5, 1.0], [-1e-4, 0.3], [-0.02, -2.0], [0.0, 0.1], [-0.01, 3.0]], dtype=torch.float64)[None]
+    c = torch.randn(2, 1, 5, 2, generator=torch.Generator().manual_seed(0))
+    c[1, 0, 3] = 0
+    want = powers_summed(c.double(), x, 9000)
+    with w2s_fast.backend(backend):
+        found = vandermonde_log(c, x, 9000)
+        assert ((found - want).abs().amax(-1) < 2e-6 * want.abs().amax(-1)).all()
+        c[0, 0, 0, 0] = torch.nan
+        found = vandermonde_log(c, x, 9000)
+        assert found[0].isnan().all() and not found[1].isnan().any()
+        c[0, 0, 0, 0] = torch.inf
+        assert not vandermonde_log(c, x, 9000)[0].isfinite().any()
+        x[0, 2, 1] = torch.nan
+        assert vandermonde_log(c, x, 9000)[1, 0, 1:].isnan().all()
+
+
+@both
 @pytest.mark.parametrize("length", [1, 70])
 def test_sums_of_powers_gradients(backend, length):
     given = [t.requires_grad_() for t in sums(2, 2, 3)]

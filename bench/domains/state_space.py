@@ -8,7 +8,7 @@ from torch import Tensor
 import w2s_fast
 
 from ..cases.s4d_conv import by_fft
-from ..cases.state_space_kernels import plain_spectrum, plain_sums
+from ..cases.state_space_kernels import plain_spectrum, plain_step, plain_sums
 from ..domain import Domain, Random, Sizes
 
 
@@ -27,13 +27,6 @@ def _step_inputs(random: Random, sizes: Sizes) -> tuple[Tensor, ...]:
     pairs = [torch.randn(h, m, 2, generator=random.generator, device=a.device) for _ in range(2)]
     state = torch.randn(b, h, m, 2, generator=random.generator, device=a.device)
     return (random(b, h), a, *pairs, torch.ones(h, device=a.device), state)
-
-
-def _step(u: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    x, wide = torch.view_as_complex(state), u.to(state.dtype)
-    after = torch.view_as_complex(a) * x + torch.view_as_complex(b) * wide[..., None]
-    y = 2 * (torch.view_as_complex(c) * after).real.sum(-1) + d * wide
-    return y.to(u.dtype), torch.view_as_real(after)
 
 
 def _spectrum_inputs(random: Random, sizes: Sizes) -> tuple[object, ...]:
@@ -78,15 +71,8 @@ DOMAINS = [
     ),
     Domain(
         "s4d_step", {"B": (1, 64), "H": (8, 1024), "M": (2, 64)}, _step_inputs,
-        ways=lambda sizes: {"ours": lambda *given: tuple(w2s_fast.s4d_step(*given)), "eager": _step},
+        ways=lambda sizes: {"ours": lambda *given: tuple(w2s_fast.s4d_step(*given)), "eager": plain_step},
         flops=lambda sizes: 24.0 * sizes["B"] * sizes["H"] * sizes["M"],
         elements=lambda sizes: 2.0 * sizes["B"] * sizes["H"] * sizes["M"],
-        bytes=lambda sizes: 16.0 * sizes["B"] * sizes["H"] * sizes["M"],
-        cases={"B1-H512-M32": {"B": 1, "H": 512, "M": 32}, "B64-H1024-M32": {"B": 64, "H": 1024, "M": 32}},
-        prediction="a state is read and written once, where the plain form makes four complex tensors of its size and "
-        "ten calls: 4 times. One thread: 11 times at B 64 and 1.9 at B 1 (a call's own time) on an AMD EPYC (Zen 5); "
-        "3.2 and 2.5 times on another with half its vector width, where torch.compile took 5.9 and 5.7 times ours. A "
-        "Xeon (family 6 model 167), one thread, B 1: 23.7 us, of which 5.0 checks, 6.2 the op itself, 9.7 the kernel; "
-        "with checks of 2.2 us and no division a row 15.7 us, 3.7 times the plain form. Left: the op's own 5.6 us",
     ),
 ]  # fmt: skip

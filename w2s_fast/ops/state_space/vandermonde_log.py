@@ -31,7 +31,8 @@ def vandermonde_log(c: Tensor, x: Tensor, length: int) -> Tensor:
     """``K_l = 2 Re sum_n c_n e^{x_n l}`` for l from 0: the convolution kernel of a diagonal state space (S4D, arXiv
     2206.11893) with ``x = Delta A``.
 
-    Powers are taken in float64, by multiplication: no phase is a product with l in float32.
+    Powers are taken in float64, by multiplication: no phase is a product with l in float32. With c in float32 a state
+    may be left out where it has faded below 1e-9 of its feature's largest weight.
 
     Args:
         c: ``[..., H, M, 2]``, real and imaginary part of the weights; float32, bfloat16, float16 or float64.
