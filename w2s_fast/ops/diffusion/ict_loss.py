@@ -8,12 +8,24 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.diffusion import pseudo_huber_loss as reference
 from ...reference.diffusion.pseudo_huber_loss import Consistency
 from ...reference.numerics import accumulate_dtype
-from .pseudo_huber_loss import Form, Reduction, as_rows, default_scale, per_sample, reduced, same_samples
+from ..numbers import number
+from .pseudo_huber_loss import (
+    Form,
+    Reduction,
+    as_rows,
+    as_wide,
+    default_scale,
+    per_sample,
+    plain_huber,
+    reduced,
+    same_samples,
+)
 from .schedule import SIGMA_DATA, SIGMA_MIN, skip_and_out
 
 
@@ -49,6 +61,27 @@ ICT_LOSS = define(
 )
 
 
+def _plain(
+    student_out: Tensor, teacher_out: Tensor, x_student: Tensor, x_teacher: Tensor, sigma_s: Tensor, sigma_t: Tensor, *,
+    c: float | None = None, reduction: Reduction = "mean",
+) -> Any:  # fmt: skip
+    if student_out.ndim < 2 or not student_out.numel():
+        return NotImplemented
+    acc = accumulate_dtype(student_out, teacher_out, x_student, x_teacher)
+    tensors = [as_wide(t, acc) for t in (student_out, teacher_out.detach(), x_student, x_teacher.detach())]
+    student, teacher, noisy, other = tensors
+    sigma_s, sigma_t = sigma_s.detach(), sigma_t.detach()
+    sigmas = as_wide(torch.stack((sigma_s, sigma_t)), acc)  # both levels at once
+    data, above = number(SIGMA_DATA**2, acc), sigmas - number(SIGMA_MIN, acc)
+    skip = data / torch.addcmul(data, above, above)
+    out = above * number(SIGMA_DATA, acc) * torch.addcmul(data, sigmas, sigmas).rsqrt()
+    shape = (2, -1, *[1] * (student.ndim - 1))
+    skip, out = skip.view(shape), out.view(shape)
+    residual = torch.addcmul(noisy * skip[0], student, out[0]) - torch.addcmul(other * skip[1], teacher, out[1])
+    return plain_huber(residual, (sigma_s - sigma_t).reciprocal(), c, reduction)
+
+
+@or_plain(_plain)
 def ict_loss(
     student_out: Tensor,
     teacher_out: Tensor,

@@ -14,6 +14,7 @@ from ...library import Kernel, define
 from ...reference.diffusion import modulation as reference
 from ...reference.numerics import accumulate_dtype
 from ..layout import unit_stride
+from ..numbers import number
 
 _any_requires_grad = torch._C._any_requires_grad
 
@@ -141,7 +142,7 @@ def normed(x: Tensor, shift: Tensor, scale: Vector, eps: float) -> Any:
     """adaln_modulate as one writes it in PyTorch; NotImplemented for a pair."""
     if isinstance(scale, (tuple, list)):
         return NotImplemented
-    return added(over_tokens(shift), F.layer_norm(x, x.shape[-1:], eps=eps), 1 + over_tokens(scale))
+    return added(over_tokens(shift), F.layer_norm(x, x.shape[-1:], eps=eps), over_tokens(scale) + number(1.0, scale.dtype))
 
 
 def vector(op: str, name: str, value: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.diffusion import pseudo_huber_loss as reference
 from ...reference.numerics import accumulate_dtype
 from ...transforms import wants_grad
+from ..numbers import number
 
 Form = Literal["vector", "elementwise"]
 Reduction = Literal["mean", "sum", "none"]
@@ -50,6 +53,33 @@ PSEUDO_HUBER_LOSS = define(
 )
 
 
+def plain_huber(residual: Tensor, weight: Tensor | None, c: float | None, reduction: str) -> Tensor:
+    """The vector form of residuals ``(B, ...)`` as one writes it in PyTorch, with its digits."""
+    flat = residual if residual.ndim == 2 else residual.flatten(1)
+    scale = 0.00054 * math.sqrt(flat.shape[1]) if c is None else float(c)
+    square, dtype = (flat * flat).sum(1), flat.dtype
+    loss = square / ((square + number(scale * scale, dtype)).sqrt() + number(scale, dtype))
+    loss = loss if weight is None else loss * weight
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() * number(1 / loss.shape[0], loss.dtype)
+
+
+def _plain(
+    pred: Tensor, target: Tensor, weight: Tensor | None = None, *, c: float | None = None, reduction: Reduction = "mean"
+) -> Any:
+    if pred.ndim < 2 or not pred.numel():
+        return NotImplemented
+    acc = accumulate_dtype(pred, target)
+    return plain_huber(as_wide(pred, acc) - as_wide(target.detach(), acc), weight, c, reduction)
+
+
+def as_wide(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` in ``dtype``."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
+@or_plain(_plain)
 def pseudo_huber_loss(
     pred: Tensor,
     target: Tensor,

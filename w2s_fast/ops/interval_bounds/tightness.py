@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import checks
 from ...calibration import or_plain
+from ..numbers import number
 from .inputs import alike
 from .linear import interval_linear
 
@@ -25,7 +26,8 @@ def _plain(
             keep = mask.unsqueeze(-2).to(rows.dtype)
             optimal, layerwise = optimal * keep, layerwise * keep
         optimal, layerwise = optimal @ weight, layerwise @ weight.abs()
-    ends = [(part.sum(-1) * radius).clamp_min(1e-8) for part in (optimal.abs(), layerwise)]
+    size = number(radius, rows.dtype)
+    ends = [(part.sum(-1) * size).clamp_min(1e-8) for part in (optimal.abs(), layerwise)]
     return ends[0] / ends[1]
 
 

@@ -10,11 +10,11 @@ from torch.nn.functional import cross_entropy, softplus
 
 from ... import checks, transforms
 from ...calibration import or_plain
+from ..numbers import number
 from .inputs import linear, logit_bytes, targets, wide_logits
 from .logprobs import logprobs
 
 _EXACT = 40  # beyond it log(1 + exp(x)) is x in float64 too
-_EVERYDAY = (1e-6, 1e6)  # where dividing by beta and multiplying by it again neither overflows nor vanishes
 
 
 class ArmLoss(NamedTuple):
@@ -42,9 +42,6 @@ def _loss(
         chosen, rejected = chosen.to(wide), rejected.to(wide)
     graded = chosen.requires_grad or rejected.requires_grad or transforms.active()
     better, worse = (chosen.detach() * beta, rejected.detach() * beta) if graded else (chosen * beta, rejected * beta)
-    if graded and not gamma and not label_smoothing and _EVERYDAY[0] < beta < _EVERYDAY[1] and chosen.numel():
-        # softplus multiplies by beta itself, and divides by it
-        return ArmLoss(softplus(rejected - chosen, beta, _EXACT).mean() * beta, better, worse)
     u = (rejected - chosen) * beta if graded else worse - better
     if gamma:
         u = u + gamma
@@ -55,7 +52,24 @@ def _loss(
     return ArmLoss(loss, better, worse)
 
 
-@or_plain(_loss)
+def _plain_pairs(chosen_logps: Tensor, rejected_logps: Tensor, beta: float) -> Any:
+    chosen, rejected = chosen_logps, rejected_logps
+    if chosen.dtype is not torch.float32 or rejected.dtype is not torch.float32:
+        wide = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
+        chosen, rejected = chosen.to(wide), rejected.to(wide)
+    pairs = chosen.shape[0]
+    if not pairs:
+        return NotImplemented
+    scale = number(beta, chosen.dtype)
+    if torch.is_grad_enabled() and (chosen.requires_grad or rejected.requires_grad):
+        better, worse, u = chosen.detach() * scale, rejected.detach() * scale, (rejected - chosen) * scale
+    else:
+        better, worse = chosen * scale, rejected * scale
+        u = worse - better
+    return ArmLoss(softplus(u, 1, _EXACT).sum() * number(1 / pairs, u.dtype), better, worse)
+
+
+@or_plain(_plain_pairs)
 def arm_loss(
     chosen_logps: Tensor, rejected_logps: Tensor, beta: float, gamma: float = 0.0, label_smoothing: float = 0.0
 ) -> ArmLoss:

@@ -18,6 +18,7 @@ from ...reference.linear_loss import distillation as reference
 from ...reference.linear_loss.arguments import Distillation
 from ...transforms import wants_grad
 from ..layout import separate_rows
+from ..numbers import number
 from ..stored import scaled
 from .teachers import (
     Kind,
@@ -122,11 +123,11 @@ def plain_fkl(z: Tensor, teacher: Tensor, tau: float, tau_scale: bool) -> Any:
     if z.shape != teacher.shape:
         return NotImplemented
     z, t = (x if x.ndim == 2 else x.flatten(0, -2) for x in (z, teacher.detach()))
-    p, q = ((x if x.dtype is dtype else x.to(dtype)) / tau for x in (z, t))
-    loss = F.kl_div(p.log_softmax(-1), q.softmax(-1), reduction="batchmean")
+    p, q = ((x if x.dtype is dtype else x.to(dtype)) * number(1 / tau, dtype) for x in (z, t))
+    loss = F.kl_div(p.log_softmax(-1), q.softmax(-1), reduction="sum")
     if not math.isfinite(loss.item()):
         return NotImplemented
-    return (loss * (tau * tau) if tau_scale else loss), {}
+    return loss * number((tau * tau if tau_scale else 1.0) / max(len(p), 1), dtype), {}
 
 
 @or_plain(_plain)
