@@ -24,6 +24,7 @@ Loss run(Engine<A>& e, const LinearArguments& linear, Need need, SoftTarget<A> t
   Tensor kept = kept_logits(e, wanted.kept);
   A* keep = wanted.kept ? static_cast<A*>(kept.data_ptr()) : nullptr;
   g.plan(widest<A>(groups), groups.size());
+  if (!keep) g.keep_beside(groups);
   Statistics<A> s(e, nullptr);
   s.want(wanted.entropy, wanted.best);
   Agreement<A> at(e, target);

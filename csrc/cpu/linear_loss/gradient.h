@@ -4,7 +4,8 @@
 // A loss whose coefficients are known beforehand (mean, sum) needs lse before the first gradient tile. Rather than compute
 // the logits twice, the first sweep leaves them in the memory of dW: tile for tile the [tile, D_i] elements of a gradient
 // that is not written yet hold [tile, <= D_i] logits, half as many where they are bfloat16. The second sweep takes a tile
-// out, then writes the gradient there. Rows beyond are computed again.
+// out, then writes the gradient there. Rows beyond are computed again; if all rows are one block, theirs are kept beside,
+// where they take no more than W itself.
 #pragma once
 
 #include "cpu/linear_loss/soft_target.h"
@@ -38,6 +39,7 @@ struct Gradients {
   std::vector<std::vector<A>> dbias;  // [V]
   A *raw = nullptr, *z = nullptr, *slope = nullptr;  // raw: sum_v dz_tv W_i,v, [M, width]
   const A* kept = nullptr;            // the logits of all rows [V, Mp], where forward left them
+  A* beside = nullptr;                // those of the last segment, [V, its rows], of few rows that dW has no room for
   uint16_t* dz16 = nullptr;           // with dots: a tile of dz in bfloat16
   const uint16_t* scaled16 = nullptr; // with coefficients that are not 1: the rows times them, [M, width]
   std::vector<A*> wide, capped;       // dW in A where dW is narrower: `height` of its rows at a time
@@ -90,7 +92,15 @@ struct Gradients {
     zeros.assign(size_t(columns), A(0));
   }
 
+  // Memory for the logits of few rows that a stash has no room for.
+  void keep_beside(const std::vector<std::vector<Segment>>& groups) {
+    if (groups.size() != 1 || e.M > e.block() || e.cap) return;
+    const Segment& last = groups[0].back();
+    if (groups[0].size() > 1 && last.stash < 0) beside = e.memory(e.V * round_up(last.rows, 16));
+  }
+  bool stashes(const Segment& s) const { return s.stash >= 0 || beside; }
   A* stash(const Segment& s) const {  // of the current tile
+    if (s.stash < 0) return beside + e.v0 * round_up(s.rows, 16);
     const Tensor& of = dheads[size_t(s.stash)];
     return reinterpret_cast<A*>(static_cast<char*>(of.data_ptr()) + e.v0 * e.D[size_t(s.stash)] * bytes_of(dtype_of(of)));
   }
@@ -103,7 +113,7 @@ struct Gradients {
       const int64_t own_ld = round_up(s.rows, 16);
       if (kept) {
         softmax_part(s.r0, kept + e.v0 * e.Mp + s.r0, e.Mp, out, ld, own_ld);
-      } else if (s.stash < 0) {
+      } else if (!stashes(s)) {
         e.logits(s.r0, s.rows, out, ld, capped.data());
         softmax_part(s.r0, out, ld, out, ld, own_ld);
       } else {
@@ -187,6 +197,10 @@ struct Gradients {
     const int64_t d = e.D[size_t(i)];
     Tensor& out = dheads[size_t(i)];
     const Operand h = rows_of(i, r0, rows);
+    if (first_block && last_block && e.dots && dtype_of(out) == Dtype::bf16) {
+      const Target<uint16_t> to{static_cast<uint16_t*>(out.data_ptr()) + e.v0 * d, d, 1};
+      if (gemm_bf16_rounded(dz, h, to)) return;
+    }
     if (!wide[size_t(i)]) return multiply(dz, h, Target<A>{static_cast<A*>(out.data_ptr()) + e.v0 * d, d, 1}, !first_block);
     const Rows narrow_rows(out);
     for (int64_t v0 = 0; v0 < e.nv; v0 += height) {
@@ -321,7 +335,7 @@ inline void first_sweep(Engine<A>& e, Gradients<A>& g, const std::vector<std::ve
     for (const auto& group : groups)
       for (const Segment& part : group) {
         const int64_t ld = round_up(part.rows, 16);
-        A* z = keep ? keep + v * e.Mp : part.stash < 0 ? g.z : g.stash(part);
+        A* z = keep ? keep + v * e.Mp : g.stashes(part) ? g.stash(part) : g.z;
         e.logits(part.r0, part.rows, z, ld, g.capped.data());
         look(part.r0, part.rows, z, ld);
       }

@@ -122,6 +122,7 @@ Loss run(Engine<A>& e, const LinearArguments& linear, Need need, const std::vect
   Gradients<A> g(e, linear, need);
   const auto groups = stashed(e, need);
   g.plan(widest<A>(groups), groups.size());
+  g.keep_beside(groups);
   Statistics<A> s(e, tokens[0].target);
   const bool apart = tokens.size() > 1;
   std::vector<A> second(size_t(apart ? e.Mp : 0));
