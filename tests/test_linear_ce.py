@@ -11,6 +11,7 @@ from torch import Tensor
 
 import w2s_fast
 from w2s_fast import extension
+from w2s_fast.testing.accuracy import measure
 
 BACKENDS = ["reference"] + (["cpp"] if extension.ERROR is None else [])
 needs_cpp = pytest.mark.skipif(extension.ERROR is not None, reason="the extension is not built")
@@ -120,6 +121,33 @@ def test_odd_sizes(backend, rows, vocab, width):
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
     for a, b in zip(torch.autograd.grad(ours, (h, w)), torch.autograd.grad(plain, (h, w)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@needs_cpp
+@pytest.mark.parametrize("op", ["linear_ce", "linear_preference"])
+@pytest.mark.parametrize("rows, vocab, width", [(100, 3001, 128), (44, 517, 66), (20, 1000, 400)])
+def test_bfloat16_rows_that_the_gradients_memory_holds_half_of(op, rows, vocab, width):
+    """Their logits lie in dW's memory and beside it; dW is rounded as it leaves the product."""
+    h, w, _, target = inputs(rows, vocab, width, dtype=torch.float32)
+    h, w = h.bfloat16(), w.bfloat16()
+
+    def grads(h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        h, w = leaves(h, w)
+        if op == "linear_ce":
+            loss = w2s_fast.linear_ce(h, w, target, reduction="sum")
+        else:
+            pairs, shape = torch.tensor([[0, 1], [2, 3]]), (4, rows // 4)
+            loss, _ = w2s_fast.linear_preference(
+                h.reshape(*shape, width), w, target.reshape(shape), pairs, kind="simpo", reduction="sum"
+            )
+        return torch.autograd.grad(loss, (h, w))
+
+    ours = grads(h, w)
+    with w2s_fast.backend("reference"):
+        eager, exact = grads(h, w), grads(h.double(), w.double())
+    for a, e, r in zip(ours, eager, exact, strict=True):
+        found = measure(a, e, r, torch.bfloat16, "gradient")
+        assert found.worst <= 1, found
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,10 +2,13 @@
 
 import enum
 import importlib
+import json
 import random
 import sys
+import threading
 import types
 from collections import namedtuple
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -277,3 +280,68 @@ def test_engines_that_are_refused(package, folders, changes, message):
     with pytest.raises(ValueError, match=r"defaults.*settings that fit the models.*weights"):
         package.FusionLogitsProcessor(
             config(folders, defaults={"method": "genarm", "weights": [1.0, 2.0]}), torch.device("cpu"), False)
+
+
+@pytest.fixture
+def served(models):
+    """A server that answers as vLLM's completions interface does for the first expert; it may be told to fail."""
+    state = types.SimpleNamespace(asked=[], missing=0, fails=False)
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            state.asked.append(body)
+            choices = []
+            for index, ids in enumerate(body["prompt"]):
+                with torch.no_grad():
+                    row = models[1](input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                names = {f"token_id:{i}": float(x) for i, x in list(enumerate(row))[state.missing :]}
+                choices.insert(0, {"index": index, "logprobs": {"top_logprobs": [names]}})  # in any order
+            self.send_response(503 if state.fails else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": choices}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_expert_on_another_server(package, folders, models, served):
+    """Tokens of the same model in this process; a text that has not grown is not asked for again."""
+    places = [folders[0], served.url, folders[2], folders[3]]
+    processor = package.FusionLogitsProcessor(config(places), torch.device("cpu"), False)
+    batch, prompts = First(processor, models[0]), [[3, 4, 5], [9], [20, 21]]
+    outputs = [batch.add(p, extra("proxy_tuning", weights=0.7)) for p in prompts]
+    batch.step(discard=[outputs[0]])  # its prompt is in pieces
+    for _ in range(4):
+        batch.step()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output == ours(models, prompt, len(output), method="proxy_tuning", weights=0.7)
+    asked = [body["prompt"] for body in served.asked]
+    assert asked[0] == [[0]] and sorted(asked[1]) == sorted(prompts) and len(asked[2]) == 2
+    assert all(body["logprobs"] == -1 and body["max_tokens"] == 1 for body in served.asked)
+
+
+def test_a_server_that_fails_ends_the_requests_that_read_it(package, folders, models, served, caplog):
+    places = [folders[0], served.url, folders[2], folders[3]]
+    processor = package.FusionLogitsProcessor(config(places), torch.device("cpu"), False)
+    batch = First(processor, models[0])
+    one, other = batch.add([3, 4], extra("genarm")), batch.add([5], None)
+    batch.step()
+    served.fails = True
+    batch.step()
+    batch.step()
+    assert one[1:] == [7, 7] and "503" in caplog.text and other[1:] != [7, 7]
+
+
+def test_a_server_that_cannot_serve_is_refused(package, folders, served):
+    served.missing = 2
+    for url in (served.url, "http://127.0.0.1:1"):
+        with pytest.raises(ValueError, match="--max-logprobs"):
+            package.FusionLogitsProcessor(config([folders[0], url, *folders[2:]]), torch.device("cpu"), False)

@@ -47,6 +47,9 @@ bool gemm_library_bf16(const Operand& a, const Operand& b, void* c);
 // unit (AMX) at ten times. Where it has neither: gemm.
 bool has_bf16_dot();
 void gemm_bf16(const Operand& a, const Operand& b, Target<float> c, bool add);
+// c = a b rounded to bfloat16 as it leaves the registers, of operands that gemm_bf16 sums in one piece; else false, and
+// nothing is done. c.across is 1.
+bool gemm_bf16_rounded(const Operand& a, const Operand& b, Target<uint16_t> c);
 bool has_amx();
 void gemm_amx(const Operand& a, const Operand& b, Target<float> c, bool add);
 

@@ -111,23 +111,31 @@ void pack_words(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, int6
   _mm512_mask_storeu_ps(p, there, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(there, p), sum) : sum);
 }
 
+// The same, rounded to bfloat16.
+[[gnu::always_inline]] inline void put(uint16_t* p, int64_t columns, __m512 sum, bool) {
+  const __mmask16 there = __mmask16((1u << std::clamp<int64_t>(columns, 0, 16)) - 1);
+  _mm256_mask_storeu_epi16(p, there, (__m256i)_mm512_cvtneps_pbh(sum));
+}
+
 // c (+)= lanes, rows `width` apart
-void scatter(const float* lanes, int64_t width, int64_t rows, int64_t columns, Target<float> c, bool add) {
+template <class C>
+void scatter(const float* lanes, int64_t width, int64_t rows, int64_t columns, Target<C> c, bool add) {
   if (c.across == 1) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; j += 16) put(c.data + i * c.down + j, columns - j, _mm512_loadu_ps(lanes + i * width + j), add);
     return;
   }
-  for (int64_t j = 0; j < columns; ++j)  // c is mostly stored by columns then
-    for (int64_t i = 0; i < rows; ++i) {
-      float& p = c.data[i * c.down + j * c.across];
-      p = add ? p + lanes[i * width + j] : lanes[i * width + j];
-    }
+  if constexpr (sizeof(C) == sizeof(float))
+    for (int64_t j = 0; j < columns; ++j)  // c is mostly stored by columns then
+      for (int64_t i = 0; i < rows; ++i) {
+        float& p = c.data[i * c.down + j * c.across];
+        p = add ? p + lanes[i * width + j] : lanes[i * width + j];
+      }
 }
 
 // c (+)= the sums of a register tile
-template <int M>
-[[gnu::always_inline]] inline void store(const __m512 (&sum)[M][2], int64_t rows, int64_t columns, Target<float> c, bool add) {
+template <int M, class C>
+[[gnu::always_inline]] inline void store(const __m512 (&sum)[M][2], int64_t rows, int64_t columns, Target<C> c, bool add) {
   if (c.across == 1 && rows == M) {
 #pragma GCC unroll 14
     for (int i = 0; i < M; ++i) {
@@ -151,8 +159,8 @@ template <int M>
   return (__m512bh)_mm512_set1_epi32(both);
 }
 
-template <int M>
-void tile(int64_t depth, const uint32_t* a, const uint32_t* b, int64_t rows, int64_t columns, Target<float> c, bool add) {
+template <int M, class C>
+void tile(int64_t depth, const uint32_t* a, const uint32_t* b, int64_t rows, int64_t columns, Target<C> c, bool add) {
   __m512 sum[M][2];
 #pragma GCC unroll 14
   for (int i = 0; i < M; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
@@ -168,7 +176,8 @@ void tile(int64_t depth, const uint32_t* a, const uint32_t* b, int64_t rows, int
   store(sum, rows, columns, c, add);
 }
 
-void run_tile(int height, int64_t depth, const uint32_t* a, const uint32_t* b, int64_t rows, int64_t columns, Target<float> c, bool add) {
+template <class C>
+void run_tile(int height, int64_t depth, const uint32_t* a, const uint32_t* b, int64_t rows, int64_t columns, Target<C> c, bool add) {
   switch (height) {
     case 2: return tile<2>(depth, a, b, rows, columns, c, add);
     case 4: return tile<4>(depth, a, b, rows, columns, c, add);
@@ -181,7 +190,8 @@ void run_tile(int height, int64_t depth, const uint32_t* a, const uint32_t* b, i
 }
 
 // The same for rows of a where they lie, their depth in one piece: a word is taken from memory as it is multiplied.
-void tile_in_place(int64_t depth, const uint16_t* a, int64_t a_down, const uint32_t* b, int64_t columns, Target<float> c, bool add) {
+template <class C>
+void tile_in_place(int64_t depth, const uint16_t* a, int64_t a_down, const uint32_t* b, int64_t columns, Target<C> c, bool add) {
   __m512 sum[IN_PLACE][2];
 #pragma GCC unroll 12
   for (int i = 0; i < IN_PLACE; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
@@ -357,7 +367,8 @@ bool stays(const Operand& a, const Operand& b) {
   return a.across == 1 && a.columns % 2 == 0 && b.columns <= (a.columns <= SHALLOW ? SOME : FEW_COLUMNS);
 }
 
-void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
+template <class C>
+void product(const Operand& a, const Operand& b, Target<C> c, bool add) {
   const int64_t M = a.rows, N = b.columns, K = a.columns;
   const bool in_place = stays(a, b);
   const int height = in_place ? IN_PLACE : int(pieces(pieces(M, pieces(M, HEIGHT)), 2) * 2);
@@ -384,7 +395,7 @@ void product(const Operand& a, const Operand& b, Target<float> c, bool add) {
                      left + (t - t0) * height * words);
         const auto one = [&](int64_t t, int64_t p) {
           const int64_t wide = std::min<int64_t>(WIDTH, columns - p * WIDTH);
-          const Target<float> to{c.data + t * height * c.down + (j0 + p * WIDTH) * c.across, c.down, c.across};
+          const Target<C> to{c.data + t * height * c.down + (j0 + p * WIDTH) * c.across, c.down, c.across};
           const uint32_t* panel = right + p * WIDTH * words;
           if (t < packed) tile_in_place(words, at(a, t * height, k0), a.down, panel, wide, to, add || k0 > 0);
           else
@@ -473,12 +484,19 @@ void gemm_bf16(const Operand& a, const Operand& b, Target<float> c, bool add) {
   if (b.down == 1 && a.rows <= SOME) return some_rows(b.t(), a.t(), {c.data, c.across, c.down}, add);
   if (a.rows <= FEW && b.across == 1 && c.across == 1) return few_rows(a, b, c, add);
   if (c.across == 1) product(a, b, c, add);
-  else product(b.t(), a.t(), {c.data, c.across, c.down}, add);
+  else product(b.t(), a.t(), Target<float>{c.data, c.across, c.down}, add);
+}
+
+bool gemm_bf16_rounded(const Operand& a, const Operand& b, Target<uint16_t> c) {
+  if (has_amx() || c.across != 1 || a.columns > 2 * DEPTH || !a.rows || !b.columns || !a.columns) return false;
+  product(a, b, c, false);
+  return true;
 }
 
 #else
 
 bool has_bf16_dot() { return false; }
+bool gemm_bf16_rounded(const Operand&, const Operand&, Target<uint16_t>) { return false; }
 void gemm_bf16(const Operand& a, const Operand& b, Target<float> c, bool add) { gemm(a, b, c, 1.0f, add); }
 
 #endif

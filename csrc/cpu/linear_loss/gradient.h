@@ -259,6 +259,10 @@ struct Gradients {
     const int64_t d = e.D[size_t(i)];
     Tensor& out = dheads[size_t(i)];
     const Operand h = rows_of(i, r0, rows);
+    if (first_block && last_block && e.dots && dtype_of(out) == Dtype::bf16) {
+      const Target<uint16_t> to{static_cast<uint16_t*>(out.data_ptr()) + e.v0 * d, d, 1};
+      if (gemm_bf16_rounded(dz, h, to)) return;
+    }
     if (!wide[size_t(i)]) return multiply(dz, h, Target<A>{static_cast<A*>(out.data_ptr()) + e.v0 * d, d, 1}, !first_block);
     const Rows narrow_rows(out);
     for (int64_t v0 = 0; v0 < e.nv; v0 += height) {

@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import checks
 from ..transformers.ragged import RaggedModel, Text
 from ..transformers.recipes import Fuser
+from .remote import RemoteModel, Unreachable
 from .settings import OP, Models, check, fuser_of, uses
 
 #: a sequence that was in none of so many batches is forgotten: more than vLLM has in flight under pipeline parallelism
@@ -41,14 +42,14 @@ class Fusion:
     """Small models, what each has read of every request, and the fusion of their logits with vLLM's.
 
     Args:
-        experts, anti: modules, see `CachedModel`.
+        experts, anti: modules, see `CachedModel`, or a `RemoteModel`.
         defaults: see `Models`.
         end: the token that ends a request that cannot be served.
     """
 
     def __init__(self, experts: list[Any], anti: list[Any], defaults: Mapping[str, Any], end: int) -> None:
-        self.experts = [RaggedModel(model, OP, f"experts[{i}]") for i, model in enumerate(experts)]
-        self.anti = [RaggedModel(model, OP, f"anti[{i}]") for i, model in enumerate(anti)]
+        self.experts = [_reader(model, f"experts[{i}]") for i, model in enumerate(experts)]
+        self.anti = [_reader(model, f"anti[{i}]") for i, model in enumerate(anti)]
         sizes = [m.model.vocab_size for m in self.experts + self.anti]
         self.narrowest = min((size for size in sizes if size is not None), default=1 << 62)
         self.defaults, self.end = defaults, end
@@ -108,7 +109,13 @@ class Fusion:
             logits[row] = -torch.inf
             logits[row, self.end] = 0.0
         rows = [one for one in rows if not one[1].refused]
-        experts, anti = self._read(logits, rows)
+        try:
+            experts, anti = self._read(logits, rows)
+        except Unreachable as error:  # of a server; an error here would end the engine
+            for _, request, _ in rows:
+                if any(request.models):
+                    self._refuse(request, str(error))
+            return self.apply(logits, rows)
         groups: dict[tuple[Any, ...], list[tuple[int, Request, Text]]] = {}
         for one in rows:
             groups.setdefault((one[1].group, one[1].models), []).append(one)
@@ -140,6 +147,10 @@ class Fusion:
             model.forget(gone)
 
 
+def _reader(model: Any, argument: str) -> RaggedModel | RemoteModel:
+    return model if isinstance(model, RemoteModel) else RaggedModel(model, OP, argument)
+
+
 def _rows(held: tuple[dict[Any, int], Tensor], keys: list[Hashable]) -> Tensor:
     """The logits of these requests."""
     places, logits = held
@@ -161,15 +172,17 @@ def _together(requests: list[Request]) -> Fuser:
 
 def load(models: Models, dtype: torch.dtype, device: torch.device, trust_remote_code: bool, length: int
          ) -> tuple[list[Any], list[Any]]:  # fmt: skip
-    """The experts and the anti-experts, on ``device``.
+    """The experts and the anti-experts, on ``device``, or where their servers are.
 
     Raises:
-        ValueError: a model with learned positions for fewer tokens than the engine serves.
+        ValueError: a model with learned positions for fewer tokens than the engine serves; a server that does not answer.
     """
     from transformers import AutoModelForCausalLM
 
     loaded: dict[str, Any] = {}
     for path in models.experts + models.anti:
+        if path not in loaded and path.startswith(("http://", "https://")):
+            loaded[path] = RemoteModel(path, 'additional_config["w2s_fast"]')
         if path not in loaded:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
             most = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -24,7 +24,8 @@ class Models:
     """``additional_config["w2s_fast"]``: where the small models are, and what requests ask for unless they say it.
 
     Attributes:
-        experts, anti: folders or hub names that ``AutoModelForCausalLM.from_pretrained`` takes.
+        experts, anti: folders or hub names that ``AutoModelForCausalLM.from_pretrained`` takes, or addresses of vLLM
+            servers (`RemoteModel`).
         defaults: settings of requests, without the prefix.
     """
 
