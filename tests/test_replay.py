@@ -250,7 +250,7 @@ def test_who_looks_on_is_asked_of_python():
 
 @COMPILED
 def test_another_shape_of_an_argument_leaves_the_argument_alone():
-    """As `fuse_logits` on rows of several leading dimensions: what the kernel sees is a view, and what it makes is new."""
+    """As `fuse_logits` on rows of several leading dimensions: the kernel sees a view, and what it makes is new."""
     generator = torch.Generator().manual_seed(0)
     logits = [torch.randn(2, 3, 16, generator=generator) for _ in range(3)]
     first = w2s_fast.fuse_logits(logits[0], [logits[1]], logits[2])
