@@ -163,3 +163,130 @@ def test_a_function_that_calls_another():
         thread.join(30)
         assert not thread.is_alive()
     assert same(*found) and not replays("interval_conv2d")
+
+
+COMPILED = pytest.mark.skipif(extension.CALLS is None, reason="w2s_fast._call is not built for this torch")
+
+
+@COMPILED
+def test_a_second_call_asks_python_nothing(monkeypatch: pytest.MonkeyPatch):
+    base, expert, anti = fused()
+    (known,) = calibration.ROUTES["fuse_logits"].known.values()
+    calibration.ROUTES["fuse_logits"].known.clear()
+    monkeypatch.setattr(calibration, "alone", lambda: pytest.fail("the call was not found"))
+    found = w2s_fast.fuse_logits(expert, [base], anti)
+    torch.testing.assert_close(found, expert + base - anti)
+    assert same(found, known(expert, [base], anti)) and not calibration.ROUTES["fuse_logits"].known
+
+
+@COMPILED
+def test_calls_are_told_apart_by_all_that_is_looked_at():
+    """Shapes, dtypes, layouts, gradients, options and their types, how arguments are spelled, and grad mode."""
+    x, wide = torch.ones(2, 4), torch.ones(4, 2)
+    spelled: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x,), {}), ((torch.ones(2, 5),), {}), ((torch.ones(1, 2, 4),), {}), ((x.double(),), {}), ((wide.t(),), {}),
+        ((torch.ones(2, 4, requires_grad=True),), {}), ((x, 1), {}), ((x, 1.0), {}), ((x, True), {}), ((x, None), {}),
+        ((x, 2), {}), ((x, "a"), {}), ((x, torch.float32), {}), ((x, torch.float64), {}), ((x, [1, 2]), {}),
+        ((x, (1, 2)), {}), ((x, [(1, 2)]), {}), ((x, [x]), {}), ((x, x), {}), ((x,), {"y": 1}), ((x,), {"z": 1}),
+    ]  # fmt: skip
+    for i, (args, kwargs) in enumerate(spelled):
+        calls = extension.CALLS()
+        assert calls.put(args, kwargs, True), f"call {i} can be remembered"
+        assert [j for j, other in enumerate(spelled) if calls.find(*other) is not None] == [i]
+        with torch.no_grad():
+            assert calls.find(args, kwargs) is None
+            assert calls.put(args, kwargs, False) and calls.find(args, kwargs) is False
+        assert calls.find(args, kwargs) is True
+        calls.clear()
+        assert calls.find(args, kwargs) is None
+
+
+@COMPILED
+def test_what_no_two_calls_are_compared_by_is_not_remembered():
+    calls = extension.CALLS()
+
+    class Mine(Tensor):
+        pass
+
+    x = torch.ones(2)
+    for odd in (object(), {"a": 1}, x.as_subclass(Mine), torch._neg_view(x), torch.empty(0), 1 << 80, x.to_sparse(),
+                torch.ones(2, device="meta"), torch.complex(x, x).conj()):  # fmt: skip
+        assert not calls.put((odd,), {}, True) and calls.find((odd,), {}) is None
+        assert not calls.put(([odd],), {}, True)
+    for wrong in ((1,), (1, 2), ((), {}, 1, 2)):
+        with pytest.raises((TypeError, ValueError)):
+            calls.find(*wrong)
+
+
+@COMPILED
+def test_who_looks_on_is_asked_of_python():
+    calls, x = extension.CALLS(), torch.ones(2)
+    assert calls.put((x,), {}, True)
+    with torch.autocast("cpu"):
+        assert calls.find((x,), {}) is None
+    with torch.autograd.graph.save_on_cpu():
+        assert calls.find((x,), {}) is None
+    with torch.autograd.forward_ad.dual_level():
+        assert calls.find((x,), {}) is None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert calls.find((x,), {}) is None
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert calls.find((x,), {}) is None
+    with torch.overrides.TorchFunctionMode():
+        assert calls.find((x,), {}) is None
+    seen: list[Any] = []
+    torch.func.vmap(lambda row: (seen.append(calls.find((row,), {})), row)[1])(torch.ones(3, 2))
+    torch.jit.trace(lambda t: (seen.append(calls.find((t,), {})), t + 1)[1], (x,), check_trace=False)
+    assert seen and set(seen) == {None}
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert calls.find((x,), {}) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert calls.find((x,), {}) is True
+    with torch.inference_mode():
+        assert calls.find((x,), {}) is None and calls.put((x,), {}, True) and calls.find((x,), {})
+
+
+@COMPILED
+def test_another_shape_of_an_argument_leaves_the_argument_alone():
+    """As `fuse_logits` on rows of several leading dimensions: the kernel sees a view, and what it makes is new."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(2, 3, 16, generator=generator) for _ in range(3)]
+    first = w2s_fast.fuse_logits(logits[0], [logits[1]], logits[2])
+    routes = calibration.ROUTES["fuse_logits"]
+    found = routes.calls.find((logits[0], [logits[1]], logits[2]), {})
+    assert same(found, first) and [t.shape for t in logits] == [(2, 3, 16)] * 3 and found.shape == (2, 3, 16)
+
+
+@COMPILED
+def test_threads_share_what_is_known():
+    base, expert, anti = fused()
+    routes = calibration.ROUTES["fuse_logits"]
+    expected, wrong = base + expert - anti, []
+
+    def work(forget: bool) -> None:
+        for _ in range(50):
+            if forget:
+                routes.forget()
+            found = w2s_fast.fuse_logits(base, [expert], anti)
+            if not torch.allclose(found, expected):
+                wrong.append(found)
+
+    workers = [threading.Thread(target=work, args=(i == 0,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_without_the_compiled_memory_python_does_the_same(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(extension, "CALLS", None)
+    decorated = calibration.or_plain(lambda x, y: x + y, replayed=True)(calibration.ROUTES["gate_residual"].function)
+    calibration.ROUTES["gate_residual"] = getattr(w2s_fast.gate_residual, "routes")  # noqa: B009
+    assert decorated.routes.calls is None  # type: ignore[attr-defined]
+    x, y = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    for _ in range(3):
+        torch.testing.assert_close(decorated(x, y), x + y)
+    assert [way for way in decorated.routes.known.values() if callable(way)]  # type: ignore[attr-defined]

@@ -142,7 +142,8 @@ def normed(x: Tensor, shift: Tensor, scale: Vector, eps: float) -> Any:
     """adaln_modulate as one writes it in PyTorch; NotImplemented for a pair."""
     if isinstance(scale, (tuple, list)):
         return NotImplemented
-    return added(over_tokens(shift), F.layer_norm(x, x.shape[-1:], eps=eps), over_tokens(scale) + number(1.0, scale.dtype))
+    factor = over_tokens(scale) + number(1.0, scale.dtype)
+    return added(over_tokens(shift), F.layer_norm(x, x.shape[-1:], eps=eps), factor)
 
 
 def vector(op: str, name: str, value: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -70,8 +70,11 @@ def _plain(
 ) -> Any:
     if pred.ndim < 2 or not pred.numel():
         return NotImplemented
+    target = target.detach() if target.requires_grad else target
+    if pred.dtype is torch.float32 is target.dtype:
+        return plain_huber(pred - target, weight, c, reduction)
     acc = accumulate_dtype(pred, target)
-    return plain_huber(as_wide(pred, acc) - as_wide(target.detach(), acc), weight, c, reduction)
+    return plain_huber(as_wide(pred, acc) - as_wide(target, acc), weight, c, reduction)
 
 
 def as_wide(t: Tensor, dtype: torch.dtype) -> Tensor:

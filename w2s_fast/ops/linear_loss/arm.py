@@ -55,8 +55,9 @@ def _loss(
 def _plain_pairs(chosen_logps: Tensor, rejected_logps: Tensor, beta: float) -> Any:
     chosen, rejected = chosen_logps, rejected_logps
     if chosen.dtype is not torch.float32 or rejected.dtype is not torch.float32:
-        wide = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
-        chosen, rejected = chosen.to(wide), rejected.to(wide)
+        if torch.float64 in (chosen.dtype, rejected.dtype):
+            return NotImplemented
+        chosen, rejected = chosen.float(), rejected.float()
     pairs = chosen.shape[0]
     if not pairs:
         return NotImplemented

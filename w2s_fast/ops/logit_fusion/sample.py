@@ -198,7 +198,8 @@ def uniform_of(
         checks.fail(op, "uniform", f"of shape {tuple(batch)}", tuple(uniform.shape))
     checks.same_device(op, [like, ("uniform", uniform)])
     rows: Tensor = uniform.reshape(-1)
-    looked_at = checks.readable(rows) and rows.numel() > 0
-    if looked_at and not bool(((rows >= 0) & (rows < 1)).all()):
-        checks.fail(op, "uniform", "in [0, 1)", [rows.min().item(), rows.max().item()])
+    if checks.readable(rows) and rows.numel() > 0:
+        low, high = (t.item() for t in rows.aminmax())
+        if not (low >= 0 and high < 1):  # NaN is both
+            checks.fail(op, "uniform", "in [0, 1)", [low, high])
     return rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
