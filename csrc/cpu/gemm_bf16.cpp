@@ -488,6 +488,7 @@ void gemm_bf16(const Operand& a, const Operand& b, Target<float> c, bool add) {
 }
 
 bool gemm_bf16_rounded(const Operand& a, const Operand& b, Target<uint16_t> c) {
+  if (a.dtype != Dtype::bf16 || b.dtype != Dtype::bf16 || !has_bf16_dot()) return false;
   if (has_amx() || c.across != 1 || a.columns > 2 * DEPTH || !a.rows || !b.columns || !a.columns) return false;
   product(a, b, c, false);
   return true;

@@ -175,7 +175,7 @@ def load(models: Models, dtype: torch.dtype, device: torch.device, trust_remote_
     """The experts and the anti-experts, on ``device``, or where their servers are.
 
     Raises:
-        ValueError: a model with learned positions for fewer tokens than the engine serves; a server that does not answer.
+        ValueError: a model with learned positions for fewer tokens than the engine serves; a server that is silent.
     """
     from transformers import AutoModelForCausalLM
 

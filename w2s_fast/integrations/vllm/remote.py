@@ -1,8 +1,8 @@
-"""Small models that are other vLLM engines, over HTTP: their completions interface with the whole vocabulary's logprobs.
+"""Small models that are other vLLM engines, over HTTP: their completions interface with all log-probabilities.
 
 A fused distribution needs every token's, so the server has to be started with ``--max-logprobs -1`` and without
-``--logprobs-mode`` (raw log-probabilities: fusion takes logits up to a constant a row). What it has read of a request it
-keeps in its prefix cache; each step sends the whole text again, and gets V numbers as JSON.
+``--logprobs-mode`` (raw log-probabilities: fusion takes logits up to a constant a row). What it has read of a request
+it keeps in its prefix cache; each step sends the whole text again, and gets V numbers as JSON.
 """
 
 from __future__ import annotations
