@@ -230,7 +230,8 @@ def randlora_linear(
             return product(x, torch.addmm(weight, second, first, alpha=scale), bias)
         with torch.no_grad():
             made = torch.addmm(weight, second, first, alpha=scale)
-        return _Through.apply(product(x, made, bias), x.detach(), first, second, scale)
+        through: Tensor = _Through.apply(product(x, made, bias), x.detach(), first, second, scale)
+        return through
     if count <= FEW:
         update = _few_randlora(x, A, B, lam, gam)
     else:
