@@ -117,7 +117,8 @@ class FusedRandLoraLinear(PeftRandLoraLinear):  # type: ignore[misc]
             own: Tensor = super().forward(x, *args, **kwargs)
             return own
         weight, bias = self.base_layer.weight, self.base_layer.bias
-        if len(names) == 1 and x.device.type == "cpu" and self._drops_nothing(names) and x.dtype == weight.dtype:
+        plainly = x.device.type == "cpu" and x.dtype == weight.dtype and not torch.compiler.is_compiling()
+        if plainly and len(names) == 1 and self._drops_nothing(names):
             (A, B), (lam, gam) = self._parts(names[0]), (self.randlora_lambda[names[0]], self.randlora_gamma[names[0]])
             if x.dtype == A.dtype == B.dtype == lam.dtype == gam.dtype:
                 flat = x.reshape(-1, x.shape[-1])
@@ -224,7 +225,7 @@ def randlora_linear(
     """
     count, (outside, inside) = len(x), weight.shape
     graded = torch.is_grad_enabled() and (lam.requires_grad or gam.requires_grad)
-    if count * (outside + inside + graded * A.shape[1]) > outside * inside and not torch.compiler.is_compiling():
+    if count * (outside + inside + graded * A.shape[1]) > outside * inside:
         first, second = _bases(A, B, lam, gam, inside)
         if weight.requires_grad:
             return product(x, torch.addmm(weight, second, first, alpha=scale), bias)
