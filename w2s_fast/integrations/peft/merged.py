@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ... import checks
 from ...calibration import or_plain
 from ...hooks import hooked
-from .lora import beside, keeps_own, unfit
+from .lora import Fused, beside, keeps_own, unfit
 from .products import product
 
 with checks.extra("peft"):
@@ -29,6 +29,8 @@ def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 class FusedMissLinear(PeftMissLinear):  # type: ignore[misc]
     """PEFT's ``miss.MissLinear``; of BAT the weight is formed by one batched product."""
+
+    _get_name = Fused._get_name
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
@@ -108,6 +110,8 @@ FEW = 16
 
 class FusedRandLoraLinear(PeftRandLoraLinear):  # type: ignore[misc]
     """PEFT's ``randlora.Linear``; of many rows its factors go into the weight, of few its scales into the input."""
+
+    _get_name = Fused._get_name
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
