@@ -147,7 +147,7 @@ def test_autocast(variant, way):
 def test_merging_and_state_dicts_are_pefts(variant, tmp_path):
     model, plain = adapted(variant).eval(), adapted(variant).eval()
     handle = use_fused_adapters(model)
-    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert model.state_dict().keys() == plain.state_dict().keys() and repr(model) == repr(plain)
     x = data(4, 9)
     expected = outcome(plain, x)
     for _ in range(2):
@@ -552,6 +552,7 @@ def test_bat_and_randlora_are_pefts(kind, tmp_path):
     model, plain = whole(kind), whole(kind)
     handle = use_fused_adapters(model)
     assert len(handle.layers) == 3 and model.state_dict().keys() == plain.state_dict().keys()
+    assert repr(model) == repr(plain)
     for x in (data(20, 8), data(2, 9, 8), data(1, 8), data(0, 8)):
         same(outcome(model, x), outcome(plain, x))
         assert set(handle.status().values()) == {"fused"}

@@ -15,13 +15,14 @@ never slower than compile; of bfloat16 0.6 to 1.0, 0.66 of compile at 2048 rows,
 512 and 2048; of LoRA's speed 0.39 to 0.53, 0.88 and 1.01, 0.75 and 0.91. BAT 5.6 and 2.3 at 1 and 16 rows of 1024 (34
 and 2.7 of 4096), whose block goes into the input there; 1.1 (1.4 and 1.2) from 512 on. RandLoRA 2.5, 1.4, 1.0, 1.74.
 
-Two threads of a Zen 4, quiet (1024 x 1024 at 1, 16, 512 and 2048 rows; `base`, the layer without its adapter, is the
-bound that a row prints): LoRA of float32 1.07, 1.26, 1.12, 1.08 of PEFT's where base would be 1.5, 1.4, 1.3, 1.25, of
-bfloat16 1.02, 1.12, 1.05, 0.96 (quartiles 0.94 to 1.17) where it would be 2.0, 1.9, 1.5, 1.5; compile 0.96 (float32 at
-2048 rows) to 1.4. DoRA 7.2, 6.4, 1.22, 1.09 and 3.7, 3.7, 1.64, 1.68; LoRA's time over DoRA's 0.40, 0.88, 0.87, 1.08
-and 0.46, 0.64, 0.98, 1.02. BAT 9.2, 2.4, 1.20, 1.06 (base alone 2.1 and 1.7 from 512 on, of which dW is a third
-product). RandLoRA 4.5, 2.3, 1.21, 1.62. A way that loses is not taken: `lora_linear`, BAT and RandLoRA race PEFT's own
-way, LoRA's and DoRA's also in its dtypes and behind dropouts.
+Two threads of a Zen 4, quiet, 1 to 2048 rows; `base`, the layer without its adapter, is printed beside each ratio and
+bounds it: LoRA of float32 1.0 to 1.12 of PEFT's (base 1.0 to 1.5), 1.26 to 1.7 at 16 rows; of bfloat16 1.02 and 1.12
+at 1 and 16 rows of 1024, 1.10 (base 1.5) and 1.55 (2.0) at 512 and 2048, 1.06 (1.3) and 1.11 (1.4) of 2048 columns,
+1.04 at 512 rows of 4096. DoRA 3.6 to 11 of few rows, 1.22 and 1.09 of float32 (2048 columns 1.49 and 1.39), 1.64 and
+1.68 of bfloat16 (1.43 and 1.8); LoRA's time over DoRA's 0.40, 0.88, 0.87, 1.08 and 0.46, 0.64, 0.98, 1.02, of 2048
+columns 0.53, 0.95, 0.76, 0.94 and 0.64, 0.74, 0.86, 1.05. BAT 9.2, 2.4, 1.20, 1.06 (dW is a third product, which base
+lacks). RandLoRA 4.5, 2.3, 1.21, 1.62. A way that loses is not taken: `lora_linear`, BAT and RandLoRA race PEFT's own,
+LoRA's and DoRA's also in its dtypes and behind dropouts.
 
 Designs for many rows, one thread of that Zen 4, CPU time beside other work. bfloat16 LoRA, sums of our product kept in
 float32, factors as a product, gain and rounding as passes: 15.3 and 58.5 ms at 512 and 2048 rows; the library's

@@ -38,6 +38,10 @@ class Fused:
             return own
         return _forward(self, x)
 
+    def _get_name(self) -> str:
+        """PEFT's: a printed model reads as PEFT prints it."""
+        return type(self).__bases__[-1].__name__
+
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's."""
         forget(self)  # PEFT edits weight.data, which no version counter sees

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ... import checks
 from ...calibration import or_plain
 from ...hooks import hooked
-from .lora import beside, keeps_own, unfit
+from .lora import Fused, beside, keeps_own, unfit
 from .products import product
 
 with checks.extra("peft"):
@@ -29,6 +29,8 @@ def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 class FusedMissLinear(PeftMissLinear):  # type: ignore[misc]
     """PEFT's ``miss.MissLinear``; of BAT the weight is formed by one batched product."""
+
+    _get_name = Fused._get_name
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
@@ -109,6 +111,8 @@ FEW = 16
 class FusedRandLoraLinear(PeftRandLoraLinear):  # type: ignore[misc]
     """PEFT's ``randlora.Linear``; of many rows its factors go into the weight, of few its scales into the input."""
 
+    _get_name = Fused._get_name
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
         names = [name for name in self.active_adapters if name in self.randlora_lambda]
@@ -117,7 +121,8 @@ class FusedRandLoraLinear(PeftRandLoraLinear):  # type: ignore[misc]
             own: Tensor = super().forward(x, *args, **kwargs)
             return own
         weight, bias = self.base_layer.weight, self.base_layer.bias
-        if len(names) == 1 and x.device.type == "cpu" and self._drops_nothing(names) and x.dtype == weight.dtype:
+        plainly = x.device.type == "cpu" and x.dtype == weight.dtype and not torch.compiler.is_compiling()
+        if plainly and len(names) == 1 and self._drops_nothing(names):
             (A, B), (lam, gam) = self._parts(names[0]), (self.randlora_lambda[names[0]], self.randlora_gamma[names[0]])
             if x.dtype == A.dtype == B.dtype == lam.dtype == gam.dtype:
                 flat = x.reshape(-1, x.shape[-1])
@@ -224,13 +229,14 @@ def randlora_linear(
     """
     count, (outside, inside) = len(x), weight.shape
     graded = torch.is_grad_enabled() and (lam.requires_grad or gam.requires_grad)
-    if count * (outside + inside + graded * A.shape[1]) > outside * inside and not torch.compiler.is_compiling():
+    if count * (outside + inside + graded * A.shape[1]) > outside * inside:
         first, second = _bases(A, B, lam, gam, inside)
         if weight.requires_grad:
             return product(x, torch.addmm(weight, second, first, alpha=scale), bias)
         with torch.no_grad():
             made = torch.addmm(weight, second, first, alpha=scale)
-        return _Through.apply(product(x, made, bias), x.detach(), first, second, scale)
+        through: Tensor = _Through.apply(product(x, made, bias), x.detach(), first, second, scale)
+        return through
     if count <= FEW:
         update = _few_randlora(x, A, B, lam, gam)
     else:
