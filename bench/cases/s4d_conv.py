@@ -115,7 +115,10 @@ def cases(device: str) -> list[Case]:
         "4 M + 32 = 160 multiply-adds a position from L1, where the FFT goes over two spectra of twice the length in "
         "memory: 4 times at L 1024, more where they leave the cache; the published kernel is 30 times ours in all. "
         "AMD EPYC (Zen 5), one thread: 2.6 times and 43 times at L 1024, 8.0 at 4096, 6.8 at 16384; sums in registers "
-        "since, on an AMD EPYC of half the vector width: 3.6 times the plain form and 2.4 its compiled one at L 1024"
+        "since, on an AMD EPYC of half the vector width: 3.6 times the plain form and 2.4 its compiled one at L 1024. "
+        "Two threads there (family 25 model 17): 3.0 and 2.6 times at 54 % of the floor, 5.1 and 4.7 at 4096, 10 and "
+        "8.7 at 16384. By perf four fifths of the kernel at L 1024 are its products, a tenth the tables, 6 % the "
+        "states between chunks; tables made as vectors over the states were no faster (10.7 ms for 10.7, one thread)"
     )
     backward = (
         "14 M + 96 = 544 multiply-adds a position against six FFTs: 2 times at L 1024, 4 times beyond. AMD EPYC (Zen "

@@ -13,7 +13,7 @@ import triton.language as tl
 from ..common import AotCase, Meta, cdiv, dtype, launch, next_power, refuse_double
 
 #: States of a program, over all its rows.
-ELEMENTS = 1024
+ELEMENTS = 512
 
 
 @triton.jit
