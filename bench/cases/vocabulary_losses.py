@@ -110,11 +110,20 @@ def _ce(
         shape={"T": rows, "V": vocab, "D": width},
         bytes=size * 2 * width * (vocab + rows),
         flops=6.0 * count * vocab * width,
-        # Measured: as predicted (three torch.mm take 1.8 times as long in float32). What lost: bfloat16 operands
-        # widened to float32 for gemm: 1.04 against eager in bfloat16, where gemm_bf16 makes it 1.6, and 1.8 since it
-        # turns squares of words as it packs them, where it gathered them one by one; 48 MiB that keep the logits of
-        # most rows that dW has no room for: 1.03 (float32 and bfloat16), as touching fresh memory costs nearly the half
-        # product it saves; the same memory in large pages: 1.13 in calls back to back, 0.8 between other providers.
+        # Measured: as predicted (three torch.mm take 1.8 times as long in float32). What lost: bfloat16
+        # operands widened to float32 for gemm: 1.04 against eager in bfloat16, where gemm_bf16 makes it 1.6,
+        # and 1.8 since it turns squares of words as it packs them, where it gathered them one by one; 48 MiB
+        # that keep the logits of most rows that dW has no room for: 1.03 (float32 and bfloat16) on a Zen 5, as
+        # touching fresh memory costs nearly the half product it saves; the same memory in large pages: 1.13
+        # back to back, 0.8 between other providers.
+        # On a Zen 4 (two threads, quiet) torch.mm runs at the rate of our product, and that half product was
+        # the whole loss: kept beside dW, float32 went from 0.88 to 0.98 of the three products, 0.915 to 1.04
+        # against compile, 0.92 to 0.99 against cut-cross-entropy. bfloat16, with differences from a chunk's
+        # largest in float16 in dW and beside it: three products for four, 773 to 595 ms of one thread; 1.49
+        # against eager, 0.91 against compile, 0.92 against cut-cross-entropy and 0.81 of the products on two.
+        # Then dW in strips of 2,048 rows in place of 512, as every strip packs h anew: 646 to 597 ms of one
+        # thread (CPU time beside other work); not measured quiet. Left: 0.92 of torch.mm's rate in the bfloat16
+        # product itself; h packed once a call, tiles that stay in L2.
         # On a Xeon with AMX (family 6 model 167; one thread, CPU time beside other work, D 512) bfloat16 takes more
         # than its three products: their time is 0.85 of ours at V 32k and T 16 or 128, 0.90 at V 8k and T 1024, 0.44
         # to 0.59 at V 2k. The unit does 3.8 TFLOP/s from registers, 2.7 on operands from L2, but 0.45 on those from
@@ -122,8 +131,8 @@ def _ce(
         # V 2k, T 128 half is the product's blocks, a sixth packing and a sixth narrowing dW.
         # Not tried: tiles that stay in L2, h packed once a call, dW narrowed as its blocks are stored.
         prediction="three products over the rows that count at our product's rate (AVX-512, where torch.mm runs AVX2 "
-        "code on AMD: half of three torch.mm), a sixth more where T > D, as dW's memory keeps the logits of D rows, "
-        "and a tenth of row work; eager adds passes over [T, V] to torch.mm's products: twice as fast",
+        "code on Zen 5: half of three torch.mm), more only where T > 2 D, as dW's memory keeps the logits of D rows "
+        "and as much beside it those of D more, and a tenth of row work; eager adds passes over [T, V]: twice as fast",
         inputs=_labels(rows, vocab, width, ignored, kind),
         ours=_graded(_ours_ce, True),
         reference=plain,

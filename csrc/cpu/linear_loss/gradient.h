@@ -15,7 +15,7 @@ namespace w2s {
 namespace linear {
 
 constexpr int64_t OUTER = 8;        // tokens whose dW is a sum of outer products, faster than a product that packs
-constexpr int64_t STRIP = 1 << 18;  // elements of dW that are made in the accumulating type before they are narrowed
+constexpr int64_t STRIP = 1 << 20;  // elements of dW that are made in the accumulating type before they are narrowed
 
 struct Need {  // which gradients; of the lists a bit a model
   int64_t hiddens, heads, biases;

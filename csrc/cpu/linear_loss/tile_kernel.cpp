@@ -61,9 +61,16 @@ inline void chunk_exp(A* z, int64_t rows, int64_t ld, const A* ref, A* out) {
 // top = max_v z, sum = sum_v exp(z - top)
 template <class A>
 inline void chunk_stats(A* z, int64_t rows, int64_t ld, A* top, A* sum) {
-  chunk_max(z, rows, ld, top);
-  strips<A>(ld, [&](int64_t t) { strip_exp<A, 4, false>(z + t, rows, ld, top + t, sum + t); },
-            [&](int64_t t) { strip_exp<A, 1, false>(z + t, rows, ld, top + t, sum + t); });
+  strips<A>(
+      ld,
+      [&](int64_t t) {  // a strip of CHUNK rows stays in L1
+        strip_max<A, 4>(z + t, rows, ld, top + t);
+        strip_exp<A, 4, false>(z + t, rows, ld, top + t, sum + t);
+      },
+      [&](int64_t t) {
+        strip_max<A, 1>(z + t, rows, ld, top + t);
+        strip_exp<A, 1, false>(z + t, rows, ld, top + t, sum + t);
+      });
 }
 
 // out = sum_v exp(z - top) (z - top), where exp is 0 also where z is -infinity

@@ -64,7 +64,8 @@ def linear_fusion_cross_entropy(
     Returns:
         loss, a scalar or of the leading shape, float32 (float64 for float64 inputs); with ``return_lse`` also lse.
         Differentiable, once, in hiddens, heads, biases and weights. Trainable heads with ``"mean"`` or ``"sum"`` get
-        their gradients in the forward pass, whose logits lie for a moment in the memory of the heads' gradients.
+        their gradients in the forward pass, whose logits lie for a moment in the memory of the heads' gradients
+        and, on a CPU, in at most as much again (and at most 64 MiB).
 
     Raises:
         ValueError, TypeError: naming the argument; on a CPU also for a target out of range.
