@@ -68,7 +68,7 @@ def _extreme(m: Make) -> Inputs:
 
 
 def _poisoned(mode: str) -> Callable[[Make], Inputs]:
-    """A NaN in one row of x stays there, an infinity too; what that comes to (inf - inf) is the way's, which is named."""
+    """A NaN in one row of x stays there, an infinity too; what inf - inf comes to is the way's, which is named."""
 
     def make(m: Make) -> Inputs:
         (x, A, B, values, support), kwargs = _linear(70, 96, 160, 8, 0.2, mode=mode)(m)
