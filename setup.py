@@ -345,10 +345,18 @@ def extensions() -> tuple[list[Extension], type | None]:
                 return link([step.target for step in steps], target, ["-pthread"])
             if extension.name.endswith("._call"):
                 step = self.calls()
-                step.run()
-                return link([step.target], target, [*torch_libraries(), "-ltorch_python"])
+                try:
+                    step.run()
+                    link([step.target], target, [*torch_libraries(), "-ltorch_python"])
+                except (OSError, RuntimeError) as error:  # torch's own interfaces: another version may have others
+                    if REQUIRED:
+                        raise
+                    self.extensions.remove(extension)
+                    say(f"w2s_fast._call is left out (Python does the same, more slowly): {error}")
+                return
             beside = [step for other in self.extensions if other.name.endswith("._C") for step in self.module(other)]
-            beside += [self.calls() for other in self.extensions if other.name.endswith("._call")]
+            if REQUIRED:  # what may be left out is compiled by itself
+                beside += [self.calls() for other in self.extensions if other.name.endswith("._call")]
             objects, self.compiled = compile_cpu(folder / str(targets), targets, beside=beside)
             self.objects = len(objects)
             if not cuda:

@@ -7,6 +7,7 @@
 // profilers, hooks), it leaves to Python, which is always right. It is made of torch's own C++ and Python interfaces,
 // for the torch of the build. fuse_logits on 16 elements: 2.8 us, where Python's replay took 6.1 and the op 12.9, and
 // torch.add 1.2 (AMD EPYC, family 25); a call that is known to take plain PyTorch: 0.7.
+#include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
