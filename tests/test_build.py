@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from setuptools import Distribution
 
 from w2s_fast import extension
 from w2s_fast.testing.selection import FULL, sampled
@@ -78,6 +79,32 @@ def test_a_failing_compiler_is_an_error(tmp_path: Path):
     with pytest.raises(RuntimeError, match="the compiler failed"):
         step.run()
     assert step.outdated()
+
+
+@needs_compiler
+@pytest.mark.parametrize("required", [False, True])
+def test_calls_are_left_out_where_they_do_not_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, required: bool):
+    """They read torch's own interfaces, which another version may not have; the kernels do without."""
+    monkeypatch.setattr(setup, "MODE", "require" if required else "auto")
+    modules, build = setup.extensions()
+    monkeypatch.setattr(setup, "REQUIRED", required)
+    if build is None or not any(module.name.endswith("._call") for module in modules):
+        pytest.skip("no compiler for the extension, or no pybind11")
+    source = tmp_path / "call.cpp"
+    source.write_text("#error another torch\n", encoding="utf-8")
+    command = build(Distribution({"ext_modules": modules}))
+    command.finalize_options()
+    command.build_lib = str(tmp_path)
+    monkeypatch.setattr(
+        build, "calls", lambda _: setup.Step(tmp_path / "call.o", [setup.compiler(), "-c", str(source)]), raising=True
+    )
+    calls = next(module for module in command.extensions if module.name.endswith("._call"))
+    if required:
+        with pytest.raises(RuntimeError, match="compiler failed"):
+            command.build_extension(calls)
+    else:
+        command.build_extension(calls)
+        assert [e.name for e in command.extensions] == ["w2s_fast._ops", "w2s_fast._C"]
 
 
 @needs_compiler
