@@ -260,8 +260,8 @@ struct Gradients {
     Tensor& out = dheads[size_t(i)];
     const Operand h = rows_of(i, r0, rows);
     if (first_block && last_block && e.dots && dtype_of(out) == Dtype::bf16) {
-      const Target<uint16_t> to{static_cast<uint16_t*>(out.data_ptr()) + e.v0 * d, d, 1};
-      if (gemm_bf16_rounded(dz, h, to)) return;
+      uint16_t* to = static_cast<uint16_t*>(out.data_ptr()) + e.v0 * d;
+      if (gemm_library_bf16(dz, h, to) || gemm_bf16_rounded(dz, h, {to, d, 1})) return;
     }
     if (!wide[size_t(i)]) return multiply(dz, h, Target<A>{static_cast<A*>(out.data_ptr()) + e.v0 * d, d, 1}, !first_block);
     const Rows narrow_rows(out);
