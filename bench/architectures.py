@@ -15,8 +15,8 @@ step to be seen faster (0.98 and 1.00 times, quartiles on both sides of 1).
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +27,7 @@ from w2s_fast.integrations.transformers import use_moe_route
 from w2s_fast.methods.state_spaces.s4 import SequenceModel
 
 from .report import device_name
+from .timing import Runner, interleave, ratios
 
 VOCABULARY, WIDTH = 512, 256
 #: what a router of transformers and its balance loss spend their time in, and ours
@@ -35,16 +36,10 @@ ROUTING = ("aten::softmax", "aten::_softmax", "aten::topk", "aten::one_hot", "at
 
 
 def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    """Seconds of each way in each round, after a call of each."""
     for way in ways.values():
         way()
-    for _ in range(rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            found[name].append(time.perf_counter() - start)
-    return found
+    return interleave({name: Runner(way, [()], torch.device("cpu")) for name, way in ways.items()}, rounds, math.inf)
 
 
 def lines(title: str, times: dict[str, list[float]], notes: dict[str, str]) -> Iterator[str]:
@@ -54,8 +49,8 @@ def lines(title: str, times: dict[str, list[float]], notes: dict[str, str]) -> I
     for name, seconds in times.items():
         text = f"  {name:<40}{1e3 * statistics.median(seconds):9.3f} ms"
         if name != ours:
-            low, middle, high = statistics.quantiles([b / a for a, b in zip(times[ours], seconds, strict=True)], n=4)
-            text += f"  {middle:.2f}x ({low:.2f} to {high:.2f})"
+            found = ratios(seconds, times[ours])
+            text += f"  {found.median:.2f}x ({found.low:.2f} to {found.high:.2f})"
         yield f"{text}  {notes.get(name, '')}".rstrip()
 
 

@@ -43,6 +43,6 @@ def test_outputs_gradients_and_steps_are_those_of_the_official_layer(kept):
     if exact:
         return
     state, steps = layer.default_state(len(u)), layer.steps()
-    for now, want in zip(u.detach().unbind(-1), tensor(kept["steps"]).unbind(-1), strict=True):
-        out, state = layer.step(now, state, steps)
+    for position, want in zip(u.detach().unbind(-1), tensor(kept["steps"]).unbind(-1), strict=True):
+        out, state = layer.step(position, state, steps)
         torch.testing.assert_close(out, want, **allowed)
