@@ -226,7 +226,11 @@ inline bool keeps_logits(const Engine<A>& e) {
 template <class A>
 inline Tensor kept_logits(const Engine<A>& e, bool wanted) {
   if (wanted && !keeps_logits(e)) throw Refusal("logits are kept of one block of rows that all count");
-  return wanted ? e.output({e.V, e.Mp}) : e.output({0});
+  if (!wanted) return e.output({0});
+  Tensor kept = e.output({e.V, e.Mp});
+  A* end = static_cast<A*>(kept.data_ptr());
+  for (int64_t v = 0; v < e.V; ++v) end += e.Mp, std::fill(end - (e.Mp - e.M), end, A(0));  // nobody writes behind the rows
+  return kept;
 }
 
 // Those that forward left, or null: none, or not of the rows that count now.
