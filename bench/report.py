@@ -89,13 +89,13 @@ def _compact(row: Row) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """What the hardware calls itself. A CPU whose name has no number, as under a hypervisor, also by family and model:
-    "AMD EPYC" is a Zen 4 and a Zen 5."""
+    """What the hardware calls itself. A CPU whose name has no number but its clock's, as under a hypervisor, also by
+    family and model: "AMD EPYC" is a Zen 4 and a Zen 5."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     facts = cpu_facts()
     name = facts.get("model name") or platform.processor() or platform.machine()
-    hidden = not re.search(r"\d", name) and "cpu family" in facts
+    hidden = not re.search(r"\d", name.split("@")[0]) and "cpu family" in facts
     return f"{name} (family {facts['cpu family']}, model {facts['model']})" if hidden else name
 
 
@@ -135,7 +135,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def slug(device: str, threads: int) -> str:
     """File name for the device: ``cpu-amd-epyc-family-26-model-2-2t``, ``nvidia-h200``."""
-    name = re.sub(r"\((r|tm)\)|processor|cpu|\d+-core|@.*", " ", device_name(device).lower())
+    name = re.sub(r"\((r|tm)\)|processor|cpu|\d+-core|@ *[\d.]+ghz", " ", device_name(device).lower())
     name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     return name if device == "cuda" else f"cpu-{name}-{threads}t"
 

@@ -7,6 +7,7 @@
 
 #include "cpu/choice.h"
 #include "cpu/gemm.h"
+#include "cpu/products.h"
 #include "cpu/tensors.h"
 
 #if defined(__linux__)
@@ -167,8 +168,9 @@ Tensor product_rates(Tensor like) {
   return out;
 }
 
-// c = a b or c += a b as the kernels make it (way 0), by our own product (1), by the machine's bfloat16 instructions (2):
-// the door for tests and benchmarks of the product alone
+// c = a b or c += a b as the kernels make it in float32 (way 0), by our own product (1), or as they make it of operands
+// that may be bfloat16 (2: the machine's bfloat16 instructions where it has them): the door for tests and benchmarks of
+// the product alone
 void product(Strided a, Strided b, Strided c, bool add, int64_t way) {
   const auto operand = [](const Tensor& t) {
     return Operand{t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
@@ -180,7 +182,7 @@ void product(Strided a, Strided b, Strided c, bool add, int64_t way) {
   }
   const Target<float> to{static_cast<float*>(c.data_ptr()), c.stride(0), c.stride(1)};
   if (way == 1) gemm_own(x, y, to, 1.0f, add);
-  else if (way == 2) gemm_bf16(x, y, to, add);
+  else if (way == 2) multiply(x, y, to, add);
   else gemm(x, y, to, 1.0f, add);
 }
 
