@@ -88,6 +88,20 @@ def test_import_is_light(tmp_path: Path):
     assert _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT)).strip().endswith("[]")
 
 
+@pytest.mark.parametrize("collects", [True, False])
+def test_import_collects_no_garbage_and_leaves_the_collector_as_it_was(tmp_path: Path, collects: bool):
+    """A collection looks at all that torch made: as long as the rest of the import."""
+    script = f"""
+import gc, torch
+before = gc.get_stats()[2]["collections"]
+{"gc.enable()" if collects else "gc.disable()"}
+import w2s_fast
+assert gc.get_stats()[2]["collections"] == before, "a whole collection"
+assert gc.isenabled() is {collects}
+"""
+    _run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(ROOT))
+
+
 def test_kernels_does_not_shadow_another_package(tmp_path: Path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("OTHER = True\n")

@@ -329,7 +329,7 @@ LAYERS = {
 }
 #: What each file gets a line in: the file, the line, and the pattern of the lines among which it is sorted.
 LINES = (
-    ("w2s_fast/__init__.py", "from .ops.{family}.{op} import {op}\n", r"^from \.ops\..*\n"),
+    ("w2s_fast/__init__.py", "    from .ops.{family}.{op} import {op}\n", r"^    from \.ops\..*\n"),
     ("w2s_fast/__init__.py", '    "{op}",\n', r'^    "[a-z]\w*",\n'),
 )
 
