@@ -114,12 +114,12 @@ def int64(op: str, argument: str, value: Any) -> int:
     return integer(op, argument, value, low=-(2**63), high=2**63 - 1)
 
 
-#: Positions that a length may count: what is beyond is a mistake, and no memory holds it.
+#: What a length, or a side of a matrix, may count: what is beyond is a mistake, and no memory holds it.
 LONGEST = 2**31 - 1
 
 
 def length(op: str, argument: str, value: Any, *, low: int = 1) -> int:
-    """``value`` as a number of positions, of which a call makes tables before it makes a result."""
+    """``value`` as a number of positions or rows, for which a call takes memory before it makes a result."""
     return integer(op, argument, value, low=low, high=LONGEST)
 
 
