@@ -71,6 +71,19 @@ def skip(reason: str) -> None:
     say(f"{reason}; installing without compiled kernels (plain PyTorch and Triton remain)")
 
 
+#: What the kernels do without, and what is lost with it.
+OPTIONAL = {
+    "w2s_fast._C": "the kernels do without it; the machine's probes are missing",
+    "w2s_fast._call": "Python does the same, more slowly",
+}
+
+
+def leave_out(name: str, error: Exception) -> None:
+    if REQUIRED:
+        sys.exit(f"w2s_fast setup: W2S_FAST_BUILD={MODE}, but {name} cannot be built: {error}")
+    say(f"{name} is left out ({OPTIONAL[name]}): {error}")
+
+
 def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 
@@ -292,10 +305,10 @@ def extensions() -> tuple[list[Extension], type | None]:
         try:
             import pybind11
 
-            module = Extension("w2s_fast._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()])
-            modules += [module, Extension("w2s_fast._call", ["csrc/call.cpp"])]
-        except ImportError:
-            skip("pybind11 is not importable in the build environment, so w2s_fast._C is left out")
+            modules.append(Extension("w2s_fast._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()]))
+        except ImportError as error:
+            leave_out("w2s_fast._C", error)
+        modules.append(Extension("w2s_fast._call", ["csrc/call.cpp"]))
     base: type = BuildExtension if cuda else build_ext
     folder = Path(HERE, "build", "cpp")
 
@@ -322,6 +335,10 @@ def extensions() -> tuple[list[Extension], type | None]:
             with open(target, "w", encoding="utf-8") as file:
                 json.dump({**known, "seconds": clean}, file, indent=1)
 
+        def steps(self, extension: Extension) -> list[Step]:
+            """What makes the objects of `_C` or `_call`."""
+            return self.module(extension) if extension.name.endswith("._C") else [self.calls()]
+
         def module(self, extension: Extension) -> list[Step]:
             """The objects of `_C`: its binding, and what measures the machine, which has to run at its best."""
             defines = [f"-DW2S_{key.upper()}={json.dumps(str(value))}" for key, value in known.items()]
@@ -336,27 +353,28 @@ def extensions() -> tuple[list[Extension], type | None]:
             include = [*torch_headers(), f"-isystem{sysconfig.get_path('include')}"]
             return Step(folder / "call.o", [compiler() or "c++", *FLAGS, "-O2", *include, "-c", "csrc/call.cpp"])
 
-        def build_extension(self, extension: Extension) -> None:
-            target = self.get_ext_fullpath(extension.name)
-            if extension.name.endswith("._C"):
-                steps = self.module(extension)
+        def optional(self, extension: Extension, target: str) -> None:
+            """`_C` or `_call`: headers of Python or torch may be missing, or of a version that has others."""
+            libraries = ["-pthread"] if extension.name.endswith("._C") else [*torch_libraries(), "-ltorch_python"]
+            steps = self.steps(extension)
+            try:
                 for step in steps:
                     step.run()
-                return link([step.target for step in steps], target, ["-pthread"])
-            if extension.name.endswith("._call"):
-                step = self.calls()
-                try:
-                    step.run()
-                    link([step.target], target, [*torch_libraries(), "-ltorch_python"])
-                except (OSError, RuntimeError) as error:  # torch's own interfaces: another version may have others
-                    if REQUIRED:
-                        raise
-                    self.extensions.remove(extension)
-                    say(f"w2s_fast._call is left out (Python does the same, more slowly): {error}")
-                return
-            beside = [step for other in self.extensions if other.name.endswith("._C") for step in self.module(other)]
-            if REQUIRED:  # what may be left out is compiled by itself
-                beside += [self.calls() for other in self.extensions if other.name.endswith("._call")]
+                link([step.target for step in steps], target, libraries)
+            except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+                if REQUIRED:
+                    raise
+                # another list: the one that is being built is walked along
+                self.extensions = [other for other in self.extensions if other is not extension]
+                leave_out(extension.name, error)
+
+        def build_extension(self, extension: Extension) -> None:
+            target = self.get_ext_fullpath(extension.name)
+            if extension.name in OPTIONAL:
+                return self.optional(extension, target)
+            others = [other for other in self.extensions if other.name in OPTIONAL]
+            # what may be left out is compiled by itself
+            beside = [step for other in others for step in self.steps(other)] if REQUIRED else []
             objects, self.compiled = compile_cpu(folder / str(targets), targets, beside=beside)
             self.objects = len(objects)
             if not cuda:

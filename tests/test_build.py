@@ -83,28 +83,46 @@ def test_a_failing_compiler_is_an_error(tmp_path: Path):
 
 @needs_compiler
 @pytest.mark.parametrize("required", [False, True])
-def test_calls_are_left_out_where_they_do_not_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, required: bool):
-    """They read torch's own interfaces, which another version may not have; the kernels do without."""
+@pytest.mark.parametrize("name, steps", [("_C", "module"), ("_call", "calls")])
+def test_what_the_kernels_do_without_is_left_out_where_it_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, steps: str,
+    required: bool,
+):  # fmt: skip
+    """`_call` reads torch's own interfaces, which another version may not have, `_C` headers of Python."""
     monkeypatch.setattr(setup, "MODE", "require" if required else "auto")
     modules, build = setup.extensions()
     monkeypatch.setattr(setup, "REQUIRED", required)
-    if build is None or not any(module.name.endswith("._call") for module in modules):
+    if build is None or len(modules) < 3:
         pytest.skip("no compiler for the extension, or no pybind11")
-    source = tmp_path / "call.cpp"
+    source = tmp_path / "wrong.cpp"
     source.write_text("#error another torch\n", encoding="utf-8")
-    command = build(Distribution({"ext_modules": modules}))
+    wrong = setup.Step(tmp_path / "wrong.o", [setup.compiler(), "-c", str(source)])
+    monkeypatch.setattr(build, steps, lambda *_: [wrong] if name == "_C" else wrong)
+    command = build(Distribution({"ext_modules": modules[1:]}))
     command.finalize_options()
     command.build_lib = str(tmp_path)
-    monkeypatch.setattr(
-        build, "calls", lambda _: setup.Step(tmp_path / "call.o", [setup.compiler(), "-c", str(source)]), raising=True
-    )
-    calls = next(module for module in command.extensions if module.name.endswith("._call"))
     if required:
         with pytest.raises(RuntimeError, match="compiler failed"):
-            command.build_extension(calls)
-    else:
-        command.build_extension(calls)
-        assert [e.name for e in command.extensions] == ["w2s_fast._ops", "w2s_fast._C"]
+            command.build_extensions()
+        return
+    command.build_extensions()
+    (other,) = [module.name for module in modules[1:] if not module.name.endswith(name)]
+    assert [module.name for module in command.extensions] == [other]
+    assert list((tmp_path / "w2s_fast").glob(f"{other.split('.')[1]}*.so")), "the other one is built all the same"
+    assert capfd.readouterr().err.count(f"w2s_fast.{name} is left out") == 1
+
+
+@needs_compiler
+def test_without_pybind11_the_rest_is_built(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(setup, "MODE", "auto")
+    monkeypatch.setattr(setup, "REQUIRED", False)
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    modules, build = setup.extensions()
+    if build is None:
+        pytest.skip("torch is not importable")
+    assert [module.name for module in modules] == ["w2s_fast._ops", "w2s_fast._call"]
+    said = capfd.readouterr().err
+    assert said.count("w2s_fast._C is left out") == 1 and "without compiled kernels" not in said
 
 
 @needs_compiler

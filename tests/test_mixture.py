@@ -91,10 +91,11 @@ def test_errors():
         ((a, a, y.int(), g), TypeError, "target must be int64, got torch.int32."),
         ((a, a, y + 1, g), ValueError, "target must be in [0, 3) or ignore_index (-100), got 3."),
         ((a, a, y, g[None]), ValueError, "gate must be of shape (4,), got (1, 4)."),
+        ((a, a, y, g, 1 << 63), ValueError, f"ignore_index must be in [{-(1 << 63)}, {(1 << 63) - 1}], got {1 << 63}."),
         ((a, a, y, y), TypeError, "gate must be float32, bfloat16, float16 or float64, got torch.int64."),
     ):
         with pytest.raises(error) as found:
-            gated_mixed_ce(*given)
+            gated_mixed_ce(*given[:4], **({"ignore_index": given[4]} if given[4:] else {}))
         assert str(found.value) == f"w2s_fast.gated_mixed_ce: {message}"
     with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', got 'none'"):
         gated_mixed_ce(a, a, y, g, reduction="none")

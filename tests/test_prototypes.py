@@ -207,6 +207,29 @@ def test_errors_name_the_argument(change: dict, error: str):
         prototype_distance(**given)
 
 
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-12, 1e-4])
+def test_gradients_where_it_is_cold(metric: str, temperature: float):
+    """The nearest prototype's score less the log-sum-exp is 0 there, not what rounding left of a large number."""
+    x, p = points(9, 21, 6, torch.float32)
+    labels = torch.arange(9)
+    found = []
+    for backend in BACKENDS:
+        with w2s_fast.backend(backend):
+            made = prototype_distance(x, p, labels, metric=metric, temperature=temperature)
+        found.append(torch.autograd.grad((temperature * made.loss).sum(), (x, p)))
+    for ours, expected in zip(found[-1], found[0], strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unit_rows_are_the_same_in_any_layout():
+    x, labels = torch.randn(40, 33, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 7
+    expected = w2s_fast.class_stats(x, labels, 7, normalize=True).sums
+    for laid_out in (x.t().contiguous().t(), torch.stack((x, x), 2)[..., 0], F.pad(x, (1, 2))[:, 1:-2]):
+        assert torch.equal(w2s_fast.class_stats(laid_out, labels, 7, normalize=True).sums, expected)
+
+
 def test_statistics_do_not_depend_on_the_order_of_batches():
     draw = torch.Generator().manual_seed(0)
     x, labels = torch.randn(300, 9, generator=draw), torch.randint(6, (300,), generator=draw)

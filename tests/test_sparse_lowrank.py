@@ -144,6 +144,18 @@ def test_a_corrupt_support_is_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize("layout", ["csr16", "csr32", "balanced", "flat64"])
+@pytest.mark.parametrize("size", [2**31, 2**62, 2**64])
+def test_a_size_that_is_none_is_one_error(layout: str, size: int):
+    """A place in such a matrix is no int64; drawing one in blocks never ended."""
+    limit = r"must be in \[[01], 2147483647\]"
+    for shape, name in (((size, 4), "out_features"), ((4, size), "in_features")):
+        with pytest.raises(ValueError, match=rf"w2s_fast\.random_support: {name} {limit}"):
+            w2s_fast.random_support(*shape, 0.3, layout)
+        with pytest.raises(ValueError, match=rf"w2s_fast\.SparseSupport: shape\[.\] {limit}"):
+            w2s_fast.SparseSupport.from_flat(torch.tensor([1, 5]), shape, layout)
+
+
 def test_a_corrupt_state_is_refused():
     support = w2s_fast.random_support(4, 60, 0.1)
     state = {name: tensor.clone() for name, tensor in support.state_dict().items()}

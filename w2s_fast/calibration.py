@@ -41,7 +41,7 @@ from torch import _C, Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import dispatch, extension, files, probes, replay
+from . import dispatch, extension, files, probes, replay, transforms
 from .files import write_text
 from .signature import PLAIN
 
@@ -70,7 +70,7 @@ SETTING: str = os.environ.get("W2S_FAST_CALIBRATION", "auto")
 Function = TypeVar("Function", bound=Callable[..., Any])
 _compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_transforms_active = _C._are_functorch_transforms_active
+_transforms_active = transforms.active
 _hooks = _C._autograd._top_saved_tensors_default_hooks
 _function_mode = _C._is_torch_function_mode_enabled
 _dispatch_modes, _traced = _C._len_torch_dispatch_stack, _C._is_tracing

@@ -109,6 +109,20 @@ def integer(op: str, argument: str, value: Any, *, low: int, high: int | None = 
     return value
 
 
+def int64(op: str, argument: str, value: Any) -> int:
+    """``value`` as an int that a tensor of indices can hold."""
+    return integer(op, argument, value, low=-(2**63), high=2**63 - 1)
+
+
+#: What a length, or a side of a matrix, may count: what is beyond is a mistake, and no memory holds it.
+LONGEST = 2**31 - 1
+
+
+def length(op: str, argument: str, value: Any, *, low: int = 1) -> int:
+    """``value`` as a number of positions or rows, for which a call takes memory before it makes a result."""
+    return integer(op, argument, value, low=low, high=LONGEST)
+
+
 def same_device(op: str, tensors: Sequence[tuple[str, Tensor | None]]) -> None:
     """All given tensors must be on the device of the first."""
     first_name, first = tensors[0]

@@ -371,7 +371,8 @@ void pack_columns(const uint16_t* src, int64_t sk, int64_t sj, int64_t depth, in
 bool has_amx() {
   static const bool found = [] {
     const char* cap = std::getenv("W2S_FAST_CPU");  // a forced instruction set is that one and no more
-    return isa() == Isa::avx512 && !(cap && *cap) && cpu_has_amx() && granted();
+    // the bfloat16 dots too: what is too small for tiles takes them, and attention rounds by their instructions
+    return has_bf16_dot() && !(cap && *cap) && cpu_has_amx() && granted();
   }();
   return found;
 }

@@ -116,7 +116,7 @@ class S4Kernel(nn.Module):
         self.register_buffer("l_kernel", torch.tensor(0))
         self.length = 0  # l_kernel as a number, which a graph may ask
         if l_max is not None:
-            self.attune(checks.integer(OP, "l_max", l_max, low=1))
+            self.attune(checks.length(OP, "l_max", l_max))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
@@ -181,7 +181,7 @@ class S4Kernel(nn.Module):
         Raises:
             ValueError: naming `length`.
         """
-        checks.integer(OP, "length", length, low=1)
+        checks.length(OP, "length", length)
         made = self.steps()
         a, _ = self.dense(made)
         row = self._row(made.c)

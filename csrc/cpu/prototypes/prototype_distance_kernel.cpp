@@ -71,13 +71,19 @@ inline double row_square(const void* x, Dtype dtype, int64_t n) {
   return total;
 }
 
-// A lse of -infinity, of a row without a valid class, counts as 0: its scores are -infinity.
+// A lse of -infinity, of a row without a valid class, counts as 0: its scores are -infinity. Scores go through memory, as in
+// the forward pass: in one expression the product is not rounded before lse is taken from it, and what is left of the nearest
+// prototype's score, 0 there, is a rounding error of it, whose exponential is infinite where the temperature is low.
 template <class A>
 inline void gradient_row(const PrototypeTile<A>& t, A lse, A coef, A* out) {
   using V = Vec<A>;
+  A z[TILE];
   const V inverse = V::set(t.inverse), line = V::set(lse == -infinity<A> ? A(0) : lse), factor = V::set(coef);
-  for (int64_t c = 0; c < t.columns; c += V::W)
-    (factor * vexp((V::load(t.raw + c) + V::load(t.offset + c)) * inverse - line)).store(out + c);
+  for (int64_t begin = 0; begin < t.columns; begin += TILE) {
+    const int n = int(std::min<int64_t>(TILE, t.columns - begin));
+    for (int c = 0; c < n; c += V::W) ((V::load(t.raw + begin + c) + V::load(t.offset + begin + c)) * inverse).store(z + c);
+    for (int c = 0; c < n; c += V::W) (factor * vexp(V::load(z + c) - line)).store(out + begin + c);
+  }
 }
 
 W2S_KERNELS(PrototypeKernels, prototype_row<Real>, row_square<Real>, gradient_row<Real>)

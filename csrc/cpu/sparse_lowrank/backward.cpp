@@ -88,10 +88,15 @@ struct Backward {
       if (!(need.A || need.B || need.values || need.scale)) continue;
       product(own.t(), right, Target<A>{w, I, 1}, 1, false, low);
       if (need.values) pick(row, count, w);
-      if (need.A) product(high.part(row, count).t(), made, Target<A>{da.sums, I, 1}, scale, true, low);
+      // two products of dW: rounded once for both, with the factor of it
+      std::optional<Low> rounded;
+      double factor = scale;
+      if (low && need.A && (need.B || need.scale) && scale != 0) rounded.emplace(made, factor);
+      const Operand& dw = rounded ? rounded->x : made;
+      if (need.A) product(high.part(row, count).t(), dw, Target<A>{da.sums, I, 1}, factor, true, low);
       if (!(need.B || need.scale)) continue;
-      product(made, inner.t(), Target<A>{through.data(), r, 1}, 1, false, low);
-      finish_b(row, count, through.data());
+      product(dw, inner.t(), Target<A>{through.data(), r, 1}, 1, false, low);
+      finish_b(row, count, through.data(), factor, rounded ? 1 / scale : 1);
     }
   }
 
@@ -102,13 +107,14 @@ struct Backward {
       s.row_values(row + i, [&](int64_t column, int64_t k) { narrow(dw + i * I + column, 1, dtype, to + k * bytes_of(dtype)); });
     });
   }
-  void finish_b(int64_t row, int64_t count, const A* through) {
+  // Of dW A^T, with the factors that it still lacks for dB and for ds.
+  void finish_b(int64_t row, int64_t count, const A* through, double for_b, double for_scale) {
     if (need.B)
-      for (int64_t i = 0; i < count * r; ++i) db.sums[row * r + i] = A(scale) * through[i];
+      for (int64_t i = 0; i < count * r; ++i) db.sums[row * r + i] = A(for_b) * through[i];
     if (!need.scale) return;
     const Dtype dtype = dtype_of(b);
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = 0; j < r; ++j) ds += double(through[i * r + j]) * double(number_at<A>(b.data_ptr(), dtype, (row + i) * b.stride(0) + j));
+      for (int64_t j = 0; j < r; ++j) ds += for_scale * double(through[i * r + j]) * double(number_at<A>(b.data_ptr(), dtype, (row + i) * b.stride(0) + j));
   }
 
   Five run(bool materialize, const std::optional<Tensor>& like_scale) {

@@ -6,11 +6,6 @@
 // own. Floor: 2 N K FLOPs a product; limits on the way are the loads of xT from L1 (one a multiply-add) and the turning.
 #include "cpu/sparse_lowrank/products.h"
 
-#include <memory>
-
-#include "cpu/convert.h"
-#include "cpu/parallel.h"
-
 namespace w2s::sparse {
 
 namespace {
@@ -142,23 +137,6 @@ void multiply_back(const Pattern& s, const Operand& g, const Operand& x, const A
       for (int64_t i = begin; i < end; ++i) dv[i] += parts[(c - 1) * s.nnz + i];
   });
 }
-
-// A matrix in bfloat16: where it lies, or rounded, with a factor of it.
-struct Low {
-  Operand x;
-  std::unique_ptr<uint16_t[]> memory;
-  Low(const Operand& from, double& scale) : x(from) {
-    if (from.dtype == Dtype::bf16) return;
-    memory.reset(new uint16_t[size_t(from.rows * from.columns)]);
-    const float* numbers = static_cast<const float*>(from.data);
-    const int64_t count = from.rows * from.columns;
-    const float factor = float(scale);
-    parallel_ranges(count, 1 << 14, [&](int64_t begin, int64_t end) {
-      kernels<ConvertKernels, float>().narrow_scaled(numbers + begin, end - begin, factor, Dtype::bf16, memory.get() + begin);
-    });
-    scale = 1, x.data = memory.get(), x.dtype = Dtype::bf16;
-  }
-};
 
 // Whether all elements lie in one piece, in either order.
 bool dense(const Operand& x) {

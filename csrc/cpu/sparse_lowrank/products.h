@@ -1,6 +1,10 @@
 // Sparse products on plain matrices of A (float or double), for the ops of the family.
 #pragma once
 
+#include <memory>
+
+#include "cpu/convert.h"
+#include "cpu/parallel.h"
 #include "cpu/products.h"
 #include "cpu/sparse_lowrank/support.h"
 
@@ -25,6 +29,23 @@ void multiply_back(const Pattern& s, const Operand& g, const Operand& x, const A
 // Values in walking order into a tensor in storage order, rounded to its dtype.
 template <class A>
 void store_values(const Pattern& s, const A* walked, const Tensor& out);
+
+// A dense matrix in bfloat16: where it lies, or rounded, with a factor of it, which is 1 then.
+struct Low {
+  Operand x;
+  std::unique_ptr<uint16_t[]> memory;
+  Low(const Operand& from, double& scale) : x(from) {
+    if (from.dtype == Dtype::bf16) return;
+    memory.reset(new uint16_t[size_t(from.rows * from.columns)]);
+    const float* numbers = static_cast<const float*>(from.data);
+    const int64_t count = from.rows * from.columns;
+    const float factor = float(scale);
+    parallel_ranges(count, 1 << 14, [&](int64_t begin, int64_t end) {
+      kernels<ConvertKernels, float>().narrow_scaled(numbers + begin, end - begin, factor, Dtype::bf16, memory.get() + begin);
+    });
+    scale = 1, x.data = memory.get(), x.dtype = Dtype::bf16;
+  }
+};
 
 // c (+)= scale a b. `low`: `by_dots` of everything that was given; then what was summed on
 // the way is rounded to it first, as it is in PyTorch.

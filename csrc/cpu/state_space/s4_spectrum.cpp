@@ -15,10 +15,11 @@ struct Space {
 
 Space space(const Tensor& a, const Tensor& b, const Tensor& p, const Tensor& c, const Tensor& dt, int64_t length) {
   check(a.dim() == 3 && c.dim() == 4, "a must be [H, M, 2] and c [C, H, M, 2]");
-  check(length >= 2, "length must be 2 or more");
+  check(length >= 2 && length <= LONGEST, "length must be in [2, 2^31)");
   const int64_t H = a.size(0), M = a.size(1), C = c.size(0);
   expect(a, "a", {H, M, 2}), expect(b, "b", {H, M, 2}), expect(p, "p", {H, M, 2}), expect(c, "c", {C, H, M, 2}), expect(dt, "dt", {H});
   Space s{values(a), values(b), values(p), values(c), values(dt), {}, {H, M, C, length, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}};
+  s.y.reserve(size_t(s.call.nodes()));
   for (int64_t l = 0; l < s.call.nodes(); ++l) s.y.push_back(2 * std::tan(PI * double(l) / double(length)));
   s.call.a = s.a.data(), s.call.b = s.b.data(), s.call.p = s.p.data(), s.call.c = s.c.data(), s.call.dt = s.dt.data(), s.call.y = s.y.data();
   return s;

@@ -6,6 +6,8 @@
 
 namespace w2s {
 
+constexpr int64_t LONGEST = (int64_t(1) << 31) - 1;  // positions: w2s_fast/checks.py says so first, but for a compiled graph
+
 // The numbers of a contiguous tensor.
 inline std::vector<double> values(const Tensor& t) {
   std::vector<double> found(size_t(round_up(t.numel(), 16)));

@@ -8,7 +8,7 @@ namespace {
 
 void look(const Tensor& c, const Tensor& x, int64_t length) {
   check(c.dim() == 4 && x.dim() == 3, "c must be [C, H, M, 2] and x [H, M, 2]");
-  check(length >= 1, "length must be 1 or more");
+  check(length >= 1 && length <= LONGEST, "length must be in [1, 2^31)");
   expect(x, "x", {c.size(1), c.size(2), 2}), expect(c, "c", {c.size(0), c.size(1), c.size(2), 2});
 }
 

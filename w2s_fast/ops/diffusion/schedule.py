@@ -169,7 +169,7 @@ def ict_weights(
 
 
 def _sigmas(op: str, levels: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    checks.integer(op, "levels", levels, low=2)
+    checks.length(op, "levels", levels, low=2)
     checks.number(op, "sigma_min", sigma_min, low=0.0, open_low=True)
     checks.number(op, "sigma_max", sigma_max, low=sigma_min, open_low=True)
     checks.number(op, "rho", rho, low=0.0, open_low=True)

@@ -171,8 +171,7 @@ def targets(
 ) -> Tensor:
     """``target`` as int64 ``[T]``; its range is looked at on a CPU only."""
     checks.is_tensor(op, name, target)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        checks.fail(op, "ignore_index", "an int", repr(ignore_index), error=TypeError)
+    checks.int64(op, "ignore_index", ignore_index)
     if target.dtype not in (torch.int64, torch.int32):
         checks.fail(op, name, "int64 or int32", target.dtype, error=TypeError)
     if target.shape != batch:

@@ -164,8 +164,7 @@ def _names(forms: Sequence[int]) -> str:
 def labels(op: str, target: Any, batch: torch.Size, vocab: int, student: Tensor, ignore_index: Any) -> Tensor:
     """``target`` as int64 ``[T]``; its range is looked at on a CPU only."""
     checks.is_tensor(op, "target", target)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        checks.fail(op, "ignore_index", "an int", repr(ignore_index), error=TypeError)
+    checks.int64(op, "ignore_index", ignore_index)
     if target.dtype not in (torch.int64, torch.int32):
         checks.fail(op, "target", "int64 or int32", target.dtype, error=TypeError)
     if target.shape != batch:

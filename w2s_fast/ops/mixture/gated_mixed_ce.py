@@ -128,8 +128,7 @@ def _check_logits(a: Any, b: Any) -> None:
 def _check_rows(a: Tensor, target: Any, gate: Any, ignore_index: Any) -> None:
     checks.is_float_tensor(NAME, "gate", gate)
     checks.is_tensor(NAME, "target", target)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        checks.fail(NAME, "ignore_index", "an int", repr(ignore_index), error=TypeError)
+    checks.int64(NAME, "ignore_index", ignore_index)
     for name, value in (("target", target), ("gate", gate)):
         if value.shape != a.shape[:1]:
             checks.fail(NAME, name, f"of shape ({a.shape[0]},)", tuple(value.shape))

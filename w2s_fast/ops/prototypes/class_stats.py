@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import checks
 from ...reference.numerics import accumulate_dtype
+from ..layout import separate_rows
 
 NAME = "class_stats"
 
@@ -88,7 +89,7 @@ def class_stats(
         checks.same_device(NAME, [("x", x), ("onto", onto.sums)])
     rows = x.to(accumulate_dtype(x))
     if normalize:
-        rows = F.normalize(rows, dim=1)
+        rows = F.normalize(separate_rows(rows), dim=1)  # torch's sums depend on strides
     counts = _summed(torch.ones_like(labels), labels, num_classes)
     sums = _summed(rows, labels, num_classes).to(torch.float64 if x.device.type == "cpu" else rows.dtype)
     return ClassStats(sums, counts) if onto is None else ClassStats(onto.sums + sums, onto.counts + counts)

@@ -282,8 +282,8 @@ def _shape(shape: Any) -> tuple[int, int]:
     if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) != 2:
         checks.fail("SparseSupport", "shape", "(out_features, in_features)", shape)
     return (
-        checks.integer("SparseSupport", "shape[0]", shape[0], low=0),
-        checks.integer("SparseSupport", "shape[1]", shape[1], low=0),
+        checks.length("SparseSupport", "shape[0]", shape[0], low=0),  # so that a place in the matrix is an int64
+        checks.length("SparseSupport", "shape[1]", shape[1], low=0),
     )
 
 
@@ -419,8 +419,8 @@ def random_support(
         491
     """
     op = "random_support"
-    rows = checks.integer(op, "out_features", out_features, low=1)
-    columns = checks.integer(op, "in_features", in_features, low=1)
+    rows = checks.length(op, "out_features", out_features)
+    columns = checks.length(op, "in_features", in_features)
     density = checks.number(op, "density", density, low=0.0, high=1.0, open_low=True, requirement="in (0, 1)")
     if density == 1.0:
         checks.fail(op, "density", "in (0, 1)", density)

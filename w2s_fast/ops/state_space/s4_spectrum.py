@@ -42,7 +42,7 @@ def s4_spectrum(a: Tensor, b: Tensor, p: Tensor, c: Tensor, dt: Tensor, length: 
         p: ``[H, M, 2]``.
         c: ``[C, H, M, 2]``, C channels, which share the rest.
         dt: ``[H]``.
-        length: positions of the kernel, at least 2; any.
+        length: positions of the kernel, 2 to 2^31 - 1; any.
 
     Returns:
         ``[C, H, length // 2 + 1, 2]`` in float32 (float64 if c is), as `torch.view_as_complex` takes it.
@@ -70,6 +70,6 @@ def s4_spectrum(a: Tensor, b: Tensor, p: Tensor, c: Tensor, dt: Tensor, length: 
         if value.shape != shape:
             checks.fail(NAME, argument, f"of shape {tuple(shape)}", tuple(value.shape))
     checks.same_device(NAME, given)
-    checks.integer(NAME, "length", length, low=2)
+    checks.length(NAME, "length", length, low=2)
     found: Tensor = S4_SPECTRUM(a, b, p, c, dt, length)
     return found

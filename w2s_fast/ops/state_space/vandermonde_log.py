@@ -38,7 +38,7 @@ def vandermonde_log(c: Tensor, x: Tensor, length: int) -> Tensor:
         c: ``[..., H, M, 2]``, real and imaginary part of the weights; float32, bfloat16, float16 or float64.
         x: ``[H, M, 2]``, logarithms of the numbers whose powers are summed, in any of these dtypes; in float64 they
             keep the phase of many turns.
-        length: at least 1; any.
+        length: 1 to 2^31 - 1; any.
 
     Returns:
         ``[..., H, length]`` in float32 (float64 if c is). Differentiable, once, in c and x. Memory: the result, and
@@ -60,6 +60,6 @@ def vandermonde_log(c: Tensor, x: Tensor, length: int) -> Tensor:
     if c.ndim < 3 or c.shape[-3:] != x.shape:
         checks.fail(NAME, "c", f"of shape (..., {', '.join(map(str, x.shape))})", tuple(c.shape))
     checks.same_device(NAME, [("c", c), ("x", x)])
-    checks.integer(NAME, "length", length, low=1)
+    checks.length(NAME, "length", length)
     found: Tensor = VANDERMONDE_LOG(c.reshape(math.prod(c.shape[:-3]), *x.shape), x, length)
     return found.reshape(*c.shape[:-2], length)
