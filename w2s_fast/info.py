@@ -53,7 +53,7 @@ def versions() -> list[tuple[str, str]]:
 #: The classes of shapes for which csrc/cpu/gemm_library.cpp chooses between our float32 product and the library's.
 PRODUCTS = (
     "few rows", "tens of rows", "few rows, transposed", "at most four, transposed", "one, transposed", "shallow",
-    "some rows", "deep", "deep, turned",
+    "some rows", "deep", "deep, turned", "bfloat16 widened",
 )  # fmt: skip
 
 

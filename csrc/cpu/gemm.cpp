@@ -51,6 +51,7 @@ constexpr int64_t DEPTH = 384, ROWS = 168, COLUMNS = 2048;
 constexpr int64_t SHALLOW = 128, NEAR = 1 << 18;  // a depth at which writing c is what takes time: along its rows then, beside bytes of
                                                   // packed b that stay in L2
 constexpr int64_t DOTS = 8;  // rows of the shorter side
+constexpr int64_t CACHED = 8 << 20;  // bytes of b that caches bring in time without being asked (Ice Lake: 1.5 times faster so)
 constexpr int64_t READ_ONCE = 4, LINE = 64;  // rows whose product waits for memory; bytes that come at a time
 
 template <class A>
@@ -108,7 +109,7 @@ struct Product {
           A* left = scratch_of<A>(1, (t1 - t0) * height * depth + 64);
           pack_rows(t0 * height, t1 - t0, height, k0, depth, left);
           const auto one = [&](int64_t t, int64_t p) {
-            W2S_DISPATCH_AS(A, run_tile<A>)(height, depth, left + (t - t0) * height * depth, height, 1, right + p * width * depth, width,
+            W2S_DISPATCH_AS(A, run_tile<A, A>)(height, depth, left + (t - t0) * height * depth, height, 1, right + p * width * depth, width,
                                             std::min<int64_t>(height, M - t * height), std::min<int64_t>(width, columns - p * width),
                                             out(t * height, j0 + p * width), alpha, adds);
           };
@@ -121,10 +122,14 @@ struct Product {
     }
   }
 
-  // Few rows; b's columns are contiguous and of our type: b is read in place, 32 rows of it at a time.
+  // Few rows; b's columns are contiguous: b is read in place, some rows of it at a time, and widened in registers.
+  template <class B>
   void few_times_rows() const {
-    const int height = height_for(M), width = shape.columns;
-    const int64_t tiles = pieces(M, height), panels = pieces(N, width), depth0 = 32;
+    constexpr bool narrow = sizeof(B) < sizeof(A);
+    const int height = height_for(M), width = narrow ? W2S_DISPATCH_AS(A, widening_columns<A>)(height) : shape.columns;
+    const int64_t tiles = pieces(M, height), panels = pieces(N, width);
+    const bool near = narrow && K * N * int64_t(sizeof(B)) <= CACHED;
+    const int64_t depth0 = near ? 64 : 32, next = narrow ? 2 : 4;
     const int64_t apart = height * K + 64;  // packing writes a little past a tile
     A* left = scratch_of<A>(0, tiles * apart);
     parallel_items(tiles, 1, [&](int64_t t) { pack_rows(t * height, 1, height, 0, K, left + t * apart); });
@@ -136,23 +141,34 @@ struct Product {
         const int64_t depth = std::min(depth0, K - k0);
         for (int64_t p = p0; p < p1; ++p) {
           const int64_t columns = std::min<int64_t>(width, N - p * width);
-          const A* right = static_cast<const A*>(at(b, k0, p * width));
-          int64_t ldb = b.down;
-          if (columns < width) {
+          const B* right = static_cast<const B*>(at(b, k0, p * width));
+          const bool whole = columns == width;
+          if (!whole) {
             pack_columns(p * width, k0, depth, width, tail);
-            right = tail, ldb = width;
-          } else if (M <= READ_ONCE) {  // no prefetcher follows so many rows, and little work hides the wait
+          } else if (M <= READ_ONCE && !near) {  // no prefetcher follows so many rows, and little work hides the wait
             for (int64_t k = 0; k < depth; ++k)
-              for (int64_t ahead = 4 * width; ahead < 5 * width; ahead += LINE / int64_t(sizeof(A)))
-                __builtin_prefetch(right + k * ldb + ahead);
+              for (int64_t ahead = next * width; ahead < (next + 1) * width; ahead += LINE / int64_t(sizeof(B)))
+                __builtin_prefetch(right + k * b.down + ahead);
           }
-          for (int64_t t = 0; t < tiles; ++t)
-            W2S_DISPATCH_AS(A, run_tile<A>)(height, depth, left + t * apart + k0 * height, height, 1, right, ldb,
-                                      std::min<int64_t>(height, M - t * height), columns, out(t * height, p * width), alpha,
-                                      add || k0 > 0);
+          for (int64_t t = 0; t < tiles; ++t) {
+            const A* rows = left + t * apart + k0 * height;
+            const int64_t there = std::min<int64_t>(height, M - t * height);
+            const Target<A> to = out(t * height, p * width);
+            const bool adds = add || k0 > 0;
+            if (whole) W2S_DISPATCH_AS(A, run_tile<A, B>)(height, depth, rows, height, 1, right, b.down, there, columns, to, alpha, adds);
+            else packed_tile(height, depth, rows, tail, width, there, columns, to, adds);
+          }
         }
       }
     });
+  }
+
+  // a tile of packed columns, which may be wider than a packed tile is
+  void packed_tile(int height, int64_t depth, const A* rows, const A* packed, int64_t width, int64_t there, int64_t columns, Target<A> to,
+                   bool adds) const {
+    for (int64_t j = 0; j < columns; j += shape.columns)
+      W2S_DISPATCH_AS(A, run_tile<A, A>)(height, depth, rows, height, 1, packed + j, width, there, std::min<int64_t>(shape.columns, columns - j),
+                                         Target<A>{to.data + j * to.across, to.down, to.across}, alpha, adds);
   }
 
   // Few rows (the vector now); b's depth is contiguous and of our type: its columns are broadcast in place.
@@ -175,21 +191,41 @@ struct Product {
       const int64_t step = copy ? height : 1, apart = copy ? 1 : b.across;
       for (int64_t p = 0; p < panels; ++p)
         for (int64_t k0 = 0; k0 < K; k0 += DEPTH)  // in pieces, so that no sum is one long chain of roundings
-          W2S_DISPATCH_AS(A, run_tile<A>)(height, std::min(DEPTH, K - k0), (copy ? copy : left) + k0 * step, step, apart,
+          W2S_DISPATCH_AS(A, run_tile<A, A>)(height, std::min(DEPTH, K - k0), (copy ? copy : left) + k0 * step, step, apart,
                                     right + (p * K + k0) * width, width, rows, std::min(width, M - p * width),
                                     Target<A>{c.data + n0 * c.across + p * width * c.down, c.across, c.down}, alpha, add || k0 > 0);
     });
   }
 
-  // c (+)= alpha x y^T for few rows of y
+  // c (+)= alpha x y^T for few rows of y, which are widened beforehand; x is where it lies
   void few_dots(const Operand& x, const Operand& y, Target<A> to) const {
+    const A* few = static_cast<const A*>(y.data);
+    int64_t down = y.down;
+    if (y.dtype != own_dtype<A> || y.across != 1) {
+      A* copy = scratch_of<A>(0, y.rows * K + 64);
+      for (int64_t j = 0; j < y.rows; ++j) W2S_DISPATCH_AS(A, pack<A>)(at(y, j, 0), y.dtype, 0, y.across, 1, K, K, copy + j * K);
+      few = copy, down = K;
+    }
     const int64_t share = 64;
-    parallel_items(pieces(x.rows, share), 1, [&](int64_t block) {
-      const int64_t first = block * share, count = std::min(share, x.rows - first);
-      W2S_DISPATCH_AS(A, dots<A>)(K, static_cast<const A*>(at(x, first, 0)), x.down, count, static_cast<const A*>(y.data), y.down, y.rows,
-                             Target<A>{to.data + first * to.down, to.down, to.across}, alpha, add);
+    with_element(x.dtype, [&]<class B>(B) {
+      parallel_items(pieces(x.rows, share), 1, [&](int64_t block) {
+        const int64_t first = block * share, count = std::min(share, x.rows - first);
+        W2S_DISPATCH_AS(A, dots<A, B>)(K, static_cast<const B*>(at(x, first, 0)), x.down, count, few, down, y.rows,
+                                       Target<A>{to.data + first * to.down, to.down, to.across}, alpha, add);
+      });
     });
   }
+
+  // f of an element as it lies in memory
+  template <class F>
+  static void with_element(Dtype dtype, const F& f) {
+    if constexpr (sizeof(A) == 4) {
+      if (dtype == Dtype::bf16) return f(Bf16{});
+      if (dtype == Dtype::f16) return f(F16{});
+    }
+    f(A{});
+  }
+  static bool in_place(Dtype dtype) { return dtype == own_dtype<A> || (sizeof(A) == 4 && dtype != Dtype::f64); }
 
   void run() {
     M = a.rows, N = b.columns, K = a.columns;
@@ -201,11 +237,10 @@ struct Product {
           for (int64_t j = 0; j < N; ++j) c.data[i * c.down + j * c.across] = 0;
       return;
     }
-    const bool ours = b.dtype == own_dtype<A>;
-    if (ours && a.dtype == b.dtype && a.across == 1 && b.down == 1 && std::min(M, N) <= DOTS)
-      return N <= M ? few_dots(a, b.t(), c) : few_dots(b.t(), a, {c.data, c.across, c.down});
-    if (M <= FEW && ours && b.across == 1) return few_times_rows();
-    if (M <= FEW && ours && b.down == 1) return few_times_columns();
+    if (N <= M && N <= DOTS && in_place(a.dtype) && a.across == 1) return few_dots(a, b.t(), c);
+    if (M < N && M <= DOTS && in_place(b.dtype) && b.down == 1) return few_dots(b.t(), a, {c.data, c.across, c.down});
+    if (M <= FEW && in_place(b.dtype) && b.across == 1) return with_element(b.dtype, [&]<class B>(B) { few_times_rows<B>(); });
+    if (M <= FEW && b.dtype == own_dtype<A> && b.down == 1) return few_times_columns();
     many();
   }
 };
@@ -221,7 +256,7 @@ void product(const Operand& a, const Operand& b, Target<A> c, A alpha, bool add)
 
 void gemm_own(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) { product<float>(a, b, c, alpha, add); }
 void gemm(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) {
-  if (!gemm_library(a, b, c, alpha, add)) gemm_own(a, b, c, alpha, add);
+  if (!gemm_library(a, b, c, alpha, add) && !gemm_widened(a, b, c, alpha, add)) gemm_own(a, b, c, alpha, add);
 }
 void gemm(const Operand& a, const Operand& b, Target<double> c, double alpha, bool add) { product<double>(a, b, c, alpha, add); }
 

@@ -38,6 +38,8 @@ void gemm(const Operand& a, const Operand& b, Target<double> c, double alpha, bo
 void gemm_own(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add);
 bool library_takes(int64_t rows, int64_t columns, int64_t depth, bool transposed);  // transposed: b's depth is contiguous
 bool gemm_library(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add);
+// The same of operands narrower than float32, of which pieces are widened for it.
+bool gemm_widened(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add);
 // c [a.rows, b.columns], next to each other, = a b rounded to bfloat16, of bfloat16 operands, where the library's product is to
 // be taken (else false, and nothing is done): it rounds, so what is added to it is added to a rounded sum, as by eager PyTorch.
 bool gemm_library_bf16(const Operand& a, const Operand& b, void* c);

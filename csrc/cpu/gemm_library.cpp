@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "cpu/choice.h"
+#include "cpu/convert.h"
 #include "cpu/gemm.h"
+#include "cpu/parallel.h"
 #include "cpu/products.h"
 #include "cpu/tensors.h"
 
@@ -36,11 +38,12 @@ Sgemm blas() {
 // again) with either layout of that operand, rows that fill a quarter of a vector at most (transposed, they are the vector in our product) and a single one (which the
 // library reads the matrix for as fast as memory gives it), many rows over a short depth (writing c), so many rows that
 // packing the other operand is still felt, and the rest: with the depth of the first operand contiguous, or its rows
-// (gradients: dz^T W), which have to be turned.
-enum Class { few_rows, tens_of_rows, few_columns, fewest_columns, one_column, shallow, some, deep, deep_turned, CLASSES };
+// (gradients: dz^T W), which have to be turned. Last, bfloat16 operands that we widen: as we pack them, or piece by piece
+// for the library's product of float32.
+enum Class { few_rows, tens_of_rows, few_columns, fewest_columns, one_column, shallow, some, deep, deep_turned, widened, CLASSES };
 constexpr const char* NAMES[CLASSES] = {"product-few-rows", "product-tens-of-rows", "product-few-rows-transposed",
                                         "product-fewest-rows-transposed", "product-one-row-transposed", "product-shallow",
-                                        "product-some-rows", "product-deep", "product-deep-turned"};
+                                        "product-some-rows", "product-deep", "product-deep-turned", "product-widened"};
 constexpr int64_t FEWEST = 4, TENS = 24, SOME = 256;
 constexpr double SMALL = 1 << 18;  // products below this many multiply-adds are ours: the library's call costs more
 
@@ -84,19 +87,58 @@ void run(const Operand& a, const Operand& b, Target<float> c, float alpha, bool 
   }
 }
 
+constexpr int64_t PIECE = 1024, COLUMNS = 512;  // rows and depth, and columns, that are widened at a time
+
+// rows [row, row + rows) and columns [column, column + columns) of x as float32, in scratch where they are not
+Operand widened_piece(const Operand& x, int64_t row, int64_t rows, int64_t column, int64_t columns, int slot) {
+  const char* from = static_cast<const char*>(x.data) + (row * x.down + column * x.across) * bytes_of(x.dtype);
+  if (x.dtype == Dtype::f32) return {from, Dtype::f32, rows, columns, x.down, x.across};
+  const bool by_rows = x.across == 1;
+  const int64_t lines = by_rows ? rows : columns, length = by_rows ? columns : rows, apart = by_rows ? x.down : x.across;
+  float* to = scratch_of<float>(slot, rows * columns);
+  parallel_items(lines, grain_of(length), [&](int64_t i) {
+    kernels<ConvertKernels, float>().widen(from + i * apart * bytes_of(x.dtype), x.dtype, length, to + i * length);
+  });
+  return {to, Dtype::f32, rows, columns, by_rows ? length : 1, by_rows ? 1 : length};
+}
+
+// A piece of the longer side is widened once beside pieces of the other one.
+void run_widened(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) {
+  const int64_t M = a.rows, N = b.columns, K = a.columns;
+  for (int64_t k = 0; k < K; k += PIECE) {
+    const int64_t depth = std::min(PIECE, K - k);
+    for (int64_t i = 0; i < M; i += PIECE) {
+      const int64_t rows = std::min(PIECE, M - i);
+      const Operand left = widened_piece(a, i, rows, k, depth, 0);
+      for (int64_t j = 0; j < N; j += COLUMNS) {
+        const int64_t columns = std::min(COLUMNS, N - j);
+        run(left, widened_piece(b, k, depth, j, columns, 1), {c.data + i * c.down + j * c.across, c.down, c.across}, alpha, add || k > 0);
+      }
+    }
+  }
+}
+
 // Both products of one class, on sizes that take about a millisecond.
 Choice& choice(int k) {
-  static Choice choices[CLASSES] = {Choice(NAMES[0]), Choice(NAMES[1]), Choice(NAMES[2]), Choice(NAMES[3]), Choice(NAMES[4]), Choice(NAMES[5]), Choice(NAMES[6]), Choice(NAMES[7]), Choice(NAMES[8])};
+  static Choice choices[CLASSES] = {Choice(NAMES[0]), Choice(NAMES[1]), Choice(NAMES[2]), Choice(NAMES[3]), Choice(NAMES[4]),
+                                    Choice(NAMES[5]), Choice(NAMES[6]), Choice(NAMES[7]), Choice(NAMES[8]), Choice(NAMES[9])};
   struct Shape { int64_t M, N, K; bool transposed, first_turned = false; };
-  constexpr Shape shapes[CLASSES] = {{8, 2048, 1024, false}, {FEW, 2048, 1024, false}, {8, 2048, 1024, true}, {2, 2048, 1024, true}, {1, 2048, 1024, true}, {512, 1024, 128, true}, {64, 1024, 1024, true}, {512, 512, 1024, true}, {256, 256, 2048, false, true}};
+  constexpr Shape shapes[CLASSES] = {{8, 2048, 1024, false}, {FEW, 2048, 1024, false}, {8, 2048, 1024, true}, {2, 2048, 1024, true},
+                                     {1, 2048, 1024, true}, {512, 1024, 128, true}, {64, 1024, 1024, true}, {512, 512, 1024, true},
+                                     {256, 256, 2048, false, true}, {256, 1024, 512, true}};
   const Shape& s = shapes[k];
   choices[k].settle([&](auto&& race) {
+    const bool wide = k != widened;
     std::vector<float> a(size_t(s.M * s.K), 0.5f), b(size_t(s.N * s.K), 0.25f), c(size_t(s.M * s.N));
-    const Operand left = s.first_turned ? Operand{a.data(), Dtype::f32, s.M, s.K, 1, s.M} : Operand{a.data(), Dtype::f32, s.M, s.K, s.K, 1};
-    const Operand right = s.transposed ? Operand{b.data(), Dtype::f32, s.K, s.N, 1, s.K} : Operand{b.data(), Dtype::f32, s.K, s.N, s.N, 1};
+    std::vector<uint16_t> a16(wide ? 0 : a.size(), 0x3f00), b16(wide ? 0 : b.size(), 0x3e80);
+    const Dtype type = wide ? Dtype::f32 : Dtype::bf16;
+    Operand left{a.data(), type, s.M, s.K, s.K, 1}, right{b.data(), type, s.K, s.N, s.N, 1};
+    if (!wide) left.data = a16.data(), right.data = b16.data();
+    if (s.first_turned) left.down = 1, left.across = s.M;
+    if (s.transposed) right.down = 1, right.across = s.K;
     const Target<float> to{c.data(), s.N, 1};
     race(2.0 * double(s.M) * double(s.N) * double(s.K), [&] { gemm_own(left, right, to, 1.0f, false); },
-         [&] { run(left, right, to, 1.0f, false); });
+         [&] { (wide ? run : run_widened)(left, right, to, 1.0f, false); });
   });
   return choices[k];
 }
@@ -151,6 +193,17 @@ bool gemm_library(const Operand& a, const Operand& b, Target<float> c, float alp
   if (!turned && !(c.across == 1 ? takes(M, N, K, b.down == 1, a.across != 1) : takes(N, M, K, a.across == 1, b.down != 1)))
     return false;
   run(a, b, c, alpha, add);
+  return true;
+}
+
+bool gemm_widened(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add) {
+  const int64_t M = a.rows, N = b.columns, K = a.columns;
+  const auto narrow = [](const Operand& x) { return x.dtype == Dtype::bf16 || x.dtype == Dtype::f16; };
+  const auto fits = [&](const Operand& x) { return (narrow(x) || x.dtype == Dtype::f32) && plain(x.rows, x.columns, x.down, x.across); };
+  if (!(narrow(a) || narrow(b)) || !fits(a) || !fits(b) || !plain(M, N, c.down, c.across)) return false;
+  if (std::min(M, N) < SOME || K <= FEW || !library_allowed()) return false;
+  if (!library_forced() && !choice(widened).library_is_faster()) return false;
+  run_widened(a, b, c, alpha, add);
   return true;
 }
 

@@ -12,6 +12,7 @@
 namespace w2s {
 namespace linear {
 
+constexpr int64_t IN_PLACE = 8;  // rows for which gemm reads a narrower head where it lies
 constexpr int64_t CHUNK = 128;  // vocabulary rows of one piece of row-kernel work; also the unit a draw computes again
 
 template <class A>
@@ -138,28 +139,35 @@ struct Engine {
   }
   Tensor output(std::vector<int64_t> shape) const { return fresh(hiddens[0], shape, scalar_type<A>); }
   bool narrower(int i) const { return head[size_t(i)].dtype != own_dtype<A>; }
+  bool in_place(int i) const { return sizeof(A) == 4 && M <= IN_PLACE && narrower(i) && head[size_t(i)].dtype != Dtype::f64; }
+  bool widened(int i) const { return narrower(i) && widens && !in_place(i); }
 
-  // Rows of a block. A product on the tile unit is done before its operands and sums have come from memory: fewer passes.
-  int64_t block() const { return dots && has_amx() ? 1024 : 512; }
+  // Rows of a block, all about the same. A product on the tile unit is done before its operands and sums have come from
+  // memory: fewer passes.
+  int64_t block() const {
+    const int64_t some = dots && has_amx() ? 1024 : 512, count = std::max<int64_t>(1, pieces(M - some / 4, some));
+    return std::max(M <= some ? some : int64_t(0), round_up(pieces(M, count), 16));
+  }
 
   // Chooses the height of a vocabulary tile, so that all scratch of a tile with `columns` tokens and `shared` further
-  // elements a vocabulary row is about 1/20 of [T, V], within [1 MiB, 8 MiB].
+  // elements a vocabulary row is about 1/20 of [T, V], within [2 MiB, 8 MiB], and all tiles about the same.
   void plan(int64_t columns, int64_t shared) {
-    for (int i = 0; i < n; ++i) shared += narrower(i) && widens ? D[size_t(i)] : 0;
-    const int64_t budget = std::clamp<int64_t>(T * V * int64_t(sizeof(A)) / 20, 1 << 20, 8 << 20);
+    for (int i = 0; i < n; ++i) shared += widened(i) ? D[size_t(i)] : 0;
+    const int64_t budget = std::clamp<int64_t>(T * V * int64_t(sizeof(A)) / 20, 2 << 20, 8 << 20);
     const int64_t rows = budget / int64_t(sizeof(A)) / std::max<int64_t>(round_up(columns, 16) + shared, 1);
-    tile = std::clamp<int64_t>(rows / CHUNK * CHUNK, CHUNK, std::min<int64_t>(4096, round_up(V, CHUNK)));
+    const int64_t most = std::clamp<int64_t>(rows / CHUNK * CHUNK, CHUNK, std::min<int64_t>(4096, round_up(V, CHUNK)));
+    tile = std::max(CHUNK, round_up(pieces(V, std::max<int64_t>(pieces(V, most), 1)), CHUNK));
     if (apart) part = memory(tile * round_up(columns, 16));
     narrow_tile.assign(size_t(n), nullptr);
     for (int i = 0; i < n; ++i)
-      if (narrower(i) && widens) narrow_tile[size_t(i)] = memory(tile * D[size_t(i)]);
+      if (widened(i)) narrow_tile[size_t(i)] = memory(tile * D[size_t(i)]);
   }
 
   void load(int64_t first) {  // makes [first, first + tile) the current tile
     v0 = first;
     nv = std::min(tile, V - first);
     for (int i = 0; i < n; ++i)
-      if (narrower(i) && widens)
+      if (widened(i))
         parallel_items(nv, 64, [&](int64_t v) {
           kernels<ConvertKernels, A>().widen_scaled(head[size_t(i)].at(v0 + v, 0), head[size_t(i)].dtype, D[size_t(i)], A(1),
                                      narrow_tile[size_t(i)] + v * D[size_t(i)]);
@@ -170,6 +178,11 @@ struct Engine {
     const int64_t d = D[size_t(i)];
     if (narrower(i)) return {narrow_tile[size_t(i)], nv, d, d, 1};
     return {static_cast<A*>(head[size_t(i)].at(v0, 0)), nv, d, head[size_t(i)].stride / int64_t(sizeof(A)), 1};
+  }
+  Operand head_operand(int i) const {
+    if (!in_place(i)) return W(i).operand();
+    const Rows& rows = head[size_t(i)];
+    return {rows.at(v0, 0), rows.dtype, nv, D[size_t(i)], rows.stride / rows.bytes, 1};
   }
   Matrix<A> H(int i, int64_t r0, int64_t rows) const {
     return {h + r0 * width + offset[size_t(i)], rows, D[size_t(i)], width, 1};
@@ -189,7 +202,7 @@ struct Engine {
       A* out = cap ? parts[i] : apart ? part : z;
       const Target<A> to{out, own, 1};
       if (dots) multiply(head16(i), hidden16(i, r0, rows).t(), to);
-      else multiply(W(i).operand(), H(i, r0, rows).t().operand(), to, !cap && i > 0);
+      else multiply(head_operand(i), H(i, r0, rows).t().operand(), to, !cap && i > 0);
       const A* c = coef[size_t(i)].data() + r0;
       const A* b = bias.empty() ? nullptr : bias[size_t(i)].data() + v0;
       if (cap || apart)

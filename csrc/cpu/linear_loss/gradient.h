@@ -212,7 +212,7 @@ struct Gradients {
       else if (i == 0 || e.cap) dz = e.dots ? narrowed(g, rows, ld) : Matrix<A>{g, e.nv, rows, ld, 1}.operand();
       if (needs_raw(i)) {
         const Target<A> to{raw + r0 * e.width + e.offset[size_t(i)], e.width, 1};
-        multiply(dz.t(), e.dots ? e.head16(i) : e.W(i).operand(), to, e.v0 > 0);
+        multiply(dz.t(), e.dots ? e.head16(i) : e.head_operand(i), to, e.v0 > 0);
       }
       if (needs_head(i)) {
         if (first_block && last_block && rows <= OUTER) head_outer(i, r0, rows, g, ld);

@@ -69,7 +69,7 @@ struct Expectations {
       }
       const Target<A> to{acc() + r0 * e.width + e.offset[size_t(i)], e.width, 1};
       if (p16) multiply(Operand{p16, Dtype::bf16, e.nv, count, ld, 1}.t(), e.head16(i), to, e.v0 > 0);
-      else multiply(Operand{p, own_dtype<A>, e.nv, count, ld, 1}.t(), e.W(i).operand(), to, e.v0 > 0);
+      else multiply(Operand{p, own_dtype<A>, e.nv, count, ld, 1}.t(), e.head_operand(i), to, e.v0 > 0);
     }
   }
 
