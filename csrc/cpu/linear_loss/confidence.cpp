@@ -117,19 +117,20 @@ Three two_classes(const Call& call) {
   return {total<A>(call, parts), made, grad};
 }
 
-// shift_c = log(mean p_c / mean w_c). Rows are summed in groups whose number does not depend on the threads.
+// shift_c = log(mean p_c / mean w_c): each row's norm, then columns in blocks, so that few rows are shared out as well.
 template <class A>
 void prior_shifts(const Rows& z, const Rows& w, int64_t B, int64_t V, A* shift) {
-  const int64_t width = kd_width(V), wanted = std::clamp<int64_t>(B / 16, 1, 64);
-  const int64_t size = (B + wanted - 1) / wanted, groups = (B + size - 1) / size;
-  std::vector<A> sums(size_t(groups * 2 * width), A(0));
-  std::vector<double> outside(size_t(groups), NOT_A_NUMBER);
-  parallel_items(groups, std::max<int64_t>(1, 8192 / (size * V)), [&](int64_t g) {
-    A* own = sums.data() + g * 2 * width;
-    outside[size_t(g)] = kernels<ConfidenceKernels, A>().columns(z, w, g * size, std::min(B, (g + 1) * size), V, own, own + width, scratch_of<A>(2, 2 * width));
+  const auto& kernel = kernels<ConfidenceKernels, A>();
+  std::vector<A> top(static_cast<size_t>(B)), scale(static_cast<size_t>(B));
+  parallel_items(B, grain_of(2 * V), [&](int64_t r) { kernel.norm(z, r, V, &top[size_t(r)], &scale[size_t(r)]); });
+  const ConfidenceColumns<A> all{z, w, B, top.data(), scale.data()};
+  const int64_t blocks = pieces(V, SHIFTS);
+  std::vector<A> off(static_cast<size_t>(blocks));
+  parallel_items(blocks, grain_of(4 * B * std::min<int64_t>(V, SHIFTS)), [&](int64_t i) {
+    const int64_t first = i * SHIFTS;
+    off[size_t(i)] = kernel.shifts(all, first, int(std::min<int64_t>(SHIFTS, V - first)), LEAST_MEAN, shift + first);
   });
-  for (double found : outside) refuse(found);
-  kernels<ConfidenceKernels, A>().shifts(sums.data(), groups, width, V, B, LEAST_MEAN, shift);
+  if (std::any_of(off.begin(), off.end(), [](A x) { return x > 0; })) refuse(kernel.outside(w, 0, B, V));
 }
 
 template <class A>

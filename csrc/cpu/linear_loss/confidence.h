@@ -29,6 +29,14 @@ struct ConfidencePairs {
   bool single;
 };
 
+template <class A>
+struct ConfidenceColumns {  // of B rows, with what `norm` made of each
+  const Rows &z, &w;
+  int64_t B;
+  const A *top, *scale;
+};
+
+constexpr int SHIFTS = 512;  // columns whose shifts are made at a time
 constexpr int PAIRS = 256;  // rows of two classes done at a time
 
 // confidence_kernel.cpp
@@ -37,12 +45,12 @@ struct ConfidenceKernels {
   double (*pair_scores)(const ConfidencePairs& s, int64_t first, int n, A* p0);
   ConfidenceResult (*pair_rows)(const Mixture& m, const ConfidencePairs& s, int64_t first, int n, double line, void* out,
                                 Dtype type);
-  // returns what `outside` does
-  double (*columns)(const Rows& z, const Rows& w, int64_t first, int64_t end, int64_t V, A* p_sum, A* w_sum, A* buffers);
+  // of a row of z its largest (0 if that is -infinity) and 1 / sum exp(z - largest)
+  void (*norm)(const Rows& z, int64_t row, int64_t V, A* top, A* scale);
+  // shift = log(max(mean p, least) / mean w) of `n` columns from `first` on; returns how far a label is off [0, 1] at most
+  A (*shifts)(const ConfidenceColumns<A>& s, int64_t first, int n, double least, A* shift);
   // the first soft label off [0, 1] in rows [first, end), otherwise NaN
   double (*outside)(const Rows& w, int64_t first, int64_t end, int64_t V);
-  // log(max(mean p, least) / mean w) of `groups` pairs of sums, each of `width`
-  void (*shifts)(const A* sums, int64_t groups, int64_t width, int64_t V, int64_t B, double least, A* shift);
   ConfidenceResult (*row)(const Mixture& m, const ConfidenceRow& row, A* buffers, void* out, Dtype type);
 };
 

@@ -2,6 +2,8 @@
 // two classes: a row a lane, since all is a function of z_1 - z_0.
 #include "cpu/linear_loss/confidence.h"
 
+#include "cpu/log_sum_exp.h"
+
 #include "cpu/target_begin.h"
 
 #include "cpu/linear_loss/kd_layout_kernel.h"
@@ -41,47 +43,65 @@ inline double labels_outside(const Rows& w, int64_t first, int64_t end, int64_t 
   return std::numeric_limits<double>::quiet_NaN();
 }
 
-// Sums of p and of w over rows [first, end), each [padded(V)]
+// n columns of a row from c on, with `fill` behind them: in place where they are whole vectors of A already
 template <class A>
-inline double confidence_columns(const Rows& z, const Rows& w, int64_t first, int64_t end, int64_t V, A* p_sum, A* w_sum, A* buffers) {
-  using T = Vec<A>;
-  const int64_t n = padded(int(V));
-  A *x = buffers, *e = x + kd_width(V);
-  const T one = T::set(1), zero = T::set(0);
-  T off = zero;  // how far the farthest label is off [0, 1]; NaN does not count
-  for (int64_t r = first; r < end; ++r) {
-    const T scale = T::set(A(1 / softmax_row<A>({z.at(r, 0), z.dtype, nullptr}, V, x, e)));
-    widen<A>(w.at(r, 0), w.dtype, int(V), A(0), x);
-    for (int64_t i = 0; i < n; i += T::W) {
-      T::fma(T::load(e + i), scale, T::load(p_sum + i)).store(p_sum + i);
-      const T label = T::load(x + i);
-      off = T::max(T::max(zero - label, label - one), off);
-      (T::load(w_sum + i) + label).store(w_sum + i);
-    }
-  }
-  return off.top() > 0 ? labels_outside<A>(w, first, end, V) : std::numeric_limits<double>::quiet_NaN();
+W2S_INLINE const A* filled_tile(const Rows& rows, int64_t row, int64_t c, int n, A fill, A* buffer) {
+  if (rows.dtype == own_dtype<A> && n == padded(n)) return static_cast<const A*>(rows.at(row, c));
+  widen<A>(rows.at(row, c), rows.dtype, n, fill, buffer);
+  return buffer;
 }
 
 template <class A>
-inline void prior_shift(const A* sums, int64_t groups, int64_t width, int64_t V, int64_t B, double least, A* shift) {
-  constexpr int64_t PIECE = 256;
-  for (int64_t first = 0; first < V; first += PIECE) {
-    const int64_t n = V - first < PIECE ? V - first : PIECE;
-    double p[PIECE] = {}, weak[PIECE] = {};
-    for (int64_t g = 0; g < groups; ++g) {
-      const A* own = sums + g * 2 * width + first;
-      for (int64_t c = 0; c < n; ++c) p[c] += double(own[c]), weak[c] += double(own[width + c]);
-    }
-    A ratio[PIECE];
-    for (int64_t c = 0; c < PIECE; ++c) {
-      const double mean = p[c] / double(B);
-      ratio[c] = c < n ? A((mean > least || mean != mean ? mean : least) / (weak[c] / double(B))) : A(1);
-    }
-    A logs[PIECE];
-    std::memcpy(logs, ratio, sizeof logs);
-    log_row(logs, PIECE);
-    for (int64_t c = 0; c < n; ++c) shift[first + c] = ratio[c] == infinity<A> ? infinity<A> : logs[c];
+inline void confidence_norm(const Rows& z, int64_t row, int64_t V, A* top, A* scale) {
+  A buffer[TILE];
+  LogSumExp total;
+  for (int64_t c = 0; c < V; c += TILE) {
+    const int n = int(V - c < TILE ? V - c : TILE);
+    const A* x = filled_tile(z, row, c, n, -infinity<A>, buffer);
+    const A most = tile_max(x, n);
+    total.add(double(most), double(tile_exp_sum(x, n, most)));
   }
+  *top = total.max == -std::numeric_limits<double>::infinity() ? A(0) : A(total.max);
+  *scale = A(1 / total.sum);
+}
+
+// Rows are summed in A a few at a time, and those sums in double: exponentials are made again, which takes less than
+// keeping them does once the rows are out of L1.
+template <class A>
+inline A confidence_shifts(const ConfidenceColumns<A>& s, int64_t first, int n, double least, A* shift) {
+  using T = Vec<A>;
+  constexpr int64_t ROWS = 16;
+  const T one = T::set(1), zero = T::set(0);
+  T off = zero;  // how far the farthest label is off [0, 1]; NaN does not count
+  double p[SHIFTS], weak[SHIFTS];
+  std::fill(p, p + (s.B > ROWS ? n : 0), 0.0), std::fill(weak, weak + (s.B > ROWS ? n : 0), 0.0);
+  A p_sum[SHIFTS], w_sum[SHIFTS], one_row[SHIFTS], other[SHIFTS];
+  for (int64_t from = 0; from < s.B; from += ROWS) {
+    for (int i = 0; i < padded(n); i += T::W) zero.store(p_sum + i), zero.store(w_sum + i);
+    for (int64_t r = from; r < s.B && r < from + ROWS; ++r) {
+      const T top = T::set(s.top[r]), scale = T::set(s.scale[r]);
+      const A* z = filled_tile(s.z, r, first, n, -infinity<A>, one_row);
+      const A* w = filled_tile(s.w, r, first, n, A(0), other);
+      for (int i = 0; i < padded(n); i += T::W) {
+        T::fma(vexp(T::load(z + i) - top), scale, T::load(p_sum + i)).store(p_sum + i);
+        const T label = T::load(w + i);
+        off = T::max(T::max(zero - label, label - one), off);
+        (T::load(w_sum + i) + label).store(w_sum + i);
+      }
+    }
+    if (s.B <= ROWS) break;
+    for (int c = 0; c < n; ++c) p[c] += double(p_sum[c]), weak[c] += double(w_sum[c]);
+  }
+  for (int c = 0; s.B > ROWS && c < n; ++c) p_sum[c] = A(p[c]), w_sum[c] = A(weak[c]);
+  const T lowest = T::set(A(least * double(s.B)));  // of both means the number of rows cancels
+  A *ratio = one_row, *logs = other;
+  for (int i = 0; i < padded(n); i += T::W) {
+    const T sum = T::load(p_sum + i), of = T::select(T::nle(sum, lowest), sum, lowest) / T::load(w_sum + i);
+    of.store(ratio + i), of.store(logs + i);
+  }
+  log_row(logs, padded(n));
+  for (int c = 0; c < n; ++c) shift[c] = ratio[c] == infinity<A> ? infinity<A> : logs[c];
+  return off.top();
 }
 
 // The first class of the largest x - shift
@@ -300,7 +320,7 @@ inline ConfidenceResult pair_rows(const Mixture& m, const ConfidencePairs& s, in
   return found;
 }
 
-W2S_KERNELS(ConfidenceKernels, pair_scores<Real>, pair_rows<Real>, confidence_columns<Real>, labels_outside<Real>, prior_shift<Real>,
-            confidence_row<Real>)
+W2S_KERNELS(ConfidenceKernels, pair_scores<Real>, pair_rows<Real>, confidence_norm<Real>, confidence_shifts<Real>,
+            labels_outside<Real>, confidence_row<Real>)
 
 #include "cpu/target_end.h"

@@ -24,8 +24,14 @@ struct RowDraw {
         token = first_of(A(total.max), z);
       } else if (draws.filters.any(f.V)) {
         thread_local Candidates<A> found;
-        kept = keep(filter_row(stage, f.V, tiles, draws.filters, lse, found), found);
-        token = among(found, draws.uniform[size_t(row)], z);
+        thread_local Nucleus<A> nucleus;
+        if (draws.filters.mass_alone(f.V) && nucleus_row(stage, f.V, tiles, draws.filters.top_p, lse, found, nucleus)) {
+          kept = nucleus.kept;
+          token = inside(nucleus, stage, draws.uniform[size_t(row)], z);
+        } else {
+          kept = keep(filter_row(stage, f.V, tiles, draws.filters, lse, found), found);
+          token = among(found, draws.uniform[size_t(row)], z);
+        }
       } else {
         kept = columns;
         token = anywhere(total, draws.uniform[size_t(row)], z);
@@ -89,6 +95,35 @@ struct RowDraw {
     const int64_t i = scan(z, n, tiles.max[chosen], 0, std::max(0.0, goal - before) * unit);
     value = z[i];
     return int64_t(chosen) * TILE + i;
+  }
+
+  // Of a nucleus and the row it is of: a tile by its mass, then a column of the tile.
+  int64_t inside(const Nucleus<A>& nucleus, const A* row_z, double u, A& value) const {
+    using V = Vec<A>;
+    double total = 0, before = 0;
+    for (const double mass : nucleus.mass) total += mass;
+    const double goal = u * total;
+    size_t chosen = 0;
+    for (size_t t = 0; t < nucleus.mass.size(); ++t) {
+      const double mass = nucleus.mass[t];
+      if (mass > 0) chosen = t;
+      if (before + mass > goal) break;
+      before += mass;
+    }
+    const int64_t begin = int64_t(chosen) * TILE, end = std::min<int64_t>(f.V, begin + TILE);
+    before = std::min(before, goal);  // past the last tile with mass it is the whole
+    int64_t token = -1;
+    A e[V::W];
+    for (int64_t i = begin; i < end; i += V::W) {
+      vexp(V::load(row_z + i) - V::set(nucleus.top)).store(e);
+      for (int64_t j = i; j < std::min<int64_t>(i + V::W, end); ++j) {
+        if (!(e[j - i] > 0) || !nucleus.has(row_z[j], j)) continue;
+        token = j, value = row_z[j];
+        before += double(e[j - i]);
+        if (before > goal) return token;
+      }
+    }
+    return token;
   }
 
   static int64_t among(const Candidates<A>& c, double u, A& value) {

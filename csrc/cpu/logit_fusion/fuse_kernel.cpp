@@ -41,7 +41,7 @@ struct FuseRun {
       A* dst = direct ? static_cast<A*>(out.at(row, c)) : buffer;
       const TileInfo<A> info = z.tile(c, n, dst);
       nan[size_t(i)] |= info.nan;
-      if (sums) sum.add(info.max, exp_sum(dst, n, info));
+      if (sums) sum.add(info.max, exp_sum(dst, n, info, c + TILE < end ? z.ahead(c + TILE) : Ahead{}));
       if (!write) continue;
       if (normalise) subtract(dst, n, lse[size_t(row)]);
       if (!direct) narrow(dst, n, out.dtype, out.at(row, c));

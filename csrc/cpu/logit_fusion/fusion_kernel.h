@@ -27,6 +27,25 @@ W2S_INLINE const A* fetch(const Rows& r, int64_t row, int64_t c, int n, A* buffe
   return buffer;
 }
 
+// Where the next tile of each model begins: asked for while this one's exponentials are made, as no prefetcher of the
+// hardware goes from page to page by itself, and a row is read page after page.
+struct Ahead {
+  const char* start[3];
+  int bytes[3], streams = 0;
+  void add(const Rows& r, int64_t row, int64_t c) {
+    if (streams == 3) return;
+    start[streams] = static_cast<const char*>(r.at(row, c));
+    bytes[streams++] = int(r.bytes);
+  }
+  // what holds columns [i, i + n) of it
+  W2S_INLINE void ask(int i, int n) const {
+    for (int s = 0; s < streams; ++s) {
+      const char* p = start[s] + i * bytes[s];
+      for (int at = 0; at < n * bytes[s]; at += 64) __builtin_prefetch(p + at);
+    }
+  }
+};
+
 template <class A>
 struct FusedRow {
   static constexpr int MAX_BUFFERED = 3;
@@ -78,10 +97,70 @@ struct FusedRow {
     }
   }
 
-  // z of columns [c, c + n) to dst[0, padded(n)), padding -inf.
-  TileInfo<A> tile(int64_t c, int n, A* dst) {
+  // What `tile` reads for the columns from c on.
+  Ahead ahead(int64_t c) const {
+    Ahead next;
+    if (c >= f->V) return next;
+    next.add(f->base, row, c);
+    for (int k = 0; k < f->K; ++k) {
+      next.add(f->expert[size_t(k)], row, c);
+      if (const Rows* r = f->anti_of(k)) next.add(*r, row, c);
+    }
+    return next;
+  }
+
+  // One expert, all of one type of 16 bits: they are widened in registers, not by way of tiles in L1.
+  bool short_of_one_type() const {
+    const Dtype dtype = f->base.dtype;
+    if (sizeof(A) == 8 || f->K != 1 || (dtype != Dtype::bf16 && dtype != Dtype::f16)) return false;
+    const Rows* r = f->anti_of(0);
+    return f->expert[0].dtype == dtype && (!r || r->dtype == dtype);
+  }
+
+  template <bool BF16, bool ANTI>
+  W2S_INLINE void add_short(const uint16_t* base, const uint16_t* e, const uint16_t* a, int n, A* dst, TileInfo<A>& info) const {
+    using V = Vec<A>;
+    const V bw = V::set(base_weight), wk = V::set(A(w[0]));
+    V top = V::set(-infinity<A>);
+    auto bad = V::Mask::none();
+    const auto wide = [](const uint16_t* p) { return BF16 ? V::load_bf16(p) : V::load_f16(p); };
+    const auto step = [&](const uint16_t* b0, const uint16_t* e0, const uint16_t* a0, int i) {
+      V d = wide(e0);
+      if constexpr (ANTI) d = d - wide(a0);
+      const V s = V::fma(wk, d, wide(b0) * bw);
+      bad = bad | V::nan(s);
+      top = V::max(s, top);
+      s.store(dst + i);
+    };
+    int i = 0;
+    for (; i + V::W <= n; i += V::W) step(base + i, e + i, ANTI ? a + i : nullptr, i);
+    if (i < n) {
+      uint16_t last[3][V::W] = {};
+      const size_t bytes = size_t(n - i) * sizeof(uint16_t);
+      std::memcpy(last[0], base + i, bytes), std::memcpy(last[1], e + i, bytes);
+      if constexpr (ANTI) std::memcpy(last[2], a + i, bytes);
+      step(last[0], last[1], last[2], i);
+    }
+    info = {top.top(), bad.any()};
+  }
+
+  W2S_INLINE TileInfo<A> tile_short(int64_t c, int n, A* dst) const {
     TileInfo<A> info{-infinity<A>, false};
-    const A* base = fetch(f->base, row, c, n, buffer[0]);
+    if constexpr (sizeof(A) == 4) {
+      const Rows* r = f->anti_of(0);
+      const auto at = [this, c](const Rows& rows) { return static_cast<const uint16_t*>(rows.at(row, c)); };
+      const uint16_t *base = at(f->base), *e = at(f->expert[0]), *a = r ? at(*r) : nullptr;
+      const bool bf16 = f->base.dtype == Dtype::bf16;
+      if (bf16 && a) add_short<true, true>(base, e, a, n, dst, info);
+      else if (bf16) add_short<true, false>(base, e, a, n, dst, info);
+      else if (a) add_short<false, true>(base, e, a, n, dst, info);
+      else add_short<false, false>(base, e, a, n, dst, info);
+    }
+    return info;
+  }
+
+  W2S_INLINE TileInfo<A> tile_wide(const A* base, int64_t c, int n, A* dst) {
+    TileInfo<A> info{-infinity<A>, false};
     const int K = f->K;
     if (K == 0) add<true, false, false, true>(base, nullptr, nullptr, A(0), n, dst, info);
     else if (K == 1) add_expert<true, true>(base, 0, c, n, dst, info);
@@ -90,7 +169,15 @@ struct FusedRow {
       for (int k = 1; k + 1 < K; ++k) add_expert<false, false>(base, k, c, n, dst, info);
       add_expert<false, true>(base, K - 1, c, n, dst, info);
     }
-    if (info.nan || base_weight < 0) info = exact(base, c, n, dst);
+    return info;
+  }
+
+  // z of columns [c, c + n) to dst[0, padded(n)), padding -inf.
+  TileInfo<A> tile(int64_t c, int n, A* dst) {
+    const bool narrow = !cut.active && short_of_one_type();
+    const A* base = narrow ? nullptr : fetch(f->base, row, c, n, buffer[0]);
+    TileInfo<A> info = narrow ? tile_short(c, n, dst) : tile_wide(base, c, n, dst);
+    if (info.nan || base_weight < 0) info = exact(base ? base : fetch(f->base, row, c, n, buffer[0]), c, n, dst);
     else if (heat != 1) divide(dst, n, info);
     if (cut.active) apply_cut(base, c, n, dst);
     if (cut.active || n != padded(n)) {
@@ -140,9 +227,21 @@ struct FusedRow {
   }
 };
 
-// (max, sum exp(z - max)) of a tile; +inf is a sum of infinity.
+// (max, sum exp(z - max)) of a tile; +inf is a sum of infinity. As tile_exp_sum, while the next tile is on its way.
 template <class A>
-W2S_INLINE A exp_sum(const A* z, int n, const TileInfo<A>& info) {
+W2S_INLINE A exp_sum(const A* z, int n, const TileInfo<A>& info, const Ahead& next = {}) {
+  using V = Vec<A>;
   if (info.nan) return std::numeric_limits<A>::quiet_NaN();
-  return info.max == infinity<A> ? A(1) : tile_exp_sum(z, n, info.max);
+  if (info.max == infinity<A>) return A(1);
+  if (!next.streams) return tile_exp_sum(z, n, info.max);
+  const V ref = V::set(info.max == -infinity<A> ? A(0) : info.max);
+  V even = V::set(0), odd = even;
+  int i = 0;
+  for (; i + 2 * V::W <= padded(n); i += 2 * V::W) {
+    next.ask(i, 2 * V::W);
+    even = even + vexp(V::load(z + i) - ref);
+    odd = odd + vexp(V::load(z + i + V::W) - ref);
+  }
+  for (; i < padded(n); i += V::W) even = even + vexp(V::load(z + i) - ref);
+  return (even + odd).sum();
 }

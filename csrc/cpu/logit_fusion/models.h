@@ -74,6 +74,7 @@ inline double least_distance(double min_p) { return std::log(min_p) - SLACK; }
 struct FilterValues {
   int64_t top_k;
   double top_p, min_p;
+  bool mass_alone(int64_t V) const { return top_p < 1 && min_p == 0 && !(top_k > 0 && top_k < V); }
   bool any(int64_t V) const { return (top_k > 0 && top_k < V) || top_p < 1 || min_p > 0; }
 };
 

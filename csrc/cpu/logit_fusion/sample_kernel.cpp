@@ -39,7 +39,7 @@ struct SampleRun {
       const int n = int(std::min<int64_t>(TILE, end - c));
       A* dst = stage ? stage + c : buffer;
       const TileInfo<A> info = z.tile(c, n, dst);
-      tiles[size_t(row)].set(c / TILE, dst, n, info);
+      tiles[size_t(row)].set(c / TILE, dst, n, info, c + TILE < end ? z.ahead(c + TILE) : Ahead{});
     }
   }
 

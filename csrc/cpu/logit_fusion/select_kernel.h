@@ -4,8 +4,9 @@
 // 1. A threshold that the set cannot pass (from the tile maxima for top-k; z >= lse + log((1 - p) / V) for top-p,
 //    since all below it weighs less than 1 - p) cuts the row to its candidates, packed in index order.
 // 2. Bisection on the value, a vector pass over the candidates a step (count and mass at or above it), narrows the boundary
-//    to a hundred values or to equal ones.
+//    to a hundred values or to equal ones; candidates that it has left behind are passed over no more.
 // 3. Those alone are sorted and walked.
+// Top-p alone of a long row lists no candidates, which may be most of it: see `nucleus_row`.
 // Floor: one read of z for step 1; steps 2 and 3 touch candidates only. A histogram with scattered adds in place of step 2
 // cost 9 ns a candidate, ten times more.
 
@@ -14,10 +15,10 @@ struct Tiles {  // per tile of TILE columns: max, sum of exp(z - max), columns a
   std::vector<A> max, sum;
   std::vector<int32_t> count;
   explicit Tiles(int64_t V = 0) : max(size_t((V + TILE - 1) / TILE)), sum(max.size()), count(max.size()) {}
-  void set(int64_t t, const A* z, int n, const TileInfo<A>& info) {
+  void set(int64_t t, const A* z, int n, const TileInfo<A>& info, const Ahead& next = {}) {
     using W = Vec<A>;
     max[size_t(t)] = info.max;
-    sum[size_t(t)] = exp_sum(z, n, info);
+    sum[size_t(t)] = exp_sum(z, n, info, next);
     int32_t columns = 0;
     for (int i = 0; i < padded(n); i += W::W)
       columns += __builtin_popcount(W::gt(W::load(z + i), W::set(-infinity<A>)).bits());
@@ -110,20 +111,46 @@ inline void weigh(Candidates<A>& c, A top) {
   for (int64_t i = 0; i < c.n; i += V::W) vexp(V::load(c.z.get() + i) - V::set(top)).store(c.mass.get() + i);
 }
 
-// The boundary value and index of the shortest prefix (value descending, index ascending) with `goal` columns or mass.
+// z and mass of the candidates with low <= z < high; from what these hold themselves
+template <class A>
+inline void between(const Candidates<A>& c, A low, A high, Candidates<A>& found) {
+  using V = Vec<A>;
+  const V least = V::set(low), end = V::set(high);
+  int64_t n = 0;
+  int32_t places[PAD];
+  found.reserve(c.n + 2 * PAD);
+  for (int64_t i = 0; i < c.n; i += V::W) {
+    const V z = V::load(c.z.get() + i), mass = V::load(c.mass.get() + i);
+    const auto in = V::ge(z, least) & V::gt(end, z);
+    V::compress(found.mass.get() + n, places, mass, 0, in);
+    n += V::compress(found.z.get() + n, places, z, 0, in);
+  }
+  for (int64_t i = n; i < n + PAD; ++i) found.z[size_t(i)] = -infinity<A>, found.mass[size_t(i)] = 0;
+  found.n = n;
+}
+
+// The boundary value and index of the shortest prefix (value descending, index ascending) with `goal` columns or mass. All
+// candidates are at least `level`.
 template <class A, bool COUNT>
 inline Above boundary(const Candidates<A>& c, A top, A level, double goal, Cut<A>& cut) {
+  thread_local Candidates<A> narrowed;
+  const Candidates<A>* some = &c;
   A low = level, high = std::nextafter(top, infinity<A>);
-  Above at_low = above(c, low), at_high;
-  A middle = std::max(level, top - A(64));  // most boundaries are nearer, and bisecting from the lowest number is slow
-  for (int step = 0; step < 400 && at_low.count - at_high.count > 96 && low <= middle && middle < high; ++step) {
-    const Above m = above(c, middle);
+  int64_t from_low = c.n;
+  Above at_high, over;  // over: at or above what was left behind
+  // most boundaries are nearer to the top, and bisecting from the lowest number is slow
+  A middle = level < top - A(64) ? top - A(64) : low + (high - low) / 2;
+  for (int step = 0; step < 400 && from_low - at_high.count > 96 && low < middle && middle < high; ++step) {
+    Above m = above(*some, middle);
+    m.count += over.count, m.mass += over.mass;
     const bool enough = COUNT ? double(m.count) >= goal : m.mass >= goal;
     (enough ? low : high) = middle;
-    (enough ? at_low : at_high) = m;
-    const A next = low + (high - low) / 2;
-    if (next == low) break;
-    middle = next;
+    if (enough) from_low = m.count;
+    else at_high = m;
+    middle = low + (high - low) / 2;
+    if (2 * (from_low - at_high.count) > some->n) continue;
+    between(*some, low, high, narrowed);
+    some = &narrowed, over = at_high;
   }
   struct Item {
     A z, mass;  // the same mass as in sums over many: what is off in both does not count against the goal
@@ -179,6 +206,89 @@ inline Selection<A> filter_row(const A* z, int64_t V, const Tiles<A>& tiles, con
   s.top = top;
   s.by_min = by_min;
   return s;
+}
+
+// What top-p keeps of a long row: {z > cut.value} u {z = cut.value, index <= cut.last}, and its mass in each tile.
+template <class A>
+struct Nucleus {
+  Cut<A> cut;
+  A top = 0;
+  int64_t kept = 0;
+  std::vector<double> mass;
+  bool has(A z, int64_t index) const { return z > cut.value || (z == cut.value && index <= cut.last); }
+};
+
+constexpr int64_t LONG_ROW = 1 << 14, GROUPS = 256;  // of PAD neighbours each, which are a sample of a row
+
+// The level below which `wanted` of the mass of all lies, as a sample has it; `scale`: of the whole row over the sample's.
+template <class A>
+inline A level_below(const Candidates<A>& sample, double all, double scale, double wanted, A low, A high) {
+  for (int step = 0; step < 12; ++step) {  // to a thousandth of a nat
+    const A middle = low + (high - low) / 2;
+    const bool more = (all - above(sample, middle).mass) * scale > wanted;
+    (more ? high : low) = middle;
+  }
+  return low + (high - low) / 2;
+}
+
+// Mass that is left out is made of small terms, which a sample tells well, however few tokens hold what is kept: it brackets
+// the boundary. One pass sums up what is above the bracket, tile by tile, and lists what is inside, a few in a hundred; the
+// sums say whether the boundary is inside. False, and nothing is found, where it is not.
+template <class A>
+inline bool nucleus_row(const A* z, int64_t V, const Tiles<A>& tiles, double top_p, double lse, Candidates<A>& found, Nucleus<A>& kept) {
+  using W = Vec<A>;
+  if (V < LONG_ROW) return false;
+  const A top = *std::max_element(tiles.max.begin(), tiles.max.end());
+  const double mass = std::exp(lse - double(top)), goal = nucleus_goal(top_p, mass), left = mass - goal;
+  found.reserve(V + 2 * PAD);
+  const int64_t step = V / GROUPS / PAD * PAD;
+  for (int64_t g = 0; g < GROUPS; ++g) std::copy_n(z + g * step, PAD, found.z.get() + g * PAD);
+  found.n = GROUPS * PAD;
+  weigh(found, top);
+  const double scale = double(V) / double(found.n);
+  const double all = above(found, -infinity<A>).mass;
+  const A least = std::max(std::numeric_limits<A>::lowest(), A(lse + std::log((1 - top_p) / double(V)) - 1)), most = top;
+  const A guess = level_below(found, all, scale, left, least, most);
+  double squares = 0;
+  for (int64_t i = 0; i < found.n; ++i)
+    if (found.z[size_t(i)] < guess) squares += double(found.mass[size_t(i)]) * double(found.mass[size_t(i)]);
+  const double spread = 4 * scale * std::sqrt(squares);
+  if (!(spread < left / 2)) return false;
+  const A low = level_below(found, all, scale, left - spread, least, guess);
+  const A high = level_below(found, all, scale, left + spread, guess, most);
+
+  kept.mass.assign(tiles.max.size(), 0.0);
+  kept.kept = 0, kept.top = top;
+  const W vlow = W::set(low), vhigh = W::set(high), line = W::set(top), zero = W::set(0);
+  double over = 0;
+  int64_t n = 0;
+  for (size_t t = 0; t < tiles.max.size(); ++t) {
+    if (!(tiles.max[t] >= low)) continue;
+    const int64_t begin = int64_t(t) * TILE, end = std::min<int64_t>(V, begin + TILE);
+    W sum[2] = {zero, zero};
+    for (int64_t i = begin; i < end; i += W::W) {  // what pads a row is -infinity
+      const W x = W::load(z + i);
+      const auto in = W::ge(x, vhigh);
+      W& part = sum[(i / W::W) & 1];
+      part = part + W::select(in, vexp(x - line), zero);
+      kept.kept += __builtin_popcount(in.bits());
+      const auto inside = W::ge(x, vlow) & W::gt(vhigh, x);
+      if (inside.any()) n += W::compress(found.z.get() + n, found.index.get() + n, x, int32_t(i), inside);
+    }
+    kept.mass[t] = double((sum[0] + sum[1]).sum());
+    over += kept.mass[t];
+    if (n > V / 8) return false;
+  }
+  found.n = n;
+  weigh(found, top);
+  if (!(over < goal) || !(over + above(found, low).mass >= goal)) return false;
+  boundary<A, false>(found, top, low, goal - over, kept.cut);
+  for (int64_t i = 0; i < n; ++i)
+    if (kept.has(found.z[size_t(i)], found.index[size_t(i)])) {
+      kept.mass[size_t(found.index[size_t(i)] / TILE)] += double(found.mass[size_t(i)]);
+      ++kept.kept;
+    }
+  return true;
 }
 
 // Takes the mass of candidates outside the kept set away; returns how many stay.

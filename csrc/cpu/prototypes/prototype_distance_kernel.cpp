@@ -61,12 +61,13 @@ inline double row_square(const void* x, Dtype dtype, int64_t n) {
       row = buffer;
     }
     V sum[4] = {V::set(0), V::set(0), V::set(0), V::set(0)};
+    const auto add = [&sum](int u, V x) { sum[u] = V::fma(x, x, sum[u]); };
     int c = 0;
     for (; c + 4 * V::W <= m; c += 4 * V::W)
-      for (int u = 0; u < 4; ++u) sum[u] = V::fma(V::load(row + c + u * V::W), V::load(row + c + u * V::W), sum[u]);
-    A rest = ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum();
-    for (; c < m; ++c) rest += row[c] * row[c];
-    total += double(rest);
+      for (int u = 0; u < 4; ++u) add(u, V::load(row + c + u * V::W));
+    for (; c + V::W <= m; c += V::W) add(0, V::load(row + c));
+    if (c < m) add(1, V::load_first(row + c, m - c));  // one after another, the last would wait for each other
+    total += double(((sum[0] + sum[1]) + (sum[2] + sum[3])).sum());
   }
   return total;
 }

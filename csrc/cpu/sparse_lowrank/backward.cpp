@@ -102,9 +102,9 @@ struct Backward {
 
   void pick(int64_t row, int64_t count, const A* dw) const {
     const Dtype dtype = dtype_of(dvalues);
-    char* to = static_cast<char*>(dvalues.data_ptr());
-    parallel_items(count, 16, [&](int64_t i) {
-      s.row_values(row + i, [&](int64_t column, int64_t k) { narrow(dw + i * I + column, 1, dtype, to + k * bytes_of(dtype)); });
+    void* to = dvalues.data_ptr();
+    parallel_ranges(count, s.row_grain(), [&](int64_t begin, int64_t end) {
+      kernels<PanelKernels, A>().pick_rows(s, row + begin, end - begin, dw + begin * I, to, dtype);
     });
   }
   // Of dW A^T, with the factors that it still lacks for dB and for ds.

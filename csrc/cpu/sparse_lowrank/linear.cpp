@@ -96,9 +96,12 @@ template <class A>
 Tensor materialize_as(const Tensor& A_, const Tensor& B, const Tensor& values, double scale, const Pattern& s, ScalarType type) {
   Tensor w = fresh(B, {s.rows, s.columns}, type);
   const bool own = is_own<A>(w);
-  Tensor keep = own ? w : fresh(B, {std::min(TILE, s.rows), s.columns}, scalar_type<A>);
-  for (int64_t row = 0; row < s.rows; row += TILE) {
-    const int64_t count = std::min(TILE, s.rows - row);
+  // W at once where it is made in place: B A in panels packs A again for each, which costs more than the values' way to L3;
+  // else equal panels, as a product of a few last rows is another kind of product, and a slow one
+  const int64_t panel = own ? std::max<int64_t>(s.rows, 1) : pieces(s.rows, std::max<int64_t>(pieces(s.rows, TILE), 1));
+  Tensor keep = own ? w : fresh(B, {panel, s.columns}, scalar_type<A>);
+  for (int64_t row = 0; row < s.rows; row += panel) {
+    const int64_t count = std::min(panel, s.rows - row);
     A* sums = static_cast<A*>(keep.data_ptr()) + (own ? row * s.columns : 0);
     form_rows<A>(s, operand(A_), operand(B), scale, values, row, count, sums);
     if (!own) narrow_into(sums, count * s.columns, w, row * s.columns);

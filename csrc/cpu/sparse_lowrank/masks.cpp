@@ -1,6 +1,6 @@
-// topk_mask: a sample of a row brackets its k-th largest magnitude, one pass writes the mask of what is above the bracket and
-// lists what is inside, selection among those gives the threshold, and the listed places are mended. Short rows, and those
-// whose bracket fails (few values, sorted scores), go through selection by digits: a pass for 8 or 11 bits.
+// topk_mask: the k-th largest of a row by bisection while the row stays in L2. Of a longer one, a sample brackets it, one pass
+// writes the mask of what is above the bracket and lists what is inside, bisection among those gives the threshold, and the
+// listed places are mended. Where the bracket fails (few values, sorted scores) digits are counted, 11 bits a pass.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -12,10 +12,12 @@
 namespace w2s::sparse {
 namespace {
 
-constexpr int64_t SHORT = 1 << 12;  // columns that are not worth a sample
+constexpr int64_t SHORT = 1 << 15;  // columns of a row that is read again and again: its magnitudes stay in L2
 constexpr int64_t MOST = 1 << 15;   // of a sample
+constexpr int64_t PART = 1 << 12;   // of a sample that a thread takes
 constexpr int64_t CHUNK = 1 << 16;  // columns of an item of work
-constexpr int DIGIT = 11, NARROW = 8;  // bits that a pass of the selection decides; of short rows, whose counts are the work
+constexpr int64_t BEHIND = 16;      // entries behind a list of magnitudes
+constexpr int DIGIT = 11;           // bits that a pass over a row decides where all else fails
 constexpr double DEVIATIONS = 4;    // of a sample's rank, on each side of the guess
 
 // The power of two below D^(2/3): more of a sample narrows the bracket by less than it costs.
@@ -32,18 +34,16 @@ void each_chunk(int64_t chunks, const F& work) {
 }
 
 template <class A>
-struct Threshold {
-  A value;
-  int64_t ties;                // how many of that value are taken
-  std::vector<int64_t> equal;  // how many there are, a chunk
+struct Counted : Threshold<A> {
+  std::vector<int64_t> equal;  // how many there are of the value, a chunk
 };
 
 // The k-th largest of the first D magnitudes of a row, 1 <= k <= D, by its digits from the top.
 template <class A>
-Threshold<A> select(const Rows& x, int64_t row, int64_t D, int64_t k) {
+Counted<A> select(const Rows& x, int64_t row, int64_t D, int64_t k) {
   using Key = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
   const int64_t chunks = pieces(D, CHUNK);
-  const int bits = D < CHUNK / 8 ? NARROW : DIGIT;
+  constexpr int bits = DIGIT;
   std::vector<uint32_t> counts(size_t(chunks) << bits);
   Digit digit{0, int(8 * sizeof(A)) - 1, 0};
   int64_t chosen = 0;
@@ -63,24 +63,15 @@ Threshold<A> select(const Rows& x, int64_t row, int64_t D, int64_t k) {
     digit.prefix = digit.prefix << digit.width | uint64_t(chosen);
   }
   const Key key = Key(digit.prefix);
-  Threshold<A> found{0, k, std::vector<int64_t>(size_t(chunks))};
+  Counted<A> found{{0, k}, std::vector<int64_t>(size_t(chunks))};
   std::memcpy(&found.value, &key, sizeof(A));
   for (int64_t c = 0; c < chunks; ++c) found.equal[size_t(c)] = counts[size_t((c << bits) + chosen)];
   return found;
 }
 
 template <class A>
-Rows row_of(const std::vector<A>& values) {
-  Rows x;
-  x.data = reinterpret_cast<char*>(const_cast<A*>(values.data()));
-  x.bytes = sizeof(A);
-  x.dtype = own_dtype<A>;
-  return x;
-}
-
-template <class A>
 int64_t by_digits(const Rows& x, int64_t row, int64_t D, int64_t k, uint8_t* mask) {
-  const Threshold<A> found = select<A>(x, row, D, k);
+  const Counted<A> found = select<A>(x, row, D, k);
   const int64_t chunks = pieces(D, CHUNK);
   std::vector<int64_t> nans(static_cast<size_t>(chunks)), ties(static_cast<size_t>(chunks));
   int64_t left = found.ties;
@@ -97,6 +88,24 @@ int64_t by_digits(const Rows& x, int64_t row, int64_t D, int64_t k, uint8_t* mas
   return sum;
 }
 
+// Bits at the end that are 0 in every number of a dtype once it is widened to A.
+template <class A>
+int empty_bits(Dtype dtype) {
+  const int of = dtype == Dtype::bf16 ? 8 : dtype == Dtype::f16 ? 11 : dtype == Dtype::f32 ? 24 : 53;  // digits of the fraction
+  return (sizeof(A) == 8 ? 53 : 24) - of;
+}
+
+template <class A>
+int64_t by_halves(const Rows& x, int64_t row, int64_t D, int64_t k, uint8_t* mask) {
+  const auto& kernel = kernels<MaskKernels, A>();
+  const Span all{&x, row, 0, D};
+  A* sizes = scratch_of<A>(2, D + BEHIND);
+  const int64_t nans = kernel.load(all, sizes);
+  const Threshold<A> found = kernel.largest(sizes, D, k, empty_bits<A>(x.dtype));
+  kernel.threshold(all, found.value, found.ties, mask);
+  return nans;
+}
+
 template <class A>
 struct Near {
   std::vector<A> sizes;
@@ -108,14 +117,16 @@ struct Near {
 template <class A>
 int64_t by_bracket(const Rows& x, int64_t row, int64_t D, int64_t k, uint8_t* mask) {
   const auto& kernel = kernels<MaskKernels, A>();
-  const int64_t S = sample_size(D), step = D / S, part = std::min(S, SHORT);
-  std::vector<A> sample(static_cast<size_t>(S));
+  const int64_t S = sample_size(D), step = D / S, part = std::min(S, PART);
+  std::vector<A> sample(size_t(S + BEHIND), A(-1));
   each_chunk(S / part, [&](int64_t c) { kernel.sample(x, row, c * part * step, step, part, sample.data() + c * part); });
   const double share = double(k) / double(D), rank = share * double(S);
   const double spread = DEVIATIONS * std::sqrt(rank * (1 - share)) + 1;
   const int64_t first = int64_t(std::floor(rank - spread)), last = int64_t(std::ceil(rank + spread));
-  const A high = first >= 1 ? select<A>(row_of(sample), 0, S, first).value : std::numeric_limits<A>::infinity();
-  const A low = last <= S ? select<A>(row_of(sample), 0, S, last).value : A(0);
+  const int empty = empty_bits<A>(x.dtype);
+  const auto ranked = [&](std::vector<A> of, int64_t rank) { return kernel.largest(of.data(), S, rank, empty).value; };
+  const A high = first >= 1 ? ranked(sample, first) : std::numeric_limits<A>::infinity();
+  const A low = last <= S ? ranked(std::move(sample), last) : A(0);
 
   const int64_t chunks = pieces(D, CHUNK);
   std::vector<Near<A>> near(static_cast<size_t>(chunks));
@@ -137,7 +148,9 @@ int64_t by_bracket(const Rows& x, int64_t row, int64_t D, int64_t k, uint8_t* ma
     inside.insert(inside.end(), of.sizes.begin(), of.sizes.end());
   }
   if (wanted < 1 || wanted > int64_t(inside.size())) return -1;
-  Threshold<A> threshold = select<A>(row_of(inside), 0, int64_t(inside.size()), wanted);
+  const int64_t count = int64_t(inside.size());
+  inside.insert(inside.end(), BEHIND, A(-1));
+  Threshold<A> threshold = kernel.largest(inside.data(), count, wanted, empty);
   for (int64_t c = 0; c < chunks; ++c) {
     const Near<A>& of = near[size_t(c)];
     uint8_t* out = mask + c * CHUNK;
@@ -152,14 +165,15 @@ int64_t by_bracket(const Rows& x, int64_t row, int64_t D, int64_t k, uint8_t* ma
 
 template <class A>
 int64_t topk_row(const Rows& x, int64_t row, int64_t D, int64_t k, uint8_t* mask) {
-  if (D > SHORT && k > 0 && k < D) {
-    const int64_t nans = by_bracket<A>(x, row, D, k, mask);
-    if (nans >= 0) return nans;
-  }
   if (k == 0) {  // all is above nothing
-    const int64_t nans = by_digits<A>(x, row, D, 1, mask);
+    const int64_t nans = topk_row<A>(x, row, D, 1, mask);
     std::memset(mask, 0, size_t(D));
     return nans;
+  }
+  if (D <= SHORT) return by_halves<A>(x, row, D, k, mask);
+  if (k < D) {
+    const int64_t nans = by_bracket<A>(x, row, D, k, mask);
+    if (nans >= 0) return nans;
   }
   return by_digits<A>(x, row, D, k, mask);
 }

@@ -21,7 +21,17 @@ struct Found {
 };
 
 template <class A>
+struct Threshold {
+  A value;
+  int64_t ties;  // how many of that value are taken
+};
+
+template <class A>
 struct MaskKernels {  // masks_kernel.cpp
+  // the magnitudes of a span, with what `largest` needs behind them (room for count + 16); returns the number of NaN
+  int64_t (*load)(const Span& s, A* sizes);
+  // the k-th largest of n loaded magnitudes, 1 <= k <= n, whose lowest `empty` bits are 0; what was loaded is lost
+  Threshold<A> (*largest)(A* sizes, int64_t n, int64_t k, int empty);
   // magnitudes at places `from, from + step, ...`, each moved by less than a step
   void (*sample)(const Rows& x, int64_t row, int64_t from, int64_t step, int64_t count, A* out);
   void (*histogram)(const Span& s, const Digit& digit, uint32_t* counts);

@@ -1,7 +1,8 @@
 // topk_mask and nm_mask: compares of magnitudes, 16 lanes at a time, to a mask of bytes.
 //
-// topk_mask: one pass compares with a bracket of the k-th largest that a sample gave, writes what is above it and lists what
-// is inside (1 % of the entries); selection by digits of 11 bits does the rest. nm_mask: an entry's rank among its m is the
+// topk_mask: a row that stays in L2 is halved, its numbers' bits taken as numbers, until the k-th largest is parted from the
+// next: some ten passes of compares over ever fewer of them. Of a longer one, a pass compares with a bracket of the k-th
+// largest that a sample gave, writes what is above it and lists what is inside (1 % of the entries). nm_mask: an entry's rank among its m is the
 // number of its partners at i ^ 1, ..., i ^ (m - 1) that go before it: signs of differences of the magnitudes' bits, as
 // integers of the scores' own width, added in planes.
 // Floor: scores read once, mask written once.
@@ -40,6 +41,12 @@ W2S_INLINE uint64_t spread(uint32_t bits) {
 }
 template <int W>
 W2S_INLINE void store_mask(uint8_t* out, uint32_t bits) {
+#if W2S_X86
+  if constexpr (W == 16) {  // AVX-512
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_maskz_set1_epi8(__mmask16(bits), 1));
+    return;
+  }
+#endif
   uint64_t bytes[2] = {spread(bits), 0};
   if constexpr (W > 8) bytes[1] = spread(bits >> 8);
   std::memcpy(out, bytes, W);
@@ -53,6 +60,95 @@ W2S_INLINE void span_tiles(const Span& s, const F& work) {
     const int n = int(std::min<int64_t>(TILE, s.count - at));
     work(read_tile(*s.x, s.row, s.begin + at, n, wide), at, n);
   }
+}
+
+constexpr int PADDING = 16;  // magnitudes behind the last one, below all: whole vectors are read
+
+template <class A>
+inline int64_t load_as(const Span& s, A* sizes) {
+  using V = Vec<A>;
+  int64_t nans = 0;
+  span_tiles<A>(s, [&](const A* x, int64_t at, int n) {
+    int i = 0;
+    for (; i + V::W <= n; i += V::W) {
+      uint32_t lost;
+      magnitudes(x + i, lost).store(sizes + at + i);
+      if (lost) nans += __builtin_popcount(lost);
+    }
+    for (; i < n; ++i) {
+      nans += x[i] != x[i];
+      sizes[at + i] = magnitude(x[i]);
+    }
+  });
+  for (int i = 0; i < PADDING; ++i) sizes[s.count + i] = A(-1);
+  return nans;
+}
+
+// how many of n are at least `level`, which is not negative
+template <class A>
+W2S_INLINE int64_t count_from(const A* sizes, int64_t n, A level) {
+  using V = Vec<A>;
+  const V least = V::set(level);
+  int64_t even = 0, odd = 0, i = 0;
+  for (; i + 2 * V::W <= n; i += 2 * V::W) {
+    even += __builtin_popcount(V::ge(V::load(sizes + i), least).bits());
+    odd += __builtin_popcount(V::ge(V::load(sizes + i + V::W), least).bits());
+  }
+  for (; i < n; i += V::W) even += __builtin_popcount(V::ge(V::load(sizes + i), least).bits());
+  return even + odd;
+}
+
+// Bisection on the bits, which are ordered as the magnitudes are: as many passes as it takes to part the k-th from the next,
+// over ever fewer of them. No digit is counted, which takes a store an element.
+template <class A>
+inline Threshold<A> largest_as(A* sizes, int64_t n, int64_t k, int empty) {
+  using V = Vec<A>;
+  using Key = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+  const auto key_of = [empty](A size) {
+    Key key;
+    std::memcpy(&key, &size, sizeof(A));
+    return key >> empty;
+  };
+  const auto size_of = [empty](Key key) {
+    key <<= empty;
+    A size;
+    std::memcpy(&size, &key, sizeof(A));
+    return size;
+  };
+  A most = 0, least = infinity<A>;
+  int64_t i = 0;
+  if (n >= V::W) {
+    V high = V::load(sizes), low = high;
+    for (i = V::W; i + V::W <= n; i += V::W) {
+      high = V::max(V::load(sizes + i), high);
+      low = V::min(V::load(sizes + i), low);
+    }
+    most = high.top(), least = A(0) - (V::set(0) - low).top();
+  }
+  for (; i < n; ++i) most = std::max(most, sizes[i]), least = std::min(least, sizes[i]);
+  Key low = key_of(least), high = key_of(most) + 1;  // k or more are at least `low`, fewer than k at least `high`
+  int64_t from_low = n, from_high = 0;
+  while (high - low > 1) {
+    const Key middle = low + (high - low) / 2;
+    const A level = size_of(middle);
+    const int64_t from = count_from(sizes, n, level);
+    if (from == k) return {level, n};  // all of that value, if there are any
+    const bool enough = from > k;
+    low = enough ? middle : low, from_low = enough ? from : from_low;
+    high = enough ? high : middle, from_high = enough ? from_high : from;
+    if (n <= 4 * V::W || from_low - from_high > n / 4) continue;
+    const V first = V::set(size_of(low)), end = V::set(size_of(high));  // above infinity there is nothing to leave out
+    int32_t places[16];
+    int64_t kept = 0;
+    for (int64_t at = 0; at < n; at += V::W) {
+      const V x = V::load(sizes + at);
+      const auto inside = from_high ? V::ge(x, first) & V::gt(end, x) : V::ge(x, first);
+      kept += V::compress(sizes + kept, places, x, 0, inside);
+    }
+    for (int at = 0; at < PADDING; ++at) sizes[kept + at] = A(-1);
+    k -= from_high, from_low -= from_high, n = kept, from_high = 0;
+  }
+  return {size_of(low), k - from_high};
 }
 
 template <class A>
@@ -260,6 +356,6 @@ inline int64_t groups_as(const Span& s, int n, int m, uint8_t* mask) {
   return nans;
 }
 
-W2S_KERNELS(MaskKernels, sample_as<Real>, histogram_as<Real>, bracket_as<Real>, threshold_as<Real>, groups_as<Real>)
+W2S_KERNELS(MaskKernels, load_as<Real>, largest_as<Real>, sample_as<Real>, histogram_as<Real>, bracket_as<Real>, threshold_as<Real>, groups_as<Real>)
 
 #include "cpu/target_end.h"

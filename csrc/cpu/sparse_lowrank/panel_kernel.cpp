@@ -139,7 +139,39 @@ inline void scatter_tile(const Pattern& s, int64_t tile, int64_t b0, int64_t b1,
   }
 }
 
-W2S_KERNELS(PanelKernels, vector_width<Real>, pack<Real>, unpack<Real>, widen_values<Real>, gather_tile<Real>,
-            scatter_tile<Real>)
+template <class A, class Number>
+W2S_INLINE void add_rows_of(const Pattern& s, int64_t row, int64_t count, A* w, const Number& number) {
+  for (int64_t i = 0; i < count; ++i, w += s.columns) s.row_values(row + i, [&](int64_t column, int64_t k) { w[column] += number(k); });
+}
+
+template <class A>
+inline void add_rows(const Pattern& s, int64_t row, int64_t count, const void* values, Dtype dtype, A* w) {
+  const float* single = static_cast<const float*>(values);
+  const double* twice = static_cast<const double*>(values);
+  const uint16_t* half = static_cast<const uint16_t*>(values);
+  if (dtype == Dtype::f32) add_rows_of(s, row, count, w, [&](int64_t k) { return A(single[k]); });
+  else if (dtype == Dtype::f64) add_rows_of(s, row, count, w, [&](int64_t k) { return A(twice[k]); });
+  else if (dtype == Dtype::bf16) add_rows_of(s, row, count, w, [&](int64_t k) { return A(bf16_to_float(half[k])); });
+  else add_rows_of(s, row, count, w, [&](int64_t k) { return A(half_to_float(half[k])); });
+}
+
+template <class A, class Put>
+W2S_INLINE void pick_rows_of(const Pattern& s, int64_t row, int64_t count, const A* w, const Put& put) {
+  for (int64_t i = 0; i < count; ++i, w += s.columns) s.row_values(row + i, [&](int64_t column, int64_t k) { put(k, w[column]); });
+}
+
+template <class A>
+inline void pick_rows(const Pattern& s, int64_t row, int64_t count, const A* w, void* values, Dtype dtype) {
+  float* single = static_cast<float*>(values);
+  double* twice = static_cast<double*>(values);
+  uint16_t* half = static_cast<uint16_t*>(values);
+  if (dtype == Dtype::f32) pick_rows_of(s, row, count, w, [&](int64_t k, A x) { single[k] = float(x); });
+  else if (dtype == Dtype::f64) pick_rows_of(s, row, count, w, [&](int64_t k, A x) { twice[k] = double(x); });
+  else if (dtype == Dtype::bf16) pick_rows_of(s, row, count, w, [&](int64_t k, A x) { half[k] = float_to_bf16(float(x)); });
+  else pick_rows_of(s, row, count, w, [&](int64_t k, A x) { half[k] = float_to_half(float(x)); });
+}
+
+W2S_KERNELS(PanelKernels, vector_width<Real>, pack<Real>, unpack<Real>, widen_values<Real>, add_rows<Real>, pick_rows<Real>,
+            gather_tile<Real>, scatter_tile<Real>)
 
 #include "cpu/target_end.h"

@@ -11,6 +11,7 @@
 namespace w2s::sparse {
 
 constexpr int64_t TILE = 512, PLAN_BLOCK = 256;
+constexpr int64_t PLACE = 8;  // elements of a row that are gone over in the time of one read or written by itself
 
 struct SupportArguments;
 
@@ -35,6 +36,8 @@ struct Pattern {
   void needs_plan() const;
   int64_t rows_of(int64_t tile) const { return std::min(TILE, rows - tile * TILE); }
   int64_t width_of(int64_t b) const { return std::min(block, columns - b * block); }
+  // rows worth waking a thread for where each value is one place in a row of columns
+  int64_t row_grain() const { return grain_of(PLACE * (nnz / std::max<int64_t>(rows, 1) + 1)); }
   int64_t per_row(int64_t b) const { return b + 1 < blocks ? per_block : last_per_block; }
 
   // f(run) for the runs of one tile and block, whose values follow each other in memory
@@ -79,6 +82,9 @@ struct PanelKernels {
   void (*pack)(const void* src, Dtype dtype, int64_t sk, int64_t sj, int64_t depth, int64_t columns, int64_t width, A* dst);
   void (*unpack)(const A* rows, int64_t count, int64_t columns, int64_t width, A* c, int64_t ld, bool add);
   void (*widen_values)(const void* src, Dtype dtype, const int32_t* order, int64_t begin, int64_t end, A* dst);
+  // rows [row, row + count) of the sparse matrix added to w [count, columns]; and w's entries where it has values
+  void (*add_rows)(const Pattern& s, int64_t row, int64_t count, const void* values, Dtype dtype, A* w);
+  void (*pick_rows)(const Pattern& s, int64_t row, int64_t count, const A* w, void* values, Dtype dtype);
   void (*gather_tile)(const Pattern& s, int64_t tile, int vectors, const A* values, const A* x, A* y);
   void (*scatter_tile)(const Pattern& s, int64_t tile, int64_t b0, int64_t b1, int vectors, const A* values, const A* g,
                        const A* x, A* dx, A* dv, A* dots);

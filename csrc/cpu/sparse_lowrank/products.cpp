@@ -166,8 +166,9 @@ void form_rows(const Pattern& s, const Operand& a, const Operand& b, double scal
   product(b.part(row, count), a, Target<A>{w, s.columns, 1}, scale, false, by_dots<A>({a.dtype, b.dtype}));
   const Dtype dtype = dtype_of(values);
   const void* p = values.data_ptr();
-  parallel_items(count, 16, [&](int64_t i) {
-    s.row_values(row + i, [&](int64_t column, int64_t k) { w[i * s.columns + column] += number_at<A>(p, dtype, k); });
+  if (!s.nnz) return;
+  parallel_ranges(count, s.row_grain(), [&](int64_t begin, int64_t end) {
+    kernels<PanelKernels, A>().add_rows(s, row + begin, end - begin, p, dtype, w + begin * s.columns);
   });
 }
 
