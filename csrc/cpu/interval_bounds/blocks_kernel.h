@@ -37,11 +37,21 @@ inline A* workspace(int64_t elements) {
 // |w|, and dw += sign(w) turned: what stands around products of the library, which take no |W| in registers.
 template <class A>
 inline void absolute(const A* w, int64_t n, A* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = std::abs(w[i]);
+  using V = Vec<A>;
+  int64_t i = 0;
+  for (; i + V::W <= n; i += V::W) V::load(w + i).abs().store(out + i);
+  for (; i < n; ++i) out[i] = std::abs(w[i]);
 }
 template <class A>
 inline void add_signed(const A* w, const A* turned, int64_t n, A* dw) {
-  for (int64_t i = 0; i < n; ++i) dw[i] += w[i] > 0 ? turned[i] : w[i] < 0 ? -turned[i] : A(0);
+  using V = Vec<A>;
+  const V zero = V::set(0);
+  int64_t i = 0;
+  for (; i + V::W <= n; i += V::W) {
+    const V weight = V::load(w + i), value = V::load(turned + i);
+    (V::load(dw + i) + V::select(V::gt(weight, zero), value, V::select(V::gt(zero, weight), zero - value, zero))).store(dw + i);
+  }
+  for (; i < n; ++i) dw[i] += w[i] > 0 ? turned[i] : w[i] < 0 ? -turned[i] : A(0);
 }
 
 // One row of centres and radii to outputs; m, s and bias are readable to whole PADs.
