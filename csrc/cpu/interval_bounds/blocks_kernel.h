@@ -37,11 +37,21 @@ inline A* workspace(int64_t elements) {
 // |w|, and dw += sign(w) turned: what stands around products of the library, which take no |W| in registers.
 template <class A>
 inline void absolute(const A* w, int64_t n, A* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = std::abs(w[i]);
+  using V = Vec<A>;
+  int64_t i = 0;
+  for (; i + V::W <= n; i += V::W) V::load(w + i).abs().store(out + i);
+  for (; i < n; ++i) out[i] = std::abs(w[i]);
 }
 template <class A>
 inline void add_signed(const A* w, const A* turned, int64_t n, A* dw) {
-  for (int64_t i = 0; i < n; ++i) dw[i] += w[i] > 0 ? turned[i] : w[i] < 0 ? -turned[i] : A(0);
+  using V = Vec<A>;
+  const V zero = V::set(0);
+  int64_t i = 0;
+  for (; i + V::W <= n; i += V::W) {
+    const V weight = V::load(w + i), value = V::load(turned + i);
+    (V::load(dw + i) + V::select(V::gt(weight, zero), value, V::select(V::gt(zero, weight), zero - value, zero))).store(dw + i);
+  }
+  for (; i < n; ++i) dw[i] += w[i] > 0 ? turned[i] : w[i] < 0 ? -turned[i] : A(0);
 }
 
 // One row of centres and radii to outputs; m, s and bias are readable to whole PADs.
@@ -58,10 +68,22 @@ inline void finish(const A* m, const A* s, const A* bias, int64_t n, const inter
 template <class A>
 inline void forward_block(const A* c, const A* r, int64_t ldx, int64_t rows, const A* w, int64_t ldw, int64_t n, int64_t k, const A* bias,
                           const interval::Call& call, int64_t terms, Dtype dtype, void* x, int64_t stride, void* y) {
-  const int64_t cut = interval::cut_of(k, rows, sizeof(A)), ld = padded(int(n)) + 8, tiles = k > cut ? (rows + ROWS<A> - 1) / ROWS<A> : 1;
+  const int64_t cut = interval::cut_of(k, rows, sizeof(A)), ld = padded(int(n)) + 8;
+  // few rows that stay in L1 are all multiplied while a row of W passes, so that it comes from memory in one piece
+  const bool together = k <= cut && rows * ldx * 2 * int64_t(sizeof(A)) <= interval::NEAR;
+  const int64_t tiles = together || k > cut ? (rows + ROWS<A> - 1) / ROWS<A> : 1;
   A* m = workspace<A, 0>(2 * tiles * ROWS<A> * ld);
   A* s = m + tiles * ROWS<A> * ld;
   const Rounding<A> rounding = rounding_of<A>(call.sound, terms, call.spread);
+  const auto finished = [&](int64_t p, const A* of_m, const A* of_s) __attribute__((always_inline)) {
+    finish_row<A>(of_m, of_s, bias, int(n), {call.bounds_out, call.relu}, rounding, dtype, static_cast<char*>(x) + p * stride,
+                  static_cast<char*>(y) + p * stride);
+  };
+  if (together) {
+    dot_rows<A>(c, r, ldx, rows, w, ldw, n, k, m, s, ld);
+    for (int64_t p = 0; p < rows; ++p) finished(p, m + p * ld, s + p * ld);
+    return;
+  }
   // rows of W 2^k bytes apart would fight for the same lines of L2, so a block of a cut W is copied together
   const int64_t packed = k > cut && rows >= 32 ? cut + 16 : 0;
   A* block = packed ? workspace<A, 1>(n * packed) : nullptr;
@@ -73,9 +95,7 @@ inline void forward_block(const A* c, const A* r, int64_t ldx, int64_t rows, con
       A *tm = m + (tiles > 1 ? p * ld : 0), *ts = s + (tiles > 1 ? p * ld : 0);
       dot_block<A>(c + p * ldx + at, r + p * ldx + at, ldx, count, packed ? block : w + at, packed ? packed : ldw, n, width, tm, ts, ld, at > 0);
       if (at + cut < k) continue;
-      for (int q = 0; q < count; ++q)
-        finish_row<A>(tm + q * ld, ts + q * ld, bias, int(n), {call.bounds_out, call.relu}, rounding, dtype,
-                      static_cast<char*>(x) + (p + q) * stride, static_cast<char*>(y) + (p + q) * stride);
+      for (int q = 0; q < count; ++q) finished(p + q, tm + q * ld, ts + q * ld);
     }
   }
 }
@@ -173,6 +193,47 @@ inline void input_panel(const A* gm, const A* gr, int64_t ldg, int64_t rows, con
   for (int64_t p = 0; p < rows; ++p)
     input_gradient<A>(out + p * PANEL<A>, other + p * PANEL<A>, int(columns), bounds, dtype, static_cast<char*>(a) + p * stride,
                       static_cast<char*>(b) + p * stride);
+}
+
+// All gradients of a strip of columns of W, `panels` panels wide, and a batch of a few rows: W and dW pass once from top to
+// bottom, those of the next rows asked for meanwhile. g: see sign_tile. a, b or dw may be null.
+template <class A>
+inline void gradient_strip(const A* gm, const A* gr, int64_t ldg, const A* g, int64_t batch, const A* c, const A* r, int64_t ldx, const A* w,
+                           int64_t ldw, int64_t n, int64_t columns, bool bounds, Dtype dtype, void* a, int64_t stride, void* b, A* dw, int64_t ldd) {
+  constexpr int64_t BLOCK = 32, P = PANEL<A>, LINE = 64 / int64_t(sizeof(A));  // rows of W at a time: a strip of them stays in L2
+  const int64_t panels = (columns + P - 1) / P, size = batch * 2 * P;
+  A* x = workspace<A, 0>(2 * panels * size + BLOCK * P);
+  A *sums = x + panels * size, *rest = sums + panels * size;
+  const auto wide = [&](int64_t j) { return columns - j * P < P ? columns - j * P : P; };
+  for (int64_t j = 0; dw && j < panels; ++j) {
+    copy_panel<A>(c + j * P, ldx, batch, wide(j), x + j * size, 2 * P);
+    copy_panel<A>(r + j * P, ldx, batch, wide(j), x + j * size + P, 2 * P);
+  }
+  for (int64_t i = 0; i < n; i += BLOCK) {
+    const int64_t count = n - i < BLOCK ? n - i : BLOCK, next = i + BLOCK, ahead = n - next < BLOCK ? n - next : BLOCK;
+    for (int64_t j = 0; j < panels; ++j) {
+      const A* from = w + i * ldw + j * P;
+      for (int64_t q = 0; q < ahead; ++q)
+        for (int64_t e = 0; e < wide(j); e += LINE) {
+          __builtin_prefetch(w + (next + q) * ldw + j * P + e, 0, 2);
+          if (dw) __builtin_prefetch(dw + (next + q) * ldd + j * P + e, 1, 2);
+        }
+      if (a) {
+        const bool copy = wide(j) < P;
+        if (copy) copy_panel<A>(from, ldw, count, wide(j), rest, P);
+        outer_block<A>(gm + i, gr + i, ldg, batch, copy ? rest : from, copy ? P : ldw, count, nullptr, sums + j * size, sums + j * size + batch * P, P, i > 0);
+      }
+      for (int64_t q = 0; dw && q < count; q += ROWS<A>)
+        sign_tile<A>(g + (i + q) / ROWS<A> * batch * 2 * ROWS<A>, x + j * size, batch, from + q * ldw, ldw, dw + (i + q) * ldd + j * P, ldd,
+                     int(count - q < ROWS<A> ? count - q : ROWS<A>), wide(j), false);
+    }
+  }
+  for (int64_t j = 0; a && j < panels; ++j)
+    for (int64_t p = 0; p < batch; ++p) {
+      const A* m = sums + j * size + p * P;
+      const int64_t at = p * stride + j * P * bytes_of(dtype);
+      input_gradient<A>(m, m + batch * P, int(wide(j)), bounds, dtype, static_cast<char*>(a) + at, static_cast<char*>(b) + at);
+    }
 }
 
 // gm, gr of ROWS outputs as [batch][2 ROWS]; the rows are readable past the last output (zeros)

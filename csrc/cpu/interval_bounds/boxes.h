@@ -50,6 +50,8 @@ inline int64_t cut_of(int64_t k, int64_t rows, size_t bytes) {
 constexpr int64_t CONV_BLOCK = 128;  // taps of a chain of sums; blocks are summed in a second one
 inline int64_t conv_terms(int64_t k) { return std::min(k, CONV_BLOCK) + k / CONV_BLOCK + 4; }
 
+constexpr int64_t NEAR = 64 << 10;  // bytes of centre and radius that stay in L1, nearly
+
 struct ConvShape {
   int64_t batch, channels, in_h, in_w, out_channels, kernel_h, kernel_w, out_h, out_w;
   int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, groups;
@@ -119,6 +121,9 @@ struct LinearKernels {
   void (*pack_gradient)(const A* gm, const A* gr, int64_t ldg, int64_t batch, A* out);
   void (*weight_panel)(const A* g, int64_t batch, const A* c, const A* r, int64_t ldx, const A* w, int64_t ldw, A* dw,
                        int64_t ldd, int64_t rows, int64_t columns);
+  void (*gradient_strip)(const A* gm, const A* gr, int64_t ldg, const A* g, int64_t batch, const A* c, const A* r, int64_t ldx, const A* w,
+                         int64_t ldw, int64_t n, int64_t columns, bool bounds, Dtype dtype, void* a, int64_t stride, void* b, A* dw,
+                         int64_t ldd);
 };
 
 // affine_kernel.cpp

@@ -76,6 +76,20 @@ inline void dot_block(const A* c, const A* r, int64_t ldx, int rows, const A* w,
   for (int p = 0; p < rows; ++p) dot_strip<A, 1>(c + p * ldx, r + p * ldx, ldx, w, ldw, n, k, m + p * ldo, s + p * ldo, ldo, add);
 }
 
+// the same of any number of rows, C rows of w at a time with all of them
+template <class A, int C>
+inline void dot_columns(const A* c, const A* r, int64_t ldx, int64_t rows, const A* w, int64_t ldw, int64_t k, A* m, A* s, int64_t ldo) {
+  int64_t p = 0;
+  for (; p + ROWS<A> <= rows; p += ROWS<A>) dot_tile<A, ROWS<A>, C>(c + p * ldx, r + p * ldx, ldx, w, ldw, k, m + p * ldo, s + p * ldo, ldo, false);
+  for (; p < rows; ++p) dot_tile<A, 1, C>(c + p * ldx, r + p * ldx, ldx, w, ldw, k, m + p * ldo, s + p * ldo, ldo, false);
+}
+template <class A>
+inline void dot_rows(const A* c, const A* r, int64_t ldx, int64_t rows, const A* w, int64_t ldw, int64_t n, int64_t k, A* m, A* s, int64_t ldo) {
+  int64_t j = 0;
+  for (; j + COLS<A> <= n; j += COLS<A>) dot_columns<A, COLS<A>>(c, r, ldx, rows, w + j * ldw, ldw, k, m + j, s + j, ldo);
+  for (; j < n; ++j) dot_columns<A, 1>(c, r, ldx, rows, w + j * ldw, ldw, k, m + j, s + j, ldo);
+}
+
 // m[p][j] (+)= sum_i gm[p][i] w[row_i][j], s[p][j] (+)= sum_i gr[p][i] |w[row_i][j]| over `width` columns. `row` lists
 // the rows of w that count (null: all of them in order); a w of C vectors a row must be readable.
 template <class A, int R, int C>

@@ -8,64 +8,24 @@
 // Larger batches in fast rounding are bound by arithmetic, not by reading W; where the library multiplies faster than our
 // tiles (gemm.h), each dual product is two of its, with |W| made a block of rows at a time.
 #include "cpu/gemm.h"
-#include "cpu/interval_bounds/host.h"
+#include "cpu/interval_bounds/dual_products.h"
 
 namespace w2s::interval {
 namespace {
 
 constexpr int64_t FEW = 4;        // rows of a batch that streams
+constexpr int64_t SOME = 32;      // rows of a batch whose gradients share one read of W
+constexpr int64_t STRIP = 16;     // panels of W of one item then, at most: their centres and radii stay in L2
 constexpr int64_t PARTS = 16;     // partial sums of a streaming gradient: fixed, so that results do not depend on threads
 
-// W [n, k] as it lies in memory: its rows one after another, or its columns (a transposed view).
-struct Stored {
-  RowMatrix<float> lines;
-  bool turned;
-  int64_t n() const { return turned ? lines.columns : lines.rows; }
-  int64_t k() const { return turned ? lines.rows : lines.columns; }
-  Operand all() const { return of(lines.data, lines.rows, lines.stride); }
-  // lines from `first` on, as rows (or columns) of W
-  Operand of(const float* data, int64_t rows, int64_t stride) const {
-    const Operand w = operand(data, rows, lines.columns, stride);
-    return turned ? w.t() : w;
-  }
-};
-
-Stored stored(const Tensor& w, CallMemory& memory) {
-  if (transposed(w) && w.scalar_type() == ScalarType::Float)
-    return {{static_cast<const float*>(w.data_ptr()), w.size(1), w.size(0), w.stride(1)}, true};
-  return {widened<float>(w, memory), false};
-}
-
-// with(first, |lines [first, first + rows) of w| as a part of W) for all of them
-template <class F>
-void absolute_blocks(const Stored& w, CallMemory& memory, const F& with) {
-  const RowMatrix<float>& m = w.lines;
-  const int64_t block = std::min(m.rows, block_rows(m.columns));
-  float* size = memory.get<float>(block * m.columns);
-  for (int64_t first = 0; first < m.rows; first += block) {
-    const int64_t rows = std::min(block, m.rows - first);
-    parallel_items(rows, 16, [&](int64_t i) {
-      kernels<LinearKernels, float>().absolute(m.data + (first + i) * m.stride, m.columns, size + i * m.columns);
-    });
-    with(first, w.of(size, rows, m.columns));
-  }
-}
-
-void forward_by_products(const Box<float>& box, const Stored& w, const float* bias, const Call& call, CallMemory& memory, Tensor& x, Tensor& y) {
+void forward_by_products(const Box<float>& box, const Stored& w, const float* bias, const Call& call, Tensor& x, Tensor& y) {
   const bool direct = !call.bounds_out && !call.relu && !bias && x.scalar_type() == ScalarType::Float;
-  const int64_t batch = box.batch, n = w.n(), k = w.k(), ld = direct ? n : round_up(n, 16) + 16;
-  float* m = direct ? static_cast<float*>(x.data_ptr()) : memory.get<float>(batch * ld);
-  float* s = direct ? static_cast<float*>(y.data_ptr()) : memory.get<float>(batch * ld);
-  gemm(operand(box.c, batch, k, box.ld), w.all().t(), Target<float>{m, ld, 1}, 1.0f, false);
-  absolute_blocks(w, memory, [&](int64_t first, const Operand& size) {
-    if (w.turned) gemm(operand(box.r + first, batch, size.columns, box.ld), size.t(), Target<float>{s, ld, 1}, 1.0f, first > 0);
-    else gemm(operand(box.r, batch, k, box.ld), size.t(), Target<float>{s + first, ld, 1}, 1.0f, false);
-  });
-  if (direct) return;
+  const auto in_place = [&](Tensor& t) { return direct ? static_cast<float*>(t.data_ptr()) : nullptr; };
   const Rows first(x), second(y);
-  parallel_items(batch, 4, [&](int64_t p) {
-    kernels<LinearKernels, float>().finish(m + p * ld, s + p * ld, bias, n, call, first.dtype, first.at(p, 0), second.at(p, 0));
-  });
+  dual_products(box.c, box.r, box.ld, box.batch, w, in_place(x), in_place(y),
+                [&](int64_t p, int64_t j, int64_t columns, const float* m, const float* s) {
+                  kernels<LinearKernels, float>().finish(m, s, bias ? bias + j : nullptr, columns, call, first.dtype, first.at(p, j), second.at(p, j));
+                });
 }
 
 template <class A>
@@ -75,7 +35,7 @@ void forward(const Tensor& a, const Tensor& b, const Tensor& weight, const std::
   const A* shift = widened_bias<A>(bias, n, memory);
   if constexpr (sizeof(A) == 4)
     if (!call.sound && batch > FEW && library_takes(batch, n, k, !transposed(weight)))
-      return forward_by_products(plain_box(a, b, call.bounds_in, memory), stored(weight, memory), shift, call, memory, x, y);
+      return forward_by_products(plain_box(a, b, call.bounds_in, memory), stored(weight, memory), shift, call, x, y);
   const bool skip = transposed(weight) && batch <= FEW && dtype_of(weight.scalar_type()) == own_dtype<A>;
   const int64_t terms = skip ? k + 8 : kernels<LinearKernels, A>().chain(k);
   const Box<A> box = centered<A>(a, b, call.bounds_in, call.sound, terms, memory, call.spread);
@@ -133,10 +93,11 @@ struct Backward {
     gm = memory.get<A>(batch * ldg), gr = memory.get<A>(batch * ldg);
     const Rows g1(ga), g2(gb), o1(oa), o2(ob);
     const Rows out(dbias);
-    parallel_items(pieces(n, 512), 1, [&](int64_t i) {
-      const int64_t j = i * 512;
-      const int wide = int(std::min<int64_t>(512, n - j));
-      A sum[512] = {};
+    constexpr int64_t WIDE = 128;
+    parallel_items(pieces(n, WIDE), grain_of(batch * WIDE), [&](int64_t i) {
+      const int64_t j = i * WIDE;
+      const int wide = int(std::min(WIDE, n - j));
+      A sum[WIDE] = {};
       for (int64_t p = 0; p < batch; ++p)
         kernels<LinearKernels, A>().gradient(g1.at(p, j), g2.at(p, j), o1.at(p, j), o2.at(p, j), g1.dtype, call, wide, gm + p * ldg + j,
                                      gr + p * ldg + j, need_b ? sum : nullptr);
@@ -173,6 +134,32 @@ struct Backward {
       kernels<LinearKernels, A>().input_gradients(part + p * box.ld, part + size + p * box.ld, k, call.bounds_in, first.dtype, first.at(p, 0), second.at(p, 0));
   }
 
+  const A* packed_gradient() {
+    const int64_t tall = kernels<LinearKernels, A>().tile_height(), tiles = pieces(n, tall);
+    A* packed = memory.get<A>(tiles * batch * 2 * tall);
+    parallel_items(tiles, grain_of(2 * batch * tall), [&](int64_t t) {
+      kernels<LinearKernels, A>().pack_gradient(gm + t * tall, gr + t * tall, ldg, batch, packed + t * batch * 2 * tall);
+    });
+    return packed;
+  }
+
+  void some(const RowMatrix<A>& w) {
+    const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, memory);
+    const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
+    A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : memory.get<A>(n * k);
+    const A* packed = need_w ? packed_gradient() : nullptr;
+    const int64_t panel = kernels<LinearKernels, A>().panel_width(), panels = pieces(k, panel);
+    const int64_t wide = std::min(pieces(panels, threads()), STRIP) * panel;
+    const Rows first(da), second(db);
+    parallel_items(pieces(k, wide), 1, [&](int64_t i) {
+      const int64_t j = i * wide;
+      kernels<LinearKernels, A>().gradient_strip(gm, gr, ldg, packed, batch, box.c + j, box.r + j, box.ld, w.data + j, w.stride, n,
+                                                 std::min(wide, k - j), call.bounds_in, first.dtype, need_x ? first.at(0, j) : nullptr,
+                                                 first.stride, need_x ? second.at(0, j) : nullptr, out ? out + j : nullptr, k);
+    });
+    if (need_w && !direct) narrow_rows<A>(out, dw);
+  }
+
   void many(const RowMatrix<A>& w) {
     const int64_t panel = kernels<LinearKernels, A>().panel_width(), panels = pieces(k, panel), halves = 2;
     if (need_x) {
@@ -186,12 +173,9 @@ struct Backward {
       });
     }
     if (!need_w) return;
-    const int64_t tall = kernels<LinearKernels, A>().tile_height(), tiles = pieces(n, tall);
+    const int64_t tall = kernels<LinearKernels, A>().tile_height();
     const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, memory);
-    A* packed = memory.get<A>(tiles * batch * 2 * tall);
-    parallel_items(tiles, 8, [&](int64_t t) {
-      kernels<LinearKernels, A>().pack_gradient(gm + t * tall, gr + t * tall, ldg, batch, packed + t * batch * 2 * tall);
-    });
+    const A* packed = packed_gradient();
     const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
     A* out = direct ? static_cast<A*>(dw.data_ptr()) : memory.get<A>(n * k);
     const int64_t share = round_up(pieces(n, halves), tall);
@@ -206,36 +190,18 @@ struct Backward {
 
   void by_products() {
     if (need_x) {
-      const Stored w = stored(weight, memory);
       const bool direct = !call.bounds_in && da.scalar_type() == ScalarType::Float;
-      float* m = direct ? static_cast<float*>(da.data_ptr()) : memory.get<float>(batch * k);
-      float* s = direct ? static_cast<float*>(db.data_ptr()) : memory.get<float>(batch * k);
-      gemm(operand(gm, batch, n, ldg), w.all(), Target<float>{m, k, 1}, 1.0f, false);
-      absolute_blocks(w, memory, [&](int64_t first, const Operand& size) {
-        if (w.turned) gemm(operand(gr, batch, n, ldg), size, Target<float>{s + first, k, 1}, 1.0f, false);
-        else gemm(operand(gr + first, batch, size.rows, ldg), size, Target<float>{s, k, 1}, 1.0f, first > 0);
-      });
+      const auto in_place = [&](Tensor& t) { return direct ? static_cast<float*>(t.data_ptr()) : nullptr; };
       const Rows first(da), second(db);
-      if (!direct)
-        parallel_items(batch, 4, [&](int64_t p) {
-          kernels<LinearKernels, float>().input_gradients(m + p * k, s + p * k, k, call.bounds_in, first.dtype, first.at(p, 0), second.at(p, 0));
-        });
+      dual_products(gm, gr, ldg, batch, stored(weight, memory).t(), in_place(da), in_place(db),
+                    [&](int64_t p, int64_t i, int64_t columns, const float* m, const float* s) {
+                      kernels<LinearKernels, float>().input_gradients(m, s, columns, call.bounds_in, first.dtype, first.at(p, i), second.at(p, i));
+                    });
     }
     if (!need_w) return;
-    const RowMatrix<float> w = widened<float>(weight, memory);
-    const int64_t block = std::min(n, block_rows(k));
-    float* turned = memory.get<float>(block * k);
-    const Box<float> box = plain_box(a, b, call.bounds_in, memory);
     const bool direct = dtype_of(weight.scalar_type()) == Dtype::f32;
     float* out = direct ? static_cast<float*>(dw.data_ptr()) : memory.get<float>(n * k);
-    for (int64_t j = 0; j < n; j += block) {
-      const int64_t rows = std::min(block, n - j);
-      gemm(operand(gm + j, batch, rows, ldg).t(), operand(box.c, batch, k, box.ld), Target<float>{out + j * k, k, 1}, 1.0f, false);
-      gemm(operand(gr + j, batch, rows, ldg).t(), operand(box.r, batch, k, box.ld), Target<float>{turned, k, 1}, 1.0f, false);
-      parallel_items(rows, 16, [&](int64_t i) {
-        kernels<LinearKernels, float>().add_signed(w.data + (j + i) * w.stride, turned + i * k, k, out + (j + i) * k);
-      });
-    }
+    weight_products(gm, gr, ldg, batch, plain_box(a, b, call.bounds_in, memory), widened<float>(weight, memory), out);
     if (!direct) narrow_rows<float>(out, dw);
   }
 
@@ -252,7 +218,7 @@ struct Backward {
       if (products) return by_products();
     const RowMatrix<A> w = widened<A>(weight, memory);
     if (batch <= FEW) return few(w);
-    many(w);
+    batch <= SOME ? some(w) : many(w);
   }
 };
 

@@ -96,6 +96,8 @@ inline void finish_row(const A* m, const A* s, const A* bias, int n, Form form, 
   const V zero = V::set(0), inf = V::set(infinity<A>), grow = V::set(rounding.grow), slack = V::set(rounding.slack), tiny = V::set(rounding.tiny);
   const V spread = V::set(rounding.spread), limit = V::set(rounding.limit);
   A first[TILE], second[TILE];
+  const bool here = dtype == own_dtype<A> && n == padded(n);
+  A *low = here ? static_cast<A*>(a) : first, *high = here ? static_cast<A*>(b) : second;
   for (int i = 0; i < padded(n); i += V::W) {
     V center = V::load(m + i), radius = V::load(s + i);
     if (rounding.sound && bias) radius = V::fma(V::load(bias + i).abs(), spread, radius);
@@ -115,9 +117,10 @@ inline void finish_row(const A* m, const A* s, const A* bias, int n, Form form, 
       x = V::max(zero, x);
       y = V::max(zero, y);
     }
-    x.store(first + i);
-    y.store(second + i);
+    x.store(low + i);
+    y.store(high + i);
   }
+  if (here) return;
   if (rounding.sound && form.bounds) {
     narrow_outward<A>(first, n, dtype, true, a);
     narrow_outward<A>(second, n, dtype, false, b);
@@ -132,13 +135,15 @@ template <class A>
 inline void gradient_row(const void* ga, const void* gb, const void* oa, const void* ob, Dtype dtype, Form form, int n, A* gm, A* gr) {
   using V = Vec<A>;
   const V zero = V::set(0);
-  A g[2][TILE], o[2][TILE];
-  widen<A>(ga, dtype, n, A(0), g[0]);
-  widen<A>(gb, dtype, n, A(0), g[1]);
-  if (form.relu) {
-    widen<A>(oa, dtype, n, A(0), o[0]);
-    widen<A>(ob, dtype, n, A(0), o[1]);
-  }
+  A memory[4][TILE];
+  const bool here = dtype == own_dtype<A> && n == padded(n);
+  const auto read = [&](const void* from, A* to) -> const A* {
+    if (here) return static_cast<const A*>(from);
+    widen<A>(from, dtype, n, A(0), to);
+    return to;
+  };
+  const A *g[2] = {read(ga, memory[0]), read(gb, memory[1])}, *o[2] = {nullptr, nullptr};
+  if (form.relu) o[0] = read(oa, memory[2]), o[1] = read(ob, memory[3]);
   for (int i = 0; i < padded(n); i += V::W) {
     V x = V::load(g[0] + i), y = V::load(g[1] + i);
     if (form.relu) {
@@ -158,11 +163,22 @@ inline void input_gradient(const A* m, const A* s, int n, bool bounds, Dtype dty
     narrow<A>(s, n, dtype, b);
     return;
   }
-  A x[TILE], y[TILE];
-  for (int i = 0; i < n; ++i) {
+  using V = Vec<A>;
+  A memory[2][TILE];
+  const bool here = dtype == own_dtype<A>;
+  A *x = here ? static_cast<A*>(a) : memory[0], *y = here ? static_cast<A*>(b) : memory[1];
+  const V half = V::set(A(0.5));
+  int i = 0;
+  for (; i + V::W <= n; i += V::W) {
+    const V p = V::load(m + i), q = V::load(s + i);
+    ((p - q) * half).store(x + i);
+    ((p + q) * half).store(y + i);
+  }
+  for (; i < n; ++i) {
     x[i] = (m[i] - s[i]) * A(0.5);
     y[i] = (m[i] + s[i]) * A(0.5);
   }
+  if (here) return;
   narrow<A>(x, n, dtype, a);
   narrow<A>(y, n, dtype, b);
 }
