@@ -346,7 +346,9 @@ def extensions() -> tuple[list[Extension], type | None]:
             command = [compiler() or "c++", *FLAGS, "-Icsrc"]
             binding = [*command, "-O1", *include, *defines, "-c", "csrc/module.cpp"]
             probes = [*command, "-O3", "-c", "csrc/probes.cpp"]
-            return [Step(folder / "module.o", binding), Step(folder / "probes.o", probes)]
+            values = [*command, "-O3", "-c", "csrc/values.cpp"]
+            return [Step(folder / "module.o", binding), Step(folder / "probes.o", probes),
+                    Step(folder / "values.o", values)]  # fmt: skip
 
         def calls(self) -> Step:
             """The object of `_call`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .harness import OURS, Row
+from .harness import CONTROL, OURS, Row
 from .report import Report
 
 #: a ratio that falls by more than this share is a loss
@@ -34,7 +34,7 @@ class Change:
 
 
 def _rows(report: Report) -> dict[tuple[str, str, str], Row]:
-    return {(row.op, row.case, row.provider): row for row in report.rows}
+    return {(row.op, row.case, row.provider): row for row in report.rows if row.kind != CONTROL}
 
 
 def _beyond_noise(before: Row, after: Row) -> bool:

@@ -1,6 +1,8 @@
 """Is ours ever slower? Random everyday calls, each against plain PyTorch and torch.compile of it, interleaved.
 
 A call is held where the lower quartile of (their time / our time) is at least `LEAST` for the fastest of the others.
+A short look decides where somebody is clearly faster; where nobody is, a longer one does. What noise alone does is
+measured beside: in every `CONTROLLED`th call plain PyTorch is timed against itself, and judged as it is against ours.
 torch.compile takes seconds to compile a call, so that it is asked in the first calls only. Results go to a JSON file as
 they come, and a run goes on where the file ends: the calls depend on the seed alone. Those of other commits stay in the
 file under the run that measured them.
@@ -17,7 +19,7 @@ import torch
 
 from . import ceilings, harness, tables
 from .domain import LEAST, Call, calls
-from .harness import OURS, Row, Settings
+from .harness import CONTROL, OURS, Row, Settings
 from .report import Report, new_report
 
 #: ceilings say nothing here: no floor is asked for
@@ -26,12 +28,17 @@ _NO_CEILINGS = ceilings.Ceilings(1.0, {"float32": 1.0, "bfloat16": 1.0}, "not me
 
 #: seconds between two writes of the results
 _KEPT_EVERY = 2.0
+#: no multiple or divisor of the number of ops, so that every op gets its turn
+CONTROLLED = 19
 
 
 def settings(given: Settings) -> Settings:
     """How a call is timed: shorter than a benchmark case, on inputs that were just written, as calls are every day."""
     rounds = min(given.rounds, 11)
-    return replace(given, rounds=rounds, window=0.004, warm_up=0.008, budget=0.3, rotation=16 << 20, memory=False)
+    return replace(
+        given, rounds=rounds, turns=2, window=0.0015, warm_up=0.008, budget=0.2, closer=0.5, rotation=16 << 20,
+        memory=False,
+    )  # fmt: skip
 
 
 def _without_compile(chosen: Settings) -> Settings:
@@ -68,6 +75,7 @@ def measure(
         for call in todo:
             step(f"{call.domain.op}/{call.name}")
             providers = chosen if call.number < compiled else _without_compile(chosen)
+            providers = replace(providers, control=call.number % CONTROLLED == 0)
             rows = harness.run([call.case()], providers, _NO_CEILINGS)
             for row in rows:
                 row.floor_ms = row.share = None
@@ -83,7 +91,7 @@ def measure(
 
 def rival(rows: Sequence[Row]) -> Row | None:
     """The fastest of the others, if ours and one of them could be timed."""
-    timed = [row for row in rows if row.provider != OURS and row.ratio is not None]
+    timed = [row for row in rows if row.kind not in (OURS, CONTROL) and row.ratio is not None]
     return min(timed, key=lambda row: row.ratio or 0.0) if timed else None
 
 
@@ -114,7 +122,16 @@ def shares(groups: Sequence[Sequence[Row]]) -> list[str]:
     if 0 < len(asked) < len(groups):
         found.append(f"{share(groups, ('eager', 'formulation', 'peer'))} plain PyTorch is not faster")
         found.append(f"{share(asked, ('compile',))} of those that torch.compile was asked in it is not faster")
-    return found
+    return found + control(groups)
+
+
+def control(groups: Sequence[Sequence[Row]]) -> list[str]:
+    """The share of calls in which plain PyTorch is not faster than itself: what nobody can be held to beat."""
+    lows = [row.ratio_low or 0.0 for rows in groups for row in rows if row.kind == CONTROL and row.ratio is not None]
+    if not lows:
+        return []
+    kept = sum(low >= LEAST for low in lows)
+    return [f"{kept / len(lows):.1%}: in {kept} of {len(lows)} calls plain PyTorch is not faster than itself (control)"]
 
 
 def summary(report: Report, only: Iterable[str] = ()) -> list[str]:
@@ -147,7 +164,8 @@ def table(report: Report) -> str:
 
 def conditions(report: Report) -> str:
     """Against whom, and on what: a sentence."""
-    others = sorted({row.provider for row in report.rows if row.provider != OURS and row.ratio is not None})
+    timed = (row for row in report.rows if row.kind not in (OURS, CONTROL))
+    others = sorted({row.provider for row in timed if row.ratio is not None})
     first: dict[str, dict[str, object]] = {}
     for run in report.runs:  # pieces of one run differ in their load alone
         first.setdefault(run["commit"], run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,12 @@ from .ceilings import Ceilings
 from .memory import peak_bytes
 
 OURS = "ours"
+#: the row of a plain form that was timed against itself; its ratio is to the plain form, not to ours
+CONTROL = "control"
+#: of a first look: it is not decided where the quartiles of their time over ours reach into these
+CLOSE = (0.9, 1 / 0.9)
+#: rounds of a second look, turns of each in one of these at most and, of calls that take long, wanted
+_CLOSER_ROUNDS, _MOST_TURNS, _LONG_TURNS = 5, 64, 8
 _LOG = logging.getLogger("w2s_fast.bench")
 _FRESH = 4  # sets of inputs that are drawn; the other sets of a rotation are copies of them at addresses of their own
 
@@ -30,10 +37,14 @@ class Settings:
         device: "cpu" or "cuda".
         threads: CPU threads, fixed for the whole run.
         rounds: interleaved rounds a case.
-        window: seconds one provider runs in one round.
+        window: seconds one provider runs in one turn.
+        turns: turns of each provider in a round.
         warm_up: seconds each provider runs before the rounds.
         budget: seconds of rounds a case, once there are three.
         rotation: bytes of inputs that the calls go through in turn, at most; 0 has them all on one set.
+        closer: seconds of rounds of a second look, whose times are taken instead, where the first finds the fastest
+            other about as fast as ours (`CLOSE`); 0: no second look.
+        control: whether a case's plain form is timed against itself too.
         memory: whether peak memory is measured.
         providers: names or kinds to run ("ours" is always run; a backend's name adds that backend); empty: all
             baselines, and ours as `auto` serves it.
@@ -47,6 +58,9 @@ class Settings:
     budget: float = 1.0
     seed: int = 0
     rotation: int = timing.MAX_ROTATION_BYTES
+    turns: int = 1
+    closer: float = 0.0
+    control: bool = False
     memory: bool = True
     providers: tuple[str, ...] = ()
 
@@ -197,14 +211,49 @@ def _time(candidates: Sequence[_Candidate], inputs: Sequence[tuple[Any, ...]], s
         if settings.memory:
             candidate.row.peak_bytes = peak_bytes(_within(candidate), inputs[0], device)
         runners[candidate.row.provider].warm_up(settings.warm_up, settings.window)
-    times = timing.interleave(runners, settings.rounds, settings.budget, settings.seed)
+    times = _looked_at(runners, OURS, settings)
     for candidate in candidates:
         row = candidate.row
-        row.ms, row.ms_low, row.ms_high = (1e3 * value for value in timing.quartiles(times[row.provider]))
-        row.rounds = len(times[row.provider])
+        _spread(row, times[row.provider])
         if row.provider != OURS and OURS in times:
-            row.ratio, row.ratio_low, row.ratio_high = timing.ratios(times[row.provider], times[OURS])
+            row.ratio, row.ratio_low, row.ratio_high = timing.contest(times[row.provider], times[OURS])
             row.met = None if row.target is None else row.ratio >= row.target
+
+
+def _spread(row: Row, turns: timing.Turns) -> None:
+    found = timing.quartiles([timing.quartiles(one).median for one in turns])
+    row.ms, row.ms_low, row.ms_high = (1e3 * value for value in found)
+    row.rounds = len(turns)
+
+
+def _looked_at(runners: dict[str, timing.Runner], base: str, settings: Settings) -> dict[str, timing.Turns]:
+    """The turns of all; of a second, longer look where the first finds the fastest about as fast as ``base``.
+
+    What the first said decides nothing then: whoever stops when the result pleases measures noise.
+    """
+    times = timing.alternate(runners, settings.rounds, settings.turns, settings.budget, settings.seed)
+    others = [timing.contest(turns, times[base]) for name, turns in times.items() if name != base and base in times]
+    fastest = min(others, default=None)
+    if not settings.closer or fastest is None or fastest.low > CLOSE[1] or fastest.high < CLOSE[0]:
+        return times
+    fits = settings.closer / _CLOSER_ROUNDS / max(sum(runner.seconds for runner in runners.values()), 1e-9)
+    turns = round(min(max(fits, min(_LONG_TURNS, _LONG_TURNS * fits), 2), _MOST_TURNS))
+    return timing.alternate(runners, _CLOSER_ROUNDS, turns, math.inf, settings.seed + 1)
+
+
+def _control(case: Case, inputs: Sequence[tuple[Any, ...]], settings: Settings) -> list[Row]:
+    """The plain form against itself, as the others against ours: what noise alone makes of a verdict here."""
+    provider = case.providers.get("eager")
+    if provider is None:
+        return []
+    runners = {name: timing.Runner(provider.make(), inputs, torch.device(settings.device)) for name in ("one", "other")}
+    for runner in runners.values():
+        runner.warm_up(settings.warm_up, settings.window)
+    times = _looked_at(runners, "one", settings)
+    row = _row(case, CONTROL, CONTROL)
+    _spread(row, times["other"])
+    row.ratio, row.ratio_low, row.ratio_high = timing.contest(times["other"], times["one"])
+    return [row]
 
 
 def _within(candidate: _Candidate) -> Callable[..., Any]:
@@ -242,11 +291,12 @@ def run_case(case: Case, settings: Settings, ceilings: Ceilings | None = None) -
     copies = (inputs[index % _FRESH] for index in range(_FRESH, count))
     inputs += [tree_map_only(Tensor, torch.clone, values) for values in copies]
     _time(right, inputs, settings)
+    control = _control(case, inputs, settings) if settings.control else []
     ours = candidates[0].row
     ours.backend = serving_backend(case, first, settings.device)[0]  # which way is faster is found on the way
     if ceilings is not None and ours.ms is not None:
         _floor(case, ours, ceilings)
-    return [candidate.row for candidate in candidates]
+    return [candidate.row for candidate in candidates] + control
 
 
 def _floor(case: Case, ours: Row, ceilings: Ceilings) -> None:

@@ -72,7 +72,7 @@ class Runner:
 
     def __init__(self, function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], device: torch.device) -> None:
         self.function, self.inputs, self.cuda = function, inputs, device.type == "cuda"
-        self.position, self.calls = 0, 1
+        self.position, self.calls, self.seconds = 0, 1, 0.0
         self.graph: Any = self._captured() if self.cuda else None
 
     def run(self, calls: int) -> float:
@@ -124,26 +124,58 @@ class Runner:
         return float(begin.elapsed_time(end)) / 1e3 / calls
 
     def warm_up(self, seconds: float, window: float) -> None:
-        """Run for ``seconds`` at least, then choose the calls of a round so that it lasts about ``window``."""
+        """Run for ``seconds`` at least, then choose the calls of a turn so that it lasts about ``window``."""
         start, fastest, runs = time.perf_counter(), math.inf, 0
         while runs < 2 or time.perf_counter() - start < seconds:  # the first may have made what lasts
             fastest = min(fastest, self.run(1))
             runs += 1
         self.calls = max(1, min(math.ceil(window / max(fastest, 1e-9)), 100_000))
+        self.seconds = self.calls * fastest
 
 
-def interleave(runners: Mapping[str, Runner], rounds: int, budget: float, seed: int = 0) -> dict[str, list[float]]:
-    """Seconds per call of every runner in every round; the order inside a round is random.
+Turns = list[list[float]]
 
-    Stops after ``rounds`` rounds, or after ``budget`` seconds once there are three.
+
+def between(peer: Sequence[float], ours: Sequence[float]) -> float:
+    """peer/ours of one round: the median of the ratios of every turn of one to every turn of the other.
+
+    Exchanged, they give the inverse; a turn in which the machine did something else moves it by little.
     """
-    order, shuffler = list(runners), random.Random(seed)
-    times: dict[str, list[float]] = {name: [] for name in order}
+    return statistics.median(p / o for p in peer for o in ours)
+
+
+def contest(peer: Turns, ours: Turns) -> Quartiles:
+    """`between` round by round, then median and quartiles."""
+    return quartiles([between(p, o) for p, o in zip(peer, ours, strict=True)])
+
+
+def alternate(
+    runners: Mapping[str, Runner], rounds: int, turns: int, budget: float, seed: int = 0
+) -> dict[str, Turns]:  # fmt: skip
+    """Seconds per call of every runner in every turn of every round; whose turn comes first is random.
+
+    All go through one ring of inputs: each takes those that the one before left, so that nobody finds in the cache
+    what another has just read. Stops after ``rounds`` rounds, or after ``budget`` seconds once there are three.
+    """
+    order, shuffler, position = list(runners), random.Random(seed), 0
+    times: dict[str, Turns] = {name: [] for name in order}
     start = time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - start > budget:
             break
-        shuffler.shuffle(order)
-        for name in order:
-            times[name].append(runners[name].run(runners[name].calls))
+        for name in times:
+            times[name].append([])
+        for _ in range(turns):
+            shuffler.shuffle(order)
+            for name in order:
+                runner = runners[name]
+                runner.position = position
+                times[name][-1].append(runner.run(runner.calls))
+                position = runner.position
     return times
+
+
+def interleave(runners: Mapping[str, Runner], rounds: int, budget: float, seed: int = 0) -> dict[str, list[float]]:
+    """Seconds per call of every runner in every round, a turn each; see `alternate`."""
+    found = alternate(runners, rounds, 1, budget, seed)
+    return {name: [turn for (turn,) in turns] for name, turns in found.items()}

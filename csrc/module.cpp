@@ -3,10 +3,12 @@
 // No torch here (the kernels are in _ops), so this module loads before torch and beside any version of it.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <cstring>
 #include <string>
 
 #include "probes.h"
+#include "values.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define W2S_X86 1
@@ -81,6 +83,20 @@ py::dict cpu_features() {
   return found;
 }
 
+template <class T>
+const T* at(std::uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+bool all_finite(std::uintptr_t address, std::int64_t count, int bytes) {
+  return bytes == 8 ? w2s::finite64(at<double>(address), count) : w2s::finite32(at<float>(address), count);
+}
+
+bool all_inside(std::uintptr_t address, std::int64_t count, int bytes, std::int64_t size) {
+  return bytes == 8 ? w2s::inside64(at<std::int64_t>(address), count, size)
+                    : w2s::inside32(at<std::int32_t>(address), count, size);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -88,6 +104,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts, CPU features and machine probes of w2s_fast.";
   m.def("build_facts", build_facts, "Compiler, flags, torch and CUDA versions this extension was built with.");
   m.def("cpu_features", cpu_features, "Instruction sets this CPU has.");
+  m.def("finite", all_finite, "(address, count, bytes a number): whether all of float32 or float64 numbers are finite.");
+  m.def("inside", all_inside, "(address, count, bytes a number, size): whether all of int32 or int64 are in [0, size).");
   m.def("fma_isa", [] { return std::string(w2s::fma_isa()); }, "The instruction set `fma_peak` runs on.");
   m.def("copy_bandwidth", w2s::copy_bandwidth, release(), py::arg("megabytes") = 256, py::arg("threads") = 1,
         py::arg("repetitions") = 3, "Bytes per second, read and written, of a copy of `megabytes` MiB.");

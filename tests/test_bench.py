@@ -141,6 +141,39 @@ def test_runner_rotates_inputs():
     assert seen == [0, 1, 2, 0, 1, 2]
 
 
+def test_turns_of_one_round_are_compared_whole():
+    assert timing.between([2.0, 2.0, 90.0], [1.0, 1.0, 1.0]) == 2.0
+    one, other = [1.0, 3.0, 5.0], [2.0, 7.0, 1.0]
+    assert timing.between(one, other) == pytest.approx(1 / timing.between(other, one))
+    assert timing.contest([[2.0], [4.0]], [[1.0], [1.0]]) == timing.quartiles([2.0, 4.0])
+
+
+def test_nobody_finds_the_inputs_that_another_has_just_read():
+    seen: dict[str, list[int]] = {"a": [], "b": []}
+    inputs = [(i,) for i in range(4)]
+    runners = {name: timing.Runner(seen[name].append, inputs, torch.device("cpu")) for name in seen}
+    found = timing.alternate(runners, 3, 5, 1.0)
+    assert all([len(turns) for turns in found[name]] == [5, 5, 5] for name in seen)
+    together = sorted([*seen["a"], *seen["b"]])
+    assert all(7 <= together.count(i) <= 8 for i in range(4))  # one ring, in order
+
+
+def test_a_second_look_is_taken_where_the_first_finds_nobody_clearly_faster():
+    class Fixed(timing.Runner):
+        def __init__(self, seconds: float) -> None:
+            super().__init__(lambda: None, [()], torch.device("cpu"))
+            self.fixed = self.seconds = seconds
+
+        def run(self, calls: int) -> float:
+            return self.fixed
+
+    chosen = harness.Settings(rounds=7, turns=2, closer=0.01)
+    clear = harness._looked_at({"ours": Fixed(1e-3), "eager": Fixed(2e-3)}, "ours", chosen)
+    near = harness._looked_at({"ours": Fixed(1e-3), "eager": Fixed(1.05e-3)}, "ours", chosen)
+    assert [len(clear["ours"]), len(clear["ours"][0])] == [7, 2]
+    assert len(near["ours"]) == 5 and timing.contest(near["eager"], near["ours"]).low == pytest.approx(1.05)
+
+
 def test_peak_memory_counts_temporaries():
     x = torch.randn(1000, 1000)
     found = peak_bytes(lambda x: (x + 1) * 2, (x,), torch.device("cpu"))

@@ -87,6 +87,19 @@ def test_a_call_is_held_by_the_lower_quartile_of_the_fastest():
     assert any(line.startswith("loss 0.50 (0.40-0.60) op/b: eager") for line in text)
 
 
+def test_the_control_judges_nobody():
+    control = replace(_rows("a")[0], provider="control", kind="control", ratio=1.0, ratio_low=0.96)
+    rows = [[*_rows("a", (1.2, 1.1)), control], [*_rows("b", (1.2, 1.1)), replace(control, ratio_low=0.98)]]
+    assert guarantee.held(rows[0]) is True
+    said = guarantee.shares(rows)
+    assert said[0].startswith("100.0%: in 2 of 2") and said[-1].startswith("50.0%: in 1 of 2") and "itself" in said[-1]
+
+
+def test_every_op_is_controlled_in_its_turn():
+    ops = {call.domain.op for call in domain.calls(19 * 60) if call.number % guarantee.CONTROLLED == 0}
+    assert ops == set(domain.domains())
+
+
 def test_a_run_goes_on_where_its_file_ends(tmp_path: Path):
     path, ops = tmp_path / "g.json", ("arm_loss", "gate_residual")
     settings = replace(QUICK, providers=("eager",))

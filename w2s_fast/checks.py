@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import transforms
+from . import transforms, values
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -152,13 +152,12 @@ def ends(index: Tensor) -> tuple[int, int]:
 
 def inside(index: Tensor, size: int) -> bool:
     """Whether all of a tensor of integers that is not empty lie in ``[0, size)``."""
-    low, high = ends(index)
-    return low >= 0 and high < size
+    return values.all_inside(index, size)
 
 
 def index_range(op: str, argument: str, index: Tensor, size: int) -> None:
     """Every index must lie in ``[0, size)``; looked at on a CPU only, because a GPU would have to be waited for."""
-    if not readable(index) or not index.numel():
+    if not readable(index) or not index.numel() or values.all_inside(index, size):
         return
     low, high = ends(index)
     if low < 0 or high >= size:

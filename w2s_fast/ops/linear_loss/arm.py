@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn.functional import softplus
 
 from ... import checks, transforms
 from ...calibration import or_plain
+from ...values import all_inside
 from ..numbers import number
-from .inputs import linear, logit_bytes, targets, wide_logits
+from .inputs import linear, logit_bytes, targets, token_ids, wide_logits
 from .logprobs import logprobs
 
 _EXACT = 40  # beyond it log(1 + exp(x)) is x in float64 too
@@ -116,10 +117,11 @@ def _plain(
     *, bias: Tensor | None = None,
 ) -> Any:  # fmt: skip
     scored = labels[:, 1:]
-    if int(scored.min()) < 0:
+    ids = token_ids(scored)
+    if not all_inside(ids, lm_head.shape[0]):
         return NotImplemented
-    z = wide_logits(hidden[:, :-1], lm_head, bias).flatten(0, -2)
-    logp = -cross_entropy(z, scored.reshape(-1).long(), reduction="none").reshape(scored.shape).sum(1)
+    z = wide_logits(hidden[:, :-1], lm_head, bias)
+    logp = z.log_softmax(-1).gather(1, ids.unsqueeze(1)).reshape(scored.shape).sum(1)
     pairs = labels.shape[0] // 2
     return _loss(logp[:pairs], logp[pairs:], beta, gamma, label_smoothing)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from ... import checks
 from ...calibration import or_plain
 from ...reference.linear_loss.arguments import Target
+from ...values import all_inside
 from .ce import cross_entropy
-from .inputs import Weights, fused_logits, linear, logit_bytes, needs, targets
+from .inputs import Weights, fused_logits, linear, logit_bytes, needs, targets, token_ids
 from .logprobs import logprobs
 
 
@@ -21,12 +22,12 @@ def _plain(
     hiddens: Sequence[Tensor], lm_heads: Sequence[Tensor], target: Tensor, weights: Weights | None = None, *,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Any:  # fmt: skip
-    if int(target.min()) < 0:
+    if target.ndim == 0 or not all_inside(target, lm_heads[0].shape[0]):
         return NotImplemented
     z = fused_logits(hiddens, lm_heads, weights)
     if z is NotImplemented:
         return z
-    loss = F.cross_entropy(z.flatten(0, -2), target.reshape(-1).long(), reduction=reduction)
+    loss = F.cross_entropy(z, token_ids(target), reduction=reduction)
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 

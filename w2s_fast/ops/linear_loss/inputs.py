@@ -199,7 +199,13 @@ def logit_bytes(h: Tensor, head: Tensor) -> float:
 def wide_logits(h: Tensor, head: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits ``[T, V]`` as one writes them in PyTorch: a product in the dtype of the head, the loss in float32."""
     z = F.linear(h if h.ndim <= 2 else h.flatten(0, -2), head, bias)  # bfloat16 rows of a matrix take a shorter way
-    return z if z.dtype == torch.float64 else z.float()
+    return z if z.dtype is torch.float32 or z.dtype is torch.float64 else z.float()
+
+
+def token_ids(target: Tensor) -> Tensor:
+    """Targets ``[T]`` as PyTorch's losses take them."""
+    target = target if target.ndim == 1 else target.reshape(-1)
+    return target if target.dtype is torch.int64 else target.long()
 
 
 def fused_logits(hiddens: Sequence[Tensor], heads: Sequence[Tensor], weights: Any) -> Any:

@@ -12,9 +12,10 @@ from torch import Tensor
 from ... import autocast, checks
 from ...calibration import or_plain
 from ...reference.linear_loss.arguments import Linear, Target
+from ...values import all_inside
 from ..layout import separate_rows
 from .ce import cross_entropy
-from .inputs import logit_bytes, needs, single, targets, wide_logits
+from .inputs import logit_bytes, needs, single, targets, token_ids, wide_logits
 from .logp import token_weights
 from .logprobs import logprobs
 
@@ -132,10 +133,11 @@ def _plain(
     h: Tensor, W: Tensor, target: Tensor | None = None, *, bias: Tensor | None = None, label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Any:  # fmt: skip
-    if target is None or int(target.min()) < 0:
+    if target is None or target.ndim == 0 or not all_inside(target, W.shape[0]):
         return NotImplemented
-    z = wide_logits(h, W, bias).flatten(0, -2)
-    loss = F.cross_entropy(z, target.reshape(-1).long(), label_smoothing=label_smoothing, reduction=reduction)
+    loss = F.cross_entropy(
+        wide_logits(h, W, bias), token_ids(target), None, None, -100, None, reduction, label_smoothing
+    )  # fmt: skip
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 

@@ -15,7 +15,8 @@ from ...reference.linear_loss import preference as reference
 from ...reference.linear_loss.arguments import Compared, Linear, Terms, Tokens
 from ...reference.linear_loss.preference import AVERAGED, PAIRED, SMOOTHED, UNPAIRED, UNREFERENCED, Sequences, Term
 from ...transforms import wants_grad
-from .inputs import logit_bytes, need_of, needs, single, targets, wide_logits
+from ...values import all_inside
+from .inputs import logit_bytes, need_of, needs, single, targets, token_ids, wide_logits
 from .logp import linear_logp, segments, token_counts, token_weights
 from .preference import LINEAR_PREFERENCE
 
@@ -195,13 +196,12 @@ def _plain(
     """DPO of sequences of one length, against a reference model's hidden states."""
     if kind != "dpo" or pair_index is None or ref_h is None or h.ndim != 3:
         return NotImplemented
-    if int(target.min()) < 0 or int(pair_index.min()) < 0:
+    if not all_inside(target, W.shape[0]) or not all_inside(pair_index, target.shape[0]):
         return NotImplemented
-    ids = target.reshape(-1).long()
+    ids = token_ids(target)
 
     def sums(rows: Tensor, head: Tensor) -> Tensor:
-        z = wide_logits(rows, head).flatten(0, -2)
-        return -F.cross_entropy(z, ids, reduction="none").reshape(target.shape).sum(1)
+        return -F.cross_entropy(wide_logits(rows, head), ids, reduction="none").reshape(target.shape).sum(1)
 
     with torch.no_grad():
         ref = sums(ref_h, W if ref_W is None else ref_W)

@@ -11,6 +11,7 @@ from ... import checks
 from ...calibration import or_plain
 from ...reference.linear_loss.arguments import Linear, Target
 from ...transforms import wants_grad
+from ...values import all_inside
 from .ce import cross_entropy
 from .inputs import logit_bytes, needs, single, targets, wide_logits
 from .logprobs import LINEAR_FUSION_LOGPROBS, logprobs
@@ -65,17 +66,19 @@ def _plain(
     h: Tensor, W: Tensor, target: Tensor, *, bias: Tensor | None = None, normalize: Normalize = "none",
     grad: Grad = "auto",
 ) -> Any:  # fmt: skip
-    if grad not in ("auto", "none") or int(target.min()) < 0 or target.ndim == 0:
+    if grad not in ("auto", "none") or target.ndim == 0 or not all_inside(target, W.shape[0]):
         return NotImplemented
     if grad == "none" and torch.is_grad_enabled():
         with torch.no_grad():
             return _plain(h, W, target, bias=bias, normalize=normalize, grad=grad)
-    z = wide_logits(h, W, bias).flatten(0, -2)
-    logp = z.log_softmax(-1).gather(1, target.reshape(-1, 1).long()).squeeze(1)
+    token = target if target.dtype is torch.int64 else target.long()
+    logp = wide_logits(h, W, bias).log_softmax(-1).gather(1, token.reshape(-1, 1))
     if normalize == "none":
         return logp.reshape(target.shape)
-    rows = logp.reshape(target.shape[:-1].numel(), target.shape[-1])
-    return rows.sum(1) if normalize == "sum" else rows.mean(1)
+    count, length = target.shape[:-1].numel(), target.shape[-1]
+    if length == 1:
+        return logp.reshape(count)
+    return logp.reshape(count, length).sum(1) if normalize == "sum" else logp.reshape(count, length).mean(1)
 
 
 def _logits(h: Tensor, W: Tensor, *_: Any, **options: Any) -> float:

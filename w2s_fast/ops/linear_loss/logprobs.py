@@ -13,6 +13,7 @@ from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.linear_loss import fusion as reference
 from ...reference.linear_loss.arguments import Coefficients, Linear, Need
+from ...values import all_inside
 from .gradient import LINEAR_LOSS_BACKWARD, by_name, wanted
 from .inputs import Weights, fused_logits, keeps_logits, kept_shape, linear, logit_bytes, need_of, targets
 
@@ -101,7 +102,7 @@ def logprobs(given: Linear, target: Tensor, ignore_index: int) -> tuple[Tensor, 
 def _plain(
     hiddens: Sequence[Tensor], lm_heads: Sequence[Tensor], target: Tensor, weights: Weights | None = None
 ) -> Any:
-    if int(target.min()) < 0:
+    if target.ndim == 0 or not all_inside(target, lm_heads[0].shape[0]):
         return NotImplemented
     z = fused_logits(hiddens, lm_heads, weights)
     if z is NotImplemented:

@@ -15,6 +15,7 @@ from ...gradients import NOT_KEPT, Call
 from ...library import Kernel, define
 from ...reference.logit_fusion import fuse as reference
 from ...reference.logit_fusion.arguments import Fusion
+from ...values import all_finite
 from .gradient import TENSORS, fusion_gradients, input_gradients
 from .inputs import accumulate_dtype, fusion, unflatten
 
@@ -62,31 +63,32 @@ Plausible = tuple[Literal["min_p", "top_p"], float]
 
 
 def plain_fused(base: Tensor, experts: Any, anti: Any, weights: Any) -> Any:
-    """The fused logits as one writes them in PyTorch, in float32; NotImplemented where a token is impossible: where the
-    sum of all is not finite, which takes half the time of a look for the least."""
-    if not isinstance(weights, float) or not isinstance(experts, (list, tuple)):
+    """The fused logits as one writes them in PyTorch, in float32; NotImplemented where a token is impossible."""
+    if type(weights) is not float or not isinstance(experts, (list, tuple)):
         return NotImplemented
-    anti, shape, dtype = [anti] if isinstance(anti, Tensor) else anti, base.shape, base.dtype
+    anti, shape, kind = (anti,) if isinstance(anti, Tensor) else anti, base.shape, base.dtype
     if len(anti) not in (1, len(experts)):
         return NotImplemented
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    z = base if dtype is wide else base.to(wide)
+    z = base if kind is torch.float32 or kind is torch.float64 else base.float()
     for k, expert in enumerate(experts):
-        against = anti[k if len(anti) > 1 else 0]
-        if expert.shape != shape or against.shape != shape or expert.dtype is not against.dtype:
+        against, dtype = anti[k if len(anti) > 1 else 0], expert.dtype
+        if expert.shape != shape or against.shape != shape or dtype is not against.dtype:
             return NotImplemented
-        if expert.dtype is not wide:
-            if expert.dtype is torch.float64:
-                return NotImplemented
-            expert, against = expert.to(wide), against.to(wide)
+        if dtype is not torch.float32:
+            if kind is torch.float64 or dtype is torch.float64:
+                if dtype is not kind:
+                    return NotImplemented
+            else:
+                expert, against = expert.float(), against.float()
+        elif kind is torch.float64:
+            return NotImplemented
         z = z + (expert - against) if weights == 1.0 else torch.add(z, expert - against, alpha=weights)
-    # of values without their history: the sum is nobody's result
-    return z if math.isfinite(z.detach().sum().item()) else NotImplemented
+    return z if all_finite(z) else NotImplemented
 
 
 def _plain(base: Tensor, experts: Any, anti: Any, weights: Any = 1.0) -> Any:
     z = plain_fused(base, experts, anti, weights)
-    return z if z is NotImplemented else z.to(base.dtype)
+    return z if z is NotImplemented or z.dtype is base.dtype else z.to(base.dtype)
 
 
 @overload

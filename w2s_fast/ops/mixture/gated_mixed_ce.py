@@ -15,6 +15,7 @@ from ...library import Kernel, define
 from ...reference.mixture import gated_mixed_ce as reference
 from ...reference.numerics import accumulate_dtype
 from ...transforms import wants_grad
+from ...values import all_inside
 from ..stored import scaled
 
 Mix = Literal["losses", "logits"]
@@ -56,7 +57,7 @@ GATED_MIXED_CE = define(
 def _plain(
     a: Tensor, b: Tensor, target: Tensor, gate: Tensor, *, mix: Mix = "losses", reduction: Reduction = "mean"
 ) -> Any:
-    if not a.dtype == b.dtype == gate.dtype == torch.float32 or int(target.min()) < 0:
+    if not a.dtype == b.dtype == gate.dtype == torch.float32 or not all_inside(target, a.shape[1]):
         return NotImplemented
     if mix == "logits":
         g = gate.unsqueeze(1)

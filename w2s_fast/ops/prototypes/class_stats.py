@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
+from ...calibration import or_plain
 from ...reference.numerics import accumulate_dtype
+from ...values import all_finite, all_inside
 from ..layout import separate_rows
 
 NAME = "class_stats"
@@ -42,6 +44,24 @@ class ClassStats(NamedTuple):
         return found
 
 
+def _plain(x: Tensor, labels: Tensor, num_classes: int) -> Any:
+    """The sums as a product with the classes' indicators, which few rows are faster by; of finite rows: 0 times
+    infinity would be in every class."""
+    if x.device.type != "cpu" or not all_inside(labels, num_classes):
+        return NotImplemented
+    dtype = accumulate_dtype(x)
+    chosen = torch.zeros((num_classes, len(labels)), dtype=dtype).scatter_(0, labels.unsqueeze(0), 1.0)
+    sums = chosen @ (x if x.dtype is dtype else x.to(dtype))
+    if not all_finite(sums):
+        return NotImplemented
+    return ClassStats(sums.double(), torch.bincount(labels, minlength=num_classes))
+
+
+def _indicators(x: Tensor, labels: Tensor, num_classes: int, **options: Any) -> float:
+    return 4.0 * num_classes * len(labels)
+
+
+@or_plain(_plain, _indicators)
 def class_stats(
     x: Tensor, labels: Tensor, num_classes: int, *, normalize: bool = False, onto: ClassStats | None = None
 ) -> ClassStats:

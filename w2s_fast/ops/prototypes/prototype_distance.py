@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autocast, checks
+from ...calibration import or_plain
 from ...gradients import Call
 from ...library import Kernel, define
 from ...reference.linear_loss.arguments import Coefficients, Linear, Need
 from ...reference.numerics import accumulate_dtype
 from ...reference.prototypes import prototype_distance as reference
 from ...transforms import wants_grad
+from ...values import all_finite
 from ..layout import separate_rows
 from ..linear_loss.gradient import LINEAR_LOSS_BACKWARD
+from ..numbers import number
 
 Metric = Literal["sqeuclidean", "cosine"]
 NAME = "prototype_distance"
@@ -108,6 +111,25 @@ PROTOTYPE_DISTANCE = define(
 )
 
 
+def _plain(x: Tensor, prototypes: Tensor, *, return_distance: bool = True) -> Any:
+    """The nearest alone, of a product that is held whole; `torch.max` takes the first of equal ones."""
+    if x.dtype is not torch.float32 or x.device.type != "cpu":
+        return NotImplemented
+    offset = (prototypes * prototypes).sum(1) * number(-0.5, x.dtype)
+    score, index = torch.addmm(offset, x, prototypes.t()).max(1, keepdim=True)
+    if not all_finite(score):  # a NaN is the largest of its row
+        return NotImplemented
+    if not return_distance:
+        return Nearest(None, index, None, None)
+    square = (x * x).sum(1, keepdim=True)
+    return Nearest(torch.add(square, score, alpha=-2.0).clamp(min=0), index, None, None)
+
+
+def _products(x: Tensor, prototypes: Tensor, *_: Any, **options: Any) -> float:
+    return 4.0 * max(len(x) * len(prototypes), x.numel())
+
+
+@or_plain(_plain, _products)
 def prototype_distance(
     x: Tensor,
     prototypes: Tensor,
