@@ -7,11 +7,15 @@ given the tensors that want one and no others: each one more costs a small call 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import transforms
 
@@ -50,8 +54,21 @@ class _NotKept:
 NOT_KEPT = _NotKept()
 #: Of an argument or a result: its number, and in a list of tensors its number there, otherwise -1.
 Place = tuple[int, int]
-#: Names separated by blanks, or a function of a `Call` that returns them.
+
+
+class Either(NamedTuple):
+    """What is kept where it depends on the values of a result: one choice if these are all above -inf, or the other."""
+
+    result: str
+    finite: str
+    otherwise: str
+
+
+#: Names separated by blanks, or a function of a `Call` that returns them: of shapes, dtypes and options, never of
+#: values.
 Names = str | Callable[[Call], str]
+#: The same, or what a look at a result decides.
+Choice = Names | Callable[[Call], "str | Either"]
 
 
 class Plan(NamedTuple):
@@ -81,11 +98,161 @@ class Kept(NamedTuple):
     facts: list[tuple[Any, Any] | None] | None
 
 
+#: What is saved: whether it is a result, its place, and its shape in the op if that is another one.
+Source = tuple[bool, int, int, tuple[int, ...] | None]
+
+
+class Attachment(NamedTuple):
+    """How the results of a kind of call carry a gradient, in the form that csrc/call.cpp takes.
+
+    inputs: of each argument that wants a gradient its place and, if another one, its shape at the caller's; carriers:
+    of each result that carries one its number and, if another one is returned, its shape; looked: the number of a
+    result, if the variant depends on it, or -1; variants: of each what is saved and Python's backward,
+    `Gradient.followed`.
+    """
+
+    name: str
+    inputs: list[tuple[int, int, tuple[int, ...] | None]]
+    carriers: list[tuple[int, tuple[int, ...] | None]]
+    materialize: bool
+    looked: int
+    variants: list[tuple[list[Source], Callable[..., Any]]]
+
+
+def _numbered(values: Sequence[Any], made: bool) -> list[Any]:
+    """Places in the form of arguments or results."""
+
+    def numbered(i: int, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [(made, i, j) for j in range(len(value))]
+        return None if value is None else (made, i, -1)
+
+    return [numbered(i, value) for i, value in enumerate(values)]
+
+
+class Steps(NamedTuple):
+    """A backward as a list of ops: name, overload and arguments, each the number of a tensor, a list of these, or a
+    constant in a tuple of its own. Numbers count the gradients that came, what was saved, and what each op made. found:
+    the numbers of the gradients, -1 for None; tensors: how many there are."""
+
+    steps: list[tuple[str, str, list[Any]]]
+    found: list[int]
+    tensors: int
+
+
+class Followed(TorchDispatchMode):
+    """Sees which ops a backward calls, with which of its tensors and constants.
+
+    It does not see what Python makes of the values of a tensor, so there are no steps where one was read, but for
+    `is_one`, by which csrc/call.cpp tells backwards apart; nor where an op was given a tensor that came from elsewhere.
+    """
+
+    #: of every thread, the one that sees it
+    active: Followed | None = None
+    #: bytes beyond which no memory is copied to tell tensors apart
+    _MOST = 1 << 24
+
+    def __init__(self, given: Sequence[Any]) -> None:
+        super().__init__()
+        self.thread, self.known, self.numbers = threading.get_ident(), list[Any](), dict[Any, int]()
+        self.steps: list[tuple[str, str, list[Any]]] | None = []
+        #: whether two of the tensors are the same memory, and stay it
+        self.same = False
+        self.given = [self._apart(t) for t in given]
+
+    def _apart(self, t: Any) -> Any:
+        """The tensor, with memory of its own if another one is the same elements."""
+        if t is not None and _elements(t) in self.numbers:
+            memory = t.untyped_storage()
+            self.same = self.same or memory.nbytes() > self._MOST
+            t = torch.empty(0, dtype=t.dtype).set_(memory.clone(), t.storage_offset(), t.shape, t.stride())
+        self._note(t)
+        return t
+
+    def _note(self, t: Any) -> None:
+        if t is not None:
+            self.numbers[_elements(t)] = len(self.known)
+        self.known.append(t)
+
+    def __enter__(self) -> Any:
+        Followed.active = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Followed.active = None
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        if self.steps is not None:
+            results = made if isinstance(made, (list, tuple)) else [made]
+            if not (_any_tensor(results) or _any_tensor(args) or _any_tensor(kwargs.values())):
+                return made  # such as the wider of two dtypes: the same every time
+            step = self._step(func, args, kwargs)
+            if step is None or not all(isinstance(t, Tensor) for t in results):
+                self.steps = None
+            else:
+                self.steps.append(step)
+                for t in results:
+                    self._note(t)
+        return made
+
+    def _step(self, func: Any, args: Any, kwargs: Any) -> tuple[str, str, list[Any]] | None:
+        schema = getattr(func, "_schema", None)
+        if schema is None or not schema.returns or torch.Tag.dynamic_output_shape in func.tags:
+            return None
+        given = []
+        for i, argument in enumerate(schema.arguments):
+            value = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
+            number = self._given(value)
+            if number is None:
+                return None
+            given.append(number)
+        return schema.name, schema.overload_name, given
+
+    def _given(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.numbers.get(_elements(value))
+        if isinstance(value, (list, tuple)) and _any_tensor(value):
+            numbers = [self._given(t) for t in value]
+            return numbers if all(type(n) is int for n in numbers) else None
+        return (value,)
+
+    def steps_to(self, found: Sequence[Any]) -> Steps | None:
+        """All that was seen, if every gradient came of it."""
+        numbers = [-1 if t is None else self.numbers.get(_elements(t)) for t in found]
+        if self.steps is None or None in numbers:
+            return None
+        return Steps(self.steps, numbers, len(self.known))  # type: ignore[arg-type]
+
+
+def _any_tensor(values: Iterable[Any]) -> bool:
+    """Whether there is a tensor among them or in their lists."""
+    return any(_any_tensor(v) if isinstance(v, (list, tuple)) else isinstance(v, Tensor) for v in values)
+
+
+def _elements(t: Tensor) -> Any:
+    """What two tensors have in common that are the same elements."""
+    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype
+
+
+def is_one(grad: Tensor) -> bool:
+    """Whether a gradient that is one number is 1: the one value that a backward may look at and be replayed."""
+    seen = Followed.active
+    if seen is None or seen.thread != threading.get_ident():
+        return float(grad.detach()) == 1.0
+    if grad.ndim or not any(grad is t for t in seen.given):
+        seen.steps = None
+    with torch.utils._python_dispatch._disable_current_modes():
+        return float(grad.detach()) == 1.0
+
+
 class Gradient:
     """How one op is differentiated; see `library.define`."""
 
     def __init__(
-        self, op: Op, backward: Callable[[Call, Any], dict[str, Any]] | None, saves: Names, carriers: Names | None,
+        self, op: Op, backward: Callable[[Call, Any], dict[str, Any]] | None, saves: Choice, carriers: Names | None,
         materialize: bool, twice: bool,
     ) -> None:  # fmt: skip
         self.op, self.backward, self.saves, self.carriers = op, backward, saves, carriers
@@ -102,12 +269,87 @@ class Gradient:
 
     def keep(self, backend: str, flat: Sequence[Any], results: Sequence[Any]) -> tuple[list[Any], Kept]:
         """The tensors that the gradient needs, and the rest of what it needs."""
-        saves = self.saves if isinstance(self.saves, str) else self.saves(self._call(backend, flat, results))
+        saves = self._choices(backend, flat, results)
+        if isinstance(saves, Either):
+            least = float(results[self._results.index(saves.result)].amin())
+            saves = saves.finite if least > -math.inf else saves.otherwise
         plan = self._plans.get(saves) or self._plan(saves)
         tensors, values = plan.keep(flat, results)
-        carriers = self._fixed if self._fixed is not None else self._carried(backend, flat, results)
+        carriers = self._carriers_of(backend, flat, results)
         facts = [None if t is None else (t.shape, t.dtype) for t in tensors] if _hooks(False) else None
         return tensors, Kept(backend, plan, values, carriers, facts)
+
+    def _choices(self, backend: str, flat: Sequence[Any], results: Sequence[Any]) -> str | Either:
+        return self.saves if isinstance(self.saves, str) else self.saves(self._call(backend, flat, results))
+
+    def _carriers_of(self, backend: str, flat: Sequence[Any], results: Sequence[Any]) -> list[Place]:
+        return self._fixed if self._fixed is not None else self._carried(backend, flat, results)
+
+    def attachment(self, flat: Sequence[Any], results: Sequence[Any]) -> Attachment | None:
+        """How calls like this one carry a gradient, for csrc/call.cpp; None where that is left to Python."""
+        carriers = self._carriers_of("auto", flat, results)
+        if not carriers or any(j >= 0 for _, j in carriers):
+            return None
+        at, saves = self.wanted(flat), self._choices("auto", flat, results)
+        if isinstance(saves, Either):
+            looked, choices = self._results.index(saves.result), [saves.finite, saves.otherwise]
+        else:
+            looked, choices = -1, [saves]
+        variants: list[tuple[list[Source], Callable[..., Any]]] = []
+        for choice in choices:
+            plan = self._plans.get(choice) or self._plan(choice)
+            places = _numbered(flat, False), _numbered(results, True)
+            kept = Kept("auto", plan, plan.keep(flat, results)[1], carriers, None)
+            saved: list[Source] = [(False, -1, -1, None) if p is None else (*p, None) for p in plan.keep(*places)[0]]
+            variants.append((saved, partial(self.followed, kept, at)))
+        return Attachment(
+            f"w2s_fast::{self.op.name}Backward", [(i, j, None) for i, j in at], [(k, None) for k, _ in carriers],
+            self.materialize, looked, variants,
+        )  # fmt: skip
+
+    def wanted(self, flat: Sequence[Any]) -> list[Place]:
+        """The arguments that want a gradient."""
+        at = [(i, -1) for i in self.singles if flat[i] is not None and flat[i].requires_grad]
+        for i in self.lists:
+            at += [(i, j) for j, t in enumerate(flat[i]) if t.requires_grad]
+        return at
+
+    def followed(
+        self, kept: Kept, at: Sequence[Place], saved: Sequence[Any], grads: Sequence[Any], follow: bool
+    ) -> Any:
+        """`backward` for a call that csrc/call.cpp attached: the gradients and, if it is to ``follow``, how they came:
+        `Steps`, None if there can be none, False if they could not be told this time."""
+        needs = [True] * len(at)
+        if not follow:
+            return self.backward_of(kept, at, saved, needs, grads), None
+        seen = Followed([*grads, *saved])
+        if seen.same:
+            return self.backward_of(kept, at, saved, needs, grads), False
+        with seen:
+            found = self.backward_of(kept, at, seen.given[len(grads) :], needs, seen.given[: len(grads)])
+        return found, seen.steps_to(found)
+
+    def backward_of(
+        self, kept: Kept, at: Sequence[Place], saved: Sequence[Any], needed: Sequence[bool], grads: Sequence[Any]
+    ) -> list[Any]:
+        """The gradients of the arguments ``at``, from those of the carriers."""
+        needs: list[Any] = [False] * len(self.names)
+        for i in self.lists:
+            needs[i] = [False] * len(kept.values[i])
+        for (i, j), need in zip(at, needed, strict=True):
+            if j < 0:
+                needs[i] = need
+            else:
+                needs[i][j] = need
+        given: list[Any] = [None] * len(self.op.signature.results)
+        for (k, _), grad in zip(kept.carriers, grads, strict=True):
+            given[k] = grad
+        found = self.gradients(kept, saved, needs, given)
+        own = []
+        for i, j in at:
+            grad = found.get(self.names[i])
+            own.append(grad if j < 0 or grad is None else grad[j])
+        return own
 
     def _plan(self, names: str) -> Plan:
         """An argument comes before a result of its name."""
@@ -232,23 +474,8 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         rule, kept, at = ctx.call
-        needs: list[Any] = [False] * len(rule.names)
-        for i in rule.lists:
-            needs[i] = [False] * len(kept.values[i])
-        for (i, j), need in zip(at, ctx.needs_input_grad[5:], strict=True):
-            if j < 0:
-                needs[i] = need
-            else:
-                needs[i][j] = need
-        given: list[Any] = [None] * len(rule.op.signature.results)
-        for (k, _), grad in zip(kept.carriers, grads, strict=True):
-            given[k] = grad
         # read once: hooks that hand each tensor out once (checkpointing, offloading) refuse a second time
-        found = rule.gradients(kept, ctx.saved_tensors, needs, given)
-        own = []
-        for i, j in at:
-            grad = found.get(rule.names[i])
-            own.append(grad if j < 0 or grad is None else grad[j])
+        own = rule.backward_of(kept, at, ctx.saved_tensors, ctx.needs_input_grad[5:], grads)
         return (None, None, None, None, None, *own)
 
 
@@ -262,9 +489,7 @@ def attached(rule: Gradient, backend: str, flat: Sequence[Any], found: Any) -> A
     tensors, kept = rule.keep(backend, flat, results)
     if not kept.carriers:
         return found
-    at = [(i, -1) for i in rule.singles if flat[i] is not None and flat[i].requires_grad]
-    for i in rule.lists:
-        at += [(i, j) for j, t in enumerate(flat[i]) if t.requires_grad]
+    at = rule.wanted(flat)
     carried = [results[k] if j < 0 else results[k][j] for k, j in kept.carriers]
     made = _apply(rule, kept, at, tensors, carried, *[flat[i] if j < 0 else flat[i][j] for i, j in at])
     if results is not found:

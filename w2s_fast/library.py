@@ -24,7 +24,7 @@ from torch._library import simple_registry
 from torch.autograd import forward_ad
 
 from . import dispatch, extension, transforms
-from .gradients import Call, Gradient, Names, attached
+from .gradients import Call, Choice, Gradient, Names, attached
 from .signature import Signature
 
 _LIBRARY = torch.library.Library("w2s_fast", "FRAGMENT")
@@ -41,6 +41,8 @@ _profiled, _traced = _C._autograd._profiler_enabled, _C._is_tracing
 _transforms_active = transforms.active
 _autocast_off = _C._DisableAutocast
 
+_NO_NAMES: dict[str, Any] = {}
+
 #: Every op, by name, in the order of definition.
 OPS: dict[str, Op] = {}
 
@@ -53,6 +55,14 @@ def _tensors(flat: Sequence[Any]) -> list[Tensor]:
         elif isinstance(value, (list, tuple)):
             found += [t for t in value if isinstance(t, Tensor)]
     return found
+
+
+def fresh(flat: Sequence[Any], results: Sequence[Any]) -> bool:
+    """Whether the results are tensors of their own, and all tensors contiguous."""
+    given, made = _tensors(flat), _tensors(results)
+    memory = {t.data_ptr() for t in given if t.numel()}
+    new = not any(t.data_ptr() in memory or t._is_view() for t in made)
+    return new and all(t.is_contiguous() for t in (*given, *made))
 
 
 class Kernel:
@@ -157,6 +167,9 @@ class Op:
         #: one value a result as the reference returns them: by name, or the value of the only one
         self.named: Callable[[Sequence[Any]], Any] = self._make or itemgetter(0)
         self.gradient: Gradient
+        #: calls that were seen before, where they can be remembered (csrc/call.cpp)
+        self.calls: Any = None if extension.CALLS is None else extension.CALLS()
+        self._find: Callable[..., Any] | None = None if self.calls is None else self.calls.find
         for kernel, layer in ((triton, "kernels"), (cuda, "ops")):
             if kernel is not None:
                 kernel.bind(self, layer)
@@ -201,6 +214,45 @@ class Op:
 
     def run(self, backend: str, flat: tuple[Any, ...]) -> Any:
         """The op on flat arguments."""
+        if backend != "auto" or self._find is None or _is_compiling():
+            return self.anew(backend, flat)
+        found = self._find(flat, _NO_NAMES)
+        if found is None or found is True:
+            if found is None:
+                self.calls.put(flat, _NO_NAMES, False)
+            return self.anew(backend, flat)
+        if found is not False:
+            return found
+        found = self.anew(backend, flat)
+        self._remember(flat, found)
+        return found
+
+    def _remember(self, flat: tuple[Any, ...], found: Any) -> None:
+        """Let calls like this one, which came a second time, go straight to the kernel."""
+        way = self._way(flat, found)
+        if way is None or not self.calls.put(flat, _NO_NAMES, way):
+            self.calls.put(flat, _NO_NAMES, True)
+
+    def _way(self, flat: tuple[Any, ...], found: Any) -> Any:
+        results = found if isinstance(found, (tuple, list)) else (found,)
+        attachment = None
+        if not fresh(flat, results):
+            return None
+        if _is_grad_enabled() and self.wants_grad(*flat):
+            attachment = self.gradient.attachment(flat, results)
+            if attachment is None and any(t.requires_grad for t in _tensors(results)):
+                return None
+        values = [
+            (i, -1, None) if isinstance(value, Tensor)
+            else [(i, j, None) for j in range(len(value))] if argument.is_list and value
+            else (value,)
+            for i, (value, argument) in enumerate(zip(flat, self.signature.arguments, strict=True))
+        ]  # fmt: skip
+        several = results is found
+        return f"w2s_fast::{self.name}", values, [(k, None) for k in range(len(results))], several, attachment
+
+    def anew(self, backend: str, flat: tuple[Any, ...]) -> Any:
+        """The op on flat arguments, as if no such call had been seen."""
         if backend == "explain":
             raise dispatch.Explained(self.explain(flat))
         if _is_compiling():
@@ -344,7 +396,7 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[[Call, Any], dict[str, Any]] | None = None,
     gradient: Callable[..., Any] | None = None,
-    saves: Names = "",
+    saves: Choice = "",
     carriers: Names | None = None,
     materialize: bool = False,
     twice: bool = False,

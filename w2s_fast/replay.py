@@ -4,6 +4,9 @@ A function whose checks look at shapes, dtypes and options alone, and that calls
 call with the same of them. `record` runs it, sees which op it called with what, and writes that down as a function of
 the arguments: tensors as they came or viewed, everything else as it was. What it cannot follow has no replay.
 
+A call with a gradient has no replay in Python. What was seen of it is remembered for csrc/call.cpp, which attaches the
+gradient (`gradients.Attachment`).
+
 A replay returns None, having done nothing, where a tensor is not as plain as the first one was: on a CPU, contiguous,
 nobody's subclass or view that still has to be negated, with memory of its own.
 """
@@ -16,9 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .library import _CPU, Op
+from .gradients import Attachment
+from .library import _CPU, Op, fresh
 from .signature import ALONE, PLAIN
 
 Replay = Callable[..., Any]
@@ -39,13 +44,15 @@ class Seen(NamedTuple):
     """A replay in the form that `extension.CALLS` takes: an op, and what it is given.
 
     values: a `Place`, a list of them, or a constant in a tuple of its own; results: of each result that is returned its
-    number and the shape that it is given, or None; many: whether a tuple of them is returned.
+    number and the shape that it is given, or None; many: whether a tuple of them is returned; attachment: how they
+    carry a gradient, or None.
     """
 
     op: str
     values: list[Any]
     results: list[tuple[int, tuple[int, ...] | None]]
     many: bool
+    attachment: Attachment | None = None
 
     def placed(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """The same for calls that spell their arguments as this one; None where that leaves a tensor out."""
@@ -61,37 +68,55 @@ class Seen(NamedTuple):
             ]
         except KeyError:
             return None
-        return self.op, values, self.results, self.many
+        return self.op, values, self.results, self.many, self.attachment
+
+
+class Graded:
+    """In place of a replay in Python, which a call with a gradient does not have."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
 
 class _Recorded(NamedTuple):
     op: Op
+    backend: str
     flat: tuple[Any, ...]
     made: Any
+
+    def attachment(self) -> Attachment | None:
+        """How the results carry a gradient, if they do."""
+        results = self.made if isinstance(self.made, (list, tuple)) else [self.made]
+        graded = torch.is_grad_enabled() and self.op.wants_grad(*self.flat)
+        return self.op.gradient.attachment(self.flat, results) if graded else None
 
 
 @contextmanager
 def _recording() -> Iterator[list[_Recorded]]:
-    """The calls of kernels inside that this thread makes."""
+    """The calls of ops inside that this thread makes."""
     me, calls = threading.get_ident(), list[_Recorded]()
     with _LOCK:
-        original = Op.kernel
+        original = Op.run
 
-        def kernel(self: Op, flat: tuple[Any, ...]) -> Any:
-            made = original(self, flat)
-            if threading.get_ident() == me:
-                calls.append(_Recorded(self, flat, made))
+        def run(self: Op, backend: str, flat: tuple[Any, ...]) -> Any:
+            if threading.get_ident() != me:
+                return original(self, backend, flat)
+            made = self.anew(backend, flat)
+            calls.append(_Recorded(self, backend, flat, made))
             return made
 
-        Op.kernel = kernel  # type: ignore[method-assign]
+        Op.run = run  # type: ignore[method-assign]
         try:
             yield calls
         finally:
-            Op.kernel = original  # type: ignore[method-assign]
+            Op.run = original  # type: ignore[method-assign]
 
 
 def record(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Replay | None]:
-    """What the call returns, and its replay if there is one. For calls without a gradient."""
+    """What the call returns, and its replay if there is one."""
     with _recording() as calls:
         found = function(*args, **kwargs)
     return found, _written(function, args, kwargs, calls[0], found) if len(calls) == 1 else None
@@ -148,6 +173,12 @@ class _Writer:
                 return Place(name, item, None if given.shape == t.shape else tuple(t.shape))
         return None
 
+    def shape(self, place: Place) -> tuple[int, ...] | None:
+        """That of the caller's tensor, if the op sees it in another one."""
+        if place.shape is None:
+            return None
+        return next(tuple(t.shape) for name, item, t in self._places if (name, item) == (place.name, place.item))
+
     def written(self, value: Any) -> str:
         """Such an argument as an expression."""
         if isinstance(value, list):
@@ -178,17 +209,50 @@ def _results(made: Sequence[Any], found: Any) -> list[tuple[int, tuple[int, ...]
     return results or None
 
 
+def _graded(
+    writer: _Writer, values: list[Any], results: list[tuple[int, tuple[int, ...] | None]], call: _Recorded,
+    made: list[Any], found: Any,
+) -> Replay | None:  # fmt: skip
+    """A call whose results carry a gradient; None where it is another one than the op's."""
+    returned = found if type(found) is tuple else (found,)
+    same = [made[k].requires_grad == t.requires_grad for (k, _), t in zip(results, returned, strict=True)]
+    twice = len({k for k, _ in results}) < len(results)
+    if twice or not all(same) or not fresh(call.flat, made):
+        return None
+    attachment = call.attachment()
+    if attachment is None:
+        return None
+
+    def place(i: int, j: int) -> Place:
+        found: Place = values[i] if j < 0 else values[i][j]
+        return found
+
+    seen_as = {k: tuple(made[k].shape) for k, shape in results if shape is not None}
+    inputs = [(i, j, writer.shape(place(i, j))) for i, j, _ in attachment.inputs]
+    carriers = [(k, seen_as.get(k)) for k, _ in attachment.carriers]
+
+    def saved(one: tuple[bool, int, int, Any]) -> tuple[bool, int, int, Any]:
+        is_made, i, j, _ = one
+        return is_made, i, j, seen_as.get(i) if is_made else None if i < 0 else place(i, j).shape
+
+    variants = [([saved(one) for one in kept], backward) for kept, backward in attachment.variants]
+    attachment = attachment._replace(inputs=inputs, carriers=carriers, variants=variants)
+    return Graded(Seen(f"w2s_fast::{call.op.name}", values, results, type(found) is tuple, attachment))
+
+
 def _written(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: _Recorded, found: Any
 ) -> Replay | None:
     writer = _Writer(function, args, kwargs)
-    if writer.ambiguous():
+    if writer.ambiguous() or call.backend != "auto":
         return None
     values = [writer.value(value) for value in call.flat]
     made = list(call.made) if isinstance(call.made, (list, tuple)) else [call.made]
     results = _results(made, found)
     if any(value is None for value in values) or results is None:
         return None
+    if any(t.requires_grad for t in made if isinstance(t, Tensor)):
+        return _graded(writer, values, results, call, made, found)
     arguments = [writer.written(value) for value in values]
     if not writer.used:
         return None

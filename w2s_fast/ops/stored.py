@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..gradients import is_one
 
 _is_several = torch._C._functorch.is_legacy_batchedtensor
 
@@ -18,7 +19,7 @@ def scaled(grad: Tensor | None, found: Sequence[Tensor]) -> list[Tensor]:
         return [torch.zeros_like(g) for g in found]
     # a tracer's tensor is a subclass; several gradients at once (is_grads_batched) are no number
     plain = type(grad) is Tensor and checks.readable(grad) and not _is_several(grad)
-    if plain and float(grad.detach()) == 1.0:
+    if plain and is_one(grad):
         again = torch._C._autograd._get_current_graph_task_keep_graph()  # then they must outlive what the caller does
         return [g.clone() if again else g for g in found]
     # a number keeps its own dtype: a loss scale need not fit into float16

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import checks
 from ...calibration import or_plain
-from ...gradients import NOT_KEPT, Call
+from ...gradients import NOT_KEPT, Call, Either
 from ...library import Kernel, define
 from ...reference.logit_fusion import fuse as reference
 from ...reference.logit_fusion.arguments import Fusion
@@ -26,15 +26,15 @@ def _fake(given: Fusion, out_dtype: torch.dtype, need_lse: bool) -> tuple[Tensor
     return fused, given.base.new_empty((rows,) if need_lse else (0,), dtype=accumulate_dtype(given))
 
 
-def _saves(call: Call) -> str:
+def _saves(call: Call) -> str | Either:
     """Nothing, where every tensor's gradient is a multiple of that of z: no weights to learn, one shape and dtype, and
     no token of z = -inf, which on a CPU a look at z tells."""
     given, fused = call.given, call.out.fused
     settled = given.weights is None and given.temperature is None and not given.plausible and not call.need_lse
     if settled and type(fused) is Tensor and checks.readable(fused) and fused.numel():
         like = [t.shape == fused.shape and t.dtype == fused.dtype for t in (given.base, *given.experts, *given.anti)]
-        if all(like) and float(fused.amin()) > -math.inf:
-            return ""
+        if all(like):
+            return Either("fused", "", f"{TENSORS} lse")
     return f"{TENSORS} lse"
 
 
