@@ -18,19 +18,25 @@ template <class A, int K, int NV>
 W2S_INLINE void rows_tile(const A* __restrict p, const A* __restrict rows, int64_t ld, A* __restrict acc) {
   using V = Vec<A>;
   constexpr int QB = Shape<A>::QB;
-  V a[K][NV];
+  V a[K][NV];  // every loop unrolled: a loop left over K or NV keeps the sums in memory
+#pragma GCC unroll 8
   for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) a[k][v] = V::load(acc + k * ld + v * V::W);
   for (int q = 0; q < QB; ++q) {
     V x[NV];
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) x[v] = V::load(rows + q * ld + v * V::W);
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
       const V b = V::set(p[k * QB + q]);
+#pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) a[k][v] = V::fma(b, x[v], a[k][v]);
     }
   }
+#pragma GCC unroll 8
   for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) a[k][v].store(acc + k * ld + v * V::W);
 }
 
@@ -115,7 +121,7 @@ inline void score_gradients(const Problem& p, int64_t first, int64_t n, int64_t 
     const V top = V::load(s.top.data + at), inverse = V::load(s.inverse.data + at), delta = V::load(s.delta.data + at);
     for (int64_t k = 0; k < n; ++k) {
       A *x = s.p.data + k * QB + j * V::W, *y = s.ds.data + k * QB + j * V::W;
-      const V e = vexp(V::load(x) - top) * inverse;
+      const V e = power(V::load(x) - top) * inverse;
       e.store(x);
       (e * (V::load(y) - delta)).store(y);
     }

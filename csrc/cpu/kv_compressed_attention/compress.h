@@ -37,6 +37,7 @@ struct CompressKernels {  // compress_kernel.cpp
   void (*forward)(const Problem& p, const Slots& x, double eps, const Slots& kv, void* stats);
   void (*backward)(const Problem& p, const Slots& grad, const Slots& x, const void* stats, const Slots& dx, bool need_x,
                    bool need_params, A* total);
+  void (*clear)(const Slots& x, int64_t B, int64_t N, int64_t bytes);  // the first bytes of every token become 0
 };
 
 }  // namespace compress

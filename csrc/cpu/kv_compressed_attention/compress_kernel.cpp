@@ -150,20 +150,47 @@ inline void norm_row(const comp::Problem& p, const Taps<A>& taps, const A* stats
   vectors<A>(C, [=](auto c) { (rstd * (V::load(g + c) - first - V::load(a + c) * second)).store(g + c); });
 }
 
+// U vectors of dz, a line of 64 bytes, from channel c, and of dw where there is one. The line is streamed at once: one that
+// waits half full for its other half, while reads come and go, reaches memory in pieces.
+template <class A, Dtype d, int U, class W>
+W2S_INLINE void tap_line(const A* da, const char* z, const W& w, int64_t c, A* dw, char* dz) {
+  using V = Vec<A>;
+  constexpr int bytes = int(V::W * element<d>);
+  alignas(64) char lanes[U][bytes];
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u) {
+    const int64_t at = c + u * V::W;
+    const V x = V::load(da + at);
+    if (dw) (V::load(dw + at) + x * load_lanes<A, d>(z, Whole{at}, at)).store(dw + at);
+    store_lanes<A, d>(lanes[u], Whole{0}, V::W, x * w(at));
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u) stream_bytes<bytes>(dz + c * element<d> + u * bytes, lanes[u]);
+}
+
 // dz of one tap's token, and its part of dw
+template <class A, Dtype d, bool stream, class W>
+W2S_INLINE void tap_gradient(int64_t C, const A* da, const char* z, const W& w, A* dw, char* dz) {
+  using V = Vec<A>;
+  constexpr int U = int(64 / (V::W * element<d>));
+  if constexpr (stream) {
+    if (dw) for (int64_t c = 0; c < C; c += U * V::W) tap_line<A, d, U>(da, z, w, c, dw, dz);
+    else for (int64_t c = 0; c < C; c += U * V::W) tap_line<A, d, U>(da, z, w, c, static_cast<A*>(nullptr), dz);
+  } else {
+    vectors<A>(C, [=](auto c) {
+      const V x = V::load(da + c);
+      if (dw) add_lanes<A>(dw, c, C, x * load_lanes<A, d>(z, c, C));
+      store_lanes<A, d>(dz, c, C, x * w(c));
+    });
+  }
+}
+
 template <class A, Dtype d, bool stream>
 inline void tap_row(int64_t C, const A* da, const char* z, const A* w, A factor, A* dw, char* dz) {
   using V = Vec<A>;
-  if (dw && dz && w) {
-    vectors<A>(C, [=](auto c) {
-      const V x = V::load(da + c);
-      add_lanes<A>(dw, c, C, x * load_lanes<A, d>(z, c, C));
-      store_lanes<A, d, stream>(dz, c, C, x * V::load(w + c));
-    });
-    return;
-  }
-  if (dw) vectors<A>(C, [=](auto c) { add_lanes<A>(dw, c, C, V::load(da + c) * load_lanes<A, d>(z, c, C)); });
-  if (dz) vectors<A>(C, [=](auto c) { store_lanes<A, d, stream>(dz, c, C, V::load(da + c) * (w ? V::load(w + c) : V::set(factor))); });
+  if (!dz) vectors<A>(C, [=](auto c) { add_lanes<A>(dw, c, C, V::load(da + c) * load_lanes<A, d>(z, c, C)); });
+  else if (w) tap_gradient<A, d, stream>(C, da, z, [=](int64_t c) { return V::load(w + c); }, dw, dz);
+  else tap_gradient<A, d, stream>(C, da, z, [=](int64_t) { return V::set(factor); }, dw, dz);
 }
 
 template <class A, Dtype d>
@@ -241,7 +268,23 @@ inline void compress_backward(const comp::Problem& p, const Slots& grad, const S
   by_dtype<A>(x.dtype, [&]<Dtype d>() { run_compress_backward<d>(p, grad, x, stats, dx, need_x, need_params, total); });
 }
 
+template <class A>
+inline void clear_tokens(const Slots& x, int64_t B, int64_t N, int64_t bytes) {
+  using V = Vec<A>;
+  constexpr int step = int(V::W * sizeof(A));
+  const bool far = streams(x.data, B * N, x.token) && bytes % 64 == 0;
+  parallel_ranges(B * N, 64, [&](int64_t begin, int64_t end) {
+    alignas(64) const char zeros[step] = {};
+    for (int64_t i = begin; i < end; ++i) {
+      char* const to = x.at(i / N, i % N, 0);
+      if (far) for (int64_t at = 0; at < bytes; at += step) stream_bytes<step>(to + at, zeros);
+      else std::memset(to, 0, size_t(bytes));
+    }
+    if (far) stream_fence();
+  });
+}
+
 using comp::CompressKernels;
-W2S_KERNELS(CompressKernels, compress_forward<Real>, compress_backward<Real>)
+W2S_KERNELS(CompressKernels, compress_forward<Real>, compress_backward<Real>, clear_tokens<Real>)
 
 #include "cpu/target_end.h"

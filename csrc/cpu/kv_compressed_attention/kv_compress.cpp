@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kv_compress_backward(Rowwise 
   const Slots out = need_x ? Slots(dx) : Slots();
   const Parameters found = backward(p, x, Slots(grad), Slots(x), stats.data_ptr(), out, need_x, need_params);
   if (need_x && first > 0)
-    parallel_items(p.B * N, 64, [&](int64_t i) { std::memset(out.at(i / N, i % N, 0), 0, size_t(first * p.C * out.bytes)); });
+    with_kernels<CompressKernels>(p.f64, [&](const auto& kernel) { kernel.clear(out, p.B, N, first * p.C * out.bytes); });
   return {dx, found.weight, found.bias, found.norm_weight, found.norm_bias};
 }
 
