@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: elements up to which one thread is no slower than a reduction of several and their start
-_SMALL = 1 << 17
+#: elements up to which PyTorch's operators run on one thread (at::internal::GRAIN_SIZE), so that they lie in its cache
+_SMALL = 1 << 15
 
 
 def _module() -> Any:
