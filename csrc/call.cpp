@@ -88,11 +88,11 @@ bool nobody_looks_on(PyObject* forward_ad, PyObject* level_name) {
 }
 
 // Whether it is a tensor as most are: on a CPU, nobody's subclass, no view to be negated, with memory of its own.
-bool plain(const at::Tensor& t) {
+bool plain(const at::Tensor& t, bool empty_too = false) {
   const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
   const auto keys = impl->key_set();
   if ((keys.raw_repr() & ~kPlain.raw_repr()) != 0 || !keys.has(c10::DispatchKey::CPU)) return false;
-  return impl->has_storage() && impl->storage().data() != nullptr;
+  return impl->has_storage() && (impl->storage().data() != nullptr || (empty_too && impl->numel() == 0));
 }
 
 // The same elements in another shape, without a history; both must be contiguous.
@@ -315,7 +315,7 @@ bool describe(const variable_list& grads, Words& words) {
       words.push_back(kNone);
       continue;
     }
-    if (!plain(grad)) return false;
+    if (!plain(grad, true)) return false;
     const auto* meta = get_autograd_meta(grad);
     if (meta != nullptr && meta->fw_grad_) return false;
     const auto sizes = grad.sizes(), strides = grad.strides();
