@@ -50,7 +50,7 @@ def interval_linear() -> None:
     w2s_fast.interval_linear(x, x, torch.ones(2, 8))
 
 
-MOST = {fuse_logits: 15, kd_loss: 32, interval_linear: 27}
+MOST = {fuse_logits: 15, kd_loss: 34, interval_linear: 27}
 
 
 @pytest.mark.parametrize("call", MOST, ids=lambda call: call.__name__)

@@ -17,7 +17,7 @@ import w2s_fast
 from w2s_fast import extension, gradients
 from w2s_fast.library import OPS, Op
 from w2s_fast.testing.citizenship import Use, upstream
-from w2s_fast.testing.samples import Sample, all_samples
+from w2s_fast.testing.samples import all_samples
 from w2s_fast.testing.selection import sampled
 
 pytestmark = pytest.mark.skipif(extension.CALLS is None, reason="w2s_fast._call is not built for this torch")
@@ -265,7 +265,7 @@ def test_no_grad_and_inference_mode():
         made = [t.detach() for t in tokens()]
         assert call(*made).is_inference()
     for _ in range(4):
-        x, y, gate = tokens()
+        x, _, gate = tokens()
         with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
             call(x, made[1], gate)
 
