@@ -5,10 +5,10 @@
 // plain PyTorch, ours, or one kernel at once, whose arguments are the caller's tensors, or those seen in another shape,
 // and constants (replay.py). A call with a gradient leaves a `Gradient` behind, a node of the graph whose backward is
 // the list of ops that Python's was seen to call (gradients.py: `Attachment`). What it has not seen, and calls that
-// others look on at (autocast, modes, torch.func, profilers, hooks), it leaves to Python, which is always right; so does
-// a backward that it has not seen. It is made of torch's own C++ and Python interfaces, for the torch of the build.
-// fuse_logits on 16 elements: 2.8 us, where Python's replay took 6.1 and the op 12.9, and
-// torch.add 1.2 (AMD EPYC, family 25); a call that is known to take plain PyTorch: 0.7.
+// others look on at (autocast, modes, torch.func, profilers, hooks), it leaves to Python, which is always right; and a
+// backward that it has not seen. It is made of torch's own C++ and Python interfaces, for the torch of the build.
+// fuse_logits on 16 elements: 2.8 us, where Python's replay took 6.1 and the op 12.9, and torch.add 1.2 (AMD EPYC,
+// family 25); a call that is known to take plain PyTorch: 0.7.
 #include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
@@ -88,11 +88,11 @@ bool nobody_looks_on(PyObject* forward_ad, PyObject* level_name) {
 }
 
 // Whether it is a tensor as most are: on a CPU, nobody's subclass, no view to be negated, with memory of its own.
-bool plain(const at::Tensor& t) {
+bool plain(const at::Tensor& t, bool empty_too = false) {
   const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
   const auto keys = impl->key_set();
   if ((keys.raw_repr() & ~kPlain.raw_repr()) != 0 || !keys.has(c10::DispatchKey::CPU)) return false;
-  return impl->has_storage() && impl->storage().data() != nullptr;
+  return impl->has_storage() && (impl->storage().data() != nullptr || (empty_too && impl->numel() == 0));
 }
 
 // The same elements in another shape, without a history; both must be contiguous.
@@ -315,7 +315,7 @@ bool describe(const variable_list& grads, Words& words) {
       words.push_back(kNone);
       continue;
     }
-    if (!plain(grad)) return false;
+    if (!plain(grad, true)) return false;
     const auto* meta = get_autograd_meta(grad);
     if (meta != nullptr && meta->fw_grad_) return false;
     const auto sizes = grad.sizes(), strides = grad.strides();
@@ -411,8 +411,10 @@ struct Gradient : Node {
   // asked for its steps.
   variable_list by_python(variable_list&& grads, std::vector<at::Tensor>& kept, const Words* words) const {
     const Variant& mine = *attachment->variants[variant];
-    for (size_t k = 0; k < grads.size(); ++k)
-      if (attachment->carriers[k].shape && grads[k].defined()) grads[k] = grads[k].reshape(*attachment->carriers[k].shape);
+    for (size_t k = 0; k < grads.size(); ++k) {
+      const auto& shape = attachment->carriers[k].shape;
+      if (shape && grads[k].defined()) grads[k] = grads[k].reshape(*shape);
+    }
     for (size_t i = 0; i < kept.size(); ++i)
       if (mine.saved[i].shape && kept[i].defined()) kept[i] = kept[i].view(*mine.saved[i].shape);
     variable_list found;
@@ -449,7 +451,8 @@ struct Gradient : Node {
     for (size_t i = 0; i < saved.size(); ++i) args.collect(saved[i], attachment->variants[variant]->saved[i].output);
   }
 
-  variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables& swap) override {
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
     for (SavedVariable& one : saved) swap.before(one);
     auto found = apply(variable_list(grads));
     for (SavedVariable& one : saved) swap.after(one);
@@ -658,7 +661,8 @@ std::shared_ptr<const Steps> read_steps(PyObject* given, const Words& words) {
     if (!step) return made;
     made->steps.push_back(*std::move(step));
   }
-  for (Py_ssize_t i = 0; i < PyList_Size(found); ++i) made->found.push_back(PyLong_AsLongLong(PyList_GetItem(found, i)));
+  for (Py_ssize_t i = 0; i < PyList_Size(found); ++i)
+    made->found.push_back(PyLong_AsLongLong(PyList_GetItem(found, i)));
   made->tensors = static_cast<size_t>(number_at(given, 2));
   end_lives(*made);
   made->followed = true;
@@ -753,6 +757,7 @@ PyObject* find(PyObject* object, PyObject* const* given, Py_ssize_t count) {
   try {
     return way->run(given[0], named);
   } catch (...) {  // the function says what was wrong
+    PyErr_Clear();
     Py_RETURN_NONE;
   }
 }

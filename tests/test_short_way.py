@@ -38,6 +38,8 @@ def call(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 def short(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The calls that took the short way."""
     op, taken = OPS["modulate"], []
+    if op.calls is not None:  # what it has seen takes a way that is shorter still
+        op.calls.clear()
     original = op._on_cpu
     monkeypatch.setattr(op, "_on_cpu", lambda *args: (taken.append(args), original(*args))[1])
     return taken

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -186,7 +186,7 @@ class Followed(TorchDispatchMode):
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
         if self.steps is not None:
-            results = made if isinstance(made, (list, tuple)) else [made]
+            results = list(_flat(made))
             if not (_any_tensor(results) or _any_tensor(args) or _any_tensor(kwargs.values())):
                 return made  # such as the wider of two dtypes: the same every time
             step = self._step(func, args, kwargs)
@@ -225,6 +225,15 @@ class Followed(TorchDispatchMode):
         if self.steps is None or None in numbers:
             return None
         return Steps(self.steps, numbers, len(self.known))  # type: ignore[arg-type]
+
+
+def _flat(made: Any) -> Iterator[Any]:
+    """What an op made, lists one by one."""
+    if isinstance(made, (list, tuple)):
+        for value in made:
+            yield from _flat(value)
+    else:
+        yield made
 
 
 def _any_tensor(values: Iterable[Any]) -> bool:
