@@ -166,6 +166,19 @@ def test_threshold_is_torch_quantile(batch, q, seed):
     assert abs(found.item() - expected.item()) <= 3e-7 + steep * batch * 2.0**-22
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("rows", "classes"), [(1, 3), (2, 1500), (16, 513), (17, 512), (50, 33)])
+def test_a_threshold_of_few_rows_and_of_many(rows, classes, dtype):
+    """Columns are gone over in blocks, rows some at a time."""
+    random = torch.Generator().manual_seed(rows)
+    logits = (3 * torch.randn(rows, classes, generator=random)).to(dtype)
+    weak = torch.randn(rows, classes, generator=random).softmax(-1).to(dtype)
+    with w2s_fast.backend("cpp"):
+        found = w2s_fast.confidence_threshold(logits, weak)
+    expected = (logits.double().softmax(-1).mean(0) / weak.double().mean(0)).log()
+    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_class_that_no_row_can_take_is_never_guessed(backend):
     for missing in (-torch.inf, -200.0):  # the second is possible, but below any float32

@@ -27,6 +27,12 @@ def _same(a, b) -> None:
         assert x is y is None or torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
 
 
+_NUCLEUS = pytest.mark.parametrize(
+    ("kind", "top_p"),
+    [(kind, p) for kind in ("plain", "peaks", "equal", "masked", "one", "in order") for p in (0.1, 0.9, 0.995)],
+)
+
+
 # the law
 
 
@@ -160,6 +166,33 @@ def test_filters_on_language_models(backend):
         plausible = _kept(m.base.double(), z, {"plausible": filters.get("plausible", ("", 0.0))})
         logp = torch.where(plausible, z, -INF).log_softmax(-1).gather(1, at)[:, 0]
         torch.testing.assert_close(found.logprob.double(), logp, atol=2e-5, rtol=1e-5)
+
+
+@_NUCLEUS
+def test_a_nucleus_of_a_long_row_is_the_sorted_one(kind, top_p):
+    """Long rows are bracketed by a sample; where it does not tell, as for equal or few tokens, they are not."""
+    random = torch.Generator().manual_seed(3)
+    z = torch.randn(4, 40_001, generator=random) * 2
+    if kind == "peaks":
+        z[:, torch.randperm(40_001, generator=random)[:20]] += 12
+    elif kind == "equal":
+        z = z.round().clamp(0, 2)
+    elif kind == "masked":
+        z[torch.rand(z.shape, generator=random) < 0.6] = -INF
+    elif kind == "one":
+        z[:, 39_999] = 60.0
+    elif kind == "in order":
+        z = z.sort(-1).values
+    p, order = z.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    kept = (p.cumsum(-1) - p < top_p) & (p > 0)
+    for u in (0.0, 0.25, 0.75, 1 - 2.0**-24):
+        found = w2s_fast.fused_sample(z, uniform=torch.full((4,), u), top_p=top_p)
+        assert torch.allclose(found.kept.double(), kept.sum(-1).double(), rtol=1e-3, atol=1)  # the last may be a tie
+        mass = torch.zeros(z.shape, dtype=torch.float64).scatter_(1, order, torch.where(kept, p, 0.0)).cumsum(-1)
+        before = mass.gather(1, (found.token[:, None] - 1).clamp(min=0)).where(found.token[:, None] > 0, 0.0)
+        whole, at = mass[:, -1:], mass.gather(1, found.token[:, None])
+        assert (before <= (u + 1e-5) * whole).all() and (at >= (u - 1e-5) * whole).all()
+        assert mass.gather(1, found.token[:, None]).sub(before).min() > 0  # one that was kept
 
 
 def test_ends_of_the_unit_interval(backend):

@@ -54,6 +54,22 @@ def test_topk_mask_is_the_sorted_one(kind, n):
         assert torch.equal(topk_mask(s, k), expected), k
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+@pytest.mark.parametrize("columns", (1, 15, 16, 17, 65, 300, 5000))
+def test_topk_mask_of_rows_is_exact_for_every_k(columns, dtype):
+    """Rows of few columns and of many, with ties, zeros, subnormal numbers and infinities."""
+    random = torch.Generator().manual_seed(columns)
+    s = torch.randn(7, columns, generator=random)
+    s[1], s[2], s[3] = s[1].round(), s[2] * 1e-40, s[3].sort().values
+    s[4] = torch.where(s[4] > 0.5, -torch.inf, 0.0)
+    s[5], s[6] = 0.0, s[6].exp() ** 6
+    s = s.to(dtype)
+    order = s.abs().double().argsort(dim=1, descending=True, stable=True)
+    for k in {0, 1, 2, columns // 4, columns // 2, columns - 1, columns} & set(range(columns + 1)):
+        expected = torch.zeros(s.shape, dtype=torch.bool).scatter_(1, order[:, :k], True)
+        assert torch.equal(topk_mask(s, k, scope="row"), expected), k
+
+
 def test_topk_mask_of_shapes_and_rows():
     s = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(topk_mask(s, density=0.25), topk_mask(s, 12)) and topk_mask(s, 12).shape == s.shape

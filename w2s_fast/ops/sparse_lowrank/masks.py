@@ -29,7 +29,8 @@ def topk_mask(
     (arXiv 2301.10915) on scores. The k-th largest of a long tensor is found by selection, not by sorting: two order
     statistics of a sample enclose it with near certainty (Floyd and Rivest, 1975), one pass writes the mask of what is
     above both and lists the one in a hundred between them, and the k-th is selected among these. Where the guess fails,
-    and for short rows, digits of the numbers are counted, 11 bits a pass. A GPU counts 4 bits a pass.
+    digits of the numbers are counted, 11 bits a pass. Up to 32,768 in a row are halved instead, their bits taken as
+    numbers, until the k-th is parted from the next. A GPU counts 4 bits a pass.
 
     Args:
         scores: any shape; float32, bfloat16, float16 or float64.
