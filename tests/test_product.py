@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,49 @@ def test_any_number_of_threads_gives_the_same_bits(way: str, rows: int, columns:
         found.append(c)
     torch.set_num_threads(1)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    "of_a, of_b", [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16")]
+)
+@pytest.mark.parametrize("layout", ["rows", "gaps", "columns", "columns with gaps"])
+@pytest.mark.parametrize(
+    "rows, depth, columns", [(1, 130, 300), (2, 64, 257), (3, 97, 64), (8, 1030, 129), (17, 66, 95), (32, 31, 33)]
+)
+def test_few_rows_widen_what_they_read(of_a, of_b, layout, rows, depth, columns) -> None:
+    """The same bits in any number of threads, float64 to rounding, and nothing read between the rows."""
+    a, b = torch.randn(rows, depth).to(getattr(torch, of_a)), torch.randn(depth, columns).to(getattr(torch, of_b))
+    exact, scale = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for left, right, turned in ((a, laid_out(b, layout), False), (laid_out(b, layout).t(), a.t(), True)):
+            c = torch.full((columns, rows) if turned else (rows, columns), float("nan"))
+            torch.ops.w2s_fast.product(left, right, c, False, WAYS["own"])
+            found.append(c.t() if turned else c)
+    torch.set_num_threads(1)
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    for c in found[:2]:
+        assert ((c.double() - exact).abs() <= 8e-7 * depth**0.5 * scale).all()
+
+
+@pytest.mark.parametrize(
+    "layouts", [("rows", "rows"), ("rows", "columns"), ("columns", "rows"), ("gaps", "gaps")], ids=str
+)
+def test_widened_pieces_for_the_library(layouts, tmp_path) -> None:
+    """Sizes that no piece divides, in every layout that BLAS takes, added to what is there."""
+    program = f"""
+import sys, torch, w2s_fast
+sys.path.insert(0, 'tests')
+from test_product import laid_out
+torch.manual_seed(0)
+a, b, c = torch.randn(1100, 1030).bfloat16(), torch.randn(1030, 700).bfloat16(), torch.randn(1100, 700)
+exact = c.double() + a.double() @ b.double()
+torch.ops.w2s_fast.product(laid_out(a, {layouts[0]!r}), laid_out(b, {layouts[1]!r}), c, True, 0)
+assert (c.double() - exact).norm() <= 1e-5 * exact.norm()
+"""
+    env = {**os.environ, "W2S_FAST_CACHE": str(tmp_path), "W2S_FAST_GEMM": "library"}
+    subprocess.run([sys.executable, "-c", program], env=env, check=True, cwd=Path(__file__).parents[1])
 
 
 def test_deterministic_algorithms_take_ours() -> None:

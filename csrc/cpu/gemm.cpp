@@ -3,6 +3,12 @@
 // Four ways: both operands packed (many rows); few rows times a row-major b, read in place; few rows times a b whose
 // depth is contiguous (x W^T), where W's rows are broadcast in place and the few rows are the vector; fewest rows or
 // columns whose depth is contiguous on both sides, as sums along it.
+//
+// What is read in place may be bfloat16 or float16, widened as it is loaded: two operations a vector, beside two
+// multiply-adds a row of it. One row of bfloat16 then waits for memory alone. Intel Ice Lake (family 6 model 106), one
+// thread, 1024 x 1024, GFLOP/s of 1, 2, 4 and 8 rows: 25, 45, 75, 82 where the depth is contiguous and 23, 38, 59, 73
+// where it is not, packed before 3 to 5, 7 to 10, 14 to 19 and 21 to 37 (torch.mm of
+// bfloat16 16 to 20, 13 to 17, 20 and 25).
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>

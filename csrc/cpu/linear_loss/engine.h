@@ -150,10 +150,10 @@ struct Engine {
   }
 
   // Chooses the height of a vocabulary tile, so that all scratch of a tile with `columns` tokens and `shared` further
-  // elements a vocabulary row is about 1/20 of [T, V], within [2 MiB, 8 MiB], and all tiles about the same.
+  // elements a vocabulary row is about 1/20 of [T, V], within [1.5 MiB, 8 MiB], and all tiles about the same.
   void plan(int64_t columns, int64_t shared) {
     for (int i = 0; i < n; ++i) shared += widened(i) ? D[size_t(i)] : 0;
-    const int64_t budget = std::clamp<int64_t>(T * V * int64_t(sizeof(A)) / 20, 2 << 20, 8 << 20);
+    const int64_t budget = std::clamp<int64_t>(T * V * int64_t(sizeof(A)) / 20, 3 << 19, 8 << 20);
     const int64_t rows = budget / int64_t(sizeof(A)) / std::max<int64_t>(round_up(columns, 16) + shared, 1);
     const int64_t most = std::clamp<int64_t>(rows / CHUNK * CHUNK, CHUNK, std::min<int64_t>(4096, round_up(V, CHUNK)));
     tile = std::max(CHUNK, round_up(pieces(V, std::max<int64_t>(pieces(V, most), 1)), CHUNK));
