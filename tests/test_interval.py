@@ -270,23 +270,24 @@ def test_threads_and_batches_do_not_change_a_row(backend):
 
 @pytest.mark.usefixtures("own_products")
 @needs_cpp
-def test_results_do_not_depend_on_threads():
-    lower, upper = a_box(130, 300, dtype=torch.float32)
+@pytest.mark.parametrize("batch", [130, 21])
+def test_results_do_not_depend_on_threads(batch):
+    lower, upper = a_box(batch, 300, dtype=torch.float32)
     leaves = [t.requires_grad_() for t in (lower, upper, random(190, 300, dtype=torch.float32))]
     image = [
         t.requires_grad_() for t in (*a_box(5, 3, 9, 9, dtype=torch.float32), random(4, 3, 3, 3, dtype=torch.float32))
     ]
     found, threads = [], torch.get_num_threads()
     try:
-        for count in (1, 2):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
             out = [*w2s_fast.interval_linear(*leaves, act="relu"), *w2s_fast.interval_conv2d(*image, padding=1)]
             grads = torch.autograd.grad(sum(o.square().sum() for o in out), leaves + image)
             found.append([*out, *grads])
     finally:
         torch.set_num_threads(threads)
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
+    for first, *others in zip(*found, strict=True):
+        assert all(torch.equal(first, other) for other in others)
 
 
 @settings(max_examples=40, deadline=None)

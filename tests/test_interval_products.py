@@ -33,12 +33,21 @@ def close(call, leaves, scale: float) -> None:
         assert (found - exact).abs().max() <= scale * exact.abs().max()
 
 
-@pytest.mark.parametrize(("k", "n"), [(70, 90), (5000, 130)], ids=["one block", "blocks"])
+SHAPES = {  # batch, inputs, outputs
+    "one block": (BATCH, 70, 90),
+    "cut depth": (BATCH, 5000, 130),
+    "blocks": (600, 300, 530),
+    "strips": (21, 150, 75),
+    "rows in L1": (7, 200, 53),
+}
+
+
+@pytest.mark.parametrize(("batch", "k", "n"), SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("form", ["lu", "lu-relu-bias", "cr", "cr-bias", "cr-lu"])
-def test_interval_linear(k: int, n: int, turned: bool, form: str) -> None:
-    first = random(BATCH, k, seed=1)
-    second = random(BATCH, k, seed=2).abs() + (first if form[:2] == "lu" else 0)
+def test_interval_linear(batch: int, k: int, n: int, turned: bool, form: str) -> None:
+    first = random(batch, k, seed=1)
+    second = random(batch, k, seed=2).abs() + (first if form[:2] == "lu" else 0)
     weight = random(k, n, seed=3) if turned else random(n, k, seed=3)
     bias = [random(n, seed=4)] if "bias" in form else []
 

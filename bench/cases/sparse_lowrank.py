@@ -165,6 +165,10 @@ def _train_case(name: str, n: int, layout: str, targets: dict[str, float], hot: 
         # Predicted from FLOPs at equal rates: formulation/ours 6 NOI + 8 rOI over 6 N (r (I + O) + K) = 2.9 at
         # 1024 x 1024, N 512, and 4.0 at 2736 x 1024. Measured above that, because gemm.cpp runs AVX-512 where MKL runs
         # AVX2 on AMD. The library's oneDNN product reaches the same rate on large shapes, and half of it at 16 rows.
+        # Ice Lake (family 6 model 106), 1024 x 1024, N 512, one thread beside other work: six products of 1.8 to 2.3 ms
+        # each (117 to 147 GFLOP/s), spmm 1.4, its transpose 2.2, sddmm 2.7 (23, 15 and 12 GFLOP/s): dense is then 1.2
+        # times ours at best, 1.5 with the sparse products at a third of the peak. Tried on two threads: a block of each
+        # product a thread (no gain: lower deciles against dense 1.17 for 1.23, 1.66 for 1.67 at 2736 x 1024).
         prediction="dense products at 90 % of the FMA peak, sparse ones at 20 %: (6 NOI + 8 rOI) over "
         "6 N (r (I + O) + 4 K), times the ratio of our product's rate to torch.mm's",
         inputs=layer.inputs,

@@ -19,7 +19,7 @@ struct Stored {
   Operand part(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
     return of(at(row, column), rows, columns, lines.stride);
   }
-  // the same part's absolute values, made in `size`
+  // the absolute values of that part, made in `size`
   Operand absolute(int64_t row, int64_t rows, int64_t column, int64_t columns, float* size) const {
     const int64_t count = turned ? columns : rows, length = turned ? rows : columns;
     const float* from = at(row, column);

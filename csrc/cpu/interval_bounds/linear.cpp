@@ -3,10 +3,10 @@
 // Floor: 4 B N K FLOPs forward, 8 B N K backward, W read once in each product. W lies [N, K] and is never packed for the
 // forward product (both operands run along K) nor for the gradient of the box below 9 rows; |W| exists in registers only.
 // A batch of up to 4 rows streams: one read of W for all three gradients. A weight stored [K, N] (a transposed view) and
-// such a batch skip the columns that are exactly 0 in every row (dead units).
+// such a batch skip the columns that are exactly 0 in every row (dead units). Up to 32 rows: strips of W, see some().
 //
 // Larger batches in fast rounding are bound by arithmetic, not by reading W; where the library multiplies faster than our
-// tiles (gemm.h), each dual product is two of its, with |W| made a block of rows at a time.
+// tiles (gemm.h), each dual product is two of its, in blocks with |W| made for each (dual_products.h).
 #include "cpu/gemm.h"
 #include "cpu/interval_bounds/dual_products.h"
 
