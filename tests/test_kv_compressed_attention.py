@@ -346,6 +346,26 @@ def test_strides_are_free(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode, trained", [("conv", True), ("conv", False), ("mean", False)])
+def test_streamed_gradients_are_those_of_smaller_calls(dtype, mode, trained, backend):
+    """Gradients of 8 MiB and more are written past the caches, a line at once; those of one item are not."""
+    side, c = 32, 320 if dtype == torch.float32 else 640
+    qkv = torch.randn(3, side * side, 3 * c).to(dtype)
+    params = {"norm_weight": torch.rand(c).to(dtype) + 0.5}
+    if mode == "conv":
+        params["weight"] = torch.randn(c, 1, 2, 2).to(dtype).requires_grad_(trained)
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        k, v = w2s_fast.kv_compress(x, (side, side), 2, mode=mode, normalize=True, **params)
+        return torch.autograd.grad((k * v).sum(), x)[0]
+
+    whole, parts = gradient(qkv), torch.cat([gradient(x[None]) for x in qkv])
+    assert not whole[..., :c].any()
+    assert torch.equal(whole, parts) if backend == "cpp" else torch.allclose(whole, parts, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_gradients_reuse_memory_that_nobody_holds(dtype):
     """A gradient above 32 MiB takes the memory of the last one, never of one that is still referred to."""
     if not OPS["kv_compress"].has_cpp():

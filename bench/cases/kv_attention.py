@@ -23,9 +23,28 @@ built. - exp in base 2 with log2(e) folded into Q saved two operations a score a
   peak memory of these cases does not see it). Measured: 4.1 (R 2) and 8.8 (R 4) fp32, 6.6 and 25 to 32 bf16.
 - Its arithmetic: rows stored and sums added in the pass that reads them, streaming stores: R 2 fp32 8.5 to 6.0 ms, bf16
   6.1 to 4.3, R 4 fp32 6.6 to 4.4, bf16 4.7 to 3.2 (page faults excluded for all, in turns with the other providers).
-- What bounds it: 137 MB (R 2, fp32) are 3 ms at the copy's rate, and the case's own stacking of k and v is 1.5 more.
-  The formulation takes 10 ms without page faults and 28 to 32 with them: no kernel can be 3 times as fast where
-  memory is recycled for both, nor much more than 7 times where it is only for ours.
+- An Intel Xeon (Ice Lake, family 6 model 106, 2 threads, no bfloat16 instructions; quiet). Attention: GCC left loops
+  over the sums of a register tile, which then went through memory at every step: the gradient ran at 49 GFLOP/s a
+  core where it now runs at 97 (with AVX2 19 and 71). Against SDPA forward and backward 1.05 to 1.45 (fp32), 1.69 to
+  3.06 (bf16); the whole path against the formulation 1.6 to 2.1 in fp32. Forward: 111 to 128 GFLOP/s a core, one
+  thread, of which bf16 against SDPA has 1.2 to 1.5 (1.9 asked). Bound: a tile whose operands are in L1 makes 176
+  GFLOP/s, so both products alone take 70 % of the time and run at 160; exponentials 9 %, packing of K and V 2 to 8 %,
+  Q and O 4 %. With products at their tile's rate and nothing else it would be 1.8 to 2.6 times SDPA, whose own time
+  differs by 1.5 between runs. Tried: blocks of 128, 192 and 256 keys for 64 (1 to 2 %, and past the L1 of other
+  CPUs), a reference for the powers that moves only where the maximum grows by 4 (same time, log-sum-exp 1.2 times as
+  far off), one constant of ln 2 (2 %, kept).
+- kv_compress there: lines of a bfloat16 gradient were streamed as halves with reads in between; whole ones take 20 to
+  30 % off the backward (6.3 to 5.0 ms at R 2, 5.5 to 3.9 at R 4; fp32 unchanged), and the zeros of q's slot are
+  streamed as well (memset 17.6 GB/s, streamed 43). Against the formulation, R 2 and R 4, 3.5 and 12.7 in fp32, 2.0
+  and 25.5 in bf16; before, in another run, 3.2, 14.3, 1.55 and 23.5 (ours 12.8, 10.2, 12.8 and 7.4 ms, now 12.3, 9.7,
+  12.0 and 7.7: the rest is the formulation's own spread). Bound of R 2, fp32: k and v are read at 29 GB/s, 1.3 ms,
+  twice, dqkv written at 43, 1.3 ms: 4 ms and 1.5 for stacking, where the formulation takes 39 to 42: nothing reaches
+  more than 7.5; in bf16 the formulation takes 18 to 24 ms and 12 times as fast would be 1.5 to 2 ms, the memory alone
+  is 2. Lost: the next window's rows asked for ahead (0 to 8 % at R 2, 10 % slower forward at R 4), the taps' sums and
+  the gradient in passes of their own (bf16 15 % faster with one thread, fp32 15 % slower).
+- What bounds it on the Zen 5: 137 MB (R 2, fp32) are 3 ms at the copy's rate, and the case's own stacking of k and v
+  is 1.5 more. The formulation takes 10 ms without page faults and 28 to 32 with them: no kernel can be 3 times as
+  fast where memory is recycled for both, nor much more than 7 times where it is only for ours.
 """
 
 from __future__ import annotations
@@ -163,9 +182,7 @@ def _pair(side: int, ratio: int, convolve: bool) -> Callable[..., tuple[Tensor, 
 
 def _compress_case(side: int, ratio: int, short: str) -> Case:
     def ours(qkv: Tensor, w: Tensor, b: Tensor, gain: Tensor, offset: Tensor, g: Tensor) -> Tensor:
-        k, v = w2s_fast.kv_compress(
-            qkv, (side, side), ratio, weight=w, bias=b, norm_weight=gain, norm_bias=offset
-        )
+        k, v = w2s_fast.kv_compress(qkv, (side, side), ratio, weight=w, bias=b, norm_weight=gain, norm_bias=offset)
         return torch.stack((k, v))
 
     def stock(convolve: bool) -> Callable[..., Any]:

@@ -106,14 +106,19 @@ inline void load_rows(const Heads& x, int64_t b, int64_t h, int64_t first, int64
 // keys as panels [M / R][D][R] (`down`: the steps are columns of the head) or [D / R][M][R] (the steps are keys)
 template <class A>
 inline void pack_panels(const Heads& x, int64_t b, int64_t h, int64_t M, int64_t D, A* down, A* across) {
-  constexpr int R = Shape<A>::R;
-  A rows[R][256];
-  for (int64_t m = 0; m < M; m += R) {
-    const int64_t n = std::min<int64_t>(R, M - m);
-    load_rows<A>(x, b, h, m, n, R, D, A(1), &rows[0][0], 256);
-    if (down)
-      for (int64_t d = 0; d < D; ++d)
-        for (int r = 0; r < R; ++r) down[m * D + d * R + r] = rows[r][d];
+  using V = Vec<A>;
+  constexpr int R = Shape<A>::R, W = V::W;
+  A rows[W][256];
+  for (int64_t m = 0; m < M; m += W) {  // W / R panels at once: squares of a vector are turned in registers
+    const int64_t n = std::min<int64_t>(W, M - m);
+    load_rows<A>(x, b, h, m, n, W, D, A(1), &rows[0][0], 256);
+    for (int64_t d = 0; d < D && down; d += W) {
+      alignas(64) A turned[W * W];
+      transpose_block<V>(&rows[0][d], 256, turned, W);
+      for (int64_t r = 0; r < n; r += R)
+        for (int64_t c = 0; c < std::min<int64_t>(W, D - d); ++c)
+          std::memcpy(down + (m + r) * D + (d + c) * R, turned + c * W + r, sizeof(A) * R);
+    }
     if (across)
       for (int64_t d = 0; d < D; d += R)
         for (int64_t r = 0; r < n; ++r) std::memcpy(across + d * M + (m + r) * R, &rows[r][d], sizeof(A) * R);
