@@ -115,6 +115,9 @@ def _gradient_kernel(
     else:
         top = tl.load(i_row_max + rows, mask=row_mask, other=0.0)
         coef = tl.load(i_row_coef + rows, mask=row_mask, other=0.0)
+        # as the statistics do, and so that scores are rounded before their largest is taken from them: an fma would
+        # leave a rounding error of the score where 0 belongs
+        z = tl.where(inside, z, -float("inf"))
         if labels is not None:
             z = tl.where(own, -float("inf"), z)
         g = coef[:, None] * tl.exp(z - top[:, None])

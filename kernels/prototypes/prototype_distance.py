@@ -163,8 +163,8 @@ def _dz_kernel(
         inside = row_mask[:, None] & mask[None, :]
         raw = tl.load(kept + rows[:, None] * kept_stride + index[None, :], mask=inside, other=0.0)
         z = (raw + tl.load(i_offset + index, mask=mask, other=0.0).to(tl.float32)[None, :]) * inverse
-        # as forward does, and so that z is rounded before lse is taken from it: an fma would leave a rounding error of z where
-        # 0 belongs, whose exponential is infinite at a low temperature (a row with a NaN has it in its lse too)
+        # as forward does, and so that z is rounded before lse is taken from it: an fma would leave a rounding error
+        # where 0 belongs, whose exponential is infinite where it is cold (a row with a NaN has it in its lse too)
         z = tl.where(z == z, z, -float("inf"))
         made = tl.exp(z - line[:, None]) * coef[:, None]
         for c in range(C):
