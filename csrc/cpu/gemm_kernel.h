@@ -33,7 +33,9 @@ W2S_INLINE A number(B x) {
 template <class A, int M, int NV, class B>
 W2S_INLINE void accumulate(int64_t depth, const A* a, int64_t lda, int64_t si, const B* b, int64_t ldb, Vec<A> (&sum)[M][NV]) {
   using V = Vec<A>;
+#pragma GCC unroll 14
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) sum[i][n] = V::set(0);
   for (int64_t k = 0; k < depth; ++k) {
     V column[NV];
@@ -54,9 +56,11 @@ W2S_INLINE void put_tile(const Vec<A> (&sum)[M][NV], int64_t rows, int64_t colum
   using V = Vec<A>;
   const V scale = V::set(alpha);
   if (c.across == 1 && columns == NV * V::W) {
+#pragma GCC unroll 14
     for (int i = 0; i < M; ++i) {
       if (i >= rows) return;
       A* p = c.data + i * c.down;
+#pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) {
         const V x = scale * sum[i][n];
         (add ? V::load(p + n * V::W) + x : x).store(p + n * V::W);
@@ -65,7 +69,9 @@ W2S_INLINE void put_tile(const Vec<A> (&sum)[M][NV], int64_t rows, int64_t colum
     return;
   }
   A lanes[M][NV * V::W];
+#pragma GCC unroll 14
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) (scale * sum[i][n]).store(&lanes[i][n * V::W]);
   for (int64_t j = 0; j < columns; ++j)
     for (int64_t i = 0; i < rows; ++i) {
@@ -97,7 +103,9 @@ template <class A, class B, int I, int J>
 W2S_INLINE void dot_block(int64_t depth, const B* const (&a)[I], const A* const (&b)[J], A* out) {
   using V = Vec<A>;
   V sum[I][J];
+#pragma GCC unroll 8
   for (int i = 0; i < I; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < J; ++j) sum[i][j] = V::set(0);
   const int64_t whole = depth / V::W * V::W;
   for (int64_t k = 0; k < whole; k += V::W) {
@@ -111,7 +119,9 @@ W2S_INLINE void dot_block(int64_t depth, const B* const (&a)[I], const A* const 
       for (int j = 0; j < J; ++j) sum[i][j] = V::fma(x, y[j], sum[i][j]);
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < I; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < J; ++j) {
       A rest = 0;
       for (int64_t k = whole; k < depth; ++k) rest += number<A>(a[i][k]) * b[j][k];

@@ -44,8 +44,9 @@ inline void margin_tile(const A* c, const A* r, int64_t ldx, const A* const* own
       }
     }
   }
-  for (int p = 0; p < R; ++p)
-    for (int k = 0; k < C; ++k) {
+  // unrolled as all of it is: sums that are reached by a number live in memory
+  W2S_UNROLL for (int p = 0; p < R; ++p)
+    W2S_UNROLL for (int k = 0; k < C; ++k) {
       m[p * ldo + k] = am[p][k].sum();
       s[p * ldo + k] = as[p][k].sum();
       if (SIZE) t[p * ldo + k] = at[p][k].sum();

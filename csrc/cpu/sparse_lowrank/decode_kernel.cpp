@@ -7,6 +7,9 @@
 
 using namespace ::w2s::sparse;
 
+// Sums that are reached by a number live in memory: every loop over a tile of them is unrolled.
+#define W2S_UNROLL _Pragma("GCC unroll 8")
+
 // A vector of weights; OWN: they are of type A, and nothing is left to decide in the loop.
 template <class A, bool OWN>
 W2S_INLINE Vec<A> weights_at(const void* data, Dtype dtype, int64_t i) {
@@ -23,30 +26,30 @@ W2S_INLINE void dot_rows(const Operand& m, int64_t row, const A* x, A* lanes) {
   using V = Vec<A>;
   const int64_t depth = m.columns;
   V sum[ROWS][T];
-  for (int r = 0; r < ROWS; ++r)
-    for (int t = 0; t < T; ++t) sum[r][t] = V::set(0);
+  W2S_UNROLL for (int r = 0; r < ROWS; ++r)
+    W2S_UNROLL for (int t = 0; t < T; ++t) sum[r][t] = V::set(0);
   int64_t k = 0;
   for (; k + V::W <= depth; k += V::W) {
     V weight[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
+    W2S_UNROLL for (int r = 0; r < ROWS; ++r) {
       weight[r] = weights_at<A, OWN>(m.data, m.dtype, (row + r) * m.down + k);
       ahead(m.data, m.dtype, (row + r + ROWS) * m.down + k);  // short rows end before the hardware sees a stream
     }
-    for (int t = 0; t < T; ++t) {
+    W2S_UNROLL for (int t = 0; t < T; ++t) {
       const V v = V::load(x + t * depth + k);
-      for (int r = 0; r < ROWS; ++r) sum[r][t] = V::fma(weight[r], v, sum[r][t]);
+      W2S_UNROLL for (int r = 0; r < ROWS; ++r) sum[r][t] = V::fma(weight[r], v, sum[r][t]);
     }
   }
   if (k < depth) {
     const int rest = int(depth - k);
-    for (int t = 0; t < T; ++t) {
+    W2S_UNROLL for (int t = 0; t < T; ++t) {
       const V v = V::load_first(x + t * depth + k, rest);
-      for (int r = 0; r < ROWS; ++r)
+      W2S_UNROLL for (int r = 0; r < ROWS; ++r)
         sum[r][t] = V::fma(first_weights<A, OWN>(m.data, m.dtype, (row + r) * m.down + k, rest), v, sum[r][t]);
     }
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int t = 0; t < T; ++t) sum[r][t].store(lanes + (t * V::W + r) * V::W);
+  W2S_UNROLL for (int r = 0; r < ROWS; ++r)
+    W2S_UNROLL for (int t = 0; t < T; ++t) sum[r][t].store(lanes + (t * V::W + r) * V::W);
 }
 
 // y[t * ld + row] = alpha * sums (or += sums) of W rows whose partial sums wait in lanes[t][row][W]
@@ -97,16 +100,16 @@ inline void csr_rows(const Pattern& s, const I* column, const void* values, Dtyp
       int64_t k = s.row_ptr[first + r];
       const int64_t stop = s.row_ptr[first + r + 1];
       V sum[T];
-      for (int t = 0; t < T; ++t) sum[t] = V::set(0);
+      W2S_UNROLL for (int t = 0; t < T; ++t) sum[t] = V::set(0);
       for (; k + V::W <= stop; k += V::W) {
         const V v = weights_at<A, OWN>(values, dtype, k);
-        for (int t = 0; t < T; ++t) sum[t] = V::fma(v, V::gather(x + t * s.columns, column + k), sum[t]);
+        W2S_UNROLL for (int t = 0; t < T; ++t) sum[t] = V::fma(v, V::gather(x + t * s.columns, column + k), sum[t]);
       }
       if (k < stop) {  // a row has a few dozen values: the rest counts
         const V v = first_weights<A, OWN>(values, dtype, k, int(stop - k));
-        for (int t = 0; t < T; ++t) sum[t] = V::fma(v, V::gather_first(x + t * s.columns, column + k, int(stop - k)), sum[t]);
+        W2S_UNROLL for (int t = 0; t < T; ++t) sum[t] = V::fma(v, V::gather_first(x + t * s.columns, column + k, int(stop - k)), sum[t]);
       }
-      for (int t = 0; t < T; ++t) sum[t].store(lanes + (t * V::W + r) * V::W);
+      W2S_UNROLL for (int t = 0; t < T; ++t) sum[t].store(lanes + (t * V::W + r) * V::W);
     }
     put_rows<A, T>(lanes, rows, A(1), true, y + first, ld);
   }
@@ -135,8 +138,8 @@ inline void bit_rows(const Pattern& s, const void* values, Dtype dtype, int64_t 
       const uint64_t* word = s.bits + (first + r) * words;
       int64_t k = s.row_ptr[first + r];
       V sum[T][CHAINS];
-      for (int t = 0; t < T; ++t)
-        for (int c = 0; c < CHAINS; ++c) sum[t][c] = V::set(0);
+      W2S_UNROLL for (int t = 0; t < T; ++t)
+        W2S_UNROLL for (int c = 0; c < CHAINS; ++c) sum[t][c] = V::set(0);
       const auto walk = [&](const auto& next) __attribute__((always_inline)) {
         for (int64_t w = 0; w < words; ++w) {
           const A* p = x + w * 64;
@@ -145,8 +148,7 @@ inline void bit_rows(const Pattern& s, const void* values, Dtype dtype, int64_t 
             const uint32_t there = uint32_t(word[w] >> (j * V::W)) & ((1u << V::W) - 1);
             const V v = V::expand(next(), there);
             k += __builtin_popcount(there);
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) {
+            W2S_UNROLL for (int t = 0; t < T; ++t) {
               const A* at = p + t * s.columns + j * V::W;
               sum[t][j % CHAINS] = V::fma(v, MASKED ? V::load_lanes(at, there) : V::load(at), sum[t][j % CHAINS]);
             }
@@ -157,8 +159,8 @@ inline void bit_rows(const Pattern& s, const void* values, Dtype dtype, int64_t 
       if (T == 1 && whole && !OWN && dtype == Dtype::bf16) walk([&] { return weights_at<A, OWN>(values, Dtype::bf16, k); });
       else if (whole) walk([&] { return weights_at<A, OWN>(values, dtype, k); });
       else walk([&] { return first_weights<A, OWN>(values, dtype, k, int(std::min<int64_t>(V::W, s.nnz - k))); });
-      for (int t = 0; t < T; ++t) {
-        for (int c = 1; c < CHAINS; ++c) sum[t][0] = sum[t][0] + sum[t][c];
+      W2S_UNROLL for (int t = 0; t < T; ++t) {
+        W2S_UNROLL for (int c = 1; c < CHAINS; ++c) sum[t][0] = sum[t][0] + sum[t][c];
         sum[t][0].store(lanes + (t * V::W + r) * V::W);
       }
     }
@@ -197,7 +199,7 @@ inline void sparse_rows(const Pattern& s, const void* values, Dtype dtype, int64
       return finite(x, T * s.columns) ? bit_rows<A, T, OWN, false>(s, values, dtype, begin, end, x, y, ld)
                                       : bit_rows<A, T, OWN, true>(s, values, dtype, begin, end, x, y, ld);
   if (s.bytes) {
-    for (int t = 0; t < T; ++t) balanced_rows<A, OWN>(s, values, dtype, begin, end, x + t * s.columns, part, y + t * ld);
+    W2S_UNROLL for (int t = 0; t < T; ++t) balanced_rows<A, OWN>(s, values, dtype, begin, end, x + t * s.columns, part, y + t * ld);
   } else if (s.narrow) {
     csr_rows<A, T, OWN>(s, s.narrow, values, dtype, begin, end, x, y, ld);
   } else {
