@@ -107,16 +107,18 @@ def _mlp_case(name: str, sizes: tuple[int, ...], batch: int, targets: dict[str, 
         flops=12.0 * batch * products - 4.0 * batch * sizes[0] * sizes[1],
         # The bound: two products for each of a plain step's, so two plain steps of arithmetic. B 128, 784-512x4: 1.63
         # GFLOP, at the library's rates of one thread there (Ice Lake, family 6 model 106: 143 GFLOP/s x W^T, 166 g W,
-        # 159 g^T x) 10.6 ms on one thread, 5.3 on two. All threads on one product of 128 x 512 x 512 reach 1.2 to 1.35
-        # times that with two, so a thread makes a block of both products, from |W| to what leaves it
-        # (dual_products.h): beside the code before, in turns, ours is 1.74 times eager where it was 1.46, and 2.35
-        # plain steps where it was 2.7 (lower deciles, other work beside). What stands beside the products, one thread:
-        # boxes 0.07 ms a layer and direction, |W| 0.07 to 0.15, epilogues 0.25, and weights and their gradients that
-        # come from memory, read at 13 and written at 10 GB/s a core: 9.6 MB a step. B 8 waits for these and for Python:
-        # 0.6 of 3.8 ms are forward kernels, 1.6 backward. With one pass of W for all gradients of a few rows it is 2.28
-        # times eager where it was 1.95. Lost: all threads on each product, |W| before it; W in blocks of 128 rows (95
-        # GFLOP/s). Not tried: |W| made while our own product packs, which runs at 106 to 122 where the library has 143
-        # to 166, and |W| is 8 % of a product.
+        # 159 g^T x) 10.6 ms on one thread, 5.3 on two. All threads on one product of 128 x 512 x 512 reach 1.2 to
+        # 1.35 times that with two, so a thread makes a block of both products, from |W| to what leaves it
+        # (dual_products.h). Beside the code before, three runs of each in turns with other work beside: 2.46 plain
+        # steps where it was 2.69 (medians; lower deciles 2.35 and 2.70), 1.57 times eager where it was 1.56 (1.74 and
+        # 1.46). This case: 2.27 plain steps, 2.45 before; auto_LiRPA 1.7, 1.94 before: still missed. What stands
+        # beside the products, one thread: boxes 0.07 ms a layer and direction, |W| 0.07 to 0.15, epilogues 0.25, and
+        # weights and their gradients that come from memory, read at 13 and written at 10 GB/s a core: 9.6 MB a step.
+        # B 8 waits for these and for Python: 0.6 of 3.8 ms are forward kernels, 1.6 backward. With one pass of W for
+        # all gradients of a few rows it is 2.25 times eager where it was 2.02, 2.48 plain steps where it was 2.54
+        # (medians of the same runs). Lost: all threads on each product, |W| before it; W in blocks of 128 rows (95
+        # GFLOP/s). Not tried: |W| made while our own product packs, which runs at 106 to 122 where the library has
+        # 143 to 166, and |W| is 8 % of a product.
         # On a CPU of 265 GFLOP/s a thread: forward 200 to 220 (dot products of rows as they lie, 4 x 3 tiles), the
         # gradient of the box 240, of the weight 230, where the library's product reaches 118. Lost on the way: rows of
         # a wide W left 4 or 8 KiB apart in L2 (7 % slower than copied together), sums of one vector at a time (a
