@@ -115,7 +115,7 @@ def _ce(
         # and 1.8 since it turns squares of words as it packs them, where it gathered them one by one; 48 MiB
         # that keep the logits of most rows that dW has no room for: 1.03 (float32 and bfloat16) on a Zen 5, as
         # touching fresh memory costs nearly the half product it saves; the same memory in large pages: 1.13
-        # back to back, 0.8 between other providers.
+        # back to back, 0.8 between other providers (on an Ice Lake too: 0.8 of compile where 1.0 to 1.14 without).
         # On a Zen 4 (two threads, quiet) torch.mm runs at the rate of our product, and that half product was
         # the whole loss: kept beside dW, float32 went from 0.88 to 0.98 of the three products, 0.915 to 1.04
         # against compile, 0.92 to 0.99 against cut-cross-entropy. bfloat16, with differences from a chunk's

@@ -30,7 +30,7 @@ struct Target {  // where a product goes; strides in elements
 
 constexpr int64_t FEW = 32;  // rows that are not worth packing the other operand for
 
-// a.rows x b.columns; a.columns == b.rows. Calls torch's parallel_for: not for use inside one.
+// a.rows x b.columns; a.columns == b.rows. Calls torch's parallel_for; inside one it runs on that thread alone.
 void gemm(const Operand& a, const Operand& b, Target<float> c, float alpha, bool add);
 void gemm(const Operand& a, const Operand& b, Target<double> c, double alpha, bool add);
 

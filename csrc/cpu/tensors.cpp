@@ -1,11 +1,6 @@
 #include "cpu/tensors.h"
 
 #include "cpu/convert.h"
-#include "cpu/parallel.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace w2s {
 namespace {
@@ -21,17 +16,6 @@ const char* name_of(ScalarType type) {
     case ScalarType::Bool: return "bool";
     default: return "of another dtype";
   }
-}
-
-// Memory of megabytes comes from the kernel page by page, each cleared as it is first touched: for the 116 MB of a head's
-// gradient that takes 57 to 79 ms on an Ice Lake, and 25 ms where it may come in pages of 2 MiB, beside 12 ms of writing it.
-void in_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t LARGE = 4 << 20, PAGE = 4096;
-  if (!data || bytes < LARGE) return;
-  const int64_t begin = int64_t(reinterpret_cast<intptr_t>(data)), first = round_up(begin, PAGE), end = (begin + bytes) / PAGE * PAGE;
-  madvise(reinterpret_cast<void*>(intptr_t(first)), size_t(end - first), MADV_HUGEPAGE);  // refused where there are none: nothing is lost
-#endif
 }
 
 }  // namespace
@@ -62,9 +46,7 @@ Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
   for (size_t i = shape.size(); i-- > 0; next *= std::max<int64_t>(shape[i], 1)) strides[i] = next;
   AtenTensorHandle made;
   library_call(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
-  const Tensor found(made);
-  in_large_pages(found.data_ptr(), next * int64_t(aoti_torch_dtype_element_size(dtype)));
-  return found;
+  return Tensor(made);
 }
 
 void expect(const Tensor& t, const char* argument, torch::headeronly::IntHeaderOnlyArrayRef shape, std::optional<ScalarType> type) {
