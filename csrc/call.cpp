@@ -319,7 +319,7 @@ bool describe(const variable_list& grads, Words& words) {
     const auto* meta = get_autograd_meta(grad);
     if (meta != nullptr && meta->fw_grad_) return false;
     const auto sizes = grad.sizes(), strides = grad.strides();
-    const bool number = sizes.empty() && at::isFloatingType(grad.scalar_type());
+    const bool number = grad.numel() == 1 && at::isFloatingType(grad.scalar_type());
     const bool one = number && (grad.scalar_type() == at::kFloat ? *grad.const_data_ptr<float>() == 1.0F
                                                                   : grad.item<double>() == 1.0);
     words.push_back(kTensor | one << 8 | static_cast<int64_t>(grad.scalar_type()) << 16 |

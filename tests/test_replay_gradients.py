@@ -460,6 +460,37 @@ def test_values_that_backward_reads_are_not_replayed():
     assert steps is not None and steps.found == [1, -1, 0] and [name for name, *_ in steps.steps] == ["aten::mul"]
 
 
+def test_two_gradients_of_one_memory_are_told_apart():
+    """Addition hands one gradient to both of its terms, here in two shapes; backward makes one's shape of the other."""
+    op = OPS["prototype_distance"]
+    x, p, offset, labels = torch.randn(6, 5), torch.randn(4, 5), torch.randn(4), torch.tensor([0, 1, 2, 3, 0, 1])
+    first, second = torch.randn(6), torch.randn(6)
+
+    def found(same: bool, run: Callable[..., Any] = op) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), p.clone().requires_grad_()]
+        r = run(*leaves, offset, labels, 1.0, 1, True, False, False)
+        top = r.top.squeeze(1)
+        loss = ((top + r.at_label) * first).sum() if same else (top * first + r.at_label * second).sum()
+        return list(torch.autograd.grad(loss, leaves))
+
+    for _ in range(3):
+        found(True)
+    replayed = [found(same) for same in (True, False)]
+    op.calls.clear()
+    same_bits(replayed[0] + replayed[1], found(True) + found(False), "two gradients")
+
+
+def test_tensors_that_share_their_elements_are_known_by_object():
+    a, b = torch.randn(4, 1), torch.randn(3)
+    seen = gradients.Followed([a, a.view(4), b])
+    with seen:
+        column = seen.given[1].unsqueeze(1)
+        made = torch.cat((seen.given[0], column))
+    steps = seen.steps_to([made])
+    assert steps is not None and steps.steps[-1][2][0] == [0, 3]
+    assert seen._number(a.view(4, 1)) is None, "another object of these elements is either"
+
+
 def test_a_loss_of_1_and_another():
     """The gradients that `kd_loss` made in forward come as they are, times the gradient of the loss, or as copies."""
     for scale, keep in ((1.0, False), (1.0, True), (2.0, False), (1.0, False), (2.0, True), (1.0, True), (0.5, False)):

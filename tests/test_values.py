@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import w2s_fast
-from w2s_fast import values
+from w2s_fast import calibration, values
 from w2s_fast.ops.linear_loss.linear_ce import _plain as plain_ce
 from w2s_fast.ops.logit_fusion.fuse import _plain as plain_fuse
 
@@ -90,3 +90,20 @@ def test_nearest_prototypes_of_a_whole_product():
     with torch.no_grad():
         x[0, 0] = torch.nan
     assert routes.plain(x, p) is NotImplemented
+
+
+def test_values_on_another_device_are_left_to_operators():
+    """Their address is none of this process's."""
+    with pytest.raises(RuntimeError):
+        values.all_inside(torch.ones(3, dtype=torch.long, device="meta"), 7)
+    with pytest.raises(RuntimeError):
+        values.all_finite(torch.ones(3, device="meta"))
+
+
+def test_a_call_with_a_tensor_elsewhere_is_none_that_was_seen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calibration, "SETTING", "auto")
+    h, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
+    for _ in range(3):
+        w2s_fast.linear_ce(h, weight, target)
+    with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
+        w2s_fast.linear_ce(h, weight, target.to("meta"))

@@ -83,14 +83,14 @@ class Unusual(Exception):
 
 
 #: what is looked at of a tensor, as an expression
-_LOOK = "{0}.shape, {0}.dtype, {0}.requires_grad, {0}.is_contiguous()"
+_LOOK = "{0}.shape, {0}.dtype, {0}.requires_grad, {0}.is_contiguous(), {0}.is_cpu"
 
 
 def part(value: Any) -> Any:
     """What is looked at of an argument that need not be a tensor."""
     kind = type(value)
     if kind in PLAIN:
-        return value.shape, value.dtype, value.requires_grad, value.is_contiguous()
+        return value.shape, value.dtype, value.requires_grad, value.is_contiguous(), value.is_cpu
     if kind is float or kind is int or kind is bool or kind is str or kind is torch.dtype or value is None:
         return kind, value
     if kind is list or kind is tuple:

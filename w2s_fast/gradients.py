@@ -140,6 +140,10 @@ class Steps(NamedTuple):
     tensors: int
 
 
+#: of each thread, the backward that is followed there
+_ACTIVE = threading.local()
+
+
 class Followed(TorchDispatchMode):
     """Sees which ops a backward calls, with which of its tensors and constants.
 
@@ -147,14 +151,15 @@ class Followed(TorchDispatchMode):
     `is_one`, by which csrc/call.cpp tells backwards apart; nor where an op was given a tensor that came from elsewhere.
     """
 
-    #: of every thread, the one that sees it
-    active: Followed | None = None
     #: bytes beyond which no memory is copied to tell tensors apart
     _MOST = 1 << 24
 
     def __init__(self, given: Sequence[Any]) -> None:
         super().__init__()
-        self.thread, self.known, self.numbers = threading.get_ident(), list[Any](), dict[Any, int]()
+        self.outer: Followed | None = None
+        self.known, self.numbers, self.objects = list[Any](), dict[Any, int](), dict[int, int]()
+        #: elements that two tensors have in common, as gradients that came of one in different shapes
+        self.shared = set[Any]()
         self.steps: list[tuple[str, str, list[Any]]] | None = []
         #: whether two of the tensors are the same memory, and stay it
         self.same = False
@@ -171,15 +176,26 @@ class Followed(TorchDispatchMode):
 
     def _note(self, t: Any) -> None:
         if t is not None:
-            self.numbers[_elements(t)] = len(self.known)
+            elements, number = _elements(t), len(self.known)
+            if elements in self.numbers and self.known[self.numbers[elements]] is not t:
+                self.shared.add(elements)
+            self.numbers[elements] = self.objects[id(t)] = number  # `known` keeps the object
         self.known.append(t)
 
+    def _number(self, t: Tensor) -> int | None:
+        """Which of the tensors it is: the object itself, or another one of elements that are one tensor's alone."""
+        number = self.objects.get(id(t))
+        if number is not None:
+            return number
+        elements = _elements(t)
+        return None if elements in self.shared else self.numbers.get(elements)
+
     def __enter__(self) -> Any:
-        Followed.active = self
+        self.outer, _ACTIVE.followed = getattr(_ACTIVE, "followed", None), self
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        Followed.active = None
+        _ACTIVE.followed = self.outer
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -213,7 +229,7 @@ class Followed(TorchDispatchMode):
 
     def _given(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self.numbers.get(_elements(value))
+            return self._number(value)
         if isinstance(value, (list, tuple)) and _any_tensor(value):
             numbers = [self._given(t) for t in value]
             return numbers if all(type(n) is int for n in numbers) else None
@@ -221,7 +237,7 @@ class Followed(TorchDispatchMode):
 
     def steps_to(self, found: Sequence[Any]) -> Steps | None:
         """All that was seen, if every gradient came of it."""
-        numbers = [-1 if t is None else self.numbers.get(_elements(t)) for t in found]
+        numbers = [-1 if t is None else self._number(t) for t in found]
         if self.steps is None or None in numbers:
             return None
         return Steps(self.steps, numbers, len(self.known))  # type: ignore[arg-type]
@@ -243,13 +259,13 @@ def _any_tensor(values: Iterable[Any]) -> bool:
 
 def _elements(t: Tensor) -> Any:
     """What two tensors have in common that are the same elements."""
-    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype
+    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg()
 
 
 def is_one(grad: Tensor) -> bool:
     """Whether a gradient that is one number is 1: the one value that a backward may look at and be replayed."""
-    seen = Followed.active
-    if seen is None or seen.thread != threading.get_ident():
+    seen: Followed | None = getattr(_ACTIVE, "followed", None)
+    if seen is None:
         return float(grad.detach()) == 1.0
     if grad.ndim or not any(grad is t for t in seen.given):
         seen.steps = None

@@ -30,7 +30,7 @@ _LOOK = _module()
 
 def all_finite(t: Tensor) -> bool:
     """Whether all are finite; of many elements, whether their sum is, which says less only where that overflows."""
-    if _LOOK is not None and type(t) is Tensor and t.is_contiguous() and t.numel() <= _SMALL:
+    if _LOOK is not None and type(t) is Tensor and t.is_cpu and t.is_contiguous() and t.numel() <= _SMALL:
         if t.dtype is torch.float32:
             return bool(_LOOK.finite(t.data_ptr(), t.numel(), 4))
         if t.dtype is torch.float64:
@@ -40,7 +40,7 @@ def all_finite(t: Tensor) -> bool:
 
 def all_inside(index: Tensor, size: int) -> bool:
     """Whether all of a tensor of integers lie in ``[0, size)``."""
-    if _LOOK is not None and type(index) is Tensor and index.is_contiguous():
+    if _LOOK is not None and type(index) is Tensor and index.is_cpu and index.is_contiguous():
         if index.dtype is torch.int64:
             return bool(_LOOK.inside(index.data_ptr(), index.numel(), 8, size))
         if index.dtype is torch.int32:

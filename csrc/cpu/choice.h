@@ -13,6 +13,9 @@ namespace w2s {
 
 bool library_allowed();  // neither W2S_FAST_GEMM=own nor deterministic algorithms
 bool library_forced();   // W2S_FAST_GEMM=library
+// Has every class of float32 products timed, if it was not: before a parallel region that multiplies, as a race inside of it
+// would be run beside the other threads' work, and what it found be kept for all calls of this machine.
+void settle_products();
 
 struct Choice {
   const char* name;

@@ -107,12 +107,17 @@ inline void load_rows(const Heads& x, int64_t b, int64_t h, int64_t first, int64
 template <class A>
 inline void pack_panels(const Heads& x, int64_t b, int64_t h, int64_t M, int64_t D, A* down, A* across) {
   using V = Vec<A>;
-  constexpr int R = Shape<A>::R, W = V::W;
-  A rows[W][256];
-  for (int64_t m = 0; m < M; m += W) {  // W / R panels at once: squares of a vector are turned in registers
-    const int64_t n = std::min<int64_t>(W, M - m);
-    load_rows<A>(x, b, h, m, n, W, D, A(1), &rows[0][0], 256);
-    for (int64_t d = 0; d < D && down; d += W) {
+  constexpr int R = Shape<A>::R, W = V::W, STEP = W > R ? W : R;
+  static_assert(STEP % R == 0);
+  A rows[STEP][256];
+  for (int64_t m = 0; m < M; m += STEP) {  // W / R panels at once: squares of a vector are turned in registers
+    const int64_t n = std::min<int64_t>(STEP, M - m);
+    load_rows<A>(x, b, h, m, n, STEP, D, A(1), &rows[0][0], 256);
+    if constexpr (W < R) {  // vectors of two lanes
+      for (int64_t d = 0; d < D && down; ++d)
+        for (int r = 0; r < R; ++r) down[m * D + d * R + r] = rows[r][d];
+    }
+    for (int64_t d = 0; d < D && down && W >= R; d += W) {
       alignas(64) A turned[W * W];
       transpose_block<V>(&rows[0][d], 256, turned, W);
       for (int64_t r = 0; r < n; r += R)

@@ -91,7 +91,8 @@ struct Backward {
       // two products of dW: rounded once for both, with the factor of it
       std::optional<Low> rounded;
       double factor = scale;
-      if (low && need.A && (need.B || need.scale) && scale != 0) rounded.emplace(made, factor);
+      const bool within = std::abs(scale) > 1e-20 && std::abs(scale) < 1e20;  // of others, dW's rounded values may be lost
+      if (low && need.A && (need.B || need.scale) && within) rounded.emplace(made, factor);
       const Operand& dw = rounded ? rounded->x : made;
       if (need.A) product(high.part(row, count).t(), dw, Target<A>{da.sums, I, 1}, factor, true, low);
       if (!(need.B || need.scale)) continue;
