@@ -120,7 +120,7 @@ LONGEST = 2**31 - 1
 
 def length(op: str, argument: str, value: Any, *, low: int = 1) -> int:
     """``value`` as a number of positions or rows, for which a call takes memory before it makes a result."""
-    return integer(op, argument, value, low=low, high=LONGEST)
+    return integer(op, argument, integer(op, argument, value, low=low), low=low, high=LONGEST)
 
 
 def same_device(op: str, tensors: Sequence[tuple[str, Tensor | None]]) -> None:
