@@ -3,6 +3,19 @@
 
 constexpr int TILE = 1024;  // elements; a few tiles of float stay in L1
 
+// exp(r) of |r| <= log(2) / 2 in float
+template <class V>
+W2S_INLINE V exp_near_zero(V r) {
+  V p = V::set(0.001384364441037178f);
+  p = V::fma(p, r, V::set(0.008374163880944252f));
+  p = V::fma(p, r, V::set(0.04166800156235695f));
+  p = V::fma(p, r, V::set(0.16666431725025177f));
+  p = V::fma(p, r, V::set(0.4999999403953552f));
+  p = V::fma(p, r, V::set(1.0f));
+  p = V::fma(p, r, V::set(1.0f));
+  return p;
+}
+
 // exp(x) for x <= 88 (709): relative error 0.75 2^-23 in float, 0.8 2^-52 in double; exactly 0 far below, NaN for NaN.
 template <class V>
 W2S_INLINE V vexp(V x) {
@@ -12,13 +25,7 @@ W2S_INLINE V vexp(V x) {
     const V n = (clamped * V::set(1.44269504f)).round();
     V r = V::fma(n, V::set(-0.693145751953125f), clamped);
     r = V::fma(n, V::set(-1.42860677e-06f), r);
-    V p = V::set(0.001384364441037178f);
-    p = V::fma(p, r, V::set(0.008374163880944252f));
-    p = V::fma(p, r, V::set(0.04166800156235695f));
-    p = V::fma(p, r, V::set(0.16666431725025177f));
-    p = V::fma(p, r, V::set(0.4999999403953552f));
-    p = V::fma(p, r, V::set(1.0f));
-    p = V::fma(p, r, V::set(1.0f));
+    const V p = exp_near_zero(r);
     if constexpr (V::scale_underflows) return V::scale(p, n);
     else return V::select(V::gt(low, x), V::set(0.0f), V::scale(p, n));
   } else {

@@ -47,13 +47,14 @@ inline int64_t even_pieces(int64_t n, int64_t most, int64_t least) {
   return round_up(pieces(n, count), 16);
 }
 
-// Blocks of a matrix that are made in parallel.
+// Blocks of a matrix that are made in parallel, by products of the library or ours.
 struct Blocks {
   int64_t rows, columns, tall, wide;
   // work(row, rows, column, columns), all blocks in parallel
   template <class F>
   void each(const F& work) const {
     const int64_t across = pieces(columns, wide);
+    settle_products();
     parallel_items(across * pieces(rows, tall), 1, [&](int64_t i) {
       const int64_t row = i / across * tall, column = i % across * wide;
       work(row, std::min(tall, rows - row), column, std::min(wide, columns - column));
@@ -71,7 +72,6 @@ void dual_products(const float* c, const float* r, int64_t ldx, int64_t batch, c
   constexpr int64_t DEPTH = 1024, WIDE = 256, TALL = 256, LEAST = 32;
   const int64_t n = w.n(), k = w.k(), cuts = pieces(k, DEPTH), depth = pieces(k, cuts), wide_block = even_pieces(n, WIDE, WIDE);
   const int64_t share = std::clamp<int64_t>(pieces(threads(), pieces(n, wide_block)), 1, pieces(batch, LEAST));
-  settle_products();
   Blocks{batch, n, pieces(batch, share), wide_block}.each([&](int64_t first, int64_t rows, int64_t j, int64_t wide) {
     const int64_t tall = cuts > 1 ? 2 * TALL : TALL, ld = m ? n : round_up(wide, 16) + 16;
     float* size = scratch_of<float>(SIZES, wide * depth + 16);
@@ -95,7 +95,6 @@ void dual_products(const float* c, const float* r, int64_t ldx, int64_t batch, c
 inline void weight_products(const float* gm, const float* gr, int64_t ldg, int64_t batch, const Box<float>& x, const RowMatrix<float>& w, float* dw) {
   constexpr int64_t ELEMENTS = 1 << 17, LONG = 1024;  // a block that is still in the second cache when its signs come
   const int64_t n = w.rows, k = w.columns, wide = pieces(k, pieces(k, LONG));
-  settle_products();
   Blocks{n, k, even_pieces(n, std::max<int64_t>(64, ELEMENTS / wide), 64), wide}.each([&](int64_t j, int64_t rows, int64_t i, int64_t columns) {
     float* turned = scratch_of<float>(SIZES, rows * columns);
     gemm(operand(gm + j, batch, rows, ldg).t(), operand(x.c + i, batch, columns, x.ld), Target<float>{dw + j * k + i, k, 1}, 1.0f, false);

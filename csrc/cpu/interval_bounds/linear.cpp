@@ -89,6 +89,12 @@ struct Backward {
   CallMemory memory{a, {}};
   A *gm = nullptr, *gr = nullptr;
 
+  // where dW is summed: in itself if it is of A, which W is then too
+  A* weight_sums() { return dtype_of(dw.scalar_type()) == own_dtype<A> ? static_cast<A*>(dw.data_ptr()) : memory.get<A>(n * k); }
+  void store(const A* sums) {
+    if (sums != dw.data_ptr()) narrow_rows<A>(sums, dw);
+  }
+
   void gradients(const Tensor& ga, const Tensor& gb, const Tensor& oa, const Tensor& ob) {  // and the bias's
     gm = memory.get<A>(batch * ldg), gr = memory.get<A>(batch * ldg);
     const Rows g1(ga), g2(gb), o1(oa), o2(ob);
@@ -113,8 +119,7 @@ struct Backward {
 
   void few(const RowMatrix<A>& w) {
     const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, memory);
-    const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
-    A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : memory.get<A>(n * k);
+    A* out = need_w ? weight_sums() : nullptr;
     const int64_t size = batch * box.ld, share = pieces(n, PARTS);
     A* part = need_x ? memory.get<A>(2 * PARTS * size) : nullptr;
     parallel_items(PARTS, 1, [&](int64_t i) {
@@ -125,7 +130,7 @@ struct Backward {
         kernels<LinearKernels, A>().stream(w.data + j * w.stride, w.stride, rows, k, batch, gm + j, gr + j, ldg, box.c, box.r, box.ld, xm,
                                 xm ? xm + size : nullptr, out ? out + j * k : nullptr, k);
     });
-    if (need_w && !direct) narrow_rows<A>(out, dw);
+    if (need_w) store(out);
     if (!need_x) return;
     for (int64_t i = 1; i < PARTS; ++i)
       for (int64_t e = 0; e < 2 * size; ++e) part[e] += part[2 * i * size + e];
@@ -145,8 +150,7 @@ struct Backward {
 
   void some(const RowMatrix<A>& w) {
     const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, memory);
-    const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
-    A* out = !need_w ? nullptr : direct ? static_cast<A*>(dw.data_ptr()) : memory.get<A>(n * k);
+    A* out = need_w ? weight_sums() : nullptr;
     const A* packed = need_w ? packed_gradient() : nullptr;
     const int64_t panel = kernels<LinearKernels, A>().panel_width(), panels = pieces(k, panel);
     const int64_t wide = std::min(pieces(panels, threads()), STRIP) * panel;
@@ -157,7 +161,7 @@ struct Backward {
                                                  std::min(wide, k - j), call.bounds_in, first.dtype, need_x ? first.at(0, j) : nullptr,
                                                  first.stride, need_x ? second.at(0, j) : nullptr, out ? out + j : nullptr, k);
     });
-    if (need_w && !direct) narrow_rows<A>(out, dw);
+    if (need_w) store(out);
   }
 
   void many(const RowMatrix<A>& w) {
@@ -176,8 +180,7 @@ struct Backward {
     const int64_t tall = kernels<LinearKernels, A>().tile_height();
     const Box<A> box = centered<A>(a, b, call.bounds_in, false, 0, memory);
     const A* packed = packed_gradient();
-    const bool direct = dtype_of(weight.scalar_type()) == own_dtype<A>;
-    A* out = direct ? static_cast<A*>(dw.data_ptr()) : memory.get<A>(n * k);
+    A* out = weight_sums();
     const int64_t share = round_up(pieces(n, halves), tall);
     parallel_items(panels * halves, 1, [&](int64_t i) {
       const int64_t j = i / halves * panel, q = i % halves * share, rows = std::min(share, n - q);
@@ -185,7 +188,7 @@ struct Backward {
         kernels<LinearKernels, A>().weight_panel(packed + q / tall * batch * 2 * tall, batch, box.c + j, box.r + j, box.ld, w.data + q * w.stride + j,
                                       w.stride, out + q * k + j, k, rows, std::min(panel, k - j));
     });
-    if (!direct) narrow_rows<A>(out, dw);
+    store(out);
   }
 
   void by_products() {
@@ -199,10 +202,9 @@ struct Backward {
                     });
     }
     if (!need_w) return;
-    const bool direct = dtype_of(weight.scalar_type()) == Dtype::f32;
-    float* out = direct ? static_cast<float*>(dw.data_ptr()) : memory.get<float>(n * k);
+    A* out = weight_sums();
     weight_products(gm, gr, ldg, batch, plain_box(a, b, call.bounds_in, memory), widened<float>(weight, memory), out);
-    if (!direct) narrow_rows<float>(out, dw);
+    store(out);
   }
 
   void run(const Tensor& ga, const Tensor& gb, const Tensor& oa, const Tensor& ob) {

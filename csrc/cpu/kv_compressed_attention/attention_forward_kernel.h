@@ -137,14 +137,7 @@ W2S_INLINE V power(V x) {
   if constexpr (V::scale_underflows) {
     const V magic = V::set(12582912.0f), clamped = V::max(V::set(-104.0f), x);
     const V n = V::fma(clamped, V::set(1.44269504f), magic) - magic, r = V::fma(n, V::set(-0.69314718056f), clamped);
-    V p = V::set(0.001384364441037178f);
-    p = V::fma(p, r, V::set(0.008374163880944252f));
-    p = V::fma(p, r, V::set(0.04166800156235695f));
-    p = V::fma(p, r, V::set(0.16666431725025177f));
-    p = V::fma(p, r, V::set(0.4999999403953552f));
-    p = V::fma(p, r, V::set(1.0f));
-    p = V::fma(p, r, V::set(1.0f));
-    return V::scale(p, n);
+    return V::scale(exp_near_zero(r), n);
   } else {
     return vexp(x);
   }

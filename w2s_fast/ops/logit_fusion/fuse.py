@@ -73,14 +73,10 @@ def plain_fused(base: Tensor, experts: Any, anti: Any, weights: Any) -> Any:
         against, dtype = anti[k if len(anti) > 1 else 0], expert.dtype
         if expert.shape != shape or against.shape != shape or dtype is not against.dtype:
             return NotImplemented
-        if dtype is not torch.float32:
-            if kind is torch.float64 or dtype is torch.float64:
-                if dtype is not kind:
-                    return NotImplemented
-            else:
-                expert, against = expert.float(), against.float()
-        elif kind is torch.float64:
+        if dtype is not kind and (dtype is torch.float64 or kind is torch.float64):
             return NotImplemented
+        if dtype is not torch.float32 and dtype is not torch.float64:
+            expert, against = expert.float(), against.float()
         z = z + (expert - against) if weights == 1.0 else torch.add(z, expert - against, alpha=weights)
     return z if all_finite(z) else NotImplemented
 
